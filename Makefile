@@ -1,0 +1,79 @@
+# `make help` lists the targets. Everything happens in .venv; delete it to start afresh.
+PYTHON ?= python3
+# What is installed as torch, e.g. TORCH="torch==2.6.0" (CI's matrix), or a CPU build's own index option.
+TORCH  ?= torch
+TEXT   ?= The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine.
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
+SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed 2>/dev/null)
+
+.PHONY: help demo test lint format types imports docs dev check clean bench
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+.venv/.created:
+	@echo "==> creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch comes first and alone: it is the long download, and TORCH= chooses the build.
+.venv/.torch: .venv/.created
+	@echo "==> installing $(TORCH) (the long one; a CUDA build is several GB)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml $(SOURCES)
+	@echo "==> installing accelerate_tts[demo]"
+	@$(PIP) '.[demo]' && $(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+# The tests import the built wheel, never this folder.
+.venv/.wheel: .venv/.torch pyproject.toml README.md $(SOURCES)
+	@echo "==> building the wheel, installing accelerate_tts[test] from it"
+	@rm -rf dist && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@$(PIP) "$$(ls dist/*.whl)[test]" && $(PIP) --no-deps --force-reinstall dist/*.whl
+	@touch $@
+
+.venv/.dev: .venv/.wheel
+	@echo "==> installing accelerate_tts[dev]"
+	@$(PIP) "$$(ls dist/*.whl)[dev]"
+	@touch $@
+
+demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
+	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
+
+test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
+	@$(BIN)/pytest $(ARGS)
+
+lint: .venv/.dev ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: .venv/.dev ## Rewrite the code in the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: .venv/.dev ## mypy --strict and pyright strict, on the package and tests/typing
+	@$(BIN)/mypy
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: .venv/.dev ## import-linter: the floors of the house
+	@$(BIN)/lint-imports
+
+docs: .venv/.dev ## Build the documentation; a broken link fails
+	@$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing else meanwhile)
+	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python benchmarks/voice.py
+
+dev: .venv/.dev ## Everything a contributor needs
+	@$(BIN)/pre-commit install 2>/dev/null || true
+
+check: test lint types imports docs ## What CI runs
+
+clean: ## Remove .venv and everything built
+	rm -rf .venv dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,173 @@
+"""`@optimized_model` and `@inference`: thin shells around the shared engine, with the decorated signature kept."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import wrapt
+
+from accelerate_tts.runtime import modes
+from accelerate_tts.settings import Mode, check_mode, is_active
+
+if TYPE_CHECKING:
+    from accelerate_tts.engine.warmup import Loaded
+
+__all__ = ["inference", "optimized_model"]
+
+F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
+
+
+class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+    """A wrapt function wrapper that can be copied and pickled, which wrapt's own refuses.
+
+    A function is pickled by its name, so decorated functions can be sent to worker processes; a wrapper kept on an
+    instance (`module.forward = inference(module.forward)`) goes with `copy.deepcopy` and `torch.save`.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
+        return type(self)(copy.deepcopy(self.__wrapped__, memo), self._self_wrapper)
+
+    def __copy__(self) -> _Shell:
+        return type(self)(self.__wrapped__, self._self_wrapper)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        if inspect.ismethod(self.__wrapped__):
+            return _rewrap, (type(self), self.__wrapped__, self._self_wrapper)
+        return self.__wrapped__.__qualname__  # pickle then takes it from its module by this name
+
+
+class _InferenceShell(_Shell):
+    pass
+
+
+setattr(_InferenceShell, modes.INFERENCE_MARK, True)
+
+
+def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
+    return shell(wrapped, wrapper)
+
+
+class _RunInMode:
+    """What an @inference shell does at a call. A class, so that it can be pickled."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+
+    def __call__(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+        return modes.call(wrapped, args, kwargs, self.mode) if is_active() else wrapped(*args, **kwargs)
+
+
+@overload
+def inference(function: F, /) -> F: ...
+@overload
+def inference(*, mode: Mode = "inference") -> Callable[[F], F]: ...
+def inference(function: Any = None, /, *, mode: Mode = "inference") -> Any:
+    """Run a synthesis function without autograd, whatever kind of function it is.
+
+    Plain, `async`, generator and async generator functions, methods, class and static methods. The mode is on while
+    the body runs and off at every suspension, so other tasks and callers never see it. Threads and tasks that the body
+    starts do not inherit it: give them `carry_mode(work)`.
+
+    Args:
+        function: The function, when used bare.
+        mode: "inference" (`torch.inference_mode()`), or "no_grad" for a model whose outputs are edited in place or
+            used for training later, or "none".
+
+    Raises:
+        SettingsError: An unknown mode.
+        TypeError: What is decorated is no function.
+    """
+    check_mode(mode)
+    if function is None:
+        return lambda decorated: inference_with(decorated, mode)
+    return inference_with(function, mode)
+
+
+def inference_with(function: Any, mode: Mode) -> Any:
+    """`inference` with everything given."""
+    _check_function("inference", function)
+    return _InferenceShell(function, _RunInMode(mode))
+
+
+@overload
+def optimized_model(function: F, /) -> F: ...
+@overload
+def optimized_model(*, warmup: Any = None, mode: Mode = "inference") -> Callable[[F], F]: ...
+def optimized_model(function: Any = None, /, *, warmup: Any = None, mode: Mode = "inference") -> Any:
+    """Tune, verify and warm up what a load function loads, in place, before anybody gets it.
+
+    The function may be sync or async, a method or not, and return a module, an object or tuple that holds modules, or
+    nothing, having set attributes on `self`. What it returns is passed on as it is. Each optimisation is tried on the
+    warm-up's own inputs and kept only if it is faster and right; `receipt_of(...)` tells. An async load tunes in a
+    worker thread while its event loop goes on.
+
+    Args:
+        function: The function, when used bare; nothing is verified then, so nothing is changed but the device set-up.
+        warmup: What a real call looks like. A text for an object that speaks text (by its `@inference` method, else by
+            `synthesize`, `generate`, `tts`, ...); a tensor, a tuple of arguments or a mapping of keyword arguments
+            for the loaded module; a callable, called with what was loaded (the returned object, or `self`); a list
+            of several of these, such as a short and a long text.
+        mode: The mode of service calls that do not go through `@inference`.
+
+    Raises:
+        WarmupError: At decoration, for a warm-up that can never work; at loading, for one that does not fit.
+        SettingsError: An unknown mode.
+        TypeError: What is decorated is no function.
+    """
+    from accelerate_tts.engine.warmup import check_warmup
+
+    check_mode(mode)
+    check_warmup(warmup)
+
+    def decorate(decorated: Any) -> Any:
+        _check_function("optimized_model", decorated)
+        return _Shell(decorated, _Optimize(warmup, mode))
+
+    return decorate if function is None else decorate(function)
+
+
+class _Optimize:
+    """What an @optimized_model shell does at a call."""
+
+    def __init__(self, warmup: Any, mode: Mode) -> None:
+        self.warmup = warmup
+        self.mode = mode
+
+    def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        if not is_active():
+            return result
+        owner = None if inspect.isclass(instance) else instance
+        if isinstance(result, Awaitable):
+            return self._optimize_async(result, owner)
+        self._optimize(_loaded(result, owner))
+        return result
+
+    def _optimize(self, loaded: Loaded) -> None:
+        from accelerate_tts.optimizer import get_performance_optimizer
+
+        get_performance_optimizer().optimize(loaded, self.warmup, self.mode)
+
+    async def _optimize_async(self, pending: Awaitable[Any], owner: Any) -> Any:
+        result = await pending
+        loaded = _loaded(result, owner, asyncio.get_running_loop())
+        await asyncio.to_thread(self._optimize, loaded)
+        return result
+
+
+def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None = None) -> Loaded:
+    from accelerate_tts.engine.warmup import Loaded
+
+    return Loaded(result, owner, loop)
+
+
+def _check_function(decorator: str, function: Any) -> None:
+    if not (callable(function) or isinstance(function, (classmethod, staticmethod))) or inspect.isclass(function):
+        raise TypeError(
+            f"@{decorator} decorates a function or method, got {function!r};"
+            f" its own arguments are keywords, as in @{decorator}(...)"
+        )

@@ -1,0 +1,228 @@
+"""Process-wide switches of torch and the environment, changed in counted scopes.
+
+Two overlapping `save, set, restore` scopes in two threads leave the second one's "saved" value behind for ever.
+Here every change is a *hold* on a flag, kept under one lock: the first holder saves the state as it was, the newest
+holder's value is in force, and when the last one lets go the saved state returns, also after an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+__all__ = [
+    "CUDNN_BENCHMARK",
+    "CUDNN_TF32",
+    "MATMUL_PRECISION",
+    "TORCH_FLAGS",
+    "TORCH_THREADS",
+    "Flag",
+    "Hold",
+    "environment",
+    "hold",
+]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One process-wide switch.
+
+    Attributes:
+        name: For people and receipts.
+        write: Puts a value in force.
+        save: Returns the whole present state, whatever `restore` needs to bring it back exactly.
+        restore: Takes what `save` returned.
+    """
+
+    name: str
+    write: Callable[[Any], None]
+    save: Callable[[], Any]
+    restore: Callable[[Any], None]
+
+
+@dataclass
+class _Held:
+    saved: Any
+    values: dict[int, Any] = field(default_factory=dict)
+
+
+_lock = threading.RLock()
+_held: dict[Flag, _Held] = {}
+_numbers = iter(range(1, 2**62))
+
+
+class Hold:
+    """A set of flags that is held until `release()`, or until its `with` block ends."""
+
+    def __init__(self, number: int, flags: tuple[Flag, ...]) -> None:
+        self._number = number
+        self.flags = flags
+
+    def release(self) -> None:
+        """Let go. The next holder's value, or the state from before the first one, returns. Idempotent."""
+        with _lock:
+            for flag in reversed(self.flags):
+                held = _held.get(flag)
+                if held is None or self._number not in held.values:
+                    continue
+                newest = next(reversed(held.values))
+                del held.values[self._number]
+                if not held.values:
+                    del _held[flag]
+                    flag.restore(held.saved)
+                elif newest == self._number:
+                    flag.write(next(reversed(held.values.values())))
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def hold(wanted: Iterable[tuple[Flag, Any]]) -> Hold:
+    """Put each flag's value in force until the returned `Hold` is released.
+
+    If a write raises, the flags already written are put back and the exception goes on.
+    """
+    with _lock:
+        number = next(_numbers)
+        done: list[Flag] = []
+        try:
+            for flag, value in wanted:
+                held = _held.get(flag)
+                if held is None:
+                    held = _held[flag] = _Held(flag.save())
+                held.values[number] = value
+                done.append(flag)
+                flag.write(value)
+        except BaseException:
+            Hold(number, tuple(done)).release()
+            raise
+        return Hold(number, tuple(done))
+
+
+# --- torch's flags -------------------------------------------------------------------------------------------
+
+
+def _matmul_backends() -> list[Any]:
+    import torch
+
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
+
+
+def _save_matmul() -> Any:
+    import torch
+
+    return torch.get_float32_matmul_precision(), [(b, b.fp32_precision) for b in _matmul_backends()]
+
+
+def _restore_matmul(saved: Any) -> None:
+    import torch
+
+    precision, backends = saved
+    torch.set_float32_matmul_precision(precision)
+    _restore_new_style(backends)
+
+
+def _restore_new_style(backends: list[tuple[Any, str]]) -> None:
+    # Only a state that somebody made with torch's newer `fp32_precision` interface (2.9 on) differs here. It is
+    # never written otherwise: on 2.9 and 2.10 a write to it makes inductor raise when it reads `allow_tf32`.
+    for backend, value in backends:
+        if backend.fp32_precision != value:
+            backend.fp32_precision = value
+
+
+def _write_matmul(value: Any) -> None:
+    import torch
+
+    # set_float32_matmul_precision is the one interface that works from torch 2.6 to the newest.
+    torch.set_float32_matmul_precision(value)
+
+
+def _cudnn_operators() -> list[Any]:
+    import torch
+
+    operators = [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
+    return [operator for operator in operators if hasattr(operator, "fp32_precision")]
+
+
+def _save_cudnn_tf32() -> Any:
+    import torch
+
+    new_style = [(operator, operator.fp32_precision) for operator in _cudnn_operators()]
+    try:
+        return torch.backends.cudnn.allow_tf32, new_style
+    except RuntimeError:  # torch >= 2.9 refuses this read once the two interfaces were mixed
+        return None, new_style
+
+
+def _restore_cudnn_tf32(saved: Any) -> None:
+    legacy, new_style = saved
+    if legacy is not None:
+        _write_cudnn_tf32(legacy)
+    _restore_new_style(new_style)
+
+
+def _write_cudnn_tf32(value: Any) -> None:
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = value
+
+
+def _write_benchmark(value: Any) -> None:
+    import torch
+
+    # Not `cudnn.flags(benchmark=True)`: its `enabled` defaults to False, which turns cuDNN off.
+    torch.backends.cudnn.benchmark = value
+
+
+def _save_benchmark() -> Any:
+    import torch
+
+    return torch.backends.cudnn.benchmark
+
+
+def _write_threads(value: Any) -> None:
+    import torch
+
+    torch.set_num_threads(value)
+
+
+def _save_threads() -> Any:
+    import torch
+
+    return torch.get_num_threads()
+
+
+MATMUL_PRECISION = Flag("TF32 matrix products", _write_matmul, _save_matmul, _restore_matmul)
+CUDNN_TF32 = Flag("TF32 convolutions", _write_cudnn_tf32, _save_cudnn_tf32, _restore_cudnn_tf32)
+CUDNN_BENCHMARK = Flag("cuDNN autotune", _write_benchmark, _save_benchmark, _write_benchmark)
+TORCH_THREADS = Flag("CPU threads", _write_threads, _save_threads, _write_threads)
+TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
+
+
+@lru_cache(maxsize=64)
+def environment(name: str) -> Flag:
+    """The flag that is the environment variable `name`. `None` as its value means that it is not set."""
+
+    def write(value: Any) -> None:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+    return Flag(name, write, lambda: os.environ.get(name), write)

@@ -1,0 +1,169 @@
+"""Free memory, the memory that one item costs, and giving memory back. Sizes are bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate_tts.events import NotApplied, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate_tts.device.detect import DeviceInfo
+
+__all__ = ["cgroup_headroom", "cleanup", "free_bytes", "peak_of", "resident_bytes", "under_pressure"]
+
+# Below this share of free memory a clean-up is worth its cost (a collection takes 50-200 ms with models loaded).
+_PRESSURE = 0.10
+
+
+def free_bytes(device: DeviceInfo) -> int | None:
+    """Bytes that can still be taken on `device`, or `None` where nobody can say.
+
+    On a GPU the allocator's cached, unused blocks count as free: they are given out again without asking the driver.
+    """
+    import torch
+
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info()
+        return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if device.type == "mps":
+        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
+    if device.type == "xpu":
+        # torch.xpu.mem_get_info came with 2.7; before that the total less what torch holds is the best guess.
+        if hasattr(torch.xpu, "mem_get_info"):
+            return int(torch.xpu.mem_get_info()[0])
+        return None if device.total_memory is None else device.total_memory - torch.xpu.memory_reserved()
+    return _free_host()
+
+
+def _free_host() -> int:
+    import psutil
+
+    headroom = cgroup_headroom()
+    available = int(psutil.virtual_memory().available)
+    return available if headroom is None else min(available, headroom)
+
+
+def cgroup_headroom(root: Path | str = "/sys/fs/cgroup") -> int | None:
+    """Bytes left under the container's memory limit (cgroup v2, then v1), or `None` without a limit."""
+    root = Path(root)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = int((root / limit).read_text()), int((root / used).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        if most < 2**60:  # v1 writes "no limit" as a number near 2**63
+            return max(0, most - now)
+    return None
+
+
+def under_pressure(device: DeviceInfo) -> bool:
+    """Whether less than a tenth of the device's (or the machine's) memory is free."""
+    import psutil
+
+    if device.total_memory is not None:
+        free = free_bytes(device)
+        return free is not None and free < _PRESSURE * device.total_memory
+    return _free_host() < _PRESSURE * psutil.virtual_memory().total
+
+
+def resident_bytes() -> int:
+    """This process's resident set."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def cleanup(device: DeviceInfo) -> None:
+    """Collect garbage, empty the allocator's cache of `device`, and hand freed heap pages back to the system.
+
+    Never raises: what cannot be freed becomes an event. Memory in use, by a call in flight too, is not touched.
+    """
+    import torch
+
+    steps: list[tuple[str, Callable[[], object]]] = [("garbage collection", gc.collect)]
+    if device.type == "cuda":
+        steps.append(("CUDA cache", torch.cuda.empty_cache))
+    elif device.type == "mps":
+        steps.append(("MPS cache", torch.mps.empty_cache))
+    elif device.type == "xpu":
+        steps.append(("XPU cache", torch.xpu.empty_cache))
+    steps.append(("malloc_trim", _trim_heap))
+    for name, step in steps:
+        try:
+            step()
+        except Exception as error:  # a clean-up must never break the call that asked for it
+            emit(NotApplied(f"clean-up step {name!r}", f"{type(error).__name__}: {error}"))
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):  # musl and others have none
+        return None
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+
+    def call(keep: int) -> int:
+        return int(trim(keep))
+
+    return call
+
+
+def _trim_heap() -> None:
+    # Many small freed tensors stay in glibc's arenas until this call; RSS does not fall without it.
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
+    """Run `work` and return the bytes by which it raised the memory in use at its peak.
+
+    On CUDA this is the allocator's own peak. On Linux it is the peak resident set, reset before the run; memory that
+    the process had already freed to its own heap is used again unseen, so the first run of a shape tells most.
+
+    Returns:
+        The bytes, at least 0, or `None` where the system does not keep a peak that can be reset.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before)
+    if not _reset_peak():
+        work()
+        return None
+    before = resident_bytes()
+    work()
+    return max(0, _peak_resident() - before)
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,44 @@
+"""Keep a warm-up from moving the user's random numbers, and give two runs the same ones."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["seeded"]
+
+
+@contextmanager
+def seeded(device_type: str, seed: int = 0) -> Iterator[None]:
+    """Seed torch (CPU and device), Python and, where loaded, NumPy; put their states back at the end.
+
+    NumPy counts because models use it at inference too: transformers' VITS draws its layer drop from it.
+    """
+    import torch
+
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    python_state = random.getstate()
+    devices = range(torch.cuda.device_count()) if device_type == "cuda" else ()
+    mps_state = torch.mps.get_rng_state() if device_type == "mps" else None
+    xpu_states = torch.xpu.get_rng_state_all() if device_type == "xpu" else None
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
+            if xpu_states is not None:
+                torch.xpu.set_rng_state_all(xpu_states)

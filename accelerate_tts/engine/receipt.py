@@ -1,0 +1,174 @@
+"""The receipt: what was tried on a loaded object, what it gave, what was kept and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Receipt", "StageResult"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage tried on one part.
+
+    Attributes:
+        part: The part's path from the loaded object.
+        stage: The optimisation.
+        kept: Whether it is in force.
+        reason: Why it was kept or dropped.
+        before: Median seconds of the untouched part for the warm-up's calls of it; `None` if not timed.
+        after: The same with the stage on.
+        ratio: Median of the paired ratios before / after.
+        low: The bound that the true ratio is above with 95 % confidence.
+        error: Relative error of the outputs against the untouched part's; 0.0 is bit for bit.
+        graphs: Graphs compiled, `None` for a stage that compiles none.
+        seconds: What trying it cost.
+    """
+
+    part: str
+    stage: str
+    kept: bool
+    reason: str
+    before: float | None = None
+    after: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    error: float | None = None
+    graphs: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What tuning did to one loaded object. Prints as a table; `to_json` and `from_json` keep it.
+
+    Attributes:
+        what: A short name of the object.
+        device: The device's kind and name.
+        versions: Versions of this library, torch and Python.
+        stages: Every stage tried, in order.
+        cold: Seconds of the first warm-up pass, which the user's first request no longer pays.
+        before: Median seconds of a warm-up pass of the untouched object, warm, through the public path.
+        after: The same as it now is.
+        ratio: Median of the paired ratios of those passes; 1.0 where nothing was kept.
+        error: Relative error of the whole object's output, tuned against untouched.
+        seconds: Seconds that all of it took.
+        notes: Whatever else the user should know, such as a check that could not be made.
+    """
+
+    what: str
+    device: str
+    versions: dict[str, str]
+    stages: tuple[StageResult, ...] = ()
+    cold: float | None = None
+    before: float | None = None
+    after: float | None = None
+    ratio: float = 1.0
+    error: float = 0.0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    recompiled: int = 0
+    _live: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def kept(self) -> tuple[StageResult, ...]:
+        """The stages that are in force."""
+        return tuple(stage for stage in self.stages if stage.kept)
+
+    @property
+    def recompiles(self) -> int:
+        """Compilations since warm-up ended: of this moment on a live receipt, of its saving on a loaded one."""
+        return self.recompiled if self._live is None else self._live()
+
+    def to_json(self) -> str:
+        """The receipt as JSON text; numbers are seconds and ratios."""
+        frozen = replace(self, recompiled=self.recompiles, _live=None)
+        content = {key: value for key, value in asdict(frozen).items() if not key.startswith("_")}
+        return json.dumps({"format": _FORMAT, **content}, indent=2, default=str, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no receipt, or one of a newer format.
+        """
+        try:
+            content = json.loads(text)
+            found = content.pop("format")
+            if found != _FORMAT:
+                raise ValueError(f"receipt format {found!r} is not {_FORMAT}; use the version that wrote it")
+            known = {item.name for item in fields(cls)} - {"_live"}
+            stages = tuple(StageResult(**stage) for stage in content.pop("stages"))
+            rest = {key: value for key, value in content.items() if key in known}
+            rest["notes"] = tuple(rest["notes"])
+            return cls(stages=stages, **rest)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is no receipt: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the receipt's JSON to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The receipt's table, a header first, every cell a text."""
+        header = ("part", "stage", "verdict", "before", "after", "ratio", "error", "why")
+        body = [
+            (
+                stage.part,
+                stage.stage,
+                "kept" if stage.kept else "dropped",
+                duration(stage.before),
+                duration(stage.after),
+                "-" if stage.ratio is None else f"{stage.ratio:.2f}x",
+                error_text(stage.error),
+                stage.reason,
+            )
+            for stage in self.stages
+        ]
+        whole = (
+            "whole",
+            "everything kept",
+            f"{len(self.kept)} kept",
+            duration(self.before),
+            duration(self.after),
+            f"{self.ratio:.2f}x",
+            error_text(self.error),
+            f"{self.recompiles} recompiles since warm-up",
+        )
+        return [header, *body, whole]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"{self.what} on {self.device}"]
+        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        cold = f"first pass {duration(self.cold)}, " if self.cold is not None else ""
+        lines.append(f"{cold}tuning took {self.seconds:.1f} s")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a short text with its unit."""
+    if seconds is None:
+        return "-"
+    if seconds < 1e-3:  # noqa: PLR2004 - units
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1.0 else f"{seconds:.2f} s"
+
+
+def error_text(error: float | None) -> str:
+    """A relative error as a short text."""
+    if error is None:
+        return "-"
+    if error == 0.0:
+        return "bit-exact"
+    return f"{error:.0e}" if math.isfinite(error) else "differs"

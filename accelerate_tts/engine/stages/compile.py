@@ -1,0 +1,160 @@
+"""torch.compile of a part, in place, counted, with a way back at every call.
+
+`torch.compile` is lazy and silent: a missing compiler shows at the first call, a frame that it skips compiles nothing,
+and a new input may cost another compilation in the middle of a request. So the compiled call here counts its graphs
+(none at all means that the stage is dropped), lets one thread make the first call while others wait, reports each
+compilation after warm-up as an event, and turns to the untouched module when the compiler - and only the compiler -
+fails.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import FellBack, Recompiled, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["CompileStage", "CompiledCall"]
+
+
+class CompileStage:
+    """Compiles a part as one piece, with dynamic lengths."""
+
+    name = "torch.compile"
+    least_share = 0.05  # doubling the speed of 5 % saves 2.5 %: less than what is told apart from noise
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return "is compiled already" if part.module._compiled_call_impl is not None else None
+
+    def prepare(self, part: Part) -> CompiledCall:
+        """See `Stage.prepare`. Compiles nothing yet."""
+        return CompiledCall(part.module, part.name, self._mode)
+
+
+class CompiledCall:
+    """Stands in for a module's `__call__` while the change is on.
+
+    It lives in the private attribute that `nn.Module.compile()` fills (torch 2.0 to 2.14), which pickling and copying
+    leave out: the module keeps its class, its `isinstance` and its state dict.
+    """
+
+    def __init__(self, module: nn.Module, what: str, mode: str) -> None:
+        self._module = module
+        self._what = what
+        self._graphs = 0
+        self._sealed = False
+        self._first_call = threading.Lock()
+        self._ready = False
+        self._broken = False
+        self._clone_outputs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
+        self._compiled = _compile(module, mode, self._count)
+
+    @property
+    def graphs(self) -> int | None:
+        """Graphs compiled so far."""
+        return self._graphs
+
+    def on(self) -> None:
+        """See `Change.on`. After a compiler failure it stays off."""
+        if not self._broken:
+            self._module._compiled_call_impl = self
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        if self._module._compiled_call_impl is self:
+            self._module._compiled_call_impl = None
+
+    def seal(self) -> None:
+        """See `Change.seal`."""
+        self._sealed = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ready:
+            return self._run(args, kwargs)
+        with self._first_call:  # three simultaneous first calls would compile three times
+            result = self._run(args, kwargs)
+            self._ready = True
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from torch._dynamo.exc import TorchDynamoException
+
+        if self._broken:
+            return self._module._call_impl(*args, **kwargs)
+        try:
+            result = self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        else:
+            return _clone(result) if self._clone_outputs else result
+        # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
+        # error here, and nothing is wrong with the compilation.
+        result = self._module._call_impl(*args, **kwargs)
+        self._broken = True
+        self.off()
+        emit(FellBack(self._what, "torch.compile", reason))
+        return result
+
+    def _count(self, shapes: str) -> None:
+        self._graphs += 1
+        if self._sealed:
+            emit(Recompiled(self._what, self._graphs, shapes))
+
+
+def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Callable[..., Any]:
+    import torch
+    from torch._dynamo import lookup_backend
+    from torch._inductor import list_mode_options
+
+    # The wrapper is compiled, not the module: classes of torch.nn itself (Linear, Sequential, LSTM) stand on dynamo's
+    # skip list on older releases, and `Linear.compile()` then compiles nothing without a word.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    # dynamo keeps its graphs, and counts its limit of 8, by code object: each part needs one of its own.
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    # fallback_random: the compiled graph draws the same random numbers as eager does.
+    patches = {**list_mode_options(mode), "fallback_random": True}
+    inductor: Any = lookup_backend("inductor")
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        count(_shapes(inputs))
+        return inductor(graph, inputs, config_patches=patches)
+
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True)
+    return compiled
+
+
+def _shapes(inputs: list[Any]) -> str:
+    # A graph's inputs begin with sizes and weights; the user's own come last.
+    shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
+    return ", ".join(str(shape) for shape in shapes[-3:]) or "an input without tensors"
+
+
+def _on_cuda(module: nn.Module) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in module.parameters())
+
+
+def _clone(result: Any) -> Any:
+    # A CUDA graph writes its outputs to the same addresses at every replay.
+    import torch
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

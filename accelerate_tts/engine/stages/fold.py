@@ -1,0 +1,206 @@
+"""Weight-norm folding: compute `g * v / ||v||` once instead of at every call. Bit for bit the same.
+
+Both of torch's interfaces are folded: `torch.nn.utils.weight_norm` (a pre-forward hook) and
+`torch.nn.utils.parametrizations.weight_norm` (a property of a class made for that module).
+
+Removing the norm for good, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay
+where they are, and the product is a buffer that is not saved: `state_dict`, `load_state_dict` (which folds anew),
+`.to()` and `named_parameters` work as before, and a pickled or copied module is an untouched one. Editing `g` or `v`
+in place by hand is not seen until the fold is switched off and on again.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["FoldStage"]
+
+_FOLD = "_accelerate_tts_fold"
+# The containers in a module's __dict__ that a fold changes.
+_EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set", "_load_state_dict_post_hooks"}
+
+
+class FoldStage:
+    """Folds every weight norm inside a part."""
+
+    name = "fold weight norm"
+    least_share = 0.0
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return None if _foldable(part.module) else "no weight norm in it"
+
+    def prepare(self, part: Part) -> _Folds:
+        """See `Stage.prepare`."""
+        return _Folds(_foldable(part.module))
+
+
+class _Folds:
+    graphs: int | None = None
+
+    def __init__(self, folds: list[_Fold]) -> None:
+        self._folds = folds
+
+    def on(self) -> None:
+        for fold in self._folds:
+            fold.on()
+
+    def off(self) -> None:
+        for fold in reversed(self._folds):
+            fold.off()
+
+    def seal(self) -> None:
+        """Nothing is compiled."""
+
+
+def _foldable(module: nn.Module) -> list[_Fold]:
+    folds: list[_Fold] = []
+    for inner in module.modules():
+        if _FOLD in vars(inner):
+            continue
+        hooks = [hook for hook in inner._forward_pre_hooks.items() if type(hook[1]).__name__ == "WeightNorm"]
+        if len(hooks) == 1 and hasattr(hooks[0][1], "compute_weight"):
+            folds.append(_HookFold(inner, *hooks[0]))
+            continue
+        parametrized = getattr(inner, "parametrizations", None) or {}
+        if len(parametrized) == 1:  # with a second parametrized tensor the class cannot simply go
+            name, steps = next(iter(parametrized.items()))
+            if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
+                folds.append(_ParametrizationFold(inner, name))
+    return folds
+
+
+class _Fold:
+    """The fold of one tensor of one module."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+        self.own_class = type(module)
+        self._on = False
+
+    def weight(self) -> Any:
+        """The folded tensor, computed by torch's own operation."""
+        raise NotImplementedError
+
+    def plain_class(self) -> type:
+        """The class without the norm's own machinery."""
+        raise NotImplementedError
+
+    def detach(self, module: nn.Module) -> None:
+        """Take the norm's machinery off."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Put the norm's machinery back."""
+
+    def on(self) -> None:
+        if self._on:
+            return
+        module = self.module
+        weight = self.compute()
+        self.detach(module)
+        module.__class__ = _folded_class(self.plain_class())
+        module._buffers[self.name] = weight
+        module._non_persistent_buffers_set.add(self.name)
+        handle = module.register_load_state_dict_post_hook(_refold)
+        vars(module)[_FOLD] = (self, handle.id)
+        self._on = True
+
+    def off(self) -> None:
+        if self._on:
+            self.unfold(self.module)
+            self._on = False
+
+    def unfold(self, module: nn.Module) -> None:
+        """Undo on `module`: the folded one itself, or a shallow twin of it."""
+        _, hook = vars(module).pop(_FOLD)
+        del module._load_state_dict_post_hooks[hook]
+        del module._buffers[self.name]
+        module._non_persistent_buffers_set.discard(self.name)
+        module.__class__ = self.own_class
+        self.attach(module)
+
+    def compute(self) -> Any:
+        import torch
+
+        # A normal tensor even when tuning runs in inference mode: it outlives that scope.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return self.weight().detach().clone()
+
+
+class _HookFold(_Fold):
+    """`torch.nn.utils.weight_norm`: a pre-forward hook that writes a plain attribute at every call."""
+
+    def __init__(self, module: nn.Module, number: int, hook: Any) -> None:
+        super().__init__(module, hook.name)
+        self._number = number
+        self._hook = hook
+        self._order = list(module._forward_pre_hooks)
+        self._attribute: Any = None
+
+    def weight(self) -> Any:
+        return self._hook.compute_weight(self.module)
+
+    def plain_class(self) -> type:
+        return self.own_class
+
+    def detach(self, module: nn.Module) -> None:
+        del module._forward_pre_hooks[self._number]
+        self._attribute = vars(module).pop(self.name)
+
+    def attach(self, module: nn.Module) -> None:
+        vars(module)[self.name] = self._attribute
+        hooks = module._forward_pre_hooks
+        hooks[self._number] = self._hook
+        later = [number for number in hooks if number not in self._order]
+        for number in [*self._order, *later]:  # where it stood, and behind it what was registered since
+            if number in hooks:
+                hooks.move_to_end(number)
+
+
+class _ParametrizationFold(_Fold):
+    """`torch.nn.utils.parametrizations.weight_norm`: a property of a class that torch made for this module."""
+
+    def weight(self) -> Any:
+        return getattr(self.module, self.name)
+
+    def plain_class(self) -> type:
+        return self.own_class.__bases__[0]
+
+
+def _refold(module: nn.Module, _incompatible: object) -> None:
+    """After `load_state_dict`: the parameters are new, so is their product."""
+    fold, _ = vars(module)[_FOLD]
+    fold.off()
+    fold.on()
+
+
+@lru_cache(maxsize=256)
+def _folded_class(plain: type) -> type:
+    def untouched(self: Any) -> Any:
+        fold, _ = vars(self)[_FOLD]
+        twin = fold.own_class.__new__(fold.own_class)
+        twin.__dict__ = {
+            # The containers that unfold() edits must be the twin's own; all else is shared.
+            key: copy.copy(value) if key in _EDITED else value
+            for key, value in vars(self).items()
+        }
+        fold.unfold(twin)
+        return twin
+
+    def reduce_ex(self: Any, protocol: int) -> Any:
+        return untouched(self).__reduce_ex__(protocol)
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(untouched(self), memo)
+
+    # Under the plain class's own names: whoever prints or names the type finds what was there.
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**names, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})

@@ -1,0 +1,287 @@
+"""Try each stage on each part with the part's own inputs; keep what is faster and right; say so in a receipt.
+
+The one rule: whatever goes wrong in here, the object that leaves is at least as good as the one that came. A stage
+that raises, compiles nothing, is slower, cannot be told from noise or computes something else is switched off again.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts._version import __version__
+from accelerate_tts.engine.capture import watch
+from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
+from accelerate_tts.engine.random_state import seeded
+from accelerate_tts.engine.receipt import Receipt, StageResult
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, Difference, compare
+from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.engine.capture import Captured
+    from accelerate_tts.engine.plan import ModelPlan, Part
+    from accelerate_tts.engine.stages import Change, Stage
+
+__all__ = ["MARGIN", "Tuning", "tune"]
+
+MARGIN = 1.02
+"""A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a compiler."""
+
+# Seconds for one comparison of speeds; compare_speed stretches them to at least five pairs.
+_COMPARISON = 2.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A finished tuning: its receipt and the changes that are in force."""
+
+    receipt: Receipt
+    changes: tuple[Change, ...] = ()
+
+    def undo(self) -> None:
+        """Put the object back exactly as it was loaded."""
+        for change in reversed(self.changes):
+            change.off()
+
+
+@dataclass
+class _Session:
+    plan: ModelPlan
+    calls: Sequence[Callable[[], Any]]
+    device: DeviceInfo
+    deadline: float
+    captured: dict[str, Captured] = field(default_factory=dict)
+    results: list[StageResult] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> list[Any]:
+        """One warm-up pass through the public path, with the same random numbers every time."""
+        with seeded(self.device.type):
+            return [call() for call in self.calls]
+
+    def replay(self, part: Part) -> list[Any]:
+        """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself."""
+        captured = self.captured[part.name]
+        if captured.obstacle or not captured.calls:
+            return self.run()
+        with seeded(self.device.type):
+            return captured.replay(part.module)
+
+
+def tune(
+    plan: ModelPlan,
+    calls: Sequence[Callable[[], Any]],
+    stages: Sequence[Stage],
+    device: DeviceInfo,
+    budget: float,
+) -> Tuning:
+    """Optimise a loaded object in place.
+
+    Args:
+        plan: Its parts.
+        calls: Warm-up calls through the path that service calls will take.
+        stages: What to try, in order.
+        device: Where it runs.
+        budget: Seconds after which no further stage is begun.
+
+    Returns:
+        The receipt and the changes in force. An exception of a warm-up call becomes a `WarmupFailed` event and a
+        receipt that says so; the object is then untouched.
+    """
+    start = time.perf_counter()
+    empty = Receipt(plan.what, f"{device.kind} ({device.name})", _versions())
+    if not calls:
+        note = "no warmup= was given: nothing can be verified, so nothing was changed"
+        return Tuning(replace(empty, notes=(note,)))
+    session = _Session(plan, calls, device, start + budget)
+    try:
+        cold, reference = _first_passes(session)
+    except Exception as error:  # the user's own warm-up; the model was loaded, and that is not thrown away
+        reason = f"{type(error).__name__}: {error}"
+        emit(WarmupFailed(plan.what, reason))
+        seconds = time.perf_counter() - start
+        return Tuning(replace(empty, notes=(f"the warm-up failed: {reason}",), seconds=seconds))
+    try:
+        for part in plan.parts:
+            for stage in stages:
+                _try(session, part, stage)
+        timing, error = _whole(session, reference)
+    except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
+        Tuning(empty, tuple(session.changes)).undo()
+        raise
+    live = _recompile_counter(session.changes)
+    receipt = replace(
+        empty,
+        stages=tuple(session.results),
+        cold=cold,
+        before=timing.before,
+        after=timing.after,
+        ratio=timing.ratio,
+        error=error,
+        seconds=time.perf_counter() - start,
+        notes=tuple(session.notes),
+        _live=live,
+    )
+    emit(Tuned(plan.what, len(receipt.kept), len(receipt.stages), receipt.ratio, receipt.seconds))
+    return Tuning(receipt, tuple(session.changes))
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"accelerate_tts": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _first_passes(session: _Session) -> tuple[float, list[Any]]:
+    """The cold pass, and a warm one that is the reference and shows each part's inputs."""
+    clock = time.perf_counter()
+    session.run()
+    synchronize(session.device.type)
+    cold = time.perf_counter() - clock
+    with watch(session.plan.parts, session.device.type) as session.captured:
+        reference = session.run()
+    return cold, reference
+
+
+def _try(session: _Session, part: Part, stage: Stage) -> None:
+    """Try one stage on one part, and record what came of it."""
+    obstacle = stage.applies(part)
+    if obstacle is not None:
+        return  # nothing to try, nothing to report
+    clock = time.perf_counter()
+    result = StageResult(part.name, stage.name, kept=False, reason="")
+    obstacle = _not_worth_it(session, part, stage)
+    if obstacle is not None:
+        session.results.append(replace(result, reason=obstacle))
+        return
+    emit(Trying(f"{session.plan.what}: {part.name}", stage.name))
+    change: Change | None = None
+    try:
+        change = stage.prepare(part)
+        result = _judge(session, part, change, result)
+    except Exception as error:  # a stage must never cost the user the model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
+        result = replace(result, kept=False, reason=f"failed: {reason}")
+    finally:
+        if change is not None and not result.kept:
+            change.off()
+    if result.kept and change is not None:
+        session.changes.append(change)
+    graphs = None if change is None else change.graphs
+    session.results.append(replace(result, graphs=graphs, seconds=time.perf_counter() - clock))
+
+
+def _not_worth_it(session: _Session, part: Part, stage: Stage) -> str | None:
+    captured = session.captured[part.name]
+    if captured.count == 0 and not _is_whole(session, part):
+        return "the warm-up never called it"
+    total = sum(seen.seconds for seen in session.captured.values())
+    if captured.count and total > 0 and captured.seconds < stage.least_share * total:
+        return f"{100 * captured.seconds / total:.1f} % of the time: cannot pay"
+    if time.perf_counter() > session.deadline:
+        return "not tried: the tuning budget is spent"
+    return None
+
+
+def _is_whole(session: _Session, part: Part) -> bool:
+    # A root module may be driven by other methods than __call__; then the whole pass is what is timed.
+    return any(part.module is root for root in session.plan.roots)
+
+
+def _judge(session: _Session, part: Part, change: Change, result: StageResult) -> StageResult:
+    """Run the part both ways: first for its outputs, then for its time."""
+    reference = session.replay(part)
+    again = compare(reference, session.replay(part))
+    if again.error > EXACT_TOLERANCE:
+        return replace(result, reason="its own output does not repeat, so nothing can be verified")
+    change.on()
+    difference = compare(reference, session.replay(part))
+    change.off()
+    result = _with_error(result, difference)
+    if change.graphs == 0:
+        return replace(result, reason="compiled no graph at all")
+    if difference.error > EXACT_TOLERANCE:
+        reason = difference.reason or f"relative error {difference.error:.1e} > {EXACT_TOLERANCE:.0e}"
+        return replace(result, reason=f"wrong output: {reason}")
+
+    def tuned() -> None:
+        change.on()
+        session.replay(part)
+
+    def untouched() -> None:
+        change.off()
+        session.replay(part)
+
+    tuned()  # the first call after switching may still trace or compile
+    timing = compare_speed(untouched, tuned, session.device.type, _COMPARISON)
+    result = replace(result, before=timing.before, after=timing.after, ratio=timing.ratio, low=timing.low)
+    if timing.ratio < MARGIN or timing.low <= 1.0:
+        why = "slower" if timing.high < 1.0 else "not faster beyond doubt"
+        return replace(result, reason=f"{why} (95 % sure of {timing.low:.2f}x to {timing.high:.2f}x)")
+    change.on()
+    return replace(result, kept=True, reason=f"95 % sure of at least {timing.low:.2f}x")
+
+
+def _with_error(result: StageResult, difference: Difference) -> StageResult:
+    return replace(result, error=None if math.isinf(difference.error) else difference.error)
+
+
+def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
+    """The whole object, tuned against untouched; if that is slower or wrong, everything is undone."""
+    changes = session.changes
+
+    def tuned() -> list[Any]:
+        for change in changes:
+            change.on()
+        return session.run()
+
+    def untouched() -> list[Any]:
+        for change in reversed(changes):
+            change.off()
+        return session.run()
+
+    if not changes:
+        clock = time.perf_counter()
+        session.run()
+        synchronize(session.device.type)
+        seconds = time.perf_counter() - clock
+        return Timing(seconds, seconds, 1.0, 1.0, 1.0, 1), 0.0
+    difference = compare(reference, tuned())
+    repeats = compare(reference, untouched())
+    if repeats.error > EXACT_TOLERANCE:
+        session.notes.append("the whole output does not repeat under one seed; only the parts were verified")
+        difference = Difference(0.0)
+    timing = compare_speed(untouched, tuned, session.device.type, 2 * _COMPARISON)
+    if difference.error > EXACT_TOLERANCE or timing.ratio < 1.0:
+        wrong = difference.reason or f"relative error {difference.error:.1e}"
+        reason = f"slower in total ({timing.ratio:.2f}x)" if timing.ratio < 1.0 else f"wrong in total: {wrong}"
+        untouched()
+        changes.clear()
+        session.results[:] = [
+            replace(result, kept=False, reason=f"undone: {reason}") if result.kept else result
+            for result in session.results
+        ]
+        emit(FellBack(session.plan.what, "everything", reason))
+        return Timing(timing.before, timing.before, 1.0, 1.0, 1.0, timing.pairs), 0.0
+    tuned()
+    for change in changes:
+        change.seal()
+    return timing, difference.error
+
+
+def _recompile_counter(changes: Sequence[Change]) -> Callable[[], int]:
+    known = list(changes)
+    sealed = sum(change.graphs or 0 for change in known)
+
+    def count() -> int:
+        return sum(change.graphs or 0 for change in known) - sealed
+
+    return count

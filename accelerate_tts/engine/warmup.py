@@ -1,0 +1,230 @@
+"""Turn whatever `warmup=` was given into calls of what was loaded, and carry such calls to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accelerate_tts.engine.plan import find_modules
+from accelerate_tts.errors import WarmupError
+from accelerate_tts.runtime import modes
+from accelerate_tts.settings import Mode
+
+__all__ = ["Loaded", "check_warmup", "complete", "warmup_calls"]
+
+Call = Callable[[], Any]
+
+# Method names that take a text in the speech libraries we know, most usual first.
+_SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
+_TAKES = (
+    "a tensor, a tuple of arguments, a mapping of keyword arguments, a text, a callable of what was loaded,"
+    " or a list of these"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load function left behind.
+
+    Attributes:
+        result: What it returned.
+        owner: The object whose method it is, or `None` for a plain function.
+        loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
+    """
+
+    result: Any
+    owner: Any = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def subject(self) -> Any:
+        """The loaded object: what was returned or, where that is nothing, the owner."""
+        return self.owner if self.result is None else self.result
+
+
+def check_warmup(warmup: Any) -> None:
+    """Raise `WarmupError` for a `warmup=` that can never work, before anything is loaded."""
+    if isinstance(warmup, list):
+        if not warmup:
+            raise WarmupError(f"warmup=[] has nothing in it; give {_TAKES}")
+        for item in warmup:
+            if isinstance(item, list):
+                raise WarmupError(f"warmup={warmup!r} holds a list inside a list; give {_TAKES}")
+            check_warmup(item)
+    elif isinstance(warmup, str):
+        if not warmup.strip():
+            raise WarmupError(f"warmup={warmup!r} is an empty text; give a short sentence")
+    elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
+        raise WarmupError(f"warmup={warmup!r} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
+
+
+def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode) -> list[Call]:
+    """The calls that `warmup` stands for. Each runs to its end and returns its whole output.
+
+    Args:
+        warmup: As given to `@optimized_model`.
+        loaded: What it is a warm-up of.
+        mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
+
+    Raises:
+        WarmupError: `warmup` does not fit what was loaded.
+    """
+    check_warmup(warmup)
+    if warmup is None:
+        return []
+    items = warmup if isinstance(warmup, list) else [warmup]
+    return [_finished(_call_of(item, loaded, mode), loaded) for item in items]
+
+
+def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
+    """Carry what a call returned to its end: await it, or collect what it yields into a list.
+
+    Args:
+        result: Anything; a plain value comes back as it is.
+        loop: A running event loop of another thread to await on. Without one, a loop of our own is used.
+    """
+    if isinstance(result, AsyncIterator):
+        result = _collect(result)
+    if isinstance(result, Awaitable):
+        return _wait_for(result, loop)
+    return list(result) if isinstance(result, Generator) else result
+
+
+async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in stream]
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
+    if loop is not None:
+        return asyncio.run_coroutine_threadsafe(_await(awaitable), loop).result()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_await(awaitable))
+    # A synchronous load inside a running loop: that loop is blocked by us, so the coroutine gets another one.
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(asyncio.run(_await(awaitable)))
+        except BaseException as error:  # carried over to the waiting thread
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="accelerate_tts-warmup")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def _finished(call: Call, loaded: Loaded) -> Call:
+    def run() -> Any:
+        return complete(call(), loaded.loop)
+
+    return run
+
+
+def _call_of(item: Any, loaded: Loaded, mode: Mode) -> Call:
+    if isinstance(item, str):
+        speak, decorated = _speaker(loaded)
+        return partial(modes.call, speak, (item,), {}, "none" if decorated else mode)
+    if isinstance(item, Mapping):
+        target = _target(loaded, item)
+        return partial(modes.call, target, (), {str(k): _placed(v, target) for k, v in item.items()}, mode)
+    if isinstance(item, tuple) or _is_tensor(item):
+        target = _target(loaded, item)
+        args = item if isinstance(item, tuple) else (item,)
+        return partial(modes.call, target, tuple(_placed(value, target) for value in args), {}, mode)
+    return partial(modes.call, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode)
+
+
+def _is_tensor(value: Any) -> bool:
+    # By its protocol, so that checking a decorator's argument does not import torch.
+    return hasattr(type(value), "__torch_function__") and not callable(value)
+
+
+def _accepts(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a built-in without a signature
+        return True
+    return True
+
+
+def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
+    """The method that speaks a text, and whether it is decorated with @inference."""
+    from torch import nn
+
+    subjects = [item for item in (loaded.owner, loaded.result) if item is not None]
+    for subject in subjects:
+        names = _decorated_methods(type(subject))
+        for name in sorted(names, key=lambda n: _SPEAKING.index(n) if n in _SPEAKING else len(_SPEAKING)):
+            method = getattr(subject, name)
+            if _accepts(method, 1):
+                return method, True
+    for subject in reversed(subjects):
+        if isinstance(subject, nn.Module):
+            continue  # a module's generate() takes token ids
+        for name in _SPEAKING:
+            method = getattr(subject, name, None)
+            if callable(method) and _accepts(method, 1):
+                return method, False
+        if callable(subject) and _accepts(subject, 1):
+            return subject, False
+    raise WarmupError(
+        f"warmup is a text, but {_describe(loaded.subject)} has no @inference method that takes one,"
+        f" nor any of {', '.join(_SPEAKING)}; give warmup=lambda loaded: ... instead"
+    )
+
+
+def _decorated_methods(owner: type) -> list[str]:
+    names: dict[str, bool] = {}
+    for cls in owner.__mro__:
+        for name, member in vars(cls).items():
+            function = getattr(member, "__func__", member)  # inside a classmethod or staticmethod
+            names.setdefault(name, getattr(function, modes.INFERENCE_MARK, False) is True)
+    return [name for name, marked in names.items() if marked]
+
+
+def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
+    """What a tensor, tuple or mapping is given to."""
+    subject = loaded.subject
+    modules = find_modules(subject)
+    if "" in modules:
+        return modules[""]
+    if loaded.result is not None and not isinstance(subject, (tuple, list)) and callable(subject):
+        return subject  # type: ignore[no-any-return]  # callable() narrows Any to nothing better
+    if modules and (len(modules) == 1 or isinstance(subject, (tuple, list))):
+        return next(iter(modules.values()))  # of several in a returned tuple, the first
+    found = f"holds the modules {', '.join(modules)}" if modules else "holds no module"
+    raise WarmupError(
+        f"warmup is a {type(item).__name__}, but {_describe(subject)} cannot be called and {found};"
+        " give warmup=lambda loaded: ... to say what is called"
+    )
+
+
+def _placed(value: Any, target: Any) -> Any:
+    """A tensor on the device of the module it is given to; other values as they are."""
+    from torch import nn
+
+    if not isinstance(target, nn.Module) or not _is_tensor(value):
+        return value
+    parameter = next(target.parameters(), None)
+    return value if parameter is None else value.to(parameter.device)
+
+
+def _describe(subject: Any) -> str:
+    return "what was loaded (nothing)" if subject is None else f"the loaded {type(subject).__name__}"

@@ -1,0 +1,224 @@
+"""What happened, as data: frozen dataclasses, sent to hooks and logged once.
+
+A degradation (a fallback, a failed warm-up, a setting that came too late) is never silent: it is an `Event` with
+`degraded = True`, which is logged at WARNING the first time it happens and at DEBUG after that. Hooks see each one,
+every time, so a metrics system can count them without this library depending on it::
+
+    remove = accelerate_tts.add_hook(lambda event: counter.labels(type(event).__name__).inc())
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "Event",
+    "EventHook",
+    "FellBack",
+    "NotApplied",
+    "Prepared",
+    "Recompiled",
+    "Trying",
+    "Tuned",
+    "Undone",
+    "WarmupFailed",
+    "Warmed",
+    "add_hook",
+    "emit",
+]
+
+logger = logging.getLogger("accelerate_tts")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. `str(event)` is the line that is logged."""
+
+    degraded: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Prepared(Event):
+    """A device was detected and its set-up applied."""
+
+    device: str
+    applied: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"device {self.device} ready: {', '.join(self.applied) or 'nothing to set'}"
+
+
+@dataclass(frozen=True)
+class Warmed(Event):
+    """A warm-up pass succeeded."""
+
+    what: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: warm after {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class Trying(Event):
+    """A stage is about to be tried on a part: the start of something that may take seconds."""
+
+    what: str
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: trying {self.stage}"
+
+
+@dataclass(frozen=True)
+class Tuned(Event):
+    """Tuning of one loaded object ended."""
+
+    what: str
+    kept: int
+    tried: int
+    ratio: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: kept {self.kept} of {self.tried} optimisations, {self.ratio:.2f}x eager,"
+            f" in {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Undone(Event):
+    """An optimised object was put back to its untouched state on request."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: back to the untouched model"
+
+
+@dataclass(frozen=True)
+class Recompiled(Event):
+    """A compiled part met an input outside what it was warmed up for, and was compiled again in service."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    graphs: int
+    shapes: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: recompiled in service for {self.shapes} (graph {self.graphs}); warm up with such a length"
+
+
+@dataclass(frozen=True)
+class FellBack(Event):
+    """An optimisation could not be used; the untouched model answers instead."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    stage: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.stage} is off, the untouched model is used: {self.reason}"
+
+
+@dataclass(frozen=True)
+class WarmupFailed(Event):
+    """A warm-up pass raised; the object is left as it was loaded."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: warm-up failed, nothing was optimised: {self.reason}"
+
+
+@dataclass(frozen=True)
+class NotApplied(Event):
+    """A setting had no effect, and what to do about it."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what} was not applied: {self.reason}"
+
+
+class EventHook(Protocol):
+    """Called with each event, in the thread where it happened. It must be quick and must not raise."""
+
+    def __call__(self, event: Event, /) -> object:
+        """Receive one event."""
+        ...
+
+
+_lock = threading.Lock()
+_hooks: tuple[EventHook, ...] = ()
+_logged: set[Event] = set()
+# Events carry texts, so their number is not bounded by their types; the memory of "already logged" is.
+_LOGGED_LIMIT = 512
+
+
+def add_hook(hook: EventHook) -> Callable[[], None]:
+    """Have `hook` called with every event from now on.
+
+    Args:
+        hook: A callable of one `Event`. An exception in it is logged and goes no further.
+
+    Returns:
+        A function that removes the hook again; calling it twice is harmless.
+
+    Raises:
+        TypeError: `hook` is not callable.
+    """
+    if not callable(hook):
+        raise TypeError(f"add_hook() needs a callable of one event, got {hook!r}")
+
+    # A wrapper of its own for each registration: the same hook may be added twice and removed once.
+    def registration(event: Event) -> object:
+        return hook(event)
+
+    global _hooks  # noqa: PLW0603 - an immutable tuple swapped under a lock, read without one
+    with _lock:
+        _hooks = (*_hooks, registration)
+
+    def remove() -> None:
+        global _hooks  # noqa: PLW0603
+        with _lock:
+            _hooks = tuple(known for known in _hooks if known is not registration)
+
+    return remove
+
+
+def emit(event: Event) -> None:
+    """Log `event` (a degradation once at WARNING) and hand it to the hooks."""
+    with _lock:
+        first = event not in _logged
+        if first:
+            if len(_logged) >= _LOGGED_LIMIT:
+                _logged.clear()
+            _logged.add(event)
+        hooks = _hooks
+    if event.degraded and first:
+        level = logging.WARNING
+    else:
+        level = logging.DEBUG if event.degraded else logging.INFO
+    logger.log(level, "%s", event)
+    for hook in hooks:
+        try:
+            hook(event)
+        except Exception:  # a broken metrics hook must not break speech
+            logger.exception("an event hook raised; the event was %s", event)

@@ -1,0 +1,35 @@
+"""What is known of each system. Systems are known by the names of their classes; none of them is imported here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.models import generic, vits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["describe"]
+
+# Class name (of the module or a class it derives from) -> what names its parts.
+_KNOWN: dict[str, Callable[[str, nn.Module], tuple[Part, ...]]] = {
+    "VitsModel": vits.parts,
+}
+
+
+def describe(subject: object, what: str | None = None) -> ModelPlan:
+    """Say what a loaded object consists of.
+
+    Args:
+        subject: A module, or an object, tuple or mapping that holds modules.
+        what: A name for people; the object's class name if not given.
+    """
+    modules = find_modules(subject)
+    parts: list[Part] = []
+    for path, module in modules.items():
+        handler = next((_KNOWN[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _KNOWN), generic.parts)
+        parts += handler(path, module)
+    return ModelPlan(what or type(subject).__name__, tuple(modules.values()), tuple(parts))

@@ -1,0 +1,380 @@
+"""`PerformanceOptimizer`, the one shared engine behind the decorators, and its process-wide accessor."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate_tts.device import detect, flags, memory, setup
+from accelerate_tts.errors import ModelError, SettingsError
+from accelerate_tts.events import FellBack, NotApplied, Prepared, Undone, Warmed, WarmupFailed, emit
+from accelerate_tts.runtime import modes
+from accelerate_tts.settings import Mode, Settings, is_active
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.engine.tune import Tuning
+    from accelerate_tts.engine.warmup import Loaded
+
+__all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
+
+T = TypeVar("T")
+
+_GIB = 1024**3
+# A batch never takes more than this share of what is free: fragmentation and the next request need the rest.
+_BATCH_SHARE = 0.8
+# A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm.
+_CUDA_GRAPH_PASSES = 3
+
+
+class PerformanceOptimizer:
+    """Detects the device, makes it ready, and optimises and warms up models on it.
+
+    Every method may be called from any thread. `initialize()` is called by those that need it.
+
+    Args:
+        settings: Options; read from the environment if not given.
+
+    Raises:
+        SettingsError: An environment variable has a value that means nothing.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = Settings.from_environment() if settings is None else settings
+        self._lock = threading.RLock()
+        self._device: detect.DeviceInfo | None = None
+        self._hold: flags.Hold | None = None
+        self._tunings = _IdentityMap()
+
+    # --- device ----------------------------------------------------------------------------------------------
+
+    def initialize(self) -> torch.device:
+        """Detect the device and apply its set-up, once; later calls return the same device.
+
+        CUDA and ROCm: TF32 for matrix products and cuDNN, cuDNN autotune. MPS: the fallback and watermark
+        variables. Everywhere: CPU threads that fit affinity, quota and `settings.workers`. A variable that the
+        user has set is left alone. `close()` puts everything back.
+
+        Raises:
+            SettingsError: `settings.device` is not available on this machine.
+        """
+        import torch
+
+        return torch.device(self._ready().type)
+
+    @property
+    def device(self) -> detect.DeviceInfo:
+        """The detected device in detail; initializes if need be."""
+        return self._ready()
+
+    def _ready(self) -> detect.DeviceInfo:
+        if self._device is not None:
+            return self._device
+        with self._lock:
+            if self._device is None:
+                device = detect.detect(self.settings.device)
+                self._hold = flags.hold(setup.setup_flags(device, self.settings))
+                self._device = device
+                emit(Prepared(f"{device.kind} ({device.name})", tuple(f.name for f in self._hold.flags)))
+            return self._device
+
+    def close(self) -> None:
+        """Put back every flag and variable that `initialize()` changed. Models stay as they are."""
+        with self._lock:
+            if self._hold is not None:
+                self._hold.release()
+            self._hold = self._device = None
+
+    def call_flags(self) -> list[tuple[flags.Flag, Any]]:
+        """The process-wide flags that a `fast_inference()` scope holds on this device."""
+        return setup.call_flags(self._ready(), self.settings)
+
+    # --- models ----------------------------------------------------------------------------------------------
+
+    def compile_model(self, model: T, model_name: str, warmup_input: Any = None) -> T:
+        """Compile a module in place with the mode of the device, and warm it up if an input is given.
+
+        Compiling happens at the first call. If the compiler fails there, or compiles nothing, the module goes on
+        untouched and a `FellBack` event says why. Lengths are dynamic: a new one costs no compilation.
+
+        Args:
+            model: A `torch.nn.Module`. It keeps its class, state dict and pickling.
+            model_name: Its name in events.
+            warmup_input: As for `warmup_model`.
+
+        Returns:
+            `model` itself, compiled or not. Not tried on MPS, or where `settings.compile` is off.
+
+        Raises:
+            ModelError: `model` is no `torch.nn.Module`.
+        """
+        from torch import nn
+
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                f"compile_model() needs a torch.nn.Module as {model_name!r}, got a {type(model).__name__};"
+                " for a pipeline object give one of its modules, or use @optimized_model"
+            )
+        mode = setup.compile_mode(self._ready(), self.settings)
+        if mode is None or not is_active():
+            why = "switched off" if not (is_active() and self.settings.compile) else "not tried on MPS"
+            emit(NotApplied(f"torch.compile of {model_name}", why))
+            return model
+        from accelerate_tts.engine.stages.compile import CompiledCall
+
+        with self._lock:
+            if model._compiled_call_impl is not None:
+                return model
+            try:
+                change = CompiledCall(model, model_name, mode)
+            except Exception as error:  # a torch without its compiler (a cut-down build) fails here
+                emit(FellBack(model_name, "torch.compile", f"{type(error).__name__}: {error}"))
+                return model
+            change.on()
+            if warmup_input is not None and self.warmup_model(model, warmup_input):
+                if change.graphs == 0:
+                    change.off()
+                    emit(FellBack(model_name, "torch.compile", "it compiled no graph at all"))
+                change.seal()
+        return model
+
+    def warmup_model(self, model: Any, warmup_input: Any) -> bool:
+        """Run a model once, in inference mode, so that its first real call is warm.
+
+        The user's random state is as before afterwards. Where a CUDA graph has to be recorded, the pass is made
+        three times.
+
+        Args:
+            model: A module, or any object that `@optimized_model` takes.
+            warmup_input: A tensor, a tuple of arguments, a mapping of keyword arguments, a text, a callable of the
+                model, or a list of these, each run in turn. Tensors are moved to the module's device.
+
+        Returns:
+            True if it ran; False if it raised, with a `WarmupFailed` event that says what.
+
+        Raises:
+            WarmupError: `warmup_input` is none of these.
+        """
+        from accelerate_tts.engine.random_state import seeded
+        from accelerate_tts.engine.warmup import Loaded, warmup_calls
+
+        device = self._ready()
+        calls = warmup_calls(warmup_input, Loaded(model), "inference")
+        name = type(model).__name__
+        captures = setup.compile_mode(device, self.settings) in {"reduce-overhead", "max-autotune"}
+        start = time.perf_counter()
+        try:
+            for _ in range(_CUDA_GRAPH_PASSES if device.type == "cuda" and captures else 1):
+                with seeded(device.type):
+                    for call in calls:
+                        call()
+        except Exception as error:  # whatever the model raises: the contract is a bool, and the event has the reason
+            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
+            return False
+        emit(Warmed(name, time.perf_counter() - start))
+        return True
+
+    def optimize(self, loaded: Loaded, warmup: Any, mode: Mode = "inference") -> Receipt | None:
+        """Tune, verify and warm up what a load function left behind; what `@optimized_model` does.
+
+        One tuning runs at a time in a process. An object that is tuned already keeps its tuning.
+
+        Returns:
+            The receipt, or `None` if `loaded` holds no module.
+
+        Raises:
+            WarmupError: `warmup` does not fit what was loaded.
+        """
+        from accelerate_tts.engine.stages import default_stages
+        from accelerate_tts.engine.tune import tune
+        from accelerate_tts.engine.warmup import warmup_calls
+        from accelerate_tts.models import describe
+
+        with _tuning_lock:
+            device = self._ready()
+            plan = describe(loaded.subject)
+            if not plan.roots:
+                what = f"@optimized_model on {plan.what}"
+                emit(NotApplied(what, "no torch.nn.Module was found in what was loaded; nothing was optimised"))
+                return None
+            known = [self._tunings.get(root) for root in plan.roots]
+            tuning = known[0]
+            if tuning is not None and all(other is tuning for other in known):
+                self._remember(loaded, tuning)
+                return tuning.receipt
+            calls = warmup_calls(warmup, loaded, mode)
+            stages = default_stages(setup.compile_mode(device, self.settings))
+            tuning = tune(plan, calls, stages, device, self.settings.tune_seconds)
+            for root in plan.roots:
+                self._tunings.put(root, tuning)
+            self._remember(loaded, tuning)
+            return tuning.receipt
+
+    def _remember(self, loaded: Loaded, tuning: Tuning) -> None:
+        for item in (loaded.result, loaded.owner):
+            if item is not None:
+                self._tunings.put(item, tuning)
+
+    def receipt(self, tuned: object) -> Receipt | None:
+        """The receipt of a tuned object: the module or pipeline that was loaded, or the backend that loaded it."""
+        tuning = self._tunings.get(tuned)
+        return None if tuning is None else tuning.receipt
+
+    def undo(self, tuned: object) -> bool:
+        """Put a tuned object back exactly as it was loaded. Returns whether there was something to undo."""
+        with _tuning_lock:
+            tuning = self._tunings.get(tuned)
+            if tuning is None:
+                return False
+            tuning.undo()
+            self._tunings.forget(tuning)
+            emit(Undone(tuning.receipt.what))
+            return True
+
+    # --- calls and memory ------------------------------------------------------------------------------------
+
+    def get_inference_context(self) -> AbstractContextManager[Any]:
+        """`torch.inference_mode()` where there is torch, else a null context. For synchronous code only."""
+        return create_inference_context()
+
+    def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
+        """How many items to run at once.
+
+        Args:
+            default: The answer where the table below has none: a device whose memory cannot be read.
+            item_bytes: Bytes that one item takes at its peak, as `measure_item_bytes` tells. With it the answer is
+                what fits into 80 % of the memory that is free now.
+
+        Returns:
+            At least 1. Without `item_bytes`: CUDA with more than 16 GiB in total 4, more than 8 GiB 2, else 1;
+            MPS 2; CPU 1; others `default` or 1.
+
+        Raises:
+            SettingsError: `default` or `item_bytes` is not a whole number of at least 1.
+        """
+        for name, value in (("default", default), ("item_bytes", item_bytes)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise SettingsError(f"{name}={value!r} must be None or a whole number of at least 1")
+        device = self._ready()
+        if item_bytes is not None:
+            free = memory.free_bytes(device)
+            if free is not None:
+                return max(1, int(free * _BATCH_SHARE) // item_bytes)
+        if device.type == "cpu":
+            return 1
+        if device.type == "mps":
+            return 2
+        if device.type == "cuda" and device.total_memory is not None:
+            return 4 if device.total_memory > 16 * _GIB else 2 if device.total_memory > 8 * _GIB else 1
+        return default or 1
+
+    def measure_item_bytes(self, model: Any, warmup_input: Any) -> int | None:
+        """Run a model once on one item and return the bytes this took at its peak, at least 1.
+
+        Args:
+            model: As for `warmup_model`.
+            warmup_input: One item, as for `warmup_model`.
+
+        Returns:
+            The bytes, or `None` where the system keeps no peak that can be reset (MPS; a CPU away from Linux).
+        """
+        from accelerate_tts.engine.random_state import seeded
+        from accelerate_tts.engine.warmup import Loaded, warmup_calls
+
+        device = self._ready()
+        calls = warmup_calls(warmup_input, Loaded(model), "inference")
+
+        def work() -> None:
+            with seeded(device.type):
+                for call in calls:
+                    call()
+
+        peak = memory.peak_of(device, work)
+        return None if peak is None else max(1, peak)
+
+    def cleanup_memory(self, force: bool = False) -> None:
+        """Give memory back: garbage collection, the device's allocator cache, `malloc_trim` under glibc.
+
+        Never raises, and never touches memory in use. Without `force` it does nothing, in some microseconds, unless
+        less than a tenth of the device's memory is free: at every call it would cost more than it frees.
+        """
+        try:
+            device = self._ready()
+            if force or memory.under_pressure(device):
+                memory.cleanup(device)
+        except Exception as error:  # "never raises": a failing driver query must not break the user's call
+            emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
+
+
+class _IdentityMap:
+    """Tunings by the identity of objects, without keeping the objects alive or asking them to be hashable."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[int, tuple[Callable[[], object], Tuning]] = {}
+
+    def get(self, item: object) -> Tuning | None:
+        entry = self._entries.get(id(item))
+        return entry[1] if entry is not None and entry[0]() is item else None
+
+    def put(self, item: object, tuning: Tuning) -> None:
+        number = id(item)
+
+        def gone(_reference: object) -> None:
+            self._entries.pop(number, None)
+
+        try:
+            reference: Callable[[], object] = weakref.ref(item, gone)
+        except TypeError:  # a tuple or a class with slots: its modules are known, and that is enough
+            return
+        with self._lock:
+            self._entries[number] = (reference, tuning)
+
+    def forget(self, tuning: Tuning) -> None:
+        with self._lock:
+            for number in [key for key, entry in self._entries.items() if entry[1] is tuning]:
+                del self._entries[number]
+
+
+# Tuning changes modules and measures time: two at once would spoil each other's figures.
+_tuning_lock = threading.RLock()
+_accessor_lock = threading.Lock()
+_optimizer: PerformanceOptimizer | None = None
+
+
+def get_performance_optimizer() -> PerformanceOptimizer:
+    """The optimizer that the whole process shares, made at its first use from the environment's settings.
+
+    Raises:
+        SettingsError: An environment variable has a value that means nothing.
+    """
+    global _optimizer  # noqa: PLW0603 - the process-wide instance, made once under a lock
+    if _optimizer is None:
+        with _accessor_lock:
+            if _optimizer is None:
+                _optimizer = PerformanceOptimizer()
+    return _optimizer
+
+
+def create_inference_context() -> AbstractContextManager[Any]:
+    """`torch.inference_mode()` where there is torch, else a null context.
+
+    Synchronous code only: entered around an `await` or a `yield` it would leak. `@inference` does those right.
+    """
+    return modes.mode_factory("inference")() if is_active() else nullcontext()
+
+
+def receipt_of(tuned: object) -> Receipt | None:
+    """The receipt of an object that `@optimized_model` tuned, or `None`.
+
+    Args:
+        tuned: The module or pipeline that was loaded, or the backend whose load method was decorated.
+    """
+    return get_performance_optimizer().receipt(tuned)
