@@ -6,6 +6,7 @@ import asyncio
 import copy
 import inspect
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
@@ -55,7 +56,7 @@ class _RunInMode:
     """What an @inference shell does at a call. A class, so that it can be pickled."""
 
     def __init__(self, mode: Mode) -> None:
-        self.mode = mode
+        self.mode: Mode = mode
 
     def __call__(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         return modes.call(wrapped, args, kwargs, self.mode) if is_active() else wrapped(*args, **kwargs)
@@ -83,12 +84,11 @@ def inference(function: Any = None, /, *, mode: Mode = "inference") -> Any:
     """
     check_mode(mode)
     if function is None:
-        return lambda decorated: inference_with(decorated, mode)
-    return inference_with(function, mode)
+        return partial(_decorate_inference, mode=mode)
+    return _decorate_inference(function, mode=mode)
 
 
-def inference_with(function: Any, mode: Mode) -> Any:
-    """`inference` with everything given."""
+def _decorate_inference(function: Any, *, mode: Mode) -> Any:
     _check_function("inference", function)
     return _InferenceShell(function, _RunInMode(mode))
 
@@ -135,7 +135,7 @@ class _Optimize:
 
     def __init__(self, warmup: Any, mode: Mode) -> None:
         self.warmup = warmup
-        self.mode = mode
+        self.mode: Mode = mode
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)

@@ -27,8 +27,8 @@ __all__ = [
     "Trying",
     "Tuned",
     "Undone",
-    "WarmupFailed",
     "Warmed",
+    "WarmupFailed",
     "add_hook",
     "emit",
 ]
@@ -212,10 +212,9 @@ def emit(event: Event) -> None:
                 _logged.clear()
             _logged.add(event)
         hooks = _hooks
-    if event.degraded and first:
-        level = logging.WARNING
-    else:
-        level = logging.DEBUG if event.degraded else logging.INFO
+    level = logging.INFO
+    if event.degraded:
+        level = logging.WARNING if first else logging.DEBUG
     logger.log(level, "%s", event)
     for hook in hooks:
         try:

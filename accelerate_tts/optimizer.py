@@ -260,7 +260,7 @@ class PerformanceOptimizer:
             SettingsError: `default` or `item_bytes` is not a whole number of at least 1.
         """
         for name, value in (("default", default), ("item_bytes", item_bytes)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise SettingsError(f"{name}={value!r} must be None or a whole number of at least 1")
         device = self._ready()
         if item_bytes is not None:

@@ -17,9 +17,18 @@ from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
-__all__ = ["CompileMode", "Mode", "Settings", "check_mode", "is_active", "is_testing", "set_active", "testing"]
+__all__ = [
+    "CompileMode",
+    "Mode",
+    "Settings",
+    "check_mode",
+    "is_active",
+    "is_testing",
+    "set_active",
+    "testing",
+]
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Mode = Literal["inference", "no_grad", "none"]
@@ -234,7 +243,7 @@ def is_testing() -> bool:
 
 
 @contextmanager
-def testing() -> Iterator[None]:
+def testing() -> Generator[None, None, None]:
     """Make every decorator a pass-through while the scope is open: no tuning, no compiling, no mode.
 
     For a test suite, usually as an autouse fixture. Scopes may nest and overlap in any threads; they hold for the

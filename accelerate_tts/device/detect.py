@@ -28,7 +28,7 @@ class DeviceInfo:
 
     @property
     def type(self) -> str:
-        """torch's name for the device type: "cuda", "mps", "xpu" or "cpu"."""
+        """Torch's name for the device type: "cuda", "mps", "xpu" or "cpu"."""
         return "cuda" if self.kind == "rocm" else self.kind
 
 

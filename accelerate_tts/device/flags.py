@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
+    from typing_extensions import Self
+
 __all__ = [
     "CUDNN_BENCHMARK",
     "CUDNN_TF32",
@@ -80,7 +82,7 @@ class Hold:
                 elif newest == self._number:
                     flag.write(next(reversed(held.values.values())))
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -73,7 +73,7 @@ def under_pressure(device: DeviceInfo) -> bool:
     if device.total_memory is not None:
         free = free_bytes(device)
         return free is not None and free < _PRESSURE * device.total_memory
-    return _free_host() < _PRESSURE * psutil.virtual_memory().total
+    return bool(_free_host() < _PRESSURE * psutil.virtual_memory().total)
 
 
 def resident_bytes() -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.measure import synchronize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from accelerate_tts.engine.plan import Part
 
@@ -67,7 +67,7 @@ class _Call:
 
 
 @contextmanager
-def watch(parts: tuple[Part, ...], device_type: str) -> Iterator[dict[str, Captured]]:
+def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Captured], None, None]:
     """While open, record each part's calls into the yielded mapping, by part name."""
     seen = {part.name: Captured() for part in parts}
     handles: list[Any] = []
@@ -111,9 +111,7 @@ def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) -> 
     autocast = None
     if torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    return _Call(
-        _copied(args), _copied(kwargs), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast
-    )
+    return _Call(_copied(args), _copied(kwargs), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
 
 
 def _copied(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same, so that noise does not flip the verdict.
+"""Timing two states of the same work, so that noise does not flip the verdict.
 
 The two are run in turn, A B A B ..., so that a slow phase of the machine hits both alike; each pair gives one ratio.
 The verdict rests on the order statistics of those ratios, which assume nothing of their distribution: the k-th smallest
@@ -26,11 +26,11 @@ _MOST_PAIRS = 25
 
 @dataclass(frozen=True)
 class Timing:
-    """Two ways timed against each other.
+    """Two states timed against each other.
 
     Attributes:
-        before: Median seconds of the first way.
-        after: Median seconds of the second.
+        before: Median seconds in the first state.
+        after: Median seconds in the second.
         ratio: Median of the pairs' ratios; above 1 the second is faster.
         low: A bound that the true median ratio is above with 95 % confidence.
         high: A bound that it is below with 95 % confidence.
@@ -46,28 +46,40 @@ class Timing:
 
 
 def compare_speed(
-    before: Callable[[], object], after: Callable[[], object], device_type: str, seconds: float
+    run: Callable[[], object],
+    before: Callable[[], object],
+    after: Callable[[], object],
+    device_type: str,
+    seconds: float,
 ) -> Timing:
-    """Time two functions against each other, in turn.
+    """Time one piece of work in two states, in turn.
 
     Args:
-        before: The way it was. Both should have run once already.
-        after: The candidate.
+        run: The work. It should have run once in both states already.
+        before: Switches to the first state, the way it was. Not timed.
+        after: Switches to the second, the candidate. Not timed.
         device_type: torch's device type, whose work is waited for before a clock is read.
         seconds: About how long this may take. At least 5 pairs are run, at most 25.
     """
-    first = [_time(before, device_type)]
-    second = [_time(after, device_type)]
-    pair = max(first[0] + second[0], 1e-9)
-    pairs = max(_FEWEST_PAIRS, min(_MOST_PAIRS, int(seconds / pair)))
+
+    def timed(switch: Callable[[], object]) -> float:
+        switch()
+        synchronize(device_type)
+        start = time.perf_counter()
+        run()
+        synchronize(device_type)
+        return max(time.perf_counter() - start, 1e-9)
+
+    first, second = [timed(before)], [timed(after)]
+    pairs = max(_FEWEST_PAIRS, min(_MOST_PAIRS, int(seconds / (first[0] + second[0]))))
     for number in range(1, pairs):
         # The order within a pair alternates: whoever runs second finds warmer or fuller caches.
         if number % 2:
-            second.append(_time(after, device_type))
-            first.append(_time(before, device_type))
+            second.append(timed(after))
+            first.append(timed(before))
         else:
-            first.append(_time(before, device_type))
-            second.append(_time(after, device_type))
+            first.append(timed(before))
+            second.append(timed(after))
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
     rank = _rank(pairs)
     return Timing(
@@ -88,14 +100,6 @@ def _rank(count: int) -> int:
             break
         rank = k
     return max(rank, 0)
-
-
-def _time(work: Callable[[], object], device_type: str) -> float:
-    synchronize(device_type)
-    start = time.perf_counter()
-    work()
-    synchronize(device_type)
-    return max(time.perf_counter() - start, 1e-9)
 
 
 def synchronize(device_type: str) -> None:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 __all__ = ["seeded"]
 
 
 @contextmanager
-def seeded(device_type: str, seed: int = 0) -> Iterator[None]:
+def seeded(device_type: str, seed: int = 0) -> Generator[None, None, None]:
     """Seed torch (CPU and device), Python and, where loaded, NumPy; put their states back at the end.
 
     NumPy counts because models use it at inference too: transformers' VITS draws its layer drop from it.

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 __all__ = ["Receipt", "StageResult"]
 
@@ -43,6 +42,15 @@ class StageResult:
     error: float | None = None
     graphs: int | None = None
     seconds: float = 0.0
+
+    def figures(self) -> tuple[str, str, str, str]:
+        """Before, after, ratio and error, as short texts."""
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error_text(self.error)
+
+    @property
+    def verdict(self) -> str:
+        """Kept or dropped, and why."""
+        return f"{'kept' if self.kept else 'dropped'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -117,36 +125,10 @@ class Receipt:
         """Write the receipt's JSON to `path`."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """The receipt's table, a header first, every cell a text."""
-        header = ("part", "stage", "verdict", "before", "after", "ratio", "error", "why")
-        body = [
-            (
-                stage.part,
-                stage.stage,
-                "kept" if stage.kept else "dropped",
-                duration(stage.before),
-                duration(stage.after),
-                "-" if stage.ratio is None else f"{stage.ratio:.2f}x",
-                error_text(stage.error),
-                stage.reason,
-            )
-            for stage in self.stages
-        ]
-        whole = (
-            "whole",
-            "everything kept",
-            f"{len(self.kept)} kept",
-            duration(self.before),
-            duration(self.after),
-            f"{self.ratio:.2f}x",
-            error_text(self.error),
-            f"{self.recompiles} recompiles since warm-up",
-        )
-        return [header, *body, whole]
-
     def __str__(self) -> str:
-        rows = self.rows()
+        rows = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
+        rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
+        rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [f"{self.what} on {self.device}"]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -154,6 +136,15 @@ class Receipt:
         lines.append(f"{cold}tuning took {self.seconds:.1f} s")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def figures(self) -> tuple[str, str, str, str]:
+        """Before, after, ratio and error of the whole, as short texts."""
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error_text(self.error)
+
+    @property
+    def verdict(self) -> str:
+        """How many stages were kept, and the recompilations since."""
+        return f"{len(self.kept)} kept, {self.recompiles} recompiles since warm-up"
 
 
 def duration(seconds: float | None) -> str:
@@ -163,6 +154,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 1e-3:  # noqa: PLR2004 - units
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1.0 else f"{seconds:.2f} s"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio of speeds as a short text."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def error_text(error: float | None) -> str:

@@ -48,9 +48,7 @@ def compare(reference: Any, candidate: Any) -> Difference:
     worst = 0.0
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return Difference(
-                math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}"
-            )
+            return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         worst = max(worst, _error(a, b))
         if math.isinf(worst):
             return Difference(math.inf, "values that are not finite or not equal")
@@ -71,7 +69,7 @@ def tensors_of(value: Any) -> Iterator[Any]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_of(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif not isinstance(value, type) and dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_of(getattr(value, field.name))
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "fiub":

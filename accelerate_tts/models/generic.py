@@ -14,4 +14,6 @@ __all__ = ["parts"]
 
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
     """The module as one part, if it has anything to optimise."""
-    return (Part(path or type(module).__name__, "model", module),) if next(module.parameters(), None) is not None else ()
+    return (
+        (Part(path or type(module).__name__, "model", module),) if next(module.parameters(), None) is not None else ()
+    )

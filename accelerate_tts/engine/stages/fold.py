@@ -85,9 +85,14 @@ class _Fold:
         self.name = name
         self.own_class = type(module)
         self._on = False
+        self._computed: tuple[object, Any] = (None, None)
 
     def weight(self) -> Any:
         """The folded tensor, computed by torch's own operation."""
+        raise NotImplementedError
+
+    def factors(self) -> list[Any]:
+        """The parameters that it is the product of."""
         raise NotImplementedError
 
     def plain_class(self) -> type:
@@ -109,7 +114,7 @@ class _Fold:
         module.__class__ = _folded_class(self.plain_class())
         module._buffers[self.name] = weight
         module._non_persistent_buffers_set.add(self.name)
-        handle = module.register_load_state_dict_post_hook(_refold)
+        handle = module.register_load_state_dict_post_hook(_refold)  # type: ignore[no-untyped-call]  # torch's own gap
         vars(module)[_FOLD] = (self, handle.id)
         self._on = True
 
@@ -128,11 +133,17 @@ class _Fold:
         self.attach(module)
 
     def compute(self) -> Any:
+        """The folded tensor; the one computed before if no factor of it has been written since."""
         import torch
 
-        # A normal tensor even when tuning runs in inference mode: it outlives that scope.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            return self.weight().detach().clone()
+        factors = self.factors()
+        # An inference tensor (a model that was built in that mode) counts no versions; it is computed anew.
+        state = None if any(f.is_inference() for f in factors) else [(f._version, f.data_ptr()) for f in factors]
+        if state is None or self._computed[0] != state:
+            # A normal tensor even when tuning runs in inference mode: it outlives that scope.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._computed = (state, self.weight().detach().clone())
+        return self._computed[1]
 
 
 class _HookFold(_Fold):
@@ -148,6 +159,9 @@ class _HookFold(_Fold):
     def weight(self) -> Any:
         return self._hook.compute_weight(self.module)
 
+    def factors(self) -> list[Any]:
+        return [getattr(self.module, self.name + suffix) for suffix in ("_g", "_v")]
+
     def plain_class(self) -> type:
         return self.own_class
 
@@ -158,28 +172,34 @@ class _HookFold(_Fold):
     def attach(self, module: nn.Module) -> None:
         vars(module)[self.name] = self._attribute
         hooks = module._forward_pre_hooks
-        hooks[self._number] = self._hook
-        later = [number for number in hooks if number not in self._order]
-        for number in [*self._order, *later]:  # where it stood, and behind it what was registered since
-            if number in hooks:
-                hooks.move_to_end(number)
+        now = {**hooks, self._number: self._hook}
+        later = [number for number in now if number not in self._order]
+        hooks.clear()  # where it stood, and behind it what was registered since
+        hooks.update({number: now[number] for number in [*self._order, *later] if number in now})
 
 
 class _ParametrizationFold(_Fold):
     """`torch.nn.utils.parametrizations.weight_norm`: a property of a class that torch made for this module."""
 
     def weight(self) -> Any:
-        return getattr(self.module, self.name)
+        return self._parametrization()
+
+    def factors(self) -> list[Any]:
+        return list(self._parametrization.parameters())
 
     def plain_class(self) -> type:
         return self.own_class.__bases__[0]
+
+    @property
+    def _parametrization(self) -> Any:
+        lists: Any = self.module.parametrizations
+        return lists[self.name]
 
 
 def _refold(module: nn.Module, _incompatible: object) -> None:
     """After `load_state_dict`: the parameters are new, so is their product."""
     fold, _ = vars(module)[_FOLD]
-    fold.off()
-    fold.on()
+    module._buffers[fold.name] = fold.compute()
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,1 @@
+"""The main job: a real English voice, offline, spoken plain and through the decorators."""

@@ -1,0 +1,282 @@
+"""`accelerate-tts demo`: speak a text plain and decorated, in turn, and show what the decorators gave."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from accelerate_tts.cli.demo.phonemes import sentences
+from accelerate_tts.cli.tables import print_receipt, table, wide_console
+from accelerate_tts.engine.receipt import duration, error_text
+from accelerate_tts.errors import AccelerateTTSError, MissingExtraError
+from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    import torch
+
+    from accelerate_tts.cli.demo.backends import DecoratedBackend, PlainBackend
+
+__all__ = ["Comparison", "compare_backends", "run"]
+
+# What is timed: enough for a median to mean something, short enough for a demo.
+_TIMED_CHARACTERS = 200
+_SEED = 0
+_LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
+
+
+class OutputError(AccelerateTTSError, OSError):
+    """The output file cannot be written."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plain and decorated on the same text. Times are seconds, each list one entry a call, taken in turn.
+
+    Attributes:
+        plain: Warm calls of the plain backend.
+        decorated: Warm calls of the decorated one.
+        plain_cold: The plain backend's first call after loading.
+        decorated_cold: The decorated one's.
+        plain_load: Seconds to load plain.
+        decorated_load: Seconds to load, tune and warm up.
+        audio: Seconds of speech in one call.
+        error: Relative error of the decorated waveform against the plain one, under one seed.
+    """
+
+    plain: list[float]
+    decorated: list[float]
+    plain_cold: float
+    decorated_cold: float
+    plain_load: float
+    decorated_load: float
+    audio: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """Median of the paired ratios plain / decorated."""
+        return statistics.median(a / b for a, b in zip(self.plain, self.decorated, strict=True))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of the demo, a header first."""
+
+        def both(name: str, plain: str, decorated: str) -> tuple[str, ...]:
+            return name, plain, decorated
+
+        def of(times: list[float]) -> str:
+            return f"{duration(statistics.median(times))} ({duration(min(times))} .. {duration(max(times))})"
+
+        def real_time(times: list[float]) -> str:
+            return f"{statistics.median(times) / self.audio:.3f}"
+
+        return [
+            both("", "plain", "decorated"),
+            both("load", duration(self.plain_load), f"{duration(self.decorated_load)}, tuning included"),
+            both("cold first call", duration(self.plain_cold), duration(self.decorated_cold)),
+            both("warm call", of(self.plain), of(self.decorated)),
+            both("real-time factor", real_time(self.plain), real_time(self.decorated)),
+            both("cold ratio", "1.00x", f"{self.plain_cold / self.decorated_cold:.2f}x"),
+            both("warm ratio", "1.00x", f"{self.ratio:.2f}x"),
+        ]
+
+
+def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
+    """Speak `text`, write it to `output`, print the table and the receipt.
+
+    Raises:
+        NothingToSayError: Nothing in `text` can be pronounced.
+        OutputError: A file cannot be written; known before anything is spoken.
+        MissingExtraError: The demo extra is not installed.
+    """
+    console = Console(stderr=True, highlight=False)
+    pieces = sentences(text)
+    for path in filter(None, (output, receipt_file)):
+        _check_writable(path)
+    with console.status("importing torch"):  # a second or two
+        import_module("torch")
+    with _quiet(), _shown(console):
+        plain, decorated, comparison = compare_backends(_timed_part(pieces), pairs, console)
+        frames = _speak_to_file(decorated, pieces, output, console)
+    out = wide_console()
+    out.print(table(comparison.rows(), "Plain against decorated, in turn", {"plain", "decorated"}))
+    out.print(
+        f"{pairs} pairs of {comparison.audio:.1f} s of speech; same seed, waveforms: {error_text(comparison.error)}"
+        f" (relative error {comparison.error:.1e})",
+        style="dim",
+    )
+    from accelerate_tts.optimizer import receipt_of
+
+    receipt = receipt_of(decorated)
+    if receipt is not None:
+        print_receipt(receipt, out)
+        if receipt_file is not None:
+            receipt.save(receipt_file)
+    del plain
+    seconds = frames / decorated.voice.sampling_rate
+    out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz", markup=False)
+
+
+def compare_backends(
+    text: str, pairs: int, console: Console | None = None
+) -> tuple[PlainBackend, DecoratedBackend, Comparison]:
+    """Load both backends and time them on `text`, in turn, under the same seed.
+
+    The plain one goes first, so its cold call also pays what a process pays once; that is what a user without a
+    warm-up gets.
+    """
+    say: Callable[[str], object] = console.print if console is not None else lambda _text: None
+    try:
+        from accelerate_tts.cli.demo.backends import DecoratedBackend, PlainBackend
+    except ImportError as error:
+        raise MissingExtraError(f"the demo needs {error.name}: pip install 'accelerate_tts[demo]'") from error
+    from accelerate_tts.engine.verify import compare
+
+    say("loading the voice, plain")
+    plain, plain_load = _timed_load(PlainBackend)
+    say("first call of the plain backend")
+    plain_cold, reference = _timed_call(plain, text)
+    say("loading the voice, decorated: it is tuned, verified and warmed up now, once")
+    decorated, decorated_load = _timed_load(DecoratedBackend)
+    decorated_cold, candidate = _timed_call(decorated, text)
+    say(f"timing {pairs} warm calls of each, in turn")
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(pairs):
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        for which in order:
+            times[which].append(_timed_call((plain, decorated)[which], text)[0])
+    comparison = Comparison(
+        plain=times[0],
+        decorated=times[1],
+        plain_cold=plain_cold,
+        decorated_cold=decorated_cold,
+        plain_load=plain_load,
+        decorated_load=decorated_load,
+        audio=reference.shape[0] / plain.voice.sampling_rate,
+        error=compare(reference, candidate).error,
+    )
+    return plain, decorated, comparison
+
+
+def _timed_part(pieces: list[str]) -> str:
+    timed = ""
+    for piece in pieces:
+        if timed and len(timed) + len(piece) > _TIMED_CHARACTERS:
+            break
+        timed = f"{timed}\n{piece}" if timed else piece
+    return timed
+
+
+def _timed_load(kind: Any) -> tuple[Any, float]:
+    backend = kind()
+    start = time.perf_counter()
+    backend.load()
+    return backend, time.perf_counter() - start
+
+
+def _timed_call(backend: Any, text: str) -> tuple[float, torch.Tensor]:
+    import torch
+
+    torch.manual_seed(_SEED)
+    start = time.perf_counter()
+    waveform = backend.synthesize(text)
+    return time.perf_counter() - start, waveform
+
+
+def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, console: Console) -> int:
+    """Speak piece by piece into the file, so that a long text needs no long memory. Returns the samples written."""
+    import soundfile
+
+    from accelerate_tts.cli.demo.phonemes import NothingToSayError
+
+    frames = 0
+    rate = backend.voice.sampling_rate
+    with soundfile.SoundFile(str(output), "w", samplerate=rate, channels=1, subtype="PCM_16", format="WAV") as file:
+        for piece in _progress(pieces, console):
+            try:
+                waveform = backend.synthesize(piece)
+            except NothingToSayError:
+                continue  # a line of dashes in a long text; a text of nothing else was refused before
+            file.write(waveform.numpy())
+            frames += len(waveform)
+    return frames
+
+
+def _progress(pieces: list[str], console: Console) -> Iterator[str]:
+    columns = (
+        TextColumn("speaking"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("speaking", total=len(pieces))
+        last = time.monotonic()
+        for number, piece in enumerate(pieces, 1):
+            yield piece
+            progress.advance(task)
+            if not console.is_terminal and time.monotonic() - last > _LINE_EVERY:
+                last = time.monotonic()
+                console.print(f"speaking: {number} of {len(pieces)} sentences")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder {path.parent}; make it first")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    if not existed:
+        path.unlink()
+
+
+@contextmanager
+def _shown(console: Console) -> Generator[None, None, None]:
+    """Show what the engine is doing while it does it."""
+
+    def show(event: Event) -> None:
+        if isinstance(event, Trying):
+            console.print(f"  {event}", style="dim", markup=False)
+        elif isinstance(event, (FellBack, NotApplied, WarmupFailed)):
+            console.print(f"  {event}", style="yellow", markup=False)
+
+    remove = add_hook(show)
+    try:
+        yield
+    finally:
+        remove()
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Keep other libraries' remarks about themselves out of the demo; our own are shown by the hook."""
+    import logging
+    import warnings
+
+    from torch._logging import set_logs  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
+
+    ours = logging.getLogger("accelerate_tts")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    set_logs(all=logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        try:
+            yield
+        finally:
+            ours.setLevel(level)
+            set_logs()

@@ -1,0 +1,50 @@
+"""Receipts and figures as rich tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from accelerate_tts.engine.receipt import Receipt
+
+__all__ = ["print_receipt", "table", "wide_console"]
+
+_NUMBERS = {"before", "after", "ratio", "error"}
+
+
+def wide_console() -> Console:
+    """Standard output: as wide as the terminal, or 100 columns in a file or a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
+def table(rows: Sequence[Sequence[str]], title: str, numbers: set[str] = _NUMBERS) -> Table:
+    """Rows, a header first, as a table; the columns named in `numbers` are set to the right."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    header, *body = rows
+    for name in header:
+        if name in numbers:
+            result.add_column(name, justify="right", no_wrap=True)
+        else:
+            result.add_column(name, overflow="fold")
+    for row in body:
+        result.add_row(*row)
+    return result
+
+
+def print_receipt(receipt: Receipt, console: Console) -> None:
+    """A receipt's table, its versions and its notes."""
+    rows = [("part: stage", "before", "after", "ratio", "error")]
+    rows += [(f"{s.part}: {s.stage}\n[dim]{s.verdict}[/dim]", *s.figures()) for s in receipt.stages]
+    rows.append((f"the whole\n[dim]{receipt.verdict}[/dim]", *receipt.figures()))
+    console.print(table(rows, f"Receipt: {receipt.what} on {receipt.device}"))
+    versions = ", ".join(f"{name} {version}" for name, version in receipt.versions.items())
+    console.print(f"tuning took {receipt.seconds:.1f} s ({versions})", style="dim", markup=False)
+    for note in receipt.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)

@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests. Each test gets a process whose optimizer, hooks and switch are as after import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from accelerate_tts import events, optimizer, settings
+
+# The machine that runs the tests must not decide what the settings are.
+for variable in [name for name in os.environ if name.startswith(("ACCELERATE_TTS_", "TRANSLATOR_"))]:
+    del os.environ[variable]
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No optimizer yet, nothing logged yet, switched on; at the end every flag and variable is put back."""
+    monkeypatch.setattr(optimizer, "_optimizer", None)
+    monkeypatch.setattr(events, "_hooks", ())
+    monkeypatch.setattr(events, "_logged", set())
+    before = dict(os.environ)
+    yield
+    if optimizer._optimizer is not None:
+        optimizer._optimizer.close()
+    settings.set_active(True)
+    assert settings._switch.testing == 0, "a test left a testing() scope open"
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def seen() -> Iterator[list[events.Event]]:
+    """The events of the test, in order."""
+    found: list[events.Event] = []
+    remove = events.add_hook(found.append)
+    yield found
+    remove()
