@@ -174,7 +174,9 @@ class PerformanceOptimizer:
             for _ in range(_CUDA_GRAPH_PASSES if device.type == "cuda" and captures else 1):
                 with seeded(device.type):
                     for call in calls:
-                        call()
+                        call.run()
+                        if call.variant is not None and _is_compiled(model):
+                            call.variant()
         except Exception as error:  # whatever the model raises: the contract is a bool, and the event has the reason
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
             return False
@@ -294,7 +296,7 @@ class PerformanceOptimizer:
         def work() -> None:
             with seeded(device.type):
                 for call in calls:
-                    call()
+                    call.run()
 
         peak = memory.peak_of(device, work)
         return None if peak is None else max(1, peak)
@@ -311,6 +313,10 @@ class PerformanceOptimizer:
                 memory.cleanup(device)
         except Exception as error:  # "never raises": a failing driver query must not break the user's call
             emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
+
+
+def _is_compiled(model: Any) -> bool:
+    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 class _IdentityMap:

@@ -256,3 +256,6 @@ def testing() -> Generator[None, None, None]:
     finally:
         with _switch.lock:
             _switch.testing -= 1
+
+
+testing.__test__ = False  # type: ignore[attr-defined]  # its name would make pytest collect it where it is imported

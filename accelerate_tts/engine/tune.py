@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.capture import Captured
     from accelerate_tts.engine.plan import ModelPlan, Part
     from accelerate_tts.engine.stages import Change, Stage
+    from accelerate_tts.engine.warmup import WarmupCall
 
 __all__ = ["MARGIN", "Tuning", "tune"]
 
@@ -58,7 +59,7 @@ class Tuning:
 @dataclass
 class _Session:
     plan: ModelPlan
-    calls: Sequence[Callable[[], Any]]
+    calls: Sequence[WarmupCall]
     device: DeviceInfo
     deadline: float
     captured: dict[str, Captured] = field(default_factory=dict)
@@ -69,7 +70,14 @@ class _Session:
     def run(self) -> list[Any]:
         """One warm-up pass through the public path, with the same random numbers every time."""
         with seeded(self.device.type):
-            return [call() for call in self.calls]
+            return [call.run() for call in self.calls]
+
+    def run_variants(self) -> None:
+        """The pass once more, with the tensors as the other kind of caller makes them."""
+        with seeded(self.device.type):
+            for call in self.calls:
+                if call.variant is not None:
+                    call.variant()
 
     def replay(self, part: Part) -> list[Any]:
         """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself."""
@@ -82,7 +90,7 @@ class _Session:
 
 def tune(
     plan: ModelPlan,
-    calls: Sequence[Callable[[], Any]],
+    calls: Sequence[WarmupCall],
     stages: Sequence[Stage],
     device: DeviceInfo,
     budget: float,
@@ -269,6 +277,7 @@ def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
         emit(FellBack(session.plan.what, "everything", reason))
         return Timing(timing.before, timing.before, 1.0, 1.0, 1.0, timing.pairs), 0.0
     on()
+    session.run_variants()
     for change in changes:
         change.seal()
     return timing, difference.error

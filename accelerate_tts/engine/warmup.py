@@ -7,7 +7,6 @@ import inspect
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from accelerate_tts.engine.plan import find_modules
@@ -15,9 +14,9 @@ from accelerate_tts.errors import WarmupError
 from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode
 
-__all__ = ["Loaded", "check_warmup", "complete", "warmup_calls"]
+__all__ = ["Loaded", "WarmupCall", "check_warmup", "complete", "warmup_calls"]
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 
 # Method names that take a text in the speech libraries we know, most usual first.
 _SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
@@ -63,8 +62,22 @@ def check_warmup(warmup: Any) -> None:
         raise WarmupError(f"warmup={warmup!r} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
 
 
-def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode) -> list[Call]:
-    """The calls that `warmup` stands for. Each runs to its end and returns its whole output.
+@dataclass(frozen=True)
+class WarmupCall:
+    """One warm-up call, run to its end; it returns the whole output.
+
+    Attributes:
+        run: The call.
+        variant: The same call with its tensors made in inference mode, where it was given tensors made outside. dynamo
+            guards on that difference, and a service may send either; `None` where there is nothing to vary.
+    """
+
+    run: Call
+    variant: Call | None = None
+
+
+def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode) -> list[WarmupCall]:
+    """The calls that `warmup` stands for.
 
     Args:
         warmup: As given to `@optimized_model`.
@@ -78,7 +91,7 @@ def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode) -> list[Call]:
     if warmup is None:
         return []
     items = warmup if isinstance(warmup, list) else [warmup]
-    return [_finished(_call_of(item, loaded, mode), loaded) for item in items]
+    return [_call_of(item, loaded, mode) for item in items]
 
 
 def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
@@ -128,25 +141,33 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None)
     return outcome[0]
 
 
-def _finished(call: Call, loaded: Loaded) -> Call:
-    def run() -> Any:
-        return complete(call(), loaded.loop)
-
-    return run
-
-
-def _call_of(item: Any, loaded: Loaded, mode: Mode) -> Call:
+def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
     if isinstance(item, str):
         speak, decorated = _speaker(loaded)
-        return partial(modes.call, speak, (item,), {}, "none" if decorated else mode)
-    if isinstance(item, Mapping):
+        return WarmupCall(_finished(loaded, speak, (item,), {}, "none" if decorated else mode))
+    if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
         target = _target(loaded, item)
-        return partial(modes.call, target, (), {str(k): _placed(v, target) for k, v in item.items()}, mode)
-    if isinstance(item, tuple) or _is_tensor(item):
-        target = _target(loaded, item)
-        args = item if isinstance(item, tuple) else (item,)
-        return partial(modes.call, target, tuple(_placed(value, target) for value in args), {}, mode)
-    return partial(modes.call, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode)
+        kwargs = {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
+        args = tuple(_placed(value, target) for value in given)
+        run = _finished(loaded, target, args, kwargs, mode)
+        tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
+        return WarmupCall(run, _varied(loaded, target, args, kwargs) if tensors and mode == "inference" else None)
+    return WarmupCall(_finished(loaded, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
+
+
+def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
+    return lambda: complete(modes.call(target, args, kwargs, mode), loaded.loop)
+
+
+def _varied(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def made_inside(value: Any) -> Any:
+        return value.clone() if _is_tensor(value) else value
+
+    def call() -> Any:
+        return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
+
+    return _finished(loaded, call, (), {}, "inference")
 
 
 def _is_tensor(value: Any) -> bool:

@@ -11,6 +11,7 @@ What decides is the object that a call returned, not the function: a decorated `
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
@@ -121,7 +122,7 @@ def _steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
 
 
 class _Stepping:
-    """Makes `_steps` awaitable, and owns the body: one that never began is closed without a warning of its own."""
+    """Makes `_steps` awaitable."""
 
     __slots__ = ("body", "enter")
 
@@ -132,13 +133,21 @@ class _Stepping:
     def __await__(self) -> Generator[Any, Any, Any]:
         return _steps(self.body, self.enter)
 
+
+class _Owning(_Stepping):
+    """Closes the body with itself.
+
+    A task that is cancelled before its first step never runs its coroutine; without this the body would complain
+    that it "was never awaited". On a body that has ended, closing does nothing.
+    """
+
+    __slots__ = ()
+
     def __del__(self) -> None:
-        # A task that is cancelled before its first step never runs its coroutine; without this the body would
-        # complain that it "was never awaited". On a body that has ended this does nothing.
         self.body.close()
 
 
-async def _drive_coroutine(stepping: _Stepping) -> Any:
+async def _drive_coroutine(stepping: _Owning) -> Any:
     return await stepping
 
 
@@ -176,10 +185,12 @@ def _named_like(body: Any, driver: Any) -> Any:
 
 
 def _coroutine(body: Any, enter: Enter) -> Any:
-    return _named_like(body, _drive_coroutine(_Stepping(body, enter)))
+    return _named_like(body, _drive_coroutine(_Owning(body, enter)))
 
 
 def _generator(body: Any, enter: Enter) -> Any:
+    if body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE:  # made by types.coroutine: awaited, not iterated
+        return _coroutine(body, enter)
     return _named_like(body, _steps(body, enter))
 
 
@@ -192,9 +203,9 @@ _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
     types.GeneratorType: _generator,
     types.AsyncGeneratorType: _async_generator,
 }
-# Generators first: a generator-based coroutine (`types.coroutine`) satisfies both protocols' methods.
+# For objects of other classes, such as those of compiled extensions.
 _PROTOCOLS: tuple[tuple[type, Callable[[Any, Enter], Any]], ...] = (
-    (Generator, _generator),
+    (Generator, lambda body, enter: _named_like(body, _steps(body, enter))),
     (AsyncGenerator, _async_generator),
     (Coroutine, _coroutine),
 )

@@ -99,7 +99,7 @@ class CompiledCall:
         try:
             result = self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = _reason(error)
         else:
             return _clone(result) if self._clone_outputs else result
         # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
@@ -118,7 +118,6 @@ class CompiledCall:
 
 def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Callable[..., Any]:
     import torch
-    from torch._dynamo import lookup_backend
     from torch._inductor import list_mode_options
 
     # The wrapper is compiled, not the module: classes of torch.nn itself (Linear, Sequential, LSTM) stand on dynamo's
@@ -132,7 +131,7 @@ def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Call
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager does.
     patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor: Any = lookup_backend("inductor")
+    inductor = _inductor()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
         count(_shapes(inputs))
@@ -140,6 +139,12 @@ def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Call
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True)
     return compiled
+
+
+def _inductor() -> Any:
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend("inductor")
 
 
 def _shapes(inputs: list[Any]) -> str:
@@ -160,6 +165,8 @@ def _clone(result: Any) -> Any:
     return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
+def _reason(error: BaseException) -> str:
+    # dynamo wraps what inductor raised; the inner error is the one that names the missing compiler.
+    inner = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[0] if lines else 'no message'}"

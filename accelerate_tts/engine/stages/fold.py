@@ -12,6 +12,7 @@ in place by hand is not seen until the fold is switched off and on again.
 from __future__ import annotations
 
 import copy
+import copyreg
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -215,8 +216,10 @@ def _folded_class(plain: type) -> type:
         fold.unfold(twin)
         return twin
 
-    def reduce_ex(self: Any, protocol: int) -> Any:
-        return untouched(self).__reduce_ex__(protocol)
+    def reduce_ex(self: Any, _protocol: int) -> Any:
+        twin = untouched(self)
+        # Not the twin's own __reduce_ex__: pickle insists that its __newobj__ makes an object of our class.
+        return copyreg._reconstructor, (type(twin), object, None), twin.__getstate__()  # type: ignore[attr-defined]
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(untouched(self), memo)

@@ -1,0 +1,450 @@
+"""The two decorators on every kind of function, with real modules."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import io
+import pickle
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from accelerate_tts import (
+    Event,
+    WarmupError,
+    inference,
+    optimized_model,
+    receipt_of,
+    set_active,
+    testing,
+)
+from accelerate_tts.errors import SettingsError
+from accelerate_tts.events import Tuned, WarmupFailed
+
+on = torch.is_inference_mode_enabled
+
+
+@pytest.fixture(autouse=True)
+def no_compiler_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile has tests of its own; here only the folding stage is tried."""
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+
+
+class Vocoder(nn.Module):
+    """Some weight-normed convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(weight_norm(nn.Conv1d(64, 64, 5, padding=2)) for _ in range(4))
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            mel = torch.relu(conv(mel))
+        return mel.mean(1)
+
+
+def vocoder() -> Vocoder:
+    torch.manual_seed(0)
+    return Vocoder().eval()
+
+
+MEL = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1))
+
+
+# --- @inference ----------------------------------------------------------------------------------------------
+
+
+class Service:
+    """Every kind of method."""
+
+    @inference
+    def plain(self, value: int, *, more: int = 1) -> tuple[bool, int]:
+        """Docstring."""
+        return on(), value + more
+
+    @inference()
+    async def coroutine(self) -> bool:
+        await asyncio.sleep(0)
+        return on()
+
+    @inference
+    def stream(self) -> Iterator[bool]:
+        yield on()
+
+    @inference(mode="no_grad")
+    async def stream_async(self) -> AsyncIterator[tuple[bool, bool]]:
+        yield on(), torch.is_grad_enabled()
+
+    @inference
+    @classmethod
+    def above_class(cls) -> tuple[bool, str]:
+        return on(), cls.__name__
+
+    @classmethod
+    @inference
+    def below_class(cls) -> tuple[bool, str]:
+        return on(), cls.__name__
+
+    @inference
+    @staticmethod
+    def above_static(value: int) -> tuple[bool, int]:
+        return on(), value
+
+    @staticmethod
+    @inference
+    def below_static(value: int) -> tuple[bool, int]:
+        return on(), value
+
+
+async def test_inference_on_every_kind_of_method() -> None:
+    service = Service()
+    assert service.plain(1, more=2) == (True, 3)
+    assert Service.plain(service, 1) == (True, 2)
+    assert await service.coroutine()
+    assert list(service.stream()) == [True]
+    assert [item async for item in service.stream_async()] == [(False, False)]
+    assert service.above_class() == Service.below_class() == (True, "Service")
+    assert service.above_static(3) == Service.below_static(3) == (True, 3)
+    assert not on()
+
+
+def test_inference_keeps_what_a_function_is() -> None:
+    assert Service.plain.__name__ == "plain"
+    assert Service.plain.__doc__ == "Docstring."
+    assert str(inspect.signature(Service.plain)) == "(self, value: 'int', *, more: 'int' = 1) -> 'tuple[bool, int]'"
+    assert inspect.iscoroutinefunction(Service.coroutine)
+    assert inspect.isgeneratorfunction(Service.stream)
+    assert inspect.isasyncgenfunction(Service.stream_async)
+    assert inspect.ismethod(Service().plain)
+
+
+def test_inference_tensors_have_no_autograd() -> None:
+    linear = nn.Linear(2, 2)
+    out = inference(linear)(torch.ones(1, 2))
+    assert out.is_inference()
+    assert not inference(mode="no_grad")(linear)(torch.ones(1, 2)).is_inference()
+
+
+def test_inference_refuses_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="got 'warm'"):
+        inference("warm")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="decorates a function"):
+        inference(Service)
+    with pytest.raises(SettingsError, match="mode='fast'"):
+        inference(mode="fast")  # type: ignore[call-overload]
+
+
+@inference
+def module_level(value: int) -> tuple[bool, int]:
+    return on(), value
+
+
+def test_decorated_functions_can_be_pickled_and_sent_to_workers() -> None:
+    assert pickle.loads(pickle.dumps(module_level)) is module_level
+    assert copy.deepcopy(module_level)(1) == (True, 1)
+    service = pickle.loads(pickle.dumps(Service()))
+    assert service.plain(1) == (True, 2)
+
+
+def test_a_wrapper_on_an_instance_goes_with_deepcopy_and_torch_save() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.forward = inference(model.forward)  # type: ignore[method-assign]
+    assert model(torch.ones(1, 2)).is_inference()
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone[0].weight.zero_()
+        clone[0].bias.zero_()
+    assert clone(torch.ones(1, 2)).abs().sum() == 0  # the copy runs its own weights
+    assert model(torch.ones(1, 2)).abs().sum() > 0
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(loaded(torch.ones(1, 2)), model(torch.ones(1, 2)))
+
+
+def test_the_switch_is_asked_at_call_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module_level(1) == (True, 1)
+    with testing():
+        assert module_level(1) == (False, 1)
+    set_active(False)
+    assert module_level(1) == (False, 1)
+    set_active(True)
+    monkeypatch.setenv("ACCELERATE_TTS_DISABLE", "yes")
+    assert module_level(1) == (False, 1)
+    monkeypatch.delenv("ACCELERATE_TTS_DISABLE")
+    assert module_level(1) == (True, 1)
+
+
+# --- @optimized_model ----------------------------------------------------------------------------------------
+
+
+@optimized_model(warmup=MEL)
+def load_function() -> Vocoder:
+    return vocoder()
+
+
+def test_a_function_that_returns_a_module() -> None:
+    model = load_function()
+    receipt = receipt_of(model)
+    assert receipt is not None
+    assert [stage.stage for stage in receipt.stages] == ["fold weight norm"]
+    assert receipt.stages[0].error == 0.0
+    assert receipt.cold is not None
+    reference = vocoder()
+    assert type(model) is Vocoder
+    assert list(model.state_dict()) == list(reference.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(MEL), reference(MEL))
+
+
+class Pipeline:
+    """An object that holds modules and is none."""
+
+    def __init__(self) -> None:
+        self.inner = {"vocoder": vocoder()}
+        self.sampling_rate = 16000
+        self.calls: list[str] = []
+
+    def generate(self, text: str) -> torch.Tensor:
+        self.calls.append(text)
+        return self.inner["vocoder"](MEL[..., : len(text)])
+
+
+def test_a_pipeline_object_and_a_text() -> None:
+    pipeline = optimized_model(warmup="Hello there.")(lambda: Pipeline())()
+    assert type(pipeline) is Pipeline
+    assert set(pipeline.calls) == {"Hello there."}
+    receipt = receipt_of(pipeline)
+    assert receipt is not None
+    assert receipt is receipt_of(pipeline.inner["vocoder"])
+    assert receipt.stages[0].part == "inner.vocoder"
+
+
+def test_a_tuple_keeps_its_type() -> None:
+    tokenizer = object()
+    loaded = optimized_model(warmup=(MEL,))(lambda: (vocoder(), tokenizer))()
+    assert type(loaded) is tuple
+    assert loaded[1] is tokenizer
+    assert receipt_of(loaded[0]) is not None
+
+
+class Backend:
+    """Sets attributes on itself; speaks by a decorated method."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool]] = []
+
+    @optimized_model(warmup=["Hi.", "A somewhat longer sentence."])
+    def load(self) -> None:
+        assert not on(), "the load function must never run in inference mode"
+        self.model = vocoder()
+
+    def generate(self, text: str) -> None:
+        raise AssertionError("the decorated method is the one to use")
+
+    @inference
+    def speak_it(self, text: str) -> torch.Tensor:
+        self.seen.append((text, on()))
+        return self.model(MEL)
+
+
+def test_a_method_that_returns_nothing_warms_up_through_the_inference_method() -> None:
+    backend = Backend()
+    assert backend.load() is None  # type: ignore[func-returns-value]
+    assert {text for text, _ in backend.seen} == {"Hi.", "A somewhat longer sentence."}
+    assert all(mode for _, mode in backend.seen)
+    assert receipt_of(backend) is receipt_of(backend.model) is not None
+
+
+class AsyncBackend:
+    """Everything async; its lock belongs to the event loop of the service."""
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+
+    @optimized_model(warmup="Hello.")
+    async def load(self) -> Vocoder:
+        await asyncio.sleep(0)
+        self.loop = asyncio.get_running_loop()
+        self.model = vocoder()
+        return self.model
+
+    @inference
+    async def synthesize(self, text: str) -> AsyncIterator[torch.Tensor]:
+        assert asyncio.get_running_loop() is self.loop
+        self.threads.add(threading.current_thread().name)
+        for _ in range(2):
+            await asyncio.sleep(0)
+            assert on()
+            yield self.model(MEL)
+
+
+async def test_an_async_load_tunes_while_the_loop_goes_on() -> None:
+    backend = AsyncBackend()
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.001)
+
+    ticker = asyncio.create_task(tick())
+    model = await backend.load()
+    ticker.cancel()
+    assert ticks > 5
+    assert type(model) is Vocoder
+    assert receipt_of(model) is receipt_of(backend) is not None
+    assert backend.threads == {threading.current_thread().name}
+    assert inspect.iscoroutinefunction(backend.load)
+
+
+async def test_a_sync_load_inside_a_running_loop_with_an_async_method() -> None:
+    class Mixed:
+        @optimized_model(warmup="Hello.")
+        def load(self) -> None:
+            self.model = vocoder()
+
+        @inference
+        async def synthesize(self, text: str) -> torch.Tensor:
+            await asyncio.sleep(0)
+            return self.model(MEL)
+
+    mixed = Mixed()
+    mixed.load()
+    assert receipt_of(mixed) is not None
+
+
+@pytest.mark.parametrize(
+    "warmup",
+    [
+        MEL,
+        (MEL,),
+        {"mel": MEL},
+        lambda model: model(MEL),
+        lambda: None,
+        [MEL, (MEL,)],
+        [lambda m: m(MEL), {"mel": MEL}],
+    ],
+    ids=["tensor", "tuple", "mapping", "callable", "callable of nothing", "list", "mixed list"],
+)
+def test_every_form_of_warmup(warmup: Any, seen: list[Event]) -> None:
+    model = optimized_model(warmup=warmup)(vocoder)()
+    assert receipt_of(model) is not None
+    assert not [event for event in seen if isinstance(event, WarmupFailed)]
+
+
+@pytest.mark.parametrize("warmup", ["", "  ", [], 3.5, [[MEL]], {1, 2}])
+def test_a_hopeless_warmup_fails_at_decoration(warmup: Any) -> None:
+    with pytest.raises(WarmupError, match="warmup="):
+        optimized_model(warmup=warmup)
+
+
+def test_a_warmup_that_does_not_fit_fails_at_load_with_the_mend() -> None:
+    with pytest.raises(WarmupError, match="no @inference method that takes one.*warmup=lambda loaded"):
+        optimized_model(warmup="Hello")(vocoder)()
+
+    class Two:
+        def __init__(self) -> None:
+            self.first, self.second = vocoder(), vocoder()
+
+    with pytest.raises(WarmupError, match="first, second"):
+        optimized_model(warmup=MEL)(lambda: Two())()
+
+
+def test_applied_twice_is_applied_once(seen: list[Event]) -> None:
+    twice = optimized_model(warmup=MEL)(optimized_model(warmup=MEL)(vocoder))
+    model = twice()
+    assert len([event for event in seen if isinstance(event, Tuned)]) == 1
+    cached = optimized_model(warmup=MEL)(lambda: model)
+    assert cached() is cached() is model
+    assert len([event for event in seen if isinstance(event, Tuned)]) == 1
+    assert receipt_of(twice()) is not receipt_of(model)  # a new model is tuned anew
+
+
+def test_the_users_own_exceptions_pass_untouched(seen: list[Event]) -> None:
+    error = ValueError("my weights are missing")
+
+    @optimized_model(warmup=MEL)
+    def load() -> Vocoder:
+        raise error
+
+    with pytest.raises(ValueError, match="my weights are missing") as caught:
+        load()
+    assert caught.value is error
+
+    @optimized_model(warmup=torch.zeros(1, 3, 3))  # the wrong number of channels
+    def load_it() -> Vocoder:
+        return vocoder()
+
+    model = load_it()
+    assert [type(event) for event in seen if event.degraded] == [WarmupFailed]
+    receipt = receipt_of(model)
+    assert receipt is not None
+    assert "channels" in receipt.notes[0]
+    with torch.no_grad():
+        assert torch.equal(model(MEL), vocoder()(MEL))
+
+
+def test_bare_and_without_a_module(seen: list[Event]) -> None:
+    model = optimized_model(vocoder)()
+    receipt = receipt_of(model)
+    assert receipt is not None
+    assert "no warmup" in receipt.notes[0]
+    assert optimized_model(warmup=lambda loaded: None)(lambda: 5)() == 5
+    assert any("no torch.nn.Module" in str(event) for event in seen)
+
+
+def test_switched_off_nothing_is_tuned() -> None:
+    with testing():
+        model = load_function()
+    assert receipt_of(model) is None
+
+
+def test_the_users_random_state_is_left_alone() -> None:
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)  # noqa: NPY002
+    expected = torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)  # noqa: NPY002
+
+    def warm(model: Vocoder) -> torch.Tensor:
+        np.random.rand(), random.random(), torch.rand(1)  # noqa: NPY002
+        return model(MEL)
+
+    given = vocoder()
+    torch.manual_seed(7)
+    optimized_model(warmup=warm)(lambda: given)()
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected  # noqa: NPY002
+
+
+def test_simultaneous_loads_tune_one_at_a_time(seen: list[Event]) -> None:
+    models: list[Vocoder] = []
+    threads = [threading.Thread(target=lambda: models.append(load_function())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(models) == 4
+    assert all(receipt_of(model) is not None for model in models)
+    assert len([event for event in seen if isinstance(event, Tuned)]) == 4
+
+
+def test_state_dict_pickle_and_copy_after_tuning() -> None:
+    model = load_function()
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(clone(MEL), model(MEL))
+    other = vocoder()
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
