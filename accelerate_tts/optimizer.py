@@ -15,9 +15,8 @@ from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode, Settings, is_active
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
+    from torch import nn
 
     from accelerate_tts.engine.receipt import Receipt
     from accelerate_tts.engine.tune import Tuning
@@ -207,20 +206,22 @@ class PerformanceOptimizer:
                 emit(NotApplied(what, "no torch.nn.Module was found in what was loaded; nothing was optimised"))
                 return None
             known = [self._tunings.get(root) for root in plan.roots]
-            tuning = known[0]
-            if tuning is not None and all(other is tuning for other in known):
-                self._remember(loaded, tuning)
-                return tuning.receipt
+            done = known[0]
+            if done is not None and all(other is done for other in known):
+                self._remember(loaded, done)
+                return done.receipt
             calls = warmup_calls(warmup, loaded, mode)
             stages = default_stages(setup.compile_mode(device, self.settings))
+            # Before tuning: dynamo may guard on which attributes a module has.
+            keepers = [_keep(root) for root in plan.roots]
             tuning = tune(plan, calls, stages, device, self.settings.tune_seconds)
-            for root in plan.roots:
-                self._tunings.put(root, tuning)
-            self._remember(loaded, tuning)
+            for keeper in keepers:
+                keeper.tuning = tuning
+            self._remember(loaded, tuning, *plan.roots)
             return tuning.receipt
 
-    def _remember(self, loaded: Loaded, tuning: Tuning) -> None:
-        for item in (loaded.result, loaded.owner):
+    def _remember(self, loaded: Loaded, tuning: Tuning, *roots: object) -> None:
+        for item in (*roots, loaded.result, loaded.owner):
             if item is not None:
                 self._tunings.put(item, tuning)
 
@@ -319,16 +320,42 @@ def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
+class _Keeper:
+    """Hangs a tuning on the module that it changed, so that it lives as long as the module and no longer.
+
+    In a copy or a pickle of the module it is None: those are untouched modules, and need no accelerate_tts to load.
+    """
+
+    __slots__ = ("tuning",)
+
+    def __init__(self) -> None:
+        self.tuning: Tuning | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __deepcopy__(self, _memo: object) -> None:
+        return None
+
+
+def _keep(module: nn.Module) -> _Keeper:
+    keeper = vars(module)["_accelerate_tts_tuning"] = _Keeper()
+    return keeper
+
+
 class _IdentityMap:
-    """Tunings by the identity of objects, without keeping the objects alive or asking them to be hashable."""
+    """Tunings by the identity of objects: it keeps neither alive, and objects need not be hashable.
+
+    A tuning refers to the modules it changed, so a strong reference to it from here would keep a model for ever.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: dict[int, tuple[Callable[[], object], Tuning]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Any], weakref.ref[Tuning]]] = {}
 
     def get(self, item: object) -> Tuning | None:
         entry = self._entries.get(id(item))
-        return entry[1] if entry is not None and entry[0]() is item else None
+        return entry[1]() if entry is not None and entry[0]() is item else None
 
     def put(self, item: object, tuning: Tuning) -> None:
         number = id(item)
@@ -337,15 +364,15 @@ class _IdentityMap:
             self._entries.pop(number, None)
 
         try:
-            reference: Callable[[], object] = weakref.ref(item, gone)
+            reference = weakref.ref(item, gone)
         except TypeError:  # a tuple or a class with slots: its modules are known, and that is enough
             return
         with self._lock:
-            self._entries[number] = (reference, tuning)
+            self._entries[number] = (reference, weakref.ref(tuning))
 
     def forget(self, tuning: Tuning) -> None:
         with self._lock:
-            for number in [key for key, entry in self._entries.items() if entry[1] is tuning]:
+            for number in [key for key, entry in self._entries.items() if entry[1]() is tuning]:
                 del self._entries[number]
 
 

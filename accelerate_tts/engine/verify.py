@@ -95,7 +95,11 @@ def _error(reference: Any, candidate: Any) -> float:
         # MPS has no float64, so the comparison is always made on the CPU.
         a, b = reference.detach().cpu().to(wide), candidate.detach().cpu().to(wide)
         finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(a[~finite].isnan(), b[~finite].isnan()):
+        # NaN and infinity agree with their own kind only; an infinity with its sign.
+        if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(a.isnan(), b.isnan()):
+            return math.inf
+        infinite = a.isinf()
+        if not torch.equal(a[infinite], b[infinite]):
             return math.inf
         a, b = a[finite], b[finite]
         norm = float(torch.linalg.vector_norm(a))

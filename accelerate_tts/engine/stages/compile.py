@@ -55,18 +55,17 @@ class CompiledCall:
         self._module = module
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
-        self._graphs = 0
-        self._sealed = False
+        self._counter = _Counter(what)
         self._first_call = threading.Lock()
         self._ready = False
         self._broken = False
         self._clone_outputs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
-        self._compiled = _compile(module, mode, self._count)
+        self._compiled = _compile(module, mode, self._counter)
 
     @property
     def graphs(self) -> int | None:
         """Graphs compiled so far."""
-        return self._graphs
+        return self._counter.graphs
 
     def on(self) -> None:
         """See `Change.on`. After a compiler failure it stays off."""
@@ -80,7 +79,7 @@ class CompiledCall:
 
     def seal(self) -> None:
         """See `Change.seal`."""
-        self._sealed = True
+        self._counter.sealed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled while that works."""
@@ -110,13 +109,22 @@ class CompiledCall:
         emit(FellBack(self._what, "torch.compile", reason))
         return result
 
-    def _count(self, shapes: str) -> None:
-        self._graphs += 1
-        if self._sealed:
-            emit(Recompiled(self._what, self._graphs, shapes))
+
+class _Counter:
+    """Counts graphs. Apart from the call, because dynamo keeps every backend, and what that refers to, for ever."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.graphs = 0
+        self.sealed = False
+
+    def count(self, shapes: str) -> None:
+        self.graphs += 1
+        if self.sealed:
+            emit(Recompiled(self.what, self.graphs, shapes))
 
 
-def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Callable[..., Any]:
+def _compile(module: nn.Module, mode: str, counter: _Counter) -> Callable[..., Any]:
     import torch
     from torch._inductor import list_mode_options
 
@@ -134,7 +142,7 @@ def _compile(module: nn.Module, mode: str, count: Callable[[str], None]) -> Call
     inductor = _inductor()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
-        count(_shapes(inputs))
+        counter.count(_shapes(inputs))
         return inductor(graph, inputs, config_patches=patches)
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True)

@@ -1,0 +1,258 @@
+"""The engine keeps what is faster and right, drops the rest, and never leaves a worse model behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate_tts import Event, Receipt
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.engine.tune import Tuning, tune
+from accelerate_tts.engine.warmup import Loaded, warmup_calls
+from accelerate_tts.events import FellBack, Tuned, WarmupFailed
+
+CPU = DeviceInfo("cpu", "test")
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Slow(nn.Module):
+    """Waits as long as it is told: a part whose speed a stage can really change."""
+
+    def __init__(self, seconds: float = 0.004) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.seconds = seconds
+        self.offset = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.linear(x) + self.offset
+
+
+class Stage:
+    """A stage that sets attributes of `Slow`; what the engine is tested with."""
+
+    name = "test stage"
+    least_share = 0.0
+
+    def __init__(self, fault: Callable[[], None] | None = None, graphs: int | None = None, **attributes: Any) -> None:
+        self.attributes = attributes
+        self.fault = fault
+        self.graphs = graphs
+        self.prepared = 0
+        self.sealed = False
+
+    def applies(self, part: Part) -> str | None:
+        return None
+
+    def prepare(self, part: Part) -> Stage:
+        self.prepared += 1
+        self.module = part.module
+        self.before = {name: getattr(part.module, name) for name in self.attributes}
+        return self
+
+    def on(self) -> None:
+        if self.fault is not None:
+            self.fault()
+        vars(self.module).update(self.attributes)
+
+    def off(self) -> None:
+        vars(self.module).update(self.before)
+
+    def seal(self) -> None:
+        self.sealed = True
+
+
+def run(model: nn.Module, *stages: Stage, budget: float = 60.0, warmup: Any = X) -> Tuning:
+    modules = find_modules(model)
+    plan = ModelPlan("model", tuple(modules.values()), (Part("slow", "model", model),))
+    return tune(plan, warmup_calls(warmup, Loaded(model), "inference"), stages, CPU, budget)
+
+
+def test_a_faster_and_right_stage_is_kept_and_can_be_undone() -> None:
+    model = Slow()
+    tuning = run(model, stage := Stage(seconds=0.0))
+    assert model.seconds == 0.0
+    (result,) = tuning.receipt.stages
+    assert result.kept
+    assert result.error == 0.0
+    assert result.ratio is not None
+    assert result.low is not None
+    assert result.ratio >= result.low > 1.0
+    assert stage.sealed
+    assert tuning.receipt.ratio > 1.0
+    tuning.undo()
+    assert model.seconds == 0.004
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        (Stage(seconds=0.008), "slower"),
+        (Stage(), "no gain beyond doubt"),
+        (Stage(seconds=0.0, offset=0.5), "wrong output: relative error"),
+        (Stage(seconds=0.0, offset=float("nan")), "wrong output: values that are not finite"),
+        (Stage(seconds=0.0, graphs=0), "compiled no graph"),
+    ],
+    ids=["slower", "the same", "wrong", "nan", "no graph"],
+)
+def test_everything_else_is_dropped_and_undone(stage: Stage, reason: str) -> None:
+    model = Slow()
+    receipt = run(model, stage).receipt
+    (result,) = receipt.stages
+    assert not result.kept
+    assert reason in result.reason
+    assert (model.seconds, model.offset) == (0.004, 0.0)
+    assert not stage.sealed
+    assert receipt.ratio == 1.0
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def raising() -> None:
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no compiler"), MemoryError(), OSError(28, "No space left on device"), torch.OutOfMemoryError("oom")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_fault_inside_a_stage_costs_nothing(error: Exception, seen: list[Event]) -> None:
+    model = Slow()
+    good = Stage(seconds=0.0)
+    receipt = run(model, Stage(fault=fail(error)), good).receipt
+    assert [result.kept for result in receipt.stages] == [False, True]
+    assert type(error).__name__ in receipt.stages[0].reason
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["test stage"]
+    assert model.seconds == 0.0
+
+
+def test_an_interrupt_leaves_no_half_tuned_model() -> None:
+    model = Slow()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Stage(seconds=0.0), Stage(fault=fail(KeyboardInterrupt())))
+    assert model.seconds == 0.004
+
+
+def test_the_budget_is_respected() -> None:
+    model = Slow()
+    receipt = run(model, stage := Stage(seconds=0.0), budget=0.0).receipt
+    assert stage.prepared == 0
+    assert receipt.stages[0].reason == "not tried: the tuning budget is spent"
+    assert model.seconds == 0.004
+
+
+def test_a_failing_warmup_leaves_the_model_alone(seen: list[Event]) -> None:
+    model = Slow()
+    receipt = run(model, stage := Stage(seconds=0.0), warmup=torch.zeros(1, 5)).receipt
+    assert stage.prepared == 0
+    assert "warm-up failed: RuntimeError" in receipt.notes[0]
+    assert [type(event) for event in seen] == [WarmupFailed]
+
+
+def test_a_model_that_does_not_repeat_itself_cannot_be_verified() -> None:
+    class Restless(Slow):
+        count = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1.0
+            return super().forward(x) * self.count
+
+    receipt = run(Restless(), Stage(seconds=0.0)).receipt
+    assert "does not repeat" in receipt.stages[0].reason
+    assert not receipt.kept
+
+
+def test_the_same_random_numbers_for_both() -> None:
+    class Noisy(Slow):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.randn_like(x)
+
+    receipt = run(Noisy(), Stage(seconds=0.0)).receipt
+    assert receipt.stages[0].kept
+    assert receipt.error == 0.0
+
+
+def test_wrong_in_total_undoes_everything(seen: list[Event]) -> None:
+    """Right for the part's own captured calls, wrong on the public path."""
+
+    class TwoFaced(Slow):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, *, public: bool = False) -> torch.Tensor:
+            return super().forward(x) + (1.0 if public and self.seconds == 0.0 else 0.0)
+
+        def speak(self) -> torch.Tensor:
+            return self.forward(X, public=True) + 0.0 * self(X)
+
+    model = TwoFaced()
+    receipt = run(model, Stage(seconds=0.0), warmup=lambda loaded: loaded.speak()).receipt
+    assert not receipt.kept
+    assert "undone: wrong in total" in receipt.stages[0].reason
+    assert model.seconds == 0.004
+    assert any(isinstance(event, FellBack) and event.stage == "everything" for event in seen)
+
+
+def test_inputs_that_a_part_changes_in_place_are_restored_for_each_run() -> None:
+    class InPlace(Slow):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.seconds)
+            return x.add_(1.0)
+
+    receipt = run(InPlace(), Stage(seconds=0.0), warmup=lambda model: model(X.clone())).receipt
+    assert receipt.stages[0].kept
+
+
+def test_a_part_with_inputs_that_cannot_be_copied_is_timed_as_a_whole() -> None:
+    class Cache:
+        pass
+
+    class Cached(Slow):
+        def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+            return super().forward(x)
+
+    receipt = run(Cached(), Stage(seconds=0.0), warmup=lambda model: model(X, Cache())).receipt
+    assert receipt.stages[0].kept
+
+
+def test_the_receipt_tells_and_keeps_everything(seen: list[Event], tmp_path: Any) -> None:
+    receipt = run(Slow(), Stage(seconds=0.0), Stage(offset=1.0)).receipt
+    assert isinstance(seen[-1], Tuned)
+    assert seen[-1].kept == 1
+    text = str(receipt)
+    assert "kept: at least" in text
+    assert "wrong output" in text
+    assert "0 recompiles" in text
+    receipt.save(tmp_path / "receipt.json")
+    loaded = Receipt.from_json((tmp_path / "receipt.json").read_text())
+    assert loaded == receipt
+    assert str(loaded) == text
+    for broken in ("", "{}", "[]", '{"format": 99, "stages": []}', '{"format": 1}'):
+        with pytest.raises(ValueError, match="receipt|Expecting"):
+            Receipt.from_json(broken)
+
+
+def test_modules_are_found_inside_what_is_no_module() -> None:
+    a, b, c = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.a = a
+            self.deep = {"b": [b]}
+            self.again = a
+            self.me = self
+            self.module = torch
+            self.text = "x"
+
+    assert find_modules(Holder()) == {"a": a, "deep.b.0": b}
+    assert find_modules((a, {"c": c}, 3)) == {"0": a, "1.c": c}
+    assert find_modules(a) == {"": a}
+    assert find_modules(None) == {}

@@ -1,0 +1,106 @@
+"""MMS's own class at small size: parts found, exact, undone, no recompile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import VitsConfig, VitsModel
+
+from accelerate_tts import Event, Settings, inference, optimized_model
+from accelerate_tts.events import NotApplied, Recompiled
+from accelerate_tts.models import describe
+from accelerate_tts.optimizer import get_performance_optimizer
+
+
+def small() -> VitsModel:
+    torch.manual_seed(0)
+    config = VitsConfig(
+        vocab_size=38, hidden_size=32, num_hidden_layers=2, ffn_dim=64, flow_size=32, spectrogram_bins=17,
+        upsample_initial_channel=64, upsample_rates=[4], upsample_kernel_sizes=[8], resblock_kernel_sizes=[3, 5],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+        duration_predictor_filter_channels=32, posterior_encoder_num_wavenet_layers=1,
+    )  # fmt: skip
+    return VitsModel(config).eval()
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.randint(1, 37, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def speak(model: VitsModel, tokens: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        return model(tokens).waveform
+
+
+def test_the_parts_are_named() -> None:
+    model = small()
+    plan = describe(model)
+    assert [(part.name, part.kind) for part in plan.parts] == [
+        ("text_encoder", "encoder"), ("duration_predictor", "flow"), ("flow", "flow"), ("decoder", "vocoder"),
+    ]  # fmt: skip
+    assert plan.roots == (model,)
+
+    class Service:
+        def __init__(self) -> None:
+            self.voice = model
+
+    assert describe(Service()).parts[3].name == "voice.decoder"
+
+
+def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Event]) -> None:
+    model = small()
+    del model.flow
+    assert [part.name for part in describe(model).parts] == ["VitsModel"]
+    assert any(isinstance(event, NotApplied) and "has no flow" in event.reason for event in seen)
+
+
+def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
+    reference, model = small(), small()
+    keys = list(model.state_dict())
+
+    class Backend:
+        @optimized_model(warmup=[ids(40), ids(90)])
+        def load(self) -> VitsModel:
+            self.model = model
+            return model
+
+        @inference
+        def synthesize(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(tokens).waveform
+
+    backend = Backend()
+    backend.load()
+    optimizer = get_performance_optimizer()
+    receipt = optimizer.receipt(backend)
+    assert receipt is not None
+    assert {stage.stage for stage in receipt.stages} == {"fold weight norm", "torch.compile"}
+    assert receipt.error < 1e-4
+    assert list(model.state_dict()) == keys
+    for length in range(20, 120, 5):
+        torch.testing.assert_close(speak(model, ids(length)), speak(reference, ids(length)), rtol=1e-3, atol=1e-5)
+    assert receipt.recompiles == 0
+    assert optimizer.undo(backend)
+    assert not optimizer.undo(backend)
+    assert optimizer.receipt(model) is None
+    assert torch.equal(speak(model, ids(50)), speak(reference, ids(50)))
+
+
+@pytest.mark.parametrize("part", ["decoder", "flow"])
+def test_a_compiled_part_is_right_at_every_length_without_recompiling(part: str, seen: list[Event]) -> None:
+    """Whether it is worth keeping is this machine's business; that it is right is ours."""
+    from accelerate_tts import PerformanceOptimizer
+
+    reference, model = small(), small()
+    optimizer = PerformanceOptimizer(Settings())
+    optimizer.compile_model(getattr(model, part), part, None)
+    call = getattr(model, part)._compiled_call_impl
+    for length in (8, 14, 25, 44, 77, 110):  # a warm-up that covers the range in steps of less than two
+        speak(model, ids(length))
+    graphs = call.graphs
+    call.seal()
+    for length in range(10, 110, 2):
+        torch.testing.assert_close(speak(model, ids(length)), speak(reference, ids(length)), rtol=1e-3, atol=1e-5)
+    assert not [event for event in seen if isinstance(event, Recompiled)]
+    assert 0 < call.graphs == graphs
+    optimizer.close()

@@ -1,0 +1,201 @@
+"""The contract of `PerformanceOptimizer`, row by row. Absent hardware is stood in for, and each test says so."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate_tts import (
+    Event,
+    PerformanceOptimizer,
+    Settings,
+    SettingsError,
+    WarmupError,
+    create_inference_context,
+    get_performance_optimizer,
+    receipt_of,
+)
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.events import Warmed, WarmupFailed
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def optimizer():
+    made = PerformanceOptimizer(Settings())
+    yield made
+    made.close()
+
+
+def test_one_for_the_whole_process() -> None:
+    found: list[PerformanceOptimizer] = []
+    barrier = threading.Barrier(8)
+
+    def work() -> None:
+        barrier.wait()
+        found.append(get_performance_optimizer())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(optimizer) for optimizer in found}) == 1
+
+
+def test_initialize_returns_a_device_and_is_idempotent(optimizer: PerformanceOptimizer) -> None:
+    device = optimizer.initialize()
+    assert isinstance(device, torch.device)
+    assert device == optimizer.initialize()
+    torch.zeros(1, device=device)
+
+
+def test_a_bad_variable_fails_at_the_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSLATOR_COMPILE_MODE", "turbo")
+    with pytest.raises(SettingsError, match="TRANSLATOR_COMPILE_MODE='turbo'"):
+        get_performance_optimizer()
+
+
+@pytest.mark.parametrize(
+    ("form", "ok"),
+    [
+        (torch.ones(1, 4), True),
+        ((torch.ones(1, 4),), True),
+        ({"input": torch.ones(1, 4)}, True),
+        (lambda model: model(torch.ones(2, 4)), True),
+        ([torch.ones(1, 4), torch.ones(3, 4)], True),
+        (torch.ones(1, 5), False),
+        ({"wrong": torch.ones(1, 4)}, False),
+    ],
+)
+def test_warmup_model(optimizer: PerformanceOptimizer, seen: list[Event], form: Any, ok: bool) -> None:
+    inside: list[bool] = []
+    model = nn.Linear(4, 4)
+    model.register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert optimizer.warmup_model(model, form) is ok
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(inside)
+    assert bool(inside) is ok
+    assert any(isinstance(event, Warmed if ok else WarmupFailed) for event in seen)
+
+
+def test_warmup_model_refuses_what_means_nothing(optimizer: PerformanceOptimizer) -> None:
+    with pytest.raises(WarmupError, match="warmup=3"):
+        optimizer.warmup_model(nn.Linear(1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (DeviceInfo("cuda", "stand-in", 24 * GIB), 4),
+        (DeviceInfo("cuda", "stand-in", 16 * GIB + 1), 4),
+        (DeviceInfo("cuda", "stand-in", 16 * GIB), 2),
+        (DeviceInfo("cuda", "stand-in", 12 * GIB), 2),
+        (DeviceInfo("cuda", "stand-in", 8 * GIB), 1),
+        (DeviceInfo("rocm", "stand-in", 64 * GIB), 4),
+        (DeviceInfo("mps", "stand-in"), 2),
+        (DeviceInfo("cpu", "stand-in"), 1),
+        (DeviceInfo("xpu", "stand-in", 16 * GIB), 3),
+    ],
+)
+def test_batch_size_table(optimizer: PerformanceOptimizer, device: DeviceInfo, expected: int) -> None:
+    """Stand-in: the detected device is given, for hardware that is not here."""
+    optimizer._device = device
+    assert optimizer.get_optimal_batch_size(default=3) == expected
+
+
+def test_batch_size_by_free_memory(optimizer: PerformanceOptimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: a machine with 10 GiB free."""
+    monkeypatch.setattr("accelerate_tts.device.memory.free_bytes", lambda _device: 10 * GIB)
+    assert optimizer.get_optimal_batch_size(item_bytes=GIB) == 8
+    assert optimizer.get_optimal_batch_size(item_bytes=100 * GIB) == 1
+    for bad in (0, -1, True, 1.5):
+        with pytest.raises(SettingsError, match="item_bytes="):
+            optimizer.get_optimal_batch_size(item_bytes=bad)  # type: ignore[arg-type]
+        with pytest.raises(SettingsError, match="default="):
+            optimizer.get_optimal_batch_size(default=bad)  # type: ignore[arg-type]
+
+
+def test_an_items_bytes_are_measured(optimizer: PerformanceOptimizer) -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(200 * 1024 * 1024 // 4).sum() + x  # 200 MiB, touched
+
+    measured = optimizer.measure_item_bytes(Greedy(), torch.ones(1))
+    if measured is None:  # no peak that can be reset: not Linux
+        return
+    assert 150 * 1024**2 < measured < 500 * 1024**2
+    assert optimizer.get_optimal_batch_size(item_bytes=measured) >= 1
+
+
+def test_inference_context(optimizer: PerformanceOptimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for make in (optimizer.get_inference_context, create_inference_context):
+        with make():
+            assert torch.is_inference_mode_enabled()
+        assert not torch.is_inference_mode_enabled()
+    from accelerate_tts.runtime import modes
+
+    # Stand-in for a Python without torch: its import fails.
+    modes.mode_factory.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    assert isinstance(create_inference_context(), nullcontext)
+    monkeypatch.undo()
+    modes.mode_factory.cache_clear()
+
+
+def test_cleanup_never_raises(optimizer: PerformanceOptimizer, seen: list[Event]) -> None:
+    optimizer.cleanup_memory()
+    optimizer.cleanup_memory(force=True)
+    assert not [event for event in seen if event.degraded]
+    optimizer._device = DeviceInfo("cuda", "stand-in", GIB)  # stand-in whose every driver call raises here
+    optimizer.cleanup_memory()
+    optimizer.cleanup_memory(force=True)
+    assert [event for event in seen if event.degraded]
+
+
+def test_cleanup_touches_nothing_in_use(optimizer: PerformanceOptimizer) -> None:
+    model = nn.Linear(64, 64)
+    expected = model(torch.ones(1, 64))
+    stop = threading.Event()
+    wrong: list[float] = []
+
+    def call() -> None:
+        while not stop.is_set():
+            difference = (model(torch.ones(1, 64)) - expected).abs().max().item()
+            if difference:
+                wrong.append(difference)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        optimizer.cleanup_memory(force=True)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_receipts_do_not_keep_objects_alive() -> None:
+    import gc
+    import weakref
+
+    from accelerate_tts import optimized_model
+
+    model = optimized_model(warmup=torch.ones(1, 4))(lambda: nn.Linear(4, 4))()
+    assert receipt_of(model) is not None
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert receipt_of(SimpleNamespace()) is None
+    assert receipt_of((1, 2)) is None
