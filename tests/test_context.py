@@ -48,9 +48,8 @@ def test_one_scope_object_may_be_entered_again() -> None:
 
 
 async def test_refused_in_a_coroutines_own_body() -> None:
-    with pytest.raises(InferenceContextError, match="@inference"):
-        with fast_inference():
-            await asyncio.sleep(0)
+    with pytest.raises(InferenceContextError, match="@inference"), fast_inference():
+        await asyncio.sleep(0)
     with pytest.raises(InferenceContextError), ExitStack() as stack:
         stack.enter_context(fast_inference())
     with pytest.raises(InferenceContextError, match="async with"):

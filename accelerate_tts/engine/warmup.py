@@ -147,7 +147,9 @@ def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
         return WarmupCall(_finished(loaded, speak, (item,), {}, "none" if decorated else mode))
     if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
         target = _target(loaded, item)
-        kwargs = {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        kwargs = (
+            {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        )
         given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
         args = tuple(_placed(value, target) for value in given)
         run = _finished(loaded, target, args, kwargs, mode)

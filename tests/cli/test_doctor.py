@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from typer.testing import CliRunner
 
 from accelerate_tts._version import __version__
@@ -48,7 +47,7 @@ def put_on_path(folder: Path, name: str) -> Path:
     return path
 
 
-def invoke(*arguments: str, code: int = 0) -> Result:
+def invoke(*arguments: str, code: int = 0) -> Any:
     result = CliRunner().invoke(app, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == code, result.output
@@ -151,7 +150,7 @@ def test_a_bad_variable_is_a_problem(monkeypatch: pytest.MonkeyPatch, variable: 
 @pytest.mark.parametrize("text", ["[/x]", "[bold]gpu[/bold]", "[red]", ":warning:"])
 def test_text_that_looks_like_markup_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ACCELERATE_TTS_TF32", text)
-    assert f"ACCELERATE_TTS_TF32={text!r}" in invoke("doctor", code=1).stdout
+    assert f"ACCELERATE_TTS_TF32={text!r}" in " ".join(invoke("doctor", code=1).stdout.split())
 
 
 def test_settings_that_differ_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,21 +258,37 @@ def test_a_look_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 
 STAGES = (
     StageResult("decoder", "fold weight norm", True, "faster", 0.0123, 0.0100, 1.23, 1.2, 3e-7, None, 0.5),
-    StageResult("encoder", "torch.compile", False, "TypeError: list[int] is no [/x] tensor"),
+    StageResult("encoder", "torch.compile", False, "no gain", 0.0002, 0.0002, 1.0, 0.9, 0.0, 1, 2.0),
 )
-RECEIPT = Receipt("Vits [en]", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 0.4, 0.3, 1.33, notes=("no [check] made",))
+RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 1.4, 1.05, 1.33, 3e-7, 4.5, ("a note",))
 
 
-def test_a_receipt_is_shown_with_every_text_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "receipt.json"
-    RECEIPT.save(path)
-    output = invoke("receipt", str(path)).stdout
-    for text in ("decoder: fold weight norm", "12.3 ms", "10.0 ms", "1.23x", "3e-07", "kept: faster", "encoder"):
+def shown(receipt: Receipt, folder: Path) -> str:
+    """What `accelerate-tts receipt` prints of it, with each run of white space as one space."""
+    path = folder / "receipt.json"
+    receipt.save(path)
+    return " ".join(invoke("receipt", str(path)).stdout.split())
+
+
+def test_a_receipt_is_shown(tmp_path: Path) -> None:
+    output = shown(RECEIPT, tmp_path)
+    for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept: faster"):
         assert text in output
-    for text in ("dropped: TypeError: list[int] is no [/x] tensor", "Receipt: Vits [en] on cpu (Test)", "[check]"):
+    for text in (
+        "encoder: torch.compile 200 us 200 us 1.00x bit-exact dropped: no gain",
+        "the whole 1.40 s 1.05 s 1.33x",
+    ):
         assert text in output
-    for text in ("1.33x", "1 kept, 0 recompiles", "torch 2.14"):
+    for text in ("1 kept, 0 recompiles", "tuning took 4.5 s (torch 2.14)", "note: a note"):
         assert text in output
+
+
+@pytest.mark.parametrize("text", ["list[int]", "[/x]", "[red]", ":warning:"])
+def test_a_receipt_s_own_texts_are_no_markup(tmp_path: Path, text: str) -> None:
+    stage = StageResult(f"part {text}", f"stage {text}", False, f"reason {text}")
+    output = shown(Receipt(f"what {text}", f"device {text}", {f"torch {text}": "2"}, (stage,), notes=(text,)), tmp_path)
+    for name in ("part", "stage", "reason", "what", "device", "torch", "note:"):
+        assert f"{name} {text}" in output
 
 
 def changed(**fields: Any) -> bytes:

@@ -36,7 +36,9 @@ def test_sync_body_is_on_and_caller_is_off() -> None:
     assert_off()
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("inference", (True, False)), ("no_grad", (False, False)), ("none", (False, True))])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("inference", (True, False)), ("no_grad", (False, False)), ("none", (False, True))]
+)
 def test_each_mode(mode: Any, expected: tuple[bool, bool]) -> None:
     assert modes.call(lambda: (on(), torch.is_grad_enabled()), (), {}, mode) == expected
 

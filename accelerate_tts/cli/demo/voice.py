@@ -137,6 +137,7 @@ def _config(weights: _Weights, description: dict[str, Any]) -> Any:
     from transformers import VitsConfig
 
     inference = description["inference"]
+    flow, channels = weights["dec.conv_pre.weight"].shape[1::-1]
     levels = weights.count("dec.ups.{}.weight")
     kernels = weights.count("dec.resblocks.{}.convs.0.weight") // levels
     convolutions = weights.count("dec.resblocks.0.convs.{}.weight")
@@ -151,8 +152,8 @@ def _config(weights: _Weights, description: dict[str, Any]) -> Any:
         window_size=(relative[1] - 1) // 2,
         ffn_dim=ffn[0],
         ffn_kernel_size=ffn[2],
-        flow_size=weights["dec.conv_pre.weight"].shape[1],
-        upsample_initial_channel=weights["dec.conv_pre.weight"].shape[0],
+        flow_size=flow,
+        upsample_initial_channel=channels,
         upsample_rates=[weights.attribute(f"dec.ups.{i}", "strides") for i in range(levels)],
         upsample_kernel_sizes=[weights[f"dec.ups.{i}.weight"].shape[2] for i in range(levels)],
         resblock_kernel_sizes=[weights[f"dec.resblocks.{i}.convs.0.weight"].shape[2] for i in range(kernels)],

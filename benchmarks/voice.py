@@ -1,0 +1,74 @@
+"""The demo's voice, plain against decorated, in turn: cold start, warm ratio, exactness, and the arithmetic floor.
+
+    python benchmarks/voice.py [--pairs N] [--json FILE]
+
+Run nothing else meanwhile. The floor is what the same multiplications take at the rate at which this machine multiplies
+large fp32 matrices, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from accelerate_tts import receipt_of
+from accelerate_tts.cli.demo.command import compare_backends
+from accelerate_tts.cli.demo.phonemes import sentences
+from accelerate_tts.cli.tables import print_receipt, table
+
+TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
+
+
+def matrix_rate() -> float:
+    """Best fp32 multiply-add rate of this machine on a large product, in FLOP/s."""
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    a @ b
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 1536**3 / min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console(highlight=False, width=110)
+    plain, decorated, comparison = compare_backends(sentences(TEXT), options.pairs, console)
+    console.print(table(comparison.rows(), "Plain against decorated, in turn", {"plain", "decorated"}))
+    receipt = receipt_of(decorated)
+    assert receipt is not None
+    print_receipt(receipt, console)
+    with FlopCounterMode(display=False) as counter:
+        plain.synthesize(TEXT)
+    rate = matrix_rate()
+    floor = counter.get_total_flops() / rate
+    median = statistics.median(comparison.decorated)
+    console.print(
+        f"{counter.get_total_flops() / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s:"
+        f" floor {floor * 1e3:.0f} ms, warm / floor = {median / floor:.2f}"
+    )
+    if options.json:
+        content = {
+            "ratio": comparison.ratio,
+            "cold_ratio": comparison.plain_cold / comparison.decorated_cold,
+            "floor_seconds": floor,
+            **dataclasses.asdict(comparison),
+            "receipt": json.loads(receipt.to_json()),
+        }
+        options.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

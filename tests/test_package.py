@@ -1,0 +1,98 @@
+"""What importing costs, what is public, what is depended on, and that the wheel is what is tested."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accelerate_tts
+
+HEAVY = ["torch", "numpy", "transformers", "rich", "typer", "onnx", "soundfile", "psutil"]
+
+PROBE = """
+import json, sys
+before = set(sys.modules)
+{code}
+print(json.dumps(sorted(name for name in set(sys.modules) - before if "." not in name)))
+"""
+
+
+def imported(code: str, tmp_path: Path) -> set[str]:
+    """The top-level modules that `code` imports in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(code=code)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+DECORATED = """
+import accelerate_tts
+class Backend:
+    @accelerate_tts.optimized_model(warmup="Hello there.")
+    def load(self): ...
+    @accelerate_tts.inference
+    async def synthesize(self, text): ...
+accelerate_tts.fast_inference, accelerate_tts.Settings, accelerate_tts.set_active(True)
+"""
+
+
+@pytest.mark.parametrize("code", ["import accelerate_tts", DECORATED], ids=["import", "decorators"])
+def test_importing_and_decorating_imports_nothing_heavy(code: str, tmp_path: Path) -> None:
+    modules = imported(code, tmp_path)
+    assert "accelerate_tts" in modules
+    assert not modules & set(HEAVY)
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    code = """
+import contextlib, io
+from accelerate_tts.cli import main
+for words in (["--help"], ["demo", "--help"], ["doctor", "--help"], ["--version"]):
+    sys.argv = ["accelerate-tts", *words]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main()
+"""
+    modules = imported(code, tmp_path)
+    assert "typer" in modules
+    assert not modules & {"torch", "numpy", "transformers", "onnx"}
+
+
+def test_the_command_line_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['typer'] = None\nfrom accelerate_tts.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "accelerate-tts needs typer: pip install 'accelerate_tts[cli]'\n"
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in accelerate_tts.__all__:
+        value = getattr(accelerate_tts, name)
+        assert name in dir(accelerate_tts)
+        assert name == "__version__" or value.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'speed_up'"):
+        _ = accelerate_tts.speed_up  # type: ignore[attr-defined]
+
+
+def test_the_core_depends_on_three_packages() -> None:
+    required = importlib.metadata.requires("accelerate_tts") or []
+    core = {line.split(">")[0].strip() for line in required if "extra ==" not in line}
+    assert core == {"torch", "wrapt", "psutil"}
+    copyleft = [line for line in required if line.startswith(("phonemizer-fork", "espeakng-loader"))]
+    assert copyleft
+    assert all("extra == 'demo'" in line.replace('"', "'") for line in copyleft)
+
+
+def test_the_wheel_is_what_is_tested() -> None:
+    """`make test` installs the built wheel; only a run by hand against the folder is let off."""
+    if os.environ.get("PYTHONPATH"):
+        return
+    installed = Path(accelerate_tts.__file__)
+    assert "site-packages" in installed.parts
+    assert (installed.parent / "py.typed").exists()
+    assert importlib.metadata.version("accelerate_tts") == accelerate_tts.__version__

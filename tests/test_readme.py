@@ -1,0 +1,63 @@
+"""The README's code runs, its commands exist, and its pages are there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUMMARY = (ROOT / "docs" / "OPTIMIZATIONS_SUMMARY.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_blocks_run(tmp_path: Path) -> None:
+    """In a fresh interpreter, as a reader would; without the compiler, whose wait belongs to the benchmark."""
+    assert len(blocks("python")) == 1
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import os; os.environ['ACCELERATE_TTS_TORCH_COMPILE'] = '0'\n{block}"],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "fold weight norm" in done.stdout
+
+
+def test_every_command_that_is_shown_exists() -> None:
+    from accelerate_tts.cli.app import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    shown = set(re.findall(r"^accelerate-tts (\w+)", README, re.MULTILINE))
+    assert shown == commands
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`?make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", [README, SUMMARY], ids=["README", "summary"])
+def test_links_lead_somewhere(page: str) -> None:
+    base = ROOT if page is README else ROOT / "docs"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
+        assert (base / link).exists(), link
+
+
+def test_the_summary_names_every_variable_and_public_name() -> None:
+    import accelerate_tts
+    from accelerate_tts.settings import _KNOWN
+
+    for variable in _KNOWN:
+        assert f"`{variable}`" in SUMMARY, variable
+    assert set(re.findall(r"`(ACCELERATE_TTS_\w+|TRANSLATOR_\w+)`", SUMMARY)) == _KNOWN
+    for name in ("optimized_model", "inference", "fast_inference", "carry_mode", "receipt_of", "set_active", "testing"):
+        assert name in accelerate_tts.__all__
+        assert name in SUMMARY
+    methods = [name for name in vars(accelerate_tts.PerformanceOptimizer) if not name.startswith("_")]
+    for method in set(methods) - {"device", "call_flags", "optimize"}:
+        assert f"`{method}(" in SUMMARY, method
