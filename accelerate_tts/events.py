@@ -206,7 +206,7 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
 def emit(event: Event) -> None:
     """Log `event` (a degradation once at WARNING) and hand it to the hooks."""
     with _lock:
-        first = event not in _logged
+        first = event.degraded and event not in _logged
         if first:
             if len(_logged) >= _LOGGED_LIMIT:
                 _logged.clear()

@@ -233,8 +233,8 @@ def is_active() -> bool:
     """
     if not _switch.active or _switch.testing:
         return False
-    text = os.environ.get("ACCELERATE_TTS_DISABLE")
-    return not text or not _flag("ACCELERATE_TTS_DISABLE", text.strip())
+    text = os.environ.get("ACCELERATE_TTS_DISABLE", "").strip()
+    return not text or not _flag("ACCELERATE_TTS_DISABLE", text)
 
 
 def is_testing() -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,29 +21,33 @@ _NUMBERS = {"before", "after", "ratio", "error"}
 
 def wide_console() -> Console:
     """Standard output: as wide as the terminal, or 100 columns in a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=100)
 
 
-def table(rows: Sequence[Sequence[str]], title: str, numbers: set[str] = _NUMBERS) -> Table:
+def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = _NUMBERS) -> Table:
     """Rows, a header first, as a table; the columns named in `numbers` are set to the right."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     header, *body = rows
-    for name in header:
+    for name in map(str, header):
         if name in numbers:
             result.add_column(name, justify="right", no_wrap=True)
         else:
             result.add_column(name, overflow="fold")
     for row in body:
-        result.add_row(*row)
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return result
+
+
+def _two_lines(name: str, verdict: str) -> Text:
+    return Text.assemble(name, "\n", (verdict, "dim"))
 
 
 def print_receipt(receipt: Receipt, console: Console) -> None:
     """A receipt's table, its versions and its notes."""
-    rows = [("part: stage", "before", "after", "ratio", "error")]
-    rows += [(f"{s.part}: {s.stage}\n[dim]{s.verdict}[/dim]", *s.figures()) for s in receipt.stages]
-    rows.append((f"the whole\n[dim]{receipt.verdict}[/dim]", *receipt.figures()))
+    rows: list[tuple[str | Text, ...]] = [("part: stage", "before", "after", "ratio", "error")]
+    rows += [(_two_lines(f"{s.part}: {s.stage}", s.verdict), *s.figures()) for s in receipt.stages]
+    rows.append((_two_lines("the whole", receipt.verdict), *receipt.figures()))
     console.print(table(rows, f"Receipt: {receipt.what} on {receipt.device}"))
     versions = ", ".join(f"{name} {version}" for name, version in receipt.versions.items())
     console.print(f"tuning took {receipt.seconds:.1f} s ({versions})", style="dim", markup=False)

@@ -98,13 +98,13 @@ def _v1_limit(folder: Path) -> float | None:
 def _ratio(quota: str, period: str) -> float | None:
     try:
         time, window = int(quota), int(period)
-    except ValueError:
+        return time / window if time > 0 and window > 0 else None
+    except (ValueError, OverflowError):
         return None
-    return time / window if time > 0 and window > 0 else None
 
 
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return None

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -71,16 +73,10 @@ class Hold:
         """Let go. The next holder's value, or the state from before the first one, returns. Idempotent."""
         with _lock:
             for flag in reversed(self.flags):
-                held = _held.get(flag)
-                if held is None or self._number not in held.values:
-                    continue
-                newest = next(reversed(held.values))
-                del held.values[self._number]
-                if not held.values:
-                    del _held[flag]
-                    flag.restore(held.saved)
-                elif newest == self._number:
-                    flag.write(next(reversed(held.values.values())))
+                try:
+                    _let_go(flag, self._number)
+                except Exception as error:  # the other flags must come back all the same
+                    emit(NotApplied(f"restoring {flag.name}", f"{type(error).__name__}: {error}"))
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +88,19 @@ class Hold:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _let_go(flag: Flag, number: int) -> None:
+    held = _held.get(flag)
+    if held is None or number not in held.values:
+        return
+    newest = next(reversed(held.values))
+    del held.values[number]
+    if not held.values:
+        del _held[flag]
+        flag.restore(held.saved)
+    elif newest == number:
+        flag.write(next(reversed(held.values.values())))
 
 
 def hold(wanted: Iterable[tuple[Flag, Any]]) -> Hold:
@@ -129,7 +138,18 @@ def _matmul_backends() -> list[Any]:
 def _save_matmul() -> Any:
     import torch
 
-    return torch.get_float32_matmul_precision(), [(b, b.fp32_precision) for b in _matmul_backends()]
+    new_style = [(backend, backend.fp32_precision) for backend in _matmul_backends()]
+    try:
+        return torch.get_float32_matmul_precision(), new_style
+    except RuntimeError:
+        # torch >= 2.9 refuses this read while the newer interface says something else. With "ieee" in both it never
+        # does, and the older value, which is kept apart, can be read.
+        for backend, _ in new_style:
+            backend.fp32_precision = "ieee"
+        try:
+            return torch.get_float32_matmul_precision(), new_style
+        finally:
+            _restore_new_style(new_style)
 
 
 def _restore_matmul(saved: Any) -> None:
@@ -169,13 +189,19 @@ def _save_cudnn_tf32() -> Any:
     try:
         return torch.backends.cudnn.allow_tf32, new_style
     except RuntimeError:  # torch >= 2.9 refuses this read once the two interfaces were mixed
-        return None, new_style
+        for operator, _ in new_style:
+            operator.fp32_precision = "tf32"
+        try:
+            return torch.backends.cudnn.allow_tf32, new_style  # readable with "tf32" in both only if it is True
+        except RuntimeError:
+            return False, new_style
+        finally:
+            _restore_new_style(new_style)
 
 
 def _restore_cudnn_tf32(saved: Any) -> None:
     legacy, new_style = saved
-    if legacy is not None:
-        _write_cudnn_tf32(legacy)
+    _write_cudnn_tf32(legacy)
     _restore_new_style(new_style)
 
 
@@ -217,7 +243,19 @@ TORCH_THREADS = Flag("CPU threads", _write_threads, _save_threads, _write_thread
 TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
 
 
-@lru_cache(maxsize=64)
+def is_held(flag: Flag) -> bool:
+    """Whether somebody holds `flag` now: its present state is then ours, not the user's."""
+    with _lock:
+        return flag in _held
+
+
+def original(flag: Flag) -> Any:
+    """What `flag.save()` gave before the first holder, or gives now if nobody holds it."""
+    with _lock:
+        return _held[flag].saved if flag in _held else flag.save()
+
+
+@cache  # one flag a name, or two holders of a name would not know of each other
 def environment(name: str) -> Flag:
     """The flag that is the environment variable `name`. `None` as its value means that it is not set."""
 

@@ -37,8 +37,9 @@ def free_bytes(device: DeviceInfo) -> int | None:
     if device.type == "xpu":
         # torch.xpu.mem_get_info came with 2.7; before that the total less what torch holds is the best guess.
         if hasattr(torch.xpu, "mem_get_info"):
-            return int(torch.xpu.mem_get_info()[0])
-        return None if device.total_memory is None else device.total_memory - torch.xpu.memory_reserved()
+            cached = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
+            return int(torch.xpu.mem_get_info()[0]) + cached
+        return None if device.total_memory is None else device.total_memory - torch.xpu.memory_allocated()
     return _free_host()
 
 
@@ -52,6 +53,11 @@ def _free_host() -> int:
 
 def cgroup_headroom(root: Path | str = "/sys/fs/cgroup") -> int | None:
     """Bytes left under the container's memory limit (cgroup v2, then v1), or `None` without a limit."""
+    found = _cgroup(root)
+    return None if found is None else max(0, found[0] - found[1])
+
+
+def _cgroup(root: Path | str = "/sys/fs/cgroup") -> tuple[int, int] | None:
     root = Path(root)
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -62,7 +68,7 @@ def cgroup_headroom(root: Path | str = "/sys/fs/cgroup") -> int | None:
         except (OSError, ValueError):  # absent, or "max"
             continue
         if most < 2**60:  # v1 writes "no limit" as a number near 2**63
-            return max(0, most - now)
+            return most, now
     return None
 
 
@@ -73,7 +79,9 @@ def under_pressure(device: DeviceInfo) -> bool:
     if device.total_memory is not None:
         free = free_bytes(device)
         return free is not None and free < _PRESSURE * device.total_memory
-    return bool(_free_host() < _PRESSURE * psutil.virtual_memory().total)
+    container = _cgroup()
+    total = int(psutil.virtual_memory().total)
+    return _free_host() < _PRESSURE * (total if container is None else min(total, container[0]))
 
 
 def resident_bytes() -> int:
@@ -139,14 +147,16 @@ def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
     """
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type in {"cuda", "xpu"}:
+        backend = torch.cuda if device.type == "cuda" else torch.xpu
+        backend.synchronize()
+        backend.reset_peak_memory_stats()
+        before = backend.memory_allocated()
         work()
-        torch.cuda.synchronize()
-        return max(0, torch.cuda.max_memory_allocated() - before)
-    if not _reset_peak():
+        backend.synchronize()
+        return max(0, int(backend.max_memory_allocated()) - int(before))
+    _trim_heap()
+    if device.type != "cpu" or not _reset_peak():
         work()
         return None
     before = resident_bytes()

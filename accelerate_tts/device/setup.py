@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -63,21 +62,22 @@ def _threads(settings: Settings) -> list[tuple[Flag, Any]]:
     threads = settings.threads
     if threads is None:
         # Only ever fewer than torch took: its default already leaves out hyper-threads, which a quota does not know.
-        threads = min(cpu.recommended_threads(settings.workers), torch.get_num_threads())
+        threads = min(cpu.recommended_threads(settings.workers), flags.original(flags.TORCH_THREADS))
     wanted: list[tuple[Flag, Any]] = [
         (flags.environment(name), value)
         for name, value in cpu.thread_environment(threads).items()
-        if name not in os.environ
+        if flags.original(flags.environment(name)) is None
     ]
     asked_for = settings.threads is not None
-    if (asked_for or "OMP_NUM_THREADS" not in os.environ) and threads != torch.get_num_threads():
+    free = flags.original(flags.environment("OMP_NUM_THREADS")) is None
+    if (asked_for or free) and (threads != torch.get_num_threads() or flags.is_held(flags.TORCH_THREADS)):
         wanted.append((flags.TORCH_THREADS, threads))
     return wanted
 
 
 def _mps_environment(settings: Settings) -> list[tuple[Flag, Any]]:
     wanted: list[tuple[Flag, Any]] = []
-    if _MPS_FALLBACK not in os.environ:
+    if flags.original(flags.environment(_MPS_FALLBACK)) is None:
         # torch is imported by now, and it reads this one at its import. `import accelerate_tts` before torch sets it.
         if "torch" in sys.modules:
             emit(
@@ -88,6 +88,6 @@ def _mps_environment(settings: Settings) -> list[tuple[Flag, Any]]:
                 )
             )
         wanted.append((flags.environment(_MPS_FALLBACK), "1"))
-    if settings.mps_high_watermark_ratio is not None and _MPS_RATIO not in os.environ:
+    if settings.mps_high_watermark_ratio is not None and flags.original(flags.environment(_MPS_RATIO)) is None:
         wanted.append((flags.environment(_MPS_RATIO), str(settings.mps_high_watermark_ratio)))
     return wanted

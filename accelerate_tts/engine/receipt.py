@@ -117,9 +117,11 @@ class Receipt:
             stages = tuple(StageResult(**stage) for stage in content.pop("stages"))
             rest = {key: value for key, value in content.items() if key in known}
             rest["notes"] = tuple(rest["notes"])
-            return cls(stages=stages, **rest)
+            loaded = cls(stages=stages, **rest)
+            str(loaded), loaded.versions.items()  # formats every figure once: a value of a wrong type shows here
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no receipt: {error!r}") from error
+        return loaded
 
     def save(self, path: str | Path) -> None:
         """Write the receipt's JSON to `path`."""

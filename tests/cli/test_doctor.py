@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,23 +196,18 @@ def test_too_many_omp_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in findings()
 
 
-@pytest.fixture
-def many_threads() -> Iterator[None]:
+def test_too_many_torch_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads((os.cpu_count() or 1) + 1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_too_many_torch_threads(many_threads: None) -> None:
-    finding = findings()["threads"]
+    try:
+        finding = findings()["threads"]
+    finally:
+        torch.set_num_threads(before)
     assert finding["verdict"] == "warning"
     assert "OMP_NUM_THREADS=" in finding["mend"]
 
 
-@pytest.mark.parametrize(
-    "folder", ["{tmp}/file/cache", "/proc/1/x"] if sys.platform == "linux" else ["{tmp}/file/cache"]
-)
+@pytest.mark.parametrize("folder", ["{tmp}/file/cache", *(["/proc/1/x"] if sys.platform == "linux" else [])])
 def test_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a file where a folder should be: not even root can write below it")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder.format(tmp=tmp_path))
@@ -274,12 +268,9 @@ def test_a_receipt_is_shown(tmp_path: Path) -> None:
     output = shown(RECEIPT, tmp_path)
     for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept: faster"):
         assert text in output
-    for text in (
-        "encoder: torch.compile 200 us 200 us 1.00x bit-exact dropped: no gain",
-        "the whole 1.40 s 1.05 s 1.33x",
-    ):
+    for text in ("encoder: torch.compile 200 us 200 us 1.00x bit-exact dropped: no gain", "the whole 1.40 s 1.05 s"):
         assert text in output
-    for text in ("1 kept, 0 recompiles", "tuning took 4.5 s (torch 2.14)", "note: a note"):
+    for text in ("1.33x", "1 kept, 0 recompiles", "tuning took 4.5 s (torch 2.14)", "note: a note"):
         assert text in output
 
 
@@ -324,10 +315,8 @@ def test_a_broken_receipt_is_an_error_and_no_traceback(content: bytes, tmp_path:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize(
-    "place", [lambda folder: folder / "absent.json", lambda folder: folder], ids=["absent", "folder"]
-)
-def test_a_file_that_cannot_be_read(tmp_path: Path, place: Callable[[Path], Path]) -> None:
-    result = invoke("receipt", str(place(tmp_path)), code=2)
-    assert str(place(tmp_path)) in result.stderr
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    result = invoke("receipt", str(tmp_path / name), code=2)
+    assert f"error: {tmp_path / name}: " in result.stderr
     assert "Traceback" not in result.output

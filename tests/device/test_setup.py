@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -174,7 +175,8 @@ def test_cuda_gets_tf32_and_autotune_unless_switched_off(
     assert inside["matmul"] == ("high" if tf32 else before["matmul"])
     assert inside["cudnn tf32"] is tf32
     assert inside["benchmark"] is benchmark
-    assert inside["cudnn enabled"] == before["cudnn enabled"]
+    for key in ("cudnn enabled", FALLBACK, RATIO):
+        assert inside[key] == before[key]
     made.close()
     assert state() == before
 
@@ -246,12 +248,6 @@ def test_what_the_user_set_for_mps_survives(
     assert (os.environ[FALLBACK], os.environ[RATIO]) == ("0", "1.1")
 
 
-def test_other_devices_get_no_mps_variables(become: Become, optimizer: Optimizers) -> None:
-    become("cuda")
-    optimizer().initialize()
-    assert (os.environ.get(FALLBACK), os.environ.get(RATIO)) == (None, None)
-
-
 # --- threads -------------------------------------------------------------------------------------------------------
 
 
@@ -298,8 +294,7 @@ def test_threads_that_were_asked_for_win_over_omp(cores: Cores, monkeypatch: pyt
     monkeypatch.setenv("ACCELERATE_TTS_THREADS", "3")
     made = PerformanceOptimizer()
     made.initialize()
-    assert torch.get_num_threads() == 3
-    assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (3, "1")
     made.close()
     assert torch.get_num_threads() == 4
 
@@ -318,11 +313,15 @@ def test_initialize_is_done_once(cores: Cores, optimizer: Optimizers, seen: list
     assert set(event.applied) == {"CPU threads", *THREAD_VARIABLES}
 
 
-def test_sixteen_threads_initialize_once(become: Become, optimizer: Optimizers, seen: list[Event]) -> None:
+def test_sixteen_threads_initialize_once(
+    become: Become, optimizer: Optimizers, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
     become("cuda")
     before = state()
     made = optimizer()
     barrier = threading.Barrier(16)
+    # A real driver takes its time over this question: long enough for all sixteen to arrive.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: time.sleep(0.05) is None)
 
     def work() -> torch.device:
         barrier.wait(30)
