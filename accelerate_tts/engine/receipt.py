@@ -118,7 +118,7 @@ class Receipt:
             rest = {key: value for key, value in content.items() if key in known}
             rest["notes"] = tuple(rest["notes"])
             loaded = cls(stages=stages, **rest)
-            str(loaded), loaded.versions.items()  # formats every figure once: a value of a wrong type shows here
+            _ = str(loaded), loaded.versions.items()  # formats every figure once: a value of a wrong type shows here
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no receipt: {error!r}") from error
         return loaded
