@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import find_modules
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Loaded", "WarmupCall", "check_warmup", "complete", "warmup_calls"]
 
@@ -117,6 +119,8 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
 
 
 def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
+    import asyncio
+
     if loop is not None:
         return asyncio.run_coroutine_threadsafe(_await(awaitable), loop).result()
     try:
