@@ -211,7 +211,7 @@ class PerformanceOptimizer:
                 self._remember(loaded, done)
                 return done.receipt
             calls = warmup_calls(warmup, loaded, mode)
-            stages = default_stages(setup.compile_mode(device, self.settings))
+            stages = default_stages(device.type, setup.compile_mode(device, self.settings))
             # Before tuning: dynamo may guard on which attributes a module has.
             keepers = [_keep(root) for root in plan.roots]
             tuning = tune(plan, calls, stages, device, self.settings.tune_seconds)

@@ -26,11 +26,14 @@ class Part:
         name: Its path from the loaded object, for people.
         kind: What sort of computation it is.
         module: The module itself, inside the user's object.
+        decides: Whether a discrete choice hangs on its output (a duration that is rounded up, a token): then even a
+            rounding error can change the length of the result, and only bit-exact changes are allowed.
     """
 
     name: str
     kind: Kind
     module: nn.Module
+    decides: bool = False
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,9 @@ def _judge(session: _Session, part: Part, change: Change, result: StageResult) -
     result = _with_error(result, difference)
     if change.graphs == 0:
         return replace(result, reason="compiled no graph at all")
-    if difference.error > EXACT_TOLERANCE:
-        reason = difference.reason or f"relative error {difference.error:.1e} > {EXACT_TOLERANCE:.0e}"
+    if difference.error > (0.0 if part.decides else EXACT_TOLERANCE):
+        limit = "bit-exact, since lengths hang on it" if part.decides else f"{EXACT_TOLERANCE:.0e}"
+        reason = difference.reason or f"relative error {difference.error:.1e}, allowed is {limit}"
         return replace(result, reason=f"wrong output: {reason}")
 
     timing = compare_speed(lambda: session.replay(part), change.off, change.on, session.device.type, _COMPARISON)

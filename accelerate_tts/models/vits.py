@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["parts"]
 
+# Their outputs become durations, which are rounded up to whole frames.
+_DECIDE = {"text_encoder", "duration_predictor"}
 # The four that run at synthesis; `posterior_encoder` is for training.
 _PARTS: dict[str, Kind] = {
     "text_encoder": "encoder",
@@ -31,4 +33,8 @@ def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
         emit(NotApplied("the plan for VITS", reason))
         return generic.parts(path, module)
     prefix = f"{path}." if path else ""
-    return tuple(Part(prefix + name, _PARTS[name], part) for name, part in found.items() if part is not None)
+    return tuple(
+        Part(prefix + name, _PARTS[name], part, decides=name in _DECIDE)
+        for name, part in found.items()
+        if part is not None
+    )

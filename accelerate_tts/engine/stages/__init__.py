@@ -51,14 +51,18 @@ class Stage(Protocol):
         ...
 
 
-def default_stages(compile_mode: str | None) -> tuple[Stage, ...]:
+def default_stages(device_type: str, compile_mode: str | None) -> tuple[Stage, ...]:
     """The stages in the order in which they are tried.
 
     Args:
+        device_type: torch's device type.
         compile_mode: torch.compile's mode for the device, or `None` to leave that stage out.
     """
     from accelerate_tts.engine.stages.compile import CompileStage
     from accelerate_tts.engine.stages.fold import FoldStage
+    from accelerate_tts.engine.stages.layout import ChannelsLastStage
 
     stages: tuple[Stage, ...] = (FoldStage(),)
+    if device_type == "cpu":
+        stages = (*stages, ChannelsLastStage())
     return stages if compile_mode is None else (*stages, CompileStage(compile_mode))
