@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["Captured", "NotReplayableError", "watch"]
+__all__ = ["Captured", "NotReplayableError", "time_modules", "watch"]
 
 # A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
 _MOST_CALLS = 4
@@ -78,6 +78,38 @@ def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Capt
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any, float], None, None]:
+    """While open, add up the seconds that every module inside `roots` takes, into the yielded mapping.
+
+    A module that is never called (because `generate()` or `forward` is, or it is a mere list) does not appear.
+    """
+    seconds: dict[Any, float] = {}
+    handles: list[Any] = []
+    for module in {inner for root in roots for inner in root.modules()}:
+        handles += _timing_hooks(module, seconds, device_type)
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> list[Any]:
+    starts: list[float] = []
+
+    def before(_module: Any, _args: Any) -> None:
+        synchronize(device_type)
+        starts.append(time.perf_counter())
+
+    def after(_module: Any, _args: Any, _output: Any) -> None:
+        synchronize(device_type)
+        if starts:
+            seconds[module] = seconds.get(module, 0.0) + time.perf_counter() - starts.pop()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,46 +45,64 @@ class ModelPlan:
         what: A short name of the object, for people.
         roots: The outermost modules, whose outputs the user sees.
         parts: What stages are tried on; none of them contains another.
+        refine: Makes better parts of `parts` from the seconds that each module took in the first pass; `None` where
+            the parts are known by name.
     """
 
     what: str
     roots: tuple[nn.Module, ...]
     parts: tuple[Part, ...]
+    refine: Callable[[Mapping[nn.Module, float]], tuple[Part, ...]] | None = None
 
 
-# How deep a pipeline object is searched. Chatterbox, XTTS and transformers' pipelines need two.
-_DEPTH = 3
+_PLAIN = (str, bytes, int, float, complex, type(None))
+# How deep a pipeline object is searched. Chatterbox, XTTS and transformers' pipelines need two;
+# a backend that holds such an object one or two more.
+_DEPTH = 4
 
 
 def find_modules(subject: object) -> dict[str, nn.Module]:
     """The outermost `nn.Module`s of an object, by their attribute path from it.
 
-    Looks into tuples, lists, mappings and the attributes of objects that are no modules, three levels deep. A module
+    Looks into tuples, lists, mappings and the attributes of objects that are no modules, four levels deep. A module
     is never looked into. The path of `subject` itself is "".
     """
     from torch import nn
 
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    queue: list[tuple[str, object, int]] = [("", subject, 0)]
+    queue: deque[tuple[str, object, int]] = deque([("", subject, 0)])
     while queue:
-        path, value, depth = queue.pop(0)
+        path, value, depth = queue.popleft()
         if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
             found[path] = value
         elif depth < _DEPTH:
-            queue += [(f"{path}.{name}" if path else name, item, depth + 1) for name, item in _members(value)]
-    return found
+            queue += [
+                (f"{path}.{name}" if path else name, item, depth + 1)
+                for name, item in _members(value)
+                if not isinstance(item, _PLAIN)
+            ]
+    # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
+    inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
+    return {path: module for path, module in found.items() if id(module) not in inside}
 
 
 def _members(value: object) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, type) or callable(getattr(type(value), "__torch_function__", None)):
+    if callable(getattr(type(value), "__torch_function__", None)):
         return  # a class or a tensor
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # no other mapping: reading a lazy one may load what it stands for
         yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, (tuple, list, set, frozenset, deque)):
         yield from ((str(index), item) for index, item in enumerate(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, ModuleType):
-        yield from vars(value).items()
+    elif not isinstance(value, ModuleType):
+        yield from getattr(value, "__dict__", {}).items()
+        slots = [name for cls in type(value).__mro__ for name in _slots(cls)]
+        yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(s for s in slots if s not in {"__dict__", "__weakref__"})

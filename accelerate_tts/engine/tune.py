@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import platform
 import time
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts._version import __version__
-from accelerate_tts.engine.capture import watch
+from accelerate_tts.engine.capture import time_modules, watch
 from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.receipt import Receipt, StageResult
@@ -122,7 +123,7 @@ def tune(
         seconds = time.perf_counter() - start
         return Tuning(replace(empty, notes=(f"the warm-up failed: {reason}",), seconds=seconds))
     try:
-        for part in plan.parts:
+        for part in session.plan.parts:
             for stage in stages:
                 _try(session, part, stage)
         timing, whole_error = _whole(session, reference)
@@ -155,7 +156,12 @@ def _versions() -> dict[str, str]:
 def _first_passes(session: _Session) -> tuple[float, list[Any]]:
     """The cold pass, and a warm one that is the reference and shows each part's inputs."""
     clock = time.perf_counter()
-    session.run()
+    if session.plan.refine is None:
+        session.run()
+    else:
+        with time_modules(session.plan.roots, session.device.type) as seconds:
+            session.run()
+        session.plan = replace(session.plan, parts=session.plan.refine(seconds), refine=None)
     synchronize(session.device.type)
     cold = time.perf_counter() - clock
     with watch(session.plan.parts, session.device.type) as session.captured:
@@ -285,10 +291,12 @@ def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
 
 
 def _recompile_counter(changes: Sequence[Change]) -> Callable[[], int]:
-    known = list(changes)
-    sealed = sum(change.graphs or 0 for change in known)
+    # Weakly: a receipt that somebody keeps must not keep the model's weights.
+    known = [weakref.ref(change) for change in changes if change.graphs is not None]
+    sealed = sum(change.graphs or 0 for change in changes)
 
     def count() -> int:
-        return sum(change.graphs or 0 for change in known) - sealed
+        alive = [change for reference in known if (change := reference()) is not None]
+        return max(0, sum(change.graphs or 0 for change in alive) - sealed)
 
     return count

@@ -32,4 +32,6 @@ def describe(subject: object, what: str | None = None) -> ModelPlan:
     for path, module in modules.items():
         handler = next((_KNOWN[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _KNOWN), generic.parts)
         parts += handler(path, module)
-    return ModelPlan(what or type(subject).__name__, tuple(modules.values()), tuple(parts))
+    # Parts of unknown models are taken apart once the first pass has shown where its time goes.
+    refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
+    return ModelPlan(what or type(subject).__name__, tuple(modules.values()), tuple(parts), refine)

@@ -15,10 +15,11 @@ from torch import nn
 
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.fold import FoldStage
-from accelerate_tts.engine.stages.layout import ChannelsLastStage, _ChannelsLast
+from accelerate_tts.engine.stages.layout import ChannelsLastStage
+from accelerate_tts.engine.stages.swap import ClassSwap
 
 
-def change_of(model: nn.Module) -> _ChannelsLast:
+def change_of(model: nn.Module) -> ClassSwap:
     change = ChannelsLastStage().prepare(Part("model", "vocoder", model))
     change.on()
     return change

@@ -61,8 +61,9 @@ def default_stages(device_type: str, compile_mode: str | None) -> tuple[Stage, .
     from accelerate_tts.engine.stages.compile import CompileStage
     from accelerate_tts.engine.stages.fold import FoldStage
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
+    from accelerate_tts.engine.stages.linear import FewRowsStage
 
     stages: tuple[Stage, ...] = (FoldStage(),)
     if device_type == "cpu":
-        stages = (*stages, ChannelsLastStage())
+        stages = (*stages, ChannelsLastStage(), FewRowsStage())
     return stages if compile_mode is None else (*stages, CompileStage(compile_mode))

@@ -56,7 +56,7 @@ class CompiledCall:
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
         self._counter = _Counter(what)
-        self._first_call = threading.Lock()
+        self._first_call = threading.RLock()  # a forward may call its own module
         self._ready = False
         self._broken = False
         self._clone_outputs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
@@ -91,21 +91,26 @@ class CompiledCall:
         return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         if self._broken:
             return self._untouched(*args, **kwargs)
         try:
             result = self._compiled(*args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = _reason(error)
         else:
             return _clone(result) if self._clone_outputs else result
         # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
         # error here, and nothing is wrong with the compilation.
-        result = self._untouched(*args, **kwargs)
         self._broken = True
         self.off()
+        try:
+            result = self._untouched(*args, **kwargs)
+        except BaseException:
+            self._broken = False
+            self.on()
+            raise
         emit(FellBack(self._what, "torch.compile", reason))
         return result
 

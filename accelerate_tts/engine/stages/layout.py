@@ -5,16 +5,15 @@ way out, at every call. In channels-last order nothing has to be reordered, and 
 convolutions keep that order by themselves. A vocoder, whose last levels have few channels and very many samples,
 spends much of its time on those reorderings (docs/decisions/0006-channels-last.md has the figures).
 
-The convolution is made as a 2-D one of height 1. Weights are read at each call, so nothing can become stale, and the
-module's parameters, buffers, hooks and state dict are not touched: only its class is another one while this is on.
+The convolution is made as a 2-D one of height 1; the weights are read at each call.
 """
 
 from __future__ import annotations
 
-import copy
-import copyreg
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,31 +33,9 @@ class ChannelsLastStage:
         """See `Stage.applies`."""
         return None if _convolutions(part.module) else "no 1-D convolution in it"
 
-    def prepare(self, part: Part) -> _ChannelsLast:
+    def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
-        return _ChannelsLast(_convolutions(part.module))
-
-
-class _ChannelsLast:
-    graphs: int | None = None
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
-        self._before: list[type] = []
-
-    def on(self) -> None:
-        if not self._before:
-            self._before = [type(module) for module in self._modules]
-            for module, plain in zip(self._modules, self._before, strict=True):
-                module.__class__ = _channels_last_class(plain)
-
-    def off(self) -> None:
-        for module, plain in zip(self._modules, self._before, strict=bool(self._before)):
-            module.__class__ = plain
-        self._before = []
-
-    def seal(self) -> None:
-        """Nothing is compiled."""
+        return ClassSwap(_convolutions(part.module), _channels_last_class)
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
@@ -79,7 +56,6 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
 
 @lru_cache(maxsize=256)
 def _channels_last_class(plain: type) -> type:
-    """A subclass of a convolution's class with another `forward`; copies and pickles are of the plain class."""
     from torch import channels_last, nn
     from torch.nn import functional
 
@@ -101,21 +77,4 @@ def _channels_last_class(plain: type) -> type:
         )  # fmt: skip
         return y.squeeze(2)
 
-    def twin(self: Any) -> Any:
-        plain_module = plain.__new__(plain)
-        plain_module.__dict__ = vars(self)
-        return plain_module
-
-    def reduce_ex(self: Any, protocol: int) -> Any:
-        if "__reduce_ex__" in vars(plain):  # folded: its own reduction makes an untouched module
-            return twin(self).__reduce_ex__(protocol)
-        return copyreg._reconstructor, (plain, object, None), twin(self).__getstate__()  # type: ignore[attr-defined]
-
-    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(twin(self), memo)
-
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    forward = convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve
-    return type(
-        plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
-    )
+    return subclass_with(plain, convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve)
