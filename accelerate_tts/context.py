@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["fast_inference"]
 
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+_SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
-    "its thread-local mode would leak into other tasks at the next await. Decorate the coroutine function with"
+    "its thread-local mode would leak to whoever runs at the next await or yield. Decorate that function with"
     " @inference, or move the block into a plain function and call that"
 )
 
@@ -34,7 +34,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
 
     Raises:
         SettingsError: An unknown mode.
-        InferenceContextError: Entered in the body of a coroutine or async generator.
+        InferenceContextError: Entered in the body of a coroutine, generator or async generator.
 
     Example:
         >>> with fast_inference():
@@ -47,7 +47,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         self._scopes: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        _refuse_async(sys._getframe(1))
+        _refuse_suspended(sys._getframe(1))
         from contextlib import ExitStack
 
         with ExitStack() as scope:
@@ -75,9 +75,22 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         return
 
 
-def _refuse_async(frame: FrameType | None) -> None:
+def _refuse_suspended(frame: FrameType | None) -> None:
     # A plain function called from a coroutine is safe, it cannot be suspended; a coroutine's own body is not.
-    while frame is not None and frame.f_globals.get("__name__") == "contextlib":  # ExitStack.enter_context
-        frame = frame.f_back
-    if frame is not None and frame.f_code.co_flags & _ASYNC:
-        raise InferenceContextError(f"fast_inference() was entered in async {frame.f_code.co_name}(): {_ADVICE}")
+    frame, _ = _outside_contextlib(frame)
+    while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+        # A generator that is a context manager leaves the mode on for the body of its `with`, as it should: then
+        # whoever owns that `with` is asked.
+        owner, through_contextlib = _outside_contextlib(frame.f_back)
+        if not through_contextlib:
+            break
+        frame = owner
+    if frame is not None and frame.f_code.co_flags & _SUSPENDED:
+        raise InferenceContextError(f"fast_inference() was entered inside {frame.f_code.co_name}(): {_ADVICE}")
+
+
+def _outside_contextlib(frame: FrameType | None) -> tuple[FrameType | None, bool]:
+    passed = False
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":  # ExitStack, @contextmanager
+        frame, passed = frame.f_back, True
+    return frame, passed

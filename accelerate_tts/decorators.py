@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -44,6 +45,19 @@ class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore
 
 class _InferenceShell(_Shell):
     pass
+
+
+class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+    """A decorated method of an instance; pickled and copied as such, by the instance and the method's name."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return getattr, (self._self_instance, self.__wrapped__.__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(copy.deepcopy(self._self_instance, memo), self.__wrapped__.__name__)
+
+
+setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt declares it an instance variable
 
 
 setattr(_InferenceShell, modes.INFERENCE_MARK, True)
@@ -139,26 +153,36 @@ class _Optimize:
         self.mode: Mode = mode
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        result = wrapped(*args, **kwargs)
         if not is_active():
-            return result
-        owner = None if inspect.isclass(instance) else instance
-        if isinstance(result, Awaitable):
-            return self._optimize_async(result, owner)
-        self._optimize(_loaded(result, owner))
-        return result
-
-    def _optimize(self, loaded: Loaded) -> None:
+            return wrapped(*args, **kwargs)
         from accelerate_tts.optimizer import get_performance_optimizer
 
-        get_performance_optimizer().optimize(loaded, self.warmup, self.mode)
+        # In the caller's thread, since threads keep their own number of threads, and before the model meets the device.
+        get_performance_optimizer().initialize()
+        # A lazy load inside a request: weights that are made in inference mode could never be changed.
+        outside = modes.in_inference_mode()
+        result = modes.call(wrapped, args, kwargs, "outside") if outside else wrapped(*args, **kwargs)
+        if isinstance(result, Awaitable):
+            return self._optimize_async(result, instance)
+        self._optimize(_loaded(result, instance), lambda: False)
+        return result
+
+    def _optimize(self, loaded: Loaded, stopped: Callable[[], bool]) -> None:
+        from accelerate_tts.optimizer import get_performance_optimizer
+
+        get_performance_optimizer().optimize(loaded, self.warmup, self.mode, stopped)
 
     async def _optimize_async(self, pending: Awaitable[Any], owner: Any) -> Any:
         import asyncio  # 40 ms, which a decorated synchronous class should not pay at its import
 
         result = await pending
         loaded = _loaded(result, owner, asyncio.get_running_loop())
-        await asyncio.to_thread(self._optimize, loaded)
+        cancelled = threading.Event()
+        try:
+            await asyncio.to_thread(self._optimize, loaded, cancelled.is_set)
+        except asyncio.CancelledError:
+            cancelled.set()  # the thread cannot be interrupted; it undoes what it did before its next step
+            raise
         return result
 
 

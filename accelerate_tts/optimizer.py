@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
-from accelerate_tts.errors import ModelError, SettingsError
+from accelerate_tts.errors import ModelError, SettingsError, WarmupError
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode, Settings, is_active
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
 
@@ -92,16 +97,18 @@ class PerformanceOptimizer:
             self._hold = self._device = None
 
     def call_flags(self) -> list[tuple[flags.Flag, Any]]:
-        """The process-wide flags that a `fast_inference()` scope holds on this device."""
-        return setup.call_flags(self._ready(), self.settings)
+        """The process-wide flags that a `fast_inference()` scope holds on this device. Sets nothing itself."""
+        return setup.call_flags(self._device or detect.detect(self.settings.device), self.settings)
 
     # --- models ----------------------------------------------------------------------------------------------
 
     def compile_model(self, model: T, model_name: str, warmup_input: Any = None) -> T:
         """Compile a module in place with the mode of the device, and warm it up if an input is given.
 
-        Compiling happens at the first call. If the compiler fails there, or compiles nothing, the module goes on
-        untouched and a `FellBack` event says why. Lengths are dynamic: a new one costs no compilation.
+        Compiling happens at the first call. If the compiler fails there, the module goes on untouched and a
+        `FellBack` event says why; so too if a warm-up shows that nothing was compiled. Lengths are dynamic, but some
+        operations divide them into ranges: warm up with a short and a long input. After a warm-up each further
+        compilation is a `Recompiled` event.
 
         Args:
             model: A `torch.nn.Module`. It keeps its class, state dict and pickling.
@@ -182,43 +189,87 @@ class PerformanceOptimizer:
         emit(Warmed(name, time.perf_counter() - start))
         return True
 
-    def optimize(self, loaded: Loaded, warmup: Any, mode: Mode = "inference") -> Receipt | None:
+    def optimize(
+        self, loaded: Loaded, warmup: Any, mode: Mode = "inference", stopped: Callable[[], bool] = lambda: False
+    ) -> Receipt | None:
         """Tune, verify and warm up what a load function left behind; what `@optimized_model` does.
 
-        One tuning runs at a time in a process. An object that is tuned already keeps its tuning.
+        One tuning runs at a time in a process. A module that is tuned already keeps its tuning; an object that is new
+        around it is warmed up only.
+
+        Args:
+            loaded: What was loaded.
+            warmup: As for `@optimized_model`.
+            mode: As for `@optimized_model`.
+            stopped: Asked between stages; once true, everything is undone.
 
         Returns:
-            The receipt, or `None` if `loaded` holds no module.
+            The receipt, or `None` if `loaded` holds no module, or if waiting for another tuning would wait for ever.
 
         Raises:
             WarmupError: `warmup` does not fit what was loaded.
         """
+        if not _flight.begin(loaded.loop):
+            emit(
+                NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand")
+            )
+            return None
+        try:
+            return self._optimize(loaded, warmup, mode, stopped)
+        finally:
+            _flight.end()
+
+    def _optimize(self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool]) -> Receipt | None:
+        from accelerate_tts.engine.plan import find_modules
         from accelerate_tts.engine.stages import default_stages
-        from accelerate_tts.engine.tune import tune
+        from accelerate_tts.engine.tune import Limits, tune
         from accelerate_tts.engine.warmup import warmup_calls
         from accelerate_tts.models import describe
 
-        with _tuning_lock:
-            device = self._ready()
-            plan = describe(loaded.subject)
-            if not plan.roots:
-                what = f"@optimized_model on {plan.what}"
-                emit(NotApplied(what, "no torch.nn.Module was found in what was loaded; nothing was optimised"))
-                return None
-            known = [self._tunings.get(root) for root in plan.roots]
-            done = known[0]
-            if done is not None and all(other is done for other in known):
+        device = self._ready()
+        if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
+            loaded = replace(loaded, result=None)  # `return True`, and the model is on self
+        found = find_modules(loaded.subject)
+        tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
+        new = [root for root in found.values() if id(root) not in tuned]
+        if not new:
+            self._warm_up_new(loaded, warmup, mode, found)
+            for done in tuned.values():
                 self._remember(loaded, done)
                 return done.receipt
-            calls = warmup_calls(warmup, loaded, mode)
-            stages = default_stages(device.type, setup.compile_mode(device, self.settings))
-            # Before tuning: dynamo may guard on which attributes a module has.
-            keepers = [_keep(root) for root in plan.roots]
-            tuning = tune(plan, calls, stages, device, self.settings.tune_seconds)
-            for keeper in keepers:
-                keeper.tuning = tuning
-            self._remember(loaded, tuning, *plan.roots)
-            return tuning.receipt
+            return None
+        plan = describe(loaded.subject, new)
+        # Before tuning: dynamo may guard on which attributes a module has.
+        keepers = [_keep(root) for root in plan.roots]
+        stages = default_stages(device.type, setup.compile_mode(device, self.settings))
+        limits = Limits(self.settings.tune_seconds, stopped)
+        tuning = tune(plan, warmup_calls(warmup, loaded, mode), stages, device, limits)
+        for keeper in keepers:
+            keeper.tuning = tuning
+        self._remember(loaded, tuning, *plan.roots)
+        return tuning.receipt
+
+    def _warm_up_new(self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module]) -> None:
+        """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
+        from accelerate_tts.engine.random_state import seeded
+        from accelerate_tts.engine.warmup import warmup_calls
+
+        name = type(loaded.subject).__name__
+        if not found:
+            emit(NotApplied(f"@optimized_model on {name}", "no torch.nn.Module was found in what was loaded"))
+        elif self._tunings.get(loaded.subject) is not None:
+            return
+        start = time.perf_counter()
+        try:
+            with seeded(self._ready().type):
+                for call in warmup_calls(warmup, loaded, mode):
+                    call.run()
+        except WarmupError:
+            raise
+        except Exception as error:  # the user's own warm-up; what was loaded is not thrown away
+            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
+            return
+        emit(Warmed(name, time.perf_counter() - start))
 
     def _remember(self, loaded: Loaded, tuning: Tuning, *roots: object) -> None:
         for item in (*roots, loaded.result, loaded.owner):
@@ -226,20 +277,28 @@ class PerformanceOptimizer:
                 self._tunings.put(item, tuning)
 
     def receipt(self, tuned: object) -> Receipt | None:
-        """The receipt of a tuned object: the module or pipeline that was loaded, or the backend that loaded it."""
-        tuning = self._tunings.get(tuned)
+        """The receipt of a tuned object: what was loaded, or the backend that loaded it."""
+        tuning = self._tuning_of(tuned)
         return None if tuning is None else tuning.receipt
+
+    def _tuning_of(self, tuned: object) -> Tuning | None:
+        known = self._tunings.get(tuned)
+        if known is not None or not isinstance(tuned, (tuple, list, dict)):
+            return known
+        from accelerate_tts.engine.plan import find_modules  # a container cannot be known itself, but what is in it is
+
+        return next(filter(None, map(self._tunings.get, find_modules(tuned).values())), None)
 
     def undo(self, tuned: object) -> bool:
         """Put a tuned object back exactly as it was loaded. Returns whether there was something to undo."""
-        with _tuning_lock:
-            tuning = self._tunings.get(tuned)
+        with self._lock:
+            tuning = self._tuning_of(tuned)
             if tuning is None:
                 return False
             tuning.undo()
             self._tunings.forget(tuning)
-            emit(Undone(tuning.receipt.what))
-            return True
+        emit(Undone(tuning.receipt.what))
+        return True
 
     # --- calls and memory ------------------------------------------------------------------------------------
 
@@ -305,8 +364,8 @@ class PerformanceOptimizer:
     def cleanup_memory(self, force: bool = False) -> None:
         """Give memory back: garbage collection, the device's allocator cache, `malloc_trim` under glibc.
 
-        Never raises, and never touches memory in use. Without `force` it does nothing, in some microseconds, unless
-        less than a tenth of the device's memory is free: at every call it would cost more than it frees.
+        Never raises, and never touches memory in use. Without `force` it only looks (half a millisecond) unless less
+        than a tenth of the device's memory is free: a collection at every call would cost more than it frees.
         """
         try:
             device = self._ready()
@@ -376,8 +435,42 @@ class _IdentityMap:
                 del self._entries[number]
 
 
-# Tuning changes modules and measures time: two at once would spoil each other's figures.
-_tuning_lock = threading.RLock()
+class _Flight:
+    """One tuning at a time: it measures, and two at once would spoil each other's figures.
+
+    A warm-up may run the user's coroutines on an event loop of another thread, or code that loads something else.
+    Whoever would then wait for a tuning that waits for him is told so instead.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._inside: ContextVar[bool] = ContextVar("accelerate_tts_tuning", default=False)
+        self._loop: object = None
+
+    def begin(self, loop: object) -> bool:
+        """Wait for the turn; False where waiting would never end."""
+        if not self._lock.acquire(blocking=False):
+            if self._inside.get() or (self._loop is not None and self._loop is _running_loop()):
+                return False
+            self._lock.acquire()
+        if loop is not None:
+            self._loop = loop
+        self._inside.set(True)
+        return True
+
+    def end(self) -> None:
+        """Give the turn up."""
+        self._inside.set(False)
+        self._loop = None
+        self._lock.release()
+
+
+def _running_loop() -> object:
+    asyncio = sys.modules.get("asyncio.events")
+    return None if asyncio is None else asyncio._get_running_loop()
+
+
+_flight = _Flight()
 _accessor_lock = threading.Lock()
 _optimizer: PerformanceOptimizer | None = None
 
@@ -408,6 +501,6 @@ def receipt_of(tuned: object) -> Receipt | None:
     """The receipt of an object that `@optimized_model` tuned, or `None`.
 
     Args:
-        tuned: The module or pipeline that was loaded, or the backend whose load method was decorated.
+        tuned: What was loaded, or the backend whose load method was decorated.
     """
     return get_performance_optimizer().receipt(tuned)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -76,6 +77,39 @@ async def test_allowed_in_a_plain_function_under_a_running_loop() -> None:
     assert work()
     assert await asyncio.to_thread(work)
     assert not on()
+
+
+def test_refused_in_a_generator_but_not_in_a_context_manager() -> None:
+    def stream() -> Iterator[int]:
+        with fast_inference():
+            yield 1
+
+    with pytest.raises(InferenceContextError, match="stream"):
+        next(stream())
+
+    @contextmanager
+    def helper() -> Iterator[None]:
+        with fast_inference():
+            yield
+
+    with helper():
+        assert on()
+    assert not on()
+
+    async def use() -> None:
+        with helper():
+            await asyncio.sleep(0)
+
+    with pytest.raises(InferenceContextError, match="use"):
+        asyncio.run(use())
+    assert not on()
+
+
+def test_nothing_process_wide_is_left_behind() -> None:
+    before = dict(os.environ), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with fast_inference():
+        pass
+    assert (dict(os.environ), torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
 
 
 def test_overlapping_scopes_of_two_threads_restore_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,21 @@ def _cgroup(root: Path | str = "/sys/fs/cgroup") -> tuple[int, int] | None:
         except (OSError, ValueError):  # absent, or "max"
             continue
         if most < 2**60:  # v1 writes "no limit" as a number near 2**63
-            return most, now
+            return most, now - _reclaimable(root)
     return None
+
+
+def _reclaimable(root: Path) -> int:
+    # The page cache of files read counts as "used", and is given up as soon as somebody asks.
+    for file in ("memory.stat", "memory/memory.stat"):
+        try:
+            text = (root / file).read_text(encoding="ascii")
+        except OSError:
+            continue
+        fields = dict(line.split(maxsplit=1) for line in text.splitlines() if " " in line)
+        value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
+        return int(value) if value.strip().isdigit() else 0
+    return 0
 
 
 def under_pressure(device: DeviceInfo) -> bool:

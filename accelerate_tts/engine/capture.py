@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.measure import synchronize
+from accelerate_tts.engine.verify import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["Captured", "NotReplayableError", "time_modules", "watch"]
+__all__ = ["Captured", "NotReplayableError", "outputs_of", "time_modules", "watch"]
 
 # A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
 _MOST_CALLS = 4
+_MOST_OUTPUTS = 64
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -110,6 +112,22 @@ def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> l
             seconds[module] = seconds.get(module, 0.0) + time.perf_counter() - starts.pop()
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+@contextmanager
+def outputs_of(module: Any) -> Generator[list[Any], None, None]:
+    """While open, copy the tensors of what each of the first calls of `module` returns into the yielded list."""
+    seen: list[Any] = []
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        if len(seen) < _MOST_OUTPUTS:
+            seen.append([tensor.detach().clone() for tensor in tensors_of(output)])
+
+    handle = module.register_forward_hook(after)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:

@@ -83,7 +83,7 @@ def find_modules(subject: object) -> dict[str, nn.Module]:
             queue += [
                 (f"{path}.{name}" if path else name, item, depth + 1)
                 for name, item in _members(value)
-                if not isinstance(item, _PLAIN)
+                if not isinstance(item, _PLAIN) and not isinstance(item, type)
             ]
     # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
     inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}

@@ -66,7 +66,7 @@ class Receipt:
         before: Median seconds of a warm-up pass of the untouched object, warm, through the public path.
         after: The same as it now is.
         ratio: Median of the paired ratios of those passes; 1.0 where nothing was kept.
-        error: Relative error of the whole object's output, tuned against untouched.
+        error: Relative error of the whole object's output, tuned against untouched; `None` where it is not known.
         seconds: Seconds that all of it took.
         notes: Whatever else the user should know, such as a check that could not be made.
     """
@@ -79,7 +79,7 @@ class Receipt:
     before: float | None = None
     after: float | None = None
     ratio: float = 1.0
-    error: float = 0.0
+    error: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     recompiled: int = 0

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts._version import __version__
-from accelerate_tts.engine.capture import time_modules, watch
+from accelerate_tts.engine.capture import outputs_of, time_modules, watch
 from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.receipt import Receipt, StageResult
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, Difference, compare
-from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, emit
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare
+from accelerate_tts.events import FellBack, NotApplied, Trying, Tuned, WarmupFailed, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.stages import Change, Stage
     from accelerate_tts.engine.warmup import WarmupCall
 
-__all__ = ["MARGIN", "Tuning", "tune"]
+__all__ = ["MARGIN", "Limits", "Tuning", "tune"]
 
 MARGIN = 1.02
 """A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a compiler."""
@@ -42,19 +42,37 @@ _WORST_TOTAL = 0.95
 # Seconds for one comparison of speeds; compare_speed stretches them to at least five pairs.
 _COMPARISON = 2.0
 _WHOLE_COMPARISON = 6.0
+_FEWEST, _FEWEST_LATE = 5, 3
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A finished tuning: its receipt and the changes that are in force."""
+    """A finished tuning: its receipt and the changes in force.
+
+    One that is not complete (the warm-up failed, or there was none) may be tried again.
+    """
 
     receipt: Receipt
     changes: tuple[Change, ...] = ()
+    complete: bool = False
 
     def undo(self) -> None:
         """Put the object back exactly as it was loaded."""
         for change in reversed(self.changes):
             change.off()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When tuning stops.
+
+    Attributes:
+        seconds: The budget; no further stage is begun after it.
+        stopped: Asked before each stage; once it is true, everything is undone.
+    """
+
+    seconds: float
+    stopped: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -88,13 +106,21 @@ class _Session:
         with seeded(self.device.type):
             return captured.replay(part.module)
 
+    def outputs(self, part: Part) -> list[Any]:
+        """What the part computes: of its replayed calls, or of its calls in a whole pass and that pass's own result."""
+        if self.captured[part.name].calls:
+            return self.replay(part)
+        with outputs_of(part.module) as seen:
+            whole = self.run()
+        return [*seen, *whole]
+
 
 def tune(
     plan: ModelPlan,
     calls: Sequence[WarmupCall],
     stages: Sequence[Stage],
     device: DeviceInfo,
-    budget: float,
+    limits: Limits,
 ) -> Tuning:
     """Optimise a loaded object in place.
 
@@ -103,7 +129,7 @@ def tune(
         calls: Warm-up calls through the path that service calls will take.
         stages: What to try, in order.
         device: Where it runs.
-        budget: Seconds after which no further stage is begun.
+        limits: When to stop.
 
     Returns:
         The receipt and the changes in force. An exception of a warm-up call becomes a `WarmupFailed` event and a
@@ -114,7 +140,11 @@ def tune(
     if not calls:
         note = "no warmup= was given: nothing can be verified, so nothing was changed"
         return Tuning(replace(empty, notes=(note,)))
-    session = _Session(plan, calls, device, start + budget)
+    session = _Session(plan, calls, device, start + limits.seconds)
+    if any(root.training for root in plan.roots):
+        why = "a module is in train mode, where dropout and batch statistics are on; call .eval() on it in the load"
+        emit(NotApplied(f"tuning of {plan.what} for inference", why))
+        session.notes.append(why)
     try:
         cold, reference = _first_passes(session)
     except Exception as error:  # the user's own warm-up; the model was loaded, and that is not thrown away
@@ -125,8 +155,12 @@ def tune(
     try:
         for part in session.plan.parts:
             for stage in stages:
+                if limits.stopped():
+                    return _given_up(session, empty, "the load was cancelled", start)
                 _try(session, part, stage)
         timing, whole_error = _whole(session, reference)
+    except Exception as error:  # the user's model raised in a later pass; what was loaded is not thrown away
+        return _given_up(session, empty, f"{type(error).__name__}: {error}", start)
     except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
         Tuning(empty, tuple(session.changes)).undo()
         raise
@@ -144,7 +178,15 @@ def tune(
         _live=live,
     )
     emit(Tuned(plan.what, len(receipt.kept), len(receipt.stages), receipt.ratio, receipt.seconds))
-    return Tuning(receipt, tuple(session.changes))
+    return Tuning(receipt, tuple(session.changes), complete=True)
+
+
+def _given_up(session: _Session, empty: Receipt, reason: str, start: float) -> Tuning:
+    Tuning(empty, tuple(session.changes)).undo()
+    emit(FellBack(session.plan.what, "everything", reason))
+    results = tuple(replace(r, kept=False, reason=f"undone: {reason}") if r.kept else r for r in session.results)
+    seconds = time.perf_counter() - start
+    return Tuning(replace(empty, stages=results, notes=(f"tuning was given up: {reason}",), seconds=seconds))
 
 
 def _versions() -> dict[str, str]:
@@ -217,12 +259,14 @@ def _is_whole(session: _Session, part: Part) -> bool:
 
 def _judge(session: _Session, part: Part, change: Change, result: StageResult) -> StageResult:
     """Run the part both ways: first for its outputs, then for its time."""
-    reference = session.replay(part)
-    again = compare(reference, session.replay(part))
+    reference = session.outputs(part)
+    again = compare(reference, session.outputs(part))
+    if again.reason == NOTHING_TO_COMPARE:
+        return replace(result, reason=again.reason)
     if again.error > EXACT_TOLERANCE:
         return replace(result, reason="its own output does not repeat, so nothing can be verified")
     change.on()
-    difference = compare(reference, session.replay(part))
+    difference = compare(reference, session.outputs(part))
     change.off()
     result = _with_error(result, difference)
     if change.graphs == 0:
@@ -245,7 +289,7 @@ def _with_error(result: StageResult, difference: Difference) -> StageResult:
     return replace(result, error=None if math.isinf(difference.error) else difference.error)
 
 
-def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
+def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float | None]:
     """The whole object, tuned against untouched; if that is slower or wrong, everything is undone."""
     changes = session.changes
 
@@ -267,10 +311,14 @@ def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
     difference = compare(reference, session.run())
     off()
     repeats = compare(reference, session.run())
-    if repeats.error > EXACT_TOLERANCE:
-        session.notes.append("the whole output does not repeat under one seed; only the parts were verified")
+    unknown = repeats.error > EXACT_TOLERANCE
+    if unknown:
+        why = repeats.reason if repeats.reason == NOTHING_TO_COMPARE else "the output does not repeat under one seed"
+        session.notes.append(f"only the parts were verified, not the whole: {why}")
         difference = Difference(0.0)
-    timing = compare_speed(session.run, off, on, session.device.type, _WHOLE_COMPARISON)
+    # A pass of half a minute is not run ten times more when the budget is spent.
+    fewest = _FEWEST if time.perf_counter() < session.deadline else _FEWEST_LATE
+    timing = compare_speed(session.run, off, on, session.device.type, _WHOLE_COMPARISON, fewest=fewest)
     slower = timing.high < 1.0 or timing.ratio < _WORST_TOTAL
     if difference.error > EXACT_TOLERANCE or slower:
         wrong = difference.reason or f"relative error {difference.error:.1e}"
@@ -287,7 +335,7 @@ def _whole(session: _Session, reference: list[Any]) -> tuple[Timing, float]:
     session.run_variants()
     for change in changes:
         change.seal()
-    return timing, difference.error
+    return timing, None if unknown else difference.error
 
 
 def _recompile_counter(changes: Sequence[Change]) -> Callable[[], int]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["EXACT_TOLERANCE", "Difference", "compare", "tensors_of"]
+__all__ = ["EXACT_TOLERANCE", "NOTHING_TO_COMPARE", "Difference", "compare", "tensors_of"]
+
+NOTHING_TO_COMPARE = "nothing in the result can be compared; let the warm-up return the speech"
 
 EXACT_TOLERANCE = 1e-4
 """The relative error up to which two fp32 results count as the same computation.
@@ -35,20 +38,23 @@ class Difference:
 
 
 def compare(reference: Any, candidate: Any) -> Difference:
-    """Compare two results of the same call: every tensor or array in them, in order.
+    """Compare two results of the same call: every tensor, array and byte string in them, in order.
 
     Floating-point tensors are compared by relative error in float64; all others must be equal. A different number of
-    tensors, shape or dtype, or a NaN where the reference has none, is an infinite error with its reason.
+    tensors, shape, dtype or memory layout, or a NaN where the reference has none, is an infinite error with its reason.
+    So is a result in which nothing can be compared: what was not checked does not count as right.
     """
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if len(left) != len(right):
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
     if not left:
-        return _compare_values(reference, candidate)
+        return Difference(math.inf, NOTHING_TO_COMPARE)
     worst = 0.0
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
+        if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail on it
+            return Difference(math.inf, "a different memory layout")
         worst = max(worst, _error(a, b))
         if math.isinf(worst):
             return Difference(math.inf, "values that are not finite or not equal")
@@ -56,31 +62,42 @@ def compare(reference: Any, candidate: Any) -> Difference:
 
 
 def tensors_of(value: Any) -> Iterator[Any]:
-    """Every tensor in a result, through containers, dataclasses and arrays, in a fixed order."""
+    """Every tensor in a result, in a fixed order: in containers, dataclasses and plain objects.
+
+    NumPy arrays, byte strings, and lists of nothing but numbers (audio in other clothes) count as tensors.
+    """
+    yield from _tensors(value, set())
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
     import torch
 
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (str, bytes)) or value is None:
+    elif isinstance(value, (bytes, bytearray)):
+        yield torch.tensor(list(value), dtype=torch.uint8)
+    elif isinstance(value, (str, int, float, complex, type, ModuleType, torch.nn.Module)) or value is None:
         return
-    elif isinstance(value, Mapping):  # transformers' ModelOutput too
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_of(item)
-    elif not isinstance(value, type) and dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, field.name))
-    elif type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "fiub":
-        yield torch.as_tensor(value)
+    elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
+        if value.dtype.kind in "fiub":
+            yield torch.as_tensor(value)
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, (tuple, list)) and value and all(isinstance(item, (int, float)) for item in value):
+            yield torch.tensor(value, dtype=torch.float64)
+        else:
+            for item in _items(value):
+                yield from _tensors(item, seen)
 
 
-def _compare_values(reference: Any, candidate: Any) -> Difference:
-    # No tensors in it: speech as bytes or a list of numbers, or nothing at all.
-    if isinstance(reference, (bytes, str, int, float, bool, list, tuple)) and reference != candidate:
-        return Difference(math.inf, "a different value")
-    return Difference(0.0)
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):  # transformers' ModelOutput too
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _error(reference: Any, candidate: Any) -> float:

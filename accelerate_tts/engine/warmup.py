@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
         result = _collect(result)
     if isinstance(result, Awaitable):
         return _wait_for(result, loop)
-    return list(result) if isinstance(result, Generator) else result
+    return list(result) if isinstance(result, Iterator) else result
 
 
 async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
@@ -156,7 +156,7 @@ def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
         )
         given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
         args = tuple(_placed(value, target) for value in given)
-        run = _finished(loaded, target, args, kwargs, mode)
+        run = _finished(loaded, *_copying(target, args, kwargs), mode)
         tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
         return WarmupCall(run, _varied(loaded, target, args, kwargs) if tensors and mode == "inference" else None)
     return WarmupCall(_finished(loaded, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
@@ -164,6 +164,23 @@ def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
 
 def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
     return lambda: complete(modes.call(target, args, kwargs, mode), loaded.loop)
+
+
+def _copying(
+    target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
+    """The call with copies of its tensors: a model that writes into its input must not write into the user's."""
+
+    def copied(value: Any) -> Any:
+        import torch
+
+        with torch.inference_mode(mode=False):  # a normal tensor, as the user's own was
+            return value.clone() if _is_tensor(value) else value
+
+    def call() -> Any:
+        return target(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
+
+    return call, (), {}
 
 
 def _varied(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -197,11 +214,16 @@ def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
 
     subjects = [item for item in (loaded.owner, loaded.result) if item is not None]
     for subject in subjects:
-        names = _decorated_methods(type(subject))
-        for name in sorted(names, key=lambda n: _SPEAKING.index(n) if n in _SPEAKING else len(_SPEAKING)):
-            method = getattr(subject, name)
-            if _accepts(method, 1):
-                return method, True
+        owner = subject if isinstance(subject, type) else type(subject)
+        names = [name for name in _decorated_methods(owner) if _accepts(getattr(subject, name), 1)]
+        usual = [name for name in _SPEAKING if name in names]
+        if usual or len(names) == 1:
+            return getattr(subject, (usual or names)[0]), True
+        if names:
+            raise WarmupError(
+                f"warmup is a text, and any of {', '.join(names)} could speak it; give"
+                f" warmup=lambda loaded: loaded.{names[0]}(...) to say which"
+            )
     for subject in reversed(subjects):
         if isinstance(subject, nn.Module):
             continue  # a module's generate() takes token ids

@@ -8,7 +8,7 @@ from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
 from accelerate_tts.models import generic, vits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from torch import nn
 
@@ -20,18 +20,21 @@ _KNOWN: dict[str, Callable[[str, nn.Module], tuple[Part, ...]]] = {
 }
 
 
-def describe(subject: object, what: str | None = None) -> ModelPlan:
+def describe(subject: object, only: Collection[nn.Module] | None = None) -> ModelPlan:
     """Say what a loaded object consists of.
 
     Args:
         subject: A module, or an object, tuple or mapping that holds modules.
-        what: A name for people; the object's class name if not given.
+        only: Of its outermost modules, those that count; all of them if not given.
     """
     modules = find_modules(subject)
+    if only is not None:
+        wanted = {id(module) for module in only}
+        modules = {path: module for path, module in modules.items() if id(module) in wanted}
     parts: list[Part] = []
     for path, module in modules.items():
         handler = next((_KNOWN[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _KNOWN), generic.parts)
         parts += handler(path, module)
     # Parts of unknown models are taken apart once the first pass has shown where its time goes.
     refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
-    return ModelPlan(what or type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
+    return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)

@@ -76,7 +76,7 @@ def _called(module: nn.Module, prefix: str, seconds: Mapping[nn.Module, float]) 
 
 def _are_layers(inner: list[Part]) -> bool:
     """Whether there is nothing left but single operations, or a row of layers of one class."""
-    classes = [type(part.module) for part in inner]
-    if all(next(part.module.children(), None) is None for part in inner):
+    if all({name for name, _ in part.module.named_children()} <= {"parametrizations"} for part in inner):
         return True
+    classes = [type(part.module).__name__ for part in inner]  # by name: torch makes a class for each parametrized one
     return max(classes.count(cls) for cls in classes) >= _REPEATED

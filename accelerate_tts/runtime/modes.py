@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Enter = Callable[[], AbstractContextManager[Any]]
 
-__all__ = ["INFERENCE_MARK", "adopt", "call", "carry_mode", "mode_factory"]
+__all__ = ["INFERENCE_MARK", "adopt", "call", "carry_mode", "in_inference_mode", "mode_factory"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -35,18 +35,25 @@ INFERENCE_MARK = "_self_accelerate_tts_inference"
 
 
 @functools.lru_cache(maxsize=8)
-def mode_factory(mode: Mode) -> Enter:
-    """What to enter around a step: torch's context for `mode`, or a null context where there is no torch."""
+def mode_factory(mode: Mode | Literal["outside"]) -> Enter:
+    """What to enter around a step: torch's context for `mode`, or a null context where there is no torch.
+
+    "outside" leaves an inference mode that the caller is in.
+    """
     if mode == "none":
         return nullcontext
     try:
         import torch
     except ImportError:
         return nullcontext
+    if mode == "outside":
+        return functools.partial(torch.inference_mode, mode=False)
     return torch.inference_mode if mode == "inference" else torch.no_grad
 
 
-def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Any:
+def call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode | Literal["outside"]
+) -> Any:
     """Call `function` inside `mode`; what it returns is stepped inside `mode` too, if it is a kind that is stepped."""
     enter = mode_factory(mode)
     with enter():
@@ -59,13 +66,19 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return adopt(result, mode) if hasattr(kind, "send") or hasattr(kind, "asend") else result
 
 
-def adopt(result: Any, mode: Mode) -> Any:
+def adopt(result: Any, mode: Mode | Literal["outside"]) -> Any:
     """Wrap a coroutine, generator or async generator so that its body runs inside `mode`; pass others through."""
     enter = mode_factory(mode)
     for kind, wrap in _PROTOCOLS:
         if isinstance(result, kind):
             return wrap(result, enter)
     return result
+
+
+def in_inference_mode() -> bool:
+    """Whether the caller is in torch's inference mode; no torch is imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_inference_mode_enabled()
 
 
 def carry_mode(function: F) -> F:
@@ -154,10 +167,12 @@ async def _drive_coroutine(stepping: _Owning) -> Any:
 async def _drive_async_generator(body: Any, enter: Enter) -> AsyncGenerator[Any, Any]:
     value: Any = None
     error: BaseException | None = None
+    first = True
     try:
         while True:
-            step = body.asend(value) if error is None else body.athrow(error)
+            step = _first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
             value = error = None
+            first = False
             try:
                 item = await _Stepping(step, enter)
             except StopAsyncIteration:
@@ -175,6 +190,17 @@ async def _drive_async_generator(body: Any, enter: Enter) -> AsyncGenerator[Any,
     finally:
         # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
         await _Stepping(body.aclose(), enter)
+
+
+def _first_step(body: Any) -> Any:
+    # An async generator registers with its event loop at its first step, to be closed at the loop's shutdown. The
+    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside.
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return body.asend(None)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
 
 
 def _named_like(body: Any, driver: Any) -> Any:

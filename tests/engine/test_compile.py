@@ -142,6 +142,26 @@ def test_the_users_error_passes_and_compilation_stays(optimizer: PerformanceOpti
     assert not [event for event in seen if isinstance(event, FellBack)]
 
 
+def test_a_forward_that_calls_its_own_module_falls_back_without_hanging(seen: list[Event]) -> None:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    class Chunked(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self(part) for part in x.split(1)]) if len(x) > 1 else super().forward(x)
+
+    def failing(*_args: object, **_kwargs: object) -> torch.Tensor:
+        raise FailOnRecompileLimitHit("limit")
+
+    model = Chunked().eval()
+    expected = model(x())
+    call = stage.CompiledCall(model, "chunked", "default")
+    call._compiled = failing
+    call.on()
+    torch.testing.assert_close(model(x()), expected)
+    assert model._compiled_call_impl is None
+    assert [event.reason for event in seen if isinstance(event, FellBack)] == ["FailOnRecompileLimitHit: limit"]
+
+
 def test_simultaneous_first_calls_compile_once(optimizer: PerformanceOptimizer) -> None:
     model = optimizer.compile_model(Small().eval(), "small")
     call = model._compiled_call_impl

@@ -13,7 +13,7 @@ from torch import nn
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
-from accelerate_tts.engine.tune import Tuning, tune
+from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, Tuned, WarmupFailed
 
@@ -26,6 +26,7 @@ class Slow(nn.Module):
 
     def __init__(self, seconds: float = 0.004) -> None:
         super().__init__()
+        self.eval()
         self.linear = nn.Linear(32, 32)
         self.seconds = seconds
         self.offset = 0.0
@@ -72,7 +73,7 @@ class Stage:
 def run(model: nn.Module, *stages: Stage, budget: float = 60.0, warmup: Any = X) -> Tuning:
     modules = find_modules(model)
     plan = ModelPlan("model", tuple(modules.values()), (Part("slow", "model", model),))
-    return tune(plan, warmup_calls(warmup, Loaded(model), "inference"), stages, CPU, budget)
+    return tune(plan, warmup_calls(warmup, Loaded(model), "inference"), stages, CPU, Limits(budget))
 
 
 def test_a_faster_and_right_stage_is_kept_and_can_be_undone() -> None:
@@ -240,6 +241,82 @@ def test_the_receipt_tells_and_keeps_everything(seen: list[Event], tmp_path: Any
             Receipt.from_json(broken)
 
 
+def test_what_cannot_be_compared_does_not_count_as_right() -> None:
+    """Inputs that cannot be copied, and a warm-up that returns nothing: the part's outputs are compared instead."""
+
+    class Cache:
+        pass
+
+    class Cached(Slow):
+        def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+            return super().forward(x)
+
+    def silent(model: nn.Module) -> None:
+        model(X, Cache())
+
+    receipt = run(Cached(), Stage(seconds=0.0, offset=9.0), Stage(seconds=0.0), warmup=silent).receipt
+    assert [result.kept for result in receipt.stages] == [False, True]
+    assert "wrong output" in receipt.stages[0].reason
+    assert receipt.error is None
+    assert "nothing in the result can be compared" in receipt.notes[0]
+
+    class Mute(Slow):
+        def forward(self, x: torch.Tensor) -> None:  # type: ignore[override]
+            super().forward(x)
+
+    receipt = run(Mute(), Stage(seconds=0.0)).receipt
+    assert "nothing in the result can be compared" in receipt.stages[0].reason
+    assert not receipt.kept
+
+
+def test_an_error_in_a_late_pass_undoes_everything(seen: list[Event]) -> None:
+    model = Slow()
+    calls = []
+
+    def flaky(loaded: nn.Module) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise ConnectionError("gone")
+        return loaded(X)
+
+    receipt = run(model, Stage(seconds=0.0), warmup=flaky).receipt
+    assert not receipt.kept
+    assert "given up: ConnectionError" in receipt.notes[0]
+    assert model.seconds == 0.004
+    assert any(isinstance(event, FellBack) and event.stage == "everything" for event in seen)
+
+
+def test_a_cancelled_load_is_undone() -> None:
+    model = Slow()
+    plan = ModelPlan("model", (model,), (Part("slow", "model", model),))
+    first, second = Stage(seconds=0.0), Stage(seconds=0.0)
+    calls = warmup_calls(X, Loaded(model), "inference")
+    tuning = tune(plan, calls, [first, second], CPU, Limits(60.0, stopped=lambda: first.prepared > 0))
+    assert second.prepared == 0
+    assert not tuning.complete
+    assert "cancelled" in tuning.receipt.notes[0]
+    assert model.seconds == 0.004
+
+
+def test_train_mode_is_said(seen: list[Event]) -> None:
+    assert any("train mode" in note for note in run(Slow().train()).receipt.notes)
+    assert not run(Slow().eval()).receipt.notes
+
+
+def test_a_kept_receipt_keeps_no_weights() -> None:
+    import gc
+    import weakref
+
+    model = Slow()
+    receipt = run(model, Stage(seconds=0.0, graphs=1)).receipt
+    assert receipt.kept
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert receipt.recompiles == 0
+
+
 def test_modules_are_found_inside_what_is_no_module() -> None:
     a, b, c = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
 
@@ -256,3 +333,18 @@ def test_modules_are_found_inside_what_is_no_module() -> None:
     assert find_modules((a, {"c": c}, 3)) == {"0": a, "1.c": c}
     assert find_modules(a) == {"": a}
     assert find_modules(None) == {}
+
+    class Slotted:
+        __slots__ = ("inner", "unset")
+
+        def __init__(self) -> None:
+            self.inner = a
+
+    assert find_modules(Slotted()) == {"inner": a}
+    outer = nn.Sequential(a, b)
+    assert find_modules({"alias": outer[0], "whole": outer}) == {"whole": outer}
+
+    class OnClass:
+        model = c
+
+    assert find_modules(OnClass) == {"model": c}

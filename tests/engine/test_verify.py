@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import ModelOutput
 
-from accelerate_tts.engine.verify import compare, tensors_of
+from accelerate_tts.engine.verify import NOTHING_TO_COMPARE, compare, tensors_of
 
 T = torch.tensor([3.0, 4.0])
 
@@ -72,8 +72,34 @@ def test_whole_numbers_must_be_equal_and_nans_may_agree() -> None:
 def test_speech_without_tensors() -> None:
     assert compare(b"abc", b"abc").error == 0.0
     assert math.isinf(compare(b"abc", b"abd").error)
-    assert math.isinf(compare([0.1, 0.2], [0.1, 0.3]).error)
-    assert compare(None, None).error == 0.0
+    assert compare([0.1, 0.2], [0.1, 0.2]).error == 0.0
+    assert compare([0.1, 0.2], [0.1, 0.3]).error > 0.1
+    assert math.isinf(compare({"audio": b"a"}, {"audio": b"b"}).error)
+    assert math.isinf(compare([b"ab", b"c"], [b"ab", b"d"]).error)
+
+
+def test_a_plain_result_object_is_looked_into() -> None:
+    class Result:
+        def __init__(self, wave: torch.Tensor) -> None:
+            self.wave, self.me, self.text = wave, self, "hello"
+
+    assert compare(Result(T), Result(T)).error == 0.0
+    assert compare(Result(T), Result(2 * T)).error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("nothing", [None, [], [None], "text", {"rate": 16000}, 5, object()])
+def test_nothing_to_compare_is_not_right(nothing: Any) -> None:
+    assert math.isinf(compare(nothing, nothing).error)
+    assert compare(nothing, nothing).reason == NOTHING_TO_COMPARE
+
+
+def test_another_memory_layout_is_a_difference() -> None:
+    """The caller's .view() would fail on it."""
+    a = torch.randn(2, 3, 4)
+    b = a.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(a, b)
+    assert compare(a, b).reason == "a different memory layout"
+    assert compare(b, a).error == 0.0
 
 
 def test_a_reference_of_infinities_is_compared_by_sign() -> None:

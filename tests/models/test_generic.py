@@ -20,7 +20,7 @@ from accelerate_tts import Receipt, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine.capture import time_modules
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.tune import tune
+from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.models import describe, generic
@@ -94,7 +94,7 @@ def test_tuned_is_right_and_undone_is_untouched(make: Any) -> None:
 
 def parts_of(subject: Any, warmup: Any) -> list[str]:
     calls = warmup_calls(warmup, Loaded(subject), "inference")
-    receipt = tune(describe(subject), calls, [Everything()], DeviceInfo("cpu", "test"), 60.0).receipt
+    receipt = tune(describe(subject), calls, [Everything()], DeviceInfo("cpu", "test"), Limits(60.0)).receipt
     return [stage.part for stage in receipt.stages]
 
 

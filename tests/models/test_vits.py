@@ -74,7 +74,8 @@ def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
     optimizer = get_performance_optimizer()
     receipt = optimizer.receipt(backend)
     assert receipt is not None
-    assert {stage.stage for stage in receipt.stages} == {"fold weight norm", "torch.compile"}
+    assert {stage.stage for stage in receipt.stages} > {"fold weight norm", "torch.compile"}
+    assert not [stage for stage in receipt.kept if stage.part.endswith(("encoder", "predictor")) and stage.error]
     assert receipt.error < 1e-4
     assert list(model.state_dict()) == keys
     for length in range(20, 120, 5):

@@ -255,6 +255,31 @@ async def test_async_generator_kinds_of_ending() -> None:
     assert_off()
 
 
+def test_an_abandoned_async_generator_is_closed_in_the_mode_at_the_loops_end() -> None:
+    log: list[bool] = []
+    kept: list[object] = []
+    problems: list[object] = []
+
+    @inference
+    async def stream() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            log.append(on())
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
+        generator = stream()
+        kept.append(generator)
+        async for _ in generator:
+            break
+
+    asyncio.run(main())
+    assert log == [True]
+    assert not problems
+
+
 async def test_async_generator_asend_and_cancelled_consumer() -> None:
     got: list[Any] = []
 

@@ -6,7 +6,8 @@ Both of torch's interfaces are folded: `torch.nn.utils.weight_norm` (a pre-forwa
 Removing the norm for good, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay
 where they are, and the product is a buffer that is not saved: `state_dict`, `load_state_dict` (which folds anew),
 `.to()` and `named_parameters` work as before, and a pickled or copied module is an untouched one. Editing `g` or `v`
-in place by hand is not seen until the fold is switched off and on again.
+in place by hand is not seen until the fold is switched off and on again: undo a tuning before training the model or
+removing its norm.
 """
 
 from __future__ import annotations
