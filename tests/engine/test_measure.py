@@ -33,7 +33,7 @@ def test_a_real_difference_is_seen_and_switches_are_not_timed() -> None:
         state["wait"] = wait
 
     timing = measure.compare_speed(
-        lambda: time.sleep(state["wait"]), lambda: switch(0.002), lambda: switch(0.0005), "cpu", 0.05
+        lambda: time.sleep(state["wait"]), lambda: switch(0.01), lambda: switch(0.001), "cpu", 0.1
     )
     assert timing.low > 1.0
     assert timing.low <= timing.ratio <= timing.high
