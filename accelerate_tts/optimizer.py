@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import weakref
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
+from accelerate_tts.engine.flight import Flight
+from accelerate_tts.engine.registry import TuningMap, keep
 from accelerate_tts.errors import ModelError, SettingsError, WarmupError
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime import modes
@@ -55,7 +54,7 @@ class PerformanceOptimizer:
         self._lock = threading.RLock()
         self._device: detect.DeviceInfo | None = None
         self._hold: flags.Hold | None = None
-        self._tunings = _IdentityMap()
+        self._tunings = TuningMap()
 
     # --- device ----------------------------------------------------------------------------------------------
 
@@ -240,7 +239,7 @@ class PerformanceOptimizer:
             return None
         plan = describe(loaded.subject, new)
         # Before tuning: dynamo may guard on which attributes a module has.
-        keepers = [_keep(root) for root in plan.roots]
+        keepers = [keep(root) for root in plan.roots]
         stages = default_stages(device.type, setup.compile_mode(device, self.settings))
         limits = Limits(self.settings.tune_seconds, stopped)
         tuning = tune(plan, warmup_calls(warmup, loaded, mode), stages, device, limits)
@@ -379,98 +378,8 @@ def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-class _Keeper:
-    """Hangs a tuning on the module that it changed, so that it lives as long as the module and no longer.
-
-    In a copy or a pickle of the module it is None: those are untouched modules, and need no accelerate_tts to load.
-    """
-
-    __slots__ = ("tuning",)
-
-    def __init__(self) -> None:
-        self.tuning: Tuning | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-    def __deepcopy__(self, _memo: object) -> None:
-        return None
-
-
-def _keep(module: nn.Module) -> _Keeper:
-    keeper = vars(module)["_accelerate_tts_tuning"] = _Keeper()
-    return keeper
-
-
-class _IdentityMap:
-    """Tunings by the identity of objects: it keeps neither alive, and objects need not be hashable.
-
-    A tuning refers to the modules it changed, so a strong reference to it from here would keep a model for ever.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: dict[int, tuple[weakref.ref[Any], weakref.ref[Tuning]]] = {}
-
-    def get(self, item: object) -> Tuning | None:
-        entry = self._entries.get(id(item))
-        return entry[1]() if entry is not None and entry[0]() is item else None
-
-    def put(self, item: object, tuning: Tuning) -> None:
-        number = id(item)
-
-        def gone(_reference: object) -> None:
-            self._entries.pop(number, None)
-
-        try:
-            reference = weakref.ref(item, gone)
-        except TypeError:  # a tuple or a class with slots: its modules are known, and that is enough
-            return
-        with self._lock:
-            self._entries[number] = (reference, weakref.ref(tuning))
-
-    def forget(self, tuning: Tuning) -> None:
-        with self._lock:
-            for number in [key for key, entry in self._entries.items() if entry[1]() is tuning]:
-                del self._entries[number]
-
-
-class _Flight:
-    """One tuning at a time: it measures, and two at once would spoil each other's figures.
-
-    A warm-up may run the user's coroutines on an event loop of another thread, or code that loads something else.
-    Whoever would then wait for a tuning that waits for him is told so instead.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._inside: ContextVar[bool] = ContextVar("accelerate_tts_tuning", default=False)
-        self._loop: object = None
-
-    def begin(self, loop: object) -> bool:
-        """Wait for the turn; False where waiting would never end."""
-        if not self._lock.acquire(blocking=False):
-            if self._inside.get() or (self._loop is not None and self._loop is _running_loop()):
-                return False
-            self._lock.acquire()
-        if loop is not None:
-            self._loop = loop
-        self._inside.set(True)
-        return True
-
-    def end(self) -> None:
-        """Give the turn up."""
-        self._inside.set(False)
-        self._loop = None
-        self._lock.release()
-
-
-def _running_loop() -> object:
-    asyncio = sys.modules.get("asyncio.events")
-    return None if asyncio is None else asyncio._get_running_loop()
-
-
-_flight = _Flight()
+# One for the process, like the accessor below.
+_flight = Flight()
 _accessor_lock = threading.Lock()
 _optimizer: PerformanceOptimizer | None = None
 
