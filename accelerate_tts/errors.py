@@ -10,8 +10,10 @@ __all__ = [
     "InferenceContextError",
     "MissingExtraError",
     "ModelError",
+    "PackError",
     "SettingsError",
     "WarmupError",
+    "shown",
 ]
 
 
@@ -31,9 +33,21 @@ class ModelError(AccelerateTTSError, TypeError):
     """Something that is not a `torch.nn.Module` was given where one is needed."""
 
 
+class PackError(AccelerateTTSError, ValueError):
+    """A warm pack cannot be named, written, exported or loaded as it was asked for."""
+
+
 class InferenceContextError(AccelerateTTSError, RuntimeError):
     """`fast_inference()` was entered where it would leak its mode into other tasks."""
 
 
 class MissingExtraError(AccelerateTTSError, ImportError):
     """A command needs an extra of this package that is not installed."""
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, for a message; where that raises, as for a number of thousands of digits, what type it is of."""
+    try:
+        return repr(value)
+    except Exception:  # the value is wrong already; the message must say so whatever its class does
+        return f"<a {type(value).__name__} that cannot be shown>"

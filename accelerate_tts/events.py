@@ -14,16 +14,22 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from accelerate_tts.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "BackedOff",
     "Event",
     "EventHook",
     "FellBack",
+    "Guarded",
     "NotApplied",
+    "PackIgnored",
     "Prepared",
     "Recompiled",
+    "Restored",
     "Trying",
     "Tuned",
     "Undone",
@@ -94,6 +100,18 @@ class Tuned(Event):
 
 
 @dataclass(frozen=True)
+class Restored(Event):
+    """An object was put into the state that a warm pack describes, without tuning."""
+
+    what: str
+    kept: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.kept} optimisations from a warm pack, checked and ready in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
 class Undone(Event):
     """An optimised object was put back to its untouched state on request."""
 
@@ -112,9 +130,11 @@ class Recompiled(Event):
     what: str
     graphs: int
     shapes: str
+    guard: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}: recompiled in service for {self.shapes} (graph {self.graphs}); warm up with such a length"
+        why = f", since {self.guard} does not hold" if self.guard else ""
+        return f"{self.what}: recompiled in service for {self.shapes}{why} (graph {self.graphs}); warm up with the like"
 
 
 @dataclass(frozen=True)
@@ -129,6 +149,31 @@ class FellBack(Event):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.stage} is off, the untouched model is used: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Guarded(Event):
+    """A faulty output was noticed in service, and what was done about it.
+
+    Attributes:
+        what: The tuned object.
+        function: The `@inference` function that gave it.
+        fault: "NaN or Inf", "silent", "clipped flat" or "too long".
+        outcome: What the caller got.
+        count: The faults of the object that are put down to its tuning, with this one; 0 for one that is not.
+    """
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    function: str
+    fault: str
+    outcome: str
+    count: int = 0
+
+    def __str__(self) -> str:
+        number = f" (fault {self.count})" if self.count else ""
+        return f"{self.what}: the output of {self.function} was {self.fault}{number}; {self.outcome}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +200,33 @@ class NotApplied(Event):
 
     def __str__(self) -> str:
         return f"{self.what} was not applied: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PackIgnored(Event):
+    """A warm pack, or a part of one, could not be read or kept; what it would have saved is done anew."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what} was ignored: {self.reason}"
+
+
+@dataclass(frozen=True)
+class BackedOff(Event):
+    """A batch did not fit into memory; its items are tried again in smaller ones."""
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    batch: int
+    smaller: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: a batch of {self.batch} ran out of memory; going on with {self.smaller}"
 
 
 class EventHook(Protocol):
@@ -185,7 +257,7 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
         TypeError: `hook` is not callable.
     """
     if not callable(hook):
-        raise TypeError(f"add_hook() needs a callable of one event, got {hook!r}")
+        raise TypeError(f"add_hook() needs a callable of one event, got {shown(hook)}")
 
     # A wrapper of its own for each registration: the same hook may be added twice and removed once.
     def registration(event: Event) -> object:

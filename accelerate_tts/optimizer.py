@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
 from accelerate_tts.engine.flight import Flight
+from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.engine.registry import TuningMap, keep
 from accelerate_tts.errors import ModelError, SettingsError, WarmupError
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Undone, Warmed, WarmupFailed, emit
-from accelerate_tts.runtime import modes
+from accelerate_tts.runtime import modes, retry
 from accelerate_tts.settings import Mode, Settings, is_active
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Sequence
 
     import torch
     from torch import nn
 
+    from accelerate_tts.engine.pack import WarmPack
+    from accelerate_tts.engine.plan import ModelPlan
     from accelerate_tts.engine.receipt import Receipt
-    from accelerate_tts.engine.tune import Tuning
-    from accelerate_tts.engine.warmup import Loaded
+    from accelerate_tts.engine.stages import Stage
+    from accelerate_tts.engine.tune import Limits, Tuning
+    from accelerate_tts.engine.warmup import Loaded, WarmupCalls
 
 __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
 
@@ -33,8 +39,8 @@ T = TypeVar("T")
 _GIB = 1024**3
 # A batch never takes more than this share of what is free: fragmentation and the next request need the rest.
 _BATCH_SHARE = 0.8
-# A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm.
-_CUDA_GRAPH_PASSES = 3
+_GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
+_GUARD_OFF = "guard: off, by Settings.guard"
 
 
 class PerformanceOptimizer:
@@ -168,15 +174,16 @@ class PerformanceOptimizer:
             WarmupError: `warmup_input` is none of these.
         """
         from accelerate_tts.engine.random_state import seeded
+        from accelerate_tts.engine.session import CUDA_GRAPH_PASSES
         from accelerate_tts.engine.warmup import Loaded, warmup_calls
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference")
+        calls = warmup_calls(warmup_input, Loaded(model), "inference").main
         name = type(model).__name__
         captures = setup.compile_mode(device, self.settings) in {"reduce-overhead", "max-autotune"}
         start = time.perf_counter()
         try:
-            for _ in range(_CUDA_GRAPH_PASSES if device.type == "cuda" and captures else 1):
+            for _ in range(CUDA_GRAPH_PASSES if device.type == "cuda" and captures else 1):
                 with seeded(device.type):
                     for call in calls:
                         call.run()
@@ -189,18 +196,24 @@ class PerformanceOptimizer:
         return True
 
     def optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode = "inference", stopped: Callable[[], bool] = lambda: False
+        self,
+        loaded: Loaded,
+        warmup: Any,
+        mode: Mode = "inference",
+        stopped: Callable[[], bool] = lambda: False,
+        options: TuneOptions | None = None,
     ) -> Receipt | None:
         """Tune, verify and warm up what a load function left behind; what `@optimized_model` does.
 
         One tuning runs at a time in a process. A module that is tuned already keeps its tuning; an object that is new
-        around it is warmed up only.
+        around it is warmed up only. A warm pack of the same object takes the place of tuning.
 
         Args:
             loaded: What was loaded.
             warmup: As for `@optimized_model`.
             mode: As for `@optimized_model`.
             stopped: Asked between stages; once true, everything is undone.
+            options: What this object's tuning has of its own; the settings otherwise.
 
         Returns:
             The receipt, or `None` if `loaded` holds no module, or if waiting for another tuning would wait for ever.
@@ -214,16 +227,14 @@ class PerformanceOptimizer:
             )
             return None
         try:
-            return self._optimize(loaded, warmup, mode, stopped)
+            return self._optimize(loaded, warmup, mode, stopped, options or TuneOptions())
         finally:
             _flight.end()
 
-    def _optimize(self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool]) -> Receipt | None:
+    def _optimize(
+        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
+    ) -> Receipt | None:
         from accelerate_tts.engine.plan import find_modules
-        from accelerate_tts.engine.stages import default_stages
-        from accelerate_tts.engine.tune import Limits, tune
-        from accelerate_tts.engine.warmup import warmup_calls
-        from accelerate_tts.models import describe
 
         device = self._ready()
         if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
@@ -232,23 +243,55 @@ class PerformanceOptimizer:
         tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
         new = [root for root in found.values() if id(root) not in tuned]
         if not new:
-            self._warm_up_new(loaded, warmup, mode, found)
+            self._warm_up_new(loaded, warmup, mode, found, options)
             for done in tuned.values():
                 self._remember(loaded, done)
                 return done.receipt
             return None
+        from accelerate_tts.engine.fingerprint import outline
+        from accelerate_tts.engine.pack import WarmPack
+        from accelerate_tts.engine.stages import default_stages
+        from accelerate_tts.engine.tune import Limits
+        from accelerate_tts.engine.warmup import warmup_calls
+        from accelerate_tts.models import describe
+
+        calls = warmup_calls(warmup, loaded, mode, options.lengths)
+        settings = options.applied_to(self.settings)
         plan = describe(loaded.subject, new)
-        # Before tuning: dynamo may guard on which attributes a module has.
-        keepers = [keep(root) for root in plan.roots]
-        stages = default_stages(device.type, setup.compile_mode(device, self.settings))
-        limits = Limits(self.settings.tune_seconds, stopped)
-        tuning = tune(plan, warmup_calls(warmup, loaded, mode), stages, device, limits)
-        for keeper in keepers:
-            keeper.tuning = tuning
+        stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
+        pack = None
+        if settings.pack and calls.main and plan.parts:
+            told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
+            pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
+        limits = Limits(settings.tune_seconds, settings.precision, stopped)
+        tuning = self._tune(plan, calls, stages, limits, pack)
         self._remember(loaded, tuning, *plan.roots)
         return tuning.receipt
 
-    def _warm_up_new(self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module]) -> None:
+    def _tune(
+        self, plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None
+    ) -> Tuning:
+        from accelerate_tts.engine.tune import tune
+
+        device = self._ready()
+        # Before tuning: dynamo may guard on which attributes a module has.
+        keepers = [keep(root) for root in plan.roots]
+        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
+        if tuning is None:
+            tuning = tune(plan, calls, stages, device, limits)
+            if pack is not None:
+                pack.keep(tuning)
+        if tuning.changes:
+            note = _GUARD_ON if self.settings.guard else _GUARD_OFF
+            tuning = replace(tuning, receipt=replace(tuning.receipt, notes=(*tuning.receipt.notes, note)))
+        for keeper in keepers:
+            keeper.tuning = tuning
+        self.cleanup_memory(force=True)  # captured inputs and rejected copies were made in between what stays
+        return tuning
+
+    def _warm_up_new(
+        self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
+    ) -> None:
         """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
         from accelerate_tts.engine.random_state import seeded
         from accelerate_tts.engine.warmup import warmup_calls
@@ -261,7 +304,7 @@ class PerformanceOptimizer:
         start = time.perf_counter()
         try:
             with seeded(self._ready().type):
-                for call in warmup_calls(warmup, loaded, mode):
+                for call in warmup_calls(warmup, loaded, mode, options.lengths).main:
                     call.run()
         except WarmupError:
             raise
@@ -271,14 +314,22 @@ class PerformanceOptimizer:
         emit(Warmed(name, time.perf_counter() - start))
 
     def _remember(self, loaded: Loaded, tuning: Tuning, *roots: object) -> None:
-        for item in (*roots, loaded.result, loaded.owner):
-            if item is not None:
+        guarding = retry.guard_of(tuning)
+        if guarding is None and self.settings.guard and tuning.changes:
+            guarding = retry.Guard(tuning.receipt.what, tuning, tuning.expected, self.settings.guard_limit)
+        for item in (*roots, loaded.result, loaded.owner, tuning):
+            if item is not None and item is not tuning:
                 self._tunings.put(item, tuning)
+            if item is not None and guarding is not None:
+                retry.protect(item, guarding)
 
     def receipt(self, tuned: object) -> Receipt | None:
         """The receipt of a tuned object: what was loaded, or the backend that loaded it."""
         tuning = self._tuning_of(tuned)
-        return None if tuning is None else tuning.receipt
+        if tuning is None:
+            return None
+        guarding = retry.guard_of(tuning)
+        return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
 
     def _tuning_of(self, tuned: object) -> Tuning | None:
         known = self._tunings.get(tuned)
@@ -294,10 +345,54 @@ class PerformanceOptimizer:
             tuning = self._tuning_of(tuned)
             if tuning is None:
                 return False
+            guarding = retry.guard_of(tuning)
+            if guarding is not None:
+                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
             tuning.undo()
             self._tunings.forget(tuning)
         emit(Undone(tuning.receipt.what))
         return True
+
+    @contextmanager
+    def untouched(self, tuned: object) -> Generator[bool, None, None]:
+        """Run a tuned object as it was loaded while the scope is open, to compare the two on one's own input.
+
+        Not while other threads use the object: some of their calls would be untouched too.
+
+        Yields:
+            Whether there is anything in force that was switched off.
+        """
+        tuning = self._tuning_of(tuned)
+        changes = () if tuning is None else tuning.changes
+        for change in reversed(changes):
+            change.off()
+        try:
+            yield bool(changes)
+        finally:
+            for change in changes:
+                change.on()
+
+    def export_packs(self, path: str | PathLike[str]) -> int:
+        """Write every warm pack of this user into one file, for another machine. Returns how many.
+
+        Another machine takes the decisions from it; the compiled code too if both have the same `Settings.pack_key`.
+
+        Raises:
+            PackError: The file cannot be written.
+        """
+        from accelerate_tts.engine.pack import pack_store
+
+        return pack_store(self.settings).export(None, Path(path))
+
+    def load_packs(self, path: str | PathLike[str]) -> int:
+        """Take the warm packs of such a file into this user's folder. Returns how many.
+
+        Raises:
+            PackError: It is no such file.
+        """
+        from accelerate_tts.engine.pack import pack_store
+
+        return pack_store(self.settings).load(Path(path))
 
     # --- calls and memory ------------------------------------------------------------------------------------
 
@@ -350,7 +445,7 @@ class PerformanceOptimizer:
         from accelerate_tts.engine.warmup import Loaded, warmup_calls
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference")
+        calls = warmup_calls(warmup_input, Loaded(model), "inference").main
 
         def work() -> None:
             with seeded(device.type):

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from accelerate_tts.errors import SettingsError
+from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
 
 __all__ = [
     "CompileMode",
     "Mode",
+    "Precision",
     "Settings",
+    "check_folder",
     "check_mode",
+    "check_precision",
+    "check_tune_seconds",
     "is_active",
     "is_testing",
     "set_active",
@@ -34,7 +39,12 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 Mode = Literal["inference", "no_grad", "none"]
 """What runs around a call: `torch.inference_mode()`, `torch.no_grad()`, or neither."""
 
+Precision = Literal["exact", "balanced", "fast"]
+"""What tuning may change: nothing but rounding; half-precision weights; 8-bit weights too."""
+
 _DEVICES = ("cuda", "mps", "xpu", "cpu")
+_MOST = 2**31 - 1  # what torch takes as a number of threads
+_LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,18 @@ class Settings:
         mps_high_watermark_ratio: Value of `PYTORCH_MPS_HIGH_WATERMARK_RATIO`. 0.0 means *no limit* on
             unified memory - it avoids out-of-memory errors of a large model and is no speed-up; `None` leaves
             PyTorch's own limit.
+        precision: What tuning may change. "exact": rounding only, a relative error of 1e-4 at most. "balanced":
+            half-precision weights where they are faster, an error of 2e-2 at most. "fast": 8-bit weights too, 4e-2.
         tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that
             has begun (one compilation, say) is finished; no other begins after the budget is spent.
+        pack: Whether to keep what tuning found in a warm pack on disk, and to use one that is there.
+        pack_folder: Where warm packs are; `None` takes the user's cache folder (`$XDG_CACHE_HOME/accelerate_tts`).
+        pack_limit_mb: Megabytes that the folder may hold; the packs used least recently go first.
+        pack_key: A secret text that machines share whose packs trust each other's compiled code; `None` takes a
+            random one of this user. Code in a pack signed with another key is never loaded.
+        guard: Whether the output of `@inference` calls of tuned objects is looked at, and a faulty call is made again
+            on the untouched model.
+        guard_limit: Faulty outputs after which an object's tuning is put back for good.
 
     Raises:
         SettingsError: A value is outside what its option takes.
@@ -68,28 +88,38 @@ class Settings:
     threads: int | None = None
     workers: int = 1
     mps_high_watermark_ratio: float | None = 0.0
+    precision: Precision = "exact"
     tune_seconds: float = 180.0
+    pack: bool = True
+    pack_folder: str | None = None
+    pack_limit_mb: int = 2048
+    pack_key: str | None = field(default=None, repr=False)
+    guard: bool = True
+    guard_limit: int = 3
 
     def __post_init__(self) -> None:
-        if self.device is not None and self.device not in _DEVICES:
-            raise SettingsError(f"device={self.device!r} is not one of {', '.join(_DEVICES)}")
-        for name in ("compile", "cudnn_benchmark", "tf32"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"{name}={getattr(self, name)!r} must be True or False")
-        if self.compile_mode is not None and self.compile_mode not in get_args(CompileMode):
-            modes = ", ".join(get_args(CompileMode))
-            raise SettingsError(f"compile_mode={self.compile_mode!r} is not one of {modes}")
-        for name in ("threads", "workers"):
+        if self.device is not None:
+            _check_name("device", self.device, _DEVICES)
+        for name in ("compile", "cudnn_benchmark", "tf32", "pack", "guard"):
+            if not _is_flag(getattr(self, name)):
+                raise SettingsError(f"{name}={shown(getattr(self, name))} must be True or False")
+        if self.compile_mode is not None:
+            _check_name("compile_mode", self.compile_mode, get_args(CompileMode))
+        for name in ("threads", "workers", "pack_limit_mb", "guard_limit"):
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SettingsError(f"{name}={value!r} must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+                raise SettingsError(f"{name}={shown(value)} must be a whole number of at least 1 and at most {_MOST}")
         ratio = self.mps_high_watermark_ratio
         if ratio is not None and not (_is_number(ratio) and 0.0 <= ratio <= 2.0):  # noqa: PLR2004
-            raise SettingsError(f"mps_high_watermark_ratio={ratio!r} must be None or between 0.0 and 2.0")
-        if not (_is_number(self.tune_seconds) and 0.0 <= self.tune_seconds < float("inf")):
-            raise SettingsError(f"tune_seconds={self.tune_seconds!r} must be a number of seconds, 0 or more")
+            raise SettingsError(f"mps_high_watermark_ratio={shown(ratio)} must be None or between 0.0 and 2.0")
+        check_precision(self.precision)
+        check_tune_seconds(self.tune_seconds)
+        if self.pack_folder is not None:
+            check_folder("pack_folder", self.pack_folder)
+        _check_text("pack_folder", self.pack_folder)
+        _check_text("pack_key", self.pack_key)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -102,16 +132,25 @@ class Settings:
             SettingsError: A variable's text cannot be read; the message names the variable, its value and
                 what it takes.
         """
-        environment = os.environ if environment is None else environment
+        given: Any = os.environ if environment is None else environment
+        if not isinstance(given, Mapping):
+            raise SettingsError(f"environment={shown(given)} must be None or a mapping of names to texts")
         values: dict[str, Any] = {}
         for option in _OPTIONS:
             for variable in option.variables:
-                text = environment.get(variable, "").strip()
+                text: Any = given.get(variable, "")
+                if not isinstance(text, str):
+                    raise SettingsError(f"{variable}={shown(text)} must be a text")
+                text = text.strip()
                 if text:
                     values[option.field] = option.read(variable, text)
                     break
-        _report_unknown(environment)
+        _report_unknown(given)
         return cls(**values)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
@@ -133,6 +172,10 @@ def _flag(variable: str, text: str) -> bool:
 
 def _text(_variable: str, text: str) -> str | None:
     return None if text.lower() in {"auto", "none"} else text
+
+
+def _literal(_variable: str, text: str) -> str:
+    return text
 
 
 def _whole(variable: str, text: str) -> int | None:
@@ -164,7 +207,8 @@ class _Option:
         try:
             Settings(**{self.field: value})
         except SettingsError as error:  # name the variable, which the user knows, as well as the option
-            raise SettingsError(f"{variable}={text!r}: {error}") from None
+            said = "..." if self.field == "pack_key" else repr(text)  # a secret
+            raise SettingsError(f"{variable}={said}: {error}") from None
         return value
 
 
@@ -181,7 +225,14 @@ _OPTIONS = (
     _own("threads", _whole),
     _own("workers", _whole),
     _own("mps_high_watermark_ratio", _number),
+    _own("precision", _literal),
     _own("tune_seconds", _number),
+    _own("pack", _flag),
+    _own("pack_folder", _literal),
+    _own("pack_limit_mb", _whole),
+    _own("pack_key", _literal),
+    _own("guard", _flag),
+    _own("guard_limit", _whole),
 )
 if {option.field for option in _OPTIONS} != {field.name for field in fields(Settings)}:  # pragma: no cover
     raise AssertionError("every setting needs an environment variable")
@@ -192,7 +243,7 @@ _KNOWN = {variable for option in _OPTIONS for variable in option.variables} | {"
 
 def _report_unknown(environment: Mapping[str, str]) -> None:
     for variable in environment:
-        if variable.startswith("ACCELERATE_TTS_") and variable not in _KNOWN:
+        if str(variable).startswith("ACCELERATE_TTS_") and variable not in _KNOWN:
             near = get_close_matches(variable, _KNOWN, n=1)
             hint = f"did you mean {near[0]}?" if near else "see docs/OPTIMIZATIONS_SUMMARY.md for the list"
             emit(NotApplied(variable, f"there is no such setting; {hint}"))
@@ -200,8 +251,47 @@ def _report_unknown(environment: Mapping[str, str]) -> None:
 
 def check_mode(mode: str) -> None:
     """Raise `SettingsError` unless `mode` is one of "inference", "no_grad", "none"."""
-    if mode not in get_args(Mode):
-        raise SettingsError(f"mode={mode!r} is not one of {', '.join(get_args(Mode))}")
+    _check_name("mode", mode, get_args(Mode))
+
+
+def check_folder(name: str, folder: object) -> None:
+    """Raise `SettingsError` unless `folder` is a text or a path that a file system can be asked for."""
+    try:
+        path: Any = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+        usable = isinstance(path, str) and bool(path) and b"\0" not in os.fsencode(path)
+    except (TypeError, ValueError):  # an object that is no path after all, or characters that no file name has
+        usable = False
+    if not usable:
+        raise SettingsError(f"{name}={shown(folder)} must be None or the path of a folder")
+
+
+def _check_name(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    # Texts alone are compared: an array's == has no truth.
+    if not (isinstance(value, str) and value in allowed):
+        raise SettingsError(f"{name}={shown(value)} is not one of {', '.join(allowed)}")
+
+
+def _check_text(name: str, text: object) -> None:
+    if text is None:
+        return
+    if not (isinstance(text, str) and text):
+        # A value of a wrong type is no secret; an empty text gives none away.
+        raise SettingsError(f"{name}={shown(text)} must be None or a text that is not empty")
+    try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise SettingsError(f"{name}= holds characters that cannot be written as UTF-8") from None
+
+
+def check_precision(precision: str) -> None:
+    """Raise `SettingsError` unless `precision` is one of "exact", "balanced", "fast"."""
+    _check_name("precision", precision, get_args(Precision))
+
+
+def check_tune_seconds(seconds: float) -> None:
+    """Raise `SettingsError` unless `seconds` is a budget: a number from 0 to 1e9."""
+    if not (_is_number(seconds) and 0.0 <= seconds <= _LONGEST):
+        raise SettingsError(f"tune_seconds={shown(seconds)} must be a number of seconds, 0 or more, at most 1e9")
 
 
 class _Switch:
@@ -220,9 +310,14 @@ def set_active(active: bool) -> None:
     """Switch every decorator and context of this library on or off, in this process, from the next call on.
 
     `ACCELERATE_TTS_DISABLE=1` in the environment does the same from outside and wins over `set_active(True)`.
+
+    Raises:
+        SettingsError: `active` is neither `True` nor `False`; the text "no" would count as true.
     """
+    if not _is_flag(active):
+        raise SettingsError(f"active={shown(active)} must be True or False")
     with _switch.lock:
-        _switch.active = bool(active)
+        _switch.active = active
 
 
 def is_active() -> bool:

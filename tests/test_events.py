@@ -12,11 +12,15 @@ import pytest
 
 from accelerate_tts import add_hook, events
 from accelerate_tts.events import (
+    BackedOff,
     Event,
     FellBack,
+    Guarded,
     NotApplied,
+    PackIgnored,
     Prepared,
     Recompiled,
+    Restored,
     Trying,
     Tuned,
     Undone,
@@ -33,12 +37,17 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Trying("Vits.decoder", "torch.compile"), ["Vits.decoder", "torch.compile"]),
     (Tuned("Vits", 2, 5, 1.376, 41.26), ["Vits", "2 of 5", "1.38x", "41.3 s"]),
     (Undone("Vits"), ["Vits", "untouched"]),
+    (Restored("Vits", 3, 2.34), ["Vits", "3 optimisations", "warm pack", "2.3 s"]),
+    (PackIgnored("a1b2c3", "it is truncated"), ["a1b2c3", "truncated"]),
     (Recompiled("Vits.decoder", 3, "(1, 80, 512)"), ["Vits.decoder", "recompiled", "(1, 80, 512)", "graph 3", "warm"]),
     (FellBack("Vits", "torch.compile", "no g++"), ["Vits", "torch.compile is off", "no g++"]),
+    (Guarded("Vits", "B.speak", "silent", "made again", 2), ["Vits", "B.speak was silent", "fault 2", "made again"]),
+    (Guarded("Vits", "B.speak", "silent", "given"), ["Vits", "B.speak was silent; given"]),
+    (BackedOff("Vits.speak", 8, 4), ["Vits.speak", "batch of 8", "out of memory", "with 4"]),
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
 ]
-DEGRADED = {FellBack, NotApplied, Recompiled, WarmupFailed}
+DEGRADED = {BackedOff, FellBack, Guarded, NotApplied, PackIgnored, Recompiled, WarmupFailed}
 
 
 @pytest.fixture

@@ -33,7 +33,14 @@ READ = [
     (f"{OWN}WORKERS", " 4 ", "workers", 4),
     (f"{OWN}MPS_HIGH_WATERMARK_RATIO", "1.4", "mps_high_watermark_ratio", 1.4),
     (f"{OWN}MPS_HIGH_WATERMARK_RATIO", "none", "mps_high_watermark_ratio", None),
+    (f"{OWN}PRECISION", "balanced", "precision", "balanced"),
     (f"{OWN}TUNE_SECONDS", "12.5", "tune_seconds", 12.5),
+    (f"{OWN}PACK", "off", "pack", False),
+    (f"{OWN}PACK_FOLDER", "/var/packs", "pack_folder", "/var/packs"),
+    (f"{OWN}PACK_LIMIT_MB", "100", "pack_limit_mb", 100),
+    (f"{OWN}PACK_KEY", "a shared secret", "pack_key", "a shared secret"),
+    (f"{OWN}GUARD", "no", "guard", False),
+    (f"{OWN}GUARD_LIMIT", "7", "guard_limit", 7),
 ]
 VARIABLES = sorted({row[0] for row in READ})
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,18 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["Captured", "NotReplayableError", "outputs_of", "time_modules", "watch"]
+__all__ = ["READY", "Captured", "NotReplayableError", "Prepared", "calls_of", "outputs_of", "time_modules", "watch"]
 
 # A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
-_MOST_CALLS = 4
+_MOST_CALLS = 6
+_MOST_OF_A_SORT = 3
+# From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
+_A_LOOP = 8
+_MOSTLY = 0.5
+READY = "_accelerate_tts_ready"
+"""The name of a class's function that is given a replayed call's arguments before the clock runs."""
+
+Sort = tuple[tuple[int, ...], ...]
 _MOST_OUTPUTS = 64
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -32,20 +41,85 @@ class Captured:
     """What was seen of one part in one pass.
 
     Attributes:
-        calls: The first few inputs, copied before the part could change them.
+        calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
         count: How often it was called.
         seconds: Wall-clock seconds inside it.
         obstacle: Why it cannot be replayed, or "".
+        sorts: Of each sort of call (a prompt, a single token: the shapes of what is new), how many there were and what
+            they took.
     """
 
     calls: list[_Call] = field(default_factory=list)
     count: int = 0
     seconds: float = 0.0
     obstacle: str = ""
+    sorts: dict[Sort, _Tally] = field(default_factory=dict)
 
-    def replay(self, module: Any) -> list[Any]:
-        """Run the captured calls again, each on fresh copies, under the modes they had. Returns their outputs."""
-        return [call.replay(module) for call in self.calls]
+    def prepared(self, module: Any, *, timed: bool) -> list[Prepared]:
+        """The captured calls with fresh copies of their inputs, ready to be run.
+
+        Args:
+            module: What they will be run on; its class may have something to say about caches (`READY`).
+            timed: Leave out what is not worth timing: beside a loop that takes most of the time, all but its calls.
+        """
+        prepared = [call.prepared() for call in (self._timed() if timed else self.calls)]
+        if hasattr(type(module), READY):
+            for call in prepared:
+                getattr(type(module), READY)((*call.args, *call.kwargs.values()))
+        return prepared
+
+    @property
+    def cached(self) -> bool:
+        """Whether it was called with a key/value cache, as a decoder in its loop is."""
+        return any(_is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
+
+    def wants(self, sort: Sort) -> bool:
+        """Whether another call of this sort is worth keeping."""
+        same = sum(call.sort == sort for call in self.calls)
+        return len(self.calls) < _MOST_CALLS and (same < _MOST_OF_A_SORT or len(self.sorts) == 1)
+
+    def latest(self, sort: Sort) -> int:
+        """The place of the latest kept call of a sort."""
+        return max(number for number, call in enumerate(self.calls) if call.sort == sort)
+
+    def _timed(self) -> list[_Call]:
+        longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds)
+        tally = self.sorts[longest]
+        loop = tally.count >= _A_LOOP and tally.seconds > _MOSTLY * self.seconds
+        return [call for call in self.calls if call.sort == longest] if loop else self.calls
+
+
+@dataclass
+class _Tally:
+    count: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_milestone(self) -> bool:
+        """A power of two: so often is the latest call kept in place of an earlier one, since a loop's cache grows."""
+        return self.count >= _A_LOOP and self.count & (self.count - 1) == 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured call with copies of its inputs, which are used up by running it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    call: _Call
+
+    def run(self, module: Any) -> Any:
+        """Run it under the modes that it had, and return its output."""
+        import torch
+
+        call = self.call
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(call.inference))
+            if not call.inference:
+                modes.enter_context(torch.set_grad_enabled(call.grad))
+            if call.autocast is not None:
+                modes.enter_context(torch.autocast(*call.autocast))
+            return module(*self.args, **self.kwargs)
 
 
 @dataclass
@@ -56,16 +130,14 @@ class _Call:
     grad: bool
     autocast: tuple[str, Any] | None
 
-    def replay(self, module: Any) -> Any:
+    sort: Sort
+
+    def prepared(self) -> Prepared:
         import torch
 
-        with ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(self.inference))
-            if not self.inference:
-                modes.enter_context(torch.set_grad_enabled(self.grad))
-            if self.autocast is not None:
-                modes.enter_context(torch.autocast(*self.autocast))
-            return module(*_copied(self.args), **_copied(self.kwargs))
+        # Made as they were made then: whoever writes into an inference tensor outside that mode fails.
+        with torch.inference_mode(self.inference):
+            return Prepared(_copied(self.args), _copied(self.kwargs), self)
 
 
 @contextmanager
@@ -94,6 +166,23 @@ def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any
         handles += _timing_hooks(module, seconds, device_type)
     try:
         yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def calls_of(roots: tuple[Any, ...]) -> Generator[set[int], None, None]:
+    """While open, note the `id` of every module inside `roots` that is called, in the yielded set."""
+    called: set[int] = set()
+    modules = {inner for root in roots for inner in root.modules()}
+
+    def note(module: Any, _args: Any) -> None:
+        called.add(id(module))
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield called
     finally:
         for handle in handles:
             handle.remove()
@@ -131,23 +220,32 @@ def outputs_of(module: Any) -> Generator[list[Any], None, None]:
 
 
 def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:
-    starts: list[float] = []
+    starts: list[tuple[float, Sort]] = []
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.count += 1
-        if len(captured.calls) < _MOST_CALLS and not captured.obstacle:
+        sort = _sort_of((*args, *kwargs.values()))
+        tally = captured.sorts.setdefault(sort, _Tally())
+        if not captured.obstacle:
             try:
-                captured.calls.append(_record(args, kwargs, device_type))
+                if captured.wants(sort):
+                    captured.calls.append(_record(args, kwargs, device_type, sort))
+                elif tally.is_milestone:
+                    captured.calls[captured.latest(sort)] = _record(args, kwargs, device_type, sort)
             except NotReplayableError as error:
                 captured.obstacle = str(error)
                 captured.calls.clear()
         synchronize(device_type)
-        starts.append(time.perf_counter())
+        starts.append((time.perf_counter(), sort))
 
     def after(_module: Any, _args: Any, _output: Any) -> None:
         synchronize(device_type)
         if starts:
-            captured.seconds += time.perf_counter() - starts.pop()
+            start, sort = starts.pop()
+            seconds = time.perf_counter() - start
+            captured.seconds += seconds
+            captured.sorts[sort].count += 1
+            captured.sorts[sort].seconds += seconds
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -155,13 +253,28 @@ def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:
     ]
 
 
-def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) -> _Call:
+def _sort_of(values: tuple[Any, ...]) -> Sort:
+    """The shapes of the floating-point tensors given, or of any tensors if there are none (token ids)."""
+    import torch
+
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return tuple(tuple(tensor.shape) for tensor in floating or tensors[:1])
+
+
+def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sort: Sort) -> _Call:
     import torch
 
     autocast = None
     if torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    return _Call(_copied(args), _copied(kwargs), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
+    return _Call(
+        _copied(args), _copied(kwargs), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast, sort
+    )
+
+
+def _is_cache(value: Any) -> bool:
+    return callable(getattr(value, "get_seq_length", None))
 
 
 def _copied(value: Any) -> Any:
@@ -175,4 +288,6 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
         return value
+    if _is_cache(value):  # it has to be the one of this very moment
+        return copy.deepcopy(value)
     raise NotReplayableError(f"it is given a {type(value).__name__}, which cannot be copied")

@@ -21,6 +21,7 @@ __all__ = ["Timing", "compare_speed", "synchronize"]
 
 _ALPHA = 0.05
 _MOST_PAIRS = 25
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def compare_speed(  # noqa: PLR0913 - the work, its two states, and three limits
         after: Switches to the second, the candidate. Not timed.
         device_type: torch's device type, whose work is waited for before a clock is read.
         seconds: About how long this may take. At most 25 pairs are run.
-        fewest: The pairs that are run in any case. With fewer than 5 the bounds hold with less than 95 %.
+        fewest: The pairs that are run in any case, unless the second state takes ten times as long as the first (a
+            candidate that compiles again and again). With fewer than 5 the bounds hold with less than 95 %.
     """
 
     def timed(switch: Callable[[], object]) -> float:
@@ -75,6 +77,8 @@ def compare_speed(  # noqa: PLR0913 - the work, its two states, and three limits
     first, second = [timed(before)], [timed(after)]
     pairs = max(fewest, min(_MOST_PAIRS, int(seconds / (first[0] + second[0]))))
     for number in range(1, pairs):
+        if sum(second) > _PATIENCE * (sum(first) + seconds):
+            break
         # The order within a pair alternates: whoever runs second finds warmer or fuller caches.
         if number % 2:
             second.append(timed(after))
@@ -83,14 +87,14 @@ def compare_speed(  # noqa: PLR0913 - the work, its two states, and three limits
             first.append(timed(before))
             second.append(timed(after))
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
-    rank = _rank(pairs)
+    rank = _rank(len(ratios))
     return Timing(
         before=statistics.median(first),
         after=statistics.median(second),
         ratio=statistics.median(ratios),
         low=ratios[rank],
         high=ratios[-1 - rank],
-        pairs=pairs,
+        pairs=len(ratios),
     )
 
 

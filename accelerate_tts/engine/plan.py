@@ -13,10 +13,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Kind", "ModelPlan", "Part", "find_modules"]
+__all__ = ["PROCESS", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
 
-Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model"]
-"""An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one."""
+Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
+"""An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one.
+
+"process" is what belongs to no module: the threads of other libraries.
+"""
+
+PROCESS = "process"
+"""The name of the part that stands for the process."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class Part:
         module: The module itself, inside the user's object.
         decides: Whether a discrete choice hangs on its output (a duration that is rounded up, a token): then even a
             rounding error can change the length of the result, and only bit-exact changes are allowed.
+        cached: Whether it was seen to be called with a key/value cache.
     """
 
     name: str
     kind: Kind
     module: nn.Module
     decides: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,14 @@ def find_modules(subject: object) -> dict[str, nn.Module]:
     Looks into tuples, lists, mappings and the attributes of objects that are no modules, four levels deep. A module
     is never looked into. The path of `subject` itself is "".
     """
+    found = reachable_modules(subject)
+    # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
+    inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
+    return {path: module for path, module in found.items() if id(module) not in inside}
+
+
+def reachable_modules(subject: object) -> dict[str, nn.Module]:
+    """As `find_modules`, but with modules that are inside another one, too, where an attribute leads to them."""
     from torch import nn
 
     found: dict[str, nn.Module] = {}
@@ -85,9 +101,7 @@ def find_modules(subject: object) -> dict[str, nn.Module]:
                 for name, item in _members(value)
                 if not isinstance(item, _PLAIN) and not isinstance(item, type)
             ]
-    # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
-    inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
-    return {path: module for path, module in found.items() if id(module) not in inside}
+    return found
 
 
 def _members(value: object) -> Iterator[tuple[str, Any]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 import sys
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["seeded"]
+__all__ = ["seeded", "warming"]
+
+warming: ContextVar[bool] = ContextVar("warming", default=False)
+"""Whether this is a warm-up pass: whoever answers calls from a cache must compute them, since they are measured."""
 
 
 @contextmanager
@@ -27,6 +31,7 @@ def seeded(device_type: str, seed: int = 0) -> Generator[None, None, None]:
     devices = range(torch.cuda.device_count()) if device_type == "cuda" else ()
     mps_state = torch.mps.get_rng_state() if device_type == "mps" else None
     xpu_states = torch.xpu.get_rng_state_all() if device_type == "xpu" else None
+    told = warming.set(True)
     with torch.random.fork_rng(devices=devices):
         try:
             torch.manual_seed(seed)
@@ -35,6 +40,7 @@ def seeded(device_type: str, seed: int = 0) -> Generator[None, None, None]:
                 numpy.random.seed(seed)
             yield
         finally:
+            warming.reset(told)
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)

@@ -11,6 +11,7 @@ from pathlib import Path
 __all__ = ["Receipt", "StageResult"]
 
 _FORMAT = 1
+_PAGES = {".html", ".htm"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StageResult:
         ratio: Median of the paired ratios before / after.
         low: The bound that the true ratio is above with 95 % confidence.
         error: Relative error of the outputs against the untouched part's; 0.0 is bit for bit.
+        spectral: Log-spectral distance of the outputs, in dB, where they look like audio.
         graphs: Graphs compiled, `None` for a stage that compiles none.
         seconds: What trying it cost.
     """
@@ -42,6 +44,11 @@ class StageResult:
     error: float | None = None
     graphs: int | None = None
     seconds: float = 0.0
+    spectral: float | None = None
+
+    def dropped(self, reason: str) -> StageResult:
+        """The same, not in force (any more), and why."""
+        return replace(self, kept=False, reason=reason)
 
     def figures(self) -> tuple[str, str, str, str]:
         """Before, after, ratio and error, as short texts."""
@@ -55,7 +62,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What tuning did to one loaded object. Prints as a table; `to_json` and `from_json` keep it.
+    """What tuning did to one loaded object. Prints as a table; `to_json` and `from_json` keep it, `to_html` shows it.
 
     Attributes:
         what: A short name of the object.
@@ -67,6 +74,8 @@ class Receipt:
         after: The same as it now is.
         ratio: Median of the paired ratios of those passes; 1.0 where nothing was kept.
         error: Relative error of the whole object's output, tuned against untouched; `None` where it is not known.
+        spectral: Log-spectral distance of that output, in dB, where it looks like audio.
+        precision: What was allowed: "exact", "balanced" or "fast".
         seconds: Seconds that all of it took.
         notes: Whatever else the user should know, such as a check that could not be made.
     """
@@ -83,6 +92,8 @@ class Receipt:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     recompiled: int = 0
+    spectral: float | None = None
+    precision: str = "exact"
     _live: Callable[[], int] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -101,6 +112,12 @@ class Receipt:
         content = {key: value for key, value in asdict(frozen).items() if not key.startswith("_")}
         return json.dumps({"format": _FORMAT, **content}, indent=2, default=str, allow_nan=False)
 
+    def to_html(self) -> str:
+        """The receipt as one HTML page, which needs no other file and runs no script."""
+        from accelerate_tts.engine.receipt_html import to_html
+
+        return to_html(self)
+
     @classmethod
     def from_json(cls, text: str) -> Receipt:
         """Read what `to_json` wrote.
@@ -109,7 +126,7 @@ class Receipt:
             ValueError: The text is no receipt, or one of a newer format.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_float=_finite, parse_constant=_finite)
             found = content.pop("format")
             if found != _FORMAT:
                 raise ValueError(f"receipt format {found!r} is not {_FORMAT}; use the version that wrote it")
@@ -118,14 +135,20 @@ class Receipt:
             rest = {key: value for key, value in content.items() if key in known}
             rest["notes"] = tuple(rest["notes"])
             loaded = cls(stages=stages, **rest)
-            _ = str(loaded), loaded.versions.items()  # formats every figure once: a value of a wrong type shows here
-        except (AttributeError, KeyError, TypeError) as error:
+            # Every figure is formatted once: a value of a wrong type shows here, not when somebody looks at it.
+            _ = str(loaded), loaded.versions.items(), *((duration(s.seconds), ratio_text(s.low)) for s in stages)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"this is no receipt: {error!r}") from error
         return loaded
 
     def save(self, path: str | Path) -> None:
-        """Write the receipt's JSON to `path`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the receipt to `path`: the page if the name ends in .html or .htm, otherwise JSON.
+
+        Only the JSON can be read again, by `from_json` and by `accelerate-tts receipt`.
+        """
+        path = Path(path)
+        is_page = path.suffix.lower() in _PAGES
+        path.write_text(self.to_html() if is_page else self.to_json(), encoding="utf-8")
 
     def __str__(self) -> str:
         rows = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
@@ -170,3 +193,20 @@ def error_text(error: float | None) -> str:
     if error == 0.0:
         return "bit-exact"
     return f"{error:.0e}" if math.isfinite(error) else "differs"
+
+
+def printable(value: object) -> str:
+    """A receipt's text for a page or a terminal: on one line, and without control characters.
+
+    Names and reasons come from users' objects and exceptions. An escape sequence among them must not reach a terminal,
+    half of a surrogate pair cannot be written as UTF-8, and a bidirectional override would turn the words after it.
+    """
+    text = (c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return " ".join("".join(text).split())
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # Python's reader takes Infinity and 1e999; JSON knows neither
+        raise ValueError(f"this is no receipt: {text} is no number of JSON")
+    return number

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["EXACT_TOLERANCE", "NOTHING_TO_COMPARE", "Difference", "compare", "tensors_of"]
+    from accelerate_tts.settings import Precision
+
+__all__ = [
+    "EXACT_TOLERANCE",
+    "NOTHING_TO_COMPARE",
+    "TOLERANCES",
+    "Difference",
+    "Tolerance",
+    "compare",
+    "spectral_distance",
+    "tensors_of",
+]
 
 NOTHING_TO_COMPARE = "nothing in the result can be compared; let the warm-up return the speech"
 
@@ -19,8 +30,53 @@ EXACT_TOLERANCE = 1e-4
 """The relative error up to which two fp32 results count as the same computation.
 
 float32 rounds at 6e-8. Another order of the same sums, through the hundred layers of a vocoder, was seen to reach some
-1e-6 (TRAPS: "exact" means to rounding); a bf16 anywhere costs 1e-3 and more. The limit lies between the two.
+1e-6 ("exact" means to rounding); a bf16 anywhere costs 1e-3 and more. The limit lies between the two.
 """
+
+
+# A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
+# some ten layers, each of which rounds. Where the result is tokens, they are compared as well, and must be the same.
+_ROUNDINGS = 4
+_AUDIBLE = 60.0
+_FRAME = 1024
+_LEAST_SAMPLES, _MOST_CHANNELS = 4096, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What a candidate may differ by, and still count as right.
+
+    Attributes:
+        error: The largest relative error of any tensor. Of audio it is a signal-to-noise ratio of
+            `-20 log10(error)` dB; of an embedding, a cosine to the truth of at least `1 - error ** 2 / 2`.
+        spectral: The largest log-spectral distance of audio, in dB.
+    """
+
+    error: float
+    spectral: float
+
+    def objection(self, difference: Difference) -> str:
+        """Why a difference is not tolerated, or ""."""
+        if difference.reason:
+            return difference.reason
+        limit = max(self.error, _ROUNDINGS * difference.rounding)
+        if not difference.error <= limit:  # a NaN is not tolerated
+            return f"relative error {difference.error:.1e}, allowed is {limit:.0e}"
+        if difference.spectral is not None and not difference.spectral <= self.spectral:
+            return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
+        return ""
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    # With an error of 1e-4 only what lies 80 dB below the signal can differ at all.
+    "exact": Tolerance(EXACT_TOLERANCE, 1.0),
+    # 34 dB between signal and noise: more than the 8 bits of telephone speech (G.711) give, about 37 dB at best. The
+    # spectral limit of 1 dB is the one customary for transparent coding of spectral envelopes (Paliwal and Atal, 1993).
+    "balanced": Tolerance(0.02, 1.0),
+    # 28 dB, and a cosine of 0.9992 for an embedding; a distance that careful listeners begin to hear.
+    "fast": Tolerance(0.04, 2.0),
+}
+"""The tolerance of each `precision=`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +87,19 @@ class Difference:
         error: The largest relative error of any tensor: ||candidate - reference|| / ||reference||, in float64.
             0.0 is bit for bit; infinite where they cannot be compared.
         reason: What cannot be compared, or "".
+        spectral: The largest log-spectral distance of what looks like audio, in dB; `None` if nothing does.
+        rounding: The rounding step of the coarsest half-precision dtype among the tensors; 0.0 where there is none.
     """
 
     error: float
     reason: str = ""
+    spectral: float | None = None
+    rounding: float = 0.0
+
+    @property
+    def snr(self) -> float:
+        """The signal-to-noise ratio in dB, infinite for bit-exact results."""
+        return math.inf if self.error == 0.0 else -20.0 * math.log10(self.error)
 
 
 def compare(reference: Any, candidate: Any) -> Difference:
@@ -49,16 +114,68 @@ def compare(reference: Any, candidate: Any) -> Difference:
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
     if not left:
         return Difference(math.inf, NOTHING_TO_COMPARE)
-    worst = 0.0
+    worst, spectral, rounding = 0.0, None, 0.0
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail on it
             return Difference(math.inf, "a different memory layout")
         worst = max(worst, _error(a, b))
+        rounding = max(rounding, _rounding(a.dtype))
         if math.isinf(worst):
             return Difference(math.inf, "values that are not finite or not equal")
-    return Difference(worst)
+        if _is_audio(a):
+            spectral = max(spectral or 0.0, spectral_distance(a, b))
+    return Difference(worst, "", spectral, rounding)
+
+
+def _rounding(dtype: Any) -> float:
+    import torch
+
+    return torch.finfo(dtype).eps if dtype in {torch.bfloat16, torch.float16} else 0.0
+
+
+def spectral_distance(reference: Any, candidate: Any) -> float:
+    """The log-spectral distance of two waveforms, in dB.
+
+    Args:
+        reference: Audio of shape (..., samples), of any real floating dtype.
+        candidate: The same shape.
+
+    Returns:
+        The root mean square, over the bins of a frame, of the difference of the power spectra in dB; the mean of that
+        over frames of 1024 samples (Hann, half overlapping). What lies more than 60 dB below the strongest bin of the
+        reference counts as if it lay there: nobody hears it beside the rest. 0.0 for two silences; infinite where
+        a sample of either is not finite.
+    """
+    import torch
+
+    with torch.inference_mode():
+        a, b = (_power(wave.detach().cpu().to(torch.float64)) for wave in (reference, candidate))
+        floor = float(a.max()) * 10 ** (-_AUDIBLE / 10)
+        if floor == 0.0:  # the reference is silent: as far apart as the candidate is loud
+            return 0.0 if float(b.max()) == 0.0 else math.inf
+        decibels = 10 * (torch.log10(a.clamp_min(floor)) - torch.log10(b.clamp_min(floor)))
+        distance = float(decibels.square().mean(-2).sqrt().mean())
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _power(wave: Any) -> Any:
+    import torch
+
+    flat = wave.reshape(-1, wave.shape[-1])
+    window = torch.hann_window(_FRAME, dtype=flat.dtype)
+    spectrum = torch.stft(flat, _FRAME, _FRAME // 2, window=window, center=False, return_complex=True)
+    return spectrum.abs().square()
+
+
+def _is_audio(tensor: Any) -> bool:
+    # At least a few frames of one or two channels, in a small batch; hidden states are wide in more than one dimension.
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return False
+    if tensor.dim() == 0 or tensor.shape[-1] < _LEAST_SAMPLES:
+        return False
+    return bool(tensor.numel() // tensor.shape[-1] <= _MOST_CHANNELS) and bool(tensor.isfinite().all())
 
 
 def tensors_of(value: Any) -> Iterator[Any]:
@@ -83,6 +200,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
             yield torch.as_tensor(value)
     elif id(value) not in seen:
         seen.add(id(value))
+        if hasattr(type(value), "compared_as"):  # one of our own objects, which stands for something of upstream's
+            value = value.compared_as()
         if isinstance(value, (tuple, list)) and value and all(isinstance(item, (int, float)) for item in value):
             yield torch.tensor(value, dtype=torch.float64)
         else:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.lengths import at_length, first_tensor, ladder
 from accelerate_tts.engine.plan import find_modules
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.runtime import modes
@@ -16,7 +17,7 @@ from accelerate_tts.settings import Mode
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Loaded", "WarmupCall", "check_warmup", "complete", "warmup_calls"]
+__all__ = ["Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "complete", "warmup_calls"]
 
 Call = Callable[..., Any]
 
@@ -48,8 +49,8 @@ class Loaded:
         return self.owner if self.result is None else self.result
 
 
-def check_warmup(warmup: Any) -> None:
-    """Raise `WarmupError` for a `warmup=` that can never work, before anything is loaded."""
+def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
+    """Raise `WarmupError` for a `warmup=` that can never work, alone or with `lengths=`, before anything is loaded."""
     if isinstance(warmup, list):
         if not warmup:
             raise WarmupError(f"warmup=[] has nothing in it; give {_TAKES}")
@@ -62,6 +63,21 @@ def check_warmup(warmup: Any) -> None:
             raise WarmupError(f"warmup={warmup!r} is an empty text; give a short sentence")
     elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
         raise WarmupError(f"warmup={warmup!r} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
+    if lengths is not None:
+        _check_lengths(warmup)
+
+
+def _check_lengths(warmup: Any) -> None:
+    if warmup is None:
+        raise WarmupError("lengths= says how long inputs are, but no warmup= says what an input is")
+    for item in warmup if isinstance(warmup, list) else [warmup]:
+        if callable(item) and not _is_tensor(item):
+            if not _accepts(item, 2):
+                raise WarmupError(
+                    "with lengths= a callable warm-up takes two arguments: warmup=lambda loaded, length: ..."
+                )
+        elif not isinstance(item, str):
+            first_tensor(item)
 
 
 @dataclass(frozen=True)
@@ -78,22 +94,48 @@ class WarmupCall:
     variant: Call | None = None
 
 
-def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode) -> list[WarmupCall]:
+@dataclass(frozen=True)
+class WarmupCalls:
+    """What a warm-up runs.
+
+    Attributes:
+        main: The calls that everything is compared and timed on: what was given, and both ends of `lengths=`.
+        ladder: The lengths between the ends, which are run once, so that service finds them compiled.
+    """
+
+    main: tuple[WarmupCall, ...] = ()
+    ladder: tuple[WarmupCall, ...] = ()
+
+
+def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None) -> WarmupCalls:
     """The calls that `warmup` stands for.
 
     Args:
         warmup: As given to `@optimized_model`.
         loaded: What it is a warm-up of.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
+        lengths: The shortest and the longest input of service.
 
     Raises:
         WarmupError: `warmup` does not fit what was loaded.
     """
-    check_warmup(warmup)
+    check_warmup(warmup, lengths)
     if warmup is None:
-        return []
+        return WarmupCalls()
     items = warmup if isinstance(warmup, list) else [warmup]
-    return [_call_of(item, loaded, mode) for item in items]
+    if lengths is None:
+        return WarmupCalls(tuple(_call_of(item, loaded, mode) for item in items))
+    rungs = ladder(lengths)
+
+    def at(item: Any, length: int) -> WarmupCall:
+        if callable(item) and not _is_tensor(item):
+            return WarmupCall(_finished(loaded, item, (loaded.subject, length), {}, mode))
+        return _call_of(at_length(item, length), loaded, mode)
+
+    # A callable has no length of its own: the ends are all there is.
+    given = [_call_of(item, loaded, mode) for item in items if not callable(item) or _is_tensor(item)]
+    ends = [at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
+    return WarmupCalls((*given, *ends), tuple(at(item, length) for item in items for length in rungs[1:-1]))
 
 
 def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:

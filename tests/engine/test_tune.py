@@ -13,6 +13,7 @@ from torch import nn
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, Tuned, WarmupFailed
@@ -36,7 +37,7 @@ class Slow(nn.Module):
         return self.linear(x) + self.offset
 
 
-class Stage:
+class Stage(BaseStage):
     """A stage that sets attributes of `Slow`; what the engine is tested with."""
 
     name = "test stage"
@@ -112,6 +113,44 @@ def test_everything_else_is_dropped_and_undone(stage: Stage, reason: str) -> Non
     assert (model.seconds, model.offset) == (0.02, 0.0)
     assert not stage.sealed
     assert receipt.ratio == 1.0
+
+
+class Alternative(Stage):
+    """One of several ways to the same end."""
+
+    group = "test"
+
+
+def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
+    model = Slow()
+    first, second = Alternative(seconds=0.0), Alternative(seconds=0.015)
+    first.name, second.name = "first", "second"
+    kept, dropped = run(model, first, second).receipt.stages
+    assert kept.kept
+    assert dropped.reason == "slower than first, at the first look"
+    assert dropped.ratio is None
+    assert model.seconds == 0.0
+
+
+def test_what_the_warm_up_never_calls_is_not_tried() -> None:
+    """A second root, such as a voice encoder beside a pipeline whose warm-up has a voice already."""
+    used, idle = Slow(), nn.Sequential(nn.Linear(32, 32))
+    plan = ModelPlan("model", (used, idle), (Part("used", "model", used), Part("idle", "model", idle)))
+    stage = Stage(seconds=0.0)
+    receipt = tune(plan, warmup_calls(lambda _: used(X), Loaded(used), "inference"), [stage], CPU, Limits(60)).receipt
+    assert [(result.part, result.kept) for result in receipt.stages] == [("used", True), ("idle", False)]
+    assert receipt.stages[1].reason == "the warm-up never called it"
+    assert stage.prepared == 1
+
+
+def test_a_root_that_is_driven_by_another_method_is_tried_on_whole_passes() -> None:
+    class Driven(Slow):
+        def generate(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model = Driven()
+    (result,) = run(model, Stage(seconds=0.0), warmup=lambda model: model.generate(X)).receipt.stages
+    assert result.kept
 
 
 def fail(error: BaseException) -> Callable[[], None]:
@@ -298,8 +337,11 @@ def test_a_cancelled_load_is_undone() -> None:
     assert model.seconds == 0.02
 
 
-def test_train_mode_is_said(seen: list[Event]) -> None:
-    assert any("train mode" in note for note in run(Slow().train()).receipt.notes)
+def test_train_mode_is_said_where_it_matters(seen: list[Event]) -> None:
+    assert not any("train mode" in note for note in run(Slow().train()).receipt.notes)
+    model = Slow()
+    model.drop = nn.Dropout(0.1)
+    assert any("train mode" in note for note in run(model.train()).receipt.notes)
     assert not run(Slow().eval()).receipt.notes
 
 

@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import ModelOutput
 
-from accelerate_tts.engine.verify import NOTHING_TO_COMPARE, compare, tensors_of
+from accelerate_tts.engine.verify import (
+    EXACT_TOLERANCE,
+    NOTHING_TO_COMPARE,
+    TOLERANCES,
+    Difference,
+    Tolerance,
+    compare,
+    spectral_distance,
+    tensors_of,
+)
+from accelerate_tts.settings import Precision
 
 T = torch.tensor([3.0, 4.0])
 
@@ -114,3 +124,185 @@ def test_the_error_is_that_of_numpy(values: list[float], size: float) -> None:
     norm = np.linalg.norm(left)
     if norm > 0:
         assert compare(a, b).error == pytest.approx(np.linalg.norm(left - right) / norm, rel=1e-9)
+
+
+# --- audio -------------------------------------------------------------------------------------------------------
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tone(hertz: float, samples: int = 16_000) -> torch.Tensor:
+    return torch.sin(2 * math.pi * hertz * torch.arange(samples) / 16_000)
+
+
+WAVE = noise(16_000)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (1, 5000), (2, 1, 4097), (3, 2, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_equal_waves_are_at_no_distance(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    wave = noise(*shape).to(dtype)
+    assert spectral_distance(wave, wave.clone()) == 0.0
+    assert compare(wave, wave.clone()).spectral == 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(decibels=st.floats(-40, 40), length=st.integers(4096, 9000), seed=st.integers(0, 99))
+def test_another_loudness_is_so_many_decibels(decibels: float, length: int, seed: int) -> None:
+    """Of white noise every bin of every frame is audible, and moves by as much."""
+    wave = noise(length, seed=seed).double()
+    expected = abs(decibels)
+    found = spectral_distance(wave, wave * 10 ** (decibels / 20))
+    if decibels < 0:  # the bins that fall below 60 dB under the strongest move by less
+        assert 0.8 * expected - 0.1 <= found <= expected + 1e-9
+    else:
+        assert found == pytest.approx(expected, rel=0.02, abs=1e-6)
+
+
+def test_ten_times_as_loud_is_twenty_decibels() -> None:
+    assert spectral_distance(WAVE, 10 * WAVE) == pytest.approx(20.0, rel=1e-3)
+    # Of a pure tone only the bins near it are heard: the rest lies at the floor in both, or is lifted from there.
+    assert 0.0 < spectral_distance(tone(1000), 10 * tone(1000)) < 20.0
+
+
+def test_the_distance_grows_with_the_noise_and_is_about_the_same_both_ways() -> None:
+    distances = []
+    for level in (1e-4, 1e-3, 1e-2, 1e-1):
+        other = WAVE + level * noise(16_000, seed=1)
+        forth, back = spectral_distance(WAVE, other), spectral_distance(other, WAVE)
+        assert forth == pytest.approx(back, rel=0.05)
+        distances.append(forth)
+    assert distances == sorted(distances)
+    assert distances[0] < 0.1
+    assert distances[-1] > 0.5
+
+
+def test_silences() -> None:
+    silence = torch.zeros(8000)
+    assert spectral_distance(silence, silence) == 0.0
+    assert compare(silence, silence.clone()) == Difference(0.0, "", 0.0)
+    assert math.isinf(spectral_distance(silence, WAVE[:8000]))
+    assert math.isinf(compare(silence, WAVE[:8000]).error)
+    # The other way round: everything that was heard lies at the floor now.
+    assert 30.0 < spectral_distance(WAVE[:8000], silence) < 60.0
+    assert compare(WAVE[:8000], silence).error == pytest.approx(1.0)
+
+
+def test_a_silent_stretch_inside_speech_is_heard_when_it_is_filled() -> None:
+    gap = WAVE.clone()
+    gap[8000:] = 0.0
+    filled = gap.clone()
+    filled[8000:] = 1e-2 * noise(8000, seed=2)
+    difference = compare(gap, filled)
+    assert difference.error == pytest.approx(0.01, rel=0.05)
+    assert difference.spectral is not None
+    assert difference.spectral > TOLERANCES["fast"].spectral
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_never_near(bad: float) -> None:
+    broken = WAVE.clone()
+    broken[5000] = bad
+    assert math.isinf(spectral_distance(WAVE, broken))
+    assert math.isinf(spectral_distance(broken, WAVE))
+    assert math.isinf(spectral_distance(torch.zeros(16_000), broken))
+    assert math.isinf(compare(WAVE, broken).error)
+    both = compare(broken, broken.clone())  # a NaN in both is no difference, and no audio either
+    assert (both.error, both.spectral) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "is_audio"),
+    [
+        (noise(4096), True),
+        (noise(4095), False),
+        (noise(2, 8, 4096), True),  # a batch of 2, or two channels, or both
+        (noise(17, 4096), False),
+        (noise(1, 80, 5000), False),  # a spectrogram, hidden states
+        (noise(4096, 2), False),  # (samples, channels): the relative error alone
+        (noise(5000).to(torch.int16), False),
+        (torch.tensor(1.0), False),
+        (torch.zeros(0, 5000), False),
+    ],
+    ids=lambda value: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else str(value),
+)
+def test_what_looks_like_audio(tensor: torch.Tensor, is_audio: bool) -> None:
+    difference = compare(tensor, tensor.clone())
+    assert difference.error == 0.0
+    assert (difference.spectral is not None) is is_audio
+
+
+def test_the_worst_tensor_counts() -> None:
+    near, far = WAVE + 1e-3 * noise(16_000, seed=1), WAVE + 1e-1 * noise(16_000, seed=1)
+    both = compare([WAVE, {"b": WAVE}], [far, {"b": near}])
+    assert both.error == compare(WAVE, far).error
+    assert both.spectral == spectral_distance(WAVE, far)
+    assert compare([WAVE, T], [far, T]).spectral == both.spectral
+
+
+def test_error_and_signal_to_noise_ratio() -> None:
+    assert Difference(0.0).snr == math.inf
+    assert Difference(0.1).snr == pytest.approx(20.0)
+    # What the comments of TOLERANCES say of it.
+    assert [round(Difference(TOLERANCES[precision].error).snr) for precision in ("exact", "balanced", "fast")] == [
+        80, 34, 28,
+    ]  # fmt: skip
+    found = compare(WAVE, WAVE + 0.02 * noise(16_000, seed=3) * WAVE.norm() / noise(16_000, seed=3).norm())
+    assert found.error == pytest.approx(0.02)
+
+
+@given(st.integers(2, 200), st.floats(1e-4, 0.04), st.integers(0, 99))
+def test_the_error_bounds_the_cosine_of_an_embedding(size: int, error: float, seed: int) -> None:
+    truth = noise(size, seed=seed).double()
+    wrong = noise(size, seed=seed + 1000).double()
+    other = truth + wrong * error * truth.norm() / wrong.norm()
+    assert compare(truth, other).error == pytest.approx(error)
+    assert torch.cosine_similarity(truth, other, 0) >= 1 - error**2 / 2 - 1e-6
+
+
+# --- what is tolerated ---------------------------------------------------------------------------------------------
+
+
+def test_tolerances_widen_with_precision() -> None:
+    exact, balanced, fast = (TOLERANCES[precision] for precision in ("exact", "balanced", "fast"))
+    assert exact.error == EXACT_TOLERANCE < balanced.error < fast.error
+    assert exact.spectral <= balanced.spectral <= fast.spectral
+
+
+@pytest.mark.parametrize(
+    ("difference", "objection"),
+    [
+        (Difference(0.0), ""),
+        (Difference(0.02), ""),
+        (Difference(0.02, "", 1.0), ""),
+        (Difference(0.0201), "relative error 2.0e-02, allowed is 2e-02"),
+        (Difference(0.01, "", 1.01), "log-spectral distance 1.0 dB, allowed is 1.0 dB"),
+        (Difference(0.01, "", math.inf), "log-spectral distance inf dB"),
+        (Difference(math.inf, "a different memory layout"), "a different memory layout"),
+        (Difference(0.0, NOTHING_TO_COMPARE), NOTHING_TO_COMPARE),
+        (Difference(math.nan), "relative error nan"),
+        (Difference(0.0, "", math.nan), "log-spectral distance nan dB"),
+    ],
+)
+def test_objections(difference: Difference, objection: str) -> None:
+    found = Tolerance(0.02, 1.0).objection(difference)
+    assert found.startswith(objection) if objection else not found
+
+
+@pytest.mark.parametrize("precision", ["balanced", "fast"])
+def test_a_destroyed_quiet_band_is_refused_though_the_error_is_small(precision: Precision) -> None:
+    """A loud voice with a quiet treble: without the treble 40 dB of signal to noise are left, and the air is gone."""
+    spectrum = torch.fft.rfft(noise(32_000).double())
+    middle = len(spectrum) // 2
+    spectrum[middle:] *= 0.01
+    full = torch.fft.irfft(spectrum)
+    spectrum[middle:] = 0.0
+    muffled = torch.fft.irfft(spectrum)
+    difference = compare(full, muffled)
+    tolerance = TOLERANCES[precision]
+    assert difference.error < 0.6 * tolerance.error
+    assert tolerance.objection(difference).startswith("log-spectral distance")
+    # The same error spread as the voice itself is spread is one that nobody hears.
+    assert not tolerance.objection(compare(full, full * (1 + difference.error)))

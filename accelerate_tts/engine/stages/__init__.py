@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from accelerate_tts.engine.plan import Part
+    from accelerate_tts.settings import Precision
 
 __all__ = ["Change", "Stage", "default_stages"]
 
@@ -41,6 +42,14 @@ class Stage(Protocol):
     name: str
     least_share: float
     """The share of the whole time that a part must take before this stage is worth trying on it."""
+    group: str
+    """Of the stages of one group, at most one is kept on a part: the fastest. "" for a stage without alternatives."""
+    process: bool
+    """Whether it is about the process as a whole and tried once, on the whole pass; not on each part."""
+
+    def cost_of(self, part: Part) -> float:
+        """Seconds that trying it on `part` usually takes, at least; with less of the budget left it is not begun."""
+        ...
 
     def applies(self, part: Part) -> str | None:
         """Why the stage has nothing to do on `part`, or `None` if it may be tried."""
@@ -51,19 +60,40 @@ class Stage(Protocol):
         ...
 
 
-def default_stages(device_type: str, compile_mode: str | None) -> tuple[Stage, ...]:
-    """The stages in the order in which they are tried.
+def default_stages(device_type: str, compile_mode: str | None, precision: Precision = "exact") -> tuple[Stage, ...]:
+    """The stages in the order in which they are tried: what comes later is built on what was kept before.
 
     Args:
         device_type: torch's device type.
         compile_mode: torch.compile's mode for the device, or `None` to leave that stage out.
+        precision: What may be changed.
     """
-    from accelerate_tts.engine.stages.compile import CompileStage
+    from accelerate_tts.engine.stages.blas import QuietBlasStage
+    from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+    from accelerate_tts.engine.stages.compile import CompileStage, FrozenCompileStage
+    from accelerate_tts.engine.stages.decode import GrowingCacheStage
     from accelerate_tts.engine.stages.fold import FoldStage
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
+    from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
+    from accelerate_tts.engine.stages.quantize import quantize_stages
+    from accelerate_tts.engine.stages.skinny import SkinnyStage
 
-    stages: tuple[Stage, ...] = (FoldStage(),)
-    if device_type == "cpu":
-        stages = (*stages, ChannelsLastStage(), FewRowsStage())
-    return stages if compile_mode is None else (*stages, CompileStage(compile_mode))
+    on_cpu = device_type == "cpu"
+    stages: list[Stage] = [FoldStage(), GrowingCacheStage()]
+    if on_cpu:
+        stages += [QuietBlasStage(), ChannelsLastStage()]
+    if precision != "exact":
+        for dtype in half_dtypes(device_type):
+            stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
+    if on_cpu:
+        if compile_mode is not None:  # they need the compiler too
+            stages.append(SkinnyStage("fp32"))
+            stages += [SkinnyStage("bf16")] if precision != "exact" else []
+            stages += [SkinnyStage("int8")] if precision == "fast" else []
+        stages.append(FewRowsStage())
+        stages += quantize_stages() if precision == "fast" else ()
+        stages += [] if compile_mode is None else [FrozenCompileStage()]
+    if compile_mode is not None:
+        stages += [CompiledBlocksStage(compile_mode), CompileStage(compile_mode)]
+    return tuple(stages)

@@ -10,10 +10,22 @@ fails.
 from __future__ import annotations
 
 import threading
-import types
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.events import FellBack, Recompiled, emit
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.inductor import (
+    Counter,
+    Frozen,
+    Weights,
+    call_normally,
+    clone_outputs,
+    compile_function,
+    guard_of,
+    options,
+    reason_of,
+)
+from accelerate_tts.engine.stages.swap import keeps_copies
+from accelerate_tts.events import FellBack, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,26 +34,70 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["CompileStage", "CompiledCall"]
+__all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
 
 
-class CompileStage:
+_LIMIT_REACHED = "it has as many graphs as dynamo keeps (8); give lengths= that cover service"
+
+_SECONDS_A_LAYER = 0.2
+"""Of compiling, on two cores: a vocoder of some hundred layers takes 30 s, a decoder of 300 over a minute."""
+
+_MOSTLY = 0.5
+"""The share of its weights in linear layers from which a part is worth freezing."""
+
+
+class CompileStage(BaseStage):
     """Compiles a part as one piece, with dynamic lengths."""
 
     name = "torch.compile"
+    group = "compilation"
     # A compilation takes 10 to 30 s of a user's start on two cores; 1.5x on less than this share gives under 5 %.
     least_share = 0.15
+    cost = 10.0
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
 
+    def cost_of(self, part: Part) -> float:
+        """See `Stage.cost_of`: time goes with what is traced."""
+        return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
+
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if part.cached:
+            return "its cache grows at every call: the decode step is compiled by itself"
         return "is compiled already" if part.module._compiled_call_impl is not None else None
 
     def prepare(self, part: Part) -> CompiledCall:
         """See `Stage.prepare`. Compiles nothing yet."""
         return CompiledCall(part.module, part.name, self._mode)
+
+
+class FrozenCompileStage(BaseStage):
+    """Compiles a part made of linear layers with its weights as constants, packed for kernels chosen by timing.
+
+    With few rows (a decode step, a short sentence) a linear layer is bound by reading its weights, and inductor's own
+    C++ kernels over packed weights read them at the memory's full rate. Without both `freezing` and `max_autotune`
+    there is no gain (docs/decisions/0009-frozen.md). For CPUs.
+    """
+
+    name = "torch.compile, frozen"
+    group = "linear layers"
+    # About 4 s of timing for each shape of weight, of which a transformer has five, and the compilation itself.
+    cost = 30.0
+    least_share = 0.15
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.module._compiled_call_impl is not None:
+            return "is compiled already"
+        if part.cached:
+            return "its cache grows at every call: the decode step is compiled by itself"
+        return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+
+    def prepare(self, part: Part) -> CompiledCall:
+        """See `Stage.prepare`. Compiles nothing yet."""
+        return CompiledCall(part.module, part.name, "default", frozen=True)
 
 
 class CompiledCall:
@@ -51,16 +107,20 @@ class CompiledCall:
     leave out: the module keeps its class, its `isinstance` and its state dict.
     """
 
-    def __init__(self, module: nn.Module, what: str, mode: str) -> None:
+    def __init__(self, module: nn.Module, what: str, mode: str, *, frozen: bool = False) -> None:
         self._module = module
+        self._frozen = Frozen(module) if frozen else None
+        # A graph does not see when weights are written that are constants in it, or of which a stage has copies.
+        self._weights = self._frozen or (Weights(module) if keeps_copies(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
-        self._counter = _Counter(what)
+        self._counter = Counter(what)
         self._first_call = threading.RLock()  # a forward may call its own module
         self._ready = False
         self._broken = False
         self._clone_outputs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
-        self._compiled = _compile(module, mode, self._counter)
+        self._compiled = compile_function(module._call_impl, mode, self._counter)
+        self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
     @property
     def graphs(self) -> int | None:
@@ -90,20 +150,48 @@ class CompiledCall:
             self._ready = True
         return result
 
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from torch._dynamo.exc import RecompileError
+
+        try:
+            with options(self._frozen, strict=self._counter.sealed):
+                return call_normally(self._compiled, args, kwargs)
+        except RecompileError as error:
+            if self._frozen is not None:
+                raise
+            self._counter.guard = guard_of(error)
+        with options(None):
+            return call_normally(self._compiled, args, kwargs)
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
 
         if self._broken:
             return self._untouched(*args, **kwargs)
+        if self._weights is not None and self._weights.outdated():
+            self._broken = True
+            self.off()
+            emit(FellBack(self._what, self._stage, "its weights were written, and its graph keeps the old ones"))
+            return self._untouched(*args, **kwargs)
         try:
-            result = self._compiled(*args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            reason = _reason(error)
+            result = self._call(args, kwargs)
+        except RecompileError as error:
+            # A frozen graph takes half a minute to compile, which no request can wait for.
+            emit(FellBack(self._what, f"{self._stage} for a kind of call that was not warmed up", guard_of(error)))
+            return self._untouched(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            # Lengths of the graphs that there are stay compiled; the others take the untouched module each time.
+            if self._ready:
+                emit(FellBack(self._what, f"{self._stage} at further lengths", _LIMIT_REACHED))
+                return self._untouched(*args, **kwargs)
+            reason = reason_of(error)
+        except TorchDynamoException as error:
+            reason = reason_of(error)
         else:
-            return _clone(result) if self._clone_outputs else result
+            return clone_outputs(result) if self._clone_outputs else result
         # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
         # error here, and nothing is wrong with the compilation.
-        self._broken = True
+        self._broken = True  # before the call: it may call its own module
         self.off()
         try:
             result = self._untouched(*args, **kwargs)
@@ -111,75 +199,17 @@ class CompiledCall:
             self._broken = False
             self.on()
             raise
-        emit(FellBack(self._what, "torch.compile", reason))
+        emit(FellBack(self._what, self._stage, reason))
         return result
 
 
-class _Counter:
-    """Counts graphs. Apart from the call, because dynamo keeps every backend, and what that refers to, for ever."""
+def _linear_share(module: nn.Module) -> float:
+    from torch import nn
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.graphs = 0
-        self.sealed = False
-
-    def count(self, shapes: str) -> None:
-        self.graphs += 1
-        if self.sealed:
-            emit(Recompiled(self.what, self.graphs, shapes))
-
-
-def _compile(module: nn.Module, mode: str, counter: _Counter) -> Callable[..., Any]:
-    import torch
-    from torch._inductor import list_mode_options
-
-    # The wrapper is compiled, not the module: classes of torch.nn itself (Linear, Sequential, LSTM) stand on dynamo's
-    # skip list on older releases, and `Linear.compile()` then compiles nothing without a word.
-    untouched: Callable[..., Any] = module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return untouched(*args, **kwargs)
-
-    # dynamo keeps its graphs, and counts its limit of 8, by code object: each part needs one of its own.
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    # fallback_random: the compiled graph draws the same random numbers as eager does.
-    patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor = _inductor()
-
-    def backend(graph: Any, inputs: list[Any]) -> Any:
-        counter.count(_shapes(inputs))
-        return inductor(graph, inputs, config_patches=patches)
-
-    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True)
-    return compiled
-
-
-def _inductor() -> Any:
-    from torch._dynamo import lookup_backend
-
-    return lookup_backend("inductor")
-
-
-def _shapes(inputs: list[Any]) -> str:
-    # A graph's inputs begin with sizes and weights; the user's own come last.
-    shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
-    return ", ".join(str(shape) for shape in shapes[-3:]) or "an input without tensors"
+    total = sum(parameter.numel() for parameter in module.parameters())
+    linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
+    return linear / total if total else 0.0
 
 
 def _on_cuda(module: nn.Module) -> bool:
     return any(parameter.device.type == "cuda" for parameter in module.parameters())
-
-
-def _clone(result: Any) -> Any:
-    # A CUDA graph writes its outputs to the same addresses at every replay.
-    import torch
-    from torch.utils import _pytree
-
-    return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
-
-
-def _reason(error: BaseException) -> str:
-    # dynamo wraps what inductor raised; the inner error is the one that names the missing compiler.
-    inner = getattr(error, "inner_exception", None) or error
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {lines[0] if lines else 'no message'}"

@@ -17,6 +17,8 @@ import copyreg
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -29,7 +31,7 @@ _FOLD = "_accelerate_tts_fold"
 _EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set", "_load_state_dict_post_hooks"}
 
 
-class FoldStage:
+class FoldStage(BaseStage):
     """Folds every weight norm inside a part."""
 
     name = "fold weight norm"
@@ -44,9 +46,7 @@ class FoldStage:
         return _Folds(_foldable(part.module))
 
 
-class _Folds:
-    graphs: int | None = None
-
+class _Folds(BaseChange):
     def __init__(self, folds: list[_Fold]) -> None:
         self._folds = folds
 
@@ -57,9 +57,6 @@ class _Folds:
     def off(self) -> None:
         for fold in reversed(self._folds):
             fold.off()
-
-    def seal(self) -> None:
-        """Nothing is compiled."""
 
 
 def _foldable(module: nn.Module) -> list[_Fold]:

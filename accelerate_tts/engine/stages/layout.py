@@ -10,10 +10,11 @@ The convolution is made as a 2-D one of height 1; the weights are read at each c
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["ChannelsLastStage"]
 
 
-class ChannelsLastStage:
+class ChannelsLastStage(BaseStage):
     """Runs a part's 1-D convolutions in channels-last order. For CPUs."""
 
     name = "channels-last convolutions"
-    least_share = 0.02
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -35,7 +35,7 @@ class ChannelsLastStage:
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
-        return ClassSwap(_convolutions(part.module), _channels_last_class)
+        return ClassSwap(_convolutions(part.module), lambda module: _channels_last_class(class_of(module)))
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
@@ -54,25 +54,25 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-@lru_cache(maxsize=256)
-def _channels_last_class(plain: type) -> type:
+@cache
+def _channels_last_class(plain: Any) -> type:
     from torch import channels_last, nn
     from torch.nn import functional
 
-    def convolve(self: Any, x: Any) -> Any:
-        if x.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); without a batch it is rare and short
-            return nn.Conv1d.forward(self, x)
+    def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); without a batch it is rare and short
+            return nn.Conv1d.forward(self, input)
         y = functional.conv2d(
-            x.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]),
         )  # fmt: skip
         return y.squeeze(2)
 
-    def convolve_transposed(self: Any, x: Any, output_size: list[int] | None = None) -> Any:
-        if x.dim() != 3 or output_size is not None:  # noqa: PLR2004
-            return nn.ConvTranspose1d.forward(self, x, output_size)
+    def convolve_transposed(self: Any, input: Any, output_size: list[int] | None = None) -> Any:  # noqa: A002
+        if input.dim() != 3 or output_size is not None:  # noqa: PLR2004
+            return nn.ConvTranspose1d.forward(self, input, output_size)
         y = functional.conv_transpose2d(
-            x.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (0, self.output_padding[0]), 1, (1, self.dilation[0]),
         )  # fmt: skip
         return y.squeeze(2)

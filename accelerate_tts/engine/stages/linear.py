@@ -8,10 +8,11 @@ a matrix-vector product either way, and from about ten rows on `F.linear` is rig
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,11 +25,11 @@ FEW_ROWS = range(2, 9)
 """Numbers of rows for which the product is taken the other way round."""
 
 
-class FewRowsStage:
+class FewRowsStage(BaseStage):
     """Takes a part's linear layers the other way round when they are given two to eight rows. For CPUs."""
 
     name = "few-row linear layers"
-    least_share = 0.02
+    group = "linear layers"
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -36,7 +37,7 @@ class FewRowsStage:
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
-        return ClassSwap(_linears(part.module), _few_rows_class)
+        return ClassSwap(_linears(part.module), lambda module: _few_rows_class(class_of(module)))
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
@@ -46,23 +47,23 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
 
 
-@lru_cache(maxsize=64)
-def _few_rows_class(plain: type) -> type:
+@cache
+def _few_rows_class(plain: Any) -> type:
     import torch
     from torch.nn import functional
 
-    def forward(self: Any, x: Any) -> Any:
+    def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
         weight = self.weight
         features = weight.shape[1]
-        rows = x.numel() // max(1, features)
-        if rows not in FEW_ROWS or x.shape[-1] != features:  # a wrong input gets torch's own error
-            return functional.linear(x, weight, self.bias)
-        columns = x.reshape(rows, features).t()
+        rows = input.numel() // max(1, features)
+        if rows not in FEW_ROWS or input.shape[-1] != features:  # a wrong input gets torch's own error
+            return functional.linear(input, weight, self.bias)
+        columns = input.reshape(rows, features).t()
         if self.bias is None:
             product = torch.mm(weight, columns)
         else:
             product = torch.addmm(self.bias.unsqueeze(1), weight, columns)
         # Contiguous, as `F.linear` gives it: whoever calls .view() on it must not see a difference.
-        return product.t().contiguous().view(*x.shape[:-1], weight.shape[0])
+        return product.t().contiguous().view(*input.shape[:-1], weight.shape[0])
 
     return subclass_with(plain, forward)

@@ -10,35 +10,50 @@ import copy
 import copyreg
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.stages.base import BaseChange
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-__all__ = ["ClassSwap", "subclass_with"]
+__all__ = ["COPY", "ClassSwap", "class_of", "keeps_copies", "plain_class", "subclass_with"]
+
+_PLAIN = "_accelerate_tts_plain"
+_COPIES = "_accelerate_tts_copies"
+COPY = "_accelerate_tts_copy"
+"""An attribute that a change may set on a module while it is on; copies and pickles of the module are without it."""
 
 
-class ClassSwap:
+class ClassSwap(BaseChange):
     """The change; see `Change`.
 
     Args:
         modules: What is changed.
-        swapped: From a module's class to the one it has while the change is on.
+        swapped: From a module to the class that it has while the change is on; asked once for each class that it has
+            when the change is switched on.
     """
 
-    graphs: int | None = None
-
-    def __init__(self, modules: list[nn.Module], swapped: Callable[[type], type]) -> None:
+    def __init__(self, modules: list[nn.Module], swapped: Callable[[nn.Module], type]) -> None:
         self._modules = modules
         self._swapped = swapped
         self._before: list[type] = []
+        self._made: dict[tuple[nn.Module, type], type] = {}
 
     def on(self) -> None:
         """See `Change.on`."""
         if not self._before:
+            swapped = [self._class_for(module) for module in self._modules]  # before any is changed: one may fail
             self._before = [type(module) for module in self._modules]
-            for module, plain in zip(self._modules, self._before, strict=True):
-                module.__class__ = self._swapped(plain)
+            for module, cls in zip(self._modules, swapped, strict=True):
+                module.__class__ = cls
+
+    def _class_for(self, module: nn.Module) -> type:
+        # The same class each time: a compiler guards on it, and would compile again at every switch.
+        key = (module, type(module))
+        if key not in self._made:
+            self._made[key] = self._swapped(module)
+        return self._made[key]
 
     def off(self) -> None:
         """See `Change.off`."""
@@ -47,19 +62,39 @@ class ClassSwap:
                 module.__class__ = plain
             self._before = []
 
-    def seal(self) -> None:
-        """Nothing is compiled."""
+
+def class_of(module: Any) -> Any:
+    """The module's present class, in a type that can be a cache's key (torch types `Module.__hash__` otherwise)."""
+    return type(module)
 
 
-def subclass_with(plain: type, forward: Callable[..., Any]) -> type:
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without what stages made of it by class swaps."""
+    cls = type(module)
+    while _PLAIN in vars(cls):
+        cls = vars(cls)[_PLAIN]
+    return cls
+
+
+def keeps_copies(module: nn.Module) -> bool:
+    """Whether what a module computes now is computed from copies of its weights."""
+    return any(getattr(class_of(inner), _COPIES, False) for inner in module.modules())
+
+
+def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = False) -> type:
     """A subclass of a module's class with another `forward`, whose copies and pickles are of the plain class.
 
     It has the plain class's own names: whoever prints or names the type finds what was there.
+
+    Args:
+        plain: The module's class.
+        forward: The other one.
+        copies: Whether it computes from copies of the weights (`Derived`), which a compiler takes for weights.
     """
 
     def twin(self: Any) -> Any:
         module: Any = object.__new__(plain)
-        module.__dict__ = vars(self)
+        module.__dict__ = {name: value for name, value in vars(self).items() if name != COPY}
         return module
 
     def reduce_ex(self: Any, protocol: int) -> Any:
@@ -71,6 +106,13 @@ def subclass_with(plain: type, forward: Callable[..., Any]) -> type:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(twin(self), memo)
 
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    names: dict[str, Any] = {
+        _PLAIN: plain,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+    }
+    if copies:
+        names[_COPIES] = True
     members = {**names, "forward": forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
     return type(plain.__name__, (plain,), members)

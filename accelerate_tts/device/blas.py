@@ -1,0 +1,104 @@
+"""The threads of OpenBLAS libraries that other packages (NumPy, SciPy) bring into this process.
+
+After each product OpenBLAS's worker threads spin for some 25 ms (2**26 cycles, its `THREAD_TIMEOUT`) in case there is
+more to do. On the cores of a small machine they then stand in the way of torch's OpenMP team, whose barriers wait for
+the slowest: a speaker encoder right behind a mel spectrogram was seen to take 2.3 times as long
+(docs/decisions/0008-quiet-blas.md). With one thread OpenBLAS has no worker, and nothing spins.
+
+threadpoolctl does this for every BLAS there is; it is no dependency of the core, and one call in one library is all
+that is needed here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate_tts.device.flags import Flag
+
+__all__ = ["BLAS_THREADS", "busy_libraries"]
+
+# Builds differ in a prefix (SciPy's wheels) and a suffix (64-bit integers).
+_NAMES = [
+    (f"{prefix}openblas_get_num_threads{suffix}", f"{prefix}openblas_set_num_threads{suffix}")
+    for prefix in ("scipy_", "")
+    for suffix in ("64_", "")
+]
+
+
+class _Library:
+    """One loaded OpenBLAS."""
+
+    def __init__(self, path: str, get: Any, set_: Any) -> None:
+        self.path = path
+        self._get = get
+        self._set = set_
+
+    @property
+    def threads(self) -> int:
+        return int(self._get())
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._set(ctypes.c_int(count))
+
+
+def busy_libraries() -> list[str]:
+    """Paths of the loaded OpenBLAS libraries that have more than one thread now; found on Linux only."""
+    return [library.path for library in _libraries() if library.threads > 1]
+
+
+def _libraries() -> list[_Library]:
+    found = (_opened(path) for path in _loaded_paths())
+    return [library for library in found if library is not None]
+
+
+def _loaded_paths() -> list[str]:
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # another system: NumPy for macOS uses Accelerate, which spins on nothing
+        return []
+    # address permissions offset device inode path
+    paths = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if "openblas" in line}
+    return sorted(path for path in paths if ".so" in path)
+
+
+def _opened(path: str) -> _Library | None:
+    try:
+        # It is loaded already, and this only finds it again: where its file was replaced or removed since (an upgrade
+        # under a running process), another library must not be loaded in its place.
+        library = ctypes.CDLL(path, mode=getattr(os, "RTLD_NOLOAD", 0))
+    except OSError:
+        return None
+    for getter, setter in _NAMES:
+        if hasattr(library, getter) and hasattr(library, setter):
+            return _Library(path, getattr(library, getter), getattr(library, setter))
+    return None
+
+
+# A second holder may find a library that was loaded since the first one saved the state: what that had is kept here.
+_later: dict[str, int] = {}
+
+
+def _save() -> dict[str, int]:
+    _later.clear()
+    return {library.path: library.threads for library in _libraries()}
+
+
+def _restore(saved: dict[str, int]) -> None:
+    before = {**_later, **saved}
+    for library in _libraries():
+        if library.path in before:
+            library.threads = before[library.path]
+
+
+def _write(count: int) -> None:
+    for library in _libraries():
+        _later.setdefault(library.path, library.threads)
+        library.threads = count
+
+
+BLAS_THREADS = Flag("OpenBLAS threads", _write, _save, _restore)
+"""Threads of each OpenBLAS library that is loaded when the flag is taken."""

@@ -1,0 +1,110 @@
+"""The compiler's files of one tuning, as one archive that a warm pack can carry.
+
+inductor keeps what it compiled in a folder (`TORCHINDUCTOR_CACHE_DIR`, by default in the system's temporary one): C++
+sources and libraries, serialised graphs, the results of its kernel timings. `torch.compiler.save_cache_artifacts`
+(torch 2.14) leaves out the libraries, the timings and every frozen graph, so the files themselves are taken.
+
+They are code. Only archives that the pack store has verified may come to `unpack`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import io
+import os
+import re
+import tarfile
+import tempfile
+from pathlib import Path
+
+__all__ = ["Snapshot", "pack", "snapshot", "unpack"]
+
+Snapshot = frozenset[str]
+"""The files that were there."""
+
+# Locks and half-written files are of no use to anybody.
+_PASSING = (".lock", ".tmp")
+_MOST_BYTES = 512 * 1024 * 1024
+
+
+def snapshot() -> Snapshot:
+    """What is in the compiler's folder now; cheap, and imports no compiler."""
+    return frozenset(_files())
+
+
+def pack(before: Snapshot) -> bytes | None:
+    """The files that came since, as a compressed archive; `None` if there are none, or too many to keep."""
+    folder = _folder()
+    names = [name for name in sorted(_files()) if name not in before and not name.endswith(_PASSING)]
+    buffer, size = io.BytesIO(), 0
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        for name in names:
+            try:
+                content = (folder / name).read_bytes()
+            except FileNotFoundError:  # another process has tidied up meanwhile
+                continue
+            size += len(content)
+            if size > _MOST_BYTES:
+                return None
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue() if names else None
+
+
+def unpack(archive: bytes) -> int:
+    """Put the files of an archive where the compiler looks for them. Files that are there already stay.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        ValueError: An entry is no plain file inside the folder.
+        OSError: The folder cannot be written.
+    """
+    folder = _folder()
+    count = 0
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as content:
+        for entry in content:
+            name = Path(entry.name)
+            if not entry.isfile() or name.anchor or ".." in name.parts:  # on Windows, an anchor is a drive, too
+                raise ValueError(f"the entry {entry.name!r} of the compiled code is no plain file in its folder")
+            target = folder / name
+            file = content.extractfile(entry)
+            if file is None or target.exists():
+                continue
+            _write(target, file.read())
+            count += 1
+    return count
+
+
+def _write(target: Path, content: bytes) -> None:
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _folder() -> Path:
+    # As inductor names it (torch 2.6 to 2.14), without importing inductor, which takes two seconds.
+    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if own:
+        return Path(own)
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a container's user without a name
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+def _files() -> list[str]:
+    folder = _folder()
+    found: list[str] = []
+    for path, _, names in os.walk(folder):
+        found += [(Path(path) / name).relative_to(folder).as_posix() for name in names]
+    return found

@@ -1,0 +1,141 @@
+"""Embeddings on disk, for the next process: tensors, arrays and plain values, in files that nothing is executed from.
+
+A file is a line with the format version, a line with the SHA-256 of its key and the rest, and what `torch.save` makes
+of nested lists that `torch.load(weights_only=True)` takes. Other values (objects of the user's classes) would need a
+pickle that runs code, so they are not written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate_tts.engine.embedding_store import Kept
+from accelerate_tts.engine.pack_store import _regular, _temporary, _touch
+from accelerate_tts.events import PackIgnored, emit
+
+__all__ = ["EmbeddingFiles"]
+
+_MAGIC = b"accelerate-tts embedding 1\n"
+_SUFFIX = ".embedding"
+_KEY = re.compile(r"[0-9a-f]{16,128}")
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+class EmbeddingFiles:
+    """A folder of embeddings, readable by its owner only; shared by any number of threads and processes.
+
+    What cannot be read or written costs an event and never an exception.
+
+    Args:
+        folder: Made at the first write, with mode 0700; its files have mode 0600.
+        limit_bytes: What all files together may take; the least recently used go first.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit = limit_bytes
+
+    def read(self, key: str) -> Kept | None:
+        """The embedding of this key; `None` if there is none, or none that is whole."""
+        path = self._folder / f"{key}{_SUFFIX}"
+        try:
+            with _regular(path) as file:
+                content = file.read(self._limit + 1)
+            value = _unpacked(key, content)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # damaged in a way that torch.load answers with any exception
+            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {error}"))
+            return None
+        _touch(path)
+        return Kept(value)
+
+    def write(self, key: str, kept: Kept) -> bool:
+        """Write an embedding, in place of an older one of its key; returns whether it is there.
+
+        Raises:
+            TypeError, ValueError: It holds something else than tensors, arrays, plain values, lists, tuples and dicts.
+        """
+        content = _packed(key, kept.copy())
+        if len(content) > self._limit:
+            return False
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _temporary(self._folder, [content]) as made:
+                _touch(made)
+                made.replace(self._folder / f"{key}{_SUFFIX}")
+            self._tidy()
+        except OSError as error:
+            emit(PackIgnored(f"the folder of embeddings {self._folder}", str(error)))
+            return False
+        return True
+
+    def _tidy(self) -> None:
+        found: list[tuple[int, int, Path]] = []
+        for path in self._folder.iterdir():
+            if path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
+                with suppress(FileNotFoundError):  # another process evicts too
+                    about = path.lstat()
+                    found.append((about.st_mtime_ns, about.st_size, path))
+        excess = sum(size for _, size, _ in found) - self._limit
+        for _, size, path in sorted(found):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _packed(key: str, value: Any) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(_said(value), buffer)
+    body = buffer.getvalue()
+    return b"%s%s\n%s" % (_MAGIC, hashlib.sha256(key.encode() + body).hexdigest().encode(), body)
+
+
+def _unpacked(key: str, content: bytes) -> Any:
+    import torch
+
+    if not content.startswith(_MAGIC):
+        raise ValueError("it is no embedding, or one of another format version")
+    digest, _, body = content[len(_MAGIC) :].partition(b"\n")
+    if hashlib.sha256(key.encode() + body).hexdigest().encode() != digest:
+        raise ValueError("its checksum is wrong: it is damaged or cut short")
+    with torch.inference_mode(mode=False):
+        return _meant(torch.load(io.BytesIO(body), weights_only=True))
+
+
+def _said(value: Any) -> list[Any]:
+    """A value as nested lists that begin with a word for its kind."""
+    import torch
+
+    kind = type(value)
+    if kind in _PLAIN:
+        return ["plain", value]
+    if kind is torch.Tensor:
+        return ["tensor", value]
+    if kind in {list, tuple}:
+        return [kind.__name__, *map(_said, value)]
+    if kind is dict:
+        return ["dict", *([_said(key), _said(item)] for key, item in value.items())]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and kind is numpy.ndarray:
+        return ["array", torch.from_numpy(value)]  # a TypeError of its own for dtypes that torch does not know
+    raise TypeError(f"a {kind.__module__}.{kind.__qualname__} cannot be stored without a pickle")
+
+
+def _meant(said: list[Any]) -> Any:
+    kind, *rest = said
+    if kind in {"list", "tuple"}:
+        items = [_meant(item) for item in rest]
+        return items if kind == "list" else tuple(items)
+    if kind == "dict":
+        return {_meant(key): _meant(item) for key, item in rest}
+    return rest[0].numpy() if kind == "array" else rest[0]

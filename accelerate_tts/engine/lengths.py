@@ -1,0 +1,79 @@
+"""A warm-up at other lengths: the ladder that `lengths=` stands for, and an input of a given length made from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import WarmupError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["at_length", "first_tensor", "ladder"]
+
+# A compiled graph is valid for a range of lengths: oneDNN's convolutions change their kernel at powers of two, and
+# dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0003-compiled-calls.md).
+_STEP = 1.9
+
+
+def ladder(lengths: tuple[int, int]) -> tuple[int, ...]:
+    """Lengths from the shortest to the longest, both included, each less than twice the one before (2 follows 1)."""
+    rung, longest = lengths
+    rungs = [rung]
+    while rung < longest:
+        rung = min(longest, max(rung + 1, int(rung * _STEP)))
+        rungs.append(rung)
+    return tuple(rungs)
+
+
+def at_length(item: Any, length: int) -> Any:
+    """A text, a tensor, or a tuple or mapping of arguments, made `length` long.
+
+    A text is repeated and cut to that many characters. Of tensors it is the last dimension of the first one, and every
+    dimension of the others that has the same size (a mask's, say); their values are repeated.
+
+    Raises:
+        WarmupError: There is no tensor in it.
+    """
+    if isinstance(item, str):
+        text = f"{item.strip()} "
+        return (text * (length // len(text) + 1))[:length].strip() or item.strip()[:1]
+    first = first_tensor(item)
+    if isinstance(item, Mapping):
+        return {name: _resized(value, first, length) for name, value in item.items()}
+    if isinstance(item, tuple):
+        return tuple(_resized(value, first, length) for value in item)
+    return _resized(item, first, length)
+
+
+def first_tensor(item: Any) -> torch.Tensor:
+    """The tensor of an argument, or of a tuple or mapping of arguments, whose last dimension is the length.
+
+    Raises:
+        WarmupError: There is none.
+    """
+    values = list(item.values()) if isinstance(item, Mapping) else list(item) if isinstance(item, tuple) else [item]
+    for value in values:
+        if _is_tensor(value) and value.dim() > 0 and value.shape[-1] > 0:
+            return value  # type: ignore[no-any-return]  # known by its protocol, since torch is not imported here
+    raise WarmupError("lengths= needs a tensor in warmup= whose last dimension is the length; give a callable instead")
+
+
+def _resized(value: Any, first: torch.Tensor, length: int) -> Any:
+    import torch
+
+    if not _is_tensor(value):
+        return value
+    tensor: torch.Tensor = value
+    before, last = first.shape[-1], tensor.dim() - 1
+    for dimension, size in enumerate(tensor.shape):
+        # As many channels, or items of a batch, as the input is long are no lengths.
+        same = size == before and not (dimension == 0 and last > 0)
+        if dimension == last if value is first else same:
+            tensor = tensor.index_select(dimension, torch.arange(length, device=tensor.device) % size)
+    return tensor
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(type(value), "__torch_function__") and not callable(value)

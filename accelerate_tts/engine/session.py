@@ -1,0 +1,209 @@
+"""One tuning in progress: the model's parts, what they were given and computed, and what has been decided so far."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.capture import outputs_of
+from accelerate_tts.engine.measure import synchronize
+from accelerate_tts.engine.random_state import seeded
+from accelerate_tts.engine.verify import Tolerance, compare
+from accelerate_tts.events import Event, FellBack, add_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+
+    from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.engine.capture import Captured
+    from accelerate_tts.engine.plan import ModelPlan, Part
+    from accelerate_tts.engine.receipt import StageResult
+    from accelerate_tts.engine.stages import Change
+    from accelerate_tts.engine.verify import Difference
+    from accelerate_tts.engine.warmup import WarmupCalls
+    from accelerate_tts.runtime.guard import Expectation
+
+__all__ = ["CUDA_GRAPH_PASSES", "Kept", "Reference", "Session", "fallbacks"]
+
+CUDA_GRAPH_PASSES = 3
+"""A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
+
+_BIT_EXACT = Tolerance(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an untouched part computes on its captured inputs.
+
+    Attributes:
+        outputs: Of each call.
+        repeats: How far a second run of the same was from the first.
+        seconds: What a run of what is timed took.
+    """
+
+    outputs: list[Any]
+    repeats: Difference
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A change in force: on which part, of which stage, of which group of alternatives."""
+
+    part: str
+    stage: str
+    group: str
+    change: Change
+
+
+@dataclass
+class Session:
+    """The state of one tuning.
+
+    Attributes:
+        plan: The parts.
+        calls: The warm-up calls, through the path that service calls take.
+        device: Where it runs.
+        deadline: No stage is begun after it, in seconds of `time.perf_counter`.
+        tolerance: What a candidate may differ by.
+        pass_seconds: What a warm pass of the untouched object took.
+        captured: What was seen of each part in a warm pass, by its name.
+        called: The `id` of each module that this pass called.
+        results: A line for each stage tried.
+        kept: The changes in force, in the order in which they were made.
+        notes: Whatever else the user should know.
+        heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
+    """
+
+    plan: ModelPlan
+    calls: WarmupCalls
+    device: DeviceInfo
+    deadline: float
+    tolerance: Tolerance
+    pass_seconds: float = 0.0
+    captured: dict[str, Captured] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
+    results: list[StageResult] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    heard: Mapping[str, Expectation] = field(default_factory=dict)
+    _references: dict[str, Reference] = field(default_factory=dict)
+
+    def run(self) -> list[Any]:
+        """One warm-up pass through the public path, with the same random numbers every time."""
+        with seeded(self.device.type):
+            return [call.run() for call in self.calls.main]
+
+    def run_others(self) -> None:
+        """What service will bring beside: other lengths, and tensors as the other kind of caller makes them."""
+        with seeded(self.device.type):
+            for call in (*self.calls.main, *self.calls.ladder):
+                if call in self.calls.ladder:
+                    call.run()
+                if call.variant is not None:
+                    call.variant()
+
+    def replayable(self, part: Part) -> bool:
+        """Whether the part can be run by itself, on its captured inputs."""
+        captured = self.captured.get(part.name)
+        return captured is not None and bool(captured.calls) and not captured.obstacle
+
+    def replay(self, part: Part, *, timed: bool = False) -> Callable[[], list[Any]]:
+        """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself.
+
+        Args:
+            part: The part.
+            timed: Only what is worth timing of it.
+
+        Returns:
+            A function that runs it once: the copies of its inputs are made here, and are not part of its time.
+        """
+        if not self.replayable(part):
+            return self.run
+        prepared = self.captured[part.name].prepared(part.module, timed=timed)
+
+        def run() -> list[Any]:
+            with seeded(self.device.type):
+                return [call.run(part.module) for call in prepared]
+
+        return run
+
+    def outputs(self, part: Part) -> list[Any]:
+        """What the part computes: of its replayed calls, or of its calls in a whole pass and that pass's own result."""
+        captured = self.captured.get(part.name)
+        if captured is None:  # the process as a whole
+            return self.run()
+        if self.replayable(part):
+            return self.replay(part)()
+        with outputs_of(part.module) as seen:
+            whole = self.run()
+        return [*seen, *whole]
+
+    def reference(self, part: Part) -> Reference:
+        """What the untouched part computes. Computed once, so that the errors of several changes cannot add up unseen.
+
+        Whoever asks first must do so before anything is changed on the part.
+        """
+        known = self._references.get(part.name)
+        if known is None:
+            first = self.outputs(part)
+            second = self.outputs(part)
+            known = Reference(first, compare(first, second), self.seconds(part))
+            self._references[part.name] = known
+        return known
+
+    def objection(self, part: Part, difference: Difference) -> str:
+        """Why what a changed part computes is not tolerated, or ""."""
+        objection = (_BIT_EXACT if part.decides else self.tolerance).objection(difference)
+        why = "; it must be bit-exact, since lengths hang on it" if part.decides else ""
+        return f"wrong output: {objection}{why}" if objection else ""
+
+    def seconds(self, part: Part) -> float:
+        """What one replay takes now."""
+        run = self.replay(part, timed=True)
+        clock = time.perf_counter()
+        run()
+        synchronize(self.device.type)
+        return time.perf_counter() - clock
+
+    def incumbent(self, part: Part, group: str) -> Kept | None:
+        """The alternative of the same group that is in force on the part."""
+        return next((kept for kept in self.kept if group and (kept.part, kept.group) == (part.name, group)), None)
+
+    def on(self) -> None:
+        """Put every kept change in force."""
+        for kept in self.kept:
+            kept.change.on()
+
+    def off(self) -> None:
+        """Put the object back as it was loaded."""
+        for kept in reversed(self.kept):
+            kept.change.off()
+
+    def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
+        """Give up kept changes, all of them unless told which, and say why in their results."""
+        self.off()
+        for number, result in enumerate(self.results):
+            if result.kept and unwanted(result):
+                self.results[number] = result.dropped(f"undone: {reason}")
+        names = {(result.part, result.stage) for result in self.results if result.kept}
+        self.kept[:] = [kept for kept in self.kept if (kept.part, kept.stage) in names]
+        self.on()
+
+
+@contextmanager
+def fallbacks() -> Generator[list[FellBack], None, None]:
+    """While open, note each `FellBack` event: a change that gave up by itself computes the right thing untouched."""
+    found: list[FellBack] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, FellBack):
+            found.append(event)
+
+    remove = add_hook(note)
+    try:
+        yield found
+    finally:
+        remove()

@@ -1,0 +1,122 @@
+"""The cache of an autoregressive model, whoever drives its loop. Bit for bit the same.
+
+A loop calls the decoder once with the prompt and then, for each token, with one position and the cache that the call
+before returned. Upstream copies the whole cache at each token; here its layers are made growing ones (growing.py) as
+soon as they hold a sequence, and a token is written behind the last one. What is then worth compiling is the
+decoder's blocks, by blocks.py.
+
+A decoder is any module whose forward takes `past_key_values`, `inputs_embeds` and `use_cache`, as all of transformers'
+do; the innermost such module of a part is taken. The class of the cache that the caller sees stays upstream's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.capture import READY
+from accelerate_tts.engine.stages import growing
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.inductor import call_normally
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["GrowingCacheStage", "growing_caches"]
+
+_TAKES = {"past_key_values", "inputs_embeds", "use_cache"}
+
+
+class GrowingCacheStage(BaseStage):
+    """Gives a decoder's cache room to grow in place. Bit for bit the same."""
+
+    name = "growing cache"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if growing.cache_classes() is None:
+            return "no cache of transformers 4.56 or later is loaded"
+        return None if _decoders(part.module) else "no decoder with a cache in it"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        return growing_caches(part.module)
+
+
+def growing_caches(module: nn.Module) -> ClassSwap:
+    """The change that lets the caches of all decoders in a module grow; of none, where there is no decoder."""
+    return ClassSwap(_decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
+
+
+def _decoders(module: nn.Module) -> list[nn.Module]:
+    """The innermost modules of a part that are called with a cache."""
+    found = [inner for inner in module.modules() if _is_decoder(inner)]
+    return [
+        outer for outer in found
+        if not any(inner is not outer and _is_decoder(inner) for inner in outer.modules())
+    ]  # fmt: skip
+
+
+def _is_decoder(module: Any) -> bool:
+    config = getattr(module, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    return _TAKES.issubset(_parameters(plain_class(module)))
+
+
+def _parameters(cls: Any) -> list[str]:
+    """The names of what a class's forward takes, after `self`; none if it takes unnamed arguments."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return []
+    return [parameter.name for parameter in parameters]
+
+
+@cache
+def _decoding_class(plain: Any) -> type:
+    import torch
+
+    names = _parameters(plain)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        past = named.get("past_key_values")
+        if growing.is_growable(past):
+            growing.adopt(past)
+        wanted = named.get("output_attentions")
+        told = growing.attentions_wanted.set(
+            bool(getattr(self.config, "output_attentions", False) if wanted is None else wanted)
+        )
+        try:
+            # All of its blocks then meet normal tensors, and none has to make them so for itself.
+            result = call_normally(partial(plain.forward, self), args, kwargs)
+        finally:
+            growing.attentions_wanted.reset(told)
+        after = getattr(result, "past_key_values", None)
+        if after is not past and growing.is_growable(after):
+            growing.adopt(after)
+        return result
+
+    vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
+    cls = subclass_with(plain, forward)
+    setattr(cls, READY, staticmethod(_make_ready))
+    return cls
+
+
+def _make_ready(arguments: Iterable[Any]) -> None:
+    """Put the caches among a replayed call's arguments into the state that they have in the middle of a loop."""
+    for value in arguments:
+        if growing.is_growable(value):
+            growing.adopt(value)
+            growing.room_for(value, 1)

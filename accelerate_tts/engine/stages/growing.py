@@ -1,0 +1,277 @@
+"""A key/value cache layer that grows in place, for caches of transformers (4.56 and later, which have `.layers`).
+
+`DynamicLayer` makes a new tensor of the whole cache at every token, by `torch.cat`: with 30 layers and 500 positions a
+quarter of a gigabyte is written for each token. Here keys and values lie in buffers with room to spare, and a token is
+written behind the last one. `keys` and `values` are what they are upstream, the tensors of the positions so far, and
+may be assigned to; so cropping, reordering for beams, repeating, selecting and copying work by upstream's own code.
+
+transformers is not imported here unless the user's model has already done so.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+__all__ = [
+    "LARGEST",
+    "adopt",
+    "attentions_wanted",
+    "growing_layer",
+    "is_growable",
+    "room_for",
+    "step_cache",
+    "step_classes",
+]
+
+attentions_wanted: ContextVar[bool] = ContextVar("attentions_wanted", default=False)
+"""Whether the decoder that runs was asked for its attention weights, which its blocks are not always told."""
+
+_BUCKET = 128
+LARGEST = 16_384
+"""Positions that a buffer may hold. What is longer goes on as upstream has it."""
+
+
+def cache_classes() -> Any:
+    """The caches of transformers, as a module, if it is loaded and has cache layers; `None` otherwise."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module if module is not None and hasattr(module, "DynamicLayer") else None
+
+
+def is_growable(past: Any) -> bool:
+    """Whether this is a plain dynamic cache with a sequence in it, each layer of which can be a growing one.
+
+    Sliding windows, quantised, offloaded and static layers, and caches of other classes, are upstream's business.
+    """
+    classes = cache_classes()
+    if classes is None or type(past) is not classes.DynamicCache or getattr(past, "offloading", False):
+        return False
+    plain: Any = classes.DynamicLayer
+    growing: Any = growing_class()
+    return bool(past.layers) and all(
+        (type(layer) is growing and layer.holds()) or (type(layer) is plain and _holds(layer)) for layer in past.layers
+    )
+
+
+def _holds(layer: Any) -> bool:
+    return bool(layer.is_initialized) and _fit(layer.keys, layer.values)
+
+
+def _fit(keys: Any, values: Any) -> bool:
+    if keys is None or values is None:
+        return False
+    # Heads may be wider in values than in keys; batch, heads and positions must agree.
+    return bool(keys.dim() == 4 and keys.numel() > 0 and keys.shape[:-1] == values.shape[:-1])  # noqa: PLR2004
+
+
+def growing_class() -> Any:
+    """The class of growing layers, for the transformers that is loaded."""
+    return _growing_class(cache_classes())
+
+
+def adopt(past: Any) -> None:
+    """Make the layers of a growable cache growing ones, in place."""
+    base, growing = cache_classes().DynamicLayer, growing_class()
+    for number, layer in enumerate(past.layers):
+        if type(layer) is base:
+            past.layers[number] = growing.of(layer)
+
+
+def room_for(past: Any, positions: int) -> bool:
+    """Make room for some more positions in an adopted cache; False if that would be more than the largest buffer."""
+    answers = [layer.reserve(positions) for layer in past.layers]  # all are asked: they must stay of one capacity
+    return all(answers)
+
+
+@cache
+def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base is known at run time only
+    import torch
+
+    base = classes.DynamicLayer
+
+    class GrowingLayer(base):  # type: ignore[misc,valid-type]  # a class of the user's transformers
+        """A `DynamicLayer` in buffers."""
+
+        _store: list[Any]
+        _lengths: list[int]
+
+        @classmethod
+        def of(cls, layer: Any) -> Any:
+            grown: Any = cls.__new__(cls)
+            grown._store, grown._lengths = [None, None], [0, 0]
+            for name, value in vars(layer).items():
+                setattr(grown, name, value)
+            return grown
+
+        # --- what upstream reads and assigns ---
+
+        @property
+        def keys(self) -> Any:
+            return self._read(0)
+
+        @keys.setter
+        def keys(self, tensor: Any) -> None:
+            self._write(0, tensor)
+
+        @property
+        def values(self) -> Any:
+            return self._read(1)
+
+        @values.setter
+        def values(self, tensor: Any) -> None:
+            self._write(1, tensor)
+
+        def _read(self, which: int) -> Any:
+            stored = self._store[which]
+            return None if stored is None else stored[..., : self._lengths[which], :]
+
+        def _write(self, which: int, tensor: Any) -> None:
+            # Assigned by cropping or reordering: the tensor itself is the buffer now, without room behind it.
+            self._store[which] = tensor
+            if tensor is not None and tensor.dim() >= 2:  # noqa: PLR2004 - upstream starts with an empty vector
+                self._lengths[which] = tensor.shape[-2]
+
+        # --- growing ---
+
+        def holds(self) -> bool:
+            """Whether there is a sequence in it; without making a view, for each layer is asked at each token."""
+            return bool(self.is_initialized) and self._lengths[0] == self._lengths[1] and _fit(*self._store)
+
+        def reserve(self, positions: int) -> bool:
+            """Room behind the last position for some more; False if that would be too long."""
+            needed = self._lengths[0] + positions
+            if needed > LARGEST:
+                return False
+            if needed >= self._store[0].shape[-2]:
+                # One place always stays free: a slice of all would be contiguous, which a compiled step guards on.
+                # Half as much again, so that a long sequence is not copied at every bucket.
+                wanted = needed + max(1, needed // 2)
+                capacity = min(LARGEST, -(-wanted // _BUCKET) * _BUCKET)
+                self._store = [self._grown(stored, capacity) for stored in self._store]
+            return True
+
+        def _grown(self, stored: Any, capacity: int) -> Any:
+            # Zeros, not what was there: attention multiplies what it masks, and 0 * NaN is NaN.
+            shape = (*stored.shape[:-2], capacity, stored.shape[-1])
+            with torch.inference_mode(mode=False):  # a sequence may be continued outside the mode it began in
+                buffer = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
+            buffer[..., : self._lengths[0], :] = stored[..., : self._lengths[0], :]
+            return buffer
+
+        def buffers(self) -> tuple[Any, Any]:
+            """The tensors behind `keys` and `values`, with their room."""
+            return self._store[0], self._store[1]
+
+        def length(self) -> int:
+            """Positions so far."""
+            return self._lengths[0]
+
+        def advance(self, positions: int) -> None:
+            """Count positions that were written into the buffers."""
+            self._lengths = [length + positions for length in self._lengths]
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            count = key_states.shape[-2]
+            if not self.holds() or torch.is_grad_enabled() or not self.reserve(count):
+                return super().update(key_states, value_states, *args, **kwargs)
+            for stored, new in zip(self._store, (key_states, value_states), strict=True):
+                stored[..., self._lengths[0] : self._lengths[0] + count, :] = new
+            self.advance(count)
+            return self.keys, self.values
+
+        # --- copying ---
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self.plain(copied=True)
+
+        def __reduce__(self) -> Any:
+            return _plain_layer, (base, vars(self.plain(copied=True)))
+
+        def plain(self, *, copied: bool) -> Any:
+            """An upstream layer with the same content."""
+            state = {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
+            for name in ("keys", "values"):
+                tensor = getattr(self, name)
+                state[name] = tensor.clone() if copied and tensor is not None else tensor
+            return _plain_layer(base, state)
+
+        def compared_as(self) -> list[Any]:
+            """What counts when results are compared; see engine/verify.py."""
+            return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
+
+    return GrowingLayer
+
+
+def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
+    layer = base.__new__(base)
+    vars(layer).update(state)
+    return layer
+
+
+def growing_layer(past: Any, number: int) -> Any:
+    """The layer of a cache that a block's token goes to, if it grows and holds a sequence; `None` otherwise."""
+    classes = cache_classes()
+    if classes is None or type(past) is not classes.DynamicCache or number >= len(past.layers):
+        return None
+    layer = past.layers[number]
+    return layer if type(layer) is growing_class() and layer.holds() else None
+
+
+def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:
+    """The cache that a traced block is given, over one layer's buffers; made inside the traced code."""
+    layer, whole = classes  # given, since dynamo makes no object of a class that another class's method closes over
+    return whole(layer(keys, values, length))
+
+
+def step_classes() -> tuple[Any, Any]:
+    """The classes that `step_cache` needs, for the transformers that is loaded; two `None` without one."""
+    classes = cache_classes()
+    return (None, None) if classes is None else _step_classes(classes)
+
+
+@cache
+def _step_classes(classes: Any) -> tuple[Any, Any]:
+    class StepLayer(classes.DynamicLayer):  # type: ignore[misc]
+        """One layer for one token, over the buffers of a growing layer. Made inside the traced block."""
+
+        def __init__(self, keys: Any, values: Any, length: int) -> None:
+            self.buffers = (keys, values)
+            self.length = length
+            self.is_initialized = True
+
+        def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+            after = self.length + 1
+            keys, values = self.buffers
+            keys[:, :, self.length : after].copy_(key_states)
+            values[:, :, self.length : after].copy_(value_states)
+            return keys[:, :, :after], values[:, :, :after]
+
+        def get_seq_length(self, *_args: Any) -> int:
+            return self.length
+
+        def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
+            return self.length + 1, 0
+
+    class StepCache(classes.Cache):  # type: ignore[misc]
+        """The whole cache as one block sees it: whichever number the block has, its token goes to the one layer.
+
+        So the number is nothing that a graph is guarded by, and all blocks of a row share one.
+        """
+
+        def __init__(self, layer: Any) -> None:
+            self.layers = [layer]
+            self.layer_class_to_replicate = None
+            self.offloading = False
+
+        def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+            return self.layers[0].update(key_states, value_states)
+
+        def get_seq_length(self, *_args: Any) -> int:
+            return self.layers[0].get_seq_length()  # type: ignore[no-any-return]
+
+        def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
+            return self.layers[0].get_mask_sizes()  # type: ignore[no-any-return]
+
+    return StepLayer, StepCache

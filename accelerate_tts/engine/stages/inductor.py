@@ -1,0 +1,245 @@
+"""inductor, as the stages use it: graphs are counted, weights may be frozen, dynamo is not silent about its limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import types
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.stages.derived import State, weights_state
+from accelerate_tts.events import Recompiled, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch import nn
+
+__all__ = [
+    "Counter",
+    "Frozen",
+    "Weights",
+    "call_normally",
+    "clone_outputs",
+    "compile_function",
+    "guard_of",
+    "options",
+    "reason_of",
+]
+
+
+class Weights:
+    """The weights of a module, to know when they were written."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # By place, not by tensor: `load_state_dict(assign=True)` puts others there.
+        self._places = [
+            (holder, name)
+            for inner in module.modules()
+            for holder in (inner._parameters, inner._buffers)
+            for name, tensor in holder.items()
+            if tensor is not None
+        ]
+        self._state = self._now()
+
+    def _now(self) -> State:
+        return weights_state(t for holder, name in self._places if (t := holder.get(name)) is not None)
+
+    def outdated(self) -> bool:
+        """Whether a weight was written or replaced since."""
+        # Far less than a millisecond for a hundred weights; serving the old ones without a word is not an option.
+        return self._now() != self._state
+
+
+class Frozen(Weights):
+    """What a call with frozen weights needs: inductor's options, and to know when the weights were written."""
+
+    def options(self) -> Any:
+        """The options, for this thread: dynamo reads one of them while it traces, which may happen at any call."""
+        from torch._inductor import config
+
+        return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0)
+
+
+class Counter:
+    """Counts graphs. Apart from the call, because dynamo keeps every backend, and what that refers to, for ever."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.graphs = 0
+        self.sealed = False
+        self.guard = ""  # that failed last
+
+    def count(self, shapes: str) -> None:
+        """One more graph, for inputs of these shapes."""
+        self.graphs += 1
+        if self.sealed:
+            emit(Recompiled(self.what, self.graphs, shapes, self.guard))
+
+
+class _Dynamo:
+    """dynamo's configuration during a call; `config.patch` makes a class each time, which 30 blocks pay for a token."""
+
+    __slots__ = ("_before", "_strict")
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config
+
+        self._before = (config.fail_on_recompile_limit_hit, config.error_on_recompile)
+        config.fail_on_recompile_limit_hit = True
+        config.error_on_recompile = self._strict
+
+    def __exit__(self, *_exception: object) -> None:
+        from torch._dynamo import config
+
+        config.fail_on_recompile_limit_hit, config.error_on_recompile = self._before
+
+
+@contextmanager
+def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
+    with _Dynamo(strict), frozen.options():
+        yield
+
+
+def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextManager[None]:
+    """What dynamo and inductor have to know during a call of something compiled.
+
+    All of it is this thread's own, and dynamo reads it while it traces, which may happen at any call. Without
+    `fail_on_recompile_limit_hit`, dynamo answers its limit of 8 graphs by running the function uncompiled for ever,
+    without a word to us.
+
+    Args:
+        frozen: The weights that become constants, if any.
+        strict: Raise `RecompileError`, which names the guard that failed, instead of compiling once more.
+    """
+    return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
+
+
+def compile_function(
+    function: Callable[..., Any], mode: str, counter: Counter, *, fullgraph: bool = False
+) -> Callable[..., Any]:
+    """torch.compile of a function, lazily, with dynamic lengths.
+
+    Args:
+        function: A closure of its own: dynamo keeps its graphs, and counts its limit of 8, by code object.
+        mode: torch.compile's mode.
+        counter: Counts the graphs.
+        fullgraph: Whether a graph break is an error.
+    """
+    import torch
+
+    _mend_workers()  # before inductor is imported, which may start them
+    from torch._inductor import list_mode_options
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    # fallback_random: the compiled graph draws the same random numbers as eager does.
+    patches = {**list_mode_options(mode), "fallback_random": True}
+    inductor = _inductor()
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        shapes = _shapes(inputs)
+        compiled = inductor(graph, inputs, config_patches=patches)
+        # Now: where the compiler finds that a number (an epsilon) is a constant, dynamo comes here again for the same.
+        counter.count(shapes)
+        return compiled
+
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
+    return compiled
+
+
+def _mend_workers() -> None:
+    """Let inductor's worker processes start in spite of a typing.py beside torch.
+
+    The PyPI package `typing` 3.7.4.3 (a Python 2 backport that resemblyzer 0.1.4 asks for) puts one there. inductor
+    (torch 2.14) gives its workers that folder before the standard library, and they die of it; the variable by which
+    it can be told otherwise is set to this process's own order, which is what older releases gave them.
+    """
+    import torch
+
+    if (Path(torch.__file__).parent.parent / "typing.py").exists():
+        os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def _inductor() -> Any:
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend("inductor")
+
+
+def _shapes(inputs: list[Any]) -> str:
+    # A graph's inputs begin with sizes and weights; the user's own come last.
+    shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
+    return ", ".join(str(shape) for shape in shapes[-3:]) or "an input without tensors"
+
+
+def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function outside inference mode and with normal tensors, whatever mode the caller is in.
+
+    dynamo guards on the mode and on which inputs were made in it, so a graph that was compiled for one caller would not
+    serve the other: a frozen one never, since half a minute of compiling is no answer to a request. With gradients on,
+    nothing is changed. What the function writes into an input is written into the caller's own too.
+    """
+    import torch
+
+    copies: list[tuple[Any, Any]] = []
+    args, kwargs = _normal(args, copies), _normal(kwargs, copies)
+    if not copies and not torch.is_inference_mode_enabled():
+        return function(*args, **kwargs)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        result = function(*args, **kwargs)
+    for original, copy in copies:
+        if copy._version:
+            with torch.inference_mode():
+                original.copy_(copy)
+    return result
+
+
+def _normal(value: Any, copies: list[tuple[Any, Any]]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if not value.is_inference():
+            return value
+        with torch.inference_mode(mode=False):
+            copy = value.clone()
+        copies.append((value, copy))
+        return copy
+    # Of these types only: a cache or a model's own container is passed on as it is.
+    if type(value) in {tuple, list}:
+        return type(value)([_normal(item, copies) for item in value])
+    if type(value) is dict:
+        return {name: _normal(item, copies) for name, item in value.items()}
+    return value
+
+
+def clone_outputs(result: Any) -> Any:
+    """Copies of a result's tensors."""
+    # A CUDA graph writes its outputs to the same addresses at every replay.
+    import torch
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
+
+
+def guard_of(error: BaseException) -> str:
+    """The guard that failed, of dynamo's `RecompileError`: the first of those that it lists."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    guards = [line for line in lines if re.match(r"\d+/\d+: ", line)]
+    return guards[0].split(": ", 1)[1].split("  # ")[0].strip() if guards else (lines or [""])[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what the compiler really failed of."""
+    # dynamo wraps what inductor raised; the inner error is the one that names the missing compiler.
+    inner = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,77 @@
+"""Our own C++ kernel, skinny.cpp: built with the compiler that torch.compile uses, and called as an operator of torch.
+
+`torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` computes `x @ weight.T * scale + bias`
+for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or (inputs,
+outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["skinny_linear"]
+
+
+@cache
+def skinny_linear() -> Callable[..., Any]:
+    """The kernel as a Python function of the operator's arguments; built when first asked for, some two seconds.
+
+    For eager code: it saves the dispatcher's way. Traced code calls the operator, which is registered here too.
+
+    Raises:
+        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+    """
+    import ctypes
+
+    import torch
+    from torch._inductor.codecache import CppCodeCache
+
+    # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
+    # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
+    source = Path(__file__).with_name("skinny.cpp").read_text(encoding="utf-8")
+    library: Any = CppCodeCache.load(source)
+    pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 3
+    kernels: dict[tuple[Any, bool], Any] = {
+        (torch.float32, False): library.skinny_f32,
+        (torch.bfloat16, False): library.skinny_bf16,
+        (torch.int8, False): library.skinny_i8,
+        (torch.float32, True): library.skinny_f32_transposed,
+    }
+    for kernel in kernels.values():
+        kernel.argtypes = [*pointers, *sizes, ctypes.c_int]
+        kernel.restype = None
+
+    def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
+        outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+        y = torch.empty(x.shape[0], outputs)
+        kernels[weight.dtype, transposed](
+            x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), x.shape[0], outputs, inputs,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    _register(run)
+    return run
+
+
+def _register(run: Callable[..., Any]) -> None:
+    import torch
+
+    def fake(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
+        del scale, bias
+        return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+
+    library: Any = torch.library.Library("accelerate_tts", "DEF")  # type: ignore[no-untyped-call]
+    library.define("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool transposed) -> Tensor")
+    library.impl("skinny_linear", run, "CPU")
+    torch.library.register_fake("accelerate_tts::skinny_linear", fake, lib=library)
+    _kept.append(library)  # an operator goes with its library
+
+
+_kept: list[Any] = []

@@ -1,0 +1,208 @@
+"""Half-precision weights for the layers of a part, with fp32 everywhere else. For `balanced` and `fast`.
+
+Convolutions and linear layers get a half-precision twin and do their work in it; all that a half-precision number
+cannot carry stays in fp32: recurrent states, norms and other modules with weights of their own, Fourier transforms,
+exponentials and logarithms. There are two ways, and the engine times them against each other:
+
+- *layers*: each layer casts its input down and its output up. Everything between them stays as it is.
+- *part*: activations stay in half precision from layer to layer, half the traffic; what cannot take it casts up for
+  itself, and the part's own outputs come back in the dtype that they had.
+
+Autocast is not used: around a part it was slower than fp32 (weights are cast at every call), around a whole pipeline it
+breaks the inverse Fourier transform of vocoders. The fp32 weights stay where they are: state dict, pickling and undoing
+are untouched, at the price of half the weights' size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.derived import Derived
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["HalfStage", "half_dtypes"]
+
+
+class HalfStage(BaseStage):
+    """Half precision for a part.
+
+    Args:
+        dtype: `torch.bfloat16` or `torch.float16`.
+        carried: Whether activations stay in it between layers.
+    """
+
+    group = "half precision"
+
+    def __init__(self, dtype: torch.dtype, *, carried: bool) -> None:
+        short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(dtype)]
+        self.name = f"{short} part" if carried else f"{short} layers"
+        self._dtype = dtype
+        self._carried = carried
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return None if _layers(part.module) else "no layer that computes in fp32"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        dtype, carried = self._dtype, self._carried
+        layers = set(_layers(part.module))
+        twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
+        if not carried:
+            return ClassSwap(list(layers), lambda module: _layer_class(module, twins[module], dtype, carried=False))
+        islands = {module for module in part.module.modules() if _is_island(module, layers)}
+        outer = {part.module} - layers
+        # What an island computes with its own weights has to meet fp32 from its layers too.
+        alone = {layer for island in islands for layer in island.children()} | {part.module}
+
+        def swapped(module: nn.Module) -> type:
+            if module in twins:
+                return _layer_class(module, twins[module], dtype, carried=module not in alone)
+            return _border_class(module, dtype) if module in outer else _island_class(class_of(module), dtype)
+
+        return ClassSwap([*layers, *(islands - outer), *outer], swapped)
+
+
+def half_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
+    """The half-precision dtypes that a device computes in, best first; none where they would only be emulated."""
+    import torch
+
+    if device_type == "cpu":
+        # oneDNN takes bf16 on AVX-512 and up (natively with avx512_bf16 or AMX) and on ARM with its bf16 extension.
+        return (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    if device_type == "cuda":
+        return (torch.bfloat16,) if torch.cuda.is_bf16_supported(including_emulation=False) else (torch.float16,)
+    return (torch.float16,) if device_type == "mps" else (torch.bfloat16,)
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The layers whose arithmetic is worth halving."""
+    from torch import nn
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    known = {kind.forward for kind in kinds}
+    return [
+        inner
+        for inner in module.modules()
+        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+        if isinstance(inner, kinds) and plain_class(inner).forward in known and _in_fp32(inner)
+    ]
+
+
+def _in_fp32(layer: nn.Module) -> bool:
+    import torch
+
+    weight: Any = layer.weight
+    return bool(weight.dtype == torch.float32)
+
+
+def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
+    """Whether it is any other module with weights of its own: a norm, a recurrent net, an attention."""
+    from torch.nn.utils.parametrize import ParametrizationList
+
+    own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
+    return own and module not in layers and not isinstance(module, ParametrizationList)
+
+
+def _twin(module: Any, dtype: torch.dtype) -> Any:
+    """A shallow copy of a layer with half-precision weights."""
+    from torch.nn.utils.parametrize import is_parametrized
+
+    plain = plain_class(module)
+    # A parametrized layer computes its weight in a property of its own class.
+    twin: Any = object.__new__(plain.__bases__[0] if is_parametrized(module) else plain)
+    twin.__dict__ = {**vars(module), "_parameters": {}, "_buffers": {}, "_modules": {}}
+    for name in ("weight", "bias"):  # a folded weight is a buffer; one that a hook computes, a plain attribute
+        value = getattr(module, name)
+        vars(twin).pop(name, None)
+        twin._buffers[name] = None if value is None else value.detach().to(dtype)
+    return twin
+
+
+def _layer_class(module: nn.Module, twin: Derived[Any], dtype: torch.dtype, *, carried: bool) -> type:
+    import torch
+
+    plain = type(module)
+    taken = {torch.float32, dtype}
+
+    def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
+        del self
+        if input.dtype not in taken:  # torch's own error for it, or a layer that was moved to another dtype since
+            return plain.forward(module, input, *args, **kwargs)  # type: ignore[no-any-return]
+        y = plain.forward(twin.get(), input.to(dtype), *args, **kwargs)
+        return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
+
+    return subclass_with(plain, forward, copies=True)
+
+
+@cache
+def _island_class(plain: Any, dtype: torch.dtype) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))
+
+    return subclass_with(plain, forward)
+
+
+def _border_class(module: nn.Module, dtype: torch.dtype) -> type:
+    plain, mode = type(module), _islands(dtype)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with mode():
+            result = plain.forward(self, *args, **kwargs)
+        return _raised(result, dtype)
+
+    return subclass_with(plain, forward)
+
+
+def _raised(value: Any, dtype: torch.dtype) -> Any:
+    """The same with its half-precision tensors in fp32."""
+    import torch
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == dtype else t, value)
+
+
+@cache
+def _delicate() -> frozenset[Any]:
+    """Functions that half precision breaks: no kernel for it (Fourier), or no range or digits (the others).
+
+    None that writes in place: it would write into the copy.
+    """
+    import torch
+
+    names = ["stft", "istft", "cumsum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logsumexp"]
+    names += ["sin", "cos", "pow"]
+    functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names]
+    functions += [torch.complex, torch.polar, torch.view_as_complex, torch.special.exp2]
+    functions += [torch.Tensor.__pow__, torch.Tensor.__rpow__]
+    functions += [getattr(torch.fft, name) for name in dir(torch.fft) if name.lstrip("ih").startswith(("fft", "rfft"))]
+    return frozenset(functions)
+
+
+@cache
+def _islands(dtype: torch.dtype) -> Any:
+    from torch.overrides import TorchFunctionMode
+
+    delicate = dict.fromkeys(_delicate())  # not the set: a compiler that traces the mode cannot read one
+
+    class Islands(TorchFunctionMode):
+        """Casts the arguments of delicate functions up while it is on."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            kwargs = kwargs or {}
+            # Half-precision complex numbers, as of `1j * phase`, have no kernels.
+            up = function in delicate or any(isinstance(argument, complex) for argument in args)
+            if up and "out" not in kwargs:
+                args, kwargs = _raised(args, dtype), _raised(kwargs, dtype)
+            return function(*args, **kwargs)
+
+    return Islands

@@ -1,0 +1,303 @@
+// y = x @ w.T * scale + bias for a few rows of x, at the rate at which the memory gives w.
+//
+// Each weight is read once, in the order in which it lies in memory, and used for up to four rows of x. Weights are
+// fp32, bf16 or int8 with a scale for each output. Sums are kept in fp32; for int8 in integers, with x in 16 bits.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#if defined(__AVX512BW__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef uint16_t bf16;
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16;
+typedef __m512 vec;
+typedef __m512i ints;
+inline vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
+inline ints load_bits(const void* p) { return _mm512_loadu_si512(p); }
+inline vec even_bf16(ints pairs) { return (vec)_mm512_slli_epi32(pairs, 16); }
+inline vec odd_bf16(ints pairs) { return (vec)_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))); }
+inline ints load_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+#if defined(__AVX512VNNI__)
+inline ints add_products(ints sum, ints a, ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#else
+inline ints add_products(ints sum, ints a, ints b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
+inline float total(vec v) { return _mm512_reduce_add_ps(v); }
+inline vec to_float(ints v) { return _mm512_cvtepi32_ps(v); }
+#define ACCELERATE_TTS_VECTORS
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+typedef __m256 vec;
+typedef __m256i ints;
+inline vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
+inline ints load_bits(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline vec even_bf16(ints pairs) { return (vec)_mm256_slli_epi32(pairs, 16); }
+inline vec odd_bf16(ints pairs) { return (vec)_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))); }
+inline ints load_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline ints add_products(ints sum, ints a, ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline float total(vec v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline vec to_float(ints v) { return _mm256_cvtepi32_ps(v); }
+#define ACCELERATE_TTS_VECTORS
+#else
+constexpr int LANES = 4;
+typedef float vec __attribute__((vector_size(LANES * 4)));
+inline vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+inline float total(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+#endif
+
+inline float widen(float value) { return value; }
+inline float widen(int8_t value) { return value; }
+inline float widen(bf16 value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+struct Shape {
+  int64_t rows, outputs, inputs;
+};
+
+// For each format of weights: what x is turned into first, and ROWS rows of it with COUNT rows of weights.
+//
+// step: inputs at a time. The inputs behind the last whole step are added by `finish`, one by one.
+struct Fp32 {
+  typedef float weight;
+  typedef float input;
+  typedef vec sum;
+  static constexpr int64_t step = LANES;
+  static void prepare(const float* x, input* to, float*, Shape of) {
+    memcpy(to, x, of.rows * of.inputs * sizeof(float));
+  }
+  template <int ROWS, int COUNT>
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+    vec in[ROWS];
+    for (int m = 0; m < ROWS; m++) in[m] = load(x + m * inputs + k);
+    for (int r = 0; r < COUNT; r++) {
+      const vec weights = load(w + r * inputs + k);
+      for (int m = 0; m < ROWS; m++) sums[m][r] += in[m] * weights;
+    }
+  }
+  static float value(sum s, float) { return total(s); }
+};
+
+#if defined(ACCELERATE_TTS_VECTORS)
+struct Bf16 {
+  typedef bf16 weight;
+  typedef float input;
+  typedef vec sum;
+  static constexpr int64_t step = 2 * LANES;
+  // The weights at even places are the low halves of 32 bits, those at odd places the high halves: x is sorted so too.
+  static void prepare(const float* x, input* to, float*, Shape of) {
+    for (int64_t m = 0; m < of.rows; m++)
+      for (int64_t k = 0; k + step <= of.inputs; k += step)
+        for (int64_t i = 0; i < LANES; i++) {
+          to[m * of.inputs + k + i] = x[m * of.inputs + k + 2 * i];
+          to[m * of.inputs + k + LANES + i] = x[m * of.inputs + k + 2 * i + 1];
+        }
+  }
+  template <int ROWS, int COUNT>
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+    for (int r = 0; r < COUNT; r++) {
+      const ints pairs = load_bits(w + r * inputs + k);
+      const vec even = even_bf16(pairs), odd = odd_bf16(pairs);
+      for (int m = 0; m < ROWS; m++)
+        sums[m][r] += load(x + m * inputs + k) * even + load(x + m * inputs + k + LANES) * odd;
+    }
+  }
+  static float value(sum s, float) { return total(s); }
+};
+
+struct Int8 {
+  typedef int8_t weight;
+  typedef int16_t input;
+  typedef ints sum;
+  static constexpr int64_t step = 2 * LANES;
+  // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
+  static void prepare(const float* x, input* to, float* scales, Shape of) {
+    const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
+    const float most = room < 32767.0 ? float(std::floor(room)) : 32767.0f;
+    for (int64_t m = 0; m < of.rows; m++) {
+      float peak = 0;
+      for (int64_t k = 0; k < of.inputs; k++) peak = std::fmax(peak, std::fabs(x[m * of.inputs + k]));
+      // What is not finite makes the whole row so, as it does in fp32.
+      bool finite = std::isfinite(peak);
+      for (int64_t k = 0; k < of.inputs; k++) finite = finite && x[m * of.inputs + k] == x[m * of.inputs + k];
+      scales[m] = finite ? peak / most : NAN;
+      const float to_integer = finite && peak > 0 ? most / peak : 0;
+      for (int64_t k = 0; k < of.inputs; k++)
+        to[m * of.inputs + k] = finite ? int16_t(std::lrintf(x[m * of.inputs + k] * to_integer)) : 0;
+    }
+  }
+  template <int ROWS, int COUNT>
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+    for (int r = 0; r < COUNT; r++) {
+      const ints weights = load_int8(w + r * inputs + k);
+      for (int m = 0; m < ROWS; m++) sums[m][r] = add_products(sums[m][r], weights, load_bits(x + m * inputs + k));
+    }
+  }
+  static float value(sum s, float scale) { return total(to_float(s)) * scale; }
+};
+#endif
+
+// Processors without such vectors: the same in fp32, one conversion for each weight.
+template <class T>
+struct Plain : Fp32 {
+  typedef T weight;
+  template <int ROWS, int COUNT>
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+    for (int r = 0; r < COUNT; r++) {
+      float wide[LANES];
+      for (int i = 0; i < LANES; i++) wide[i] = widen(w[r * inputs + k + i]);
+      for (int m = 0; m < ROWS; m++) sums[m][r] += load(x + m * inputs + k) * load(wide);
+    }
+  }
+};
+
+#if !defined(ACCELERATE_TTS_VECTORS)
+typedef Plain<bf16> Bf16;
+typedef Plain<int8_t> Int8;
+#endif
+
+// What a call works on: x as it came, and as the format wants it with a scale for each row.
+template <class F>
+struct Work {
+  const float* x;
+  const typename F::input* prepared;
+  const float* row_scales;
+  const typename F::weight* w;
+  const float* scale;
+  const float* bias;
+  float* y;
+  Shape of;
+};
+
+template <class F, int ROWS, int COUNT>
+inline void dot(const Work<F>& work, int64_t m0, int64_t n) {
+  const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step;
+  const typename F::input* x = work.prepared + m0 * inputs;
+  const typename F::weight* w = work.w + n * inputs;
+  typename F::sum sums[ROWS][COUNT] = {};
+  for (int64_t k = 0; k < whole; k += F::step) {
+    // The next rows of weights: processors fetch ahead within a page, and a row may end with one.
+    for (int r = 0; r < COUNT; r++) __builtin_prefetch(w + (r + COUNT) * inputs + k);
+    F::template add<ROWS, COUNT>(sums, x, w, k, inputs);
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int r = 0; r < COUNT; r++) {
+      float sum = F::value(sums[m][r], work.row_scales[m0 + m]);
+      for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * inputs + k]);
+      if (work.scale) sum *= work.scale[n + r];
+      if (work.bias) sum += work.bias[n + r];
+      work.y[(m0 + m) * work.of.outputs + n + r] = sum;
+    }
+}
+
+template <class F, int ROWS>
+void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
+  constexpr int COUNT = ROWS <= 2 ? 4 : 2;  // as many sums as there are registers for
+  for (; n + COUNT <= end; n += COUNT) dot<F, ROWS, COUNT>(work, m, n);
+  for (; n < end; n++) dot<F, ROWS, 1>(work, m, n);
+}
+
+// w is [outputs, inputs], as nn.Linear has it.
+template <class F>
+void linear(const float* x, const typename F::weight* w, const float* scale, const float* bias, float* y, Shape of,
+            int threads) {
+  std::vector<typename F::input> prepared(of.rows * of.inputs);
+  std::vector<float> row_scales(of.rows);
+  F::prepare(x, prepared.data(), row_scales.data(), of);
+  const Work<F> work = {x, prepared.data(), row_scales.data(), w, scale, bias, y, of};
+  constexpr int64_t STRIP = 16;  // rows of w that stay in the cache while all rows of x take their turn
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    const int64_t end = of.outputs * (me + 1) / all;
+    for (int64_t n = of.outputs * me / all; n < end; n += STRIP) {
+      const int64_t to = n + STRIP < end ? n + STRIP : end;
+      for (int64_t m = 0; m < of.rows; m += 4) switch (of.rows - m) {
+          case 1: dots<F, 1>(work, m, n, to); break;
+          case 2: dots<F, 2>(work, m, n, to); break;
+          case 3: dots<F, 3>(work, m, n, to); break;
+          default: dots<F, 4>(work, m, n, to);
+        }
+    }
+  }
+}
+
+// w is [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, four at a time, are added to y. Threads
+// share the inputs, not the outputs, so that each reads one piece of memory from end to end; their sums are added last.
+void linear_transposed(const float* x, const float* w, const float* bias, float* y, Shape of, int threads) {
+  const int64_t size = of.rows * of.outputs;
+  std::vector<float> partial(size * threads, 0.0f);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    const int64_t end = of.inputs * (me + 1) / all;
+    float* mine = partial.data() + me * size;
+    for (int64_t k = of.inputs * me / all; k < end; k += 4) {
+      const float* rows[4];
+      for (int64_t j = 0; j < 4; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
+      for (int64_t m = 0; m < of.rows; m++) {
+        float in[4];
+        for (int64_t j = 0; j < 4; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
+        float* ym = mine + m * of.outputs;
+        int64_t n = 0;
+        for (; n + LANES <= of.outputs; n += LANES) {
+          if (m == 0)
+            for (int64_t j = 0; j < 4; j++) __builtin_prefetch(rows[j] + 4 * of.outputs + n);
+          store(ym + n, load(ym + n) + (in[0] * load(rows[0] + n) + in[1] * load(rows[1] + n)) +
+                            (in[2] * load(rows[2] + n) + in[3] * load(rows[3] + n)));
+        }
+        for (; n < of.outputs; n++)
+          ym[n] += (in[0] * rows[0][n] + in[1] * rows[1][n]) + (in[2] * rows[2][n] + in[3] * rows[3][n]);
+      }
+    }
+#pragma omp barrier
+#pragma omp for
+    for (int64_t i = 0; i < size; i++) {
+      float sum = bias ? bias[i % of.outputs] : 0;
+      for (int64_t t = 0; t < all; t++) sum += partial[t * size + i];
+      y[i] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+void skinny_f32(const float* x, const float* w, const float* scale, const float* bias, float* y, int64_t rows,
+                int64_t outputs, int64_t inputs, int threads) {
+  linear<Fp32>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
+}
+void skinny_bf16(const float* x, const uint16_t* w, const float* scale, const float* bias, float* y, int64_t rows,
+                 int64_t outputs, int64_t inputs, int threads) {
+  linear<Bf16>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
+}
+void skinny_i8(const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int64_t rows,
+               int64_t outputs, int64_t inputs, int threads) {
+  linear<Int8>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
+}
+void skinny_f32_transposed(const float* x, const float* w, const float*, const float* bias, float* y, int64_t rows,
+                           int64_t outputs, int64_t inputs, int threads) {
+  linear_transposed(x, w, bias, y, {rows, outputs, inputs}, threads);
+}
+}

@@ -1,0 +1,202 @@
+"""Linear layers with a few rows on a CPU, by our own kernel: each weight is read once, at the memory's rate.
+
+A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
+time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
+skinny.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's own
+weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
+output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.derived import Derived
+from accelerate_tts.engine.stages.native import skinny_linear
+from accelerate_tts.engine.stages.swap import COPY, ClassSwap, class_of, plain_class, subclass_with
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["MOST_ROWS", "SkinnyStage", "Weights"]
+
+Weights = Literal["fp32", "bf16", "int8"]
+
+MOST_ROWS = 8
+"""Rows up to which reading the weights is what a linear layer's time goes into."""
+
+# What is read from the cores' own caches is no faster by it, and an int8 copy of it gains nothing.
+_LEAST_WEIGHTS = 16_384
+
+
+class SkinnyStage(BaseStage):
+    """Linear layers (and transformers' Conv1D) by our own kernel when they are given up to eight rows. For CPUs.
+
+    Args:
+        weights: What the weights are stored in for it.
+    """
+
+    group = "linear layers"
+
+    def __init__(self, weights: Weights = "fp32") -> None:
+        self.name = f"skinny linear layers ({weights})"
+        self._weights: Weights = weights
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return None if self._layers(part) else "no large linear layer in fp32 (or bf16) in it"
+
+    def _layers(self, part: Part) -> list[nn.Module]:
+        return _layers(part.module, own=self._weights == "fp32")
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`. Builds the kernel."""
+        skinny_linear()
+        layers = self._layers(part)
+        if self._weights == "fp32":
+            return ClassSwap(layers, lambda module: _exact_class(class_of(module), _is_transposed(module)))
+        return _Copied(layers, self._weights)
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with its weight the other way round."""
+    cls: Any = plain_class(module)
+    return bool(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils")
+
+
+def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
+    """The layers that the kernel can serve; those in bf16 too, if from their own weights."""
+    import torch
+    from torch import nn
+
+    return [
+        inner
+        for inner in module.modules()
+        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+        if (_is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
+        and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
+        and inner.weight.device.type == "cpu"
+    ]
+
+
+def _is_bf16(module: Any) -> bool:
+    import torch
+
+    return module.weight.dtype == torch.bfloat16 and not _is_transposed(module)
+
+
+def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
+    """Whether it is the kernel's business; everything else, wrong inputs too, gets torch's own answer."""
+    import torch
+
+    return bool(
+        type(x) is torch.Tensor
+        and x.dtype == (dtype or torch.float32)
+        and x.dim() > 0
+        and x.shape[-1] == inputs
+        and 0 < x.numel() <= MOST_ROWS * inputs
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
+    import torch
+
+    inputs = weight.shape[0 if transposed else 1]
+    rows = x.reshape(-1, inputs).contiguous()
+    compiling = torch.compiler.is_compiling()
+    run: Any = torch.ops.accelerate_tts.skinny_linear if compiling else skinny_linear()
+    y = run(rows, weight, scale, bias, transposed)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+@cache
+def _exact_class(plain: Any, transposed: bool) -> type:
+    import torch
+
+    def forward(self: Any, x: Any) -> Any:
+        weight, bias = self.weight, self.bias
+        inputs = weight.shape[0 if transposed else 1]
+        if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
+            # Sums in fp32, rounded once at the end, as bf16 hardware does it.
+            wide = None if bias is None else bias.float()
+            return _call(x.float(), weight, None, wide, False).to(x.dtype)
+        if not _takes(x, inputs) or not (_fits(weight) and _fits(bias)):
+            return plain.forward(self, x)
+        return _call(x, weight, None, bias, transposed)
+
+    return subclass_with(plain, forward)
+
+
+def _fits(tensor: Any, dtype: Any = None) -> bool:
+    import torch
+
+    return tensor is None or bool(
+        tensor.dtype == (dtype or torch.float32) and tensor.is_contiguous() and tensor.device.type == "cpu"
+    )
+
+
+class _Copied(ClassSwap):
+    """The change for stored copies: each layer carries its copy, as an attribute, while the change is on.
+
+    An attribute and not a closure: all layers then share one class, and a compiler one graph.
+    """
+
+    def __init__(self, layers: list[nn.Module], weights: Weights) -> None:
+        super().__init__(layers, lambda module: _copied_class(class_of(module), _is_transposed(module)))
+        self._copies = {layer: Derived(layer, _MAKERS[weights]) for layer in layers}
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        for layer, copy in self._copies.items():
+            vars(layer)[COPY] = copy
+        super().on()
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        super().off()
+        for layer, copy in self._copies.items():
+            if vars(layer).get(COPY) is copy:
+                del vars(layer)[COPY]
+
+
+@cache
+def _copied_class(plain: Any, transposed: bool) -> type:
+    def forward(self: Any, x: Any) -> Any:
+        bias = self.bias
+        if not _takes(x, self.weight.shape[0 if transposed else 1]) or not _fits(bias):
+            return plain.forward(self, x)
+        weight, scale = self._accelerate_tts_copy.get()
+        return _call(x, weight, scale, bias, False)
+
+    return subclass_with(plain, forward, copies=True)
+
+
+def _weight(module: Any) -> Any:
+    weight = module.weight.detach()
+    return weight.t() if _is_transposed(module) else weight
+
+
+def _in_bf16(module: Any) -> tuple[Any, Any]:
+    import torch
+
+    return _weight(module).to(torch.bfloat16).contiguous(), None
+
+
+def _in_int8(module: Any) -> tuple[Any, Any]:
+    import torch
+
+    weight = _weight(module)
+    # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
+    scale = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scale.unsqueeze(1)).round().to(torch.int8).contiguous(), scale
+
+
+_MAKERS = {"bf16": _in_bf16, "int8": _in_int8}

@@ -1,0 +1,196 @@
+"""Try one stage on one part: compute with it, compare, time it against what was there, keep it or switch it off."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from accelerate_tts.engine.measure import compare_speed
+from accelerate_tts.engine.plan import PROCESS
+from accelerate_tts.engine.receipt import StageResult
+from accelerate_tts.engine.session import Kept, Session, fallbacks
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, compare
+from accelerate_tts.events import FellBack, Trying, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.engine.stages import Change, Stage
+    from accelerate_tts.engine.verify import Difference
+
+__all__ = ["MARGIN", "OVER_BUDGET", "try_stage"]
+
+MARGIN = 1.02
+"""A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a compiler."""
+
+OVER_BUDGET = "the tuning budget"
+"""In the reason of a stage that a larger budget would have given another chance."""
+
+# Seconds for one comparison of speeds; compare_speed stretches them to at least five pairs.
+_COMPARISON = 2.0
+# A candidate that takes this many times as long as the untouched part, after a run that filled its caches, is dropped
+# without being timed in pairs: half precision on a CPU without it can be a hundred times slower.
+_HOPELESS = 3.0
+# An alternative that takes this many times as long as the one in force did when it was timed is not timed in pairs.
+_FAR_BEHIND = 1.3
+# Seconds of a warm-up pass up to which changes of the process are tried.
+_LONGEST_PASS = 3.0
+
+
+def try_stage(session: Session, part: Part, stage: Stage) -> None:
+    """Try one stage on one part, and record what came of it."""
+    clock = time.perf_counter()
+    result = StageResult(part.name, stage.name, kept=False, reason="")
+    rival: Kept | None = None
+    change: Change | None = None
+    try:
+        if stage.applies(part) is not None:
+            return  # nothing to try, nothing to report
+        obstacle = _not_worth_it(session, part, stage)
+        if obstacle is not None:
+            session.results.append(replace(result, reason=obstacle))
+            return
+        emit(Trying(f"{session.plan.what}: {part.name}", stage.name))
+        rival = session.incumbent(part, stage.group)
+        session.reference(part)  # of the part as it was loaded, so before the first change is made
+        if rival is not None:
+            rival.change.off()
+        change = stage.prepare(part)
+        result = _judge(session, part, change, rival, result)
+    except Exception as error:  # a stage must never cost the user the model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
+        result = replace(result, kept=False, reason=f"failed: {reason}")
+    finally:
+        if not result.kept:
+            if change is not None:
+                change.off()
+            if rival is not None:
+                rival.change.on()
+    graphs = None if change is None else change.graphs
+    result = replace(result, graphs=graphs, seconds=time.perf_counter() - clock)
+    if result.kept and change is not None:
+        if rival is not None:
+            _replaced(session, rival, stage.name)
+        session.kept.append(Kept(part.name, stage.name, stage.group, change))
+    session.results.append(result)
+
+
+def _replaced(session: Session, rival: Kept, by: str) -> None:
+    session.kept.remove(rival)
+    for number, result in enumerate(session.results):
+        if result.kept and (result.part, result.stage) == (rival.part, rival.stage):
+            session.results[number] = result.dropped(f"{by} is faster still")
+
+
+def _not_worth_it(session: Session, part: Part, stage: Stage) -> str | None:
+    captured = session.captured.get(part.name)
+    if captured is not None:
+        if captured.count == 0 and not _is_whole(session, part):
+            return "the warm-up never called it"
+        total = sum(seen.seconds for seen in session.captured.values())
+        if captured.count and total > 0 and captured.seconds < stage.least_share * total:
+            return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it"
+    if part.kind == PROCESS and session.pass_seconds > _LONGEST_PASS:
+        return f"not tried: it takes a dozen whole passes, and one takes {session.pass_seconds:.0f} s"
+    left = session.deadline - time.perf_counter()
+    if left <= 0:
+        return f"not tried: {OVER_BUDGET} is spent"
+    if left < (cost := stage.cost_of(part)):
+        return f"not tried: it takes about {cost:.0f} s, and {left:.0f} s of {OVER_BUDGET} are left"
+    return None
+
+
+def _is_whole(session: Session, part: Part) -> bool:
+    # A root module may be driven by other methods than __call__; then the whole pass is what is timed.
+    is_root = any(part.module is root for root in session.plan.roots)
+    return is_root and any(id(module) in session.called for module in part.module.modules())
+
+
+def _judge(session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult) -> StageResult:
+    """Run the part with the change: first for its outputs, then for its time."""
+    reference = session.reference(part)
+    if reference.repeats.reason == NOTHING_TO_COMPARE:
+        return replace(result, reason=NOTHING_TO_COMPARE)
+    if reference.repeats.error > EXACT_TOLERANCE:
+        return replace(result, reason="its own output does not repeat, so nothing can be verified")
+    with fallbacks() as fallen:
+        change.on()
+        difference = compare(reference.outputs, session.outputs(part))
+    for event in fallen:
+        if (event.what, event.stage) == (part.name, result.stage):
+            return replace(result, reason=f"failed: {event.reason}")
+    result = replace(result, error=_finite(difference.error), spectral=_finite(difference.spectral))
+    fault = _fault(session, part, change, difference)
+    if fault is not None:
+        return replace(result, reason=fault)
+    seconds = session.seconds(part)
+    hopeless = _hopeless(part, reference.seconds, seconds) or _behind(session, rival, seconds)
+    if hopeless is not None:
+        return replace(result, before=reference.seconds, after=seconds, reason=hopeless)
+    return _timed(session, part, change, rival, result)
+
+
+def _hopeless(part: Part, before: float, after: float) -> str | None:
+    """Why a change is not timed in pairs after one look."""
+    if after > _HOPELESS * before:
+        return "slower, at the first look"
+    # Whole passes are long. What other libraries' threads are in the way of shows in one look, or is not worth it.
+    return "no gain, at the first look" if part.kind == PROCESS and after > before / MARGIN else None
+
+
+def _behind(session: Session, rival: Kept | None, seconds: float) -> str | None:
+    """Why an alternative is not timed in pairs against the one in force."""
+    if rival is None:
+        return None
+    known = next(r for r in session.results if r.kept and (r.part, r.stage) == (rival.part, rival.stage))
+    if known.after is not None and seconds > _FAR_BEHIND * known.after:
+        return f"slower than {rival.stage}, at the first look"
+    return None
+
+
+def _finite(figure: float | None) -> float | None:
+    return None if figure is None or math.isinf(figure) else figure  # JSON, and so a receipt, has no infinity
+
+
+def _fault(session: Session, part: Part, change: Change, difference: Difference) -> str | None:
+    """Why a change is not even timed."""
+    if change.graphs == 0:
+        return "compiled no graph at all"
+    objection = session.objection(part, difference)
+    if objection:
+        return objection
+    if time.perf_counter() > session.deadline:
+        return f"given up: it ran over {OVER_BUDGET}"
+    return None
+
+
+def _timed(session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult) -> StageResult:
+    ready: list[Callable[[], object]] = []
+
+    def before() -> None:
+        change.off()
+        if rival is not None:
+            rival.change.on()
+        ready[:] = [session.replay(part, timed=True)]
+
+    def after() -> None:
+        if rival is not None:
+            rival.change.off()
+        change.on()
+        ready[:] = [session.replay(part, timed=True)]
+
+    def run() -> object:
+        return ready[0]()
+
+    timing = compare_speed(run, before, after, session.device.type, _COMPARISON)
+    result = replace(result, before=timing.before, after=timing.after, ratio=timing.ratio, low=timing.low)
+    than = "" if rival is None else f" than {rival.stage}"
+    if timing.ratio < MARGIN or timing.low <= 1.0:
+        why = f"slower{than}" if timing.high < 1.0 else "no gain beyond doubt"
+        return replace(result, reason=f"{why} ({timing.low:.2f}x to {timing.high:.2f}x)")
+    after()
+    return replace(result, kept=True, reason=f"at least {timing.low:.2f}x{than}, 95 % sure")

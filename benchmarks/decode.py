@@ -1,0 +1,178 @@
+"""The decode step of full-size speech models, tuned against upstream's own eager loop, and the memory's floor.
+
+    python benchmarks/decode.py [chatterbox] [xtts] [--precision exact|balanced|fast] [--layers N] [--json FILE]
+
+Run nothing else meanwhile. The true classes of chatterbox-light and coqui-tts with random weights and seed 0. Two
+copies of the model are loaded, one is tuned by `@optimized_model` on a short sequence; then prompts and single tokens
+of the two are run in turn. `floor` is the time in which the memory, as measured here, gives the weights once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from accelerate_tts import Receipt, optimized_model, receipt_of
+from accelerate_tts.cli.bench.measure import bandwidth
+from accelerate_tts.cli.tables import table
+
+PROMPT, TOKENS, PAIRS = 100, 12, 7
+
+
+class Decoder:
+    """A decoder and its loop, as the system around it drives it."""
+
+    def __init__(self, model: torch.nn.Module, batch: int, width: int, **asked: Any) -> None:
+        self.model = model.eval()
+        self.batch = batch
+        self.width = width
+        self.asked = asked
+
+    def prompt(self) -> Any:
+        x = torch.randn(self.batch, PROMPT, self.width, generator=torch.Generator().manual_seed(1))
+        return self.model(inputs_embeds=x, use_cache=True, **self.asked)
+
+    def token(self, past: Any, number: int) -> Any:
+        x = torch.randn(self.batch, 1, self.width, generator=torch.Generator().manual_seed(number + 2))
+        return self.model(inputs_embeds=x, past_key_values=past, use_cache=True, **self.asked)
+
+    def speak(self, count: int = TOKENS) -> list[torch.Tensor]:
+        out = self.prompt()
+        states = [out.last_hidden_state]
+        for number in range(count):
+            out = self.token(out.past_key_values, number)
+            states.append(out.last_hidden_state)
+        return states
+
+
+def chatterbox(layers: int | None) -> Decoder:
+    from chatterbox.models.t3 import T3
+
+    t3 = T3()
+    if layers is not None:
+        t3.tfmr.layers = t3.tfmr.layers[:layers]
+        t3.tfmr.config.num_hidden_layers = layers
+    # Classifier-free guidance is two rows; the loop asks for all hidden states at every step.
+    return Decoder(t3.tfmr, 2, t3.cfg.hidden_size, output_hidden_states=True, return_dict=True)
+
+
+def xtts(layers: int | None) -> Decoder:
+    from TTS.tts.configs.xtts_config import XttsConfig
+    from TTS.tts.models.xtts import Xtts
+
+    config = XttsConfig()
+    arguments = config.model_args
+    arguments.gpt_number_text_tokens, arguments.gpt_start_text_token, arguments.gpt_stop_text_token = 6681, 261, 0
+    arguments.gpt_num_audio_tokens, arguments.gpt_start_audio_token, arguments.gpt_stop_audio_token = 1026, 1024, 1025
+    arguments.gpt_use_perceiver_resampler = True
+    if layers is not None:
+        arguments.gpt_layers = layers
+    model = Xtts(config)
+    model.init_models()
+    model.gpt.init_gpt_for_inference(kv_cache=True)
+    return Decoder(model.gpt.gpt_inference.transformer, 1, arguments.gpt_n_model_channels)
+
+
+SYSTEMS: dict[str, Callable[[int | None], Decoder]] = {"chatterbox": chatterbox, "xtts": xtts}
+
+
+@torch.inference_mode()
+def timed_prompt(decoder: Decoder) -> float:
+    start = time.perf_counter()
+    decoder.prompt()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def timed_token(decoder: Decoder) -> float:
+    past = decoder.prompt().past_key_values
+    past = decoder.token(past, 0).past_key_values
+    start = time.perf_counter()
+    for number in range(1, TOKENS):
+        past = decoder.token(past, number).past_key_values
+    return (time.perf_counter() - start) / (TOKENS - 1)
+
+
+def against(first: Decoder, second: Decoder, timed: Callable[[Decoder], float], pairs: int) -> dict[str, float]:
+    timed(first), timed(second)  # warm
+    seconds = [(timed(first), timed(second)) for _ in range(pairs)]
+    ratios = sorted(a / b for a, b in seconds)
+    return {
+        "before": statistics.median(a for a, _ in seconds), "after": statistics.median(b for _, b in seconds),
+        "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1],
+    }  # fmt: skip
+
+
+def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
+    make = SYSTEMS[name]
+    torch.manual_seed(0)
+    plain = make(layers)
+    torch.manual_seed(0)
+    tuned = make(layers)
+    before = psutil.Process().memory_info().rss
+    optimized_model(warmup=lambda _model: tuned.speak(), precision=precision)(lambda: tuned.model)()  # type: ignore[call-overload]
+    after = psutil.Process().memory_info().rss
+    receipt = receipt_of(tuned.model)
+    assert isinstance(receipt, Receipt)
+    print(receipt, flush=True)
+    with torch.inference_mode():
+        error = max(
+            float((a - b).norm() / a.norm()) for a, b in zip(plain.speak(40), tuned.speak(40), strict=True)
+        )  # fmt: skip
+    size = sum(parameter.numel() * parameter.element_size() for parameter in plain.model.parameters())
+    step = against(plain, tuned, timed_token, PAIRS)
+    prompt = against(plain, tuned, timed_prompt, PAIRS)
+    floor = size / bandwidth()
+    return {
+        "step": step, "prompt": prompt, "floor": floor, "step_over_floor": step["after"] / floor, "error": error,
+        "weights_bytes": size, "memory_over_weights": 1 + (after - before) / size, "tuning_seconds": receipt.seconds,
+        "recompiles": receipt.recompiles, "kept": [f"{stage.part}: {stage.stage}" for stage in receipt.kept],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("systems", nargs="*", choices=[*SYSTEMS, []], help="all if none is given")
+    parser.add_argument("--precision", default="exact", choices=["exact", "balanced", "fast"])
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to look at it quickly")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("accelerate_tts").setLevel(logging.INFO)
+    results: dict[str, Any] = {}
+    rows = [("system", "what", "eager", "tuned", "ratio", "lowest .. highest", "over floor", "error")]
+    for name in options.systems or SYSTEMS:
+        print(f"{name} ...", flush=True)
+        found = results[name] = measure(name, options.precision, options.layers)
+        for what in ("step", "prompt"):
+            row = found[what]
+            rows.append((
+                name, f"one {what}", f"{1e3 * row['before']:.0f} ms", f"{1e3 * row['after']:.0f} ms",
+                f"{row['ratio']:.2f}x", f"{row['lowest']:.2f} .. {row['highest']:.2f}",
+                f"{found['step_over_floor']:.2f}" if what == "step" else "", f"{found['error']:.0e}",
+            ))  # fmt: skip
+    title = f"Decoders, {options.precision}"
+    Console(width=140, highlight=False).print(table(rows, title, {"eager", "tuned", "ratio", "over floor", "error"}))
+    for name, found in results.items():
+        print(
+            f"{name}: tuned in {found['tuning_seconds']:.0f} s, memory {found['memory_over_weights']:.2f}x the weights,"
+            f" {found['recompiles']} recompiles, kept: {', '.join(found['kept']) or 'nothing'}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The compiler's files as one archive: what came since comes back, byte for byte, and nothing leaves its folder."""
+
+from __future__ import annotations
+
+import getpass
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from accelerate_tts.engine import artifacts
+
+FILES = {"ab/cd.cpp": b"int main() {}", "ab/cd.main.so": bytes(range(256)) * 100, "fxgraph/x/y/z": b"", "top": b"1"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiler's folder, which is not there yet."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    return tmp_path / "inductor"
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def archive(*entries: tarfile.TarInfo, mode: str = "w:gz") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as file:  # type: ignore[call-overload]
+        for entry in entries:
+            entry.size = 4 if entry.isfile() else 0
+            file.addfile(entry, io.BytesIO(b"evil") if entry.isfile() else None)
+    return buffer.getvalue()
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, link
+    return made
+
+
+def test_what_came_since_comes_back(cache: Path) -> None:
+    write(cache, {"old/one": b"was there"})
+    before = artifacts.snapshot()
+    write(cache, FILES)
+    packed = artifacts.pack(before)
+    assert packed is not None
+    for path in sorted(cache.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    cache.rmdir()
+    assert artifacts.unpack(packed) == len(FILES)
+    assert content(cache) == FILES
+    assert artifacts.unpack(packed) == 0
+
+
+def test_a_file_that_is_there_stays(cache: Path) -> None:
+    write(cache, FILES)
+    packed = artifacts.pack(frozenset())
+    assert packed is not None
+    write(cache, {"top": b"mine"})
+    (cache / "ab/cd.cpp").unlink()
+    assert artifacts.unpack(packed) == 1
+    assert content(cache) == {**FILES, "top": b"mine"}
+
+
+def test_locks_and_half_written_files_stay_behind(cache: Path) -> None:
+    write(cache, {"locks/a.lock": b"", "b.tmp": b"half"})
+    assert artifacts.pack(frozenset()) is None
+    write(cache, {"c": b"whole"})
+    packed = artifacts.pack(frozenset())
+    assert packed is not None
+    (cache / "c").unlink()
+    assert artifacts.unpack(packed) == 1
+
+
+def test_nothing_new_no_folder_and_too_much(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert artifacts.snapshot() == frozenset()
+    assert artifacts.pack(frozenset()) is None
+    assert not cache.exists()
+    write(cache, FILES)
+    assert artifacts.pack(artifacts.snapshot()) is None
+    monkeypatch.setattr(artifacts, "_MOST_BYTES", sum(map(len, FILES.values())))
+    assert artifacts.pack(frozenset()) is not None
+    monkeypatch.setattr(artifacts, "_MOST_BYTES", sum(map(len, FILES.values())) - 1)
+    assert artifacts.pack(frozenset()) is None
+
+
+def test_a_file_that_another_process_removes_meanwhile_is_left_out(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(cache, FILES)
+    listed = artifacts._files()
+    (cache / "top").unlink()
+    monkeypatch.setattr(artifacts, "_files", lambda: listed)
+    packed = artifacts.pack(frozenset())
+    assert packed is not None
+    assert artifacts.unpack(packed) == 0
+    assert "top" not in content(cache)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        entry("../evil"),
+        entry("ab/../../evil"),
+        entry("link", tarfile.SYMTYPE, "/etc/passwd"),
+        entry("link", tarfile.LNKTYPE, "good"),
+        entry("pipe", tarfile.FIFOTYPE),
+        entry("device", tarfile.CHRTYPE),
+        entry("folder", tarfile.DIRTYPE),
+    ],
+    ids=["parent", "parent inside", "symlink", "hard link", "pipe", "device", "folder"],
+)
+def test_an_entry_that_is_no_plain_file_in_the_folder(cache: Path, bad: tarfile.TarInfo) -> None:
+    with pytest.raises(ValueError, match="no plain file"):
+        artifacts.unpack(archive(entry("good"), bad))
+    assert set(content(cache)) == {"good"}
+    assert not (cache.parent / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["good", "../evil"])
+def test_an_absolute_name_is_refused_wherever_it_leads(cache: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="no plain file"):
+        artifacts.unpack(archive(entry(str(cache / name))))
+    assert not list(cache.parent.iterdir())
+
+
+@pytest.mark.parametrize("bad", [b"", b"no archive", archive(entry("good"))[:-20], archive(entry("good"), mode="w")])
+def test_what_is_no_archive(cache: Path, bad: bytes) -> None:
+    with pytest.raises((tarfile.TarError, EOFError, OSError)):
+        artifacts.unpack(bad)
+    assert content(cache) in ({}, {"good": b"evil"})
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_half_done(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_self: Path, _target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        artifacts.unpack(archive(entry("ab/good")))
+    assert content(cache) == {}
+
+
+@pytest.mark.parametrize("name", ["a/b:c", None], ids=["a name that no file can have", "no name"])
+def test_the_folder_is_the_one_that_inductor_takes(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    def user() -> str:
+        if name is None:
+            raise KeyError("getpwuid(): uid not found")
+        return name
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(getpass, "getuser", user)
+    assert os.fspath(artifacts._folder()) == default_cache_dir()

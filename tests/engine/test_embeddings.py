@@ -1,0 +1,333 @@
+"""Threads and tasks share one computation, attributes stay with their object, and the next process finds it all."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from accelerate_tts import cached_embedding, events
+from accelerate_tts.engine.embedding_store import EmbeddingStore, Kept
+from accelerate_tts.engine.random_state import seeded
+
+
+class Encoder(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return self.linear(wave).tanh()
+
+
+class Service:
+    def __init__(self, seed: int = 0) -> None:
+        self.encoder = Encoder(seed)
+        self.calls = 0
+
+    def compute(self, wave: torch.Tensor, scale: float) -> torch.Tensor:
+        self.calls += 1
+        return self.encoder(wave) * scale
+
+
+WAVE = torch.tensor([0.1, 0.2, -0.3, 0.4])
+
+
+def not_applied(seen: list[events.Event]) -> list[str]:
+    return [event.reason for event in seen if isinstance(event, events.NotApplied)]
+
+
+# --- threads and tasks ---------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_threads_embed_a_voice_once_and_other_voices_meanwhile() -> None:
+    together = threading.Barrier(2, timeout=30)
+    calls: list[float] = []
+
+    @cached_embedding
+    def embed(voice: float) -> torch.Tensor:
+        calls.append(voice)
+        together.wait()  # passes only if both voices are embedded at the same time
+        return torch.full((3,), voice)
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda index: embed(float(index % 2)), range(100)))
+    assert sorted(calls) == [0.0, 1.0]
+    assert all(torch.equal(answer, torch.full((3,), float(index % 2))) for index, answer in enumerate(answers))
+    assert len({answer.data_ptr() for answer in answers}) == 100
+    assert (embed.cache_info().hits, embed.cache_info().misses) == (98, 2)
+
+
+def test_a_warm_up_is_computed_and_not_answered_from_the_cache() -> None:
+    """Tuning would measure the cache."""
+    service = Service()
+    embed = cached_embedding(service.compute)
+    with seeded("cpu"):
+        embed(WAVE, 1.0)
+        embed(WAVE, 1.0)
+    assert (service.calls, embed.cache_info().misses) == (2, 0)
+    embed(WAVE, 1.0)
+    embed(WAVE, 1.0)
+    assert (service.calls, embed.cache_info().hits) == (3, 1)
+
+
+def test_who_waits_for_a_failure_tries_himself() -> None:
+    calls: list[int] = []
+
+    @cached_embedding
+    def embed(voice: str) -> int:
+        calls.append(1)
+        if len(calls) <= 3:
+            raise ValueError(len(calls))
+        return 7
+
+    def attempt(_: int) -> Any:
+        try:
+            return embed("a")
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(attempt, range(8)))
+    assert sum(answer == 7 for answer in answers) == 5
+    assert len(calls) == 4
+
+
+def test_a_call_within_its_own_call() -> None:
+    @cached_embedding
+    def embed(depth: list[int]) -> int:
+        if len(calls) > 3:
+            return 5
+        calls.append(1)
+        return embed(depth)
+
+    calls: list[int] = []
+    assert embed([1]) == 5
+
+
+async def test_tasks_share_one_computation_and_survive_the_first_one_s_end() -> None:
+    calls: list[int] = []
+
+    class Async:
+        def __init__(self) -> None:
+            self.encoder = Encoder()
+
+        @cached_embedding
+        async def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            await asyncio.sleep(0.01)
+            return self.encoder(wave)
+
+    service = Async()
+    assert inspect.iscoroutinefunction(service.embed)
+    first = asyncio.create_task(service.embed(WAVE))
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(service.embed(WAVE)) for _ in range(20)]
+    await asyncio.sleep(0)
+    first.cancel()
+    others[5].cancel()
+    answers = await asyncio.gather(first, *others, return_exceptions=True)
+    assert sum(isinstance(answer, asyncio.CancelledError) for answer in answers) == 2
+    wanted = service.encoder(WAVE).detach()
+    assert all(torch.equal(a, wanted) for a in answers if isinstance(a, torch.Tensor))
+    assert len(calls) == 2
+    assert torch.equal(await service.embed(WAVE), wanted)
+    assert len(calls) == 2
+
+
+# --- attributes that are set ---------------------------------------------------------------------------------------
+
+
+class Setting:
+    def __init__(self) -> None:
+        self.encoder = Encoder()
+        self.calls = 0
+
+    @cached_embedding(sets=("voice",))
+    def prepare(self, number: float) -> None:
+        self.calls += 1
+        self.voice = {"number": number}
+        time.sleep(0.001)
+
+    @cached_embedding(sets=("voice",))
+    async def prepare_async(self, number: float) -> None:
+        self.voice = {"number": number}
+        await asyncio.sleep(0.001)
+
+
+def test_threads_that_set_the_attribute_of_one_object_keep_no_wrong_voice() -> None:
+    service = Setting()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: service.prepare(index % 5), range(60)))
+    for number in range(5):
+        service.prepare(number)
+        assert service.voice == {"number": number}
+        service.voice["number"] = -1  # it is a copy
+    assert service.calls == 5
+
+
+async def test_tasks_that_set_the_attribute_of_one_object_keep_no_wrong_voice() -> None:
+    service = Setting()
+    await asyncio.gather(*(service.prepare_async(index % 5) for index in range(30)))
+    for number in range(5):
+        await service.prepare_async(number)
+        assert service.voice == {"number": number}
+    assert service.prepare_async.cache_info().misses == 5
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
+
+
+def with_folder(folder: Path, seed: int = 0) -> Any:
+    """What a process starts with: nothing in memory."""
+
+    class Stored(Service):
+        @cached_embedding(folder=folder, sets=("last",))
+        def embed(self, wave: torch.Tensor, scale: float = 1.0) -> Any:
+            self.last = [self.compute(wave, scale), None, "a", 1.5, b"x"]
+            return {"latent": self.last[0], "array": self.last[0].detach().numpy(), 3: (True, [])}
+
+    return Stored(seed)
+
+
+def test_the_next_process_finds_the_embedding(tmp_path: Path, seen: list[events.Event]) -> None:
+    folder = tmp_path / "voices"
+    first, second, other = with_folder(folder), with_folder(folder), with_folder(folder, seed=1)
+    one, two = first.embed(WAVE), second.embed(WAVE)
+    assert (first.calls, second.calls) == (1, 0)
+    assert torch.equal(one["latent"], two["latent"])
+    assert np.array_equal(one["array"], two["array"])
+    assert two[3] == (True, [])
+    assert torch.equal(second.last[0], one["latent"])
+    assert second.last[1:] == [None, "a", 1.5, b"x"]
+    second.embed(WAVE)
+    assert second.embed.cache_info().hits == 2
+    assert not torch.equal(other.embed(WAVE)["latent"], one["latent"])
+    assert not seen
+    if os.name == "posix":
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-40] + b"\0" + b[-39:], lambda b: b * 2]
+)
+def test_a_damaged_file_is_computed_anew(
+    tmp_path: Path, seen: list[events.Event], damage: Callable[[bytes], bytes]
+) -> None:
+    wanted = with_folder(tmp_path).embed(WAVE)["latent"]
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    service = with_folder(tmp_path)
+    assert torch.equal(service.embed(WAVE)["latent"], wanted)
+    assert service.calls == 1
+    assert [type(event) for event in seen] == [events.PackIgnored]
+    again = with_folder(tmp_path)
+    again.embed(WAVE)
+    assert again.calls == 0
+
+
+def test_what_would_need_a_pickle_stays_in_memory(tmp_path: Path, seen: list[events.Event]) -> None:
+    class Odd(Service):
+        @cached_embedding(folder=tmp_path)
+        def embed(self, wave: torch.Tensor, scale: float = 1.0) -> Any:
+            return {"path": Path("a"), "latent": self.compute(wave, scale)}
+
+    service = Odd()
+    service.embed(WAVE)
+    service.embed(WAVE)
+    assert service.calls == 1
+    assert list(tmp_path.iterdir()) == []
+    assert len(not_applied(seen)) == 1
+
+
+def test_the_folder_is_bounded_and_a_bad_one_costs_an_event(tmp_path: Path, seen: list[events.Event]) -> None:
+    encoder = Encoder()
+
+    @cached_embedding(folder=tmp_path, limit_mb=1, encoder=lambda: encoder)
+    def embed(voice: float) -> torch.Tensor:
+        return torch.full((80_000,), voice)
+
+    for voice in range(6):
+        embed(float(voice))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2**20
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not seen
+
+    (tmp_path / "file").write_bytes(b"")
+
+    @cached_embedding(folder=tmp_path / "file", encoder=lambda: encoder)
+    def nowhere(voice: float) -> float:
+        return voice
+
+    assert (nowhere(1.0), nowhere(1.0)) == (1.0, 1.0)
+    assert events.PackIgnored in {type(event) for event in seen}
+
+
+async def test_an_async_function_with_a_folder(tmp_path: Path) -> None:
+    encoder = Encoder()
+    for calls in (1, 0):
+        ran: list[int] = []
+
+        @cached_embedding(folder=tmp_path)
+        async def embed(wave: torch.Tensor, ran: str = "") -> torch.Tensor:
+            log()
+            return encoder(wave)
+
+        def log(ran: list[int] = ran) -> None:
+            ran.append(1)
+
+        await asyncio.gather(*(embed(WAVE) for _ in range(5)))
+        assert len(ran) == calls
+
+
+# --- the store -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 60)), max_size=60), st.integers(1, 800), st.randoms()
+)
+def test_the_limit_holds_and_no_wrong_value_comes_back(puts: list[tuple[str, int]], limit: int, random: Random) -> None:
+    store = EmbeddingStore(limit)
+    wanted: dict[str, int] = {}
+    for key, size in puts:
+        kept, flight, leads = store.begin(key, None)
+        if kept is not None:
+            assert kept.copy().numel() == wanted[key]
+            if random.random() < 0.5:
+                continue
+            store.put(key, Kept(torch.zeros(size)))
+        else:
+            assert leads
+            store.end(key, flight, Kept(torch.zeros(size)))
+        wanted[key] = size
+        assert store.info().bytes <= limit
+        held = [wanted[key] * 4 for key in wanted if key in store._entries]
+        assert store.info().bytes == sum(held)
+        assert store.info().entries == len(held)
+        assert not store._flights
+
+
+def test_what_is_cleared_meanwhile_is_not_kept() -> None:
+    store = EmbeddingStore(1000)
+    _, flight, _ = store.begin("a", None)
+    store.clear()
+    store.end("a", flight, Kept(1))
+    assert store.info().entries == 0
+    assert flight.future.result().copy() == 1
