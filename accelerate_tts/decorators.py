@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
 
-from accelerate_tts.runtime import modes
-from accelerate_tts.settings import Mode, check_mode, is_active
+from accelerate_tts.errors import shown
+from accelerate_tts.runtime import attempt, modes, retry
+from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
     import asyncio
 
+    from accelerate_tts.engine.options import TuneOptions
     from accelerate_tts.engine.warmup import Loaded
 
 __all__ = ["inference", "optimized_model"]
@@ -73,8 +75,13 @@ class _RunInMode:
     def __init__(self, mode: Mode) -> None:
         self.mode: Mode = mode
 
-    def __call__(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-        return modes.call(wrapped, args, kwargs, self.mode) if is_active() else wrapped(*args, **kwargs)
+    def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if not is_active():
+            return wrapped(*args, **kwargs)
+        watcher = retry.watcher_of(instance, args, kwargs)
+        if watcher is None:
+            return modes.call(wrapped, args, kwargs, self.mode)
+        return attempt.call(watcher, wrapped, args, kwargs, self.mode)
 
 
 @overload
@@ -111,8 +118,24 @@ def _decorate_inference(function: Any, *, mode: Mode) -> Any:
 @overload
 def optimized_model(function: F, /) -> F: ...
 @overload
-def optimized_model(*, warmup: Any = None, mode: Mode = "inference") -> Callable[[F], F]: ...
-def optimized_model(function: Any = None, /, *, warmup: Any = None, mode: Mode = "inference") -> Any:
+def optimized_model(
+    *,
+    warmup: Any = None,
+    mode: Mode = "inference",
+    precision: Precision | None = None,
+    tune_seconds: float | None = None,
+    lengths: tuple[int, int] | None = None,
+) -> Callable[[F], F]: ...
+def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a default
+    function: Any = None,
+    /,
+    *,
+    warmup: Any = None,
+    mode: Mode = "inference",
+    precision: Precision | None = None,
+    tune_seconds: float | None = None,
+    lengths: tuple[int, int] | None = None,
+) -> Any:
     """Tune, verify and warm up what a load function loads, in place, before anybody gets it.
 
     The function may be sync or async, a method or not, and return a module, an object or tuple that holds modules, or
@@ -127,20 +150,28 @@ def optimized_model(function: Any = None, /, *, warmup: Any = None, mode: Mode =
             for the loaded module; a callable, called with what was loaded (the returned object, or `self`); a list
             of several of these, such as a short and a long text.
         mode: The mode of service calls that do not go through `@inference`.
+        precision: What may be changed: "exact" (rounding only: relative error 1e-4), "balanced" (half precision where
+            it is faster: 2e-2) or "fast" (8-bit weights too: 4e-2); `None` takes `Settings.precision`.
+        tune_seconds: Budget for trying things, in seconds; `None` takes `Settings.tune_seconds`.
+        lengths: The shortest and longest input of service calls, which are warmed up beside `warmup` so that none of
+            them compiles later: characters of a text, positions of a tensor's last dimension; with a callable warm-up
+            whatever it takes as its second argument, `warmup=lambda loaded, length: ...`.
 
     Raises:
         WarmupError: At decoration, for a warm-up that can never work; at loading, for one that does not fit.
-        SettingsError: An unknown mode.
+        SettingsError: An unknown mode or precision, a budget or a range of lengths that means nothing.
         TypeError: What is decorated is no function.
     """
+    from accelerate_tts.engine.options import TuneOptions
     from accelerate_tts.engine.warmup import check_warmup
 
     check_mode(mode)
-    check_warmup(warmup)
+    options = TuneOptions(precision, tune_seconds, lengths)
+    check_warmup(warmup, lengths)
 
     def decorate(decorated: Any) -> Any:
         _check_function("optimized_model", decorated)
-        return _Shell(decorated, _Optimize(warmup, mode))
+        return _Shell(decorated, _Optimize(warmup, mode, options))
 
     return decorate if function is None else decorate(function)
 
@@ -148,9 +179,10 @@ def optimized_model(function: Any = None, /, *, warmup: Any = None, mode: Mode =
 class _Optimize:
     """What an @optimized_model shell does at a call."""
 
-    def __init__(self, warmup: Any, mode: Mode) -> None:
+    def __init__(self, warmup: Any, mode: Mode, options: TuneOptions) -> None:
         self.warmup = warmup
         self.mode: Mode = mode
+        self.options = options
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
@@ -170,7 +202,7 @@ class _Optimize:
     def _optimize(self, loaded: Loaded, stopped: Callable[[], bool]) -> None:
         from accelerate_tts.optimizer import get_performance_optimizer
 
-        get_performance_optimizer().optimize(loaded, self.warmup, self.mode, stopped)
+        get_performance_optimizer().optimize(loaded, self.warmup, self.mode, stopped, self.options)
 
     async def _optimize_async(self, pending: Awaitable[Any], owner: Any) -> Any:
         import asyncio  # 40 ms, which a decorated synchronous class should not pay at its import
@@ -195,6 +227,6 @@ def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None = No
 def _check_function(decorator: str, function: Any) -> None:
     if not (callable(function) or isinstance(function, (classmethod, staticmethod))) or inspect.isclass(function):
         raise TypeError(
-            f"@{decorator} decorates a function or method, got {function!r};"
+            f"@{decorator} decorates a function or method, got {shown(function)};"
             f" its own arguments are keywords, as in @{decorator}(...)"
         )

@@ -21,6 +21,7 @@ from accelerate_tts import (
     WarmupError,
     inference,
     optimized_model,
+    optimizer,
     receipt_of,
     set_active,
     testing,
@@ -35,6 +36,7 @@ on = torch.is_inference_mode_enabled
 def no_compiler_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile has tests of its own; here only the folding stage is tried."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    monkeypatch.setenv("ACCELERATE_TTS_THREADS", "1")  # on a busy machine two wait for each other
 
 
 class Vocoder(nn.Module):
@@ -195,7 +197,10 @@ def test_a_function_that_returns_a_module() -> None:
     model = load_function()
     receipt = receipt_of(model)
     assert receipt is not None
-    assert [stage.stage for stage in receipt.stages] == ["fold weight norm", "channels-last convolutions"]
+    assert [stage.stage for stage in receipt.stages if stage.part != "process"] == [
+        "fold weight norm",
+        "channels-last convolutions",
+    ]
     assert receipt.stages[0].error == 0.0
     assert receipt.cold is not None
     reference = vocoder()
@@ -225,7 +230,7 @@ def test_a_pipeline_object_and_a_text() -> None:
     receipt = receipt_of(pipeline)
     assert receipt is not None
     assert receipt is receipt_of(pipeline.inner["vocoder"])
-    assert receipt.stages[0].part == "inner.vocoder"
+    assert receipt.stages[-1].part == "inner.vocoder"
 
 
 def test_a_tuple_keeps_its_type() -> None:
@@ -358,6 +363,110 @@ def test_a_warmup_that_does_not_fit_fails_at_load_with_the_mend() -> None:
 
     with pytest.raises(WarmupError, match="first, second"):
         optimized_model(warmup=MEL)(lambda: Two())()
+
+
+# --- options of one object ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "quick"}, "precision='quick' is not one of exact, balanced, fast"),
+        ({"precision": ""}, "precision='' is not one of"),
+        ({"precision": 16}, "precision=16 is not one of"),
+        ({"tune_seconds": -1}, r"tune_seconds=-1 must be a number of seconds, 0 or more"),
+        ({"tune_seconds": "5"}, "tune_seconds='5' must be"),
+        ({"tune_seconds": True}, "tune_seconds=True must be"),
+        ({"tune_seconds": float("nan")}, "tune_seconds=nan must be"),
+        ({"tune_seconds": float("inf")}, "tune_seconds=inf must be"),
+        ({"lengths": (300, 10)}, r"lengths=\(300, 10\) must be two whole numbers, .* such as \(10, 300\)"),
+        ({"lengths": (0, 10)}, r"lengths=\(0, 10\) must be"),
+        ({"lengths": (10,)}, r"lengths=\(10,\) must be"),
+        ({"lengths": (1, 2, 3)}, r"lengths=\(1, 2, 3\) must be"),
+        ({"lengths": [10, 300]}, r"lengths=\[10, 300\] must be"),
+        ({"lengths": (1.0, 2.0)}, r"lengths=\(1.0, 2.0\) must be"),
+        ({"lengths": (True, 2)}, r"lengths=\(True, 2\) must be"),
+        ({"lengths": 300}, "lengths=300 must be"),
+        ({"mode": "fast"}, "mode='fast' is not one of"),
+    ],
+    ids=str,
+)
+def test_an_option_that_means_nothing_fails_at_decoration(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        optimized_model(warmup=MEL, **options)
+
+
+def test_lengths_that_do_not_go_with_the_warm_up_fail_at_decoration() -> None:
+    with pytest.raises(WarmupError, match="no warmup= says what an input is"):
+        optimized_model(lengths=(10, 300))
+    with pytest.raises(WarmupError, match="warmup=lambda loaded, length"):
+        optimized_model(warmup=lambda loaded: loaded(MEL), lengths=(10, 300))
+
+
+def precision_of(load: Any) -> str:
+    receipt = receipt_of(load())
+    assert receipt is not None
+    return receipt.precision
+
+
+def test_the_precision_reaches_the_receipt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decorator's own comes before the environment's, and that before "exact"."""
+    quick: dict[str, Any] = {"warmup": MEL, "tune_seconds": 0.0}
+    assert precision_of(optimized_model(**quick)(vocoder)) == "exact"
+    assert precision_of(optimized_model(precision="fast", **quick)(vocoder)) == "fast"
+    monkeypatch.setattr(optimizer, "_optimizer", None)  # as in a process that is started with it
+    monkeypatch.setenv("ACCELERATE_TTS_PRECISION", "balanced")
+    assert precision_of(optimized_model(**quick)(vocoder)) == "balanced"
+    assert precision_of(optimized_model(precision="exact", **quick)(vocoder)) == "exact"
+    assert precision_of(optimized_model(precision="fast")(vocoder)) == "fast"  # without a warm-up, too
+
+
+@pytest.mark.parametrize("value", ["quick", "Exact", "0"])
+def test_a_precision_in_the_environment_that_means_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_PRECISION", value)
+    with pytest.raises(SettingsError, match=f"ACCELERATE_TTS_PRECISION='{value}': precision='{value}' is not one of"):
+        load_function()
+
+
+def test_the_budget_is_the_objects_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "0")
+    spent = receipt_of(load_function())
+    assert spent is not None
+    assert {stage.reason for stage in spent.stages} == {"not tried: the tuning budget is spent"}
+    own = receipt_of(optimized_model(warmup=MEL, tune_seconds=60)(vocoder)())
+    assert own is not None
+    assert not any("budget" in stage.reason for stage in own.stages)
+
+
+def test_every_length_is_warmed_up() -> None:
+    seen: list[int] = []
+
+    def warm(model: Vocoder, length: int) -> torch.Tensor:
+        seen.append(length)
+        return model(MEL[..., :1].expand(1, 64, length))
+
+    optimized_model(warmup=warm, lengths=(4, 40), tune_seconds=0.0)(vocoder)()
+    assert {4, 40} < set(seen)
+    rungs = sorted(set(seen))
+    assert all(rungs[number + 1] < 2 * rungs[number] for number in range(len(rungs) - 1))
+    seen_by_tensor: list[int] = []
+    model = vocoder()
+    model.register_forward_pre_hook(lambda _module, args: seen_by_tensor.append(args[0].shape[-1]))
+    optimized_model(warmup=MEL, lengths=(4, 40), tune_seconds=0.0)(lambda: model)()
+    assert set(seen_by_tensor) == {*rungs, MEL.shape[-1]}
+
+
+@optimized_model(warmup=MEL, precision="balanced", tune_seconds=0.0, lengths=(8, 16))
+def load_with_options() -> Vocoder:
+    return vocoder()
+
+
+def test_a_function_with_options_can_be_pickled_and_copied() -> None:
+    assert pickle.loads(pickle.dumps(load_with_options)) is load_with_options
+    clone = copy.deepcopy(load_with_options)
+    assert clone is not load_with_options
+    assert precision_of(clone) == "balanced"
+    assert str(inspect.signature(load_with_options)) == "() -> 'Vocoder'"
 
 
 def test_applied_twice_is_applied_once(seen: list[Event]) -> None:

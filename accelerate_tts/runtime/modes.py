@@ -5,6 +5,9 @@ is simply entered around its body is left on for whoever runs next, or off for t
 entered for each *step* of the body (`send`, `throw`, `close`) and left before the suspension is passed on: bodies
 always run inside it, callers never see it, in any order of interleaving, cancelling and closing.
 
+One exception is not ours to mend: a suspended generator in a reference cycle is closed by the collector itself, before
+the driver around it is asked, in whatever mode the collecting thread is.
+
 What decides is the object that a call returned, not the function: a decorated `async def` may no longer look like one.
 """
 
@@ -18,6 +21,8 @@ from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from accelerate_tts.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
@@ -26,7 +31,17 @@ if TYPE_CHECKING:
 
     Enter = Callable[[], AbstractContextManager[Any]]
 
-__all__ = ["INFERENCE_MARK", "adopt", "call", "carry_mode", "in_inference_mode", "mode_factory"]
+__all__ = [
+    "INFERENCE_MARK",
+    "Owning",
+    "adopt",
+    "call",
+    "carry_mode",
+    "first_step",
+    "in_inference_mode",
+    "mode_factory",
+    "named_like",
+]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -92,7 +107,12 @@ def carry_mode(function: F) -> F:
 
     Returns:
         A function of the same signature. Outside any mode it is `function` itself.
+
+    Raises:
+        TypeError: `function` cannot be called.
     """
+    if not callable(function):
+        raise TypeError(f"carry_mode() needs a function, got {shown(function)}")
     torch = sys.modules.get("torch")
     if torch is None:
         return function
@@ -147,8 +167,8 @@ class _Stepping:
         return _steps(self.body, self.enter)
 
 
-class _Owning(_Stepping):
-    """Closes the body with itself.
+class Owning(_Stepping):
+    """Makes a coroutine awaitable inside a mode, and closes it with itself.
 
     A task that is cancelled before its first step never runs its coroutine; without this the body would complain
     that it "was never awaited". On a body that has ended, closing does nothing.
@@ -160,7 +180,7 @@ class _Owning(_Stepping):
         self.body.close()
 
 
-async def _drive_coroutine(stepping: _Owning) -> Any:
+async def _drive_coroutine(stepping: Owning) -> Any:
     return await stepping
 
 
@@ -170,7 +190,7 @@ async def _drive_async_generator(body: Any, enter: Enter) -> AsyncGenerator[Any,
     first = True
     try:
         while True:
-            step = _first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
+            step = first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
             value = error = None
             first = False
             try:
@@ -192,18 +212,26 @@ async def _drive_async_generator(body: Any, enter: Enter) -> AsyncGenerator[Any,
         await _Stepping(body.aclose(), enter)
 
 
-def _first_step(body: Any) -> Any:
+def first_step(body: Any) -> Any:
+    """The first step of an async generator that another one drives, which is the one that its event loop knows."""
     # An async generator registers with its event loop at its first step, to be closed at the loop's shutdown. The
-    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside.
+    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside. Nor
+    # by the collector, which finalises both when it finds them in a cycle, the body first: without a finalizer it would
+    # be closed on the spot, and an await in its clean-up would be an error.
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, None)
+    sys.set_asyncgen_hooks(None, _left_to_the_driver)
     try:
         return body.asend(None)
     finally:
         sys.set_asyncgen_hooks(*hooks)
 
 
-def _named_like(body: Any, driver: Any) -> Any:
+def _left_to_the_driver(_body: Any) -> None:
+    pass
+
+
+def named_like(body: Any, driver: Any) -> Any:
+    """`driver`, named like the body that it drives."""
     for name in ("__name__", "__qualname__"):  # what a warning or a task's repr shows
         if hasattr(body, name):
             setattr(driver, name, getattr(body, name))
@@ -211,17 +239,17 @@ def _named_like(body: Any, driver: Any) -> Any:
 
 
 def _coroutine(body: Any, enter: Enter) -> Any:
-    return _named_like(body, _drive_coroutine(_Owning(body, enter)))
+    return named_like(body, _drive_coroutine(Owning(body, enter)))
 
 
 def _generator(body: Any, enter: Enter) -> Any:
     if body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE:  # made by types.coroutine: awaited, not iterated
         return _coroutine(body, enter)
-    return _named_like(body, _steps(body, enter))
+    return named_like(body, _steps(body, enter))
 
 
 def _async_generator(body: Any, enter: Enter) -> Any:
-    return _named_like(body, _drive_async_generator(body, enter))
+    return named_like(body, _drive_async_generator(body, enter))
 
 
 _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
@@ -231,7 +259,7 @@ _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
 }
 # For objects of other classes, such as those of compiled extensions.
 _PROTOCOLS: tuple[tuple[type, Callable[[Any, Enter], Any]], ...] = (
-    (Generator, lambda body, enter: _named_like(body, _steps(body, enter))),
+    (Generator, lambda body, enter: named_like(body, _steps(body, enter))),
     (AsyncGenerator, _async_generator),
     (Coroutine, _coroutine),
 )

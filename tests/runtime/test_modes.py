@@ -14,13 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accelerate_tts import carry_mode, fast_inference, inference
-from accelerate_tts.runtime import modes
+from accelerate_tts.runtime import modes, retry
 
 on = torch.is_inference_mode_enabled
+
+
+class _Contented:
+    """A watcher with whom everything is right."""
+
+    def judge(self, name: str, units: Any, heard: Any, *, whole: bool) -> None: ...
+
+
+@pytest.fixture(autouse=True, params=["bare", "guarded"])
+def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this holds for guarded calls, too."""
+    if request.param == "guarded":
+        monkeypatch.setattr(retry, "watcher_of", lambda *_call: _Contented())
 
 
 def assert_off() -> None:
@@ -393,7 +406,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS)
 def test_any_interleaving_of_generators_behaves_as_undecorated(steps: list[tuple[int, str]]) -> None:
     """Four generators, stepped in any order: same answers as plain ones, on inside, off outside."""

@@ -1,0 +1,189 @@
+"""Who guards which object: counts its faults, switches its tuning off for a second attempt, and at last for good.
+
+Tuning changes a model in place and in such a way that it can be switched back, and the loaded weights stay where they
+are. So the untouched model is reached by switching the changes off for as long as the second attempt runs, and no
+second copy is held. Calls of other threads meanwhile run partly untouched, which is slower and as right.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from accelerate_tts.events import FellBack, Guarded, emit
+from accelerate_tts.runtime import guard
+from accelerate_tts.runtime.guard import Expectation, Heard, Units
+
+__all__ = ["Guard", "Listener", "Switch", "Watcher", "guard_of", "listening", "protect", "watcher_of"]
+
+_OWN = "the untouched model gives the same, so this is what was given"
+
+
+class Switch(Protocol):
+    """What a guard switches: a tuning."""
+
+    def on(self) -> None:
+        """Put every change in force."""
+        ...
+
+    def off(self) -> None:
+        """Put the object back as it was loaded."""
+        ...
+
+
+class Watcher(Protocol):
+    """Whoever is told what the calls of an object gave."""
+
+    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
+        """What is wrong with an output of the function of this name, or `None`."""
+        ...
+
+
+class Listener:
+    """Learns from the untouched model's calls what to expect of each function."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, list[tuple[Units, Heard]]] = {}
+
+    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> None:
+        """See `Watcher.judge`. Nothing is wrong with the reference."""
+        if whole:
+            self._calls.setdefault(name, []).append((units, heard))
+
+    @property
+    def expected(self) -> dict[str, Expectation]:
+        """What to expect, by the name of the function."""
+        return {name: Expectation.of(calls) for name, calls in self._calls.items()}
+
+
+class Guard:
+    """Guards what is called of one tuned object.
+
+    Args:
+        what: The object's name in events.
+        switch: Its tuning. Referred to weakly, since it refers to the model.
+        expected: What the untouched object gave for the warm-up, by function.
+        limit: Faults after which the tuning is put back for good.
+    """
+
+    def __init__(self, what: str, switch: Switch, expected: Mapping[str, Expectation], limit: int) -> None:
+        self._what = what
+        self._switch = weakref.ref(switch)
+        self._expected = expected
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._held = 0
+        self._faults = 0
+        self._own: dict[tuple[str, str], int] = {}
+        self.retired = False
+
+    @property
+    def in_force(self) -> bool:
+        """Whether there is anything to guard against."""
+        return not self.retired and self._switch() is not None
+
+    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
+        """See `Watcher.judge`. A fault that the untouched model was seen to have too, `limit` times, is not told."""
+        fault = guard.fault_of(heard, units, self._expected.get(name, guard.UNKNOWN), whole=whole)
+        return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
+
+    @contextmanager
+    def untouched(self) -> Generator[None, None, None]:
+        """Switch the changes off while open: the first of several threads does, the last one switches them on."""
+        self._hold(1)
+        nested = _retrying.get()
+        _retrying.set(True)
+        try:
+            yield
+        finally:
+            _retrying.set(nested)  # not by its token: a generator may be closed in another context
+            self._hold(-1)
+
+    def _hold(self, more: int) -> None:
+        with self._lock:
+            before, self._held = self._held, self._held + more
+            switch = self._switch()
+            if switch is None or self.retired:
+                return
+            if before == 0:
+                switch.off()
+            elif self._held == 0:
+                switch.on()
+
+    def retire(self) -> None:
+        """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again."""
+        with self._lock:
+            self.retired = True
+            switch = self._switch()
+            if switch is not None:
+                switch.off()
+
+    def own(self, name: str, fault: str) -> None:
+        """The untouched model has this fault, too."""
+        with self._lock:
+            self._own[name, fault] = self._own.get((name, fault), 0) + 1
+        emit(Guarded(self._what, name, fault, _OWN))
+
+    def count(self, name: str, fault: str, outcome: str) -> None:
+        """A fault that is ours, as far as anybody can know; after the last that is borne the tuning is put back."""
+        with self._lock:
+            self._faults += 1
+            faults = self._faults
+        emit(Guarded(self._what, name, fault, outcome, faults))
+        if faults == self._limit:
+            self.retire()
+            emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
+
+
+# By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
+_guards: dict[int, tuple[weakref.ref[Any], Guard]] = {}
+_listener: Listener | None = None
+# A function inside a second attempt is not made again by itself; the whole attempt is untouched.
+_retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
+
+
+def protect(item: object, guarding: Guard) -> None:
+    """Guard the `@inference` calls of an object, or that are given it; one that takes no weak reference is passed over.
+
+    The last guard of an object counts.
+    """
+    number = id(item)
+
+    def gone(reference: object) -> None:
+        entry = _guards.get(number)
+        if entry is not None and entry[0] is reference:
+            del _guards[number]
+
+    with suppress(TypeError):
+        _guards[number] = (weakref.ref(item, gone), guarding)
+
+
+@contextmanager
+def listening() -> Generator[Listener, None, None]:
+    """While open, learn from the calls of `@inference` functions. One at a time, as tunings are."""
+    global _listener  # noqa: PLW0603 - one tuning runs at a time in a process
+    _listener = listener = Listener()
+    try:
+        yield listener
+    finally:
+        _listener = None
+
+
+def guard_of(item: object) -> Guard | None:
+    """The guard of an object, if it has one."""
+    entry = _guards.get(id(item))
+    return entry[1] if entry is not None and entry[0]() is item else None
+
+
+def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
+    """Who watches a call: the guard of the object whose method it is, of an argument, or of what the object holds."""
+    if _guards and not _retrying.get():
+        for item in (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values()):
+            guarding = guard_of(item)
+            if guarding is not None and guarding.in_force:
+                return guarding
+    return _listener
