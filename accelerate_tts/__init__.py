@@ -30,8 +30,10 @@ if TYPE_CHECKING:
         get_performance_optimizer,
         receipt_of,
     )
+    from accelerate_tts.runtime.batching import batched
     from accelerate_tts.runtime.modes import carry_mode
     from accelerate_tts.settings import Settings, is_active, is_testing, set_active, testing
+    from accelerate_tts.voices import cached_embedding
 
 __all__ = [
     "AccelerateTTSError",
@@ -48,6 +50,8 @@ __all__ = [
     "WarmupError",
     "__version__",
     "add_hook",
+    "batched",
+    "cached_embedding",
     "carry_mode",
     "create_inference_context",
     "fast_inference",
@@ -81,12 +85,14 @@ _HOME = {
     "create_inference_context": "optimizer",
     "get_performance_optimizer": "optimizer",
     "receipt_of": "optimizer",
+    "batched": "runtime.batching",
     "carry_mode": "runtime.modes",
     "Settings": "settings",
     "is_active": "settings",
     "is_testing": "settings",
     "set_active": "settings",
     "testing": "settings",
+    "cached_embedding": "voices",
 }
 
 # The one side effect: torch reads PYTORCH_ENABLE_MPS_FALLBACK while it is being imported, so on a Mac this is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class Backend:
     def load(self, path: str) -> None:
         self.model = torch.nn.Linear(1, 1)
 
+    @tts.optimized_model(warmup="Hello.", mode="no_grad", precision="balanced", tune_seconds=30, lengths=(10, 300))
+    def load_with_options(self, path: str, *, half: bool = False) -> torch.nn.Linear:
+        return torch.nn.Linear(1, 1)
+
     @tts.optimized_model
     async def load_async(self) -> torch.nn.Linear:
         return torch.nn.Linear(1, 1)
@@ -68,11 +73,39 @@ class Backend:
         return value
 
 
+class Voices:
+    @tts.cached_embedding
+    def embed(self, wave: torch.Tensor, *, rate: int = 16000) -> torch.Tensor:
+        return wave
+
+    @tts.cached_embedding(limit_mb=64, folder="voices", sets=("conds",), encoder=lambda self: self)
+    async def prepare(self, path: Path) -> None:
+        self.conds = path
+
+
+@tts.cached_embedding
+def embed_file(path: str) -> list[float]:
+    return [float(len(path))]
+
+
+voices = Voices()
+assert_type(voices.embed(torch.zeros(1), rate=8000), torch.Tensor)
+assert_type(Voices.embed(voices, torch.zeros(1)), torch.Tensor)
+assert_type(voices.embed.cache_info().bytes, int)
+assert_type(embed_file("a"), list[float])
+embed_file.cache_clear()
+
+
+async def prepare() -> None:
+    assert_type(await voices.prepare(Path("a")), None)
+
+
 backend = Backend()
 assert_type(backend.synthesize("a"), torch.Tensor)
 assert_type(Backend.build(1), Backend)
 assert_type(Backend.helper(1), int)
 backend.load("weights")
+assert_type(backend.load_with_options("weights", half=True), torch.nn.Linear)
 
 
 async def load() -> None:
@@ -93,8 +126,20 @@ assert_type(optimizer.get_optimal_batch_size(default=2), int)
 assert_type(optimizer.get_inference_context(), AbstractContextManager[Any])
 assert_type(tts.create_inference_context(), AbstractContextManager[Any])
 optimizer.cleanup_memory(force=True)
+assert_type(optimizer.export_packs("packs.bin"), int)
+assert_type(optimizer.load_packs(Path("packs.bin")), int)
 assert_type(tts.receipt_of(backend), tts.Receipt | None)
 assert_type(tts.carry_mode(speak)("a"), torch.Tensor)
+
+
+def speak_list(texts: list[str]) -> list[torch.Tensor]:
+    return [speak(text) for text in texts]
+
+
+speak_all = tts.batched(speak_list, limit=4, recover_after=2)
+assert_type(speak_all(("a", "b")), list[torch.Tensor])
+assert_type(speak_all.stream(["a"]), Iterator[torch.Tensor])
+assert_type(speak_all.size, int)
 
 
 def hook(event: tts.Event) -> None:
@@ -106,4 +151,11 @@ assert_type(tts.add_hook(hook), Callable[[], None])
 speak(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 speak("a", slow=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 backend.synthesize()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+voices.embed("a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+speak_all([1])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+tts.batched(speak_list, limit="4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+tts.cached_embedding(sets=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 tts.inference(mode="fast")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+tts.optimized_model(precision="quick")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+tts.optimized_model(tune_seconds="30")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+tts.optimized_model(lengths=(1, 2, 3))  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]

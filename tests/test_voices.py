@@ -1,0 +1,333 @@
+"""A reference voice is embedded once: by its content, for these weights, from any thread or task, never a wrong one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import accelerate_tts
+from accelerate_tts import cached_embedding, events, inference, set_active
+from accelerate_tts.errors import SettingsError
+
+
+class Encoder(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return self.linear(wave).tanh()
+
+
+class Service:
+    """Counts what it really computes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.encoder = Encoder(seed)
+        self.calls = 0
+
+    def compute(self, wave: torch.Tensor, scale: float) -> torch.Tensor:
+        self.calls += 1
+        return self.encoder(wave) * scale
+
+    @cached_embedding
+    def embed(self, wave: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Embed a wave."""
+        return self.compute(wave, scale)
+
+
+@pytest.fixture
+def service() -> Service:
+    Service.embed.cache_clear()
+    return Service()
+
+
+WAVE = torch.tensor([0.1, 0.2, -0.3, 0.4])
+
+
+def not_applied(seen: list[events.Event]) -> list[str]:
+    return [event.reason for event in seen if isinstance(event, events.NotApplied)]
+
+
+# --- what is the same voice ----------------------------------------------------------------------------------------
+
+
+def test_a_repeated_voice_is_embedded_once(service: Service) -> None:
+    first = service.embed(WAVE)
+    assert torch.equal(service.embed(WAVE.clone(), scale=1.0), first)
+    assert torch.equal(service.embed(wave=WAVE), first)
+    assert service.calls == 1
+    assert service.embed.cache_info() == Service.embed.cache_info()
+    info = service.embed.cache_info()
+    assert (info.hits, info.misses, info.entries) == (2, 1, 1)
+    assert info.bytes >= 12
+    service.embed.cache_clear()
+    assert service.embed.cache_info() == type(info)(0, 0, 0, 0)
+    service.embed(WAVE)
+    assert service.calls == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda s: s.embed(WAVE, 2.0),
+        lambda s: s.embed(WAVE, 1),  # an int may compute otherwise than a float
+        lambda s: s.embed(WAVE + 1e-7),
+        lambda s: s.embed(WAVE[None]),
+        lambda s: s.embed(-WAVE),
+        lambda s: s.embed(WAVE.flip(0)),
+    ],
+)
+def test_another_voice_is_another_one(service: Service, other: Callable[[Service], Any]) -> None:
+    service.embed(WAVE)
+    other(service)
+    assert service.calls == 2
+
+
+# --- the encoder ---------------------------------------------------------------------------------------------------
+
+
+def replaced(encoder: Encoder) -> None:
+    encoder.linear.weight = nn.Parameter(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.linear.bias.add_(1),
+        lambda e: e.load_state_dict(Encoder(7).state_dict()),
+        lambda e: e.double().float(),
+        lambda e: setattr(e, "linear", nn.Linear(4, 3)),
+        replaced,
+    ],
+    ids=["written", "loaded", "cast", "exchanged", "replaced"],
+)
+def test_a_change_of_the_weights_is_seen(service: Service, change: Callable[[Encoder], Any]) -> None:
+    service.embed(WAVE)
+    with torch.no_grad():
+        change(service.encoder)
+    torch.testing.assert_close(service.embed(WAVE), service.encoder(WAVE).detach())
+    assert service.calls == 2
+
+
+def test_each_encoder_has_its_own_embeddings_even_where_memory_is_used_again() -> None:
+    Service.embed.cache_clear()
+    for seed in range(20):
+        service = Service(seed)
+        torch.testing.assert_close(service.embed(WAVE), service.encoder(WAVE).detach())
+        del service
+
+
+def test_an_encoder_beside_self(seen: list[events.Event]) -> None:
+    encoder = Encoder()
+
+    @cached_embedding
+    def embed(wave: torch.Tensor) -> torch.Tensor:
+        return encoder(wave)
+
+    first = embed(WAVE)
+    with torch.no_grad():
+        encoder.linear.bias.add_(1)
+    assert not torch.equal(embed(WAVE), first)
+
+    class Versioned:
+        version = 1
+
+        @cached_embedding(encoder=lambda self: (self.version, encoder))
+        def embed(self, wave: torch.Tensor) -> int:
+            return self.version
+
+    service = Versioned()
+    assert (service.embed(WAVE), Versioned().embed(WAVE)) == (1, 1)
+    service.version = 2
+    assert service.embed(WAVE) == 2
+    assert service.embed.cache_info().misses == 2
+    assert not seen
+
+
+def test_an_encoder_that_is_loaded_by_the_first_call(seen: list[events.Event]) -> None:
+    class Lazy:
+        encoder: nn.Module | None = None
+
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        @cached_embedding
+        def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            self.encoder = self.encoder or Encoder(self.seed)
+            return self.encoder(wave)
+
+    one, two = Lazy(1), Lazy(2)
+    assert not torch.equal(one.embed(WAVE), two.embed(WAVE))
+    assert torch.equal(one.embed(WAVE), one.embed(WAVE))
+    assert one.embed.cache_info().hits == 1
+    assert "changed by the call itself" in not_applied(seen)[0]
+
+
+# --- what is handed out --------------------------------------------------------------------------------------------
+
+
+def test_nobody_can_write_to_what_is_kept(service: Service) -> None:
+    first = service.embed(WAVE)
+    wanted = first.clone()
+    first.zero_()
+    second = service.embed(WAVE)
+    assert torch.equal(second, wanted)
+    second.zero_()
+    assert torch.equal(service.embed(WAVE), wanted)
+
+
+def test_what_is_kept_in_inference_mode_serves_outside_of_it(service: Service) -> None:
+    embed = inference(service.embed)
+    for answer in (embed(WAVE), embed(WAVE), service.embed(WAVE)):
+        assert not answer.is_inference()
+        assert not answer.requires_grad
+        (answer * nn.Parameter(torch.ones(3))).sum().backward()
+    assert service.calls == 1
+
+
+def test_a_result_that_cannot_be_copied_is_passed_on(seen: list[events.Event]) -> None:
+    made = [threading.Lock(), (number for number in "ab"), nn.Linear(1, 1)]
+
+    @cached_embedding
+    def embed(which: int) -> Any:
+        return made[which]
+
+    for number, value in enumerate(made):
+        assert embed(number) is value
+        assert embed(number) is value
+    assert embed.cache_info().hits == 0
+    assert len(not_applied(seen)) == 6
+
+
+def test_an_exception_is_not_kept(service: Service) -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            service.embed(torch.ones(5))
+    assert service.calls == 2
+    with pytest.raises(TypeError, match="missing"):
+        service.embed()  # type: ignore[call-arg]
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    calls: list[float] = []
+
+    @cached_embedding(limit_mb=1)
+    def embed(voice: float) -> torch.Tensor:
+        calls.append(voice)
+        return torch.full((80_000,), voice)
+
+    for voice in (1.0, 2.0, 3.0, 1.0, 4.0, 1.0, 2.0):
+        assert embed(voice)[0] == voice
+    assert calls == [1.0, 2.0, 3.0, 4.0, 2.0]
+    assert embed.cache_info().entries == 3
+    assert embed.cache_info().bytes <= 2**20
+
+    @cached_embedding(limit_mb=0.001)
+    def large() -> torch.Tensor:
+        return torch.ones(1000)
+
+    large()
+    assert large.cache_info().entries == 0
+
+
+@cached_embedding
+def at_the_top(voice: float) -> float:
+    return voice
+
+
+# --- the decorator -------------------------------------------------------------------------------------------------
+
+
+def test_the_signature_is_kept_and_copies_and_pickles_work(service: Service) -> None:
+    assert str(inspect.signature(Service.embed)) == (
+        "(self, wave: 'torch.Tensor', scale: 'float' = 1.0) -> 'torch.Tensor'"
+    )
+    assert Service.embed.__doc__ == "Embed a wave."
+    first = service.embed(WAVE)
+    for twin in (pickle.loads(pickle.dumps(service.embed)), copy.deepcopy(service.embed)):
+        assert torch.equal(twin(WAVE), first)
+    assert pickle.loads(pickle.dumps(at_the_top)) is at_the_top
+    service.held = cached_embedding(sets=["calls"])(service.compute)  # type: ignore[attr-defined]
+    twin = copy.deepcopy(service)
+    assert torch.equal(pickle.loads(pickle.dumps(twin)).held(WAVE, 1.0), first)  # type: ignore[attr-defined]
+
+
+def test_class_and_static_methods() -> None:
+    calls: list[int] = []
+
+    class Kinds:
+        encoder = Encoder()
+
+        @classmethod
+        @cached_embedding
+        def of_class(cls, wave: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return cls.encoder(wave)
+
+        @cached_embedding
+        @staticmethod
+        def static(wave: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return wave * 2
+
+    for _ in range(2):
+        assert torch.equal(Kinds.of_class(WAVE), Kinds.encoder(WAVE))
+        assert torch.equal(Kinds().static(WAVE), WAVE * 2)
+    assert len(calls) == 2
+
+
+def test_switched_off_it_is_not_there(service: Service) -> None:
+    set_active(False)
+    assert service.embed(WAVE).requires_grad
+    service.embed(WAVE)
+    with accelerate_tts.testing():
+        service.embed(WAVE)
+    assert service.calls == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_mb": 0},
+        {"limit_mb": "1"},
+        {"limit_mb": float("inf")},
+        {"sets": "conds"},
+        {"sets": ("a b",)},
+        {"encoder": 3},
+    ],
+)
+def test_options_that_mean_nothing(options: Any) -> None:
+    with pytest.raises(SettingsError, match=next(iter(options))):
+        cached_embedding(**options)
+
+
+def test_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="@cached_embedding decorates a function"):
+        cached_embedding(Service)
+
+
+def test_an_object_without_weak_references(seen: list[events.Event]) -> None:
+    class Slots:
+        __slots__ = ("seed", "voice")
+
+        @cached_embedding(sets=("voice",))
+        def prepare(self, wave: torch.Tensor) -> None:
+            self.voice = wave * self.seed
+
+    one = Slots()
+    one.seed = 2
+    one.prepare(WAVE)
+    one.seed = 3
+    one.prepare(WAVE)
+    assert torch.equal(one.voice, WAVE * 3)
+    assert "encoder=" in not_applied(seen)[0]
