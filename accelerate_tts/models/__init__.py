@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
-from accelerate_tts.models import generic, vits
+from accelerate_tts.models import chatterbox, generic, higgs, speaker, vits, xtts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -16,7 +16,16 @@ __all__ = ["describe"]
 
 # Class name (of the module or a class it derives from) -> what names its parts.
 _KNOWN: dict[str, Callable[[str, nn.Module], tuple[Part, ...]]] = {
+    "HiggsAudioModel": higgs.boson,
+    "HiggsAudioV2ForConditionalGeneration": higgs.parts,
+    "HiggsAudioV2TokenizerModel": higgs.codec,
+    "S3Token2Mel": chatterbox.token_to_mel,
+    "S3Token2Wav": chatterbox.token_to_wave,
+    "T3": chatterbox.t3,
+    "Vits": vits.coqui,
     "VitsModel": vits.parts,
+    "VoiceEncoder": speaker.parts,
+    "Xtts": xtts.parts,
 }
 
 

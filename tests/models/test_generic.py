@@ -20,6 +20,7 @@ from accelerate_tts import Receipt, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine.capture import time_modules
 from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
@@ -98,7 +99,7 @@ def parts_of(subject: Any, warmup: Any) -> list[str]:
     return [stage.part for stage in receipt.stages]
 
 
-class Everything:
+class Everything(BaseStage):
     """A stage that does nothing on every part: what it is tried on is what the parts are."""
 
     name = "nothing"

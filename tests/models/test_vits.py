@@ -7,6 +7,7 @@ import torch
 from transformers import VitsConfig, VitsModel
 
 from accelerate_tts import Event, Settings, inference, optimized_model
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
@@ -60,7 +61,7 @@ def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
     keys = list(model.state_dict())
 
     class Backend:
-        @optimized_model(warmup=[ids(40), ids(90)])
+        @optimized_model(warmup=[ids(40), ids(90)], tune_seconds=20)
         def load(self) -> VitsModel:
             self.model = model
             return model
@@ -79,7 +80,7 @@ def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
     assert receipt.error < 1e-4
     assert list(model.state_dict()) == keys
     for length in range(20, 120, 5):
-        torch.testing.assert_close(speak(model, ids(length)), speak(reference, ids(length)), rtol=1e-3, atol=1e-5)
+        assert compare(speak(reference, ids(length)), speak(model, ids(length))).error < EXACT_TOLERANCE
     assert receipt.recompiles == 0
     assert optimizer.undo(backend)
     assert not optimizer.undo(backend)

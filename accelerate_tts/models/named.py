@@ -1,0 +1,69 @@
+"""Parts that are known by name: a table of attributes, and what to say where an upstream release has changed shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from accelerate_tts.engine.plan import Kind, Part
+from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.models import generic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["Known"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one class of a system. Calling it makes the parts of such a module.
+
+    Attributes:
+        system: The name of the system, for people.
+        releases: The releases of its package that were looked at, for people.
+        parts: Attribute path of each part from the module ("" for the module itself) and its kind. All must be
+            called as modules (`part(...)`) when the system speaks: what is driven by
+            another method is named by what that method calls, since nothing else can be watched and timed.
+        decide: Of them, those whose outputs become discrete.
+        needs: Further attributes by which the class is told from another one of the same name.
+    """
+
+    system: str
+    releases: str
+    parts: Mapping[str, Kind]
+    decide: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = ()
+
+    def __call__(self, path: str, module: nn.Module) -> tuple[Part, ...]:
+        """The parts of a module, or the module as a whole with a loud event if its class has changed shape."""
+        found = {name: _at(module, name) for name in (*self.parts, *self.needs)}
+        missing = [
+            name for name, part in found.items() if part is None or (name in self.parts and _module(part) is None)
+        ]
+        if missing:
+            reason = (
+                f"{type(module).__name__} has no {', '.join(missing)}: a release we do not know"
+                f" (known: {self.releases}); treated as a whole"
+            )
+            emit(NotApplied(f"the plan for {self.system}", reason))
+            return generic.parts(path, module)
+        return tuple(
+            Part(".".join(filter(None, (path, name))) or type(module).__name__, kind, part, name in self.decide)
+            for name, kind in self.parts.items()
+            if (part := _module(found[name])) is not None
+        )
+
+
+def _at(module: object, name: str) -> object:
+    for attribute in filter(None, name.split(".")):
+        module = getattr(module, attribute, None)
+    return module
+
+
+def _module(found: object) -> nn.Module | None:
+    from torch import nn
+
+    return found if isinstance(found, nn.Module) else None

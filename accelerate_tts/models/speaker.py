@@ -1,0 +1,29 @@
+"""Speaker encoders: the `VoiceEncoder` of resemblyzer, and Chatterbox's, which descends from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate_tts.models.named import Known
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+
+__all__ = ["parts"]
+
+# Both are called as modules by their `embed_utterance` and `inference`. One LSTM is nearly all of the time, and the
+# module around it is what can be compared: an embedding.
+_RESEMBLYZER = Known("the speaker encoder", "resemblyzer 0.1", {"": "encoder"}, needs=("lstm", "linear"))
+_CHATTERBOX = Known(
+    "the speaker encoder",
+    "chatterbox-tts 0.1.2 to 0.1.7, chatterbox-light 1.0",
+    {"": "encoder"},
+    needs=("lstm", "proj"),
+)
+
+
+def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
+    """The encoder as one part. Which of the two it is, its last layer tells."""
+    return (_CHATTERBOX if hasattr(module, "proj") else _RESEMBLYZER)(path, module)

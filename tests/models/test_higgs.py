@@ -1,0 +1,48 @@
+"""Higgs Audio's own classes at small size, and a stand-in for those of boson-multimodal, which has no release."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from accelerate_tts import Event
+from accelerate_tts.events import NotApplied
+from accelerate_tts.models import describe
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Speaking:
+    """The example's model and codec, without a decorator."""
+
+    def __init__(self, loaded: Any) -> None:
+        self.model, self.codec, self.prepare, self.decode = loaded
+
+    def whole(self) -> torch.Tensor:
+        return self.decode(self.model.generate(**self.prepare("Hello."), max_new_tokens=14, do_sample=True))
+
+
+def test_contract(contract: Any, example: Any) -> None:
+    random = example("higgs_backend").random
+    parts = [("model.model", "decoder"), ("codec.acoustic_decoder", "vocoder")]
+    contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts)
+
+
+def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:
+    model = example("higgs_backend").random(tiny=True).model
+    del model.audio_lm_head
+    assert [part.kind for part in describe(model).parts] == ["model"]
+    reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
+    assert any("has no audio_lm_head" in reason and "5.23" in reason for reason in reasons)
+
+
+def test_the_original_is_known_by_name() -> None:
+    class HiggsAudioModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(2, 2)])
+            self.audio_decoder_proj = nn.Linear(2, 2)
+
+    assert [(part.name, part.kind) for part in describe(HiggsAudioModel()).parts] == [("HiggsAudioModel", "decoder")]

@@ -1,0 +1,42 @@
+"""XTTS's own classes at small size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from accelerate_tts import Event
+from accelerate_tts.events import NotApplied
+from accelerate_tts.models import describe
+
+PARTS = [("model.gpt.gpt", "decoder"), ("model.hifigan_decoder.waveform_decoder", "vocoder")]
+
+
+class Speaking:
+    """The example's model and voice, without a decorator."""
+
+    def __init__(self, loaded: Any) -> None:
+        self.model, self.latents, self.speaker = loaded
+
+    def whole(self) -> torch.Tensor:
+        return torch.from_numpy(self.model.inference("Hello.", "en", self.latents, self.speaker)["wav"])
+
+    def streamed(self) -> list[torch.Tensor]:
+        return list(self.model.inference_stream("Hello.", "en", self.latents, self.speaker, stream_chunk_size=3))
+
+
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+def test_contract(contract: Any, example: Any, way: str) -> None:
+    """The stream is held to be the untouched stream: upstream's own differs from its whole, being cross-faded."""
+    random = example("xtts_backend").random
+    contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS)
+
+
+def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:
+    model = example("xtts_backend").random(tiny=True).model
+    del model.hifigan_decoder.waveform_decoder
+    assert [part.kind for part in describe(model).parts] == ["model"]
+    reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
+    assert any("Xtts has no hifigan_decoder.waveform_decoder" in reason and "0.28" in reason for reason in reasons)
