@@ -1,4 +1,7 @@
-"""The command line: `accelerate-tts doctor | demo | receipt`. Needs the `cli` extra; `--help` never imports torch."""
+"""The command line: `accelerate-tts doctor | demo | receipt | pack`.
+
+Needs the `cli` extra; `--help` never imports torch.
+"""
 
 from __future__ import annotations
 

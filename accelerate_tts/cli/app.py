@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 from rich.console import Console
 
 from accelerate_tts._version import __version__
-from accelerate_tts.errors import AccelerateTTSError
+from accelerate_tts.errors import AccelerateTTSError, SettingsError
+
+if TYPE_CHECKING:
+    from accelerate_tts.settings import Precision
 
 __all__ = ["app"]
 
@@ -20,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+pack = typer.Typer(help="Warm packs: what tuning found, kept for the next process.", no_args_is_help=True)
+app.add_typer(pack, name="pack")
 _errors = Console(stderr=True, highlight=False)
 
 
@@ -50,7 +56,9 @@ def demo(
         "out.wav"
     ),
     pairs: Annotated[int, typer.Option(min=1, max=50, help="Warm calls to time of each, in turn.")] = 7,
-    receipt: Annotated[Path | None, typer.Option(help="Also save the receipt as JSON here.")] = None,
+    receipt: Annotated[
+        Path | None, typer.Option(help="Also save the receipt here: as JSON, or as a page if it is named .html.")
+    ] = None,
 ) -> None:
     """Speak TEXT with a real voice, plain and decorated, and show what the decorators gave."""
     from accelerate_tts.cli.demo.command import run
@@ -72,15 +80,92 @@ def doctor(
 
 
 @app.command()
-def receipt(
-    file: Annotated[Path, typer.Argument(help="A receipt that was saved as JSON.")],
+def bench(  # noqa: PLR0913, PLR0917 - the options of a command
+    systems: Annotated[
+        list[str], typer.Argument(help="chatterbox, higgs, voice-clone, mms, xtts; or all, one after the other.")
+    ],
+    size: Annotated[str, typer.Option(help="full: the true sizes; tiny: the same classes, in seconds.")] = "full",
+    precision: Annotated[
+        list[str] | None, typer.Option(help="exact (the default), balanced or fast; may be given several times.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers, where memory is short.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, max=50, help="Pairs of calls, untouched and tuned in turn.")] = 3,
+    tune_seconds: Annotated[float, typer.Option(min=1.0, help="The budget of tuning.")] = 180.0,
+    warm_start: Annotated[bool, typer.Option(help="Also start a second process with the warm pack.")] = False,
+    naive: Annotated[bool, typer.Option(help="Also time torch.compile of the same modules.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
 ) -> None:
-    """Show a saved receipt."""
-    from accelerate_tts.cli.tables import print_receipt, wide_console
-    from accelerate_tts.engine.receipt import Receipt
+    """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile."""
+    from accelerate_tts.cli.bench.command import Options, run
+    from accelerate_tts.settings import check_precision
 
     try:
-        loaded = Receipt.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _fail(f"{file}: {error}")
-    print_receipt(loaded, wide_console())
+        if size not in {"tiny", "full"}:
+            raise SettingsError(f"size={size!r} must be 'tiny' or 'full'")
+        chosen = precision or ["exact"]
+        for name in chosen:
+            check_precision(name)
+        options = Options(
+            "tiny" if size == "tiny" else "full", tuple(cast("list[Precision]", chosen)), layers, pairs, tune_seconds,
+            warm_start, naive, as_json, plot,
+        )  # fmt: skip
+        run(systems, options)
+    except (AccelerateTTSError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def receipt(
+    file: Annotated[Path, typer.Argument(help="A receipt that was saved as JSON.")],
+    page: Annotated[Path | None, typer.Option("--html", help="Also write it as an HTML page here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show a saved receipt: what was tried, what it gave, what was kept and why."""
+    from accelerate_tts.cli.receipt import run
+
+    try:
+        run(file, page, as_json)
+    except AccelerateTTSError as error:
+        _fail(error)
+
+
+@pack.command("list")
+def list_packs(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the packs of this user, the most recently used first."""
+    from accelerate_tts.cli.pack import show
+
+    _run(lambda: show(as_json))
+
+
+@pack.command("export")
+def export_packs(file: Annotated[Path, typer.Argument(help="Where they go.")]) -> None:
+    """Write all packs into one FILE, for another machine."""
+    from accelerate_tts.cli.pack import export
+
+    _run(lambda: export(file))
+
+
+@pack.command("load")
+def load_packs(file: Annotated[Path, typer.Argument(help="What `pack export` wrote.")]) -> None:
+    """Take the packs of such a FILE."""
+    from accelerate_tts.cli.pack import load
+
+    _run(lambda: load(file))
+
+
+@pack.command("clear")
+def clear_packs() -> None:
+    """Remove all packs of this user."""
+    from accelerate_tts.cli.pack import clear
+
+    _run(clear)
+
+
+def _run(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except AccelerateTTSError as error:
+        _fail(error)

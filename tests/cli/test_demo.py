@@ -20,6 +20,7 @@ from accelerate_tts.cli.demo.phonemes import NothingToSayError, sentences
 @pytest.fixture(autouse=True)
 def no_compiler_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "8")
 
 
 def demo(*words: str) -> tuple[int, str]:

@@ -153,6 +153,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(monkeypatch: pytest.Monke
 
 
 def test_settings_that_differ_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_TTS_PACK")
     assert "all defaults" in findings()["settings"]["found"]
     monkeypatch.setenv("ACCELERATE_TTS_WORKERS", "2")
     monkeypatch.setenv("TRANSLATOR_TORCH_COMPILE", "0")

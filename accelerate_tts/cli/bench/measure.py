@@ -1,0 +1,255 @@
+"""One system, untouched against tuned, in one process: the same object with its changes switched off and on in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.device.memory import resident_bytes
+from accelerate_tts.engine.random_state import seeded
+from accelerate_tts.engine.verify import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from accelerate_tts.cli.bench.systems import Built, Size
+    from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.settings import Precision
+
+__all__ = ["Measured", "Ratio", "bandwidth", "bench", "tuned"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Two states timed in turn: median seconds of each, and of the pairs' ratios the median, lowest and highest."""
+
+    before: float
+    after: float
+    ratio: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, pairs: list[tuple[float, float]]) -> Ratio:
+        """From the seconds of each pair."""
+        ratios = sorted(a / b for a, b in pairs)
+        before, after = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+        return cls(before, after, statistics.median(ratios), ratios[0], ratios[-1])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the bench found for one system in one precision.
+
+    Attributes:
+        whole: A whole call.
+        step: One token of the decode loop, where there is one.
+        prompt: The loop's first call.
+        error: Relative error of the tuned output to the untouched one, infinite if their shapes differ; `None` where
+            the output is tokens only.
+        same_tokens: Whether all whole numbers in the output (tokens) are the same; `None` if there are none.
+        floor: Seconds in which the memory gives the decoder's weights once, as they are loaded.
+        cold: Seconds of the first call of all.
+        tuning: Seconds that tuning took.
+        warm_start: Seconds that a second process took in its place, with the warm pack; `None` if not asked for.
+        memory: Resident memory of the process after tuning, over that before it.
+        recompiles: Graphs compiled after warm-up.
+        naive: What `torch.compile` of the same modules gave, in seconds a call; `None` if not asked for, or failed.
+        kept: What was kept, as "part: stage".
+        note: What is not as it would be with real weights.
+    """
+
+    system: str
+    size: str
+    precision: str
+    layers: int | None
+    whole: Ratio
+    step: Ratio | None
+    prompt: Ratio | None
+    error: float | None
+    same_tokens: bool | None
+    floor: float | None
+    cold: float | None
+    tuning: float
+    warm_start: float | None
+    memory: float
+    recompiles: int
+    naive: float | None
+    kept: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def bandwidth() -> float:
+    """Bytes a second that reading memory gives: the best of ten sums over 256 MB."""
+    import torch
+
+    x = torch.ones(64 * 1024 * 1024)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - start)
+    return x.numel() * 4 / best
+
+
+def tuned(
+    name: str, size: Size, precision: Precision, layers: int | None, seconds: float
+) -> tuple[Built, Receipt, int]:
+    """Build a system and tune it, as a user's load function would; with the resident bytes between the two."""
+    import torch
+
+    from accelerate_tts.decorators import optimized_model
+    from accelerate_tts.optimizer import receipt_of
+
+    system = SYSTEMS[name]
+    torch.manual_seed(0)
+    built = system.build(size, layers)
+    resident = resident_bytes()
+    warm_up = system.warm_up if size == "full" else 0.4
+
+    def warmed(_model: Any) -> Any:
+        return built.speak(warm_up)
+
+    decorate = optimized_model(warmup=warmed, precision=precision, tune_seconds=seconds, mode="no_grad")
+    decorate(lambda: built.model)()
+    receipt = receipt_of(built.model)
+    assert receipt is not None  # noqa: S101 - it holds modules
+    return built, receipt, resident
+
+
+def bench(  # noqa: PLR0913 - the options of the command
+    name: str, size: Size, precision: Precision, *, layers: int | None, pairs: int, seconds: float, naive: bool = False
+) -> Measured:
+    """Tune a system, then time whole calls of it untouched and tuned, in turn.
+
+    Args:
+        name: One of `SYSTEMS`.
+        size: "full" is the true architecture; "tiny" the same classes, to see the command work.
+        precision: What tuning may change.
+        layers: Fewer layers than it has, where memory is short.
+        pairs: Pairs of calls.
+        seconds: The budget of tuning.
+        naive: Also time `torch.compile` of the same modules.
+    """
+    from accelerate_tts.optimizer import get_performance_optimizer
+
+    built, receipt, resident = tuned(name, size, precision, layers, seconds)
+    after = resident_bytes()
+    optimizer = get_performance_optimizer()
+    length = SYSTEMS[name].seconds if size == "full" else 0.8
+
+    def call(watched: _Loop | None = None) -> tuple[float, Any]:
+        import torch
+
+        with seeded("cpu"), torch.no_grad(), _watching(built.decoder, watched):
+            start = time.perf_counter()
+            output = built.speak(length)
+            return time.perf_counter() - start, output
+
+    with optimizer.untouched(built.model):
+        expected = call()[1]
+    found = call()[1]
+    whole: list[tuple[float, float]] = []
+    loops: list[tuple[_Loop, _Loop]] = []
+    for _ in range(pairs):
+        plain, fast = _Loop(), _Loop()
+        with optimizer.untouched(built.model):
+            first = call(plain)[0]
+        whole.append((first, call(fast)[0]))
+        loops.append((plain, fast))
+    has_loop = bool(loops[0][0].steps)
+    weights = 0 if built.decoder is None else sum(p.numel() * p.element_size() for p in built.decoder.parameters())
+    return Measured(
+        name, size, precision, layers, Ratio.of(whole),
+        Ratio.of([(a.step, b.step) for a, b in loops]) if has_loop else None,
+        Ratio.of([(a.prompt, b.prompt) for a, b in loops]) if has_loop else None,
+        compare(_floats(expected), _floats(found)).error if _floats(expected) else None, _same_tokens(expected, found),
+        weights / bandwidth() if has_loop else None, receipt.cold, receipt.seconds, None,
+        after / resident, receipt.recompiles,
+        _naive(built, call) if naive else None,
+        [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
+    )  # fmt: skip
+
+
+def _modules(model: Any) -> list[Any]:
+    return list(model.values()) if isinstance(model, dict) else [model]
+
+
+class _Loop:
+    """The seconds of a decode loop's calls."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.prompts: list[float] = []
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.steps)
+
+    @property
+    def prompt(self) -> float:
+        return statistics.median(self.prompts)
+
+
+@contextmanager
+def _watching(decoder: Any, loop: _Loop | None) -> Generator[None, None, None]:
+    """While open, time each call of a decoder: one position is a step, more are a prompt."""
+    if decoder is None or loop is None:
+        yield
+        return
+    starts: list[float] = []
+
+    def begin(_module: Any, _args: Any) -> None:
+        starts.append(time.perf_counter())
+
+    def end(_module: Any, _args: Any, output: Any) -> None:
+        positions = output.last_hidden_state.shape[1]
+        (loop.steps if positions == 1 else loop.prompts).append(time.perf_counter() - starts.pop())
+
+    handles = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> list[Any]:
+    import torch
+
+    items = output if isinstance(output, (tuple, list)) else [output]
+    return [torch.as_tensor(item) for item in items]
+
+
+def _floats(output: Any) -> list[Any]:
+    return [tensor.float() for tensor in _tensors(output) if tensor.is_floating_point()]
+
+
+def _same_tokens(first: Any, second: Any) -> bool | None:
+    import torch
+
+    both = [[tensor for tensor in _tensors(output) if not tensor.is_floating_point()] for output in (first, second)]
+    return all(map(torch.equal, *both)) if both[0] else None
+
+
+def _naive(built: Built, call: Callable[[], tuple[float, Any]]) -> float | None:
+    """Seconds of a warm call with `torch.compile` around each of the untouched modules, as everyone does it."""
+    from accelerate_tts.optimizer import get_performance_optimizer
+
+    get_performance_optimizer().undo(built.model)
+    try:
+        for module in _modules(built.model):
+            for inner in module.children():
+                inner.compile()
+        call()
+        return statistics.median(call()[0] for _ in range(3))
+    except Exception:
+        return None

@@ -1,0 +1,223 @@
+"""The five systems as the bench builds them: upstream's own classes, the true architecture, seeded random weights.
+
+The speaker encoder has its real weights, which its package ships. What a hub would have to give (a tokeniser's
+vocabulary, a recorded voice) is replaced by seeded noise: it changes no shape, so it changes no time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate_tts.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["SYSTEMS", "Built", "Size", "System"]
+
+Size = Literal["tiny", "full"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A loaded system.
+
+    Attributes:
+        model: What is tuned.
+        speak: Makes about so many seconds of speech (or embeds so many) and returns what came out.
+        decoder: The module that a decode loop calls for each token, if there is a loop.
+        note: What is not as it would be with real weights.
+    """
+
+    model: Any
+    speak: Callable[[float], Any]
+    decoder: Any = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """A system that can be benched.
+
+    Attributes:
+        promised: The speed-up that was promised for it, as (from, to).
+        package: What to install for it.
+        build: Makes it at a size; with a number of layers, where it can have fewer.
+        seconds: Seconds of speech of one measured call at full size.
+        warm_up: Seconds of speech of a warm-up call at full size.
+    """
+
+    promised: tuple[float, float]
+    package: str
+    build: Callable[[Size, int | None], Built]
+    seconds: float
+    warm_up: float
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(f"{name} could not be imported ({error}); pip install {package}") from error
+
+
+def _letters(count: int, size: int) -> Any:
+    import torch
+
+    return torch.randint(1, size, (1, count), generator=torch.Generator().manual_seed(0))
+
+
+_SECONDS_A_LETTER = 0.07
+
+
+def _chatterbox(size: Size, layers: int | None) -> Built:
+    import torch
+
+    package = "chatterbox-light"
+    t3s = _module("chatterbox.models.t3", package)
+    s3 = _module("chatterbox.models.s3gen.s3gen", package)
+    conditions = _module("chatterbox.models.t3.modules.cond_enc", package)
+    config = _module("chatterbox.models.t3.modules.t3_config", package).T3Config()
+    known = _module("chatterbox.models.t3.llama_configs", package).LLAMA_CONFIGS
+    shape = dict(known["Llama_520M"])
+    if size == "tiny":
+        shape |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+                  "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+        config.use_perceiver_resampler = False  # which has one size only
+    if layers is not None:
+        shape["num_hidden_layers"] = layers
+    config.llama_config_name = "bench"
+    known["bench"] = shape
+    try:
+        t3 = t3s.T3(config).eval()
+    finally:
+        del known["bench"]
+    voice = conditions.T3Cond(
+        torch.rand(1, 256), None, torch.randint(0, 6561, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)
+    )
+    reference = {
+        "prompt_token": torch.randint(0, 6561, (1, 50)), "prompt_token_len": torch.tensor([50]),
+        "prompt_feat": torch.randn(1, 100, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
+    }  # fmt: skip
+    text = _letters(60, 255).repeat(2, 1)  # two rows: classifier-free guidance
+    start, stop = t3.hp.start_text_token, t3.hp.stop_text_token
+    text = torch.nn.functional.pad(torch.nn.functional.pad(text, (1, 0), value=start), (0, 1), value=stop)
+    wave = None if size == "tiny" else s3.S3Token2Wav().eval()
+
+    def speak(seconds: float) -> Any:
+        count = max(4, round(25 * seconds))
+        # The loop ends at a stop token, which random weights hardly ever choose before.
+        tokens = t3.inference(t3_cond=voice, text_tokens=text, max_new_tokens=count, cfg_weight=0.5)[0]
+        if wave is None:
+            return tokens
+        tokens = tokens[tokens < 6561]  # noqa: PLR2004 - upstream's own number of speech tokens
+        return tokens, wave.inference(speech_tokens=tokens, ref_dict=reference)[0]
+
+    model = {"t3": t3} if wave is None else {"t3": t3, "s3gen": wave}
+    return Built(model, speak, t3.tfmr, "T3 alone: S3Gen's sizes are written into its constructor" if not wave else "")
+
+
+def _xtts(size: Size, layers: int | None) -> Built:
+    import torch
+
+    package = "'coqui-tts[codec]' six"
+    config = _module("TTS.tts.configs.xtts_config", package).XttsConfig()
+    module = _module("TTS.tts.models.xtts", package)
+    sizes: dict[str, Any] = {
+        "gpt_number_text_tokens": 6681, "gpt_start_text_token": 261, "gpt_stop_text_token": 0,
+        "gpt_num_audio_tokens": 1026, "gpt_start_audio_token": 1024, "gpt_stop_audio_token": 1025,
+        "gpt_use_perceiver_resampler": True,
+    }  # fmt: skip
+    if size == "tiny":
+        sizes |= {"gpt_layers": 2, "gpt_n_model_channels": 64, "gpt_n_heads": 2, "decoder_input_dim": 64}
+    if layers is not None:
+        sizes["gpt_layers"] = layers
+    for name, value in sizes.items():
+        setattr(config.model_args, name, value)
+    model = module.Xtts(config)
+    model.eval()  # which also makes what generates
+    model.tokenizer = _Letters()
+    width = config.model_args.gpt_n_model_channels
+    latents, voice = torch.randn(1, 32, width), torch.randn(1, config.model_args.d_vector_dim, 1)
+
+    def speak(seconds: float) -> Any:
+        model.gpt.max_gen_mel_tokens = max(6, round(21.5 * seconds))
+        return model.inference("x" * max(8, round(seconds / _SECONDS_A_LETTER)), "en", latents, voice)["wav"]
+
+    return Built(model, speak, model.gpt.gpt_inference.transformer)
+
+
+class _Letters:
+    """Stands in for XTTS's tokeniser, whose vocabulary is a file of the hub."""
+
+    tokenizer = None
+
+    def encode(self, text: str, lang: str) -> list[int]:
+        """Ids below those of the start token."""
+        del lang
+        return [1 + ord(letter) % 259 for letter in text]
+
+
+def _higgs(size: Size, layers: int | None) -> Built:
+    import torch
+
+    transformers = _module("transformers", "'transformers>=5.0'")
+    sizes: dict[str, Any] = {"num_hidden_layers": 28 if layers is None else layers, "codebook_size": 1026}
+    if size == "tiny":
+        sizes |= {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+                  "num_hidden_layers": layers or 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 290,
+                  "eos_token_id": 291, "audio_token_id": 292, "audio_bos_token_id": 293,
+                  "audio_delay_token_id": 294}  # fmt: skip
+    config = transformers.HiggsAudioV2Config(**sizes)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as it is shipped; made so from the start, in half the memory
+    try:
+        model = transformers.HiggsAudioV2ForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    text = torch.cat([_letters(60, 256), torch.tensor([[config.audio_bos_token_id]])], dim=1)
+
+    def speak(seconds: float) -> Any:
+        frames = max(10, round(25 * seconds))
+        return model.generate(input_ids=text, max_new_tokens=frames, do_sample=False)
+
+    return Built(model, speak, model.model, "the codec is left out: a fraction of the loop's time")
+
+
+def _mms(size: Size, layers: int | None) -> Built:
+    transformers = _module("transformers", "transformers")
+    sizes: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    if size == "tiny":
+        sizes |= {"hidden_size": 32, "num_hidden_layers": layers or 2, "ffn_dim": 64, "flow_size": 32,
+                  "upsample_initial_channel": 64, "upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8],
+                  "duration_predictor_filter_channels": 32, "posterior_encoder_num_wavenet_layers": 1}  # fmt: skip
+    model = transformers.VitsModel(transformers.VitsConfig(vocab_size=38, spectrogram_bins=513, **sizes)).eval()
+
+    def speak(seconds: float) -> Any:
+        return model(_letters(max(4, round(seconds * 25)), 38)).waveform
+
+    return Built(model, speak)
+
+
+def _voice_clone(_size: Size, _layers: int | None) -> Built:
+    import numpy as np
+
+    encoder = _module("resemblyzer", "resemblyzer 'setuptools<81'").VoiceEncoder("cpu", verbose=False).eval()
+    recording = np.random.default_rng(0).normal(0, 0.1, 16_000 * 30).astype(np.float32)
+
+    def speak(seconds: float) -> Any:
+        return encoder.embed_utterance(recording[: round(16_000 * max(1.6, seconds))])
+
+    return Built(encoder, speak)
+
+
+SYSTEMS: dict[str, System] = {
+    "chatterbox": System((1.5, 1.8), "chatterbox-light", _chatterbox, 4.0, 1.0),
+    "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6),
+    "voice-clone": System((1.3, 1.5), "resemblyzer", _voice_clone, 12.0, 12.0),
+    "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
+    "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six", _xtts, 4.0, 1.0),
+}
+"""By the name that the command takes."""

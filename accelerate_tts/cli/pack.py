@@ -1,0 +1,95 @@
+"""`accelerate-tts pack`: the warm packs of this user, to look at, to ship and to clear. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+
+from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.engine.pack import pack_folder, pack_store
+from accelerate_tts.errors import PackError
+from accelerate_tts.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["clear", "export", "load", "show"]
+
+
+def show(as_json: bool) -> None:
+    """Print the packs, the most recently used first.
+
+    Raises:
+        SettingsError: An environment variable has a value that means nothing.
+    """
+    settings = Settings.from_environment()
+    entries = pack_store(settings).entries()
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
+        return
+    if entries:
+        rows = [(entry.key[:12], decimal(entry.bytes), _when(entry.used)) for entry in entries]
+        wide_console().print(table([("pack", "size", "last used"), *rows], "Warm packs", {"size", "last used"}))
+    total = decimal(sum(entry.bytes for entry in entries))
+    _say(f"{_packs(len(entries))}, {total} of at most {settings.pack_limit_mb} MB, in {pack_folder(settings)}")
+
+
+def export(file: Path) -> None:
+    """Write every pack into one file.
+
+    Raises:
+        PackError: There is no pack, or the file cannot be written.
+        SettingsError: An environment variable has a value that means nothing.
+    """
+    settings = Settings.from_environment()
+    store = pack_store(settings)
+    if not store.entries():
+        raise PackError(f"there is no warm pack in {pack_folder(settings)}; load a model with @optimized_model first")
+    count = store.export(None, file)
+    _say(f"wrote {_packs(count)} to {file}")
+    if settings.pack_key is None:
+        _say("another machine takes the decisions; set ACCELERATE_TTS_PACK_KEY on both to ship compiled code too")
+
+
+def load(file: Path) -> None:
+    """Take the packs of an exported file.
+
+    Raises:
+        PackError: It is no such file.
+        SettingsError: An environment variable has a value that means nothing.
+    """
+    settings = Settings.from_environment()
+    count = pack_store(settings).load(file)
+    _say(f"took {_packs(count)} into {pack_folder(settings)}")
+
+
+def clear() -> None:
+    """Remove every pack; the secret that they are signed with stays.
+
+    Raises:
+        PackError: One cannot be removed.
+        SettingsError: An environment variable has a value that means nothing.
+    """
+    settings = Settings.from_environment()
+    count = pack_store(settings).clear()
+    _say(f"removed {_packs(count)} from {pack_folder(settings)}")
+
+
+def _say(text: str) -> None:
+    wide_console().print(text, markup=False, soft_wrap=True)
+
+
+def _packs(count: int) -> str:
+    return f"{count} warm pack{'' if count == 1 else 's'}"
+
+
+def _when(used: float) -> str:
+    try:
+        return datetime.fromtimestamp(used, tz=timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):  # a file's time can be anything
+        return "?"
