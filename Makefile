@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed 2>/dev/null)
 
-.PHONY: help demo test lint format types imports docs dev check clean bench
+.PHONY: help demo test lint format types imports docs dev check clean bench soak
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -69,6 +69,9 @@ docs: .venv/.dev ## Build the documentation; a broken link fails
 bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing else meanwhile)
 	@$(BIN)/python benchmarks/overhead.py
 	@$(BIN)/python benchmarks/voice.py
+
+soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors grow (ARGS= goes to the script)
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true

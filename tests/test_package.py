@@ -38,6 +38,8 @@ class Backend:
     def load(self): ...
     @accelerate_tts.inference
     async def synthesize(self, text): ...
+    @accelerate_tts.cached_embedding(sets=("conds",))
+    def prepare(self, path): ...
 accelerate_tts.fast_inference, accelerate_tts.Settings, accelerate_tts.set_active(True)
 """
 
@@ -53,7 +55,7 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
     code = """
 import contextlib, io
 from accelerate_tts.cli import main
-for words in (["--help"], ["demo", "--help"], ["doctor", "--help"], ["--version"]):
+for words in (["--help"], ["demo", "--help"], ["doctor", "--help"], ["pack", "--help"], ["--version"]):
     sys.argv = ["accelerate-tts", *words]
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main()
