@@ -1,7 +1,9 @@
 # `make help` lists the targets. Everything happens in .venv; delete it to start afresh.
 PYTHON ?= python3
 # What is installed as torch, e.g. TORCH="torch==2.6.0" (CI's matrix), or a CPU build's own index option.
-TORCH  ?= torch
+# torchaudio 2.11.0, its newest release, refuses to be imported beside a torch for another CUDA than 13.0, and
+# transformers imports it where it is there: torch 2.15.0 (CUDA 13.2) breaks both. Without torchaudio any torch will do.
+TORCH  ?= torch<2.15
 TEXT   ?= The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine.
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -22,7 +24,7 @@ help: ## Show this list
 # torch comes first and alone: it is the long download, and TORCH= chooses the build.
 .venv/.torch: .venv/.created
 	@echo "==> installing $(TORCH) (the long one; a CUDA build is several GB)"
-	@$(PIP) $(TORCH)
+	@$(PIP) '$(TORCH)'
 	@touch $@
 
 .venv/.demo: .venv/.torch pyproject.toml $(SOURCES)
