@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_tts.engine.embedding_store import Kept
-from accelerate_tts.engine.pack_store import _regular, _temporary, _touch
+from accelerate_tts.engine.safe_files import regular, temporary, touch
 from accelerate_tts.events import PackIgnored, emit
 
 __all__ = ["EmbeddingFiles"]
@@ -45,7 +45,7 @@ class EmbeddingFiles:
         """The embedding of this key; `None` if there is none, or none that is whole."""
         path = self._folder / f"{key}{_SUFFIX}"
         try:
-            with _regular(path) as file:
+            with regular(path) as file:
                 content = file.read(self._limit + 1)
             value = _unpacked(key, content)
         except FileNotFoundError:
@@ -53,7 +53,7 @@ class EmbeddingFiles:
         except Exception as error:  # damaged in a way that torch.load answers with any exception
             emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {error}"))
             return None
-        _touch(path)
+        touch(path, self._last_use())
         return Kept(value)
 
     def write(self, key: str, kept: Kept) -> bool:
@@ -67,8 +67,8 @@ class EmbeddingFiles:
             return False
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _temporary(self._folder, [content]) as made:
-                _touch(made)
+            with temporary(self._folder, [content]) as made:
+                touch(made, self._last_use())
                 made.replace(self._folder / f"{key}{_SUFFIX}")
             self._tidy()
         except OSError as error:
@@ -76,15 +76,25 @@ class EmbeddingFiles:
             return False
         return True
 
-    def _tidy(self) -> None:
+    def _last_use(self) -> int:
+        try:
+            return max((used for used, _, _ in self._scan()), default=0)
+        except OSError:  # it is the order of eviction that suffers
+            return 0
+
+    def _scan(self) -> list[tuple[int, int, Path]]:
         found: list[tuple[int, int, Path]] = []
         for path in self._folder.iterdir():
             if path.suffix == _SUFFIX and _KEY.fullmatch(path.stem):
                 with suppress(FileNotFoundError):  # another process evicts too
                     about = path.lstat()
                     found.append((about.st_mtime_ns, about.st_size, path))
+        return sorted(found)
+
+    def _tidy(self) -> None:
+        found = self._scan()
         excess = sum(size for _, size, _ in found) - self._limit
-        for _, size, path in sorted(found):
+        for _, size, path in found:
             if excess <= 0:
                 break
             path.unlink(missing_ok=True)

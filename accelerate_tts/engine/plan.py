@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["PROCESS", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
+__all__ = ["PROCESS", "Head", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
 
 Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
 """An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one.
@@ -23,6 +23,25 @@ Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "p
 
 PROCESS = "process"
 """The name of the part that stands for the process."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes a decoder's logits of its hidden states: modules, one after the other.
+
+    Attributes:
+        modules: The modules; the last one's outputs are the logits.
+        codebooks: How many distributions lie side by side in its outputs.
+    """
+
+    modules: tuple[nn.Module, ...]
+    codebooks: int = 1
+
+    def __call__(self, hidden: Any) -> Any:
+        """Logits of shape (..., codebooks, vocabulary), or (..., vocabulary) of one codebook."""
+        for module in self.modules:
+            hidden = module(hidden)
+        return hidden if self.codebooks == 1 else hidden.unflatten(-1, (self.codebooks, -1))
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,7 @@ class Part:
         decides: Whether a discrete choice hangs on its output (a duration that is rounded up, a token): then even a
             rounding error can change the length of the result, and only bit-exact changes are allowed.
         cached: Whether it was seen to be called with a key/value cache.
+        head: What makes logits of what it computes, if it is a decoder whose head is known.
     """
 
     name: str
@@ -43,6 +63,7 @@ class Part:
     module: nn.Module
     decides: bool = False
     cached: bool = False
+    head: Head | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class StageResult:
         spectral: Log-spectral distance of the outputs, in dB, where they look like audio.
         graphs: Graphs compiled, `None` for a stage that compiles none.
         seconds: What trying it cost.
+        divergence: Of a decoder, the largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
     """
 
     part: str
@@ -45,6 +46,7 @@ class StageResult:
     graphs: int | None = None
     seconds: float = 0.0
     spectral: float | None = None
+    divergence: float | None = None
 
     def dropped(self, reason: str) -> StageResult:
         """The same, not in force (any more), and why."""

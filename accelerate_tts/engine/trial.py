@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import compare_speed
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.receipt import StageResult
@@ -119,11 +120,16 @@ def _judge(session: Session, part: Part, change: Change, rival: Kept | None, res
         return replace(result, reason="its own output does not repeat, so nothing can be verified")
     with fallbacks() as fallen:
         change.on()
-        difference = compare(reference.outputs, session.outputs(part))
+        outputs = session.outputs(part)
+        difference = compare(reference.outputs, outputs)
+        difference = replace(difference, divergence=divergence(reference.outputs, outputs, part.head))
     for event in fallen:
         if (event.what, event.stage) == (part.name, result.stage):
             return replace(result, reason=f"failed: {event.reason}")
-    result = replace(result, error=_finite(difference.error), spectral=_finite(difference.spectral))
+    result = replace(
+        result, error=_finite(difference.error), spectral=_finite(difference.spectral),
+        divergence=_finite(difference.divergence),
+    )  # fmt: skip
     fault = _fault(session, part, change, difference)
     if fault is not None:
         return replace(result, reason=fault)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts._version import __version__
 from accelerate_tts.engine.capture import calls_of, time_modules, watch
+from accelerate_tts.engine.divergence import head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
@@ -237,7 +238,11 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
         reference = session.run()
     session.heard = listener.expected
     session.pass_seconds = time.perf_counter() - clock
-    parts = tuple(replace(part, cached=session.captured[part.name].cached) for part in session.plan.parts)
+    parts = tuple(
+        replace(part, cached=cached, head=part.head or (head_of(part.module, session.plan.roots) if cached else None))
+        for part in session.plan.parts
+        for cached in (session.captured[part.name].cached,)
+    )
     session.plan = replace(session.plan, parts=parts)
     return cold, reference
 

@@ -50,10 +50,12 @@ class Tolerance:
         error: The largest relative error of any tensor. Of audio it is a signal-to-noise ratio of
             `-20 log10(error)` dB; of an embedding, a cosine to the truth of at least `1 - error ** 2 / 2`.
         spectral: The largest log-spectral distance of audio, in dB.
+        divergence: The largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
     """
 
     error: float
     spectral: float
+    divergence: float = math.inf
 
     def objection(self, difference: Difference) -> str:
         """Why a difference is not tolerated, or ""."""
@@ -64,17 +66,22 @@ class Tolerance:
             return f"relative error {difference.error:.1e}, allowed is {limit:.0e}"
         if difference.spectral is not None and not difference.spectral <= self.spectral:
             return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
+        if difference.divergence is not None and not difference.divergence <= self.divergence:
+            return f"a step diverges by {difference.divergence:.1e} nats, allowed are {self.divergence:.0e}"
         return ""
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
     # With an error of 1e-4 only what lies 80 dB below the signal can differ at all.
-    "exact": Tolerance(EXACT_TOLERANCE, 1.0),
+    "exact": Tolerance(EXACT_TOLERANCE, 1.0, 1e-4),
     # 34 dB between signal and noise: more than the 8 bits of telephone speech (G.711) give, about 37 dB at best. The
     # spectral limit of 1 dB is the one customary for transparent coding of spectral envelopes (Paliwal and Atal, 1993).
-    "balanced": Tolerance(0.02, 1.0),
+    # 0.01 nats: of two samplers that far apart, no test tells which one a token came from more often than 54 times in
+    # 100 (Pinsker's inequality).
+    "balanced": Tolerance(0.02, 1.0, 0.01),
     # 28 dB, and a cosine of 0.9992 for an embedding; a distance that careful listeners begin to hear.
-    "fast": Tolerance(0.04, 2.0),
+    # 0.05 nats: 58 times in 100, likewise.
+    "fast": Tolerance(0.04, 2.0, 0.05),
 }
 """The tolerance of each `precision=`."""
 
@@ -89,12 +96,14 @@ class Difference:
         reason: What cannot be compared, or "".
         spectral: The largest log-spectral distance of what looks like audio, in dB; `None` if nothing does.
         rounding: The rounding step of the coarsest half-precision dtype among the tensors; 0.0 where there is none.
+        divergence: Of a decoder with a known head, the largest divergence of a step (divergence.py), in nats.
     """
 
     error: float
     reason: str = ""
     spectral: float | None = None
     rounding: float = 0.0
+    divergence: float | None = None
 
     @property
     def snr(self) -> float:

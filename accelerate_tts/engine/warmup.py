@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.lengths import at_length, first_tensor, ladder
 from accelerate_tts.engine.plan import find_modules
-from accelerate_tts.errors import WarmupError
-from accelerate_tts.runtime import modes
+from accelerate_tts.errors import TimeLimitError, WarmupError, shown
+from accelerate_tts.runtime import modes, watchdog
 from accelerate_tts.settings import Mode
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ Call = Callable[..., Any]
 
 # Method names that take a text in the speech libraries we know, most usual first.
 _SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
+_WARMUP = "a warm-up call"
+_GRACE = 2.0  # seconds in which another thread, whose time has passed, can still tell of it itself
 _TAKES = (
     "a tensor, a tuple of arguments, a mapping of keyword arguments, a text, a callable of what was loaded,"
     " or a list of these"
@@ -37,11 +42,13 @@ class Loaded:
         result: What it returned.
         owner: The object whose method it is, or `None` for a plain function.
         loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
+        timeout: Seconds that one call of it may take in the warm-up; `None` is no limit.
     """
 
     result: Any
     owner: Any = None
     loop: asyncio.AbstractEventLoop | None = None
+    timeout: float | None = None
 
     @property
     def subject(self) -> Any:
@@ -56,13 +63,13 @@ def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
             raise WarmupError(f"warmup=[] has nothing in it; give {_TAKES}")
         for item in warmup:
             if isinstance(item, list):
-                raise WarmupError(f"warmup={warmup!r} holds a list inside a list; give {_TAKES}")
+                raise WarmupError(f"warmup={shown(warmup)} holds a list inside a list; give {_TAKES}")
             check_warmup(item)
     elif isinstance(warmup, str):
         if not warmup.strip():
-            raise WarmupError(f"warmup={warmup!r} is an empty text; give a short sentence")
+            raise WarmupError(f"warmup={shown(warmup)} is an empty text; give a short sentence")
     elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
-        raise WarmupError(f"warmup={warmup!r} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
+        raise WarmupError(f"warmup={shown(warmup)} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
     if lengths is not None:
         _check_lengths(warmup)
 
@@ -107,7 +114,9 @@ class WarmupCalls:
     ladder: tuple[WarmupCall, ...] = ()
 
 
-def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None) -> WarmupCalls:
+def warmup_calls(
+    warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None, timeout: float | None = None
+) -> WarmupCalls:
     """The calls that `warmup` stands for.
 
     Args:
@@ -115,6 +124,7 @@ def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, in
         loaded: What it is a warm-up of.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
         lengths: The shortest and the longest input of service.
+        timeout: Seconds that each call may take before it is interrupted with a `TimeLimitError`; `None` is no limit.
 
     Raises:
         WarmupError: `warmup` does not fit what was loaded.
@@ -122,6 +132,7 @@ def warmup_calls(warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, in
     check_warmup(warmup, lengths)
     if warmup is None:
         return WarmupCalls()
+    loaded = replace(loaded, timeout=timeout)
     items = warmup if isinstance(warmup, list) else [warmup]
     if lengths is None:
         return WarmupCalls(tuple(_call_of(item, loaded, mode) for item in items))
@@ -156,35 +167,57 @@ async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
     return [item async for item in stream]
 
 
-async def _await(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _await(awaitable: Awaitable[Any], left: float | None) -> Any:
+    """Await it for as long as the limits of the thread that waits for it leave: those cannot interrupt a wait."""
+    if left is None:
+        return await awaitable
+    import asyncio
+
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({task}, timeout=left - min(1.0, left / 4))  # what is cancelled may have to clean up
+    finally:
+        if not task.done():
+            task.cancel()
+    if not task.done():
+        raise TimeLimitError("what it awaits did not come in time, and was cancelled")
+    return await task
 
 
 def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
     import asyncio
 
+    left = watchdog.remaining()
     if loop is not None:
-        return asyncio.run_coroutine_threadsafe(_await(awaitable), loop).result()
+        future = asyncio.run_coroutine_threadsafe(_await(awaitable, left), loop)
+        return _result(future, left)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_await(awaitable))
-    # A synchronous load inside a running loop: that loop is blocked by us, so the coroutine gets another one.
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
+        return asyncio.run(_await(awaitable, left))
+    # A synchronous load inside a running loop: that loop is blocked by us, so the coroutine gets another one. In this
+    # context: it may be a part of a call that has its turn.
+    outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
-            outcome.append(asyncio.run(_await(awaitable)))
+            outcome.set_result(watchdog.within(left, _WARMUP, lambda: asyncio.run(_await(awaitable, left))))
         except BaseException as error:  # carried over to the waiting thread
-            failure.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="accelerate_tts-warmup")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    threading.Thread(target=contextvars.copy_context().run, args=(work,), name="accelerate_tts-warmup").start()
+    return _result(outcome, left)
+
+
+def _result(future: Future[Any], left: float | None) -> Any:
+    """What another thread comes to; it keeps the time itself, if it can."""
+    if left is None:
+        return future.result()
+    wait((future,), left + _GRACE)
+    if not future.done():
+        future.cancel()
+        raise TimeLimitError("the thread that it waits for did not answer in time")
+    return future.result()
 
 
 def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
@@ -205,7 +238,21 @@ def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
 
 
 def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
-    return lambda: complete(modes.call(target, args, kwargs, mode), loaded.loop)
+    def run() -> Any:
+        return complete(modes.call(target, args, kwargs, mode), loaded.loop)
+
+    return run if loaded.timeout is None else lambda: _limited(run, loaded.timeout)
+
+
+def _limited(run: Call, timeout: float | None) -> Any:
+    torch = sys.modules["torch"]
+    grad = torch.is_grad_enabled()
+    try:
+        return watchdog.within(timeout, _WARMUP, run)
+    except TimeLimitError:
+        # It may have come between the switching of the mode and the `with` that switches it back.
+        torch.set_grad_enabled(grad)
+        raise
 
 
 def _copying(

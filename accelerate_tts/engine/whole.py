@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.events import FellBack, emit
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _COMPARISON = 6.0
 # Pairs of passes, most first: those are run that fit into what is left of the budget. One pair is always run, but only
 # from five on is its verdict one of 95 %.
 _PAIRS = (5, 3, 1)
+# Another sampled sequence of the same speech is about as long and as loud; a broken one is not.
+_LENGTHS, _LOUDNESS = 2.0, 4.0
 
 
 def check_whole(session: Session, reference: list[Any]) -> tuple[Timing, Difference | None]:
@@ -46,16 +49,18 @@ def check_whole(session: Session, reference: list[Any]) -> tuple[Timing, Differe
     seconds = time.perf_counter() - clock
     session.on()
     difference: Difference | None = None
+    lengths = 1.0
     if repeats.error > EXACT_TOLERANCE:
         why = repeats.reason if repeats.reason == NOTHING_TO_COMPARE else "the output does not repeat under one seed"
         session.notes.append(f"only the parts were verified, not the whole: {why}")
     else:
-        difference = _right(session, reference)
+        difference, lengths = _right(session, reference)
         if not session.kept:
             return _unchanged(_pass(session))
     left = session.deadline - time.perf_counter()
     fewest = next((pairs for pairs in _PAIRS if 2 * pairs * seconds <= left), _PAIRS[-1])
     timing = compare_speed(session.run, session.off, session.on, session.device.type, _COMPARISON, fewest=fewest)
+    timing = _for_the_same_length(timing, lengths)
     surely = timing.high < 1.0 and timing.pairs >= _PAIRS[0]
     if surely or timing.ratio < _WORST_TOTAL:
         _give_up(session, f"slower in total ({timing.ratio:.2f}x)", "everything")
@@ -71,24 +76,82 @@ def finish(session: Session) -> None:
         kept.change.seal()
 
 
-def _right(session: Session, reference: list[Any]) -> Difference:
-    """The difference of the whole, with what made it too large undone."""
-    difference = compare(reference, session.run())
+def _right(session: Session, reference: list[Any]) -> tuple[Difference | None, float]:
+    """The difference of the whole, with what made it too large undone; and how many times as long the result is now."""
+    candidate = session.run()
+    difference = compare(reference, candidate)
     objection = session.tolerance.objection(difference)
+    if objection and any(map(_is_sampled, session.results)):
+        objection = _unlike(session, reference, candidate)
+        if not objection:
+            return None, _size(candidate) / _size(reference)
     if objection and any(map(_is_inexact, session.results)):
         _give_up(session, f"wrong in total: {objection}", "what is not exact", inexact=True)
         if not session.kept:
-            return Difference(0.0)
+            return Difference(0.0), 1.0
         difference = compare(reference, session.run())
         objection = session.tolerance.objection(difference)
     if objection:
         _give_up(session, f"wrong in total: {objection}", "everything")
-        return Difference(0.0)
-    return difference
+        return Difference(0.0), 1.0
+    return difference, 1.0
 
 
 def _is_inexact(result: StageResult) -> bool:
     return result.kept and (result.error is None or result.error > EXACT_TOLERANCE)
+
+
+def _is_sampled(result: StageResult) -> bool:
+    """Whether a decoder's steps were verified one by one, so that another sequence of tokens may come of it."""
+    return _is_inexact(result) and result.divergence is not None
+
+
+def _unlike(session: Session, reference: list[Any], candidate: list[Any]) -> str:
+    """What else than another sampled sequence is wrong with the whole, or "": the rest must be right without it."""
+    sampled = {(result.part, result.stage) for result in session.results if _is_sampled(result)}
+    changes = [kept.change for kept in session.kept if (kept.part, kept.stage) in sampled]
+    for change in reversed(changes):
+        change.off()
+    try:
+        objection = session.tolerance.objection(compare(reference, session.run()))
+    finally:
+        session.off()
+        session.on()  # in the order in which they were made
+    objection = objection or _implausible(reference, candidate)
+    if not objection:
+        worst = max(result.divergence or 0.0 for result in session.results if _is_sampled(result))
+        session.notes.append(
+            "another sequence is sampled than in fp32: the probabilities of a step diverge by at most"
+            f" {worst:.1e} nats, {session.tolerance.divergence:.0e} are allowed;"
+            " without that change the whole is as it was"
+        )
+    return objection
+
+
+def _implausible(reference: list[Any], candidate: list[Any]) -> str:
+    left, right = list(tensors_of(reference)), list(tensors_of(candidate))
+    if [(a.dtype, a.dim()) for a in left] != [(b.dtype, b.dim()) for b in right]:
+        return "other kinds of tensors come of it"
+    for a, b in zip(left, right, strict=True):
+        if not 1 / _LENGTHS <= max(b.numel(), 1) / max(a.numel(), 1) <= _LENGTHS:
+            return f"a result of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        if not a.is_floating_point() or a.numel() == 0:
+            continue
+        loud, now = (float(tensor.double().square().mean().sqrt()) for tensor in (a, b))
+        if not loud / _LOUDNESS <= now <= loud * _LOUDNESS:  # a NaN is not
+            return f"a result that is {now / loud if loud else now:.1g} times as loud"
+    return ""
+
+
+def _size(results: list[Any]) -> int:
+    return max(1, sum(int(tensor.numel()) for tensor in tensors_of(results)))
+
+
+def _for_the_same_length(timing: Timing, lengths: float) -> Timing:
+    """The timing as it would be if the tuned object said no more or less than the untouched one."""
+    return timing if lengths == 1.0 else replace(
+        timing, ratio=timing.ratio * lengths, low=timing.low * lengths, high=timing.high * lengths,
+    )  # fmt: skip
 
 
 def _give_up(session: Session, reason: str, what: str, *, inexact: bool = False) -> None:

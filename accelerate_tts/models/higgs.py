@@ -7,7 +7,9 @@ from accelerate_tts.models.named import Known
 __all__ = ["boson", "codec", "parts"]
 
 # The two heads are small beside the decoder, and `generate` calls the whole with ids that each step changes.
-parts = Known("Higgs Audio", "transformers 5.0 to 5.23", {"model": "decoder"}, needs=("audio_lm_head",))
+parts = Known("Higgs Audio", "transformers 5.0 to 5.23", {"model": "decoder"}, heads={"model": ("audio_lm_head",)},
+    codebooks="config.num_codebooks",
+)  # fmt: skip
 # `decode` of the codec is no call of a module; its decoder is.
 codec = Known("Higgs Audio's codec", "transformers 5.0 to 5.23", {"acoustic_decoder": "vocoder"})
 # Its own class is what `generate` calls with the cache. Known from its source; nothing here was run with it.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.plan import Kind, Part
+from accelerate_tts.engine.plan import Head, Kind, Part
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import generic
 
@@ -28,6 +28,8 @@ class Known:
             called as modules (`part(...)`) when the system speaks: what is driven by
             another method is named by what that method calls, since nothing else can be watched and timed.
         decide: Of them, those whose outputs become discrete.
+        heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
+        codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one.
         needs: Further attributes by which the class is told from another one of the same name.
     """
 
@@ -35,11 +37,14 @@ class Known:
     releases: str
     parts: Mapping[str, Kind]
     decide: frozenset[str] = frozenset()
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    codebooks: str = ""
     needs: tuple[str, ...] = ()
 
     def __call__(self, path: str, module: nn.Module) -> tuple[Part, ...]:
         """The parts of a module, or the module as a whole with a loud event if its class has changed shape."""
-        found = {name: _at(module, name) for name in (*self.parts, *self.needs)}
+        named = [name for names in self.heads.values() for name in names]
+        found = {name: _at(module, name) for name in (*self.parts, *self.needs, *named)}
         missing = [
             name for name, part in found.items() if part is None or (name in self.parts and _module(part) is None)
         ]
@@ -51,10 +56,21 @@ class Known:
             emit(NotApplied(f"the plan for {self.system}", reason))
             return generic.parts(path, module)
         return tuple(
-            Part(".".join(filter(None, (path, name))) or type(module).__name__, kind, part, name in self.decide)
+            Part(_path(path, name, module), kind, part, name in self.decide, head=self._head(module, name))
             for name, kind in self.parts.items()
             if (part := _module(found[name])) is not None
         )
+
+    def _head(self, module: nn.Module, part: str) -> Head | None:
+        modules = [found for name in self.heads.get(part, ()) if (found := _module(_at(module, name))) is not None]
+        if not modules:
+            return None
+        codebooks = _at(module, self.codebooks) if self.codebooks else 1
+        return Head(tuple(modules), codebooks if isinstance(codebooks, int) else 1)
+
+
+def _path(path: str, name: str, module: nn.Module) -> str:
+    return ".".join(filter(None, (path, name))) or type(module).__name__
 
 
 def _at(module: object, name: str) -> object:

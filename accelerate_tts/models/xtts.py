@@ -12,4 +12,5 @@ parts = Known(
     "XTTS",
     "coqui-tts 0.27 to 0.28",
     {"gpt.gpt": "decoder", "hifigan_decoder.waveform_decoder": "vocoder"},
+    heads={"gpt.gpt": ("gpt.final_norm", "gpt.mel_head")},
 )

@@ -73,6 +73,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.compile import CompileStage, FrozenCompileStage
     from accelerate_tts.engine.stages.decode import GrowingCacheStage
     from accelerate_tts.engine.stages.fold import FoldStage
+    from accelerate_tts.engine.stages.fused import FusedBlocksStage
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
@@ -88,6 +89,9 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
     if on_cpu:
         if compile_mode is not None:  # they need the compiler too
+            stages.append(FusedBlocksStage("fp32"))
+            stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
+            stages += [FusedBlocksStage("int8")] if precision == "fast" else []
             stages.append(SkinnyStage("fp32"))
             stages += [SkinnyStage("bf16")] if precision != "exact" else []
             stages += [SkinnyStage("int8")] if precision == "fast" else []

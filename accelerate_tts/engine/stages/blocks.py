@@ -26,8 +26,9 @@ from accelerate_tts.engine.stages.inductor import (
     options,
     reason_of,
 )
-from accelerate_tts.engine.stages.swap import ClassSwap, keeps_copies, plain_class, subclass_with
-from accelerate_tts.events import FellBack, NotApplied, emit
+from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, plain_class, subclass_with
+from accelerate_tts.engine.stages.tokens import CACHE_NAMES, parameters_of, token_layer
+from accelerate_tts.events import FellBack, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.plan import Part
 
 __all__ = ["CompiledBlocksStage"]
-
-_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
-"""What blocks of transformers have called their cache, newest name first."""
 
 _MOST_ROWS = 3
 """Kinds of blocks of one part that are compiled, those with the most weights first."""
@@ -84,6 +82,7 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
             if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
                 alike.setdefault(_kind(block), []).append(block)
         rows += [row for row in alike.values() if len(row) > 1]
+    rows = [row for row in rows if not is_fused(row[0])]
     inside = {inner for row in rows for block in row for inner in block.modules() if inner is not block}
     outermost = [row for row in rows if row[0] not in inside]
     return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
@@ -137,8 +136,8 @@ class _Row:
         self._what = what
         self._mode = mode
         self._counter = counter
-        self._names = _parameters(plain_class(blocks[0]))
-        self._cache = next((name for name in _CACHE_NAMES if name in self._names), None)
+        self._names = parameters_of(plain_class(blocks[0]))
+        self._cache = next((name for name in CACHE_NAMES if name in self._names), None)
         # A graph does not see when weights are written of which a stage has copies.
         self._copies = {block: Weights(block) for block in blocks if keeps_copies(block)}
         self._compiled: Callable[..., Any] | None = None
@@ -170,26 +169,9 @@ class _Row:
             if past is None:
                 done, result = self._run(block, plain, None, (), named)
             else:
-                layer = self._layer_for(block, past, named)
+                layer = token_layer(f"the compiled blocks of {self._what}", past, self.blocks[block], named)
                 done, result = (False, None) if layer is None else self._run(block, plain, layer, (), named)
         return result if done else plain.forward(block, *args, **kwargs)
-
-    def _layer_for(self, block: Any, past: Any, named: dict[str, Any]) -> Any:
-        """The growing layer that one token of a block goes to, or `None` if this call is upstream's business."""
-        layer = growing.growing_layer(past, self.blocks[block])
-        hidden = named.get("hidden_states")
-        if layer is None or hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:  # noqa: PLR2004
-            return None
-        if named.get("output_attentions") or growing.attentions_wanted.get():
-            emit(NotApplied(f"the compiled blocks of {self._what}", "attention weights are asked for"))
-            return None
-        if hidden.shape[0] != layer.buffers()[0].shape[0]:
-            return None  # upstream's own error
-        if not layer.reserve(1):
-            why = f"the sequence is longer than {growing.LARGEST} positions"
-            emit(NotApplied(f"the compiled blocks of {self._what}", why))
-            return None
-        return layer
 
     def _run(
         self, block: Any, plain: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -233,15 +215,6 @@ class _Row:
         self._broken = True
         emit(FellBack(self._what, CompiledBlocksStage.name, reason))
         return False, None
-
-
-def _parameters(cls: Any) -> list[str]:
-    """The names of what a class's forward takes, after `self`."""
-    return [
-        parameter.name
-        for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
 
 
 def _traced(plain: Any, cache: str | None) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""Our own C++ kernel, skinny.cpp: built with the compiler that torch.compile uses, and called as an operator of torch.
+"""Our own C++ kernels: built with the compiler that torch.compile uses.
 
-`torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` computes `x @ weight.T * scale + bias`
-for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or (inputs,
-outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
+`torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` (skinny.cpp) computes `x @ weight.T * scale
++ bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or
+(inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
+`decoder_block` (block.cpp) is one token through one block of a decoder; fused.py describes the block to it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["skinny_linear"]
+__all__ = ["decoder_block", "skinny_linear"]
+
+_SOURCES = ("skinny.cpp", "block.cpp")
+
+
+@cache
+def _library() -> Any:
+    from torch._inductor.codecache import CppCodeCache
+
+    # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
+    # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
+    here = Path(__file__).parent
+    return CppCodeCache.load("\n".join((here / name).read_text(encoding="utf-8") for name in _SOURCES))
+
+
+@cache
+def decoder_block() -> Callable[..., None]:
+    """The kernel for one token through one block: `(block, token, threads)`, two structs by reference and a number.
+
+    Raises:
+        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+    """
+    import ctypes
+
+    kernel: Any = _library().decoder_block
+    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    kernel.restype = None
+    return kernel  # type: ignore[no-any-return]
 
 
 @cache
 def skinny_linear() -> Callable[..., Any]:
-    """The kernel as a Python function of the operator's arguments; built when first asked for, some two seconds.
+    """The kernel as a Python function of the operator's arguments; built when first asked for, some seconds.
 
     For eager code: it saves the dispatcher's way. Traced code calls the operator, which is registered here too.
 
@@ -29,12 +57,8 @@ def skinny_linear() -> Callable[..., Any]:
     import ctypes
 
     import torch
-    from torch._inductor.codecache import CppCodeCache
 
-    # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
-    # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
-    source = Path(__file__).with_name("skinny.cpp").read_text(encoding="utf-8")
-    library: Any = CppCodeCache.load(source)
+    library = _library()
     pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 3
     kernels: dict[tuple[Any, bool], Any] = {
         (torch.float32, False): library.skinny_f32,

@@ -2,9 +2,11 @@
 //
 // Each weight is read once, in the order in which it lies in memory, and used for up to four rows of x. Weights are
 // fp32, bf16 or int8 with a scale for each output. Sums are kept in fp32; for int8 in integers, with x in 16 bits.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #include <omp.h>
 #if defined(__AVX512BW__) || defined(__AVX2__)
@@ -136,15 +138,24 @@ struct Int8 {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
     const float most = room < 32767.0 ? float(std::floor(room)) : 32767.0f;
     for (int64_t m = 0; m < of.rows; m++) {
-      float peak = 0;
-      for (int64_t k = 0; k < of.inputs; k++) peak = std::fmax(peak, std::fabs(x[m * of.inputs + k]));
+      const float* row = x + m * of.inputs;
+      float peak = 0, zero = 0;
+#pragma omp simd reduction(max : peak) reduction(+ : zero)
+      for (int64_t k = 0; k < of.inputs; k++) {
+        const float size = std::fabs(row[k]);
+        peak = size > peak ? size : peak;
+        zero += size * 0.0f;  // of an infinity or a NaN, a NaN
+      }
       // What is not finite makes the whole row so, as it does in fp32.
-      bool finite = std::isfinite(peak);
-      for (int64_t k = 0; k < of.inputs; k++) finite = finite && x[m * of.inputs + k] == x[m * of.inputs + k];
+      const bool finite = zero == 0.0f;
       scales[m] = finite ? peak / most : NAN;
       const float to_integer = finite && peak > 0 ? most / peak : 0;
-      for (int64_t k = 0; k < of.inputs; k++)
-        to[m * of.inputs + k] = finite ? int16_t(std::lrintf(x[m * of.inputs + k] * to_integer)) : 0;
+      int16_t* integers = to + m * of.inputs;
+      if (!finite) std::fill(integers, integers + of.inputs, int16_t(0));
+      else {
+#pragma omp simd
+        for (int64_t k = 0; k < of.inputs; k++) integers[k] = int16_t(int32_t(__builtin_rintf(row[k] * to_integer)));
+      }
     }
   }
   template <int ROWS, int COUNT>
@@ -188,6 +199,7 @@ struct Work {
   const float* bias;
   float* y;
   Shape of;
+  int64_t stride;  // of y's rows
 };
 
 template <class F, int ROWS, int COUNT>
@@ -207,7 +219,7 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n) {
       for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * inputs + k]);
       if (work.scale) sum *= work.scale[n + r];
       if (work.bias) sum += work.bias[n + r];
-      work.y[(m0 + m) * work.of.outputs + n + r] = sum;
+      work.y[(m0 + m) * work.stride + n + r] = sum;
     }
 }
 
@@ -225,7 +237,7 @@ void linear(const float* x, const typename F::weight* w, const float* scale, con
   std::vector<typename F::input> prepared(of.rows * of.inputs);
   std::vector<float> row_scales(of.rows);
   F::prepare(x, prepared.data(), row_scales.data(), of);
-  const Work<F> work = {x, prepared.data(), row_scales.data(), w, scale, bias, y, of};
+  const Work<F> work = {x, prepared.data(), row_scales.data(), w, scale, bias, y, of, of.outputs};
   constexpr int64_t STRIP = 16;  // rows of w that stay in the cache while all rows of x take their turn
 #pragma omp parallel num_threads(threads)
   {
@@ -243,34 +255,38 @@ void linear(const float* x, const typename F::weight* w, const float* scale, con
   }
 }
 
-// w is [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, four at a time, are added to y. Threads
-// share the inputs, not the outputs, so that each reads one piece of memory from end to end; their sums are added last.
+// Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, four at a time, are
+// added to y [rows, outputs].
+void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; k += 4) {
+    const float* rows[4];
+    for (int64_t j = 0; j < 4; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
+    for (int64_t m = 0; m < of.rows; m++) {
+      float in[4];
+      for (int64_t j = 0; j < 4; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
+      float* ym = y + m * of.outputs;
+      int64_t n = 0;
+      for (; n + LANES <= of.outputs; n += LANES) {
+        if (m == 0)
+          for (int64_t j = 0; j < 4; j++) __builtin_prefetch(rows[j] + 4 * of.outputs + n);
+        store(ym + n, load(ym + n) + (in[0] * load(rows[0] + n) + in[1] * load(rows[1] + n)) +
+                          (in[2] * load(rows[2] + n) + in[3] * load(rows[3] + n)));
+      }
+      for (; n < of.outputs; n++)
+        ym[n] += (in[0] * rows[0][n] + in[1] * rows[1][n]) + (in[2] * rows[2][n] + in[3] * rows[3][n]);
+    }
+  }
+}
+
+// Threads share the inputs, not the outputs, so that each reads one piece of memory from end to end; their sums are
+// added last.
 void linear_transposed(const float* x, const float* w, const float* bias, float* y, Shape of, int threads) {
   const int64_t size = of.rows * of.outputs;
   std::vector<float> partial(size * threads, 0.0f);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    const int64_t end = of.inputs * (me + 1) / all;
-    float* mine = partial.data() + me * size;
-    for (int64_t k = of.inputs * me / all; k < end; k += 4) {
-      const float* rows[4];
-      for (int64_t j = 0; j < 4; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
-      for (int64_t m = 0; m < of.rows; m++) {
-        float in[4];
-        for (int64_t j = 0; j < 4; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
-        float* ym = mine + m * of.outputs;
-        int64_t n = 0;
-        for (; n + LANES <= of.outputs; n += LANES) {
-          if (m == 0)
-            for (int64_t j = 0; j < 4; j++) __builtin_prefetch(rows[j] + 4 * of.outputs + n);
-          store(ym + n, load(ym + n) + (in[0] * load(rows[0] + n) + in[1] * load(rows[1] + n)) +
-                            (in[2] * load(rows[2] + n) + in[3] * load(rows[3] + n)));
-        }
-        for (; n < of.outputs; n++)
-          ym[n] += (in[0] * rows[0][n] + in[1] * rows[1][n]) + (in[2] * rows[2][n] + in[3] * rows[3][n]);
-      }
-    }
+    add_transposed(x, w, partial.data() + me * size, of, of.inputs * me / all, of.inputs * (me + 1) / all);
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < size; i++) {

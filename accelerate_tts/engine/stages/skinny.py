@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.native import skinny_linear
-from accelerate_tts.engine.stages.swap import COPY, ClassSwap, class_of, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import COPY, ClassSwap, class_of, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["MOST_ROWS", "SkinnyStage", "Weights"]
+__all__ = ["MOST_ROWS", "SkinnyStage", "Weights", "in_bf16", "in_int8"]
 
 Weights = Literal["fp32", "bf16", "int8"]
 
@@ -73,11 +73,15 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     import torch
     from torch import nn
 
+    fused = in_fused(module)
     return [
         inner
         for inner in module.modules()
+        if inner not in fused
         # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-        if (_is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        and (
+            _is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward)
+        )
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
         and inner.weight.device.type == "cpu"
@@ -184,13 +188,15 @@ def _weight(module: Any) -> Any:
     return weight.t() if _is_transposed(module) else weight
 
 
-def _in_bf16(module: Any) -> tuple[Any, Any]:
+def in_bf16(module: Any) -> tuple[Any, Any]:
+    """A linear layer's weight as (outputs, inputs) in bf16, and no scale."""
     import torch
 
     return _weight(module).to(torch.bfloat16).contiguous(), None
 
 
-def _in_int8(module: Any) -> tuple[Any, Any]:
+def in_int8(module: Any) -> tuple[Any, Any]:
+    """A linear layer's weight as (outputs, inputs) in int8, and the fp32 scale of each output."""
     import torch
 
     weight = _weight(module)
@@ -199,4 +205,4 @@ def _in_int8(module: Any) -> tuple[Any, Any]:
     return (weight / scale.unsqueeze(1)).round().to(torch.int8).contiguous(), scale
 
 
-_MAKERS = {"bf16": _in_bf16, "int8": _in_int8}
+_MAKERS = {"bf16": in_bf16, "int8": in_int8}

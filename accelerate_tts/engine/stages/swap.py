@@ -17,10 +17,22 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["COPY", "ClassSwap", "class_of", "keeps_copies", "plain_class", "subclass_with"]
+__all__ = [
+    "COPY",
+    "FUSED",
+    "ClassSwap",
+    "class_of",
+    "in_fused",
+    "is_fused",
+    "keeps_copies",
+    "plain_class",
+    "subclass_with",
+]
 
 _PLAIN = "_accelerate_tts_plain"
 _COPIES = "_accelerate_tts_copies"
+FUSED = "_accelerate_tts_fused"
+"""An attribute of classes whose objects are served by one kernel for a token, which calls nothing inside them."""
 COPY = "_accelerate_tts_copy"
 """An attribute that a change may set on a module while it is on; copies and pickles of the module are without it."""
 
@@ -74,6 +86,16 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     while _PLAIN in vars(cls):
         cls = vars(cls)[_PLAIN]
     return cls
+
+
+def is_fused(module: Any) -> bool:
+    """Whether a block's tokens are served by one kernel now, so that what is inside it sees the prompts only."""
+    return bool(getattr(class_of(module), FUSED, False))
+
+
+def in_fused(module: nn.Module) -> set[nn.Module]:
+    """What of a module is inside blocks that one kernel serves."""
+    return {inner for block in module.modules() if is_fused(block) for inner in block.modules()}
 
 
 def keeps_copies(module: nn.Module) -> bool:

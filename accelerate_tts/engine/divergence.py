@@ -1,0 +1,84 @@
+"""How far the next token's probabilities are from the untouched model's: what counts of a decoder that samples.
+
+A sampled sequence says little about a decoder whose weights were rounded: one token of three hundred that falls the
+other way gives other speech of the same quality. So each step is compared by itself, given the same past.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.plan import Head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+__all__ = ["divergence", "head_of"]
+
+
+def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> float | None:
+    """The largest Kullback-Leibler divergence of a step's next-token distribution, KL(reference || candidate), in nats.
+
+    Args:
+        reference: What the untouched decoder returned for each call: something with `logits` of shape (rows,
+            positions, vocabulary), or with `last_hidden_state` of shape (rows, positions, width), for which a `head`
+            is needed.
+        candidate: The same of the changed one.
+        head: What makes logits of hidden states.
+
+    Returns:
+        The largest over calls and rows, at the last position, which is what a loop samples from; `None` where the
+        results are not a decoder's, infinite where a distribution is not finite.
+    """
+    import torch
+
+    worst: float | None = None
+    with torch.inference_mode():
+        for a, b in zip(reference, candidate, strict=False):
+            left, right = _log_probabilities(a, head), _log_probabilities(b, head)
+            if left is None or right is None or left.shape != right.shape:
+                continue
+            # Where the reference gives no probability at all (a masked token), there is nothing to lose.
+            each = torch.where(left.isneginf(), 0.0, left.exp() * (left - right)).sum(-1)
+            value = float(each.max())
+            value = max(value, 0.0) if math.isfinite(value) else math.inf
+            worst = value if worst is None else max(worst, value)
+    return worst
+
+
+def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
+    """The head of a decoder inside a model of transformers' kind, which tells it by `get_output_embeddings()`."""
+    for root in roots:
+        for outer in root.modules():
+            ask: Any = getattr(outer, "get_output_embeddings", None)
+            if outer is decoder or not callable(ask) or decoder not in set(outer.modules()):
+                continue
+            try:
+                head: Any = ask()
+            except (AttributeError, NotImplementedError):  # transformers' way of saying that it has none
+                continue
+            if head is not None and head not in set(decoder.modules()):
+                return Head((head,))
+    return None
+
+
+def _log_probabilities(output: Any, head: Head | None) -> Any:
+    import torch
+
+    logits: Any = getattr(output, "logits", None)
+    if not _has_steps(logits):
+        hidden: Any = getattr(output, "last_hidden_state", None)
+        if head is None or not _has_steps(hidden):
+            return None
+        logits = head(hidden[:, -1:])
+    # float64 of float32 logits: the divergence of a rounding is a difference of numbers that nearly agree.
+    return torch.log_softmax(logits[:, -1].detach().to("cpu", torch.float64), dim=-1)
+
+
+def _has_steps(tensor: Any) -> bool:
+    import torch
+
+    return isinstance(tensor, torch.Tensor) and tensor.dim() == 3 and tensor.is_floating_point()  # noqa: PLR2004

@@ -1,0 +1,47 @@
+"""Which calls of a decoder's block are one more token for a growing cache, and which are upstream's business."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from accelerate_tts.engine.stages import growing
+from accelerate_tts.events import NotApplied, emit
+
+__all__ = ["CACHE_NAMES", "parameters_of", "token_layer"]
+
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+"""What blocks of transformers have called their cache, newest name first."""
+
+
+def parameters_of(cls: Any) -> list[str]:
+    """The names of what a class's forward takes, after `self`."""
+    return [
+        parameter.name
+        for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+
+
+def token_layer(what: str, past: Any, number: int, named: dict[str, Any]) -> Any:
+    """The growing layer that one token of a block goes to, with room for it; `None` for any other kind of call.
+
+    Args:
+        what: What would serve the call, for the event that says why it does not.
+        past: The cache.
+        number: The block's place in it.
+        named: The call's other arguments; `hidden_states` of shape (rows, positions, width).
+    """
+    layer = growing.growing_layer(past, number)
+    hidden = named.get("hidden_states")
+    if layer is None or hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:  # noqa: PLR2004
+        return None
+    if named.get("output_attentions") or growing.attentions_wanted.get():
+        emit(NotApplied(what, "attention weights are asked for"))
+        return None
+    if hidden.shape[0] != layer.buffers()[0].shape[0]:
+        return None  # upstream's own error
+    if not layer.reserve(1):
+        emit(NotApplied(what, f"the sequence is longer than {growing.LARGEST} positions"))
+        return None
+    return layer

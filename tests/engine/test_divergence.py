@@ -1,0 +1,206 @@
+"""A decoder that samples is judged by each step's probabilities, and the whole by what is not sampled."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from accelerate_tts import Event
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine.divergence import divergence, head_of
+from accelerate_tts.engine.plan import Head, ModelPlan, Part
+from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.tune import Limits, Tuning, tune
+from accelerate_tts.engine.verify import TOLERANCES
+from accelerate_tts.engine.warmup import Loaded, warmup_calls
+from accelerate_tts.events import FellBack
+
+
+@dataclass
+class Step(ModelOutput):
+    logits: torch.Tensor | None = None
+
+
+def logits(*values: float) -> Step:
+    return Step(logits=torch.tensor(values).log().view(1, 1, -1))
+
+
+def test_it_is_the_largest_divergence_of_a_step() -> None:
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.5 * math.log(0.5 / 0.6)
+    same, other = logits(0.5, 0.5), logits(0.4, 0.6)
+    assert divergence([same, same, same], [same, other, same], None) == pytest.approx(expected)
+    assert divergence([same], [logits(5.0, 5.0)], None) == pytest.approx(0.0), "logits have no scale of their own"
+    before = Step(logits=torch.cat([logits(0.9, 0.1).logits, same.logits], 1))
+    assert divergence([before], [same], None) == pytest.approx(0.0), "a prompt's last position is what is sampled from"
+
+
+def test_what_is_not_finite_is_infinitely_far_and_what_is_masked_is_not() -> None:
+    masked = logits(0.5, 0.5, 0.0)
+    assert divergence([masked], [masked], None) == pytest.approx(0.0)
+    assert divergence([masked], [Step(logits=torch.full((1, 1, 3), math.nan))], None) == math.inf
+    assert divergence([logits(0.5, 0.5)], [logits(1.0, 0.0)], None) == math.inf
+
+
+def test_hidden_states_need_a_head_and_codebooks_are_apart() -> None:
+    torch.manual_seed(0)
+    states = [BaseModelOutputWithPast(last_hidden_state=torch.randn(2, 3, 8)) for _ in range(2)]
+    linear = nn.Linear(8, 12)
+    assert divergence(states[:1], states[1:], None) is None
+    one, four = (divergence(states[:1], states[1:], Head((nn.Identity(), linear), n)) for n in (1, 4))
+    first, second = (linear(state.last_hidden_state[:, -1]).unflatten(-1, (4, 3)).double() for state in states)
+    each = nn.functional.kl_div(second.log_softmax(-1), first.log_softmax(-1), reduction="none", log_target=True)
+    assert four == pytest.approx(float(each.sum(-1).max().detach()))
+    assert one != pytest.approx(four)
+
+
+def test_other_results_have_none() -> None:
+    assert divergence([torch.ones(3)], [torch.ones(3)], None) is None
+    assert divergence([Step(logits=torch.ones(2, 3))], [Step(logits=torch.ones(2, 3))], None) is None
+
+
+def test_the_head_of_a_model_of_transformers() -> None:
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=9)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    holder = nn.ModuleList([model])
+    assert head_of(model.model, [holder]) == Head((model.lm_head,))
+    assert head_of(model, [holder]) is None, "its outputs are logits already"
+    assert head_of(model.model, [model.model]) is None
+    assert head_of(nn.Linear(1, 1), [holder]) is None
+
+
+# --- tuning --------------------------------------------------------------------------------------------------------
+
+COUNT = 40
+
+
+class Decoder(nn.Module):
+    """Next-token logits of the token before, as slowly as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(30, 30)
+        self.seconds, self.noise = 0.002, 0.0
+
+    def forward(self, token: torch.Tensor) -> Step:
+        time.sleep(self.seconds)
+        return Step(logits=self.table(token) + self.noise * torch.sin(self.table(token) * 50))
+
+
+class Speaker(nn.Module):
+    """Samples tokens and voices each as a hundred samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder()
+        self.voice = nn.Linear(30, 100)
+        self.stop = False
+        self.eval()
+
+    def speak(self) -> torch.Tensor:
+        token, waves = torch.zeros(1, 1, dtype=torch.long), []
+        for _ in range(COUNT):
+            probabilities = self.decoder(token).logits[:, -1].softmax(-1)
+            token = torch.multinomial(probabilities, 1)
+            if self.stop and self.decoder.noise and len(waves) >= 5:
+                break
+            waves.append(self.voice(probabilities))
+        return torch.cat(waves, 1)
+
+
+class Stage(BaseStage):
+    least_share = 0.0
+
+    def __init__(self, name: str, **attributes: float) -> None:
+        self.name, self.attributes = name, attributes
+
+    def applies(self, part: Part) -> str | None:
+        return None if all(hasattr(part.module, name) for name in self.attributes) else "not its business"
+
+    def prepare(self, part: Part) -> BaseChange:
+        before = {name: getattr(part.module, name) for name in self.attributes}
+
+        class Change(BaseChange):
+            def on(self) -> None:
+                vars(part.module).update(attributes)
+
+            def off(self) -> None:
+                vars(part.module).update(before)
+
+        attributes = self.attributes
+        return Change()
+
+
+def run(model: Speaker, *stages: Stage, precision: Any = "balanced") -> Tuning:
+    parts = (Part("decoder", "decoder", model.decoder), Part("voice", "vocoder", model.voice))
+    calls = warmup_calls(lambda loaded: loaded.speak(), Loaded(model), "inference")
+    return tune(
+        ModelPlan("speaker", (model,), parts), calls, list(stages), DeviceInfo("cpu", "test"), Limits(60.0, precision)
+    )
+
+
+def test_another_sequence_of_right_steps_is_kept_and_said() -> None:
+    model = Speaker()
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        before = model.speak()
+    tuning = run(model, Stage("rough", seconds=0.0, noise=0.01))
+    (result,) = tuning.receipt.stages
+    assert result.kept
+    assert result.divergence is not None
+    assert 0.0 < result.divergence < TOLERANCES["balanced"].divergence
+    assert tuning.receipt.error is None, "the whole has no error to state: it is another sequence"
+    assert any("another sequence is sampled" in note for note in tuning.receipt.notes)
+    assert tuning.receipt.ratio > 1.5
+    assert "divergence" in tuning.receipt.to_json()
+    tuning.undo()
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        assert torch.equal(model.speak(), before)
+
+
+def test_a_step_that_diverges_is_dropped() -> None:
+    (result,) = run(Speaker(), Stage("too rough", seconds=0.0, noise=0.5), precision="fast").receipt.stages
+    assert not result.kept
+    assert "nats" in result.reason or "relative error" in result.reason
+
+
+def test_the_rest_must_be_right_without_it(seen: list[Event]) -> None:
+    class Louder(Speaker):
+        """Another part's small error is a large one of the whole."""
+
+        def speak(self) -> torch.Tensor:
+            wave = super().speak()
+            return wave if self.voice.training_scale == 1.0 else wave * 3.0
+
+    model = Louder()
+    model.voice.training_scale = 1.0  # type: ignore[assignment]
+    slow = model.voice.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002 if model.voice.training_scale == 1.0 else 0.0)
+        return slow(x) * model.voice.training_scale
+
+    model.voice.forward = forward  # type: ignore[method-assign]
+    tuning = run(model, Stage("rough", seconds=0.0, noise=0.01), Stage("louder", training_scale=1.01))
+    assert not tuning.receipt.kept
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["what is not exact"]
+    assert model.decoder.noise == 0.0
+
+
+def test_a_sequence_that_breaks_off_is_undone() -> None:
+    model = Speaker()
+    model.stop = True
+    tuning = run(model, Stage("rough", seconds=0.0, noise=0.01))
+    assert not tuning.receipt.kept
+    assert "undone: wrong in total: a result of shape" in tuning.receipt.stages[0].reason

@@ -1,0 +1,333 @@
+"""The kernel for one token through one block: the same as upstream's block, for every block that it knows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from accelerate_tts import Event
+from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages import default_stages, fused
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+from accelerate_tts.engine.stages.fused import FusedBlocksStage
+from accelerate_tts.engine.stages.skinny import SkinnyStage, Weights
+from accelerate_tts.engine.verify import EXACT_TOLERANCE
+from accelerate_tts.events import NotApplied
+
+SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def of(name: str, hidden: int = 32, inner: int = 56, heads: int = 4, kv_heads: int = 2, **options: Any) -> Any:
+    torch.manual_seed(0)
+    if name == "GPT2":
+        config = transformers.GPT2Config(
+            n_embd=hidden,
+            n_inner=inner,
+            n_layer=2,
+            n_head=heads,
+            vocab_size=50,
+            bos_token_id=1,
+            eos_token_id=2,
+            **options,
+        )
+        return larger(transformers.GPT2Model(config))
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        **SMALL, **options,
+    )  # fmt: skip
+    return larger(getattr(transformers, f"{name}Model")(config))
+
+
+def larger(model: Any) -> Any:
+    """Weights of a trained size, where a block changes what it is given by as much as that is."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
+            elif "bias" in name:
+                parameter.normal_(0.0, 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def loop(
+    model: Any, count: int = 8, rows: int = 2, width: int = 32, mask: torch.Tensor | None = None, **asked: Any
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    past, states = None, []
+    with torch.inference_mode():
+        for number in range(count):
+            x = torch.randn(rows, 1 if number else 6, width, generator=generator).to(next(model.parameters()).dtype)
+            if mask is not None:
+                asked["attention_mask"] = torch.cat([mask, torch.ones(rows, number, dtype=mask.dtype)], 1)
+            out = model(inputs_embeds=x, past_key_values=past, use_cache=True, **asked)
+            past = out.past_key_values
+            states.append(out.last_hidden_state[:, -1:])
+    return torch.cat(states, 1).float()
+
+
+def fuse(model: Any, weights: Weights = "fp32") -> Any:
+    stage, part = FusedBlocksStage(weights), Part("model", "decoder", model)
+    assert stage.applies(part) is None
+    return stage.prepare(part)
+
+
+def error(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return float((expected.double() - found.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each call of the kernel."""
+    calls: list[int] = []
+    kernel = fused.decoder_block()
+
+    def counted(*args: Any) -> None:
+        calls.append(1)
+        kernel(*args)
+
+    monkeypatch.setattr(fused, "decoder_block", lambda: counted)
+    return calls
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "Llama": lambda: of("Llama"),
+    "Llama with biases": lambda: of("Llama", attention_bias=True, mlp_bias=True),
+    "Llama by eager attention": lambda: of("Llama", attn_implementation="eager"),
+    "Mistral": lambda: of("Mistral", sliding_window=None),
+    "Qwen2": lambda: of("Qwen2"),
+    "GPT2": lambda: of("GPT2"),
+    "Llama with GELU": lambda: of("Llama", hidden_act="gelu_pytorch_tanh"),
+}
+# What the stored weights alone may cost, in these models of random weights.
+LIMITS: dict[Weights, float] = {"fp32": 1e-5, "bf16": 2e-2, "int8": 4e-2}
+
+
+@pytest.mark.parametrize("weights", LIMITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_known_block_computes_the_same(name: str, weights: Weights, served: list[int]) -> None:
+    model = MODELS[name]()
+    classes = [type(module) for module in model.modules()]
+    for rows in (1, 2, 3, 8):
+        expected = loop(model, rows=rows)
+        change = fuse(model, weights)
+        change.on()
+        found = loop(model, rows=rows)
+        change.off()
+        assert error(expected, found) < LIMITS[weights]
+        assert (weights == "fp32") == (error(expected, found) < 1e-5), "stored weights are used, and only those"
+        assert torch.equal(loop(model, rows=rows), expected)
+    assert len(served) == 4 * 7 * 2
+    assert [type(module) for module in model.modules()] == classes
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    heads=st.integers(1, 3), group=st.integers(1, 3), half=st.integers(1, 12), inner=st.integers(1, 70),
+    rows=st.integers(1, 8), threads=st.integers(1, 5), weights=st.sampled_from(["fp32", "bf16", "int8"]),
+)  # fmt: skip
+def test_the_kernel_at_any_shape(
+    heads: int, group: int, half: int, inner: int, rows: int, threads: int, weights: Weights
+) -> None:
+    width = heads * group * 2 * half
+    model = of("Llama", width, inner, heads * group, heads, head_dim=2 * half)
+    expected = loop(model, 5, rows, width)
+    change = fuse(model, weights)
+    change.on()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = loop(model, 5, rows, width)
+    finally:
+        torch.set_num_threads(before)
+        change.off()
+    assert error(expected, found) < 2 * LIMITS[weights]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_left_padding_is_not_seen(name: str, served: list[int]) -> None:
+    model = of(name)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    expected = loop(model, mask=mask)
+    fuse(model).on()
+    assert error(expected, loop(model, mask=mask)) < 1e-5
+    assert served
+
+
+def higgs(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.HiggsAudioV2Config(
+        hidden_size=32, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_codebooks=2,
+        codebook_size=16, audio_token_id=40, audio_delay_token_id=41, **{**SMALL, "pad_token_id": 0}, **options,
+    )  # fmt: skip
+    return larger(transformers.HiggsAudioV2Model(config))
+
+
+@pytest.mark.parametrize("of_audio", [[True, True], [False, False], [True, False]], ids=str)
+def test_higgs_tokens_of_audio_of_text_and_of_both(of_audio: list[bool], served: list[int]) -> None:
+    block = higgs()
+    x, mask = torch.randn(2, 1, 32), torch.tensor(of_audio).unsqueeze(1)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            past = block(inputs_embeds=torch.ones(2, 4, 32), use_cache=True).past_key_values
+            rotation = block.rotary_emb(x, torch.tensor([[4]]))
+            hidden = x
+            for layer in block.layers:
+                hidden = layer(hidden, rotation, audio_token_mask=mask, past_key_values=past)
+            return hidden
+
+    expected = run()
+    fuse(block).on()
+    assert error(expected, run()) < 1e-5
+    assert len(served) == (2 if len(set(of_audio)) == 1 else 0)
+
+
+def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
+    truth = loop(of("Llama"))
+    model = of("Llama").to(torch.bfloat16)
+    upstream = error(truth, loop(model))
+    change = fuse(model)
+    change.on()
+    ours = error(truth, loop(model))
+    assert served
+    assert ours <= 1.2 * upstream  # sums in fp32, rounded once for each block
+    assert not FusedBlocksStage("int8").applies(Part("model", "decoder", of("Llama"))), "fp32 weights may be stored so"
+    assert FusedBlocksStage("int8").applies(Part("model", "decoder", model)) is not None
+
+
+def test_written_weights_are_used_at_once() -> None:
+    for weights, limit in LIMITS.items():
+        model, other = of("Llama"), of("Llama")
+        fuse(model, weights).on()
+        loop(model)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *other.parameters()):
+                parameter.mul_(0.8)
+        assert error(loop(other), loop(model)) < limit
+        state = {name: tensor * 1.2 for name, tensor in other.state_dict().items()}
+        other.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True)
+        assert error(loop(other), loop(model)) < limit
+
+
+def test_a_hook_inside_a_block_is_not_skipped(served: list[int], seen: list[Event]) -> None:
+    model = of("Llama")
+    fuse(model).on()
+    heard: list[int] = []
+    handle = model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    loop(model)
+    assert len(heard) == 8
+    assert len(served) == 7, "the block without a hook is served"
+    assert any(isinstance(event, NotApplied) and "hooks" in event.reason for event in seen)
+    handle.remove()
+    loop(model)
+    assert len(served) == 7 + 14
+
+
+def test_what_it_does_not_know_is_upstreams_business(served: list[int], seen: list[Event]) -> None:
+    model = of("Llama")
+    expected = loop(model, rows=9)
+    fuse(model).on()
+    assert torch.equal(loop(model, rows=9), expected), "more rows than it is made for"
+    with torch.autocast("cpu", torch.bfloat16):
+        loop(model)
+    loop(model.train())
+    model.eval()
+    assert not served
+    loop(model, made_up=torch.ones(1))
+    assert not served
+    assert any(isinstance(event, NotApplied) and "called with made_up" in event.reason for event in seen)
+
+
+def test_blocks_of_other_kinds_are_left_alone() -> None:
+    class LlamaDecoderLayer(nn.Module):
+        """Somebody else's, of the same name."""
+
+    def refused(model: nn.Module) -> bool:
+        return FusedBlocksStage().applies(Part("model", "decoder", model)) is not None
+
+    assert refused(nn.Sequential(LlamaDecoderLayer()))
+    assert refused(of("Llama", hidden_act="relu"))
+    assert refused(of("Qwen3", head_dim=8))  # norms of queries and keys
+    adapted = of("Llama")
+    for layer in adapted.layers:
+        layer.self_attn.q_proj = type("Adapter", (nn.Linear,), {"forward": lambda self, x: x})(32, 32)
+    assert refused(adapted)
+    crossed = of("GPT2", add_cross_attention=True)
+    assert refused(crossed)
+    parametrized = of("Llama")
+    for layer in parametrized.layers:
+        torch.nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+    assert refused(parametrized)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weights", LIMITS)
+def test_what_is_not_finite_stays_so_and_in_its_row(value: float, weights: Weights) -> None:
+    model = of("Llama")
+    change = fuse(model, weights)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            past = model(inputs_embeds=torch.ones(2, 4, 32), use_cache=True).past_key_values
+            x = torch.ones(2, 1, 32)
+            x[1, 0, 3] = value
+            return model(inputs_embeds=x, past_key_values=past, use_cache=True).last_hidden_state
+
+    expected = run()
+    change.on()
+    found = run()
+    assert torch.equal(expected.isfinite().all(-1), found.isfinite().all(-1))
+    assert found[0].isfinite().all()
+    assert error(expected[0], found[0]) < LIMITS[weights]
+
+
+def test_two_threads_have_their_own_scratch() -> None:
+    model = of("Llama", 64, 128, 4, 2)
+    fuse(model).on()
+    alone = {rows: loop(model, 30, rows, 64) for rows in (1, 2, 3, 5)}
+    found: dict[int, torch.Tensor] = {}
+
+    def work(rows: int) -> None:
+        found[rows] = loop(model, 30, rows, 64)
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[rows], alone[rows]) for rows in alone)
+
+
+def test_what_is_inside_fused_blocks_is_not_tried_again() -> None:
+    model, part = of("Llama", 128, 256), None
+    part = Part("model", "decoder", model)
+    others = [SkinnyStage("fp32"), CompiledBlocksStage("default")]
+    assert [stage.applies(part) for stage in others] == [None, None]
+    change = fuse(model)
+    change.on()
+    assert all(stage.applies(part) is not None for stage in others)
+    change.off()
+    assert [stage.applies(part) for stage in others] == [None, None]
+
+
+def test_copies_are_made_only_where_they_were_asked_for() -> None:
+    names = {
+        precision: [stage.name for stage in default_stages("cpu", "default", precision) if "fused" in stage.name]
+        for precision in ("exact", "balanced", "fast")
+    }
+    fp32, bf16, int8 = (f"fused decoder blocks ({weights})" for weights in LIMITS)
+    assert names == {"exact": [fp32], "balanced": [fp32, bf16], "fast": [fp32, bf16, int8]}
+    assert not [stage for stage in default_stages("cpu", None) if "fused" in stage.name], "it needs the compiler"
+    assert LIMITS["fp32"] < EXACT_TOLERANCE
