@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.measure import synchronize
+from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.verify import tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from accelerate_tts.engine.plan import Part
 
@@ -41,6 +42,7 @@ class Captured:
     """What was seen of one part in one pass.
 
     Attributes:
+        method: What is called to run the part.
         calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
         count: How often it was called.
         seconds: Wall-clock seconds inside it.
@@ -49,6 +51,7 @@ class Captured:
             they took.
     """
 
+    method: str = CALL
     calls: list[_Call] = field(default_factory=list)
     count: int = 0
     seconds: float = 0.0
@@ -119,7 +122,7 @@ class Prepared:
                 modes.enter_context(torch.set_grad_enabled(call.grad))
             if call.autocast is not None:
                 modes.enter_context(torch.autocast(*call.autocast))
-            return module(*self.args, **self.kwargs)
+            return getattr(module, call.method)(*self.args, **self.kwargs)
 
 
 @dataclass
@@ -131,6 +134,7 @@ class _Call:
     autocast: tuple[str, Any] | None
 
     sort: Sort
+    method: str
 
     def prepared(self) -> Prepared:
         import torch
@@ -143,15 +147,43 @@ class _Call:
 @contextmanager
 def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Captured], None, None]:
     """While open, record each part's calls into the yielded mapping, by part name."""
-    seen = {part.name: Captured() for part in parts}
-    handles: list[Any] = []
-    for part in parts:
-        handles += _hook(part.module, seen[part.name], device_type)
-    try:
+    seen = {part.name: Captured(part.method) for part in parts}
+    with ExitStack() as stack:
+        for part in parts:
+            before, after = _watchers(seen[part.name], device_type)
+            stack.enter_context(_around(part, before, after))
         yield seen
+
+
+@contextmanager
+def _around(part: Part, before: Callable[..., None], after: Callable[..., None]) -> Generator[None, None, None]:
+    """While open, call `before(module, args, kwargs)` and `after(module, args, output)` around what runs a part."""
+    module, method = part.module, part.method
+    if method == CALL:
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
+    plain = getattr(module, method)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before(module, args, kwargs)
+        output = plain(*args, **kwargs)
+        after(module, args, output)
+        return output
+
+    own = vars(module).get(method)
+    vars(module)[method] = run
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if own is None:
+            del vars(module)[method]
+        else:
+            vars(module)[method] = own
 
 
 @contextmanager
@@ -204,22 +236,20 @@ def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> l
 
 
 @contextmanager
-def outputs_of(module: Any) -> Generator[list[Any], None, None]:
-    """While open, copy the tensors of what each of the first calls of `module` returns into the yielded list."""
+def outputs_of(part: Part) -> Generator[list[Any], None, None]:
+    """While open, copy the tensors of what each of the first calls of a part returns into the yielded list."""
     seen: list[Any] = []
 
     def after(_module: Any, _args: Any, output: Any) -> None:
         if len(seen) < _MOST_OUTPUTS:
             seen.append([tensor.detach().clone() for tensor in tensors_of(output)])
 
-    handle = module.register_forward_hook(after)
-    try:
+    with _around(part, lambda *_given: None, after):
         yield seen
-    finally:
-        handle.remove()
 
 
-def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:
+def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What is to be called before and after each call of a part, to record it."""
     starts: list[tuple[float, Sort]] = []
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -229,9 +259,9 @@ def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:
         if not captured.obstacle:
             try:
                 if captured.wants(sort):
-                    captured.calls.append(_record(args, kwargs, device_type, sort))
+                    captured.calls.append(_record(args, kwargs, device_type, sort, captured.method))
                 elif tally.is_milestone:
-                    captured.calls[captured.latest(sort)] = _record(args, kwargs, device_type, sort)
+                    captured.calls[captured.latest(sort)] = _record(args, kwargs, device_type, sort, captured.method)
             except NotReplayableError as error:
                 captured.obstacle = str(error)
                 captured.calls.clear()
@@ -247,10 +277,7 @@ def _hook(module: Any, captured: Captured, device_type: str) -> list[Any]:
             captured.sorts[sort].count += 1
             captured.sorts[sort].seconds += seconds
 
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
+    return before, after
 
 
 def _sort_of(values: tuple[Any, ...]) -> Sort:
@@ -262,15 +289,14 @@ def _sort_of(values: tuple[Any, ...]) -> Sort:
     return tuple(tuple(tensor.shape) for tensor in floating or tensors[:1])
 
 
-def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sort: Sort) -> _Call:
+def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sort: Sort, method: str) -> _Call:
     import torch
 
     autocast = None
     if torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    return _Call(
-        _copied(args), _copied(kwargs), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast, sort
-    )
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    return _Call(_copied(args), _copied(kwargs), inference, grad, autocast, sort, method)
 
 
 def _is_cache(value: Any) -> bool:

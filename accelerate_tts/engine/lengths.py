@@ -10,7 +10,10 @@ from accelerate_tts.errors import WarmupError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["at_length", "first_tensor", "ladder"]
+__all__ = ["LONGEST", "at_length", "first_tensor", "ladder"]
+
+LONGEST = 10_000_000
+"""The longest length that can be asked for, since the warm-up makes it: seven minutes of samples at 24 kHz."""
 
 # A compiled graph is valid for a range of lengths: oneDNN's convolutions change their kernel at powers of two, and
 # dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0003-compiled-calls.md).

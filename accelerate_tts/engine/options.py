@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate_tts.errors import SettingsError
+from accelerate_tts.engine.lengths import LONGEST
+from accelerate_tts.errors import SettingsError, abridged
 from accelerate_tts.settings import Precision, Settings, check_precision, check_tune_seconds
 
 __all__ = ["TuneOptions"]
@@ -35,7 +36,8 @@ class TuneOptions:
             check_tune_seconds(self.tune_seconds)
         if self.lengths is not None and not _is_range(self.lengths):
             raise SettingsError(
-                f"lengths={self.lengths!r} must be two whole numbers, the shortest and the longest, such as (10, 300)"
+                f"lengths={abridged(self.lengths)} must be two whole numbers, the shortest and the longest, from 1 to"
+                f" {LONGEST}, such as (10, 300)"
             )
 
     def applied_to(self, settings: Settings) -> Settings:
@@ -49,5 +51,5 @@ def _is_range(lengths: object) -> bool:
         isinstance(lengths, tuple)
         and len(lengths) == 2  # noqa: PLR2004 - the shortest and the longest
         and all(isinstance(length, int) and not isinstance(length, bool) for length in lengths)
-        and 1 <= lengths[0] <= lengths[1]
+        and 1 <= lengths[0] <= lengths[1] <= LONGEST
     )

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["PROCESS", "Head", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
+__all__ = ["CALL", "PROCESS", "Head", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
 
 Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
 """An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one.
 
 "process" is what belongs to no module: the threads of other libraries.
 """
+
+CALL = "__call__"
+"""What most systems call: the module itself."""
 
 PROCESS = "process"
 """The name of the part that stands for the process."""
@@ -56,6 +59,8 @@ class Part:
             rounding error can change the length of the result, and only bit-exact changes are allowed.
         cached: Whether it was seen to be called with a key/value cache.
         head: What makes logits of what it computes, if it is a decoder whose head is known.
+        method: What the system calls to run it, if not the module itself: "forward" where it goes past the hooks, or a
+            method of upstream's own.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Part:
     decides: bool = False
     cached: bool = False
     head: Head | None = None
+    method: str = CALL
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Session:
             return self.run()
         if self.replayable(part):
             return self.replay(part)()
-        with outputs_of(part.module) as seen:
+        with outputs_of(part) as seen:
             whole = self.run()
         return [*seen, *whole]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.lengths import at_length, first_tensor, ladder
 from accelerate_tts.engine.plan import find_modules
-from accelerate_tts.errors import TimeLimitError, WarmupError, shown
+from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
 from accelerate_tts.runtime import modes, watchdog
 from accelerate_tts.settings import Mode
 
@@ -63,13 +63,13 @@ def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
             raise WarmupError(f"warmup=[] has nothing in it; give {_TAKES}")
         for item in warmup:
             if isinstance(item, list):
-                raise WarmupError(f"warmup={shown(warmup)} holds a list inside a list; give {_TAKES}")
+                raise WarmupError(f"warmup={abridged(warmup)} holds a list inside a list; give {_TAKES}")
             check_warmup(item)
     elif isinstance(warmup, str):
         if not warmup.strip():
-            raise WarmupError(f"warmup={shown(warmup)} is an empty text; give a short sentence")
+            raise WarmupError(f"warmup={abridged(warmup)} is an empty text; give a short sentence")
     elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
-        raise WarmupError(f"warmup={shown(warmup)} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
+        raise WarmupError(f"warmup={abridged(warmup)} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
     if lengths is not None:
         _check_lengths(warmup)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.plan import Head, Kind, Part
+from accelerate_tts.engine.plan import CALL, Head, Kind, Part
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import generic
 
@@ -24,9 +24,8 @@ class Known:
     Attributes:
         system: The name of the system, for people.
         releases: The releases of its package that were looked at, for people.
-        parts: Attribute path of each part from the module ("" for the module itself) and its kind. All must be
-            called as modules (`part(...)`) when the system speaks: what is driven by
-            another method is named by what that method calls, since nothing else can be watched and timed.
+        parts: Attribute path of each part from the module ("" for the module itself) and its kind.
+        methods: Of those that the system does not call as modules (`part(...)`), the method that it calls instead.
         decide: Of them, those whose outputs become discrete.
         heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
         codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one.
@@ -37,6 +36,7 @@ class Known:
     releases: str
     parts: Mapping[str, Kind]
     decide: frozenset[str] = frozenset()
+    methods: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     codebooks: str = ""
     needs: tuple[str, ...] = ()
@@ -56,7 +56,14 @@ class Known:
             emit(NotApplied(f"the plan for {self.system}", reason))
             return generic.parts(path, module)
         return tuple(
-            Part(_path(path, name, module), kind, part, name in self.decide, head=self._head(module, name))
+            Part(
+                _path(path, name, module),
+                kind,
+                part,
+                name in self.decide,
+                head=self._head(module, name),
+                method=self.methods.get(name, CALL),
+            )
             for name, kind in self.parts.items()
             if (part := _module(found[name])) is not None
         )

@@ -74,14 +74,24 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
     from torch import nn
 
     rows: list[list[nn.Module]] = []
+    others: dict[Any, list[nn.Module]] = {}
     for holder in module.modules():
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
         alike: dict[Any, list[nn.Module]] = {}
         for block in holder:
+            if isinstance(block, (nn.ModuleList, nn.ModuleDict)):  # is never called
+                continue
             if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
                 alike.setdefault(_kind(block), []).append(block)
-        rows += [row for row in alike.values() if len(row) > 1]
+        for kind, row in alike.items():
+            # A place in a list is the place in the cache; without a cache, blocks of several lists share a graph.
+            if any(name in CACHE_NAMES for name in parameters_of(plain_class(row[0]))):
+                rows += [row]
+            else:
+                others.setdefault(kind, []).extend(row)
+    rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be in two places
+    rows = [row for row in rows if len(row) > 1]
     rows = [row for row in rows if not is_fused(row[0])]
     inside = {inner for row in rows for block in row for inner in block.modules() if inner is not block}
     outermost = [row for row in rows if row[0] not in inside]

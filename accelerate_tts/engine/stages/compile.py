@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import (
     Counter,
@@ -64,6 +65,8 @@ class CompileStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if part.method != CALL:
+            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
         if part.cached:
             return "its cache grows at every call: the decode step is compiled by itself"
         return "is compiled already" if part.module._compiled_call_impl is not None else None
@@ -91,6 +94,8 @@ class FrozenCompileStage(BaseStage):
         """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
+        if part.method != CALL:
+            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
         if part.cached:
             return "its cache grows at every call: the decode step is compiled by itself"
         return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
