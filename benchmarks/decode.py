@@ -1,10 +1,12 @@
 """The decode step of full-size speech models, tuned against upstream's own eager loop, and the memory's floor.
 
-    python benchmarks/decode.py [chatterbox] [xtts] [--precision exact|balanced|fast] [--layers N] [--json FILE]
+    python benchmarks/decode.py [chatterbox] [xtts] [higgs] [--precision exact|balanced|fast] [--layers N] [--json FILE]
 
-Run nothing else meanwhile. The true classes of chatterbox-light and coqui-tts with random weights and seed 0. Two
-copies of the model are loaded, one is tuned by `@optimized_model` on a short sequence; then prompts and single tokens
-of the two are run in turn. `floor` is the time in which the memory, as measured here, gives the weights once.
+Run nothing else meanwhile. The true classes of chatterbox-light, coqui-tts and transformers (Higgs Audio v2, in bf16 as
+it is shipped) with random weights and seed 0. Two copies of the model are loaded, one is tuned by `@optimized_model` on
+a short sequence; then prompts and single tokens of the two are run in turn. `floor` is the time in which the memory, as
+measured here, gives the loaded weights once. `divergence` is that of the next token's probabilities, given the same
+past, over 40 steps: the largest and the mean, in nats. Higgs needs `--layers 8` or so on a machine of 24 GB.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 
 from accelerate_tts import Receipt, optimized_model, receipt_of
 from accelerate_tts.cli.bench.measure import bandwidth
 from accelerate_tts.cli.tables import table
+from accelerate_tts.engine.divergence import divergence
+from accelerate_tts.engine.plan import Head
 
 PROMPT, TOKENS, PAIRS = 100, 12, 7
 
@@ -33,19 +38,24 @@ PROMPT, TOKENS, PAIRS = 100, 12, 7
 class Decoder:
     """A decoder and its loop, as the system around it drives it."""
 
-    def __init__(self, model: torch.nn.Module, batch: int, width: int, **asked: Any) -> None:
+    def __init__(self, model: torch.nn.Module, head: Head, batch: int, width: int, **asked: Any) -> None:
         self.model = model.eval()
+        self.head = head
         self.batch = batch
         self.width = width
         self.asked = asked
 
     def prompt(self) -> Any:
         x = torch.randn(self.batch, PROMPT, self.width, generator=torch.Generator().manual_seed(1))
-        return self.model(inputs_embeds=x, use_cache=True, **self.asked)
+        return self.model(inputs_embeds=x.to(self.dtype), use_cache=True, **self.asked)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def token(self, past: Any, number: int) -> Any:
         x = torch.randn(self.batch, 1, self.width, generator=torch.Generator().manual_seed(number + 2))
-        return self.model(inputs_embeds=x, past_key_values=past, use_cache=True, **self.asked)
+        return self.model(inputs_embeds=x.to(self.dtype), past_key_values=past, use_cache=True, **self.asked)
 
     def speak(self, count: int = TOKENS) -> list[torch.Tensor]:
         out = self.prompt()
@@ -64,7 +74,8 @@ def chatterbox(layers: int | None) -> Decoder:
         t3.tfmr.layers = t3.tfmr.layers[:layers]
         t3.tfmr.config.num_hidden_layers = layers
     # Classifier-free guidance is two rows; the loop asks for all hidden states at every step.
-    return Decoder(t3.tfmr, 2, t3.cfg.hidden_size, output_hidden_states=True, return_dict=True)
+    head = Head((t3.speech_head.eval(),))
+    return Decoder(t3.tfmr, head, 2, t3.cfg.hidden_size, output_hidden_states=True, return_dict=True)
 
 
 def xtts(layers: int | None) -> Decoder:
@@ -81,10 +92,25 @@ def xtts(layers: int | None) -> Decoder:
     model = Xtts(config)
     model.init_models()
     model.gpt.init_gpt_for_inference(kv_cache=True)
-    return Decoder(model.gpt.gpt_inference.transformer, 1, arguments.gpt_n_model_channels)
+    head = Head((model.gpt.final_norm, model.gpt.mel_head))
+    return Decoder(model.gpt.gpt_inference.transformer, head, 1, arguments.gpt_n_model_channels)
 
 
-SYSTEMS: dict[str, Callable[[int | None], Decoder]] = {"chatterbox": chatterbox, "xtts": xtts}
+def higgs(layers: int | None) -> Decoder:
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+    config = HiggsAudioV2Config(num_hidden_layers=layers or 28)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # made so from the start, in half the memory
+    try:
+        model = HiggsAudioV2ForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return Decoder(model.model, Head((model.audio_lm_head,), config.num_codebooks), 1, config.hidden_size)
+
+
+SYSTEMS: dict[str, Callable[[int | None], Decoder]] = {"chatterbox": chatterbox, "xtts": xtts, "higgs": higgs}
+DEFAULT = ("chatterbox", "xtts")
 
 
 @torch.inference_mode()
@@ -127,9 +153,9 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
     assert isinstance(receipt, Receipt)
     print(receipt, flush=True)
     with torch.inference_mode():
-        error = max(
-            float((a - b).norm() / a.norm()) for a, b in zip(plain.speak(40), tuned.speak(40), strict=True)
-        )  # fmt: skip
+        states = plain.speak(40), tuned.speak(40)
+        error = max(float((a - b).norm() / a.norm()) for a, b in zip(*states, strict=True))
+        steps = [divergence([Step(a)], [Step(b)], plain.head) or 0.0 for a, b in zip(*states, strict=True)]
     size = sum(parameter.numel() * parameter.element_size() for parameter in plain.model.parameters())
     step = against(plain, tuned, timed_token, PAIRS)
     prompt = against(plain, tuned, timed_prompt, PAIRS)
@@ -137,6 +163,7 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
     return {
         "step": step, "prompt": prompt, "floor": floor, "step_over_floor": step["after"] / floor, "error": error,
         "weights_bytes": size, "memory_over_weights": 1 + (after - before) / size, "tuning_seconds": receipt.seconds,
+        "divergence": {"largest": max(steps), "mean": statistics.mean(steps)},
         "recompiles": receipt.recompiles, "kept": [f"{stage.part}: {stage.stage}" for stage in receipt.kept],
     }  # fmt: skip
 
@@ -153,7 +180,7 @@ def main() -> None:
     logging.getLogger("accelerate_tts").setLevel(logging.INFO)
     results: dict[str, Any] = {}
     rows = [("system", "what", "eager", "tuned", "ratio", "lowest .. highest", "over floor", "error")]
-    for name in options.systems or SYSTEMS:
+    for name in options.systems or DEFAULT:
         print(f"{name} ...", flush=True)
         found = results[name] = measure(name, options.precision, options.layers)
         for what in ("step", "prompt"):
@@ -167,7 +194,9 @@ def main() -> None:
     Console(width=140, highlight=False).print(table(rows, title, {"eager", "tuned", "ratio", "over floor", "error"}))
     for name, found in results.items():
         print(
-            f"{name}: tuned in {found['tuning_seconds']:.0f} s, memory {found['memory_over_weights']:.2f}x the weights,"
+            f"{name}: a step diverges by {found['divergence']['largest']:.1e} nats at most,"
+            f" {found['divergence']['mean']:.1e} in the mean; tuned in {found['tuning_seconds']:.0f} s,"
+            f" memory {found['memory_over_weights']:.2f}x the weights,"
             f" {found['recompiles']} recompiles, kept: {', '.join(found['kept']) or 'nothing'}"
         )
     if options.json:

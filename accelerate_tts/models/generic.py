@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages.decode import decoders
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,8 @@ def refiner(whole: tuple[Part, ...]) -> Callable[[Mapping[nn.Module, float]], tu
 
 
 def _taken_apart(part: Part, prefix: str, seconds: Mapping[nn.Module, float], depth: int) -> list[Part]:
+    if decoders(part.module) == [part.module]:  # its cache and its steps belong to all of its layers, be they but two
+        return [part]
     inner = _called(part.module, prefix, seconds)
     explained = sum(seconds[child.module] for child in inner)
     own = seconds.get(part.module, explained)

@@ -151,3 +151,16 @@ def test_named_parts_and_time() -> None:
     assert [part.name for part in generic.refine(whole, seconds)] == ["net.0", "net.1"]
     assert generic.refine(whole, {}) == whole  # nothing was seen: as it was
     assert generic.parts("empty", nn.ReLU()) == ()
+
+
+def test_a_decoder_of_two_layers_stays_in_one_piece() -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.inference_mode(), time_modules((model,), "cpu") as seconds:
+        past = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=past)
+    (part,) = generic.refine(generic.parts("", model), seconds)
+    assert part.module in {model, model.model}
+    (inner,) = generic.refine(generic.parts("", model.model), seconds)
+    assert inner.module is model.model

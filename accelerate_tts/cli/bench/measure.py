@@ -59,6 +59,7 @@ class Measured:
         memory: Resident memory of the process after tuning, over that before it.
         recompiles: Graphs compiled after warm-up.
         naive: What `torch.compile` of the same modules gave, in seconds a call; `None` if not asked for, or failed.
+        divergence: The largest divergence of a decoder's step that tuning saw of what it kept, in nats.
         kept: What was kept, as "part: stage".
         note: What is not as it would be with real weights.
     """
@@ -81,6 +82,7 @@ class Measured:
     naive: float | None
     kept: list[str] = field(default_factory=list)
     note: str = ""
+    divergence: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -176,6 +178,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         after / resident, receipt.recompiles,
         _naive(built, call) if naive else None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
+        max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
     )  # fmt: skip
 
 

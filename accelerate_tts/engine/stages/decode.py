@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["GrowingCacheStage", "growing_caches"]
+__all__ = ["GrowingCacheStage", "decoders", "growing_caches"]
 
 _TAKES = {"past_key_values", "inputs_embeds", "use_cache"}
 
@@ -42,7 +42,7 @@ class GrowingCacheStage(BaseStage):
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
             return "no cache of transformers 4.56 or later is loaded"
-        return None if _decoders(part.module) else "no decoder with a cache in it"
+        return None if decoders(part.module) else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
@@ -51,10 +51,10 @@ class GrowingCacheStage(BaseStage):
 
 def growing_caches(module: nn.Module) -> ClassSwap:
     """The change that lets the caches of all decoders in a module grow; of none, where there is no decoder."""
-    return ClassSwap(_decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
+    return ClassSwap(decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
 
 
-def _decoders(module: nn.Module) -> list[nn.Module]:
+def decoders(module: nn.Module) -> list[nn.Module]:
     """The innermost modules of a part that are called with a cache."""
     found = [inner for inner in module.modules() if _is_decoder(inner)]
     return [
