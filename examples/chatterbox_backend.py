@@ -1,6 +1,7 @@
 """Chatterbox as a backend.
 
     python examples/chatterbox_backend.py "Hello there." -o out.wav --reference voice.wav
+    python examples/chatterbox_backend.py "Guten Tag." -o out.wav --variant multilingual --language de
     python examples/chatterbox_backend.py "Hello there." -o out.wav --random-weights --seconds 1   # noise, offline
 
 Needs: pip install accelerate_tts chatterbox-light (or chatterbox-tts)
@@ -9,8 +10,10 @@ Needs: pip install accelerate_tts chatterbox-light (or chatterbox-tts)
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,18 +25,26 @@ from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.models.t3.modules.cond_enc import T3Cond
 from chatterbox.models.t3.modules.t3_config import T3Config
 from chatterbox.models.voice_encoder import VoiceEncoder
-from chatterbox.tts import ChatterboxTTS, Conditionals
+from chatterbox.tts import Conditionals
 
 from accelerate_tts import inference, optimized_model, receipt_of
 
 TOKENS_A_SECOND = 25
+SOUNDS = 6561  # of the tokens; T3 can write more, which trained weights do not choose
+# The classes take the same voice and say things in the same way. Older releases of chatterbox-tts have the first only.
+VARIANTS = {
+    "english": ("chatterbox.tts", "ChatterboxTTS"),
+    "multilingual": ("chatterbox.mtl_tts", "ChatterboxMultilingualTTS"),
+    "turbo": ("chatterbox.tts_turbo", "ChatterboxTurboTTS"),
+}
 
 
 class ChatterboxBackend:
     """Speaks a text sentence by sentence."""
 
-    def __init__(self, make: Callable[[], ChatterboxTTS]) -> None:
+    def __init__(self, make: Callable[[], Any], **options: str) -> None:
         self._make = make
+        self.options = options  # of upstream's `generate`: the multilingual one must be told its language
 
     @optimized_model(warmup="Hello there.")
     async def initialize(self) -> None:
@@ -43,59 +54,94 @@ class ChatterboxBackend:
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
         """The speech, as one row of samples."""
-        return torch.cat([self.model.generate(sentence) for sentence in sentences(text)], dim=-1)
+        return torch.cat([self.model.generate(sentence, **self.options) for sentence in sentences(text)], dim=-1)
 
     @inference
     def stream(self, text: str) -> Iterator[torch.Tensor]:
         """The speech of each sentence as soon as it is there."""
         for sentence in sentences(text):
-            yield self.model.generate(sentence)
+            yield self.model.generate(sentence, **self.options)
 
 
-def pretrained(device: str, reference: Path | None) -> ChatterboxTTS:
+def class_of(variant: str) -> Any:
+    """Upstream's class of a variant."""
+    module, name = VARIANTS[variant]
+    return getattr(importlib.import_module(module), name)
+
+
+def pretrained(device: str, reference: Path | None, variant: str = "english") -> Any:
     """The model from the hub, with a voice of one's own if there is a reference."""
-    model = ChatterboxTTS.from_pretrained(device)
+    model = class_of(variant).from_pretrained(device)
     if reference is not None:
         model.prepare_conditionals(reference)
     return model
 
 
-def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False) -> ChatterboxTTS:
+def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english") -> Any:
     """The architecture with seeded weights, a voice of noise, and a limit on tokens for each sentence."""
-    t3, s3 = (small_t3(), small_s3gen()) if tiny else (T3(), s3gen.S3Token2Wav())
-    # Chatterbox's loop ends at the stop token, which random weights hardly ever choose.
-    t3.inference = at_most(t3.inference, max_new_tokens=max(1, round(seconds * TOKENS_A_SECOND)))
+    turbo = variant == "turbo"
+    config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
+    t3, s3 = (small_t3(config), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
+    tokens = max(1, round(seconds * TOKENS_A_SECOND))
+    if turbo:
+        del t3.tfmr.wte  # as upstream does: its words are T3's own
+        t3.inference_turbo = at_most(t3.inference_turbo, max_gen_len=tokens)
+    else:
+        limited = at_most(t3.inference, max_new_tokens=tokens)
+        # The English class drops what has no sound, the multilingual one takes it for granted that there is none.
+        t3.inference = lambda **given: limited(**given) % SOUNDS if variant == "multilingual" else limited(**given)
     frames = 20 if tiny else 100  # of the reference, at 50 a second
     voice = Conditionals(
-        T3Cond(torch.rand(1, 256), None, torch.randint(0, 6561, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
+        T3Cond(torch.rand(1, 256), None, torch.randint(0, SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
         {
-            "prompt_token": torch.randint(0, 6561, (1, frames // 2)), "prompt_token_len": torch.tensor([frames // 2]),
+            "prompt_token": torch.randint(0, SOUNDS, (1, frames // 2)), "prompt_token_len": torch.tensor([frames // 2]),
             "prompt_feat": torch.randn(1, frames, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
         },
     )  # fmt: skip
     parts = [part.to(device).eval() for part in (t3, s3, VoiceEncoder())]
-    return ChatterboxTTS(*parts, Letters(), device, voice.to(device))
+    return class_of(variant)(*parts, Letters(), device, voice.to(device))
 
 
 class Letters:
-    """Stands in for the tokeniser, whose vocabulary is a file of the hub."""
+    """Stands in for the tokenisers, whose vocabularies are files of the hub."""
 
-    def text_to_tokens(self, text: str) -> torch.Tensor:
+    def text_to_tokens(self, text: str, language_id: str | None = None) -> torch.Tensor:
         """Ids between those of the stop and the start token."""
+        del language_id
         return torch.tensor([letters(text, 255)])
 
+    def __call__(self, text: str, **_options: Any) -> SimpleNamespace:
+        """The same in the way of transformers' tokenisers, of which turbo has one."""
+        return SimpleNamespace(input_ids=self.text_to_tokens(text))
 
-def small_t3() -> T3:
+
+def config_of(variant: str) -> T3Config:
+    """T3's configuration as upstream's `from_local` has it."""
+    if variant == "english":
+        return T3Config()
+    if variant == "multilingual":
+        return T3Config.multilingual()
+    config = T3Config(text_tokens_dict_size=50_276)
+    config.llama_config_name, config.speech_tokens_dict_size = "GPT2_medium", 6563
+    config.input_pos_emb, config.speech_cond_prompt_len = None, 375
+    config.use_perceiver_resampler = config.emotion_adv = False
+    return config
+
+
+def small_t3(config: T3Config) -> T3:
     """The class at small size; its Perceiver has one size only, and is left out."""
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
-    config = T3Config()
+    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    gpt2 = {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024}
+    large = LLAMA_CONFIGS[config.llama_config_name]
+    size = gpt2 if large["model_type"] == "gpt2" else llama
     config.llama_config_name, config.use_perceiver_resampler = "small", False
-    with patch.dict(LLAMA_CONFIGS, small={**LLAMA_CONFIGS["Llama_520M"], **size}):
+    with patch.dict(LLAMA_CONFIGS, small={**large, **size}):
         return T3(config)
 
 
-def small_s3gen() -> s3gen.S3Token2Wav:
+def small_s3gen(**options: bool) -> s3gen.S3Token2Wav:
     """The classes at small size. Upstream writes the sizes into the constructor, so its classes are given others."""
 
     def smaller(name: str, **size: Any) -> Callable[..., Any]:
@@ -112,19 +158,25 @@ def small_s3gen() -> s3gen.S3Token2Wav:
         "ConvRNNF0Predictor": smaller("ConvRNNF0Predictor", cond_channels=32),
     }
     with patch.multiple(s3gen, **replaced):
-        return s3gen.S3Token2Wav()
+        return s3gen.S3Token2Wav(**options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, speak, write the file while it is being spoken."""
-    options = parse(arguments, __doc__, reference={"type": Path, "help": "a WAV file of the voice to speak with"})
+    options = parse(
+        arguments, __doc__,
+        reference={"type": Path, "help": "a WAV file of the voice to speak with"},
+        variant={"choices": list(VARIANTS), "default": "english", "help": "which of upstream's models"},
+        language={"default": "en", "help": "of the text, for the multilingual one"},
+    )  # fmt: skip
 
-    def make() -> ChatterboxTTS:
+    def make() -> Any:
         if options.random_weights:
-            return random(options.device, options.seconds, tiny=options.tiny)
-        return pretrained(options.device, options.reference)
+            return random(options.device, options.seconds, tiny=options.tiny, variant=options.variant)
+        return pretrained(options.device, options.reference, options.variant)
 
-    backend = ChatterboxBackend(make)
+    told = {"language_id": options.language} if options.variant == "multilingual" else {}
+    backend = ChatterboxBackend(make, **told)
     asyncio.run(backend.initialize())
     torch.manual_seed(0)
     write_wav(options.output, backend.stream(options.text), backend.model.sr)

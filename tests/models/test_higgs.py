@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from accelerate_tts import Event
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
@@ -20,14 +21,24 @@ class Speaking:
     def __init__(self, loaded: Any) -> None:
         self.model, self.codec, self.prepare, self.decode = loaded
 
-    def whole(self) -> torch.Tensor:
-        return self.decode(self.model.generate(**self.prepare("Hello."), max_new_tokens=14, do_sample=True))
+    def whole(self, text: str = "Hello.", frames: int = 14) -> torch.Tensor:
+        return self.decode(self.model.generate(**self.prepare(text), max_new_tokens=frames, do_sample=True))
+
+    def other(self) -> torch.Tensor:
+        return self.whole("A longer sentence, for the other thread.", 20)
 
 
 def test_contract(contract: Any, example: Any) -> None:
     random = example("higgs_backend").random
     parts = [("model.model", "decoder"), ("codec.acoustic_decoder", "vocoder")]
-    contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts)
+    right = [("model.model", "growing cache")]
+    contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts, Speaking.other, right)
+
+
+def test_fifty_lengths(steady: Any, example: Any) -> None:
+    random = example("higgs_backend").random
+    warm, serve = [lambda speaking: speaking.whole(frames=10)], [lambda speaking: speaking.whole(frames=60)]
+    steady(lambda: Speaking(random(tiny=True)), "model.model", CompiledBlocksStage("default"), warm, serve)
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:

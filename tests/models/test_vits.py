@@ -7,6 +7,8 @@ import torch
 from transformers import VitsConfig, VitsModel
 
 from accelerate_tts import Event, Settings, inference, optimized_model
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied, Recompiled
 from accelerate_tts.models import describe
@@ -17,11 +19,16 @@ def small() -> VitsModel:
     torch.manual_seed(0)
     config = VitsConfig(
         vocab_size=38, hidden_size=32, num_hidden_layers=2, ffn_dim=64, flow_size=32, spectrogram_bins=17,
-        upsample_initial_channel=64, upsample_rates=[4], upsample_kernel_sizes=[8], resblock_kernel_sizes=[3, 5],
-        resblock_dilation_sizes=[[1, 3], [1, 3]],
+        upsample_initial_channel=64, upsample_rates=[4], upsample_kernel_sizes=[8], resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]], prior_encoder_num_flows=2, prior_encoder_num_wavenet_layers=2,
         duration_predictor_filter_channels=32, posterior_encoder_num_wavenet_layers=1,
     )  # fmt: skip
     return VitsModel(config).eval()
+
+
+# In frames, which are what is compiled for, these are 9 to 264 in steps of less than two: untrained durations have
+# outliers, and the last two lengths are such.
+WARM = (8, 12, 20, 44, 77, 110, 64, 92)
 
 
 def ids(length: int) -> torch.Tensor:
@@ -56,12 +63,20 @@ def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Even
     assert any(isinstance(event, NotApplied) and "has no flow" in event.reason for event in seen)
 
 
-def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
+def test_tuned_speaks_the_same_and_undo_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling included: what is right counts as faster, so that it is in force on any machine."""
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    for module in (trial, whole):
+        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    monkeypatch.setattr(trial, "_hopeless", lambda *_args: None)
+    # One part is compiled: half a minute of compiling the duration predictor would be for nothing.
+    refused = lambda _session, part, stage: "refused here" if stage.cost and part.name != "decoder" else None  # noqa: E731
+    monkeypatch.setattr(trial, "_not_worth_it", refused)
     reference, model = small(), small()
     keys = list(model.state_dict())
 
     class Backend:
-        @optimized_model(warmup=[ids(40), ids(90)], tune_seconds=20)
+        @optimized_model(warmup=[ids(length) for length in WARM], tune_seconds=100)
         def load(self) -> VitsModel:
             self.model = model
             return model
@@ -75,11 +90,11 @@ def test_tuned_speaks_the_same_and_undo_is_complete() -> None:
     optimizer = get_performance_optimizer()
     receipt = optimizer.receipt(backend)
     assert receipt is not None
-    assert {stage.stage for stage in receipt.stages} > {"fold weight norm", "torch.compile"}
+    assert {stage.stage for stage in receipt.kept} > {"fold weight norm", "torch.compile"}
     assert not [stage for stage in receipt.kept if stage.part.endswith(("encoder", "predictor")) and stage.error]
     assert receipt.error < 1e-4
     assert list(model.state_dict()) == keys
-    for length in range(20, 120, 5):
+    for length in range(10, 110, 6):
         assert compare(speak(reference, ids(length)), speak(model, ids(length))).error < EXACT_TOLERANCE
     assert receipt.recompiles == 0
     assert optimizer.undo(backend)
@@ -97,7 +112,7 @@ def test_a_compiled_part_is_right_at_every_length_without_recompiling(part: str,
     optimizer = PerformanceOptimizer(Settings())
     optimizer.compile_model(getattr(model, part), part, None)
     call = getattr(model, part)._compiled_call_impl
-    for length in (8, 14, 25, 44, 77, 110):  # a warm-up that covers the range in steps of less than two
+    for length in WARM:
         speak(model, ids(length))
     graphs = call.graphs
     call.seal()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accelerate_tts import Event
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
@@ -31,7 +32,22 @@ class Speaking:
 def test_contract(contract: Any, example: Any, way: str) -> None:
     """The stream is held to be the untouched stream: upstream's own differs from its whole, being cross-faded."""
     random = example("xtts_backend").random
-    contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS)
+    right = [("model.gpt.gpt", "growing cache")]
+    contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS, None, right)
+
+
+def test_fifty_lengths(steady: Any, example: Any) -> None:
+    random = example("xtts_backend").random
+
+    def spoken(tokens: int) -> Any:
+        def whole(speaking: Speaking) -> torch.Tensor:
+            speaking.model.gpt.max_gen_mel_tokens = tokens
+            return speaking.whole()
+
+        return whole
+
+    stage = CompiledBlocksStage("default")
+    steady(lambda: Speaking(random(tiny=True)), "model.gpt.gpt", stage, [spoken(8)], [spoken(65)])
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:
