@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.receipt import Receipt, StageResult
     from accelerate_tts.errors import (
         AccelerateTTSError,
+        ConcurrencyError,
         InferenceContextError,
         MissingExtraError,
         ModelError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelerateTTSError",
+    "ConcurrencyError",
     "Event",
     "EventHook",
     "InferenceContextError",
@@ -73,6 +75,7 @@ _HOME = {
     "Receipt": "engine.receipt",
     "StageResult": "engine.receipt",
     "AccelerateTTSError": "errors",
+    "ConcurrencyError": "errors",
     "InferenceContextError": "errors",
     "MissingExtraError": "errors",
     "ModelError": "errors",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import wrapt
 
 from accelerate_tts.errors import shown
-from accelerate_tts.runtime import attempt, modes, retry
+from accelerate_tts.runtime import attempt, modes, retry, turns
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
@@ -72,12 +72,21 @@ def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
 class _RunInMode:
     """What an @inference shell does at a call. A class, so that it can be pickled."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, concurrency: int | None) -> None:
         self.mode: Mode = mode
+        self.concurrency = concurrency
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
             return wrapped(*args, **kwargs)
+        if self.concurrency is None:
+            return self._run(wrapped, instance, args, kwargs)
+        # A bound method that was read from the object anew has the same object behind it, or the same function.
+        function = getattr(wrapped, "__func__", wrapped)
+        make = partial(self._run, wrapped, instance, args, kwargs)
+        return turns.call(turns.room_of(instance, function), self.concurrency, wrapped, make)
+
+    def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         watcher = retry.watcher_of(instance, args, kwargs)
         if watcher is None:
             return modes.call(wrapped, args, kwargs, self.mode)
@@ -87,8 +96,8 @@ class _RunInMode:
 @overload
 def inference(function: F, /) -> F: ...
 @overload
-def inference(*, mode: Mode = "inference") -> Callable[[F], F]: ...
-def inference(function: Any = None, /, *, mode: Mode = "inference") -> Any:
+def inference(*, mode: Mode = "inference", concurrency: int | None = None) -> Callable[[F], F]: ...
+def inference(function: Any = None, /, *, mode: Mode = "inference", concurrency: int | None = None) -> Any:
     """Run a synthesis function without autograd, whatever kind of function it is.
 
     Plain, `async`, generator and async generator functions, methods, class and static methods. The mode is on while
@@ -99,20 +108,27 @@ def inference(function: Any = None, /, *, mode: Mode = "inference") -> Any:
         function: The function, when used bare.
         mode: "inference" (`torch.inference_mode()`), or "no_grad" for a model whose outputs are edited in place or
             used for training later, or "none".
+        concurrency: How many calls of one object (or of one function that is no method) may run at once; `None` is no
+            limit. The others wait, first come first served, a coroutine without blocking its event loop. A stream has
+            its turn from its first item until it ends, is closed or collected, so 1 keeps the chunks of two requests
+            apart. Methods with `concurrency=` of one object share its turns. What a call calls itself is a part
+            of it; so is what it awaits through `asyncio.to_thread`, but not a thread that it starts otherwise.
 
     Raises:
-        SettingsError: An unknown mode.
+        SettingsError: An unknown mode, or a `concurrency` that is no whole number of at least 1.
+        ConcurrencyError: At a call: it would wait for ever for a call that waits for it.
         TypeError: What is decorated is no function.
     """
     check_mode(mode)
+    turns.check_concurrency(concurrency)
     if function is None:
-        return partial(_decorate_inference, mode=mode)
-    return _decorate_inference(function, mode=mode)
+        return partial(_decorate_inference, mode=mode, concurrency=concurrency)
+    return _decorate_inference(function, mode=mode, concurrency=concurrency)
 
 
-def _decorate_inference(function: Any, *, mode: Mode) -> Any:
+def _decorate_inference(function: Any, *, mode: Mode, concurrency: int | None) -> Any:
     _check_function("inference", function)
-    return _InferenceShell(function, _RunInMode(mode))
+    return _InferenceShell(function, _RunInMode(mode, concurrency))
 
 
 @overload

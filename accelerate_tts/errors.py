@@ -7,12 +7,15 @@ from __future__ import annotations
 
 __all__ = [
     "AccelerateTTSError",
+    "ConcurrencyError",
     "InferenceContextError",
     "MissingExtraError",
     "ModelError",
     "PackError",
     "SettingsError",
+    "TimeLimitError",
     "WarmupError",
+    "abridged",
     "shown",
 ]
 
@@ -41,6 +44,14 @@ class InferenceContextError(AccelerateTTSError, RuntimeError):
     """`fast_inference()` was entered where it would leak its mode into other tasks."""
 
 
+class ConcurrencyError(AccelerateTTSError, RuntimeError):
+    """A call with `concurrency=` would wait for ever, since its turn belongs to a call that waits for it."""
+
+
+class TimeLimitError(AccelerateTTSError, RuntimeError):
+    """A piece of work did not return within its time limit, and was interrupted."""
+
+
 class MissingExtraError(AccelerateTTSError, ImportError):
     """A command needs an extra of this package that is not installed."""
 
@@ -51,3 +62,38 @@ def shown(value: object) -> str:
         return repr(value)
     except Exception:  # the value is wrong already; the message must say so whatever its class does
         return f"<a {type(value).__name__} that cannot be shown>"
+
+
+_MOST_SHOWN = 200  # characters
+
+
+def abridged(value: object) -> str:
+    """`shown(value)`, but of a long one its beginning and its end; of a large container no whole text is made."""
+    if isinstance(value, (str, bytes)):
+        half = _MOST_SHOWN // 2
+        return shown(value) if len(value) <= _MOST_SHOWN else f"{value[:half]!r}...{value[-half:]!r}"
+    if _is_small(value):
+        text = shown(value)
+    else:
+        import reprlib
+
+        try:
+            text = reprlib.repr(value)
+        except Exception:  # see `shown`
+            text = f"<a {type(value).__name__} that cannot be shown>"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]}...{text[-_MOST_SHOWN // 2 :]}"
+
+
+def _is_small(value: object) -> bool:
+    """Whether there is so little in a value, a container perhaps, that its whole text may be made."""
+    left, waiting = _MOST_SHOWN, [value]
+    while waiting and left > 0:
+        item = waiting.pop()
+        left -= len(item) if isinstance(item, (str, bytes)) else 1
+        if isinstance(item, dict):
+            waiting += [part for entry in list(item.items())[:_MOST_SHOWN] for part in entry]
+            left -= len(item)
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += list(item)[:_MOST_SHOWN]
+            left -= len(item)
+    return left > 0

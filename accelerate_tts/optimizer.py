@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
-from accelerate_tts.engine.flight import Flight
 from accelerate_tts.engine.options import TuneOptions
-from accelerate_tts.engine.registry import TuningMap, keep
-from accelerate_tts.errors import ModelError, SettingsError, WarmupError
-from accelerate_tts.events import FellBack, NotApplied, Prepared, Undone, Warmed, WarmupFailed, emit
-from accelerate_tts.runtime import modes, retry
+from accelerate_tts.errors import ModelError, SettingsError
+from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
+from accelerate_tts.loading import LoadedObjects
+from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode, Settings, is_active
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable
 
     import torch
-    from torch import nn
 
-    from accelerate_tts.engine.pack import WarmPack
-    from accelerate_tts.engine.plan import ModelPlan
     from accelerate_tts.engine.receipt import Receipt
-    from accelerate_tts.engine.stages import Stage
-    from accelerate_tts.engine.tune import Limits, Tuning
-    from accelerate_tts.engine.warmup import Loaded, WarmupCalls
+    from accelerate_tts.engine.tune import Tuning
+    from accelerate_tts.engine.warmup import Loaded
 
 __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
 
@@ -39,8 +34,6 @@ T = TypeVar("T")
 _GIB = 1024**3
 # A batch never takes more than this share of what is free: fragmentation and the next request need the rest.
 _BATCH_SHARE = 0.8
-_GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
-_GUARD_OFF = "guard: off, by Settings.guard"
 
 
 class PerformanceOptimizer:
@@ -60,7 +53,7 @@ class PerformanceOptimizer:
         self._lock = threading.RLock()
         self._device: detect.DeviceInfo | None = None
         self._hold: flags.Hold | None = None
-        self._tunings = TuningMap()
+        self._loaded = LoadedObjects(self.settings, self._ready, partial(self.cleanup_memory, force=True))
 
     # --- device ----------------------------------------------------------------------------------------------
 
@@ -178,7 +171,7 @@ class PerformanceOptimizer:
         from accelerate_tts.engine.warmup import Loaded, warmup_calls
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference").main
+        calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
         name = type(model).__name__
         captures = setup.compile_mode(device, self.settings) in {"reduce-overhead", "max-autotune"}
         start = time.perf_counter()
@@ -221,156 +214,28 @@ class PerformanceOptimizer:
         Raises:
             WarmupError: `warmup` does not fit what was loaded.
         """
-        if not _flight.begin(loaded.loop):
-            emit(
-                NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand")
-            )
-            return None
-        try:
-            return self._optimize(loaded, warmup, mode, stopped, options or TuneOptions())
-        finally:
-            _flight.end()
-
-    def _optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
-    ) -> Receipt | None:
-        from accelerate_tts.engine.plan import find_modules
-
-        device = self._ready()
-        if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
-            loaded = replace(loaded, result=None)  # `return True`, and the model is on self
-        found = find_modules(loaded.subject)
-        tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
-        new = [root for root in found.values() if id(root) not in tuned]
-        if not new:
-            self._warm_up_new(loaded, warmup, mode, found, options)
-            for done in tuned.values():
-                self._remember(loaded, done)
-                return done.receipt
-            return None
-        from accelerate_tts.engine.fingerprint import outline
-        from accelerate_tts.engine.pack import WarmPack
-        from accelerate_tts.engine.stages import default_stages
-        from accelerate_tts.engine.tune import Limits
-        from accelerate_tts.engine.warmup import warmup_calls
-        from accelerate_tts.models import describe
-
-        calls = warmup_calls(warmup, loaded, mode, options.lengths)
-        settings = options.applied_to(self.settings)
-        plan = describe(loaded.subject, new)
-        stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
-        pack = None
-        if settings.pack and calls.main and plan.parts:
-            told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
-            pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
-        limits = Limits(settings.tune_seconds, settings.precision, stopped)
-        tuning = self._tune(plan, calls, stages, limits, pack)
-        self._remember(loaded, tuning, *plan.roots)
-        return tuning.receipt
-
-    def _tune(
-        self, plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None
-    ) -> Tuning:
-        from accelerate_tts.engine.tune import tune
-
-        device = self._ready()
-        # Before tuning: dynamo may guard on which attributes a module has.
-        keepers = [keep(root) for root in plan.roots]
-        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
-        if tuning is None:
-            tuning = tune(plan, calls, stages, device, limits)
-            if pack is not None:
-                pack.keep(tuning)
-        if tuning.changes:
-            note = _GUARD_ON if self.settings.guard else _GUARD_OFF
-            tuning = replace(tuning, receipt=replace(tuning.receipt, notes=(*tuning.receipt.notes, note)))
-        for keeper in keepers:
-            keeper.tuning = tuning
-        self.cleanup_memory(force=True)  # captured inputs and rejected copies were made in between what stays
-        return tuning
-
-    def _warm_up_new(
-        self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
-    ) -> None:
-        """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
-        from accelerate_tts.engine.random_state import seeded
-        from accelerate_tts.engine.warmup import warmup_calls
-
-        name = type(loaded.subject).__name__
-        if not found:
-            emit(NotApplied(f"@optimized_model on {name}", "no torch.nn.Module was found in what was loaded"))
-        elif self._tunings.get(loaded.subject) is not None:
-            return
-        start = time.perf_counter()
-        try:
-            with seeded(self._ready().type):
-                for call in warmup_calls(warmup, loaded, mode, options.lengths).main:
-                    call.run()
-        except WarmupError:
-            raise
-        except Exception as error:  # the user's own warm-up; what was loaded is not thrown away
-            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
-            return
-        emit(Warmed(name, time.perf_counter() - start))
-
-    def _remember(self, loaded: Loaded, tuning: Tuning, *roots: object) -> None:
-        guarding = retry.guard_of(tuning)
-        if guarding is None and self.settings.guard and tuning.changes:
-            guarding = retry.Guard(tuning.receipt.what, tuning, tuning.expected, self.settings.guard_limit)
-        for item in (*roots, loaded.result, loaded.owner, tuning):
-            if item is not None and item is not tuning:
-                self._tunings.put(item, tuning)
-            if item is not None and guarding is not None:
-                retry.protect(item, guarding)
+        return self._loaded.optimize(loaded, warmup, mode, stopped, options or TuneOptions())
 
     def receipt(self, tuned: object) -> Receipt | None:
         """The receipt of a tuned object: what was loaded, or the backend that loaded it."""
-        tuning = self._tuning_of(tuned)
-        if tuning is None:
-            return None
-        guarding = retry.guard_of(tuning)
-        return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
+        return self._loaded.receipt(tuned)
 
     def _tuning_of(self, tuned: object) -> Tuning | None:
-        known = self._tunings.get(tuned)
-        if known is not None or not isinstance(tuned, (tuple, list, dict)):
-            return known
-        from accelerate_tts.engine.plan import find_modules  # a container cannot be known itself, but what is in it is
-
-        return next(filter(None, map(self._tunings.get, find_modules(tuned).values())), None)
+        return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
         """Put a tuned object back exactly as it was loaded. Returns whether there was something to undo."""
-        with self._lock:
-            tuning = self._tuning_of(tuned)
-            if tuning is None:
-                return False
-            guarding = retry.guard_of(tuning)
-            if guarding is not None:
-                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
-            tuning.undo()
-            self._tunings.forget(tuning)
-        emit(Undone(tuning.receipt.what))
-        return True
+        return self._loaded.undo(tuned)
 
-    @contextmanager
-    def untouched(self, tuned: object) -> Generator[bool, None, None]:
+    def untouched(self, tuned: object) -> AbstractContextManager[bool]:
         """Run a tuned object as it was loaded while the scope is open, to compare the two on one's own input.
 
         Not while other threads use the object: some of their calls would be untouched too.
 
-        Yields:
-            Whether there is anything in force that was switched off.
+        Returns:
+            A context manager; entering it gives whether there is anything in force that was switched off.
         """
-        tuning = self._tuning_of(tuned)
-        changes = () if tuning is None else tuning.changes
-        for change in reversed(changes):
-            change.off()
-        try:
-            yield bool(changes)
-        finally:
-            for change in changes:
-                change.on()
+        return self._loaded.untouched(tuned)
 
     def export_packs(self, path: str | PathLike[str]) -> int:
         """Write every warm pack of this user into one file, for another machine. Returns how many.
@@ -445,7 +310,7 @@ class PerformanceOptimizer:
         from accelerate_tts.engine.warmup import Loaded, warmup_calls
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference").main
+        calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
 
         def work() -> None:
             with seeded(device.type):
@@ -473,8 +338,6 @@ def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-# One for the process, like the accessor below.
-_flight = Flight()
 _accessor_lock = threading.Lock()
 _optimizer: PerformanceOptimizer | None = None
 

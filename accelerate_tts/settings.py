@@ -67,6 +67,9 @@ class Settings:
             half-precision weights where they are faster, an error of 2e-2 at most. "fast": 8-bit weights too, 4e-2.
         tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that
             has begun (one compilation, say) is finished; no other begins after the budget is spent.
+        warmup_timeout: Seconds that one warm-up call may take before it is given up, and the model is left as it was
+            loaded; `None` is no limit. It is there for a call that never returns; 600 is far more than a cold call
+            takes that compiles with "max-autotune".
         pack: Whether to keep what tuning found in a warm pack on disk, and to use one that is there.
         pack_folder: Where warm packs are; `None` takes the user's cache folder (`$XDG_CACHE_HOME/accelerate_tts`).
         pack_limit_mb: Megabytes that the folder may hold; the packs used least recently go first.
@@ -90,6 +93,7 @@ class Settings:
     mps_high_watermark_ratio: float | None = 0.0
     precision: Precision = "exact"
     tune_seconds: float = 180.0
+    warmup_timeout: float | None = 600.0
     pack: bool = True
     pack_folder: str | None = None
     pack_limit_mb: int = 2048
@@ -116,6 +120,7 @@ class Settings:
             raise SettingsError(f"mps_high_watermark_ratio={shown(ratio)} must be None or between 0.0 and 2.0")
         check_precision(self.precision)
         check_tune_seconds(self.tune_seconds)
+        _check_warmup_timeout(self.warmup_timeout)
         if self.pack_folder is not None:
             check_folder("pack_folder", self.pack_folder)
         _check_text("pack_folder", self.pack_folder)
@@ -227,6 +232,7 @@ _OPTIONS = (
     _own("mps_high_watermark_ratio", _number),
     _own("precision", _literal),
     _own("tune_seconds", _number),
+    _own("warmup_timeout", _number),
     _own("pack", _flag),
     _own("pack_folder", _literal),
     _own("pack_limit_mb", _whole),
@@ -292,6 +298,13 @@ def check_tune_seconds(seconds: float) -> None:
     """Raise `SettingsError` unless `seconds` is a budget: a number from 0 to 1e9."""
     if not (_is_number(seconds) and 0.0 <= seconds <= _LONGEST):
         raise SettingsError(f"tune_seconds={shown(seconds)} must be a number of seconds, 0 or more, at most 1e9")
+
+
+def _check_warmup_timeout(seconds: float | None) -> None:
+    if seconds is not None and not (_is_number(seconds) and 0.0 < seconds <= _LONGEST):
+        raise SettingsError(
+            f"warmup_timeout={shown(seconds)} must be None or a number of seconds, more than 0 and at most 1e9"
+        )
 
 
 class _Switch:

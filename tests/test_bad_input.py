@@ -29,7 +29,7 @@ from accelerate_tts import (
     optimized_model,
     set_active,
 )
-from accelerate_tts.errors import shown
+from accelerate_tts.errors import abridged, shown
 from accelerate_tts.settings import check_folder
 
 
@@ -85,7 +85,7 @@ def refused(call: Callable[[], Any], value: Any, *kinds: type[Exception]) -> boo
     error = failure(call, SettingsError, *kinds)
     if error is None:
         return False
-    assert shown(value) in str(error)
+    assert shown(value) in str(error) or abridged(value) in str(error)
     assert error.__context__ is None or error.__suppress_context__, "another library's error shows through"
     return True
 
@@ -158,6 +158,53 @@ def test_what_is_decorated(value: Any) -> None:
         assert decorated is not (callable(value) and not isinstance(value, type))
 
 
+@given(value=values)
+@example(HUGE)
+def test_limits_of_inference(value: Any) -> None:
+    if not refused(lambda: inference(concurrency=value), value):
+        assert value is None or value >= 1
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1, 10**30), (10**7, 10**7 + 1), (1, HUGE), (HUGE, HUGE), (-HUGE, 5)], ids=abridged
+)
+def test_lengths_beyond_any_input_fail_at_decoration(lengths: tuple[int, int]) -> None:
+    with pytest.raises(SettingsError, match=r"^lengths=.* must be two whole numbers, .* from 1 to 10000000, such as"):
+        optimized_model(warmup="Hello.", lengths=lengths)
+    assert optimized_model(warmup="Hello.", lengths=(1, 10**7))
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        list(range(10**6)),
+        "x" * 10**6,
+        b"x" * 10**6,
+        {n: n for n in range(10**5)},
+        [[HUGE] * 1000],
+        [ENDLESS],
+        [Unshown()] * 500,
+    ],
+    ids=abridged,
+)
+def test_large_values_are_abridged(value: Any) -> None:
+    assert len(abridged(value)) < 300
+    for option in ({"warmup": [[value]]}, {"warmup": {1, *map(str, range(10**5))}}, {"lengths": value, "warmup": "x"}):
+        with pytest.raises((SettingsError, WarmupError)) as caught:
+            optimized_model(**option)
+        assert len(str(caught.value)) < 600
+
+
+@given(value=values)
+def test_what_is_short_is_shown_whole(value: Any) -> None:
+    text = shown(value)
+    assert abridged(value) == text if len(text) <= 100 else len(abridged(value)) <= max(len(text), 300)
+
+
 @given(option=st.sampled_from(["precision", "tune_seconds"]), value=values)
 @example("tune_seconds", HUGE)
 def test_options_of_optimized_model(option: str, value: Any) -> None:
@@ -189,7 +236,7 @@ def test_warmups(value: Any) -> None:
         good = (str, tuple, dict, torch.Tensor, type(None))
         assert all(isinstance(item, good) or callable(item) for item in items)
     else:
-        assert any(shown(wrong) in str(error) for wrong in (value, *items))
+        assert any(abridged(wrong) in str(error) for wrong in (value, *items))
 
 
 @given(option=st.sampled_from(["limit_mb", "folder", "sets", "encoder"]), value=values)

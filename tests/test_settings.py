@@ -35,6 +35,8 @@ READ = [
     (f"{OWN}MPS_HIGH_WATERMARK_RATIO", "none", "mps_high_watermark_ratio", None),
     (f"{OWN}PRECISION", "balanced", "precision", "balanced"),
     (f"{OWN}TUNE_SECONDS", "12.5", "tune_seconds", 12.5),
+    (f"{OWN}WARMUP_TIMEOUT", "30", "warmup_timeout", 30.0),
+    (f"{OWN}WARMUP_TIMEOUT", "none", "warmup_timeout", None),
     (f"{OWN}PACK", "off", "pack", False),
     (f"{OWN}PACK_FOLDER", "/var/packs", "pack_folder", "/var/packs"),
     (f"{OWN}PACK_LIMIT_MB", "100", "pack_limit_mb", 100),
@@ -113,6 +115,8 @@ def test_empty_means_not_set(variable: str, text: str) -> None:
         (f"{OWN}TUNE_SECONDS", "soon", ("number",)),
         (f"{OWN}TUNE_SECONDS", "inf", ("number of seconds",)),
         (f"{OWN}TUNE_SECONDS", "none", ("number of seconds",)),
+        (f"{OWN}WARMUP_TIMEOUT", "0", ("number of seconds", "more than 0")),
+        (f"{OWN}WARMUP_TIMEOUT", "soon", ("number",)),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(variable: str, text: str, allowed: tuple[str, ...]) -> None:
@@ -169,6 +173,7 @@ def test_any_text_gives_settings_or_a_settings_error(environment: dict[str, str]
         ("workers", None),
         *[("mps_high_watermark_ratio", value) for value in (-0.1, 2.01, float("nan"), float("inf"), True, "1")],
         *[("tune_seconds", value) for value in (-1, float("nan"), float("inf"), None, True, "180")],
+        *[("warmup_timeout", value) for value in (-1, 0, float("nan"), float("inf"), 1e10, True, "600")],
     ],
 )
 def test_construction_refuses_and_names_the_option_and_value(field: str, value: Any) -> None:

@@ -13,7 +13,9 @@ from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.receipt import StageResult
 from accelerate_tts.engine.session import Kept, Session, fallbacks
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, compare
+from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack, Trying, emit
+from accelerate_tts.runtime.watchdog import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +32,8 @@ MARGIN = 1.02
 OVER_BUDGET = "the tuning budget"
 """In the reason of a stage that a larger budget would have given another chance."""
 
+# Seconds beyond the budget after which a stage that is being prepared, or run for the first time, hangs.
+_HANGS = 10.0
 # Seconds for one comparison of speeds; compare_speed stretches them to at least five pairs.
 _COMPARISON = 2.0
 # A candidate that takes this many times as long as the untouched part, after a run that filled its caches, is dropped
@@ -59,8 +63,11 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         session.reference(part)  # of the part as it was loaded, so before the first change is made
         if rival is not None:
             rival.change.off()
-        change = stage.prepare(part)
+        change = within(_left(session), stage.name, lambda: stage.prepare(part))
         result = _judge(session, part, change, rival, result)
+    except TimeLimitError as error:
+        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, str(error)))
+        result = replace(result, kept=False, reason=f"given up: it ran over {OVER_BUDGET} and was interrupted")
     except Exception as error:  # a stage must never cost the user the model
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
@@ -105,6 +112,11 @@ def _not_worth_it(session: Session, part: Part, stage: Stage) -> str | None:
     return None
 
 
+def _left(session: Session) -> float:
+    """Seconds until a stage that does not come back is interrupted; not while it is switched on or off, or timed."""
+    return max(0.0, session.deadline - time.perf_counter()) + _HANGS
+
+
 def _is_whole(session: Session, part: Part) -> bool:
     # A root module may be driven by other methods than __call__; then the whole pass is what is timed.
     is_root = any(part.module is root for root in session.plan.roots)
@@ -120,7 +132,7 @@ def _judge(session: Session, part: Part, change: Change, rival: Kept | None, res
         return replace(result, reason="its own output does not repeat, so nothing can be verified")
     with fallbacks() as fallen:
         change.on()
-        outputs = session.outputs(part)
+        outputs = within(_left(session), result.stage, lambda: session.outputs(part))
         difference = compare(reference.outputs, outputs)
         difference = replace(difference, divergence=divergence(reference.outputs, outputs, part.head))
     for event in fallen:

@@ -18,7 +18,7 @@ import inspect
 import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate_tts.errors import shown
@@ -37,10 +37,12 @@ __all__ = [
     "adopt",
     "call",
     "carry_mode",
+    "drive_async_generator",
     "first_step",
     "in_inference_mode",
     "mode_factory",
     "named_like",
+    "steps",
 ]
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -130,7 +132,7 @@ def carry_mode(function: F) -> F:
     return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type cannot say
 
 
-def _steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
+def steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
     """Drive `body` (anything with send, throw and close) to its end, each step inside the mode."""
     value: Any = None
     error: BaseException | None = None
@@ -155,7 +157,7 @@ def _steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
 
 
 class _Stepping:
-    """Makes `_steps` awaitable."""
+    """Makes `steps` awaitable."""
 
     __slots__ = ("body", "enter")
 
@@ -164,7 +166,7 @@ class _Stepping:
         self.enter = enter
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return _steps(self.body, self.enter)
+        return steps(self.body, self.enter)
 
 
 class Owning(_Stepping):
@@ -184,32 +186,39 @@ async def _drive_coroutine(stepping: Owning) -> Any:
     return await stepping
 
 
-async def _drive_async_generator(body: Any, enter: Enter) -> AsyncGenerator[Any, Any]:
-    value: Any = None
-    error: BaseException | None = None
-    first = True
-    try:
-        while True:
-            step = first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
-            value = error = None
-            first = False
-            try:
-                item = await _Stepping(step, enter)
-            except StopAsyncIteration:
-                return
-            finally:
-                del step
-            try:
-                value = yield item
-            except GeneratorExit:
-                raise
-            except BaseException as thrown:  # whatever the caller throws belongs to the body
-                error = thrown
-            finally:
-                del item
-    finally:
-        # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
-        await _Stepping(body.aclose(), enter)
+_NO_TURN: AbstractAsyncContextManager[object] = nullcontext()
+
+
+async def drive_async_generator(
+    body: Any, enter: Enter, turn: AbstractAsyncContextManager[object] = _NO_TURN
+) -> AsyncGenerator[Any, Any]:
+    """Drive an async generator to its end: each step inside the mode, and the whole of it inside `turn`."""
+    async with turn:
+        value: Any = None
+        error: BaseException | None = None
+        first = True
+        try:
+            while True:
+                step = first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
+                value = error = None
+                first = False
+                try:
+                    item = await _Stepping(step, enter)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    del step
+                try:
+                    value = yield item
+                except GeneratorExit:
+                    raise
+                except BaseException as thrown:  # whatever the caller throws belongs to the body
+                    error = thrown
+                finally:
+                    del item
+        finally:
+            # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
+            await _Stepping(body.aclose(), enter)
 
 
 def first_step(body: Any) -> Any:
@@ -245,11 +254,11 @@ def _coroutine(body: Any, enter: Enter) -> Any:
 def _generator(body: Any, enter: Enter) -> Any:
     if body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE:  # made by types.coroutine: awaited, not iterated
         return _coroutine(body, enter)
-    return named_like(body, _steps(body, enter))
+    return named_like(body, steps(body, enter))
 
 
 def _async_generator(body: Any, enter: Enter) -> Any:
-    return named_like(body, _drive_async_generator(body, enter))
+    return named_like(body, drive_async_generator(body, enter))
 
 
 _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
@@ -259,7 +268,7 @@ _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
 }
 # For objects of other classes, such as those of compiled extensions.
 _PROTOCOLS: tuple[tuple[type, Callable[[Any, Enter], Any]], ...] = (
-    (Generator, lambda body, enter: named_like(body, _steps(body, enter))),
+    (Generator, lambda body, enter: named_like(body, steps(body, enter))),
     (AsyncGenerator, _async_generator),
     (Coroutine, _coroutine),
 )

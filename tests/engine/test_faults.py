@@ -384,6 +384,23 @@ def test_a_stage_that_hangs_over_the_budget_is_given_up(point: str) -> None:
     before.assert_untouched()
 
 
+@pytest.mark.parametrize("point", ["prepare", "run"])
+def test_a_stage_that_never_comes_back_is_interrupted(
+    point: str, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    def never() -> None:
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(trial, "_HANGS", 0.1)
+    model = Slow()
+    before = Before(model)
+    receipt = saved(run(model, Stage("endless", {point: never}, seconds=0.0), budget=0.5))
+    assert receipt.stages[0].reason == "given up: it ran over the tuning budget and was interrupted"
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["endless"]
+    before.assert_untouched()
+
+
 def test_a_stage_that_begins_to_hang_while_it_is_timed_is_slower() -> None:
     calls: list[int] = []
 

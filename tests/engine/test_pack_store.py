@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import accelerate_tts
-from accelerate_tts.engine import pack_store
+from accelerate_tts.engine import pack_format, pack_store, safe_files
 from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.errors import AccelerateTTSError, PackError
 from accelerate_tts.events import Event, PackIgnored, add_hook
@@ -52,7 +52,7 @@ def file_of(folder: Path, name: str = KEY) -> Path:
 def forged(pack: Pack, secret: bytes) -> bytes:
     """A well-formed file of this pack, signed with `secret`."""
     text = json.dumps(pack.decisions).encode()
-    return b"".join(pack_store._sealed(pack.key, text, pack.artifacts, secret))
+    return b"".join(pack_format.sealed(pack.key, text, pack.artifacts, secret))
 
 
 def ignored(seen: list[Event]) -> list[str]:
@@ -84,7 +84,7 @@ def store(folder: Path) -> PackStore:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each touch is a second after the last one, whatever the file system's resolution is."""
     ticks = iter(range(1_700_000_000, 1_800_000_000))
-    monkeypatch.setattr(pack_store, "time", SimpleNamespace(time=time.time, time_ns=lambda: next(ticks) * 10**9))
+    monkeypatch.setattr(safe_files, "time", SimpleNamespace(time=time.time, time_ns=lambda: next(ticks) * 10**9))
 
 
 class TestRoundTrip:
@@ -249,7 +249,7 @@ class TestDamage:
 
     @settings(max_examples=100, deadline=None)
     @given(
-        content=st.binary(max_size=300), after=st.sampled_from([b"", pack_store._MAGIC, pack_store._MAGIC + b"{}\n"])
+        content=st.binary(max_size=300), after=st.sampled_from([b"", pack_format.MAGIC, pack_format.MAGIC + b"{}\n"])
     )
     def test_anything_at_all(self, content: bytes, after: bytes) -> None:
         with tempfile.TemporaryDirectory() as place:
@@ -270,9 +270,9 @@ class TestDamage:
         )
     )
     def test_any_header_over_a_right_signature(self, header: dict[str, Any]) -> None:
-        body = pack_store._MAGIC + json.dumps(header).encode() + b"\n" + b'{"a":1}'
+        body = pack_format.MAGIC + json.dumps(header).encode() + b"\n" + b'{"a":1}'
         with tempfile.TemporaryDirectory() as place:
-            file_of(Path(place)).write_bytes(body + pack_store._mac(SHARED, body))
+            file_of(Path(place)).write_bytes(body + pack_format.mac(SHARED, body))
             assert PackStore(Path(place), MEGABYTE, SHARED).read(KEY) is None
 
     @pytest.mark.parametrize(
@@ -293,14 +293,14 @@ class TestDamage:
     )
     def test_decisions_that_are_no_object_of_json(self, folder: Path, text: bytes, seen: list[Event]) -> None:
         folder.mkdir(parents=True)
-        file_of(folder).write_bytes(b"".join(pack_store._sealed(KEY, text, None, SHARED)))
+        file_of(folder).write_bytes(b"".join(pack_format.sealed(KEY, text, None, SHARED)))
         assert PackStore(folder, MEGABYTE, SHARED).read(KEY) is None
         one(seen, "warm pack 0123456789ab", "JSON")
 
     def test_a_header_that_nests_too_deep(self, store: PackStore, folder: Path, seen: list[Event]) -> None:
         folder.mkdir(parents=True)
         for depth in (400, 100_000):  # within the header's limit, and far beyond
-            file_of(folder).write_bytes(pack_store._MAGIC + b"[" * depth + b"]" * depth + b"\n" + bytes(64))
+            file_of(folder).write_bytes(pack_format.MAGIC + b"[" * depth + b"]" * depth + b"\n" + bytes(64))
             assert store.read(KEY) is None
             one(seen, "warm pack 0123456789ab")
 
@@ -353,7 +353,7 @@ class TestTrust:
 
     def test_an_empty_secret_is_none(self, folder: Path, seen: list[Event]) -> None:
         folder.mkdir(parents=True)
-        file_of(folder).write_bytes(b"".join(pack_store._sealed(KEY, b"{}", b"code", b"")))
+        file_of(folder).write_bytes(b"".join(pack_format.sealed(KEY, b"{}", b"code", b"")))
         assert PackStore(folder, MEGABYTE, b"").read(KEY) == Pack(KEY, {}, None)
         one(seen, "ACCELERATE_TTS_PACK_KEY")
 
@@ -493,7 +493,7 @@ class TestSecret:
         self, tmp_path: Path, seen: list[Event], lock: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not lock:  # a network folder may have none; the name alone must decide then
-            monkeypatch.setattr(pack_store, "_alone", lambda _folder: contextlib.nullcontext())
+            monkeypatch.setattr(pack_store, "alone", lambda _folder: contextlib.nullcontext())
         monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
         for turn in range(20):
             folder = tmp_path / str(turn)
@@ -1034,7 +1034,7 @@ class TestShipping:
         inside = [
             (key(2), b"damage"),
             (key(3), good),  # signed, but for another key
-            (key(4), b"".join(pack_store._sealed(key(4), b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}", None, SHARED))),
+            (key(4), b"".join(pack_format.sealed(key(4), b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}", None, SHARED))),
             (key(5), forged(Pack(key(5), {}, bytes(30_000)), SHARED)),  # over the limit
             (key(1), good),
         ]
@@ -1050,7 +1050,7 @@ class TestShipping:
         here = PackStore(tmp_path / "here", MEGABYTE)
         for depth in range(100, 1500, 100):  # some can be read though they could not be written
             text = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
-            blob = b"".join(pack_store._sealed(KEY, text, None, b"theirs"))
+            blob = b"".join(pack_format.sealed(KEY, text, None, b"theirs"))
             parcel.write_bytes(b"accelerate-tts packs 1\n%s %d\n%send\n" % (KEY.encode(), len(blob), blob))
             assert here.load(parcel) in (0, 1)
 
@@ -1104,7 +1104,7 @@ class PackMachine(RuleBasedStateMachine):
         ticks = iter(range(1_700_000_000, 1_800_000_000))
         self.stack = contextlib.ExitStack()
         stamp = SimpleNamespace(time=time.time, time_ns=lambda: next(ticks) * 10**9)
-        self.stack.enter_context(mock.patch.object(pack_store, "time", stamp))
+        self.stack.enter_context(mock.patch.object(safe_files, "time", stamp))
         self.stack.enter_context(mock.patch.object(os, "fsync"))
         place = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.events: list[Event] = []
