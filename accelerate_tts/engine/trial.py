@@ -65,13 +65,8 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
             rival.change.off()
         change = within(_left(session), stage.name, lambda: stage.prepare(part))
         result = _judge(session, part, change, rival, result)
-    except TimeLimitError as error:
-        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, str(error)))
-        result = replace(result, kept=False, reason=f"given up: it ran over {OVER_BUDGET} and was interrupted")
     except Exception as error:  # a stage must never cost the user the model
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
-        result = replace(result, kept=False, reason=f"failed: {reason}")
+        result = replace(result, kept=False, reason=_failure(session, part, stage, error))
     finally:
         if not result.kept:
             if change is not None:
@@ -85,6 +80,14 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
             _replaced(session, rival, stage.name)
         session.kept.append(Kept(part.name, stage.name, stage.group, change))
     session.results.append(result)
+
+
+def _failure(session: Session, part: Part, stage: Stage, error: Exception) -> str:
+    """Say in an event that a stage raised, or did not come back; and why it is dropped."""
+    hangs = isinstance(error, TimeLimitError)
+    reason = str(error) if hangs else f"{type(error).__name__}: {error}".splitlines()[0]
+    emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
+    return f"given up: it ran over {OVER_BUDGET} and was interrupted" if hangs else f"failed: {reason}"
 
 
 def _replaced(session: Session, rival: Kept, by: str) -> None:

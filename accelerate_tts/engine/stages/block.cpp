@@ -193,27 +193,29 @@ void rotate(float* head, const float* cos, const float* sin, int64_t size) {
   }
 }
 
-inline float product(const float* a, const float* b, int64_t size) {
-  vec sum = {};
+// How much of a query each key has, for COUNT positions at once.
+template <int COUNT, class T>
+inline void look(const float* query, const T* keys, int64_t stride, int64_t size, float scaling, float* scores) {
+  vec sums[COUNT] = {};
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) sum += load(a + i) * load(b + i);
-  float all = total(sum);
-  for (; i < size; i++) all += a[i] * b[i];
-  return all;
+  for (; i + LANES <= size; i += LANES) {
+    const vec q = load(query + i);
+    for (int j = 0; j < COUNT; j++) sums[j] += q * load(keys + j * stride + i);
+  }
+  for (int j = 0; j < COUNT; j++) {
+    float sum = total(sums[j]);
+    for (int64_t rest = i; rest < size; rest++) sum += query[rest] * widen(keys[j * stride + rest]);
+    scores[j] = sum * scaling;
+  }
 }
-inline float product(const float* a, const bf16* b, int64_t size) {
-  float all = 0;
-#pragma omp simd reduction(+ : all)
-  for (int64_t i = 0; i < size; i++) all += a[i] * widen(b[i]);
-  return all;
-}
-inline void add_scaled(float* to, const float* from, float factor, int64_t size) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; i++) to[i] += factor * from[i];
-}
-inline void add_scaled(float* to, const bf16* from, float factor, int64_t size) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; i++) to[i] += factor * widen(from[i]);
+
+// The sum of the values, each by its weight, for COUNT vectors of a head that stay in registers meanwhile.
+template <int COUNT, class T>
+inline void gather(const T* values, int64_t stride, const float* weights, int64_t positions, float factor, float* out) {
+  vec sums[COUNT] = {};
+  for (int64_t j = 0; j < positions; j++)
+    for (int i = 0; i < COUNT; i++) sums[i] += load(values + j * stride + i * LANES) * weights[j];
+  for (int i = 0; i < COUNT; i++) store(out + i * LANES, sums[i] * factor);
 }
 
 // One key/value head of one row: the new position is written behind the cache, then all query heads of its group look.
@@ -235,26 +237,42 @@ void attend(const Block& b, const Token& t, Scratch& s, int64_t row, int64_t kv_
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
     float* query = qkv + head * size;
     if (cos) rotate(query, cos, sin, size);
-    float most = -INFINITY;
-    for (int64_t j = 0; j < positions; j++) {
-      float score = product(query, keys + j * t.key_position, size) * float(b.scaling);
-      if (t.mask) {
-        const int64_t at = row * t.mask_stride + j;
-        if (!t.mask_is_bytes) score += static_cast<const float*>(t.mask)[at];
-        else if (!static_cast<const uint8_t*>(t.mask)[at]) score = -3.0e38f;
+    int64_t j = 0;
+    for (; j + 4 <= positions; j += 4) {
+      for (int ahead = 4; ahead < 8; ahead++) {
+        __builtin_prefetch(keys + (j + ahead) * t.key_position);
+        __builtin_prefetch(values + (j + ahead) * t.value_position, 0, 2);
       }
-      scores[j] = score;
-      most = score > most ? score : most;
+      look<4>(query, keys + j * t.key_position, t.key_position, size, float(b.scaling), scores + j);
     }
-    float sum = 0;
+    for (; j < positions; j++)
+      look<1>(query, keys + j * t.key_position, t.key_position, size, float(b.scaling), scores + j);
+    if (t.mask) {
+      const int64_t at = row * t.mask_stride;
+      if (t.mask_is_bytes) {
+        for (j = 0; j < positions; j++)
+          if (!static_cast<const uint8_t*>(t.mask)[at + j]) scores[j] = -3.0e38f;
+      } else
+        for (j = 0; j < positions; j++) scores[j] += static_cast<const float*>(t.mask)[at + j];
+    }
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (j = 0; j < positions; j++) most = scores[j] > most ? scores[j] : most;
 #pragma omp simd
-    for (int64_t j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - most);
+    for (j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - most);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < positions; j++) sum += scores[j];
+    for (j = 0; j < positions; j++) sum += scores[j];
     float* out = s.attended + (row * b.heads + head) * size;
-    for (int64_t i = 0; i < size; i++) out[i] = 0;
-    for (int64_t j = 0; j < positions; j++) add_scaled(out, values + j * t.value_position, scores[j], size);
-    for (int64_t i = 0; i < size; i++) out[i] /= sum;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES)
+      gather<4>(values + i, t.value_position, scores, positions, 1.0f / sum, out + i);
+    for (; i + LANES <= size; i += LANES)
+      gather<1>(values + i, t.value_position, scores, positions, 1.0f / sum, out + i);
+    for (; i < size; i++) {
+      float one = 0;
+      for (j = 0; j < positions; j++) one += scores[j] * widen(values[j * t.value_position + i]);
+      out[i] = one / sum;
+    }
   }
 }
 

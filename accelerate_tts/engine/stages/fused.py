@@ -230,17 +230,21 @@ class _Fused:
         keys, values = layer.buffers()
         if keys.dtype != self._dtype or values.shape != keys.shape:
             return None
-        token = _Token(rows=hidden.shape[0], length=layer.length(), cache_is_bf16=self._dtype == torch.bfloat16)
-        pointed_to = _point(token, named, keys, values)
-        if pointed_to is None:
+        rotation = _rotation(named.get("position_embeddings"), hidden.shape[0], keys.shape[-1])
+        mask = _mask(named.get("attention_mask"), hidden.shape[0], layer.length() + 1)
+        strides = keys.stride(), values.stride()
+        if rotation is None or mask is None or strides[0][3] != 1 or strides[1][3] != 1:
             return None
         described = self._describe(of_text)
-        x = hidden.float().contiguous()
+        x = _plain(hidden)
         y = torch.empty(x.shape)
-        token.x, token.y = x.data_ptr(), y.data_ptr()
+        token = _Token(
+            x.data_ptr(), y.data_ptr(), x.shape[0], *rotation[:3], *mask[:3], keys.data_ptr(), values.data_ptr(),
+            *strides[0][:3], *strides[1][:3], self._dtype == torch.bfloat16, layer.length(),
+        )  # fmt: skip
         decoder_block()(described.reference, ctypes.byref(token), torch.get_num_threads())
         layer.advance(1)
-        return y.to(self._dtype)
+        return y if hidden.dtype == torch.float32 else y.to(hidden.dtype)
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         import torch
@@ -262,7 +266,7 @@ class _Fused:
             obstacle = f"it is called with {', '.join(sorted(unknown))}"
         elif how not in {"eager", "sdpa", None}:
             obstacle = f"attention is made by {how!r}"
-        elif any(_foreign_hooks(inner) for inner in self._inner):
+        elif any(map(_is_foreign, [m for m in self._inner if m._forward_hooks or m._forward_pre_hooks])):
             obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
         else:
             return False
@@ -280,7 +284,7 @@ class _Fused:
         return described
 
 
-def _foreign_hooks(module: Any) -> bool:
+def _is_foreign(module: Any) -> bool:
     """Whether a user's hooks wait for a module's calls.
 
     transformers' own only collect attention weights, and ours only watch.
@@ -300,38 +304,36 @@ def _of_text(mask: Any, names: list[str]) -> bool | None:
     return None if bool(mask.any()) else True
 
 
-def _point(token: _Token, named: dict[str, Any], keys: Any, values: Any) -> list[Any] | None:
-    """Let a token's struct point to the mask, the rotation and the cache.
+# The next two give what `_Token` has of a tensor, with the tensors behind it, which must live as long as the call;
+# `None` if it is not of the kernel's kind.
 
-    Returns:
-        The tensors that must live as long as the call; `None` if one of them is not of the kernel's kind.
-    """
+
+def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
+    if given is None:
+        return None, None, 0
+    cos, sin = map(_plain, given)
+    shape = cos.shape
+    if shape != sin.shape or len(shape) != 3 or shape[1:] != (1, size) or shape[0] not in {1, rows}:  # noqa: PLR2004
+        return None
+    return cos.data_ptr(), sin.data_ptr(), 0 if shape[0] == 1 else size, cos, sin
+
+
+def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
     import torch
 
-    rows, positions = token.rows, token.length + 1
-    kept: list[Any] = []
-    rotation = named.get("position_embeddings")
-    if rotation is not None:
-        cos, sin = (half.float().contiguous() for half in rotation)
-        if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[1:] != (1, keys.shape[-1]):  # noqa: PLR2004
-            return None
-        if cos.shape[0] not in {1, rows}:
-            return None
-        token.cos, token.sin = cos.data_ptr(), sin.data_ptr()
-        token.rotation_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
-        kept += [cos, sin]
-    mask = named.get("attention_mask")
-    if mask is not None:
-        if mask.dim() != 4 or mask.shape[1:] != (1, 1, positions) or mask.shape[0] not in {1, rows}:  # noqa: PLR2004
-            return None
-        mask = (mask if mask.dtype == torch.bool else mask.float()).contiguous()
-        token.mask, token.mask_is_bytes = mask.data_ptr(), mask.dtype == torch.bool
-        token.mask_stride = 0 if mask.shape[0] == 1 else positions
-        kept.append(mask)
-    for name, store in (("key", keys), ("value", values)):
-        if store.stride(3) != 1:
-            return None
-        setattr(token, f"{name}s", store.data_ptr())
-        for place, dimension in (("row", 0), ("head", 1), ("position", 2)):
-            setattr(token, f"{name}_{place}", store.stride(dimension))
-    return kept
+    if given is None:
+        return None, 0, False
+    if given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
+        return None
+    in_bytes = given.dtype == torch.bool
+    mask = given.contiguous() if in_bytes else _plain(given)
+    return mask.data_ptr(), 0 if mask.shape[0] == 1 else positions, in_bytes, mask
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32 and contiguous; most are, and asking costs less than converting them to what they are."""
+    import torch
+
+    if tensor.dtype != torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

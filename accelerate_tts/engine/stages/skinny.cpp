@@ -33,6 +33,9 @@ inline ints add_products(ints sum, ints a, ints b) { return _mm512_dpwssd_epi32(
 inline ints add_products(ints sum, ints a, ints b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 #endif
 inline float total(vec v) { return _mm512_reduce_add_ps(v); }
+inline vec load(const bf16* p) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
 inline vec to_float(ints v) { return _mm512_cvtepi32_ps(v); }
 #define ACCELERATE_TTS_VECTORS
 #elif defined(__AVX2__)
@@ -52,6 +55,9 @@ inline float total(vec v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 inline vec to_float(ints v) { return _mm256_cvtepi32_ps(v); }
+inline vec load(const bf16* p) {
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
 #define ACCELERATE_TTS_VECTORS
 #else
 constexpr int LANES = 4;
@@ -63,6 +69,13 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 inline float total(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+inline vec load(const bf16* p) {
+  uint32_t wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = uint32_t(p[i]) << 16;
+  vec v;
+  memcpy(&v, wide, sizeof v);
+  return v;
+}
 #endif
 
 inline float widen(float value) { return value; }
@@ -80,12 +93,15 @@ struct Shape {
 
 // For each format of weights: what x is turned into first, and ROWS rows of it with COUNT rows of weights.
 //
-// step: inputs at a time. The inputs behind the last whole step are added by `finish`, one by one.
+// step: inputs at a time; the inputs behind the last whole step are added one by one. In fp32 the memory is what is waited
+// for, and several rows of weights at once keep more of it on the way; of fewer bytes the processor is, and one row after
+// the other lets it fetch ahead.
 struct Fp32 {
   typedef float weight;
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = LANES;
+  static constexpr bool in_turn = false;
   static void prepare(const float* x, input* to, float*, Shape of) {
     memcpy(to, x, of.rows * of.inputs * sizeof(float));
   }
@@ -107,6 +123,7 @@ struct Bf16 {
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = 2 * LANES;
+  static constexpr bool in_turn = true;
   // The weights at even places are the low halves of 32 bits, those at odd places the high halves: x is sorted so too.
   static void prepare(const float* x, input* to, float*, Shape of) {
     for (int64_t m = 0; m < of.rows; m++)
@@ -133,6 +150,7 @@ struct Int8 {
   typedef int16_t input;
   typedef ints sum;
   static constexpr int64_t step = 2 * LANES;
+  static constexpr bool in_turn = true;
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
@@ -223,8 +241,37 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n) {
     }
 }
 
+// The same with one row of weights, in several sums.
+template <class F, int ROWS>
+inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
+  constexpr int SUMS = ROWS <= 2 ? 4 : 2;
+  constexpr int64_t LINE = 64 / sizeof(typename F::weight), AHEAD = 128 * LINE;  // farther than processors by themselves
+  const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step;
+  const typename F::input* x = work.prepared + m0 * inputs;
+  const typename F::weight* w = work.w + n * inputs;
+  typename F::sum sums[SUMS][ROWS][1] = {};
+  int64_t k = 0;
+  for (; k + SUMS * F::step <= whole; k += SUMS * F::step) {
+    for (int64_t line = 0; line < SUMS * F::step; line += LINE) __builtin_prefetch(w + k + AHEAD + line, 0, 2);
+    for (int j = 0; j < SUMS; j++) F::template add<ROWS, 1>(sums[j], x, w, k + j * F::step, inputs);
+  }
+  for (; k < whole; k += F::step) F::template add<ROWS, 1>(sums[0], x, w, k, inputs);
+  for (int m = 0; m < ROWS; m++) {
+    float sum = 0;
+    for (int j = 0; j < SUMS; j++) sum += F::value(sums[j][m][0], work.row_scales[m0 + m]);
+    for (k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[k]);
+    if (work.scale) sum *= work.scale[n];
+    if (work.bias) sum += work.bias[n];
+    work.y[(m0 + m) * work.stride + n] = sum;
+  }
+}
+
 template <class F, int ROWS>
 void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
+  if (F::in_turn) {
+    for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
+    return;
+  }
   constexpr int COUNT = ROWS <= 2 ? 4 : 2;  // as many sums as there are registers for
   for (; n + COUNT <= end; n += COUNT) dot<F, ROWS, COUNT>(work, m, n);
   for (; n < end; n++) dot<F, ROWS, 1>(work, m, n);
