@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ _MOST_OF_A_SORT = 3
 # From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
 _A_LOOP = 8
 _MOSTLY = 0.5
+# Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times over.
+_ENOUGH = 1.0
 READY = "_accelerate_tts_ready"
 """The name of a class's function that is given a replayed call's arguments before the clock runs."""
 
@@ -89,7 +92,11 @@ class Captured:
         longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds)
         tally = self.sorts[longest]
         loop = tally.count >= _A_LOOP and tally.seconds > _MOSTLY * self.seconds
-        return [call for call in self.calls if call.sort == longest] if loop else self.calls
+        if not loop:
+            return self.calls
+        calls = [call for call in self.calls if call.sort == longest]
+        # The latest, where a cache has grown to its length in service.
+        return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]
 
 
 @dataclass

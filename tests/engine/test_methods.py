@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine import capture
 from accelerate_tts.engine.capture import outputs_of, watch
 from accelerate_tts.engine.plan import ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
@@ -152,3 +153,19 @@ def test_blocks_of_several_lists_share_a_graph_unless_they_have_a_cache() -> Non
     assert [len(row) for row in _rows(cached)] == [2, 2]
     shared = nn.ModuleList([block(), block()])
     assert [len(row) for row in _rows(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
+
+
+def test_of_a_long_step_fewer_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Solver("forward")
+    part = Part("estimator", "estimator", model.estimator, method="forward")
+    with torch.inference_mode(), watch((part,), "cpu") as seen:
+        for _ in range(4):
+            model.speak()
+    captured = seen["estimator"]
+    assert len(captured.calls) == 6
+    assert len(captured.prepared(model.estimator, timed=True)) == 6, "of a hundredth of a second each"
+    monkeypatch.setattr(capture, "_ENOUGH", 0.025)
+    assert 1 <= len(captured.prepared(model.estimator, timed=True)) <= 3
+    monkeypatch.setattr(capture, "_ENOUGH", 0.0)
+    assert len(captured.prepared(model.estimator, timed=True)) == 1
+    assert len(captured.prepared(model.estimator, timed=False)) == 6, "all are compared"

@@ -76,7 +76,6 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.fused import FusedBlocksStage
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
-    from accelerate_tts.engine.stages.masks import EmptyMaskStage
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
     from accelerate_tts.engine.stages.quantize import quantize_stages
     from accelerate_tts.engine.stages.skinny import SkinnyStage
@@ -84,7 +83,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     on_cpu = device_type == "cpu"
     stages: list[Stage] = [FoldStage(), GrowingCacheStage()]
     if on_cpu:
-        stages += [QuietBlasStage(), EmptyMaskStage(), ChannelsLastStage()]
+        stages += [QuietBlasStage(), ChannelsLastStage()]
     if precision != "exact":
         for dtype in half_dtypes(device_type):
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
