@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,11 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
     # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-    return [m for m in module.modules() if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
+    fused = in_fused(module)
+    return [
+        m for m in module.modules()
+        if m not in fused and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
+    ]  # fmt: skip
 
 
 @cache

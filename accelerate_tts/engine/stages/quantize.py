@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import ClassSwap, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,10 +91,12 @@ def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
 def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
+    fused = in_fused(module)
     return [
         inner
         for inner in module.modules()
-        if isinstance(inner, nn.Linear)
+        if inner not in fused
+        and isinstance(inner, nn.Linear)
         and plain_class(inner).forward is nn.Linear.forward
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()
