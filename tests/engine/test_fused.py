@@ -204,8 +204,12 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     ours = error(truth, loop(model))
     assert served
     assert ours <= 1.2 * upstream  # sums in fp32, rounded once for each block
-    assert not FusedBlocksStage("int8").applies(Part("model", "decoder", of("Llama"))), "fp32 weights may be stored so"
-    assert FusedBlocksStage("int8").applies(Part("model", "decoder", model)) is not None
+    change.off()
+    assert FusedBlocksStage("bf16").applies(Part("model", "decoder", model)) is not None, "they are already"
+    change = fuse(model, "int8")
+    change.on()
+    assert error(truth, loop(model)) < LIMITS["int8"] + upstream
+    assert len(served) == 28
 
 
 def test_written_weights_are_used_at_once() -> None:

@@ -115,7 +115,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
     if anatomy.activation < 0 or anatomy.heads % anatomy.kv_heads or not all(map(is_linear, layers)):
         return False
     dtypes = {layer.weight.dtype for layer in layers}
-    stored = {torch.float32, torch.bfloat16} if weights == "fp32" else {torch.float32}
+    stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16}
     return (
         is_norm(anatomy.norm1) and is_norm(anatomy.norm2)
         and len(dtypes) == 1 and dtypes <= stored

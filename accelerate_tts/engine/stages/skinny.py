@@ -199,7 +199,7 @@ def in_int8(module: Any) -> tuple[Any, Any]:
     """A linear layer's weight as (outputs, inputs) in int8, and the fp32 scale of each output."""
     import torch
 
-    weight = _weight(module)
+    weight = _weight(module).float()
     # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
     scale = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scale.unsqueeze(1)).round().to(torch.int8).contiguous(), scale
