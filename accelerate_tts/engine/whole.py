@@ -31,8 +31,8 @@ _LENGTHS, _LOUDNESS = 2.0, 4.0
 def check_whole(session: Session, reference: list[Any]) -> tuple[Timing, Difference | None]:
     """Compare the whole object with what it was, and undo what the comparison does not bear out.
 
-    A wrong result costs the changes that are not exact first, and everything if that does not help. A slower one costs
-    everything.
+    A wrong result costs the changes that are not exact first, one after the other, what gains least first; and
+    everything if that does not help. A slower one costs everything.
 
     Args:
         session: The tuning; its kept changes are in force afterwards.
@@ -78,23 +78,29 @@ def finish(session: Session) -> None:
 
 def _right(session: Session, reference: list[Any]) -> tuple[Difference | None, float]:
     """The difference of the whole, with what made it too large undone; and how many times as long the result is now."""
-    candidate = session.run()
-    difference = compare(reference, candidate)
-    objection = session.tolerance.objection(difference)
-    if objection and any(map(_is_sampled, session.results)):
-        objection = _unlike(session, reference, candidate)
-        if not objection:
-            return None, _size(candidate) / _size(reference)
-    if objection and any(map(_is_inexact, session.results)):
-        _give_up(session, f"wrong in total: {objection}", "what is not exact", inexact=True)
-        if not session.kept:
-            return Difference(0.0), 1.0
-        difference = compare(reference, session.run())
+    while session.kept:
+        candidate = session.run()
+        difference = compare(reference, candidate)
         objection = session.tolerance.objection(difference)
-    if objection:
-        _give_up(session, f"wrong in total: {objection}", "everything")
-        return Difference(0.0), 1.0
-    return difference, 1.0
+        if objection and any(map(_is_sampled, session.results)):
+            objection = _unlike(session, reference, candidate)
+            if not objection:
+                return None, _size(candidate) / _size(reference)
+        if not objection:
+            return difference, 1.0
+        # A small error of one part can be a large one of the speech, and another part's none: one at a time.
+        inexact = min(filter(_is_inexact, session.results), key=_loss, default=None)
+        if inexact is None:
+            _give_up(session, f"wrong in total: {objection}", "everything")
+        else:
+            what = f"{inexact.stage} of {inexact.part}"
+            _give_up(session, f"wrong in total: {objection}", what, inexact)
+    return Difference(0.0), 1.0
+
+
+def _loss(result: StageResult) -> tuple[bool, float]:
+    """What is lost without a stage: seconds of a pass. A decoder's, whose steps were found right, goes last."""
+    return _is_sampled(result), (result.before or 0.0) - (result.after or 0.0)
 
 
 def _is_inexact(result: StageResult) -> bool:
@@ -154,8 +160,8 @@ def _for_the_same_length(timing: Timing, lengths: float) -> Timing:
     )  # fmt: skip
 
 
-def _give_up(session: Session, reason: str, what: str, *, inexact: bool = False) -> None:
-    session.drop(reason, _is_inexact if inexact else lambda _result: True)
+def _give_up(session: Session, reason: str, what: str, only: StageResult | None = None) -> None:
+    session.drop(reason, lambda result: only is None or result is only)
     emit(FellBack(session.plan.what, what, reason))
 
 

@@ -561,13 +561,40 @@ def test_what_is_not_exact_goes_first_when_the_whole_is_wrong(seen: list[Event])
     receipt = saved(tuning)
     assert [result.kept for result in receipt.stages] == [True, False]
     assert receipt.stages[1].reason.startswith("undone: wrong in total: relative error")
-    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["what is not exact"]
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["rough of slow"]
     assert (model.seconds, model.then) == (0.02, None)
     assert receipt.error == 0.0
     assert receipt.ratio > 1.0
     assert [kept.stage for kept in tuning.kept] == ["exact"]
     tuning.undo()
     before.assert_untouched()
+
+
+def test_what_is_not_exact_goes_one_at_a_time_what_gains_least_first(seen: list[Event]) -> None:
+    class Both(nn.Module):
+        """The small error of one part is a large one of the speech; that of the other is none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow, self.decoder = Slow(0.02), Slow(0.04)
+            self.eval()
+
+        def speak(self) -> torch.Tensor:
+            plain = nn.functional.linear(X, self.flow.linear.weight, self.flow.linear.bias)
+            amplified = plain + 100.0 * (self.flow(X) - plain)
+            return self.decoder(amplified)
+
+    model = Both()
+    parts = (Part("flow", "flow", model.flow), Part("decoder", "vocoder", model.decoder))
+    calls = warmup_calls(lambda loaded: loaded.speak(), Loaded(model), "inference")
+    rough = Stage("rough", seconds=0.0, then=lambda y: y * 1.005)
+    tuning = tune(ModelPlan("model", (model,), parts), calls, [rough], CPU, Limits(60.0, "balanced"))
+    receipt = saved(tuning)
+    assert [(result.part, result.kept) for result in receipt.stages] == [("flow", False), ("decoder", True)]
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["rough of flow"]
+    assert receipt.error == pytest.approx(0.005, rel=0.1)
+    tuning.undo()
+    assert (model.flow.seconds, model.decoder.seconds) == (0.02, 0.04)
 
 
 def test_what_is_not_exact_stays_when_the_whole_is_right(seen: list[Event]) -> None:
@@ -591,7 +618,7 @@ def test_nothing_stays_when_the_exact_ones_are_to_blame_too(seen: list[Event]) -
     receipt = saved(run(model, exact, rough, precision="balanced", warmup=lambda loaded: loaded.speak()))
     assert not receipt.kept
     assert all(result.reason.startswith("undone: wrong in total") for result in receipt.stages)
-    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["what is not exact", "everything"]
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["rough of slow", "everything"]
     before.assert_untouched()
 
 
