@@ -19,6 +19,7 @@ from accelerate_tts.engine.stages import default_stages, fused
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
 from accelerate_tts.engine.stages.linear import FewRowsStage
+from accelerate_tts.engine.stages.precision import HalfStage
 from accelerate_tts.engine.stages.quantize import QuantizeStage
 from accelerate_tts.engine.stages.skinny import SkinnyStage, Weights
 from accelerate_tts.engine.verify import EXACT_TOLERANCE
@@ -319,13 +320,14 @@ def test_two_threads_have_their_own_scratch() -> None:
 def test_what_is_inside_fused_blocks_is_not_tried_again() -> None:
     model, part = of("Llama", 128, 256), None
     part = Part("model", "decoder", model)
-    others = [SkinnyStage("fp32"), FewRowsStage(), QuantizeStage("onednn"), CompiledBlocksStage("default")]
-    assert [stage.applies(part) for stage in others] == [None] * 4
+    half = HalfStage(torch.bfloat16, carried=False)
+    others = [half, SkinnyStage("fp32"), FewRowsStage(), QuantizeStage("onednn"), CompiledBlocksStage("default")]
+    assert [stage.applies(part) for stage in others] == [None] * 5
     change = fuse(model)
     change.on()
     assert all(stage.applies(part) is not None for stage in others)
     change.off()
-    assert [stage.applies(part) for stage in others] == [None] * 4
+    assert [stage.applies(part) for stage in others] == [None] * 5
 
 
 def test_copies_are_made_only_where_they_were_asked_for() -> None:

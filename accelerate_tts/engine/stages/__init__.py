@@ -84,14 +84,16 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     stages: list[Stage] = [FoldStage(), GrowingCacheStage()]
     if on_cpu:
         stages += [QuietBlasStage(), ChannelsLastStage()]
+    if on_cpu and compile_mode is not None:  # it needs the compiler too
+        # Before all else that changes linear layers: what is inside fused blocks is not tried again.
+        stages.append(FusedBlocksStage("fp32"))
+        stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
+        stages += [FusedBlocksStage("int8")] if precision == "fast" else []
     if precision != "exact":
         for dtype in half_dtypes(device_type):
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
     if on_cpu:
-        if compile_mode is not None:  # they need the compiler too
-            stages.append(FusedBlocksStage("fp32"))
-            stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
-            stages += [FusedBlocksStage("int8")] if precision == "fast" else []
+        if compile_mode is not None:
             stages.append(SkinnyStage("fp32"))
             stages += [SkinnyStage("bf16")] if precision != "exact" else []
             stages += [SkinnyStage("int8")] if precision == "fast" else []

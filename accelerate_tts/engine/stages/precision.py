@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ class HalfStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if in_fused(part.module):  # a copy of all its weights, for the sake of the prompts
+            return "its blocks are fused"
         return None if _layers(part.module) else "no layer that computes in fp32"
 
     def prepare(self, part: Part) -> ClassSwap:
