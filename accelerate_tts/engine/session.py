@@ -69,6 +69,7 @@ class Session:
         deadline: No stage is begun after it, in seconds of `time.perf_counter`.
         tolerance: What a candidate may differ by.
         pass_seconds: What a warm pass of the untouched object took.
+        reserved: Seconds of the budget that are kept for the check of the whole at the end.
         captured: What was seen of each part in a warm pass, by its name.
         called: The `id` of each module that this pass called.
         results: A line for each stage tried.
@@ -83,6 +84,7 @@ class Session:
     deadline: float
     tolerance: Tolerance
     pass_seconds: float = 0.0
+    reserved: float = 0.0
     captured: dict[str, Captured] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
     results: list[StageResult] = field(default_factory=list)

@@ -107,7 +107,7 @@ def _not_worth_it(session: Session, part: Part, stage: Stage) -> str | None:
             return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it"
     if part.kind == PROCESS and session.pass_seconds > _LONGEST_PASS:
         return f"not tried: it takes a dozen whole passes, and one takes {session.pass_seconds:.0f} s"
-    left = session.deadline - time.perf_counter()
+    left = session.deadline - session.reserved - time.perf_counter()
     if left <= 0:
         return f"not tried: {OVER_BUDGET} is spent"
     if left < (cost := stage.cost_of(part)):

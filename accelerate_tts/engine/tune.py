@@ -21,7 +21,7 @@ from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
-from accelerate_tts.engine.whole import check_whole, finish
+from accelerate_tts.engine.whole import WHOLE_PASSES, check_whole, finish
 from accelerate_tts.events import FellBack, NotApplied, Tuned, WarmupFailed, emit
 from accelerate_tts.runtime.retry import listening
 
@@ -238,6 +238,8 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
         reference = session.run()
     session.heard = listener.expected
     session.pass_seconds = time.perf_counter() - clock
+    left = max(0.0, session.deadline - time.perf_counter())
+    session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
     parts = tuple(
         replace(part, cached=cached, head=part.head or (head_of(part.module, session.plan.roots) if cached else None))
         for part in session.plan.parts

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.session import Session
 
-__all__ = ["check_whole", "finish"]
+__all__ = ["WHOLE_PASSES", "check_whole", "finish"]
 
 # The parts' own comparisons were sharper than one of the whole can be: a gain of 10 % on 5 % of the time drowns in its
 # noise. So the whole must be slower beyond doubt, or by this much, before all is undone.
@@ -24,6 +24,8 @@ _COMPARISON = 6.0
 # Pairs of passes, most first: those are run that fit into what is left of the budget. One pair is always run, but only
 # from five on is its verdict one of 95 %.
 _PAIRS = (5, 3, 1)
+WHOLE_PASSES = 4
+"""Passes that the check takes at least: does the output repeat, is it right, and a pair for its time."""
 # Another sampled sequence of the same speech is about as long and as loud; a broken one is not.
 _LENGTHS, _LOUDNESS = 2.0, 4.0
 

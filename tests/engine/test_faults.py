@@ -424,6 +424,15 @@ def test_what_was_kept_before_the_budget_ran_out_stays() -> None:
     assert model.seconds == 0.0
 
 
+def test_the_check_of_the_whole_has_its_time_within_the_budget() -> None:
+    """A third of what is left after the first passes at most: of 1.8 s, a stage that takes 1.4 s is not begun."""
+    model, stage = Slow(0.3), Stage(seconds=0.0)
+    stage.cost = 1.4
+    receipt = saved(run(model, stage, budget=2.4))
+    assert receipt.stages[0].reason.startswith("not tried: it takes about 1 s, and ")
+    assert saved(run(Slow(0.01), stage, budget=2.4)).stages[0].kept
+
+
 def test_a_stage_that_costs_more_than_is_left_is_not_begun(seen: list[Event]) -> None:
     costly, cheap = Stage("costly", seconds=0.0), Stage("cheap", seconds=0.0)
     costly.cost = 100.0
