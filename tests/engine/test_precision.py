@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import rnn
@@ -651,6 +651,8 @@ def everything(model: nn.Module) -> list[object]:
         max_size=10,
     ),
 )  # fmt: skip
+@example(norm=1, channels=1, width=1, recurrent=False, actions=[("layout", 0), ("fold", 0), ("drop", 0)])
+@example(norm=1, channels=1, width=1, recurrent=False, actions=[("half part", 0), ("fold", 0), ("drop", 0)])
 def test_any_sequence_of_changes_can_be_undone(  # noqa: PLR0912 - one branch an action
     norm: int, channels: int, width: int, recurrent: bool, actions: list[tuple[str, int]]
 ) -> None:

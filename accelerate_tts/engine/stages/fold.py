@@ -108,6 +108,7 @@ class _Fold:
         if self._on:
             return
         module = self.module
+        self.own_class = type(module)  # as it is now: a change that was in force when this one was made may be gone
         weight = self.compute()
         self.detach(module)
         module.__class__ = _folded_class(self.plain_class())
