@@ -220,7 +220,7 @@ inline void gather(const T* values, int64_t stride, const float* weights, int64_
 
 // One key/value head of one row: the new position is written behind the cache, then all query heads of its group look.
 template <class T>
-void attend(const Block& b, const Token& t, Scratch& s, int64_t row, int64_t kv_head, float* scores) {
+__attribute__((noinline)) void attend(const Block& b, const Token& t, Scratch& s, int64_t row, int64_t kv_head, float* scores) {
   const int64_t size = b.head_dim, group = b.heads / b.kv_heads, positions = t.length + 1;
   float* qkv = s.qkv + row * (b.heads + 2 * b.kv_heads) * size;
   float* key = qkv + (b.heads + kv_head) * size;

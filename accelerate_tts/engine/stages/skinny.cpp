@@ -266,8 +266,9 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
   }
 }
 
+// Not inlined: what calls it in a dozen places would take twice as long to compile.
 template <class F, int ROWS>
-void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
+__attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
   if (F::in_turn) {
     for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
     return;
@@ -304,7 +305,7 @@ void linear(const float* x, const typename F::weight* w, const float* scale, con
 
 // Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, four at a time, are
 // added to y [rows, outputs].
-void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
+__attribute__((noinline)) void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; k += 4) {
     const float* rows[4];
     for (int64_t j = 0; j < 4; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
