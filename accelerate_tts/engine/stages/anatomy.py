@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.stages.skinny import is_transposed
 from accelerate_tts.engine.stages.swap import plain_class
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.stages.skinny import Weights
 
-__all__ = ["Anatomy", "anatomies", "is_transposed"]
+__all__ = ["Anatomy", "anatomies"]
 
 # By class, since a class of another name may do something more that no shape shows.
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -102,7 +103,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
 
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)
-        return cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils")
+        return cls is nn.Linear or is_transposed(layer)
 
     def is_norm(norm: Any) -> bool:
         cls: Any = plain_class(norm)
@@ -122,8 +123,3 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
         and all(layer.weight.device.type == "cpu" and layer.weight.is_contiguous() for layer in layers)
         and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
     )  # fmt: skip
-
-
-def is_transposed(layer: Any) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with its weight the other way round."""
-    return plain_class(layer).__name__ == "Conv1D"

@@ -17,12 +17,12 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages import growing
-from accelerate_tts.engine.stages.anatomy import Anatomy, anatomies, is_transposed
+from accelerate_tts.engine.stages.anatomy import Anatomy, anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.decode import growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.native import decoder_block
-from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights, in_bf16, in_int8
+from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import parameters_of, token_layer
 from accelerate_tts.events import NotApplied, emit

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["MOST_ROWS", "SkinnyStage", "Weights", "in_bf16", "in_int8"]
+__all__ = ["MOST_ROWS", "SkinnyStage", "Weights", "in_bf16", "in_int8", "is_transposed"]
 
 Weights = Literal["fp32", "bf16", "int8"]
 
@@ -58,11 +58,11 @@ class SkinnyStage(BaseStage):
         skinny_linear()
         layers = self._layers(part)
         if self._weights == "fp32":
-            return ClassSwap(layers, lambda module: _exact_class(class_of(module), _is_transposed(module)))
+            return ClassSwap(layers, lambda module: _exact_class(class_of(module), is_transposed(module)))
         return _Copied(layers, self._weights)
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     """Whether it is transformers' Conv1D, a linear layer with its weight the other way round."""
     cls: Any = plain_class(module)
     return bool(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils")
@@ -79,9 +79,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
         for inner in module.modules()
         if inner not in fused
         # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-        and (
-            _is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward)
-        )
+        and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
         and inner.weight.device.type == "cpu"
@@ -91,7 +89,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
 def _is_bf16(module: Any) -> bool:
     import torch
 
-    return module.weight.dtype == torch.bfloat16 and not _is_transposed(module)
+    return module.weight.dtype == torch.bfloat16 and not is_transposed(module)
 
 
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
@@ -154,7 +152,7 @@ class _Copied(ClassSwap):
     """
 
     def __init__(self, layers: list[nn.Module], weights: Weights) -> None:
-        super().__init__(layers, lambda module: _copied_class(class_of(module), _is_transposed(module)))
+        super().__init__(layers, lambda module: _copied_class(class_of(module), is_transposed(module)))
         self._copies = {layer: Derived(layer, _MAKERS[weights]) for layer in layers}
 
     def on(self) -> None:
@@ -185,7 +183,7 @@ def _copied_class(plain: Any, transposed: bool) -> type:
 
 def _weight(module: Any) -> Any:
     weight = module.weight.detach()
-    return weight.t() if _is_transposed(module) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def in_bf16(module: Any) -> tuple[Any, Any]:
