@@ -357,8 +357,12 @@ def test_the_half_copy_of_a_parametrized_layer_is_a_plain_one() -> None:
 
 def test_nothing_to_halve_is_said() -> None:
     class Adapted(nn.Linear):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.adapter = nn.Identity()
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + 1
+            return super().forward(x) + self.adapter(x)
 
     for model in (nn.LayerNorm(4), nn.Linear(4, 4).double(), nn.Linear(4, 4).bfloat16(), Adapted(4, 4), nn.Identity()):
         assert HalfStage(torch.bfloat16, carried=True).applies(part_of(model)) == "no layer that computes in fp32"
@@ -759,3 +763,56 @@ def test_no_delicate_function_writes_in_place() -> None:
     for function in stage_module._delicate():
         name = function.__name__
         assert not name.endswith("_") or name.startswith("__"), name
+
+
+class Causal(nn.Conv1d):
+    """As Chatterbox's: pads, and leaves the rest to the layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (2, 0)))
+
+
+class Adaptable(nn.Linear):
+    """As diffusers': a linear layer that may be given an adapter."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+@both
+def test_a_layer_that_adds_nothing_to_its_kind_but_a_forward_is_halved(carried: bool) -> None:
+    torch.manual_seed(0)
+    for model, x in ((nn.Sequential(Causal(8, 8, 3)), X), (nn.Sequential(Adaptable(24, 8)), X)):
+        with torch.no_grad():
+            expected = model(x)
+            change = HalfStage(torch.bfloat16, carried=carried).prepare(part_of(model))
+            change.on()
+            found = model(x)
+            assert not torch.equal(found, expected)
+            assert compare(expected, found).error < NEAR
+            change.off()
+            assert torch.equal(model(x), expected)
+
+
+@both
+def test_an_adapter_that_comes_later_is_served(carried: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Adaptable(24, 8))
+    HalfStage(torch.bfloat16, carried=carried).prepare(part_of(model)).on()
+    with torch.no_grad():
+        model(X)
+        model[0].adapter = nn.Linear(24, 8)
+        plain = nn.functional.linear(X, model[0].weight, model[0].bias)
+        assert torch.allclose(model(X), plain + model[0].adapter(X), atol=1e-6)
+
+
+def test_alike_layers_share_a_class_so_that_a_compiler_makes_one_graph_for_all() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    HalfStage(torch.bfloat16, carried=False).prepare(part_of(model)).on()
+    assert type(model[0]) is type(model[1])
+    assert copy.deepcopy(model)[0].__dict__.keys() == nn.Linear(8, 8).__dict__.keys()

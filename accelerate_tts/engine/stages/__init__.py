@@ -70,6 +70,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     """
     from accelerate_tts.engine.stages.blas import QuietBlasStage
     from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+    from accelerate_tts.engine.stages.captured import CapturedStepStage
     from accelerate_tts.engine.stages.compile import CompileStage, FrozenCompileStage
     from accelerate_tts.engine.stages.decode import GrowingCacheStage
     from accelerate_tts.engine.stages.fold import FoldStage
@@ -77,6 +78,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
+    from accelerate_tts.engine.stages.prompts import PromptStage
     from accelerate_tts.engine.stages.quantize import quantize_stages
     from accelerate_tts.engine.stages.skinny import SkinnyStage
 
@@ -89,6 +91,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
         stages.append(FusedBlocksStage("fp32"))
         stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
         stages += [FusedBlocksStage("int8")] if precision == "fast" else []
+        stages += [PromptStage()] if precision != "exact" else []
     if precision != "exact":
         for dtype in half_dtypes(device_type):
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
@@ -100,6 +103,13 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
         stages.append(FewRowsStage())
         stages += quantize_stages() if precision == "fast" else ()
         stages += [] if compile_mode is None else [FrozenCompileStage()]
+    if device_type == "cuda":
+        stages.append(CapturedStepStage())
     if compile_mode is not None:
-        stages += [CompiledBlocksStage(compile_mode), CompileStage(compile_mode)]
+        # Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block.
+        blocks = _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode)
+        stages += [CompiledBlocksStage(blocks), CompileStage(compile_mode)]
     return tuple(stages)
+
+
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}

@@ -27,6 +27,7 @@ from accelerate_tts.engine.stages.inductor import (
 )
 from accelerate_tts.engine.stages.swap import keeps_copies
 from accelerate_tts.events import FellBack, emit
+from accelerate_tts.runtime.owner import graph_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +124,7 @@ class CompiledCall:
         self._first_call = threading.RLock()  # a forward may call its own module
         self._ready = False
         self._broken = False
-        self._clone_outputs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
+        self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
         self._compiled = compile_function(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
@@ -160,13 +161,19 @@ class CompiledCall:
 
         try:
             with options(self._frozen, strict=self._counter.sealed):
-                return call_normally(self._compiled, args, kwargs)
+                return self._graphs(args, kwargs)
         except RecompileError as error:
             if self._frozen is not None:
                 raise
             self._counter.guard = guard_of(error)
         with options(None):
+            return self._graphs(args, kwargs)
+
+    def _graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._has_cuda_graphs:
             return call_normally(self._compiled, args, kwargs)
+        # The outputs are copied before the next replay writes to them, so on that thread too.
+        return graph_owner().call(lambda: clone_outputs(call_normally(self._compiled, args, kwargs)))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
@@ -193,7 +200,7 @@ class CompiledCall:
         except TorchDynamoException as error:
             reason = reason_of(error)
         else:
-            return clone_outputs(result) if self._clone_outputs else result
+            return result
         # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
         # error here, and nothing is wrong with the compilation.
         self._broken = True  # before the call: it may call its own module

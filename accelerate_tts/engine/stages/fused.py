@@ -24,7 +24,7 @@ from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.native import decoder_block
 from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import parameters_of, token_layer
+from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, token_layer
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class _Described:
         import torch
 
         self._kept: list[torch.Tensor] = []
+        self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         layers = anatomy.layers()
         transposed = is_transposed(anatomy.q)
         own = _TRANSPOSED if transposed else _BF16 if anatomy.q.weight.dtype == torch.bfloat16 else _FP32
@@ -145,7 +146,7 @@ class _Described:
         if weights == "fp32":
             weight, scale = layer.weight, None
         else:
-            weight, scale = {"bf16": in_bf16, "int8": in_int8}[weights](layer)
+            weight, scale = self.copies[layer] = {"bf16": in_bf16, "int8": in_int8}[weights](layer)
         return _Linear(
             w=self._pointer(weight), scale=self._pointer(scale), bias=self._pointer(layer.bias, torch.float32),
             outputs=outputs, inputs=inputs,
@@ -193,7 +194,9 @@ class _Fused:
         self._config = attention.config
         self._watched = Watched(block)
         self._described: dict[bool, _Described] = {}
-        self._dtype = next(iter(anatomies(block, weights).values())).q.weight.dtype
+        found = anatomies(block, weights)
+        self._kinds = list(found)
+        self._dtype = next(iter(found.values())).q.weight.dtype
         self._inner = [inner for inner in block.modules() if inner is not block]
 
     def class_for(self, plain: Any) -> type:
@@ -205,8 +208,21 @@ class _Fused:
 
         vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies=self._weights != "fp32")
-        setattr(cls, FUSED, True)
+        setattr(cls, FUSED, self)
         return cls
+
+    def copied(self) -> list[nn.Module]:
+        """The linear layers of which the kernel has copies."""
+        if self._weights == "fp32":
+            return []
+        found = anatomies(self._block, self._weights).values()
+        return [layer for anatomy in found for layer in anatomy.layers().values()]
+
+    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The copy of a layer's weight as it is now, (outputs, inputs), and the scale of each output if it is int8."""
+        return next(
+            described.copies[layer] for of_text in self._kinds if layer in (described := self._describe(of_text)).copies
+        )
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block makes of one token, or `None` if this call is upstream's business."""
@@ -266,7 +282,7 @@ class _Fused:
             obstacle = f"it is called with {', '.join(sorted(unknown))}"
         elif how not in {"eager", "sdpa", None}:
             obstacle = f"attention is made by {how!r}"
-        elif any(map(_is_foreign, [m for m in self._inner if m._forward_hooks or m._forward_pre_hooks])):
+        elif has_hooks(*self._inner):
             obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
         else:
             return False
@@ -282,17 +298,6 @@ class _Fused:
             anatomy = anatomies(self._block, self._weights)[of_text]
             described = self._described[of_text] = _Described(anatomy, self._weights)
         return described
-
-
-def _is_foreign(module: Any) -> bool:
-    """Whether a user's hooks wait for a module's calls.
-
-    transformers' own only collect attention weights, and ours only watch.
-    """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate_tts.")) for hook in hooks
-    )
 
 
 def _of_text(mask: Any, names: list[str]) -> bool | None:

@@ -164,6 +164,12 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             """The tensors behind `keys` and `values`, with their room."""
             return self._store[0], self._store[1]
 
+        def move_to(self, keys: Any, values: Any) -> None:
+            """Let the sequence lie in these buffers from here on."""
+            for which, buffer in enumerate((keys, values)):
+                buffer[..., : self._lengths[which], :].copy_(self._read(which))
+                self._store[which] = buffer
+
         def length(self) -> int:
             """Positions so far."""
             return self._lengths[0]

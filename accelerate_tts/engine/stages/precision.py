@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import COPY, HALF, CarryingSwap, class_of, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,13 @@ class HalfStage(BaseStage):
             return "its blocks are fused"
         return None if _layers(part.module) else "no layer that computes in fp32"
 
-    def prepare(self, part: Part) -> ClassSwap:
+    def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""
         dtype, carried = self._dtype, self._carried
         layers = set(_layers(part.module))
         twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
         if not carried:
-            return ClassSwap(list(layers), lambda module: _layer_class(module, twins[module], dtype, carried=False))
+            return CarryingSwap(list(layers), lambda m: _layer_class(type(m), dtype, carried=False), HALF, twins)
         islands = {module for module in part.module.modules() if _is_island(module, layers)}
         outer = {part.module} - layers
         # What an island computes with its own weights has to meet fp32 from its layers too.
@@ -67,10 +67,10 @@ class HalfStage(BaseStage):
 
         def swapped(module: nn.Module) -> type:
             if module in twins:
-                return _layer_class(module, twins[module], dtype, carried=module not in alone)
+                return _layer_class(type(module), dtype, carried=module not in alone)
             return _border_class(module, dtype) if module in outer else _island_class(class_of(module), dtype)
 
-        return ClassSwap([*layers, *(islands - outer), *outer], swapped)
+        return CarryingSwap([*layers, *(islands - outer), *outer], swapped, HALF, twins)
 
 
 def half_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
@@ -94,9 +94,25 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [
         inner
         for inner in module.modules()
-        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-        if isinstance(inner, kinds) and plain_class(inner).forward in known and _in_fp32(inner)
+        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
+
+
+def _is_leaf(layer: nn.Module) -> bool:
+    """Whether a layer with a forward of its own has nothing else that it could compute with.
+
+    A causal convolution pads, a layer that could have an adapter has none: both do the same with half-precision
+    weights. An adapter, or a quantised layer, does something that we do not know.
+    """
+    import torch
+    from torch import nn
+
+    tensors = {name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
+    return (
+        not layer._modules
+        and tensors <= {"weight", "bias"}
+        and all(type(layer._parameters.get(name)) in {nn.Parameter, torch.Tensor} for name in tensors)
+    )
 
 
 def _in_fp32(layer: nn.Module) -> bool:
@@ -119,27 +135,29 @@ def _twin(module: Any, dtype: torch.dtype) -> Any:
     from torch.nn.utils.parametrize import is_parametrized
 
     plain = plain_class(module)
+    # A folded weight is a buffer; one that a hook computes, a plain attribute.
+    halves = {
+        name: None if (value := getattr(module, name)) is None else value.detach().to(dtype)
+        for name in ("weight", "bias")
+    }
     # A parametrized layer computes its weight in a property of its own class.
     twin: Any = object.__new__(plain.__bases__[0] if is_parametrized(module) else plain)
-    twin.__dict__ = {**vars(module), "_parameters": {}, "_buffers": {}, "_modules": {}}
-    for name in ("weight", "bias"):  # a folded weight is a buffer; one that a hook computes, a plain attribute
-        value = getattr(module, name)
-        vars(twin).pop(name, None)
-        twin._buffers[name] = None if value is None else value.detach().to(dtype)
+    own = {name: value for name, value in vars(module).items() if name not in {*halves, COPY, HALF}}
+    twin.__dict__ = {**own, "_parameters": {}, "_buffers": halves, "_modules": {}}
     return twin
 
 
-def _layer_class(module: nn.Module, twin: Derived[Any], dtype: torch.dtype, *, carried: bool) -> type:
+@cache
+def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     import torch
 
-    plain = type(module)
     taken = {torch.float32, dtype}
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
-        del self
-        if input.dtype not in taken:  # torch's own error for it, or a layer that was moved to another dtype since
-            return plain.forward(module, input, *args, **kwargs)  # type: ignore[no-any-return]
-        y = plain.forward(twin.get(), input.to(dtype), *args, **kwargs)
+        # torch's own error for it, or a layer that was moved to another dtype since; or that was given an adapter
+        if input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
+            return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+        y = plain.forward(self._accelerate_tts_half.get(), input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=True)

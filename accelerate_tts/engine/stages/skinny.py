@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.native import skinny_linear
-from accelerate_tts.engine.stages.swap import COPY, ClassSwap, class_of, in_fused, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import (
+    COPY,
+    CarryingSwap,
+    ClassSwap,
+    class_of,
+    in_fused,
+    plain_class,
+    subclass_with,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +67,10 @@ class SkinnyStage(BaseStage):
         layers = self._layers(part)
         if self._weights == "fp32":
             return ClassSwap(layers, lambda module: _exact_class(class_of(module), is_transposed(module)))
-        return _Copied(layers, self._weights)
+        copies = {layer: Derived(layer, _MAKERS[self._weights]) for layer in layers}
+        return CarryingSwap(
+            layers, lambda module: _copied_class(class_of(module), is_transposed(module)), COPY, copies
+        )  # fmt: skip
 
 
 def is_transposed(module: Any) -> bool:
@@ -143,30 +154,6 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
     return tensor is None or bool(
         tensor.dtype == (dtype or torch.float32) and tensor.is_contiguous() and tensor.device.type == "cpu"
     )
-
-
-class _Copied(ClassSwap):
-    """The change for stored copies: each layer carries its copy, as an attribute, while the change is on.
-
-    An attribute and not a closure: all layers then share one class, and a compiler one graph.
-    """
-
-    def __init__(self, layers: list[nn.Module], weights: Weights) -> None:
-        super().__init__(layers, lambda module: _copied_class(class_of(module), is_transposed(module)))
-        self._copies = {layer: Derived(layer, _MAKERS[weights]) for layer in layers}
-
-    def on(self) -> None:
-        """See `Change.on`."""
-        for layer, copy in self._copies.items():
-            vars(layer)[COPY] = copy
-        super().on()
-
-    def off(self) -> None:
-        """See `Change.off`."""
-        super().off()
-        for layer, copy in self._copies.items():
-            if vars(layer).get(COPY) is copy:
-                del vars(layer)[COPY]
 
 
 @cache

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "COPY",
     "FUSED",
+    "HALF",
+    "CarryingSwap",
     "ClassSwap",
     "class_of",
+    "fused_by",
     "in_fused",
     "is_fused",
     "keeps_copies",
@@ -32,9 +35,10 @@ __all__ = [
 _PLAIN = "_accelerate_tts_plain"
 _COPIES = "_accelerate_tts_copies"
 FUSED = "_accelerate_tts_fused"
-"""An attribute of classes whose objects are served by one kernel for a token, which calls nothing inside them."""
-COPY = "_accelerate_tts_copy"
-"""An attribute that a change may set on a module while it is on; copies and pickles of the module are without it."""
+"""An attribute of classes whose objects are served by one kernel for a token, which calls nothing inside them: what
+serves them."""
+COPY, HALF = "_accelerate_tts_copy", "_accelerate_tts_half"
+"""Attributes that a change may set on a module while it is on; copies and pickles of the module are without them."""
 
 
 class ClassSwap(BaseChange):
@@ -75,6 +79,39 @@ class ClassSwap(BaseChange):
             self._before = []
 
 
+class CarryingSwap(ClassSwap):
+    """A class swap whose modules carry something each, as an attribute, while the change is on.
+
+    An attribute and not a closure: alike modules then share one class, and a compiler one graph.
+
+    Args:
+        modules: See `ClassSwap`.
+        swapped: See `ClassSwap`.
+        attribute: `COPY` or `HALF`.
+        carried: What each module carries; those that are not in it carry nothing.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], swapped: Callable[[nn.Module], type], attribute: str, carried: dict[Any, Any]
+    ) -> None:
+        super().__init__(modules, swapped)
+        self._attribute = attribute
+        self._carried = carried
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        for module, value in self._carried.items():
+            vars(module)[self._attribute] = value
+        super().on()
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        super().off()
+        for module, value in self._carried.items():
+            if vars(module).get(self._attribute) is value:
+                del vars(module)[self._attribute]
+
+
 def class_of(module: Any) -> Any:
     """The module's present class, in a type that can be a cache's key (torch types `Module.__hash__` otherwise)."""
     return type(module)
@@ -88,9 +125,14 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
+def fused_by(module: Any) -> Any:
+    """What serves a block's tokens by one kernel now, so that what is inside it sees the prompts only; or `None`."""
+    return getattr(class_of(module), FUSED, None)
+
+
 def is_fused(module: Any) -> bool:
-    """Whether a block's tokens are served by one kernel now, so that what is inside it sees the prompts only."""
-    return bool(getattr(class_of(module), FUSED, False))
+    """Whether a block's tokens are served by one kernel now."""
+    return fused_by(module) is not None
 
 
 def in_fused(module: nn.Module) -> set[nn.Module]:
@@ -116,7 +158,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
 
     def twin(self: Any) -> Any:
         module: Any = object.__new__(plain)
-        module.__dict__ = {name: value for name, value in vars(self).items() if name != COPY}
+        module.__dict__ = {name: value for name, value in vars(self).items() if name not in {COPY, HALF}}
         return module
 
     def reduce_ex(self: Any, protocol: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.events import NotApplied, emit
 
-__all__ = ["CACHE_NAMES", "parameters_of", "token_layer"]
+__all__ = ["CACHE_NAMES", "has_hooks", "parameters_of", "token_layer"]
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 """What blocks of transformers have called their cache, newest name first."""
@@ -45,3 +45,18 @@ def token_layer(what: str, past: Any, number: int, named: dict[str, Any]) -> Any
         emit(NotApplied(what, f"the sequence is longer than {growing.LARGEST} positions"))
         return None
     return layer
+
+
+def has_hooks(*modules: Any) -> bool:
+    """Whether a user's hooks wait for calls of some modules, which then must be called.
+
+    transformers' own only collect attention weights, and ours only watch.
+    """
+    return any(map(_is_foreign, [m for m in modules if m._forward_hooks or m._forward_pre_hooks]))
+
+
+def _is_foreign(module: Any) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate_tts.")) for hook in hooks
+    )

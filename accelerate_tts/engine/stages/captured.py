@@ -1,0 +1,243 @@
+"""A decoder's step as a CUDA graph, whoever drives its loop. For CUDA.
+
+On a GPU a step of one token is hundreds of kernels of a few microseconds each, and the time goes into starting them.
+Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
+served is one token for a growing cache (growing.py); prompts, attention weights asked for, arguments that were not
+there when it was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own forward on the
+same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.stages import growing
+from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.decode import decoders, growing_caches
+from accelerate_tts.engine.stages.inductor import Weights
+from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
+from accelerate_tts.engine.stages.swap import ClassSwap, plain_class, subclass_with
+from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of
+from accelerate_tts.events import FellBack, NotApplied, Recompiled, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.engine.stages.static_step import Recording
+
+__all__ = ["CapturedStepStage"]
+
+_MOST_SLOTS = 4
+"""Sequences of one decoder that are served in turn without being moved."""
+_MOST_BYTES = 2 << 30
+"""Of all slots of one decoder. A slot of T3 takes half a gigabyte for 1,024 positions."""
+_TENSORS = {"inputs_embeds", "input_ids", "position_ids"}
+_OWN = {"past_key_values", "attention_mask", "use_cache", "cache_position", "return_dict"}
+
+
+class CapturedStepStage(BaseStage):
+    """Records a decoder's step of one token and replays it.
+
+    Args:
+        record: Makes a recording of a step; a CUDA graph. Tests that have no device give another.
+    """
+
+    name = "captured decode step"
+    group = "compilation"
+    cost = 3.0
+
+    def __init__(self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording) -> None:
+        self._record = record
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if growing.cache_classes() is None:
+            return "no cache of transformers 4.56 or later is loaded"
+        return None if decoders(part.module) else "no decoder with a cache in it"
+
+    def prepare(self, part: Part) -> _Captured:
+        """See `Stage.prepare`. Records nothing yet."""
+        return _Captured(part, self._record)
+
+
+class _Captured(BaseChange):
+    """The change: each decoder's class gets a forward that looks for a recording first."""
+
+    def __init__(self, part: Part, record: Callable[[Callable[[], Any]], Recording]) -> None:
+        found = decoders(part.module)
+        self._growing = growing_caches(part.module)
+        self._steps = {decoder: _Steps(decoder, part.name, record) for decoder in found}
+        self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
+
+    @property
+    def graphs(self) -> int | None:
+        """Recordings so far."""
+        return sum(steps.recorded for steps in self._steps.values())
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        self._growing.on()
+        self._swap.on()
+
+    def off(self) -> None:
+        """See `Change.off`. The sequences that lie in slots stay served: by upstream's forward, where they lie."""
+        self._swap.off()
+        self._growing.off()
+
+    def seal(self) -> None:
+        """See `Change.seal`."""
+        for steps in self._steps.values():
+            steps.sealed = True
+
+
+class _Steps:
+    """The recordings of one decoder."""
+
+    def __init__(self, decoder: nn.Module, what: str, record: Callable[[Callable[[], Any]], Recording]) -> None:
+        self._decoder: Any = decoder
+        self._what = what
+        self._record = record
+        self._names = parameters_of(plain_class(decoder))
+        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
+        self._weights = Weights(decoder)
+        self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
+        self._lock = threading.Lock()
+        self._broken = False
+        self.recorded = 0
+        self.sealed = False
+
+    def class_for(self, plain: Any) -> type:
+        """The decoder's class while the change is on."""
+
+        def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            result = self._token(plain, named) if self._is_token(named) else None
+            return plain.forward(decoder, *args, **kwargs) if result is None else result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
+        return subclass_with(plain, forward)
+
+    def _is_token(self, named: dict[str, Any]) -> bool:
+        import torch
+
+        decoder, past = self._decoder, named.get("past_key_values")
+        given = [named[name] for name in ("inputs_embeds", "input_ids") if named.get(name) is not None]
+        return bool(
+            not self._broken
+            and len(given) == 1
+            and given[0].dim() > 1
+            and given[0].shape[1] == 1
+            and growing.is_growable(past)
+            and past.layers[0].keys.shape[0] == given[0].shape[0]
+            and past.layers[0].keys.device == given[0].device
+            and named.get("use_cache") is not False
+            and named.get("return_dict") is not False
+            and not (torch.is_grad_enabled() or decoder.training or torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled(given[0].device.type)
+            and not self._is_odd(named)
+        )
+
+    def _is_odd(self, named: dict[str, Any]) -> bool:
+        mask = named.get("attention_mask")
+        how = getattr(self._decoder.config, "_attn_implementation", None)
+        odd = [
+            name
+            for name, value in named.items()
+            if name not in _TENSORS | _OWN and not isinstance(value, (bool, int, float, str, type(None)))
+        ]
+        if odd:
+            obstacle = f"it is called with {', '.join(sorted(odd))}"
+        elif named.get("output_attentions") or getattr(self._decoder.config, "output_attentions", False):
+            obstacle = "attention weights are asked for"
+        elif how not in {"eager", "sdpa", None}:
+            obstacle = f"attention is made by {how!r}"
+        elif mask is not None and mask.dim() != 2:  # noqa: PLR2004
+            obstacle = f"its mask has {mask.dim()} dimensions"
+        elif has_hooks(*self._inner):
+            obstacle = "there are hooks inside it, which a replay does not call"
+        else:
+            return False
+        emit(NotApplied(f"the captured step of {self._what}", obstacle))
+        return True
+
+    def _token(self, plain: Any, named: dict[str, Any]) -> Any:
+        past = named["past_key_values"]
+        inputs = {name: value for name in sorted(_TENSORS) if (value := named.get(name)) is not None}
+        constants = {name: value for name, value in named.items() if name not in _TENSORS | _OWN}
+        mask = named.get("attention_mask")
+        with self._lock:
+            growing.adopt(past)
+            length = past.layers[0].length()
+            if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
+                return None  # upstream's own answer to it
+            if self._weights.outdated():  # perhaps elsewhere now, and a recording knows addresses
+                self._weights = Weights(self._decoder)
+                self._clear()
+            slot = self._slot_for(plain, past, length, inputs, constants)
+            return None if slot is None else slot.run(past, inputs, mask)
+
+    def _slot_for(
+        self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
+    ) -> Slot | None:
+        capacity = next((size for size in CAPACITIES if size > length), None)
+        if capacity is None or bytes_of(past, capacity) > _MOST_BYTES:
+            emit(NotApplied(f"the captured step of {self._what}", f"the sequence has {length} positions"))
+            return None
+        kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
+        key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())))
+        slots = self._slots.pop(key, [])
+        self._slots[key] = slots
+        # Where it lies already; or where nothing does any more; or where there is no room for one more.
+        slot = next((slot for slot in slots if slot.holds(past)), None)
+        slot = slot or next((slot for slot in slots if slot.is_free()), None)
+        if slot is None and slots and self._is_full(past, capacity):
+            slot = slots[0]
+        if slot is None:
+            self._make_room(past, capacity)
+            slot = self._recorded(plain, past, inputs, constants, capacity)
+        else:
+            slots.remove(slot)
+        if slot is not None:
+            self._slots.setdefault(key, slots).append(slot)
+        return slot
+
+    def _recorded(
+        self, plain: Any, past: Any, inputs: dict[str, torch.Tensor], constants: dict[str, Any], capacity: int
+    ) -> Slot | None:
+        try:
+            slot = Slot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            # What a capture forbids, memory for it, or arguments that this decoder does not take beside a static cache.
+            self._broken = True
+            emit(FellBack(self._what, CapturedStepStage.name, f"{type(error).__name__}: {error}".splitlines()[0]))
+            return None
+        self.recorded += 1
+        if self.sealed:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.values())
+            emit(Recompiled(self._what, self.recorded, shapes, f"a sequence of up to {capacity} positions"))
+        return slot
+
+    def _all(self) -> list[Slot]:
+        return [slot for slots in self._slots.values() for slot in slots]
+
+    def _is_full(self, past: Any, more: int) -> bool:
+        slots = self._all()
+        used = sum(slot.bytes for slot in slots)
+        return len(slots) >= _MOST_SLOTS or used + bytes_of(past, more) > _MOST_BYTES
+
+    def _make_room(self, past: Any, capacity: int) -> None:
+        for slots in list(self._slots.values()):
+            while slots and self._is_full(past, capacity):
+                slots.pop(0).leave()
+        self._slots = {key: slots for key, slots in self._slots.items() if slots}
+
+    def _clear(self) -> None:
+        for slot in self._all():
+            slot.leave()
+        self._slots = {}
