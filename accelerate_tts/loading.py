@@ -120,12 +120,23 @@ class LoadedObjects:
             if pack is not None:
                 pack.keep(tuning)
         if tuning.changes:
-            note = _GUARD_ON if self._settings.guard else _GUARD_OFF
-            tuning = replace(tuning, receipt=replace(tuning.receipt, notes=(*tuning.receipt.notes, note)))
+            notes = (*tuning.receipt.notes, *self._notes(plan, tuning))
+            tuning = replace(tuning, receipt=replace(tuning.receipt, notes=notes))
         for keeper in keepers:
             keeper.tuning = tuning
         self._tidy()  # captured inputs and rejected copies were made in between what stays
         return tuning
+
+    def _notes(self, plan: ModelPlan, tuning: Tuning) -> list[str]:
+        """What to say of the guard and of what it costs; weights go to disk here if that was asked for."""
+        from accelerate_tts.engine.originals import originals_to_file
+        from accelerate_tts.engine.pack import pack_folder
+
+        notes = [_GUARD_ON if self._settings.guard else _GUARD_OFF]
+        if self._settings.guard_weights == "disk":
+            moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
+            notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
+        return notes
 
     def _warm_up_new(
         self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions

@@ -42,6 +42,9 @@ Mode = Literal["inference", "no_grad", "none"]
 Precision = Literal["exact", "balanced", "fast"]
 """What tuning may change: nothing but rounding; half-precision weights; 8-bit weights too."""
 
+GuardWeights = Literal["memory", "disk"]
+"""Where the loaded weights lie of which tuning made copies."""
+
 _DEVICES = ("cuda", "mps", "xpu", "cpu")
 _MOST = 2**31 - 1  # what torch takes as a number of threads
 _LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
@@ -78,6 +81,9 @@ class Settings:
         guard: Whether the output of `@inference` calls of tuned objects is looked at, and a faulty call is made again
             on the untouched model.
         guard_limit: Faulty outputs after which an object's tuning is put back for good.
+        guard_weights: Where the loaded weights lie of which tuning made copies ("balanced", "fast"), and which then
+            only a second attempt, `undo` and `state_dict` read. "memory": where they were. "disk": in a file without a
+            name in `pack_folder`, mapped to where they were (Linux), so that they take no memory until they are read.
 
     Raises:
         SettingsError: A value is outside what its option takes.
@@ -100,6 +106,7 @@ class Settings:
     pack_key: str | None = field(default=None, repr=False)
     guard: bool = True
     guard_limit: int = 3
+    guard_weights: GuardWeights = "memory"
 
     def __post_init__(self) -> None:
         if self.device is not None:
@@ -119,6 +126,7 @@ class Settings:
         if ratio is not None and not (_is_number(ratio) and 0.0 <= ratio <= 2.0):  # noqa: PLR2004
             raise SettingsError(f"mps_high_watermark_ratio={shown(ratio)} must be None or between 0.0 and 2.0")
         check_precision(self.precision)
+        _check_name("guard_weights", self.guard_weights, get_args(GuardWeights))
         check_tune_seconds(self.tune_seconds)
         _check_warmup_timeout(self.warmup_timeout)
         if self.pack_folder is not None:
@@ -239,6 +247,7 @@ _OPTIONS = (
     _own("pack_key", _literal),
     _own("guard", _flag),
     _own("guard_limit", _whole),
+    _own("guard_weights", _literal),
 )
 if {option.field for option in _OPTIONS} != {field.name for field in fields(Settings)}:  # pragma: no cover
     raise AssertionError("every setting needs an environment variable")

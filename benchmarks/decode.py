@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
 import time
 import warnings
@@ -26,7 +27,7 @@ import torch
 from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 
-from accelerate_tts import Receipt, optimized_model, receipt_of
+from accelerate_tts import Receipt, get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.cli.bench.measure import bandwidth
 from accelerate_tts.cli.tables import table
 from accelerate_tts.engine.divergence import divergence
@@ -146,6 +147,7 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
     plain = make(layers)
     torch.manual_seed(0)
     tuned = make(layers)
+    get_performance_optimizer().cleanup_memory(force=True)  # what building the two left behind
     before = psutil.Process().memory_info().rss
     optimized_model(warmup=lambda _model: tuned.speak(), precision=precision)(lambda: tuned.model)()  # type: ignore[call-overload]
     after = psutil.Process().memory_info().rss
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to look at it quickly")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    os.environ.setdefault("ACCELERATE_TTS_PACK", "0")  # of a warm pack, nothing would be tuned
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("accelerate_tts").setLevel(logging.INFO)

@@ -7,7 +7,7 @@ import math
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import CALL
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["READY", "Captured", "NotReplayableError", "Prepared", "calls_of", "outputs_of", "time_modules", "watch"]
+__all__ = [
+    "READY",
+    "Captured",
+    "NotReplayableError",
+    "Prepared",
+    "Which",
+    "calls_of",
+    "outputs_of",
+    "time_modules",
+    "watch",
+]
 
 # A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
 _MOST_CALLS = 6
@@ -32,6 +42,8 @@ READY = "_accelerate_tts_ready"
 """The name of a class's function that is given a replayed call's arguments before the clock runs."""
 
 Sort = tuple[tuple[int, ...], ...]
+Which = Literal["all", "loop", "others"]
+"""Which captured calls: all; where a loop takes most of the time, only its calls; or only the others (the prompts)."""
 _MOST_OUTPUTS = 64
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -61,14 +73,14 @@ class Captured:
     obstacle: str = ""
     sorts: dict[Sort, _Tally] = field(default_factory=dict)
 
-    def prepared(self, module: Any, *, timed: bool) -> list[Prepared]:
+    def prepared(self, module: Any, which: Which) -> list[Prepared]:
         """The captured calls with fresh copies of their inputs, ready to be run.
 
         Args:
             module: What they will be run on; its class may have something to say about caches (`READY`).
-            timed: Leave out what is not worth timing: beside a loop that takes most of the time, all but its calls.
+            which: See `Which`.
         """
-        prepared = [call.prepared() for call in (self._timed() if timed else self.calls)]
+        prepared = [call.prepared() for call in self._chosen(which)]
         if hasattr(type(module), READY):
             for call in prepared:
                 getattr(type(module), READY)((*call.args, *call.kwargs.values()))
@@ -88,12 +100,16 @@ class Captured:
         """The place of the latest kept call of a sort."""
         return max(number for number, call in enumerate(self.calls) if call.sort == sort)
 
-    def _timed(self) -> list[_Call]:
-        longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds)
+    def _chosen(self, which: Which) -> list[_Call]:
+        longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds, default=None)
+        if which == "all" or longest is None:
+            return self.calls
         tally = self.sorts[longest]
         loop = tally.count >= _A_LOOP and tally.seconds > _MOSTLY * self.seconds
         if not loop:
             return self.calls
+        if which == "others":
+            return [call for call in self.calls if call.sort != longest] or self.calls
         calls = [call for call in self.calls if call.sort == longest]
         # The latest, where a cache has grown to its length in service.
         return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]

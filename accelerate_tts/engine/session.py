@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.capture import outputs_of
+from accelerate_tts.engine.capture import Which, outputs_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import Tolerance, compare
@@ -112,19 +112,19 @@ class Session:
         captured = self.captured.get(part.name)
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
-    def replay(self, part: Part, *, timed: bool = False) -> Callable[[], list[Any]]:
+    def replay(self, part: Part, which: Which = "all") -> Callable[[], list[Any]]:
         """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself.
 
         Args:
             part: The part.
-            timed: Only what is worth timing of it.
+            which: Which of its calls.
 
         Returns:
             A function that runs it once: the copies of its inputs are made here, and are not part of its time.
         """
         if not self.replayable(part):
             return self.run
-        prepared = self.captured[part.name].prepared(part.module, timed=timed)
+        prepared = self.captured[part.name].prepared(part.module, which)
 
         def run() -> list[Any]:
             with seeded(self.device.type):
@@ -162,9 +162,9 @@ class Session:
         why = "; it must be bit-exact, since lengths hang on it" if part.decides else ""
         return f"wrong output: {objection}{why}" if objection else ""
 
-    def seconds(self, part: Part) -> float:
+    def seconds(self, part: Part, which: Which = "loop") -> float:
         """What one replay takes now."""
-        run = self.replay(part, timed=True)
+        run = self.replay(part, which)
         clock = time.perf_counter()
         run()
         synchronize(self.device.type)

@@ -20,6 +20,7 @@ from accelerate_tts.runtime.watchdog import within
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
     from accelerate_tts.engine.stages import Change, Stage
     from accelerate_tts.engine.verify import Difference
@@ -41,6 +42,9 @@ _COMPARISON = 2.0
 _HOPELESS = 3.0
 # An alternative that takes this many times as long as the one in force did when it was timed is not timed in pairs.
 _FAR_BEHIND = 1.3
+# Seconds of one replay from which a first look that shows no gain at all is enough: so much work varies by a few per
+# cent, and the pairs would take a tenth of the budget.
+_LONG_REPLAY = 0.5
 # Seconds of a warm-up pass up to which changes of the process are tried.
 _LONGEST_PASS = 3.0
 
@@ -64,7 +68,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         if rival is not None:
             rival.change.off()
         change = within(_left(session), stage.name, lambda: stage.prepare(part))
-        result = _judge(session, part, change, rival, result)
+        result = _judge(session, part, change, rival, result, stage.times)
     except Exception as error:  # a stage must never cost the user the model
         result = replace(result, kept=False, reason=_failure(session, part, stage, error))
     finally:
@@ -126,7 +130,9 @@ def _is_whole(session: Session, part: Part) -> bool:
     return is_root and any(id(module) in session.called for module in part.module.modules())
 
 
-def _judge(session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult) -> StageResult:
+def _judge(  # noqa: PLR0913, PLR0917 - what a trial consists of
+    session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult, which: Which
+) -> StageResult:
     """Run the part with the change: first for its outputs, then for its time."""
     reference = session.reference(part)
     if reference.repeats.reason == NOTHING_TO_COMPARE:
@@ -148,11 +154,14 @@ def _judge(session: Session, part: Part, change: Change, rival: Kept | None, res
     fault = _fault(session, part, change, difference)
     if fault is not None:
         return replace(result, reason=fault)
-    seconds = session.seconds(part)
-    hopeless = _hopeless(part, reference.seconds, seconds) or _behind(session, rival, seconds)
+    seconds = session.seconds(part, which)
+    before = reference.seconds if which == "loop" else math.inf
+    hopeless = _hopeless(part, before, seconds) or _behind(session, rival, seconds)
+    if hopeless is None and which == "loop":
+        hopeless = _gains_nothing(session, part, rival, reference.seconds, seconds)
     if hopeless is not None:
         return replace(result, before=reference.seconds, after=seconds, reason=hopeless)
-    return _timed(session, part, change, rival, result)
+    return _timed(session, part, change, rival, result, which)
 
 
 def _hopeless(part: Part, before: float, after: float) -> str | None:
@@ -173,6 +182,15 @@ def _behind(session: Session, rival: Kept | None, seconds: float) -> str | None:
     return None
 
 
+def _gains_nothing(session: Session, part: Part, rival: Kept | None, untouched: float, seconds: float) -> str | None:
+    """Why a change of a part with a long replay is not timed in pairs against what is in force."""
+    kept = [result for result in session.results if result.kept and result.part == part.name and result.after]
+    if rival is not None:
+        kept = [result for result in kept if result.stage == rival.stage]
+    now = (kept[-1].after if kept else None) or untouched
+    return "no gain, at the first look" if min(now, seconds) > _LONG_REPLAY and seconds >= now else None
+
+
 def _finite(figure: float | None) -> float | None:
     return None if figure is None or math.isinf(figure) else figure  # JSON, and so a receipt, has no infinity
 
@@ -189,20 +207,22 @@ def _fault(session: Session, part: Part, change: Change, difference: Difference)
     return None
 
 
-def _timed(session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult) -> StageResult:
+def _timed(  # noqa: PLR0913, PLR0917 - what a trial consists of
+    session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult, which: Which
+) -> StageResult:
     ready: list[Callable[[], object]] = []
 
     def before() -> None:
         change.off()
         if rival is not None:
             rival.change.on()
-        ready[:] = [session.replay(part, timed=True)]
+        ready[:] = [session.replay(part, which)]
 
     def after() -> None:
         if rival is not None:
             rival.change.off()
         change.on()
-        ready[:] = [session.replay(part, timed=True)]
+        ready[:] = [session.replay(part, which)]
 
     def run() -> object:
         return ready[0]()

@@ -81,7 +81,7 @@ def test_a_part_is_watched_and_timed_however_it_is_run(method: str) -> None:
     assert (captured.count, len(captured.calls), captured.obstacle) == (3, 3, "")
     assert captured.seconds > 0.03
     assert vars(model.estimator) == before
-    replayed = [call.run(model.estimator) for call in captured.prepared(model.estimator, timed=False)]
+    replayed = [call.run(model.estimator) for call in captured.prepared(model.estimator, "all")]
     with torch.inference_mode(), outputs_of(part) as outputs:
         assert torch.equal(model.speak(), expected)
     assert all(torch.equal(a, b[0]) for a, b in zip(replayed, outputs, strict=True))
@@ -163,9 +163,9 @@ def test_of_a_long_step_fewer_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -
             model.speak()
     captured = seen["estimator"]
     assert len(captured.calls) == 6
-    assert len(captured.prepared(model.estimator, timed=True)) == 6, "of a hundredth of a second each"
+    assert len(captured.prepared(model.estimator, "loop")) == 6, "of a hundredth of a second each"
     monkeypatch.setattr(capture, "_ENOUGH", 0.025)
-    assert 1 <= len(captured.prepared(model.estimator, timed=True)) <= 3
+    assert 1 <= len(captured.prepared(model.estimator, "loop")) <= 3
     monkeypatch.setattr(capture, "_ENOUGH", 0.0)
-    assert len(captured.prepared(model.estimator, timed=True)) == 1
-    assert len(captured.prepared(model.estimator, timed=False)) == 6, "all are compared"
+    assert len(captured.prepared(model.estimator, "loop")) == 1
+    assert len(captured.prepared(model.estimator, "all")) == 6, "all are compared"

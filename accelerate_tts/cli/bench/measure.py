@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class Measured:
         divergence: The largest divergence of a decoder's step that tuning saw of what it kept, in nats.
         kept: What was kept, as "part: stage".
         note: What is not as it would be with real weights.
+        receipt: Everything that tuning tried, as the receipt's own JSON has it.
     """
 
     system: str
@@ -83,6 +85,7 @@ class Measured:
     kept: list[str] = field(default_factory=list)
     note: str = ""
     divergence: float | None = None
+    receipt: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -179,6 +182,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         _naive(built, call) if naive else None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
+        json.loads(receipt.to_json()),
     )  # fmt: skip
 
 

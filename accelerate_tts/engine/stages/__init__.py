@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
     from accelerate_tts.settings import Precision
 
@@ -46,6 +47,8 @@ class Stage(Protocol):
     """Of the stages of one group, at most one is kept on a part: the fastest. "" for a stage without alternatives."""
     process: bool
     """Whether it is about the process as a whole and tried once, on the whole pass; not on each part."""
+    times: Which
+    """Of a part that is called in a loop, the calls in which its gain is looked for."""
 
     def cost_of(self, part: Part) -> float:
         """Seconds that trying it on `part` usually takes, at least; with less of the budget left it is not begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
 
 __all__ = ["BaseChange", "BaseStage"]
@@ -17,6 +18,7 @@ class BaseStage:
     group: str = ""
     cost: float = 0.0
     process: bool = False
+    times: Which = "loop"
 
     def cost_of(self, part: Part) -> float:
         """See `Stage.cost_of`."""

@@ -30,6 +30,7 @@ class PromptStage(BaseStage):
     """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
 
     name = "bf16 prompts"
+    times = "others"
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -68,9 +69,8 @@ def _prompt_class(plain: type, fused: Any) -> type:
             return plain.forward(self, x)  # type: ignore[attr-defined]
         if weight.dtype != torch.bfloat16:
             weight = weight.to(torch.bfloat16)  # -127 .. 127: exactly
-        y = functional.linear(x.to(torch.bfloat16), weight).float()
-        if scale is not None:
-            y *= scale
+        y = functional.linear(x.to(torch.bfloat16), weight)
+        y = y.float() if scale is None else y * scale  # in fp32 either way
         if self.bias is not None:
             y += self.bias
         return y

@@ -29,6 +29,7 @@ __all__ = [
     "is_fused",
     "keeps_copies",
     "plain_class",
+    "serves_copies",
     "subclass_with",
 ]
 
@@ -142,7 +143,12 @@ def in_fused(module: nn.Module) -> set[nn.Module]:
 
 def keeps_copies(module: nn.Module) -> bool:
     """Whether what a module computes now is computed from copies of its weights."""
-    return any(getattr(class_of(inner), _COPIES, False) for inner in module.modules())
+    return any(map(serves_copies, module.modules()))
+
+
+def serves_copies(module: nn.Module) -> bool:
+    """Whether a module itself, not one in it, computes from copies of its weights now."""
+    return bool(getattr(class_of(module), _COPIES, False))
 
 
 def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = False) -> type:

@@ -1,0 +1,79 @@
+"""Memory that lies in a file: pages which the system may drop, and reads again when somebody looks at them. Linux."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["move_to_file"]
+
+_MAP_FIXED = 0x10  # mmap(2), Linux; Python's mmap does not place a mapping
+_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
+    """Put what lies at some addresses into a file, and map the file there. Addresses and content stay as they are.
+
+    The mapping is private: whoever writes gets memory of his own for that page, and the file does not change. The file
+    has no name; it goes with the last page that is mapped. Only whole pages are moved.
+
+    Args:
+        regions: Address and bytes of each. Nobody may write to them meanwhile.
+        folder: A folder on a disk.
+
+    Returns:
+        Bytes that were moved.
+
+    Raises:
+        OSError: The system has no such thing, the folder lies in memory itself, or the disk is full. Nothing is moved.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"memory cannot be mapped in place on {sys.platform}")
+    kind = _file_system(folder)
+    if kind in _IN_MEMORY:
+        raise OSError(f"{folder} lies in memory itself ({kind})")
+    pages = [pair for pair in (_whole_pages(*region) for region in regions) if pair[1] > 0]
+    with tempfile.TemporaryFile(dir=folder) as file:
+        offsets = [_write(file.fileno(), start, size) for start, size in pages]  # all of it before anything is mapped
+        for (start, size), offset in zip(pages, offsets, strict=True):
+            _map(file.fileno(), start, size, offset)
+    return sum(size for _, size in pages)
+
+
+def _whole_pages(address: int, size: int) -> tuple[int, int]:
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    return start, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+
+
+def _write(file: int, start: int, size: int) -> int:
+    """Append what lies there; where in the file it is then."""
+    offset = os.lseek(file, 0, os.SEEK_END)
+    rest = memoryview((ctypes.c_char * size).from_address(start)).cast("B")
+    while rest:
+        rest = rest[os.write(file, rest) :]
+    return offset
+
+
+def _map(file: int, start: int, size: int, offset: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+    if libc.mmap(start, size, protection, flags, file, offset) != start:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, by the kernel's list of mounts; "" if it is not in it."""
+    device = folder.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return source.split()[0]
+    return ""
