@@ -43,6 +43,7 @@ READ = [
     (f"{OWN}PACK_KEY", "a shared secret", "pack_key", "a shared secret"),
     (f"{OWN}GUARD", "no", "guard", False),
     (f"{OWN}GUARD_LIMIT", "7", "guard_limit", 7),
+    (f"{OWN}GUARD_WEIGHTS", "disk", "guard_weights", "disk"),
 ]
 VARIABLES = sorted({row[0] for row in READ})
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -63,5 +63,5 @@ def _movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return None
     storage = tensor.untyped_storage()
     # Shared memory is other processes' too, and pinned memory is a device's.
-    pinned = torch.cuda.is_initialized() and tensor.is_pinned()
+    pinned = torch.cuda.is_initialized() and tensor.is_pinned()  # type: ignore[no-untyped-call]
     return None if storage.is_shared() or pinned or storage.nbytes() < _LEAST else storage

@@ -93,7 +93,7 @@ def _modes_of_this_thread() -> Callable[[], ExitStack]:
     import torch
 
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def enter() -> ExitStack:
         modes = ExitStack()

@@ -816,3 +816,28 @@ def test_alike_layers_share_a_class_so_that_a_compiler_makes_one_graph_for_all()
     HalfStage(torch.bfloat16, carried=False).prepare(part_of(model)).on()
     assert type(model[0]) is type(model[1])
     assert copy.deepcopy(model)[0].__dict__.keys() == nn.Linear(8, 8).__dict__.keys()
+
+
+def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
+    class Vocoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv1d(8, 18, 3, padding=1)
+
+        def inference(self, x: torch.Tensor) -> torch.Tensor:
+            real, imaginary = self.convolution(x).chunk(2, 1)
+            window = torch.hann_window(16)
+            return torch.istft(torch.complex(real, imaginary), 16, 4, 16, window)
+
+    torch.manual_seed(0)
+    vocoder = Vocoder().eval()
+    part = Part("vocoder", "vocoder", vocoder, method="inference")
+    with torch.no_grad():
+        expected = vocoder.inference(X)
+        change = HalfStage(torch.bfloat16, carried=True).prepare(part)
+        change.on()
+        found = vocoder.inference(X)
+        assert found.dtype == torch.float32
+        assert 0 < compare(expected, found).error < NEAR
+        change.off()
+        assert torch.equal(vocoder.inference(X), expected)

@@ -126,7 +126,8 @@ class _Steps:
     def _is_token(self, named: dict[str, Any]) -> bool:
         import torch
 
-        decoder, past = self._decoder, named.get("past_key_values")
+        decoder: Any = self._decoder
+        past: Any = named.get("past_key_values")
         given = [named[name] for name in ("inputs_embeds", "input_ids") if named.get(name) is not None]
         return bool(
             not self._broken

@@ -18,6 +18,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.swap import COPY, HALF, CarryingSwap, class_of, in_fused, plain_class, subclass_with
@@ -59,7 +60,7 @@ class HalfStage(BaseStage):
         layers = set(_layers(part.module))
         twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
         if not carried:
-            return CarryingSwap(list(layers), lambda m: _layer_class(type(m), dtype, carried=False), HALF, twins)
+            return CarryingSwap(list(layers), lambda m: _layer_class(class_of(m), dtype, carried=False), HALF, twins)
         islands = {module for module in part.module.modules() if _is_island(module, layers)}
         outer = {part.module} - layers
         # What an island computes with its own weights has to meet fp32 from its layers too.
@@ -67,8 +68,10 @@ class HalfStage(BaseStage):
 
         def swapped(module: nn.Module) -> type:
             if module in twins:
-                return _layer_class(type(module), dtype, carried=module not in alone)
-            return _border_class(module, dtype) if module in outer else _island_class(class_of(module), dtype)
+                return _layer_class(class_of(module), dtype, carried=module not in alone)
+            return (
+                _border_class(module, dtype, part.method) if module in outer else _island_class(class_of(module), dtype)
+            )
 
         return CarryingSwap([*layers, *(islands - outer), *outer], swapped, HALF, twins)
 
@@ -154,10 +157,11 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     taken = {torch.float32, dtype}
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
+        half = getattr(self, HALF, None)  # a thread may be in here while another one switches the change off
         # torch's own error for it, or a layer that was moved to another dtype since; or that was given an adapter
-        if input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
+        if half is None or input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
-        y = plain.forward(self._accelerate_tts_half.get(), input.to(dtype), *args, **kwargs)
+        y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=True)
@@ -171,15 +175,16 @@ def _island_class(plain: Any, dtype: torch.dtype) -> type:
     return subclass_with(plain, forward)
 
 
-def _border_class(module: nn.Module, dtype: torch.dtype) -> type:
-    plain, mode = type(module), _islands(dtype)
+def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
+    name = "forward" if method == CALL else method
+    plain, mode = getattr(type(module), name), _islands(dtype)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with mode():
-            result = plain.forward(self, *args, **kwargs)
+            result = plain(self, *args, **kwargs)
         return _raised(result, dtype)
 
-    return subclass_with(plain, forward)
+    return subclass_with(type(module), forward, method=name)
 
 
 def _raised(value: Any, dtype: torch.dtype) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
 
 __all__ = ["PromptStage"]
@@ -30,7 +31,7 @@ class PromptStage(BaseStage):
     """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
 
     name = "bf16 prompts"
-    times = "others"
+    times: Which = "others"
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""

@@ -162,7 +162,10 @@ def _copied_class(plain: Any, transposed: bool) -> type:
         bias = self.bias
         if not _takes(x, self.weight.shape[0 if transposed else 1]) or not _fits(bias):
             return plain.forward(self, x)
-        weight, scale = self._accelerate_tts_copy.get()
+        copy = getattr(self, COPY, None)  # a thread may be in here while another one switches the change off
+        if copy is None:
+            return plain.forward(self, x)
+        weight, scale = copy.get()
         return _call(x, weight, scale, bias, False)
 
     return subclass_with(plain, forward, copies=True)

@@ -46,8 +46,8 @@ class CudaRecording:
     def __init__(self, step: Callable[[], Any]) -> None:
         import torch
 
-        self._done = torch.cuda.Event()
-        side = torch.cuda.Stream()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # libraries allocate their workspaces at first calls, which a capture must not contain

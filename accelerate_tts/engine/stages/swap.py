@@ -98,19 +98,25 @@ class CarryingSwap(ClassSwap):
         super().__init__(modules, swapped)
         self._attribute = attribute
         self._carried = carried
+        self._covered: dict[Any, Any] | None = None  # what the modules carried before, while the change is on
 
     def on(self) -> None:
         """See `Change.on`."""
-        for module, value in self._carried.items():
-            vars(module)[self._attribute] = value
+        if self._covered is None:
+            self._covered = {module: vars(module).get(self._attribute) for module in self._carried}
+            for module, value in self._carried.items():
+                vars(module)[self._attribute] = value
         super().on()
 
     def off(self) -> None:
         """See `Change.off`."""
         super().off()
-        for module, value in self._carried.items():
-            if vars(module).get(self._attribute) is value:
+        for module, before in (self._covered or {}).items():
+            if before is None:
                 del vars(module)[self._attribute]
+            else:
+                vars(module)[self._attribute] = before
+        self._covered = None
 
 
 def class_of(module: Any) -> Any:
@@ -151,7 +157,7 @@ def serves_copies(module: nn.Module) -> bool:
     return bool(getattr(class_of(module), _COPIES, False))
 
 
-def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = False) -> type:
+def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = False, method: str = "forward") -> type:
     """A subclass of a module's class with another `forward`, whose copies and pickles are of the plain class.
 
     It has the plain class's own names: whoever prints or names the type finds what was there.
@@ -160,6 +166,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
         plain: The module's class.
         forward: The other one.
         copies: Whether it computes from copies of the weights (`Derived`), which a compiler takes for weights.
+        method: What `forward` stands in for.
     """
 
     def twin(self: Any) -> Any:
@@ -184,5 +191,5 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
     }
     if copies:
         names[_COPIES] = True
-    members = {**names, "forward": forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
+    members = {**names, method: forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
     return type(plain.__name__, (plain,), members)
