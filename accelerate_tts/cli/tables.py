@@ -19,10 +19,10 @@ __all__ = ["print_receipt", "table", "wide_console"]
 _NUMBERS = {"before", "after", "ratio", "error"}
 
 
-def wide_console() -> Console:
-    """Standard output: as wide as the terminal, or 100 columns in a file or a pipe."""
+def wide_console(width: int = 100) -> Console:
+    """Standard output: as wide as the terminal, or of so many columns in a file or a pipe."""
     console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=100)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=width)
 
 
 def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = _NUMBERS) -> Table:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from accelerate_tts import PerformanceOptimizer, SettingsError
 from accelerate_tts.cli.app import app
-from accelerate_tts.cli.bench import command, measure, systems
+from accelerate_tts.cli.bench import command, measure, report, systems
+from accelerate_tts.cli.bench.measure import Measured, Ratio
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,24 @@ def test_a_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     both = bench("xtts", "mms")
     assert both.exit_code == 0
     assert "xtts is left out" in both.output
+
+
+def test_the_overview_has_a_row_a_system_and_a_column_a_precision() -> None:
+    def measured(system: str, precision: str, after: float, **facts: Any) -> Measured:
+        return Measured(
+            system, "full", precision, None, Ratio.of([(2.0, after)]), None, None, 1e-6, None, None, None, 30.0,  # type: ignore[arg-type]
+            facts.get("warm_start"), 1.25, 0, facts.get("naive"),
+        )  # fmt: skip
+
+    found = [
+        measured("mms", "exact", 1.6, naive=2.5, warm_start=3.0), measured("mms", "fast", 0.5),
+        measured("xtts", "balanced", 1.0),
+    ]  # fmt: skip
+    header, mms, xtts = (dict(zip(report.OVERVIEW, row, strict=True)) for row in report.overview(found))
+    assert list(header) == list(header.values())
+    assert (mms["torch.compile"], mms["exact"], mms["balanced"], mms["fast"]) == ("0.80x", "1.25x", "", "4.00x")
+    assert (mms["tuned in"], mms["warm pack"], mms["memory"]) == ("30 s, 30 s", "3 s, -", "1.25x, 1.25x")
+    assert (xtts["promised"], xtts["balanced"], xtts["torch.compile"]) == ("1.2 to 1.4x", "2.00x", "")
 
 
 def test_ratios_are_of_pairs() -> None:

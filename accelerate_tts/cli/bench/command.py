@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from accelerate_tts.cli.bench import report
 from accelerate_tts.cli.bench.measure import Measured, bench, tuned
 from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.cli.tables import table, wide_console
@@ -27,7 +28,6 @@ from accelerate_tts.settings import Settings, check_precision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from accelerate_tts.cli.bench.measure import Ratio
     from accelerate_tts.cli.bench.systems import Size
     from accelerate_tts.settings import Precision
 
@@ -75,9 +75,11 @@ def run(systems: Sequence[str], options: Options) -> None:
     finally:
         remove()
     numbers = {"eager", "tuned", "ratio", "error", "floor"}
-    wide_console().print(table(_rows(found), "Untouched against tuned", numbers))
+    wide_console().print(table(report.rows(found), "Untouched against tuned", numbers))
+    if len(found) > 1:
+        wide_console(160).print(table(report.overview(found), "Times as fast as untouched, whole call", set()))
     for one in found:
-        _say(_summary(one))
+        _say(report.summary(one))
     if options.plot is not None and found:
         _draw(found, options.plot)
 
@@ -117,7 +119,7 @@ def _measured(name: str, precision: Precision, options: Options) -> Measured:
             _forget_settings()
         one = bench(
             name, options.size, precision, layers=options.layers, pairs=options.pairs, seconds=options.tune_seconds,
-            naive=options.naive,
+            naive=options.naive and precision == options.precisions[0],
         )  # fmt: skip
         if not options.warm_start:
             return one
@@ -145,54 +147,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _rows(found: Sequence[Measured]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        ("system", "precision", "what", "eager", "tuned", "ratio", "range", "floor", "error")
-    ]
-    for one in found:
-        parts = {"whole call": one.whole, "one token": one.step, "prompt": one.prompt}
-        for what, ratio in parts.items():
-            if ratio is not None:
-                over = f"{ratio.after / one.floor:.2f}x" if what == "one token" and one.floor else ""
-                rows.append((one.system, one.precision, what, *_figures(ratio), over, _error(one)))
-    return rows
-
-
-def _figures(ratio: Ratio) -> tuple[str, ...]:
-    return (
-        f"{1e3 * ratio.before:.0f} ms", f"{1e3 * ratio.after:.0f} ms", f"{ratio.ratio:.2f}x",
-        f"{ratio.lowest:.2f}-{ratio.highest:.2f}",
-    )  # fmt: skip
-
-
-def _error(one: Measured) -> str:
-    if one.same_tokens is not None:
-        return "same tokens" if one.same_tokens else "other tokens"
-    return "" if one.error is None else f"{one.error:.0e}"
-
-
-def _summary(one: Measured) -> str:
-    low, high = SYSTEMS[one.system].promised
-    facts = [
-        f"promised {low}x to {high}x, is {one.whole.ratio:.2f}x",
-        f"tuned in {one.tuning:.0f} s",
-        f"memory {one.memory:.2f}x",
-        f"{one.recompiles} recompiles",
-    ]
-    if one.cold is not None:
-        facts.append(f"first call {one.cold:.1f} s")
-    if one.warm_start is not None:
-        facts.append(f"with a warm pack {one.warm_start:.1f} s ({one.warm_start / one.tuning:.0%})")
-    if one.naive is not None:
-        facts.append(f"torch.compile alone {one.whole.before / one.naive:.2f}x")
-    if one.error is not None:
-        facts.append(f"error {one.error:.0e}")
-    facts.append(f"kept: {', '.join(one.kept) or 'nothing'}")
-    if one.note:
-        facts.append(one.note)
-    return f"{one.system}, {one.precision}: " + "; ".join(facts)
 
 
 def _pyplot() -> Any:
