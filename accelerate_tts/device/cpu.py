@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from accelerate_tts.device.cgroup import groups, read
 
 __all__ = ["affinity_cpus", "quota_cpus", "recommended_threads", "thread_environment", "usable_cpus"]
 
@@ -35,15 +33,8 @@ def quota_cpus(root: Path | str = "/") -> float | None:
     Args:
         root: Where `/proc` and `/sys` are found; another folder in tests.
     """
-    root = Path(root)
-    limits: list[float] = []
-    for controllers, group in _control_groups(root):
-        if controllers == "":
-            limits += _limits(root / "sys/fs/cgroup", group, _v2_limit)
-        elif "cpu" in controllers.split(","):
-            for mount in ("cpu", "cpu,cpuacct", controllers):
-                limits += _limits(root / "sys/fs/cgroup" / mount, group, _v1_limit)
-    return min(limits, default=None)
+    found = (_LIMITS[version](folder) for folder, version in groups("cpu", root))
+    return min((limit for limit in found if limit is not None), default=None)
 
 
 def usable_cpus() -> int:
@@ -66,33 +57,15 @@ def thread_environment(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def _control_groups(root: Path) -> list[tuple[str, str]]:
-    # Each line of /proc/self/cgroup is "id:controllers:path"; v2 has the one line "0::/path".
-    text = _read(root / "proc/self/cgroup") or "0::/"
-    parts = [line.split(":", 2) for line in text.splitlines()]
-    return [(part[1], part[2]) for part in parts if len(part) == 3]  # noqa: PLR2004
-
-
-def _limits(mount: Path, group: str, read: Callable[[Path], float | None]) -> list[float]:
-    # Inside a container the path may be the host's and not exist here; the mount's root is then the group itself.
-    found: list[float] = []
-    folder = Path(group.lstrip("/"))
-    for relative in (folder, *folder.parents):
-        limit = read(mount / relative)
-        if limit is not None:
-            found.append(limit)
-    return found
-
-
 def _v2_limit(folder: Path) -> float | None:
-    fields = (_read(folder / "cpu.max") or "").split()
+    fields = (read(folder / "cpu.max") or "").split()
     if len(fields) != 2 or fields[0] == "max":  # noqa: PLR2004
         return None
     return _ratio(*fields)
 
 
 def _v1_limit(folder: Path) -> float | None:
-    return _ratio(_read(folder / "cpu.cfs_quota_us") or "", _read(folder / "cpu.cfs_period_us") or "")
+    return _ratio(read(folder / "cpu.cfs_quota_us") or "", read(folder / "cpu.cfs_period_us") or "")
 
 
 def _ratio(quota: str, period: str) -> float | None:
@@ -103,8 +76,4 @@ def _ratio(quota: str, period: str) -> float | None:
         return None
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except (OSError, ValueError):  # ValueError: a NUL in the path
-        return None
+_LIMITS = {2: _v2_limit, 1: _v1_limit}

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate_tts.device.cgroup import groups, read
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -51,38 +52,39 @@ def _free_host() -> int:
     return available if headroom is None else min(available, headroom)
 
 
-def cgroup_headroom(root: Path | str = "/sys/fs/cgroup") -> int | None:
-    """Bytes left under the container's memory limit (cgroup v2, then v1), or `None` without a limit."""
-    found = _cgroup(root)
+def cgroup_headroom(root: Path | str = "/") -> int | None:
+    """Bytes left under the tightest memory limit of the process's control group and its parents, or `None`.
+
+    Args:
+        root: Where `/proc` and `/sys` are found; another folder in tests.
+    """
+    found = _tightest(root)
     return None if found is None else max(0, found[0] - found[1])
 
 
-def _cgroup(root: Path | str = "/sys/fs/cgroup") -> tuple[int, int] | None:
-    root = Path(root)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = int((root / limit).read_text()), int((root / used).read_text())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-        if most < 2**60:  # v1 writes "no limit" as a number near 2**63
-            return most, now - _reclaimable(root)
-    return None
+def _tightest(root: Path | str = "/") -> tuple[int, int] | None:
+    """Limit and use of the group in which the least is left."""
+    limits = (_limit(folder, *_FILES[version]) for folder, version in groups("memory", root))
+    return min(filter(None, limits), key=lambda found: found[0] - found[1], default=None)
 
 
-def _reclaimable(root: Path) -> int:
+_FILES = {2: ("memory.max", "memory.current"), 1: ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+
+
+def _limit(folder: Path, limit: str, used: str) -> tuple[int, int] | None:
+    most, now = read(folder / limit) or "", read(folder / used) or ""
+    # "max", or nothing; and v1 writes "no limit" as a number near 2**63.
+    if not most.isdecimal() or not now.isdecimal() or int(most) >= 2**60:
+        return None
+    return int(most), int(now) - _reclaimable(folder)
+
+
+def _reclaimable(folder: Path) -> int:
     # The page cache of files read counts as "used", and is given up as soon as somebody asks.
-    for file in ("memory.stat", "memory/memory.stat"):
-        try:
-            text = (root / file).read_text(encoding="ascii")
-        except OSError:
-            continue
-        fields = dict(line.split(maxsplit=1) for line in text.splitlines() if " " in line)
-        value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
-        return int(value) if value.strip().isdigit() else 0
-    return 0
+    lines = (read(folder / "memory.stat") or "").splitlines()
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
+    return int(value) if value.strip().isdecimal() else 0
 
 
 def under_pressure(device: DeviceInfo) -> bool:
@@ -92,7 +94,7 @@ def under_pressure(device: DeviceInfo) -> bool:
     if device.total_memory is not None:
         free = free_bytes(device)
         return free is not None and free < _PRESSURE * device.total_memory
-    container = _cgroup()
+    container = _tightest()
     total = int(psutil.virtual_memory().total)
     return _free_host() < _PRESSURE * (total if container is None else min(total, container[0]))
 

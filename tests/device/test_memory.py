@@ -22,8 +22,18 @@ from accelerate_tts.settings import Settings
 MIB, GIB = 1024**2, 1024**3
 CPU = DeviceInfo("cpu", "test")
 DEVICES = [DeviceInfo(kind, "test", 8 * GIB) for kind in ("cuda", "rocm", "xpu")] + [DeviceInfo("mps", "test"), CPU]
-V1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
-V2 = "memory.max", "memory.current"
+ROOT = "sys/fs/cgroup"
+V1 = f"{ROOT}/memory/memory.limit_in_bytes", f"{ROOT}/memory/memory.usage_in_bytes"
+V2 = f"{ROOT}/memory.max", f"{ROOT}/memory.current"
+
+
+def v2(group: str, limit: int | str, used: int) -> dict[str, str]:
+    return {f"{ROOT}{group}/memory.max": f"{limit}\n", f"{ROOT}{group}/memory.current": f"{used}\n"}
+
+
+def v1(group: str, limit: int, used: int) -> dict[str, str]:
+    folder = f"{ROOT}/memory{group}/memory"
+    return {f"{folder}.limit_in_bytes": f"{limit}\n", f"{folder}.usage_in_bytes": f"{used}\n"}
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -42,6 +52,31 @@ TREES = {
     "v1, no limit": ({V1[0]: "9223372036854771712\n", V1[1]: f"{GIB}\n"}, None),
     "v1, over the limit": ({V1[0]: "1000\n", V1[1]: "2000\n"}, 0),
     "hybrid: no limit in v2, one in v1": ({V2[0]: "max\n", V2[1]: "5\n", V1[0]: "9000\n", V1[1]: "1000\n"}, 8000),
+    "v2, the group's own limit": ({"proc/self/cgroup": "0::/app\n", **v2("/app", 9000, 1000)}, 8000),
+    "v2, a parent has less left": (
+        {"proc/self/cgroup": "0::/pod/app\n", **v2("/pod/app", 9000, 1000), **v2("/pod", 9000, 8500)},
+        500,
+    ),
+    "v2, the parent alone has a limit": (
+        {"proc/self/cgroup": "0::/pod/app\n", **v2("/pod/app", "max", 1000), **v2("/pod", 4000, 1000)},
+        3000,
+    ),
+    "v2, files that were read do not count": (
+        {
+            "proc/self/cgroup": "0::/app\n",
+            **v2("/app", 9000, 8000),
+            f"{ROOT}/app/memory.stat": "anon 1\ninactive_file 600\n",
+        },
+        1600,
+    ),
+    "v1, the group's own limit": (
+        {"proc/self/cgroup": "7:memory:/docker/f0\n3:cpu,cpuacct:/\n", **v1("/docker/f0", 5000, 1000)},
+        4000,
+    ),
+    "v1 in a container, the path is the host's": (
+        {"proc/self/cgroup": "7:memory:/docker/f0\n", **v1("", 5000, 1000)},
+        4000,
+    ),
     "nothing there": ({}, None),
     "garbage": ({V2[0]: "lots\n", V2[1]: "\n", V1[0]: "\n", V1[1]: "1\n"}, None),
 }
@@ -63,7 +98,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
     def recorded(path: Path, *args: Any, **options: Any) -> str:
         if str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup")):
-            path = tmp_path / str(path).removeprefix("/sys/fs/cgroup").lstrip("/")
+            path = tmp_path / str(path).lstrip("/")
         return read_text(path, *args, **options)
 
     def become(available: int, total: int, limit: int | None = None, used: int = 0) -> None:

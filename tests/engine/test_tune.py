@@ -12,6 +12,7 @@ from torch import nn
 
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine import trial
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
@@ -130,6 +131,49 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
     assert dropped.reason == "slower than first, at the first look"
     assert dropped.ratio is None
     assert model.seconds == 0.0
+
+
+def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_LONG_REPLAY", 0.03)
+    model = Slow(0.04)
+    first, second, third = Stage(seconds=0.032), Stage(seconds=0.036), Stage(seconds=0.0)
+    first.name, second.name, third.name = "first", "second", "third"
+    kept, dropped, faster = run(model, first, second, third).receipt.stages
+    assert kept.kept
+    assert dropped.reason == "no gain, at the first look"
+    assert dropped.ratio is None
+    assert faster.kept, "what gains is timed"
+
+
+class Speaking(nn.Module):
+    """A decoder's part in a loop: slow for prompts, and for tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+        self.linear = nn.Linear(32, 32)
+        self.prompt = self.token = 0.02
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.prompt if x.shape[0] > 1 else self.token)
+        result: torch.Tensor = self.linear(x)
+        return result
+
+
+@pytest.mark.parametrize("times", ["loop", "others"])
+@pytest.mark.parametrize("faster", ["prompt", "token"])
+def test_a_stage_says_in_which_calls_of_a_loop_its_gain_is_looked_for(times: Any, faster: str) -> None:
+    model = Speaking()
+    stage = Stage(**{faster: 0.0})
+    stage.times = times
+
+    def speak(loaded: Any) -> None:
+        loaded(torch.ones(4, 32))
+        for _ in range(10):
+            loaded(torch.ones(1, 32))
+
+    (result,) = run(model, stage, warmup=speak).receipt.stages
+    assert result.kept is ((times, faster) in {("loop", "token"), ("others", "prompt")})
 
 
 def test_what_the_warm_up_never_calls_is_not_tried() -> None:

@@ -1,0 +1,45 @@
+"""Where the control groups of this process are: its own and their parents, in cgroup v2 and v1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["groups", "read"]
+
+
+def groups(controller: str, root: Path | str = "/") -> Iterator[tuple[Path, int]]:
+    """The folders that may limit this process, with the version of each: its group's, and those of the parents.
+
+    Inside a container the group's path may be the host's and not exist here; the mount's root is then the group itself.
+
+    Args:
+        controller: "cpu" or "memory".
+        root: Where `/proc` and `/sys` are found; another folder in tests.
+    """
+    root = Path(root)
+    # Each line of /proc/self/cgroup is "id:controllers:path"; v2 has the one line "0::/path".
+    text = read(root / "proc/self/cgroup") or f"0::/\n1:{controller}:/"
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, separator, group = rest.partition(":")
+        if not separator:
+            continue
+        if controllers == "":
+            yield from ((folder, 2) for folder in _with_parents(root / "sys/fs/cgroup", group))
+        elif controller in controllers.split(","):
+            for mount in dict.fromkeys((controller, f"{controller},cpuacct", controllers)):
+                yield from ((folder, 1) for folder in _with_parents(root / "sys/fs/cgroup" / mount, group))
+
+
+def _with_parents(mount: Path, group: str) -> list[Path]:
+    folder = Path(group.lstrip("/"))
+    return [mount / relative for relative in (folder, *folder.parents)]
+
+
+def read(path: Path) -> str | None:
+    """The text of a file, or `None` if it is missing or unreadable."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return None
