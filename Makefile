@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed 2>/dev/null)
 
-.PHONY: help demo test lint format types imports docs dev check clean bench soak audit
+.PHONY: help demo test lint format types imports docs dev check clean bench soak audit releases
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -74,6 +74,9 @@ bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing el
 
 soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors grow (ARGS= goes to the script)
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
+releases: .venv/.wheel ## Are the parts of each upstream release where models/*.py says they are? (fetches the releases)
+	@$(BIN)/python .ci/releases.py $(ARGS)
 
 # No prerequisite: it must neither install anything nor fail where there is no network.
 audit: ## Known vulnerabilities of what is installed in .venv, by pip-audit; says so loudly where that cannot be asked
