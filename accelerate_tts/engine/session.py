@@ -50,12 +50,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Kept:
-    """A change in force: on which part, of which stage, of which group of alternatives."""
+    """A change in force: on which part, of which stage, of which group of alternatives, and which calls were timed."""
 
     part: str
     stage: str
     group: str
     change: Change
+    times: Which = "loop"
 
 
 @dataclass

@@ -82,7 +82,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
     if result.kept and change is not None:
         if rival is not None:
             _replaced(session, rival, stage.name)
-        session.kept.append(Kept(part.name, stage.name, stage.group, change))
+        session.kept.append(Kept(part.name, stage.name, stage.group, change, stage.times))
     session.results.append(result)
 
 
@@ -184,9 +184,10 @@ def _behind(session: Session, rival: Kept | None, seconds: float) -> str | None:
 
 def _gains_nothing(session: Session, part: Part, rival: Kept | None, untouched: float, seconds: float) -> str | None:
     """Why a change of a part with a long replay is not timed in pairs against what is in force."""
-    kept = [result for result in session.results if result.kept and result.part == part.name and result.after]
+    names = {kept.stage for kept in session.kept if kept.part == part.name and kept.times == "loop"}
     if rival is not None:
-        kept = [result for result in kept if result.stage == rival.stage]
+        names = {rival.stage}
+    kept = [result for result in session.results if result.kept and result.part == part.name and result.stage in names]
     now = (kept[-1].after if kept else None) or untouched
     return "no gain, at the first look" if min(now, seconds) > _LONG_REPLAY and seconds >= now else None
 

@@ -30,6 +30,7 @@ def test_all_looks_together_are_wrong_in_five_percent_at_most() -> None:
 
 def test_the_documented_ranks() -> None:
     assert [measure._rank(count, measure._FIRST_LOOK) for count in (5, 11)] == [0, 2]
+    assert measure._rank(measure._PAIRS_OF_A_SECOND_LOOK, measure._SECOND_LOOK) == 2
 
 
 def _times(monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[float]) -> measure.Timing:
@@ -52,6 +53,12 @@ def test_times_of_two_modes_get_a_second_look(monkeypatch: pytest.MonkeyPatch) -
     timing = _times(monkeypatch, [0.1, 0.1, 0.025, 0.1, 0.1, 0.1, 0.1, 0.025] + [0.1] * 8, [0.025])
     assert timing.pairs == 16
     assert timing.low > 2.0
+
+
+def test_a_disturbed_pair_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = _times(monkeypatch, [0.2], [0.1, 0.1, 0.3, *[0.1] * 20])
+    assert timing.pairs == 13
+    assert timing.low > 1.5
 
 
 def test_no_second_look_where_the_median_says_little_or_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

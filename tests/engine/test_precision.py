@@ -24,7 +24,8 @@ from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import inductor
 from accelerate_tts.engine.stages import precision as stage_module
-from accelerate_tts.engine.stages.compile import CompiledCall
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+from accelerate_tts.engine.stages.compile import CompiledCall, CompileStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.stages.layout import ChannelsLastStage
@@ -841,3 +842,22 @@ def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
         assert 0 < compare(expected, found).error < NEAR
         change.off()
         assert torch.equal(vocoder.inference(X), expected)
+
+
+@both
+@pytest.mark.parametrize("stage", ["blocks", "whole"])
+def test_what_is_restored_compiles_at_its_first_call(carried: bool, stage: str) -> None:
+    """As a warm pack switches things on: all at once, before any copy was made."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 16))) for _ in range(2)]
+    model = nn.Sequential(*blocks).eval()
+    x = torch.randn(3, 16)
+    with torch.inference_mode():
+        expected = model(x)
+        part = part_of(model)
+        HalfStage(torch.bfloat16, carried=carried).prepare(part).on()
+        change = (CompiledBlocksStage if stage == "blocks" else CompileStage)("default").prepare(part)
+        change.on()
+        found = model(x)
+    assert change.graphs
+    assert 0 < compare(expected, found).error < NEAR

@@ -152,7 +152,7 @@ class Speaking(nn.Module):
         super().__init__()
         self.eval()
         self.linear = nn.Linear(32, 32)
-        self.prompt = self.token = 0.02
+        self.prompt = self.token = 0.004
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(self.prompt if x.shape[0] > 1 else self.token)

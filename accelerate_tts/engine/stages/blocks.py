@@ -26,7 +26,7 @@ from accelerate_tts.engine.stages.inductor import (
     options,
     reason_of,
 )
-from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, make_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, parameters_of, token_layer
 from accelerate_tts.events import FellBack, emit
 
@@ -150,6 +150,7 @@ class _Row:
         self._cache = next((name for name in CACHE_NAMES if name in self._names), None)
         # A graph does not see when weights are written of which a stage has copies.
         self._copies = {block: Weights(block) for block in blocks if keeps_copies(block)}
+        self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
         self._classes: dict[type, type] = {}
         self._first_call = threading.RLock()
@@ -200,8 +201,12 @@ class _Row:
         from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
 
         copies = self._copies.get(block)
-        if copies is not None and copies.outdated():
-            return self._give_up("its weights were written, and copies of them were made before")
+        if copies is not None:
+            if copies.outdated():
+                return self._give_up("its weights were written, and copies of them were made before")
+            if block not in self._prepared:
+                make_copies(block)
+                self._prepared.add(block)
         if self._compiled is None:
             self._compiled = compile_function(_traced(plain, self._cache), self._mode, self._counter, fullgraph=True)
         store = None if layer is None else (*layer.buffers(), layer.length())

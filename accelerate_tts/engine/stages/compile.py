@@ -25,7 +25,7 @@ from accelerate_tts.engine.stages.inductor import (
     options,
     reason_of,
 )
-from accelerate_tts.engine.stages.swap import keeps_copies
+from accelerate_tts.engine.stages.swap import keeps_copies, make_copies
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.runtime.owner import graph_owner
 
@@ -152,6 +152,7 @@ class CompiledCall:
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # three simultaneous first calls would compile three times
+            make_copies(self._module)
             result = self._run(args, kwargs)
             self._ready = True
         return result

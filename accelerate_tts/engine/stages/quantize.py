@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import PACKED, CarryingSwap, class_of, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,11 +55,11 @@ class QuantizeStage(BaseStage):
         """See `Stage.applies`."""
         return None if _linears(part.module) else "no large linear layer in it"
 
-    def prepare(self, part: Part) -> ClassSwap:
+    def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""
         make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
         calls = {module: Derived(module, make) for module in _linears(part.module)}
-        return ClassSwap(list(calls), lambda module: _quantized_class(type(module), calls[module], _ROWS))
+        return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
 
 
 class QuantizeRecurrentStage(BaseStage):
@@ -70,10 +71,12 @@ class QuantizeRecurrentStage(BaseStage):
         """See `Stage.applies`."""
         return None if _recurrent(part.module) else "no recurrent layer in it"
 
-    def prepare(self, part: Part) -> ClassSwap:
+    def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""
         calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
-        return ClassSwap(list(calls), lambda module: _quantized_class(type(module), calls[module], _SEQUENCES))
+        return CarryingSwap(
+            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES), PACKED, calls
+        )  # fmt: skip
 
 
 def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
@@ -117,15 +120,18 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _quantized_class(plain: Any, call: Derived[Any], least: int) -> type:
+@cache
+def _quantized_class(plain: Any, least: int) -> type:
     import torch
 
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
-        if isinstance(input, torch.Tensor) and (  # otherwise it is a packed sequence
-            input.dim() < least or input.numel() == 0 or not input.is_floating_point()
+        packed = getattr(self, PACKED, None)  # a thread may be in here while another one switches the change off
+        if packed is None or (
+            isinstance(input, torch.Tensor)  # otherwise it is a packed sequence
+            and (input.dim() < least or input.numel() == 0 or not input.is_floating_point())
         ):
             return plain.forward(self, input, *args, **kwargs)
-        return call.get()(input, *args, **kwargs)
+        return packed.get()(input, *args, **kwargs)
 
     return subclass_with(plain, forward, copies=True)
 

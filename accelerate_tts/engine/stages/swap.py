@@ -21,6 +21,7 @@ __all__ = [
     "COPY",
     "FUSED",
     "HALF",
+    "PACKED",
     "CarryingSwap",
     "ClassSwap",
     "class_of",
@@ -28,6 +29,7 @@ __all__ = [
     "in_fused",
     "is_fused",
     "keeps_copies",
+    "make_copies",
     "plain_class",
     "serves_copies",
     "subclass_with",
@@ -38,7 +40,7 @@ _COPIES = "_accelerate_tts_copies"
 FUSED = "_accelerate_tts_fused"
 """An attribute of classes whose objects are served by one kernel for a token, which calls nothing inside them: what
 serves them."""
-COPY, HALF = "_accelerate_tts_copy", "_accelerate_tts_half"
+COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
 """Attributes that a change may set on a module while it is on; copies and pickles of the module are without them."""
 
 
@@ -88,7 +90,7 @@ class CarryingSwap(ClassSwap):
     Args:
         modules: See `ClassSwap`.
         swapped: See `ClassSwap`.
-        attribute: `COPY` or `HALF`.
+        attribute: `COPY`, `HALF` or `PACKED`.
         carried: What each module carries; those that are not in it carry nothing.
     """
 
@@ -152,6 +154,15 @@ def keeps_copies(module: nn.Module) -> bool:
     return any(map(serves_copies, module.modules()))
 
 
+def make_copies(module: nn.Module) -> None:
+    """Make what the layers of a module carry (`Derived`), now: a compiler cannot trace how it is made."""
+    for inner in module.modules():
+        for attribute in (COPY, HALF, PACKED):
+            carried = vars(inner).get(attribute)
+            if carried is not None:
+                carried.get()
+
+
 def serves_copies(module: nn.Module) -> bool:
     """Whether a module itself, not one in it, computes from copies of its weights now."""
     return bool(getattr(class_of(module), _COPIES, False))
@@ -171,7 +182,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
 
     def twin(self: Any) -> Any:
         module: Any = object.__new__(plain)
-        module.__dict__ = {name: value for name, value in vars(self).items() if name not in {COPY, HALF}}
+        module.__dict__ = {name: value for name, value in vars(self).items() if name not in {COPY, HALF, PACKED}}
         return module
 
     def reduce_ex(self: Any, protocol: int) -> Any:
