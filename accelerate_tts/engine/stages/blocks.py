@@ -27,7 +27,7 @@ from accelerate_tts.engine.stages.inductor import (
     reason_of,
 )
 from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, make_copies, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import CACHE_NAMES, parameters_of, token_layer
+from accelerate_tts.engine.stages.tokens import cache_name, parameters_of, take_cache, token_layer
 from accelerate_tts.events import FellBack, emit
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
                 alike.setdefault(_kind(block), []).append(block)
         for kind, row in alike.items():
             # A place in a list is the place in the cache; without a cache, blocks of several lists share a graph.
-            if any(name in CACHE_NAMES for name in parameters_of(plain_class(row[0]))):
+            if cache_name(parameters_of(plain_class(row[0]))) is not None:
                 rows += [row]
             else:
                 others.setdefault(kind, []).extend(row)
@@ -147,7 +147,7 @@ class _Row:
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
-        self._cache = next((name for name in CACHE_NAMES if name in self._names), None)
+        self._cache = cache_name(self._names)
         # A graph does not see when weights are written of which a stage has copies.
         self._copies = {block: Weights(block) for block in blocks if keeps_copies(block)}
         self._prepared: set[nn.Module] = set()
@@ -176,7 +176,7 @@ class _Row:
             done, result = self._run(block, plain, None, args, kwargs)
         else:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            past = named.pop(self._cache, None)
+            past = take_cache(named)
             if past is None:
                 done, result = self._run(block, plain, None, (), named)
             else:

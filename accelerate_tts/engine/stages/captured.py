@@ -19,7 +19,7 @@ from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
 from accelerate_tts.engine.stages.swap import ClassSwap, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of
+from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_of, has_hooks, parameters_of
 from accelerate_tts.events import FellBack, NotApplied, Recompiled, emit
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _MOST_SLOTS = 4
 _MOST_BYTES = 2 << 30
 """Of all slots of one decoder. A slot of T3 takes half a gigabyte for 1,024 positions."""
 _TENSORS = {"inputs_embeds", "input_ids", "position_ids"}
-_OWN = {"past_key_values", "attention_mask", "use_cache", "cache_position", "return_dict"}
+_OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
 class CapturedStepStage(BaseStage):
@@ -127,7 +127,7 @@ class _Steps:
         import torch
 
         decoder: Any = self._decoder
-        past: Any = named.get("past_key_values")
+        past: Any = cache_of(named)
         given = [named[name] for name in ("inputs_embeds", "input_ids") if named.get(name) is not None]
         return bool(
             not self._broken
@@ -168,7 +168,7 @@ class _Steps:
         return True
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
-        past = named["past_key_values"]
+        past = cache_of(named)
         inputs = {name: value for name in sorted(_TENSORS) if (value := named.get(name)) is not None}
         constants = {name: value for name, value in named.items() if name not in _TENSORS | _OWN}
         mask = named.get("attention_mask")

@@ -5,7 +5,7 @@ before returned. Upstream copies the whole cache at each token; here its layers 
 soon as they hold a sequence, and a token is written behind the last one. What is then worth compiling is the
 decoder's blocks, by blocks.py.
 
-A decoder is any module whose forward takes `past_key_values`, `inputs_embeds` and `use_cache`, as all of transformers'
+A decoder is any module whose forward takes a cache, `inputs_embeds` and `use_cache`, as all of transformers'
 do; the innermost such module of a part is taken. The class of the cache that the caller sees stays upstream's own.
 """
 
@@ -20,6 +20,7 @@ from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import call_normally
 from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+from accelerate_tts.engine.stages.tokens import cache_name, cache_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GrowingCacheStage", "decoders", "growing_caches"]
 
-_TAKES = {"past_key_values", "inputs_embeds", "use_cache"}
+_TAKES = {"inputs_embeds", "use_cache"}
 
 
 class GrowingCacheStage(BaseStage):
@@ -67,7 +68,8 @@ def _is_decoder(module: Any) -> bool:
     config = getattr(module, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         return False
-    return _TAKES.issubset(_parameters(plain_class(module)))
+    names = _parameters(plain_class(module))
+    return _TAKES.issubset(names) and cache_name(names) is not None
 
 
 def _parameters(cls: Any) -> list[str]:
@@ -91,7 +93,7 @@ def _decoding_class(plain: Any) -> type:
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        past = named.get("past_key_values")
+        past = cache_of(named)
         if growing.is_growable(past):
             growing.adopt(past)
         wanted = named.get("output_attentions")
@@ -103,7 +105,7 @@ def _decoding_class(plain: Any) -> type:
             result = call_normally(partial(plain.forward, self), args, kwargs)
         finally:
             growing.attentions_wanted.reset(told)
-        after = getattr(result, "past_key_values", None)
+        after = cache_of(result)
         if after is not past and growing.is_growable(after):
             growing.adopt(after)
         return result

@@ -24,7 +24,7 @@ from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.native import decoder_block
 from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, token_layer
+from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, take_cache, token_layer
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class _Fused:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        past, hidden = named.pop("past_key_values", None), named.get("hidden_states")
+        past, hidden = take_cache(named), named.get("hidden_states")
         if past is None or not self._fits(hidden):
             return None
         layer = token_layer(self._what, past, self._number, named)

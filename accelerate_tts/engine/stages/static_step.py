@@ -13,6 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate_tts.engine.stages import growing
+from accelerate_tts.engine.stages.swap import plain_class
+from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_name, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,6 +100,7 @@ class Slot:
         import torch
 
         self._decoder, self._forward, self._constants = decoder, forward, constants
+        self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
         self._owner: weakref.ref[Any] | None = None
         dtype = next(tensor.dtype for tensor in decoder.parameters() if tensor.is_floating_point())
@@ -128,7 +131,7 @@ class Slot:
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
         past = _static_cache(self.buffers, self.position)
         return self._forward(
-            self._decoder, **inputs, **self._constants, attention_mask=mask, past_key_values=past, use_cache=True
+            self._decoder, **inputs, **self._constants, attention_mask=mask, **{self._cache: past}, use_cache=True
         )
 
     def run(self, past: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None) -> Any:
@@ -204,9 +207,10 @@ def _own(result: Any, past: Any) -> Any:
     import torch
     from torch.utils import _pytree
 
-    fields = {name: value for name, value in result.items() if name != "past_key_values"}
+    cache = cache_name(result.keys()) or CACHE_NAMES[0]
+    fields = {name: value for name, value in result.items() if name != cache}
     fields = _pytree.tree_map_only(torch.Tensor, torch.clone, fields)
-    return type(result)(**fields, past_key_values=past)
+    return type(result)(**fields, **{cache: past})
 
 
 def _static_cache(buffers: list[Any], position: torch.Tensor) -> Any:

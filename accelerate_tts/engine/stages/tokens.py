@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.events import NotApplied, emit
 
-__all__ = ["CACHE_NAMES", "has_hooks", "parameters_of", "token_layer"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
-"""What blocks of transformers have called their cache, newest name first."""
+__all__ = ["CACHE_NAMES", "cache_name", "cache_of", "has_hooks", "parameters_of", "take_cache", "token_layer"]
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What decoders and blocks of transformers have called their cache, newest name first.
+
+5.24.0 renamed `past_key_values` to `cache`, in arguments and in results; the old names are taken until 5.40.0.
+"""
+
+
+def cache_name(names: Iterable[str]) -> str | None:
+    """What the cache is called among the names of a forward's parameters, or of a result's fields."""
+    known = set(names)
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def cache_of(named: Any) -> Any:
+    """The cache in a call's arguments or in a result, by whichever name it has there; `None` without one."""
+    if not isinstance(named, dict):  # a result without fields, or of a class of the model's own
+        return next((value for name in CACHE_NAMES if (value := getattr(named, name, None)) is not None), None)
+    name = cache_name(named)
+    return None if name is None else named[name]
+
+
+def take_cache(named: dict[str, Any]) -> Any:
+    """Take the cache out of a call's arguments: callers may still use an older name than the forward does."""
+    found = None
+    for name in CACHE_NAMES:
+        value = named.pop(name, None)
+        found = value if found is None else found
+    return found
 
 
 def parameters_of(cls: Any) -> list[str]:
