@@ -126,7 +126,7 @@ def all_pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timin
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (trial, whole):
         monkeypatch.setattr(module, "compare_speed", all_pays_off)
-    monkeypatch.setattr(Session, "seconds", lambda self, part, *_: 1.0 if part.name in self._references else 2.0)
+    monkeypatch.setattr(Session, "seconds", lambda self, part, *_: 0.1 if part.name in self._references else 0.2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine two wait for each other
     yield
@@ -343,7 +343,7 @@ def pays_off(run, before, after, *_, **__):
         switch(), run()
     return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
 trial.compare_speed = whole.compare_speed = pays_off
-session.Session.seconds = lambda self, part, *_: 1.0 if part.name in self._references else 2.0
+session.Session.seconds = lambda self, part, *_: 0.1 if part.name in self._references else 0.2
 
 unpacked = []
 unpack = artifacts.unpack

@@ -28,6 +28,7 @@ from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.precision import half_dtypes
 from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
@@ -252,7 +253,9 @@ def contract(clockless: None) -> Callable[..., None]:
         for precision in ("balanced", "fast"):
             limit = TOLERANCES[precision]
             receipt = system.tuned(precision=precision)
-            assert {stage.stage for stage in receipt.stages} - {stage for _, stage in kept}, "nothing else was tried"
+            # A processor that does not multiply in bf16 has nothing more to offer for `balanced`.
+            if precision == "fast" or half_dtypes("cpu"):
+                assert {stage.stage for stage in receipt.stages} - {stage for _, stage in kept}, "nothing else was tried"
             assert all(stage.error is None or stage.error <= limit.error for stage in receipt.kept), receipt
             decides = {part.name for part in system.plan.parts if part.decides}
             assert not [stage for stage in receipt.kept if stage.part in decides and stage.error], receipt
