@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,14 +92,23 @@ class Captured:
         """Whether it was called with a key/value cache, as a decoder in its loop is."""
         return any(_is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
-    def wants(self, sort: Sort) -> bool:
-        """Whether another call of this sort is worth keeping."""
-        same = sum(call.sort == sort for call in self.calls)
-        return len(self.calls) < _MOST_CALLS and (same < _MOST_OF_A_SORT or len(self.sorts) == 1)
+    def place_for(self, sort: Sort) -> int | None:
+        """Where among the kept calls one more of a sort goes; `None` if it is not worth keeping.
 
-    def latest(self, sort: Sort) -> int:
-        """The place of the latest kept call of a sort."""
-        return max(number for number, call in enumerate(self.calls) if call.sort == sort)
+        A sort that comes late (a longer text, after a loop has filled all places) is given a place of the sort that
+        has the most: what was never recorded is never verified.
+        """
+        kept = Counter(call.sort for call in self.calls)
+        mine = kept[sort]
+        if len(self.calls) < _MOST_CALLS and (mine < _MOST_OF_A_SORT or len(self.sorts) == 1):
+            return len(self.calls)
+        if mine and self.sorts[sort].is_milestone:
+            return max(number for number, call in enumerate(self.calls) if call.sort == sort)
+        most, count = kept.most_common(1)[0]
+        if len(self.calls) == _MOST_CALLS and mine < _MOST_OF_A_SORT and mine + 1 < count:
+            self.calls.remove(next(call for call in self.calls if call.sort == most))
+            return len(self.calls)
+        return None
 
     def _chosen(self, which: Which) -> list[_Call]:
         longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds, default=None)
@@ -110,7 +120,7 @@ class Captured:
             return self.calls
         if which == "others":
             return [call for call in self.calls if call.sort != longest] or self.calls
-        calls = [call for call in self.calls if call.sort == longest]
+        calls = [call for call in self.calls if call.sort == longest] or self.calls
         # The latest, where a cache has grown to its length in service.
         return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]
 
@@ -148,7 +158,7 @@ class Prepared:
             return getattr(module, call.method)(*self.args, **self.kwargs)
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no truth
 class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -278,13 +288,12 @@ def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None]
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.count += 1
         sort = _sort_of((*args, *kwargs.values()))
-        tally = captured.sorts.setdefault(sort, _Tally())
+        captured.sorts.setdefault(sort, _Tally())
         if not captured.obstacle:
             try:
-                if captured.wants(sort):
-                    captured.calls.append(_record(args, kwargs, device_type, sort, captured.method))
-                elif tally.is_milestone:
-                    captured.calls[captured.latest(sort)] = _record(args, kwargs, device_type, sort, captured.method)
+                place = captured.place_for(sort)
+                if place is not None:
+                    captured.calls[place : place + 1] = [_record(args, kwargs, device_type, sort, captured.method)]
             except NotReplayableError as error:
                 captured.obstacle = str(error)
                 captured.calls.clear()

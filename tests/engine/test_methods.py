@@ -169,3 +169,40 @@ def test_of_a_long_step_fewer_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(capture, "_ENOUGH", 0.0)
     assert len(captured.prepared(model.estimator, "loop")) == 1
     assert len(captured.prepared(model.estimator, "all")) == 6, "all are compared"
+
+
+@pytest.mark.parametrize("steps", [5, 6, 8, 10, 40])
+@pytest.mark.parametrize("longer", [1, 4, 10])
+def test_a_second_length_after_a_loop_is_captured_too(steps: int, longer: int) -> None:
+    """Ten steps of a solver at one length fill all places: the longer text's have to be compared all the same."""
+    part = Part("linear", "estimator", nn.Linear(8, 8))
+    with torch.inference_mode(), watch((part,), "cpu") as seen:
+        for rows, times in ((2, steps), (5, longer), (7, 1)):
+            for _ in range(times):
+                part.module(torch.ones(rows, 8))
+    captured = seen["linear"]
+    kept = [call.args[0].shape[0] for call in captured.calls]
+    assert set(kept) == {2, 5, 7}
+    assert kept == sorted(kept), "in the order in which they came"
+    assert len(kept) <= 6
+    assert captured.prepared(part.module, "loop")
+    assert captured.prepared(part.module, "others")
+
+
+def test_two_texts_through_a_solver_are_tuned() -> None:
+    model = Solver("forward")
+    model.estimator.seconds = 0.0
+
+    def speak(texts: tuple[int, ...] = (2, 6)) -> list[torch.Tensor]:
+        spoken = []
+        for rows in texts:
+            x = torch.ones(rows, 8)
+            for step in range(10):
+                x = x + model.estimator(x, t=0.01 * step)
+            spoken.append(x)
+        return spoken
+
+    plan = ModelPlan("solver", (model,), (Part("estimator", "estimator", model.estimator),))
+    calls = warmup_calls(lambda _loaded: speak(), Loaded(model), "inference")
+    tuning = tune(plan, calls, [], DeviceInfo("cpu", "test"), Limits(60.0))
+    assert tuning.complete, tuning.receipt.notes
