@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +22,15 @@ from accelerate_tts import (
     WarmupError,
     create_inference_context,
     get_performance_optimizer,
+    optimized_model,
     receipt_of,
 )
 from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
 from accelerate_tts.events import Warmed, WarmupFailed
 
 GIB = 1024**3
@@ -186,11 +195,6 @@ def test_cleanup_touches_nothing_in_use(optimizer: PerformanceOptimizer) -> None
 
 
 def test_receipts_do_not_keep_objects_alive() -> None:
-    import gc
-    import weakref
-
-    from accelerate_tts import optimized_model
-
     model = optimized_model(warmup=torch.ones(1, 4))(lambda: nn.Linear(4, 4))()
     assert receipt_of(model) is not None
     reference = weakref.ref(model)
@@ -199,3 +203,40 @@ def test_receipts_do_not_keep_objects_alive() -> None:
     assert reference() is None
     assert receipt_of(SimpleNamespace()) is None
     assert receipt_of((1, 2)) is None
+
+
+def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoing is the documented cure for memory: copies of weights must go with it, and no trace stay on the model."""
+    change: list[weakref.ref[Any]] = []
+
+    class Copies(BaseStage):
+        name = "copies"
+
+        def applies(self, part: Part) -> str | None:
+            return None
+
+        def prepare(self, part: Part) -> BaseChange:
+            made = ClassSwap([part.module], lambda module: subclass_with(type(module), type(module).forward))
+            change.append(weakref.ref(made))
+            return made
+
+    def faster(run: Callable[[], object], *switches: Any, **_: Any) -> Timing:
+        for switch in switches[:2]:
+            switch()
+            run()
+        return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
+
+    for module in (trial, whole):  # what is kept must not hang on this machine's noise
+        monkeypatch.setattr(module, "compare_speed", faster)
+    monkeypatch.setattr("accelerate_tts.engine.stages.default_stages", lambda *_: (Copies(),))
+    monkeypatch.setenv("ACCELERATE_TTS_PACK", "0")
+    model = torch.nn.Linear(64, 64).eval()
+    before = dict(vars(model))
+    tuned = optimized_model(warmup=torch.ones(1, 64))(lambda: model)()
+    assert [stage.stage for stage in receipt_of(tuned).kept] == ["copies"]  # type: ignore[union-attr]
+    assert vars(model) != before
+    assert get_performance_optimizer().undo(model)
+    gc.collect()
+    assert [reference() for reference in change] == [None]
+    assert vars(model) == before
+    assert type(model) is torch.nn.Linear

@@ -32,10 +32,18 @@ def snapshot() -> Snapshot:
     return frozenset(_files())
 
 
-def pack(before: Snapshot) -> bytes | None:
-    """The files that came since, as a compressed archive; `None` if there are none, or too many to keep."""
+def pack(before: Snapshot, *also: Path) -> bytes | None:
+    """The files that came since, as a compressed archive; `None` if there are none, or too many to keep.
+
+    Args:
+        before: What was there.
+        also: Files that belong to it even if they were there, as far as they lie in the compiler's folder.
+    """
     folder = _folder()
-    names = [name for name in sorted(_files()) if name not in before and not name.endswith(_PASSING)]
+    wanted = {path.relative_to(folder).as_posix() for path in also if path.is_relative_to(folder)}
+    names = [
+        name for name in sorted(_files()) if (name not in before or name in wanted) and not name.endswith(_PASSING)
+    ]
     buffer, size = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
         for name in names:

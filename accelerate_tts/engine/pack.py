@@ -23,6 +23,7 @@ from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
+from accelerate_tts.engine.stages import native
 from accelerate_tts.engine.trial import OVER_BUDGET
 from accelerate_tts.engine.tune import Tuning, acts_in_training, recompile_counter, warn_of_training
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
@@ -117,6 +118,7 @@ class WarmPack:
         session = Session(self.plan, calls, device, start + limits.seconds, TOLERANCES[limits.precision])
         try:
             receipt, entries = _read(pack.decisions, self.plan, stages, limits.seconds)
+            decided = receipt
             if pack.artifacts is not None:
                 artifacts.unpack(pack.artifacts)
             receipt = _apply(session, entries, receipt)
@@ -146,7 +148,12 @@ class WarmPack:
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(changes), seconds))
-        return Tuning(receipt, changes, complete=True, kept=tuple(session.kept), expected=session.heard)
+        parts = tuple(part for part, _ in entries)
+        tuning = Tuning(receipt, changes, complete=True, kept=tuple(session.kept), parts=parts, expected=session.heard)
+        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
+            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
+            self.keep(replace(tuning, receipt=decided))
+        return tuning
 
     def keep(self, tuning: Tuning) -> None:
         """Write the pack of a complete tuning. What cannot be written costs one event."""
@@ -155,12 +162,18 @@ class WarmPack:
         kept = [found for entry in tuning.kept if (found := _described(self.plan, tuning, entry)) is not None]
         if len(kept) < len(tuning.kept):
             return  # a part that cannot be found again by its path
-        compiled = any(entry.change.graphs for entry in tuning.kept)
         try:
             decisions = {"kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds}
-            self.store.write(Pack(self.key, decisions, artifacts.pack(self._code) if compiled else None))
+            self.store.write(Pack(self.key, decisions, self._code_of(tuning.kept)))
         except Exception as error:  # see `of`
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
+
+    def _code_of(self, kept: Sequence[Kept]) -> bytes | None:
+        """What was compiled for the changes in force: graphs, and our own kernels, which any of them may run."""
+        own = native.library_file()
+        if own is None and not any(entry.change.graphs for entry in kept):
+            return None
+        return artifacts.pack(self._code, *(() if own is None else (own,)))
 
 
 class _WarmupFailedError(Exception):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["Keeper", "TuningMap", "keep"]
 
 
+_KEEPER = "_accelerate_tts_tuning"
+
+
 class Keeper:
     """Hangs a tuning on the module that it changed, so that it lives as long as the module and no longer.
 
@@ -34,7 +37,7 @@ class Keeper:
 
 def keep(module: nn.Module) -> Keeper:
     """Hang an empty keeper on a module."""
-    keeper = vars(module)["_accelerate_tts_tuning"] = Keeper()
+    keeper = vars(module)[_KEEPER] = Keeper()
     return keeper
 
 
@@ -68,7 +71,10 @@ class TuningMap:
             self._entries[number] = (reference, weakref.ref(tuning))
 
     def forget(self, tuning: Tuning) -> None:
-        """Forget a tuning for every object."""
+        """Forget a tuning for every object, and take it off the modules that kept it alive with all its copies."""
         with self._lock:
             for number in [key for key, entry in self._entries.items() if entry[1]() is tuning]:
-                del self._entries[number]
+                own = getattr(self._entries.pop(number)[0](), "__dict__", {})
+                keeper = own.get(_KEEPER)
+                if isinstance(keeper, Keeper) and keeper.tuning is tuning:
+                    del own[_KEEPER]

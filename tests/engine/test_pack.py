@@ -422,6 +422,44 @@ def test_another_process_with_compiled_code_from_the_pack(
     assert files(cache, ".so") == libraries  # nothing was compiled again
 
 
+FEW_ROWS = """
+from accelerate_tts.engine import stages
+from accelerate_tts.engine.stages.skinny import SkinnyStage
+
+stages.default_stages = lambda *_: (SkinnyStage("fp32"),)
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(256, 256)
+    def forward(self, mel):
+        return torch.tanh(self.linear(mel))
+
+mel = torch.linspace(-1, 1, 2 * 256).view(2, 256)
+"""
+
+
+def test_our_own_kernels_travel_in_the_pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packs: Path) -> None:
+    """Also where another model's tuning had built them before, so that this one's found them there."""
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "1")
+    start, end = CHILD.index("class Stack"), CHILD.index("seen = []")
+    child = CHILD[:start] + FEW_ROWS + CHILD[end:]
+    first = in_a_process(child)
+    assert ["Stack", "skinny linear layers (fp32)"] in first["kept"]
+    libraries = files(tmp_path / "inductor", ".so")
+    for known in (False, True):
+        if known:
+            removed(packs)
+            assert in_a_process(child)["kept"] == first["kept"]
+        removed(tmp_path / "inductor")
+        second = in_a_process(child)
+        assert second["events"] == ["Prepared", "Restored", "Undone"]
+        assert (second["kept"], second["output"]) == (first["kept"], first["output"])
+        assert second["unpacked"][0] > 0
+        assert files(tmp_path / "inductor", ".so") == libraries, "nothing was compiled again"
+
+
 # --- what makes another key ----------------------------------------------------------------------------------------
 
 
@@ -1040,15 +1078,23 @@ def test_shipping_with_and_without_a_shared_key(
     assert optimizer.get_performance_optimizer().export_packs(parcel) == 1
 
     removed(tmp_path / "inductor")
-    stage.done = lambda: None
+    stage.done = (lambda: None) if shared else compiled
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "another machine"))
     in_a_fresh_process(monkeypatch)
     happened(seen)
     assert optimizer.get_performance_optimizer().load_packs(str(parcel)) == 1
     assert happened(seen) == ({} if shared else {"PackIgnored": 1})  # the code is left behind, and that is said
+    assert not library.exists()
     assert kept(load()) == [("Stack", "test stage")]
     assert happened(seen)["Restored"] == 1
-    assert library.exists() == shared
+    assert library.exists(), "unpacked, or compiled here"
+    # What was compiled here is now kept here, under this machine's own key.
+    stage.done = lambda: None
+    removed(tmp_path / "inductor")
+    in_a_fresh_process(monkeypatch)
+    assert kept(load()) == [("Stack", "test stage")]
+    assert happened(seen)["Restored"] == 1
+    assert library.exists()
 
 
 def test_an_object_beside_a_tuned_one_is_warmed_up_at_its_lengths_too(stage: Stage, seen: list[Event]) -> None:

@@ -253,9 +253,10 @@ def contract(clockless: None) -> Callable[..., None]:
         for precision in ("balanced", "fast"):
             limit = TOLERANCES[precision]
             receipt = system.tuned(precision=precision)
-            # A processor that does not multiply in bf16 has nothing more to offer for `balanced`.
-            if precision == "fast" or half_dtypes("cpu"):
-                assert {stage.stage for stage in receipt.stages} - {stage for _, stage in kept}, "nothing else was tried"
+            if half_dtypes("cpu"):  # otherwise there is nothing but int8, for larger layers than these small ones
+                assert {stage.stage for stage in receipt.stages} - {stage for _, stage in kept}, (
+                    "nothing else was tried"
+                )
             assert all(stage.error is None or stage.error <= limit.error for stage in receipt.kept), receipt
             decides = {part.name for part in system.plan.parts if part.decides}
             assert not [stage for stage in receipt.kept if stage.part in decides and stage.error], receipt

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decoder_block", "skinny_linear"]
+__all__ = ["decoder_block", "library_file", "skinny_linear"]
 
 _SOURCES = ("skinny.cpp", "block.cpp")
 
@@ -28,6 +28,11 @@ def _library() -> Any:
     # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
     here = Path(__file__).parent
     return CppCodeCache.load("\n".join((here / name).read_text(encoding="utf-8") for name in _SOURCES))
+
+
+def library_file() -> Path | None:
+    """Where what was built lies, if this process has loaded it."""
+    return Path(_library()._name) if _library.cache_info().currsize else None
 
 
 @cache
