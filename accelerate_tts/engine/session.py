@@ -171,6 +171,11 @@ class Session:
         synchronize(self.device.type)
         return time.perf_counter() - clock
 
+    def known_seconds(self, part: Part) -> float:
+        """What one replay of the untouched part takes, as far as that is known; otherwise 0.0."""
+        known = self._references.get(part.name)
+        return 0.0 if known is None else known.seconds
+
     def incumbent(self, part: Part, group: str) -> Kept | None:
         """The alternative of the same group that is in force on the part."""
         return next((kept for kept in self.kept if group and (kept.part, kept.group) == (part.name, group)), None)

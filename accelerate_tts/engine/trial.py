@@ -45,6 +45,11 @@ _FAR_BEHIND = 1.3
 # Seconds of one replay from which a first look that shows no gain at all is enough: so much work varies by a few per
 # cent, and the pairs would take a tenth of the budget.
 _LONG_REPLAY = 0.5
+# Replays before the pairs: the outputs, and a first look.
+_FIRST_REPLAYS = 2
+# Pairs of replays that a verdict needs, and seconds over the budget that it may take.
+_PAIRS = 5
+_SLACK = 2.0
 # Seconds of a warm-up pass up to which changes of the process are tried.
 _LONGEST_PASS = 3.0
 
@@ -114,7 +119,8 @@ def _not_worth_it(session: Session, part: Part, stage: Stage) -> str | None:
     left = session.deadline - session.reserved - time.perf_counter()
     if left <= 0:
         return f"not tried: {OVER_BUDGET} is spent"
-    if left < (cost := stage.cost_of(part)):
+    # Its outputs, and one look at its time, are replays too.
+    if left < (cost := stage.cost_of(part) + _FIRST_REPLAYS * session.known_seconds(part)):
         return f"not tried: it takes about {cost:.0f} s, and {left:.0f} s of {OVER_BUDGET} are left"
     return None
 
@@ -159,6 +165,7 @@ def _judge(  # noqa: PLR0913, PLR0917 - what a trial consists of
     hopeless = _hopeless(part, before, seconds) or _behind(session, rival, seconds)
     if hopeless is None and which == "loop":
         hopeless = _gains_nothing(session, part, rival, reference.seconds, seconds)
+    hopeless = hopeless or _no_time_for_pairs(session, max(seconds, reference.seconds if which == "loop" else 0.0))
     if hopeless is not None:
         return replace(result, before=reference.seconds, after=seconds, reason=hopeless)
     return _timed(session, part, change, rival, result, which)
@@ -190,6 +197,14 @@ def _gains_nothing(session: Session, part: Part, rival: Kept | None, untouched: 
     kept = [result for result in session.results if result.kept and result.part == part.name and result.stage in names]
     now = (kept[-1].after if kept else None) or untouched
     return "no gain, at the first look" if min(now, seconds) > _LONG_REPLAY and seconds >= now else None
+
+
+def _no_time_for_pairs(session: Session, seconds: float) -> str | None:
+    """Why a verdict cannot be had within the budget: five pairs of replays that take up to so many seconds each."""
+    needed, left = 2 * _PAIRS * seconds, session.deadline - time.perf_counter()
+    if needed <= left + _SLACK:
+        return None
+    return f"not timed: it takes {needed:.0f} s, and {max(0.0, left):.0f} s of {OVER_BUDGET} are left"
 
 
 def _finite(figure: float | None) -> float | None:

@@ -40,6 +40,7 @@ _ROUNDINGS = 4
 _AUDIBLE = 60.0
 _FRAME = 1024
 _LEAST_SAMPLES, _MOST_CHANNELS = 4096, 16
+_BITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,11 @@ class Tolerance:
         # A reference in half precision is as far from the truth as its own rounding takes it, and a candidate that is
         # right may be that far from it (triangle inequality). A relative error e of logits with a variance of s is a
         # divergence of s * e ** 2 / 2, and logits have a variance of a few.
-        own = _ROUNDINGS * difference.rounding
-        limit, divergence = self.error + own, self.divergence + own**2
-        if not difference.error <= limit:  # a NaN is not tolerated
-            return f"relative error {difference.error:.1e}, allowed is {limit:.0e}"
+        for rounding, error in difference.errors or ((difference.rounding, difference.error),):
+            limit = self.error + _ROUNDINGS * rounding
+            if not error <= limit:  # a NaN is not tolerated
+                return f"relative error {error:.1e}, allowed is {limit:.0e}"
+        divergence = self.divergence + (_ROUNDINGS * difference.rounding) ** 2
         if difference.spectral is not None and not difference.spectral <= self.spectral:
             return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
         if difference.divergence is not None and not difference.divergence <= divergence:
@@ -101,6 +103,8 @@ class Difference:
         spectral: The largest log-spectral distance of what looks like audio, in dB; `None` if nothing does.
         rounding: The rounding step of the coarsest half-precision dtype among the tensors; 0.0 where there is none.
         divergence: Of a decoder with a known head, the largest divergence of a step (divergence.py), in nats.
+        errors: For each rounding step among the tensors (0.0: fp32 and wider), the largest relative error of those
+            that have it. What a half-precision tensor may differ by is nothing for the fp32 one beside it.
     """
 
     error: float
@@ -108,6 +112,7 @@ class Difference:
     spectral: float | None = None
     rounding: float = 0.0
     divergence: float | None = None
+    errors: tuple[tuple[float, float], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def snr(self) -> float:
@@ -118,7 +123,9 @@ class Difference:
 def compare(reference: Any, candidate: Any) -> Difference:
     """Compare two results of the same call: every tensor, array and byte string in them, in order.
 
-    Floating-point tensors are compared by relative error in float64; all others must be equal. A different number of
+    Floating-point tensors are compared by relative error in float64, and so are samples of 16 bits, of which half a
+    step is forgiven: a waveform that is right to 1e-6 rounds to another integer now and then. All others must be equal.
+    A different number of
     tensors, shape, dtype or memory layout, or a NaN where the reference has none, is an infinite error with its reason.
     So is a result in which nothing can be compared: what was not checked does not count as right.
     """
@@ -127,19 +134,20 @@ def compare(reference: Any, candidate: Any) -> Difference:
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
     if not left:
         return Difference(math.inf, NOTHING_TO_COMPARE)
-    worst, spectral, rounding = 0.0, None, 0.0
+    spectral, errors = None, {}
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail on it
             return Difference(math.inf, "a different memory layout")
-        worst = max(worst, _error(a, b))
-        rounding = max(rounding, _rounding(a.dtype))
-        if math.isinf(worst):
+        rounding = _rounding(a.dtype)
+        error = _error(*_as_waves(a, b)) if _is_pcm(a) else _error(a, b)
+        if math.isinf(error):
             return Difference(math.inf, "values that are not finite or not equal")
-        if _is_audio(a):
+        errors[rounding] = max(errors.get(rounding, 0.0), error)
+        if _is_audio(a) or _is_pcm(a):
             spectral = max(spectral or 0.0, spectral_distance(a, b))
-    return Difference(worst, "", spectral, rounding)
+    return Difference(max(errors.values()), "", spectral, max(errors), errors=tuple(sorted(errors.items())))
 
 
 def _rounding(dtype: Any) -> float:
@@ -183,18 +191,34 @@ def _power(wave: Any) -> Any:
 
 
 def _is_audio(tensor: Any) -> bool:
+    return bool(tensor.is_floating_point() and _is_long(tensor) and tensor.isfinite().all())
+
+
+def _is_pcm(tensor: Any) -> bool:
+    import torch
+
+    return bool(tensor.dtype == torch.int16) and _is_long(tensor)
+
+
+def _is_long(tensor: Any) -> bool:
     # At least a few frames of one or two channels, in a small batch; hidden states are wide in more than one dimension.
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.dim() == 0 or tensor.shape[-1] < _LEAST_SAMPLES:
         return False
-    if tensor.dim() == 0 or tensor.shape[-1] < _LEAST_SAMPLES:
-        return False
-    return bool(tensor.numel() // tensor.shape[-1] <= _MOST_CHANNELS) and bool(tensor.isfinite().all())
+    return bool(tensor.numel() // tensor.shape[-1] <= _MOST_CHANNELS)
+
+
+def _as_waves(reference: Any, candidate: Any) -> tuple[Any, Any]:
+    """Two lots of 16-bit samples as waveforms; of each difference half a step is left out."""
+    a, b = reference.double(), candidate.double()
+    difference = b - a
+    return a, a + difference.sign() * (difference.abs() - 0.5).clamp_min(0.0)
 
 
 def tensors_of(value: Any) -> Iterator[Any]:
     """Every tensor in a result, in a fixed order: in containers, dataclasses and plain objects.
 
-    NumPy arrays, byte strings, and lists of nothing but numbers (audio in other clothes) count as tensors.
+    NumPy arrays, byte strings, and lists of nothing but numbers count as tensors: of whole numbers (tokens) as int64,
+    of others (audio in other clothes) as float64. A WAV file of 16 bits is its samples and its header.
     """
     yield from _tensors(value, set())
 
@@ -205,7 +229,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (bytes, bytearray)):
-        yield torch.tensor(list(value), dtype=torch.uint8)
+        yield from _of_bytes(bytes(value))
     elif isinstance(value, (str, int, float, complex, type, ModuleType, torch.nn.Module)) or value is None:
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
@@ -216,10 +240,24 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         if hasattr(type(value), "compared_as"):  # one of our own objects, which stands for something of upstream's
             value = value.compared_as()
         if isinstance(value, (tuple, list)) and value and all(isinstance(item, (int, float)) for item in value):
-            yield torch.tensor(value, dtype=torch.float64)
+            whole = all(isinstance(item, int) and -(2**63) <= item < 2**63 for item in value)
+            yield torch.tensor(value, dtype=torch.int64 if whole else torch.float64)
         else:
             for item in _items(value):
                 yield from _tensors(item, seen)
+
+
+def _of_bytes(value: bytes) -> Iterator[Any]:
+    import torch
+
+    data = value.find(b"data") + 8 if value[:4] == b"RIFF" and value[8:12] == b"WAVE" else 0
+    if data > 8 and int.from_bytes(value[34:36], "little") == _BITS:  # noqa: PLR2004
+        channels = max(1, int.from_bytes(value[22:24], "little"))
+        count = (len(value) - data) // (2 * channels) * 2 * channels
+        if count:
+            yield torch.frombuffer(bytearray(value[data : data + count]), dtype=torch.int16).view(-1, channels).T
+            value = value[:data] + value[data + count :]
+    yield torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
 
 
 def _items(value: Any) -> Iterable[Any]:

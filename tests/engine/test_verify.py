@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import wave as wave_module
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +224,8 @@ def test_what_is_not_finite_is_never_near(bad: float) -> None:
         (noise(17, 4096), False),
         (noise(1, 80, 5000), False),  # a spectrogram, hidden states
         (noise(4096, 2), False),  # (samples, channels): the relative error alone
-        (noise(5000).to(torch.int16), False),
+        (noise(5000).to(torch.int16), True),  # samples of 16 bits
+        (noise(5000).to(torch.int32), False),
         (torch.tensor(1.0), False),
         (torch.zeros(0, 5000), False),
     ],
@@ -306,3 +309,64 @@ def test_a_destroyed_quiet_band_is_refused_though_the_error_is_small(precision: 
     assert tolerance.objection(difference).startswith("log-spectral distance")
     # The same error spread as the voice itself is spread is one that nobody hears.
     assert not tolerance.objection(compare(full, full * (1 + difference.error)))
+
+
+# --- audio and tokens in other clothes -----------------------------------------------------------------------------
+
+TONE = torch.sin(torch.arange(8192) / 7.0) * 0.3
+
+
+def pcm(wave: torch.Tensor) -> torch.Tensor:
+    return (wave * 32767).round().to(torch.int16)
+
+
+def wav_file(wave: torch.Tensor, channels: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    with wave_module.open(buffer, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(pcm(wave).numpy().tobytes())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("clothes", [pcm, lambda wave: pcm(wave).numpy(), wav_file, lambda wave: wav_file(wave, 2)])
+def test_16_bit_samples_are_audio(clothes: Any) -> None:
+    """A rounding error moves a sample by a step now and then; what is audibly wrong is still refused."""
+    exact = TOLERANCES["exact"]
+    nearly = clothes(TONE * (1 + 1e-5))
+    difference = compare(clothes(TONE), nearly)
+    assert 0.0 < difference.error < EXACT_TOLERANCE
+    assert difference.spectral is not None
+    assert not exact.objection(difference)
+    assert exact.objection(compare(clothes(TONE), clothes(TONE * 1.01)))
+    assert exact.objection(compare(clothes(TONE), clothes(-TONE)))
+    assert compare(clothes(TONE), clothes(TONE)).error == 0.0
+    assert exact.objection(compare(clothes(TONE), clothes(TONE[:-2])))
+
+
+def test_a_header_is_compared_to_the_byte() -> None:
+    left = wav_file(TONE)
+    right = left[:24] + (8000).to_bytes(4, "little") + left[28:]  # another sampling rate
+    assert math.isinf(compare(left, right).error)
+    assert math.isinf(compare(b"RIFF", b"RIFG").error)
+    assert compare(left[:44], left[:44]).error == 0.0, "no sample in it"
+    assert math.isinf(compare(left, left + b"tail").error)
+
+
+def test_tokens_in_a_list_must_be_the_same() -> None:
+    tokens = list(range(4000, 6000))
+    assert compare(tokens, list(tokens)).error == 0.0
+    assert math.isinf(compare(tokens, [*tokens[:-1], tokens[-1] + 1]).error)
+    assert 0.0 < compare([0.5, 1.0], [0.5, 1.0001]).error < 1e-3
+    assert compare([2**70], [2**70]).error == 0.0, "too large for int64"
+
+
+def test_a_half_precision_tensor_loosens_no_other() -> None:
+    """A cache in bf16 beside an fp32 waveform: each is held to its own rounding."""
+    wave, cache = torch.linspace(-1, 1, 8192), torch.linspace(-1, 1, 64)
+    coarse = cache.to(torch.bfloat16)
+    exact = TOLERANCES["exact"]
+    assert not exact.objection(compare((wave, coarse), (wave * (1 + 1e-5), (cache * 1.005).to(torch.bfloat16))))
+    assert "1.0e-02" in exact.objection(compare((wave, coarse), (wave * 1.01, coarse)))
+    assert exact.objection(compare((wave, coarse), (wave, (cache * 1.1).to(torch.bfloat16))))

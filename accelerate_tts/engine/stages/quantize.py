@@ -113,7 +113,7 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     return [
         inner
         for inner in module.modules()
-        if type(inner) in {nn.LSTM, nn.GRU}
+        if plain_class(inner) in {nn.LSTM, nn.GRU}  # in half precision already, too: it is an island there
         and inner.bias  # the converter takes none without, nor one with projections
         and not getattr(inner, "proj_size", 0)
         and all(parameter.dtype == torch.float32 for parameter in inner.parameters())
