@@ -1,7 +1,8 @@
-"""Ten models of other families and MMS, tuned as strangers: never slower, never outside the tolerance.
+"""Models of twelve other families, which no plan knows, and MMS: never slower, never outside the tolerance.
 
-    python benchmarks/models.py [--compile] [--json FILE] [NAME ...]
+    python benchmarks/models.py [--compile] [--precision exact|balanced|fast] [--json FILE] [NAME ...]
 
+Fails if one is slower than 1.05 times the untouched model (beyond doubt: by the upper bound) or outside its tolerance.
 Run nothing else meanwhile. The true classes of transformers, built from their configs with random weights and seed 0.
 Each is copied, the copy is tuned by `@optimized_model`, and the two are timed in turn under `no_grad` as the user would
 call them; the ratio is the median of the pairs. Without --compile the torch.compile stage is left out: minutes less.
@@ -25,7 +26,8 @@ from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.cli.tables import table
 from accelerate_tts.engine.measure import compare_speed
 from accelerate_tts.engine.random_state import seeded
-from accelerate_tts.engine.verify import compare
+from accelerate_tts.engine.verify import TOLERANCES, compare
+from accelerate_tts.settings import Precision
 
 Call = Callable[[Any], Any]
 IDS = torch.randint(1, 38, (1, 100), generator=torch.Generator().manual_seed(0))
@@ -73,6 +75,20 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Call]] = {
     "BERT, 4 layers, 5 tokens": (
         lambda: tf.BertModel(tf.BertConfig(num_hidden_layers=4)), lambda m: m(IDS[:, :5]).last_hidden_state,
     ),
+    "GPT-2, 6 layers, batch 1": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=6, vocab_size=2000, bos_token_id=1, eos_token_id=2)),
+        generating(1),
+    ),
+    "T5, 4 + 4 layers": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(num_layers=4, num_decoder_layers=4, vocab_size=2000, decoder_start_token_id=0)
+        ),
+        generating(1),
+    ),
+    "Mimi codec, 1 s": (
+        lambda: tf.MimiModel(tf.MimiConfig(num_hidden_layers=2)),
+        lambda m: m.decode(torch.ones(1, 8, 13, dtype=torch.long)).audio_values,
+    ),
     "ViT, 4 layers": (
         lambda: tf.ViTModel(tf.ViTConfig(num_hidden_layers=4)),
         lambda m: m(torch.ones(1, 3, 224, 224)).last_hidden_state,
@@ -80,10 +96,10 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Call]] = {
 }  # fmt: skip
 
 
-def measure(make: Callable[[], torch.nn.Module], call: Call) -> dict[str, Any]:
+def measure(make: Callable[[], torch.nn.Module], call: Call, precision: Precision) -> dict[str, Any]:
     torch.manual_seed(0)
     untouched = make().eval()
-    tuned = optimized_model(warmup=call)(lambda: copy.deepcopy(untouched))()
+    tuned = optimized_model(warmup=call, precision=precision)(lambda: copy.deepcopy(untouched))()
     receipt = receipt_of(tuned)
     assert receipt is not None
 
@@ -91,7 +107,7 @@ def measure(make: Callable[[], torch.nn.Module], call: Call) -> dict[str, Any]:
         with seeded("cpu"), torch.no_grad():
             return call(model)
 
-    error = compare(run(untouched), run(tuned)).error
+    difference = compare(run(untouched), run(tuned))
     state = {"model": untouched}
     timing = compare_speed(
         lambda: run(state["model"]),
@@ -102,8 +118,8 @@ def measure(make: Callable[[], torch.nn.Module], call: Call) -> dict[str, Any]:
     )
     return {
         "before": timing.before, "after": timing.after, "ratio": timing.ratio, "low": timing.low, "high": timing.high,
-        "pairs": timing.pairs, "error": error, "tuning_seconds": receipt.seconds,
-        "kept": [f"{stage.part}: {stage.stage}" for stage in receipt.kept],
+        "pairs": timing.pairs, "error": difference.error, "objection": TOLERANCES[precision].objection(difference),
+        "tuning_seconds": receipt.seconds, "kept": [f"{stage.part}: {stage.stage}" for stage in receipt.kept],
     }  # fmt: skip
 
 
@@ -111,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names; all models if none is given")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", choices=list(TOLERANCES), default="exact")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.compile:
@@ -121,7 +138,7 @@ def main() -> None:
         if options.names and not any(part.lower() in name.lower() for part in options.names):
             continue
         print(f"{name} ...", flush=True)
-        found = results[name] = measure(make, call)
+        found = results[name] = measure(make, call, options.precision)
         kept = ", ".join(sorted({item.rpartition(": ")[2] for item in found["kept"]})) or "nothing"
         rows.append((
             name, f"{1e3 * found['before']:.0f} ms", f"{1e3 * found['after']:.0f} ms", f"{found['ratio']:.2f}x",
@@ -130,6 +147,13 @@ def main() -> None:
     Console(width=140, highlight=False).print(table(rows, "Tuned as strangers", {"before", "after", "ratio", "error"}))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    failed = [
+        f"{name}: {found['ratio']:.2f}x {found['objection']}"
+        for name, found in results.items()
+        if found["high"] < 1 / 1.05 or found["objection"]
+    ]
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

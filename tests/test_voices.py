@@ -7,6 +7,7 @@ import inspect
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 
 import accelerate_tts
 from accelerate_tts import cached_embedding, events, inference, set_active
+from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages.quantize import QuantizeStage
 from accelerate_tts.errors import SettingsError
 
 
@@ -331,3 +334,60 @@ def test_an_object_without_weak_references(seen: list[events.Event]) -> None:
     one.prepare(WAVE)
     assert torch.equal(one.voice, WAVE * 3)
     assert "encoder=" in not_applied(seen)[0]
+
+
+# --- what else makes another embedding -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lambda wave: float(wave.sum()) * 16_000,
+        lambda: lambda wave: float(wave.sum()) * 22_050,  # the same instructions, another constant
+        lambda: lambda wave: float(wave.amax()) * 16_000,  # another name
+        lambda: lambda wave: sum(float(wave.sum()) * 24_000 for _ in (0,)),  # inside another function
+        lambda: lambda wave: sum(float(wave.sum()) * 8_000 for _ in (0,)),
+    ],
+)
+def test_code_that_was_edited_computes_anew(tmp_path: Path, make: Callable[[], Callable[..., float]]) -> None:
+    """What the last release of a service left on disk is not what this one computes."""
+
+    def decorated(function: Callable[..., float]) -> Any:
+        function.__qualname__ = "embed"
+        return cached_embedding(folder=tmp_path, encoder=lambda: 1)(function)
+
+    earlier = decorated(lambda wave: float(wave.mean()) * 16_000)
+    earlier(WAVE)
+    function = make()
+    found = decorated(function)
+    assert found(WAVE) == function(WAVE)
+    assert found.cache_info().misses == 1
+    again = decorated(make())
+    assert again(WAVE) == function(WAVE)
+    assert again.cache_info().misses == 0, "from the folder"
+
+
+def test_fewer_bits_give_another_embedding(service: Service) -> None:
+    """What a tuned encoder computes with int8 weights is not handed to who has undone the tuning, nor the reverse."""
+    service.encoder.linear = nn.Linear(4, 8192)
+    stage = QuantizeStage(torch.backends.quantized.engine)
+    change = stage.prepare(Part("encoder", "encoder", service.encoder))
+    wave = WAVE[None]  # the kernel takes rows
+    with torch.inference_mode():
+        plain = service.embed(wave)
+        change.on()
+        coarse = service.embed(wave)
+        assert not torch.equal(coarse, plain)
+        assert torch.equal(service.embed(wave), coarse)
+        change.off()
+        assert torch.equal(service.embed(wave), plain)
+    assert service.calls == 2
+
+
+def test_what_is_not_finite_is_not_kept(service: Service, seen: list[events.Event]) -> None:
+    """The guard makes such a call again: it must not meet the same embedding."""
+    assert bool(service.embed(WAVE, scale=float("nan")).isnan().all())
+    assert service.embed.cache_info().entries == 0
+    assert "not finite" in not_applied(seen)[-1]
+    service.embed(WAVE, scale=float("nan"))
+    assert service.calls == 2

@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.stages.swap import copies_of
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -163,6 +165,12 @@ def _walk(root: nn.Module) -> Iterator[nn.Module]:
 
 def _own(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+
+
+def _copies(root: nn.Module) -> str:
+    """What of a tuned module computes from copies in fewer bits at this moment; "" if nothing does."""
+    walked = enumerate(_walk(root))
+    return " ".join(f"{number}:{copies}" for number, module in walked if (copies := copies_of(module)))
 
 
 def _state(root: nn.Module) -> list[Any]:
@@ -351,6 +359,7 @@ class Digest:
         return True
 
     def _module(self, module: nn.Module) -> None:
+        self._put("copies", _copies(module))  # what is heard with int8 weights is not for those who ask with fp32 ones
         content = _weights.content(module) if self.durable else None
         if content is not None:
             self._put("weights", content)

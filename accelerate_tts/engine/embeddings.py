@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.content import Digest, UnknownContentError
 from accelerate_tts.engine.embedding_files import EmbeddingFiles
 from accelerate_tts.engine.embedding_store import CacheInfo, EmbeddingStore, Flight, Kept
+from accelerate_tts.engine.fingerprint import code_of
 from accelerate_tts.engine.plan import reachable_modules
 from accelerate_tts.engine.random_state import warming
+from accelerate_tts.engine.verify import tensors_of
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -164,6 +169,9 @@ class Embeddings:
         """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
         try:
             kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
+            if not all(map(_is_finite, tensors_of(kept.copy()))):
+                emit(NotApplied(self._what, "the result is not finite, and is not kept"))
+                return Flight.ALONE
             if not question.arguments.same_files():
                 return Flight.ALONE  # written while it was read: nobody knows which of both this is
             same = str(self._encoder(wrapped, owner)) == question.encoder
@@ -190,13 +198,12 @@ class Embeddings:
         except (UnknownContentError, RecursionError) as error:
             emit(NotApplied(self._what, str(error)))
             return None
-        code = getattr(inspect.unwrap(wrapped), "__code__", None)
         kind = owner if isinstance(owner, type) else type(owner)
         key = Digest()
+        module = str(getattr(wrapped, "__module__", ""))
+        words = (module, str(getattr(wrapped, "__qualname__", "")), code_of(wrapped), _release_of(module))
         for word in (
-            str(getattr(wrapped, "__module__", "")), str(getattr(wrapped, "__qualname__", "")),
-            "" if code is None else code.co_code.hex(), *self._options.sets, kind.__module__, kind.__qualname__,
-            str(arguments), str(encoder),
+            *words, *self._options.sets, kind.__module__, kind.__qualname__, str(arguments), str(encoder)
         ):  # fmt: skip
             key.word(word)
         return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder))
@@ -209,6 +216,7 @@ class Embeddings:
         modules = reachable_modules(_used(wrapped) if owner is None else owner)
         for module in modules.values():
             digest.add(module)
+            digest.word(_release_of(type(module).__module__))
         if not modules:
             digest.durable = False  # nothing tells the next process that it has the same encoder
         if not digest.durable and owner is not None and not isinstance(owner, type):
@@ -231,6 +239,20 @@ def _used(function: Callable[..., Any]) -> dict[str, Any]:
         except ValueError:  # not assigned yet
             continue
     return found
+
+
+@cache
+def _release_of(module: str | None) -> str:
+    """The release of the package that a module belongs to: upstream's next one may compute something else."""
+    package = (module or "").partition(".")[0]
+    try:
+        return f"{package} {metadata.version(package)}" if package else ""
+    except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a package of another name
+        return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
+
+
+def _is_finite(tensor: Any) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
 @asynccontextmanager

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["fingerprint", "outline"]
+__all__ = ["code_of", "fingerprint", "outline"]
 
 # A `repr` that shows a function (`activation=<function gelu at 0x7f...>`) differs in each process.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -61,8 +63,26 @@ def outline(value: Any) -> Any:
         return _about(value)
     if not callable(value):
         return value if isinstance(value, (str, int, float, type(None))) else _name(type(value))
-    code = getattr(value, "__code__", None)
-    return [_name(value), *((code.co_code.hex(), code.co_names) if code is not None else ())]
+    return [_name(value), code_of(value)]
+
+
+def code_of(function: Any) -> str:
+    """What a function's own code says: its instructions, names and constants, and those of the functions inside it.
+
+    "" for what has no code of Python's. What it calls is not looked into.
+    """
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else _told(code)
+
+
+def _told(code: CodeType) -> str:
+    constants = [_told(each) if isinstance(each, CodeType) else _constant(each) for each in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} [{', '.join(constants)}]"
+
+
+def _constant(value: object) -> str:
+    # A set's order differs in each process, as texts' hashes do.
+    return f"{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
 
 
 def _name(named: Any) -> str:

@@ -54,7 +54,8 @@ class StageResult:
 
     def figures(self) -> tuple[str, str, str, str]:
         """Before, after, ratio and error, as short texts."""
-        return duration(self.before), duration(self.after), ratio_text(self.ratio), error_text(self.error)
+        error = error_text(self.error, self.spectral, self.divergence)
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error
 
     @property
     def verdict(self) -> str:
@@ -166,7 +167,8 @@ class Receipt:
 
     def figures(self) -> tuple[str, str, str, str]:
         """Before, after, ratio and error of the whole, as short texts."""
-        return duration(self.before), duration(self.after), ratio_text(self.ratio), error_text(self.error)
+        error = error_text(self.error, self.spectral)
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error
 
     @property
     def verdict(self) -> str:
@@ -188,13 +190,16 @@ def ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def error_text(error: float | None) -> str:
-    """A relative error as a short text."""
+def error_text(error: float | None, spectral: float | None = None, divergence: float | None = None) -> str:
+    """A relative error as a short text, with what else is known of audio (dB) and of a decoder's steps (nats)."""
     if error is None:
         return "-"
     if error == 0.0:
         return "bit-exact"
-    return f"{error:.0e}" if math.isfinite(error) else "differs"
+    text = f"{error:.0e}" if math.isfinite(error) else "differs"
+    if spectral is not None:
+        text += f", {spectral:.2g} dB"
+    return text if divergence is None else f"{text}, {divergence:.0e} nats"
 
 
 def printable(value: object) -> str:

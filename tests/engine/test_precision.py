@@ -31,7 +31,8 @@ from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.stages.layout import ChannelsLastStage
 from accelerate_tts.engine.stages.linear import FewRowsStage
 from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
-from accelerate_tts.engine.stages.quantize import QuantizeStage
+from accelerate_tts.engine.stages.quantize import QuantizeRecurrentStage, QuantizeStage
+from accelerate_tts.engine.stages.skinny import SkinnyStage
 from accelerate_tts.engine.stages.swap import ClassSwap
 from accelerate_tts.engine.verify import compare
 from accelerate_tts.events import FellBack
@@ -629,6 +630,10 @@ STAGES: dict[str, Callable[[], Any]] = {
     "half part": lambda: HalfStage(torch.bfloat16, carried=True),
     "few rows": FewRowsStage,
     "int8": lambda: QuantizeStage(torch.backends.quantized.engine),
+    "int8 recurrent": QuantizeRecurrentStage,
+    "skinny": lambda: SkinnyStage("fp32"),
+    "skinny bf16": lambda: SkinnyStage("bf16"),
+    "skinny int8": lambda: SkinnyStage("int8"),
 }
 
 

@@ -207,7 +207,7 @@ class _Fused:
             return plain.forward(self._block, *args, **kwargs) if result is None else result
 
         vars(forward)["__signature__"] = inspect.signature(plain.forward)
-        cls = subclass_with(plain, forward, copies=self._weights != "fp32")
+        cls = subclass_with(plain, forward, copies="" if self._weights == "fp32" else self._weights)
         setattr(cls, FUSED, self)
         return cls
 

@@ -164,7 +164,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
 
-    return subclass_with(plain, forward, copies=True)
+    return subclass_with(plain, forward, copies=str(dtype))
 
 
 @cache

@@ -76,7 +76,7 @@ def _prompt_class(plain: type, fused: Any) -> type:
             y += self.bias
         return y
 
-    return subclass_with(plain, forward, copies=True)
+    return subclass_with(plain, forward, copies="bf16 prompts")
 
 
 def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:

@@ -133,7 +133,7 @@ def _quantized_class(plain: Any, least: int) -> type:
             return plain.forward(self, input, *args, **kwargs)
         return packed.get()(input, *args, **kwargs)
 
-    return subclass_with(plain, forward, copies=True)
+    return subclass_with(plain, forward, copies="int8")
 
 
 def _packed_call(engine: str) -> Any:

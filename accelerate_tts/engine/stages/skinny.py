@@ -69,7 +69,7 @@ class SkinnyStage(BaseStage):
             return ClassSwap(layers, lambda module: _exact_class(class_of(module), is_transposed(module)))
         copies = {layer: Derived(layer, _MAKERS[self._weights]) for layer in layers}
         return CarryingSwap(
-            layers, lambda module: _copied_class(class_of(module), is_transposed(module)), COPY, copies
+            layers, lambda module: _copied_class(class_of(module), is_transposed(module), self._weights), COPY, copies
         )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 
 
 @cache
-def _copied_class(plain: Any, transposed: bool) -> type:
+def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
     def forward(self: Any, x: Any) -> Any:
         bias = self.bias
         if not _takes(x, self.weight.shape[0 if transposed else 1]) or not _fits(bias):
@@ -168,7 +168,7 @@ def _copied_class(plain: Any, transposed: bool) -> type:
         weight, scale = copy.get()
         return _call(x, weight, scale, bias, False)
 
-    return subclass_with(plain, forward, copies=True)
+    return subclass_with(plain, forward, copies=weights)
 
 
 def _weight(module: Any) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "CarryingSwap",
     "ClassSwap",
     "class_of",
+    "copies_of",
     "fused_by",
     "in_fused",
     "is_fused",
@@ -165,10 +166,15 @@ def make_copies(module: nn.Module) -> None:
 
 def serves_copies(module: nn.Module) -> bool:
     """Whether a module itself, not one in it, computes from copies of its weights now."""
-    return bool(getattr(class_of(module), _COPIES, False))
+    return bool(copies_of(module))
 
 
-def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = False, method: str = "forward") -> type:
+def copies_of(module: Any) -> str:
+    """In what the copies are from which a module itself computes now ("bf16", "int8"); "" where there are none."""
+    return str(getattr(class_of(module), _COPIES, ""))
+
+
+def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "", method: str = "forward") -> type:
     """A subclass of a module's class with another `forward`, whose copies and pickles are of the plain class.
 
     It has the plain class's own names: whoever prints or names the type finds what was there.
@@ -176,7 +182,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
     Args:
         plain: The module's class.
         forward: The other one.
-        copies: Whether it computes from copies of the weights (`Derived`), which a compiler takes for weights.
+        copies: In what it has copies of the weights (`Derived`), which a compiler takes for weights; "" without any.
         method: What `forward` stands in for.
     """
 
@@ -201,6 +207,6 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: bool = Fa
         "__doc__": plain.__doc__,
     }
     if copies:
-        names[_COPIES] = True
+        names[_COPIES] = copies
     members = {**names, method: forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
     return type(plain.__name__, (plain,), members)
