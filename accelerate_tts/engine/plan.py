@@ -61,6 +61,7 @@ class Part:
         head: What makes logits of what it computes, if it is a decoder whose head is known.
         method: What the system calls to run it, if not the module itself: "forward" where it goes past the hooks, or a
             method of upstream's own.
+        few_rows: The share of its linear work that was seen to be done for a few rows at a time; 1.0 if unknown.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part:
     cached: bool = False
     head: Head | None = None
     method: str = CALL
+    few_rows: float = 1.0
 
 
 @dataclass(frozen=True)

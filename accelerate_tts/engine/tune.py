@@ -18,6 +18,7 @@ from accelerate_tts.engine.divergence import head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
+from accelerate_tts.engine.rows import linear_work
 from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
@@ -233,6 +234,7 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
     with (
         watch(session.plan.parts, session.device.type) as session.captured,
         calls_of(session.plan.roots) as session.called,
+        linear_work(session.plan.roots) as work,
         listening() as listener,
     ):
         reference = session.run()
@@ -241,7 +243,12 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
     left = max(0.0, session.deadline - time.perf_counter())
     session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
     parts = tuple(
-        replace(part, cached=cached, head=part.head or (head_of(part.module, session.plan.roots) if cached else None))
+        replace(
+            part,
+            cached=cached,
+            head=part.head or (head_of(part.module, session.plan.roots) if cached else None),
+            few_rows=work.share_of_few(part.module),
+        )
         for part in session.plan.parts
         for cached in (session.captured[part.name].cached,)
     )

@@ -8,7 +8,11 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["BaseChange", "BaseStage"]
+__all__ = ["LEAST_FEW_ROWS", "BaseChange", "BaseStage"]
+
+
+LEAST_FEW_ROWS = 0.05
+"""Of less, not even twice the speed would be a gain that counts (`MARGIN`); a trial takes seconds."""
 
 
 class BaseStage:

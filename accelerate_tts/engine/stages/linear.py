@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class FewRowsStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if part.few_rows < LEAST_FEW_ROWS:
+            return "next to nothing of its linear work has few rows"
         return None if _linears(part.module) else "no linear layer in it"
 
     def prepare(self, part: Part) -> ClassSwap:

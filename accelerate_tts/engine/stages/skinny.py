@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.native import skinny_linear
 from accelerate_tts.engine.stages.swap import (
@@ -56,6 +56,8 @@ class SkinnyStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if part.few_rows < LEAST_FEW_ROWS:
+            return "next to nothing of its linear work has few rows"
         return None if self._layers(part) else "no large linear layer in fp32 (or bf16) in it"
 
     def _layers(self, part: Part) -> list[nn.Module]:

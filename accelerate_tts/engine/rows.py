@@ -1,0 +1,65 @@
+"""How much of a part's linear work is done for a few rows at a time, as of tokens, and how much for many."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import nn
+
+__all__ = ["FEW", "LinearWork", "linear_work"]
+
+FEW = 8
+"""Rows up to which reading a weight from memory takes longer than multiplying with it.
+
+At 40 GB/s and 175 GFLOP/s, as measured on two cores with AVX-512, the two take the same time at nine rows.
+"""
+
+
+class LinearWork:
+    """The work of each module with a matrix for a weight, in readings of its weights."""
+
+    def __init__(self) -> None:
+        self._few: dict[int, float] = defaultdict(float)
+        self._all: dict[int, float] = defaultdict(float)
+
+    def note(self, module: Any, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        import torch
+
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or x.dim() == 0 or not x.is_floating_point() or x.numel() == 0:
+            return
+        rows = x.numel() // x.shape[-1]
+        work = module.weight.numel() * max(1.0, rows / FEW)
+        self._all[id(module)] += work
+        if rows <= FEW:
+            self._few[id(module)] += work
+
+    def share_of_few(self, part: nn.Module) -> float:
+        """Which share of a module's linear work, from 0.0 to 1.0, has few rows; 1.0 where none was seen."""
+        numbers = {id(module) for module in part.modules()}
+        everything = sum(self._all[number] for number in numbers & self._all.keys())
+        return sum(self._few[number] for number in numbers & self._few.keys()) / everything if everything else 1.0
+
+
+@contextmanager
+def linear_work(roots: tuple[nn.Module, ...]) -> Generator[LinearWork, None, None]:
+    """While open, note the linear work of every module inside `roots`."""
+    work = LinearWork()
+    modules = {inner for root in roots for inner in root.modules() if _has_a_matrix(inner)}
+    handles = [module.register_forward_pre_hook(work.note) for module in modules]
+    try:
+        yield work
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_a_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2  # noqa: PLR2004
