@@ -237,7 +237,7 @@ class EventHook(Protocol):
         ...
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finaliser may send an event in the middle of another one
 _hooks: tuple[EventHook, ...] = ()
 _logged: set[Event] = set()
 # Events carry texts, so their number is not bounded by their types; the memory of "already logged" is.

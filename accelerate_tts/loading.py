@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadedObjects"]
 
 _GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
+_FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps them in a file"
 _GUARD_OFF = "guard: off, by Settings.guard"
 
 # One for the process.
@@ -129,10 +130,13 @@ class LoadedObjects:
 
     def _notes(self, plan: ModelPlan, tuning: Tuning) -> list[str]:
         """What to say of the guard and of what it costs; weights go to disk here if that was asked for."""
-        from accelerate_tts.engine.originals import originals_to_file
+        from accelerate_tts.engine.originals import copied_storages, originals_to_file
         from accelerate_tts.engine.pack import pack_folder
 
+        beside = sum(copied_storages(plan.roots).values()) / 2**20
         notes = [_GUARD_ON if self._settings.guard else _GUARD_OFF]
+        if beside >= 1.0:
+            notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")
         if self._settings.guard_weights == "disk":
             moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
             notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
@@ -207,6 +211,11 @@ class LoadedObjects:
     def untouched(self, tuned: object) -> Generator[bool, None, None]:
         """See `PerformanceOptimizer.untouched`."""
         tuning = self.tuning_of(tuned)
+        guarding = None if tuning is None else retry.guard_of(tuning)
+        if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
+            with guarding.untouched():
+                yield guarding.in_force
+            return
         changes = () if tuning is None else tuning.changes
         for change in reversed(changes):
             change.off()

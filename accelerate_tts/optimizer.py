@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
 from accelerate_tts.engine.options import TuneOptions
-from accelerate_tts.errors import ModelError, SettingsError
+from accelerate_tts.errors import ModelError, PackError, SettingsError, shown
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
 from accelerate_tts.loading import LoadedObjects
 from accelerate_tts.runtime import modes
-from accelerate_tts.settings import Mode, Settings, is_active
+from accelerate_tts.settings import Mode, Settings, is_active, is_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +123,7 @@ class PerformanceOptimizer:
 
         if not isinstance(model, nn.Module):
             raise ModelError(
-                f"compile_model() needs a torch.nn.Module as {model_name!r}, got a {type(model).__name__};"
+                f"compile_model() needs a torch.nn.Module as {shown(model_name)}, got a {type(model).__name__};"
                 " for a pipeline object give one of its modules, or use @optimized_model"
             )
         mode = setup.compile_mode(self._ready(), self.settings)
@@ -247,7 +247,7 @@ class PerformanceOptimizer:
         """
         from accelerate_tts.engine.pack import pack_store
 
-        return pack_store(self.settings).export(None, Path(path))
+        return pack_store(self.settings).export(None, _file(path))
 
     def load_packs(self, path: str | PathLike[str]) -> int:
         """Take the warm packs of such a file into this user's folder. Returns how many.
@@ -257,7 +257,7 @@ class PerformanceOptimizer:
         """
         from accelerate_tts.engine.pack import pack_store
 
-        return pack_store(self.settings).load(Path(path))
+        return pack_store(self.settings).load(_file(path))
 
     # --- calls and memory ------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class PerformanceOptimizer:
         """
         for name, value in (("default", default), ("item_bytes", item_bytes)):
             if value is not None and (type(value) is not int or value < 1):
-                raise SettingsError(f"{name}={value!r} must be None or a whole number of at least 1")
+                raise SettingsError(f"{name}={shown(value)} must be None or a whole number of at least 1")
         device = self._ready()
         if item_bytes is not None:
             free = memory.free_bytes(device)
@@ -371,3 +371,9 @@ def receipt_of(tuned: object) -> Receipt | None:
         tuned: What was loaded, or the backend whose load method was decorated.
     """
     return get_performance_optimizer().receipt(tuned)
+
+
+def _file(path: Any) -> Path:
+    if not is_path(path):
+        raise PackError(f"path={shown(path)} must be the path of a file")
+    return Path(path)

@@ -269,14 +269,18 @@ def check_mode(mode: str) -> None:
     _check_name("mode", mode, get_args(Mode))
 
 
+def is_path(value: object) -> bool:
+    """Whether a value is a text or a path that a file system can be asked for."""
+    try:
+        path: Any = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+        return isinstance(path, str) and bool(path) and b"\0" not in os.fsencode(path)
+    except (TypeError, ValueError):  # an object that is no path after all, or characters that no file name has
+        return False
+
+
 def check_folder(name: str, folder: object) -> None:
     """Raise `SettingsError` unless `folder` is a text or a path that a file system can be asked for."""
-    try:
-        path: Any = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
-        usable = isinstance(path, str) and bool(path) and b"\0" not in os.fsencode(path)
-    except (TypeError, ValueError):  # an object that is no path after all, or characters that no file name has
-        usable = False
-    if not usable:
+    if not is_path(folder):
         raise SettingsError(f"{name}={shown(folder)} must be None or the path of a folder")
 
 

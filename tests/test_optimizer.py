@@ -31,7 +31,9 @@ from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
+from accelerate_tts.errors import PackError
 from accelerate_tts.events import Warmed, WarmupFailed
+from accelerate_tts.runtime import retry
 
 GIB = 1024**3
 
@@ -205,9 +207,9 @@ def test_receipts_do_not_keep_objects_alive() -> None:
     assert receipt_of((1, 2)) is None
 
 
-def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undoing is the documented cure for memory: copies of weights must go with it, and no trace stay on the model."""
-    change: list[weakref.ref[Any]] = []
+def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[weakref.ref[Any]]:
+    """Tune a model by one change of its class; a reference to the change."""
+    made: list[weakref.ref[Any]] = []
 
     class Copies(BaseStage):
         name = "copies"
@@ -216,9 +218,9 @@ def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
             return None
 
         def prepare(self, part: Part) -> BaseChange:
-            made = ClassSwap([part.module], lambda module: subclass_with(type(module), type(module).forward))
-            change.append(weakref.ref(made))
-            return made
+            change = ClassSwap([part.module], lambda module: subclass_with(type(module), type(module).forward))
+            made.append(weakref.ref(change))
+            return change
 
     def faster(run: Callable[[], object], *switches: Any, **_: Any) -> Timing:
         for switch in switches[:2]:
@@ -230,13 +232,55 @@ def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "compare_speed", faster)
     monkeypatch.setattr("accelerate_tts.engine.stages.default_stages", lambda *_: (Copies(),))
     monkeypatch.setenv("ACCELERATE_TTS_PACK", "0")
-    model = torch.nn.Linear(64, 64).eval()
-    before = dict(vars(model))
-    tuned = optimized_model(warmup=torch.ones(1, 64))(lambda: model)()
+    tuned = optimized_model(warmup=torch.ones(1, 4))(lambda: model)()
     assert [stage.stage for stage in receipt_of(tuned).kept] == ["copies"]  # type: ignore[union-attr]
+    return made
+
+
+def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoing is the documented cure for memory: copies of weights must go with it, and no trace stay on the model."""
+    model = nn.Linear(4, 4).eval()
+    before = dict(vars(model))
+    made = _tuned_by_a_swap(monkeypatch, model)
     assert vars(model) != before
     assert get_performance_optimizer().undo(model)
     gc.collect()
-    assert [reference() for reference in change] == [None]
+    assert [reference() for reference in made] == [None]
     assert vars(model) == before
-    assert type(model) is torch.nn.Linear
+    assert type(model) is nn.Linear
+
+
+@pytest.mark.parametrize("during", ["retire", "retry", "nothing"])
+def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """What the guard has put back for good stays so after the scope; a retry inside it switches nothing on."""
+    model = nn.Linear(4, 4).eval()
+    made = _tuned_by_a_swap(monkeypatch, model)
+    guard = retry.guard_of(model)
+    assert guard is not None
+    with get_performance_optimizer().untouched(model) as changed:
+        assert changed
+        assert type(model) is nn.Linear
+        if during == "retire":
+            guard.retire()
+        elif during == "retry":
+            with guard.untouched():
+                assert type(model) is nn.Linear
+            assert type(model) is nn.Linear
+    assert (type(model) is nn.Linear) == (during == "retire")
+    with get_performance_optimizer().untouched(model) as changed:
+        assert changed == (during != "retire")
+    assert made
+
+
+@pytest.mark.parametrize("path", [5, None, "", "a\0b", object(), b"packs"])
+def test_pack_files_are_named_by_paths(optimizer: PerformanceOptimizer, path: Any) -> None:
+    for ask in (optimizer.export_packs, optimizer.load_packs):
+        with pytest.raises(PackError, match="must be the path of a file"):
+            ask(path)
+
+
+@pytest.mark.parametrize("number", [-(10**5000), 0, True, 1.5, float("nan")])
+def test_numbers_that_are_none(optimizer: PerformanceOptimizer, number: Any) -> None:
+    for given in ({"default": number}, {"item_bytes": number}):
+        with pytest.raises(SettingsError, match=next(iter(given))):
+            optimizer.get_optimal_batch_size(**given)

@@ -63,7 +63,8 @@ def outline(value: Any) -> Any:
         return _about(value)
     if not callable(value):
         return value if isinstance(value, (str, int, float, type(None))) else _name(type(value))
-    return [_name(value), code_of(value)]
+    code = code_of(value)
+    return [_name(value), code] if code else [_name(value)]
 
 
 def code_of(function: Any) -> str:

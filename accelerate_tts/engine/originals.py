@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["originals_to_file"]
+__all__ = ["copied_storages", "originals_to_file"]
 
 _LEAST = 1 << 16  # bytes: what is smaller is not worth a mapping
 
@@ -35,14 +35,7 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
     Returns:
         Bytes that were moved; 0 with a `NotApplied` event if they could not be.
     """
-    storages = {
-        storage.data_ptr(): storage.nbytes()
-        for root in roots
-        for module in root.modules()
-        if serves_copies(module)
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None and (storage := _movable(tensor)) is not None
-    }
+    storages = copied_storages(roots)
     if not storages:
         return 0
     try:
@@ -51,6 +44,18 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
     except OSError as error:
         emit(NotApplied(f"weights of {what} in a file", str(error)))
         return 0
+
+
+def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
+    """Addresses and bytes of the loaded weights of layers that compute from copies, as far as they can be moved."""
+    return {
+        storage.data_ptr(): storage.nbytes()
+        for root in roots
+        for module in root.modules()
+        if serves_copies(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None and (storage := _movable(tensor)) is not None
+    }
 
 
 def _movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.runtime import guard, modes
 from accelerate_tts.runtime.guard import Heard, Units
-from accelerate_tts.runtime.retry import Guard, Listener, Watcher
+from accelerate_tts.runtime.retry import Guarding, Listener, Watcher
 
 if TYPE_CHECKING:
     from accelerate_tts.settings import Mode
@@ -34,7 +34,15 @@ def call(
     """`modes.call`, and a look at what comes of it: of a plain call at once, of the other kinds as they are stepped."""
     attempt = _Attempt(watcher, function, args, kwargs, mode)
     attempt.keep_random()
-    result = attempt.make()
+    try:
+        result = attempt.make()
+    except Exception:
+        again = attempt.disturbed()
+        if again is None:
+            raise
+        with again.untouched():
+            attempt.put_random_back()
+            result = attempt.make()
     kind = type(result)  # modes.call gives these three kinds only, whatever the function gave
     if kind is types.CoroutineType:
         return modes.named_like(result, _coroutine(attempt, modes.Owning(result, nullcontext)))
@@ -64,6 +72,16 @@ class _Attempt:
         self._given = (*args, *kwargs.values())
         self._random: Callable[[], None] | None = None
         self.fault = ""
+        self._switched = watcher.switched if isinstance(watcher, Guarding) else 0
+
+    def disturbed(self) -> Guarding | None:
+        """After an exception: the guard by whose switching meanwhile it may have come, if the call can be made again.
+
+        Another call's second attempt takes the changes off under this one's feet: a half-precision number may have met
+        a layer that was in fp32 again. An exception of the user's own is never taken for that but in such a moment.
+        """
+        moved = isinstance(self.watcher, Guarding) and self.watcher.switched != self._switched
+        return self.watcher if moved and not self.obstacle() else None  # type: ignore[return-value]
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
@@ -71,7 +89,7 @@ class _Attempt:
 
     def keep_random(self) -> None:
         """Remember the states of all random numbers; again where a body begins to run later than it was called."""
-        if isinstance(self.watcher, Guard):
+        if isinstance(self.watcher, Guarding):
             self._random = _random_states(self._given)
 
     def put_random_back(self) -> None:
@@ -85,11 +103,11 @@ class _Attempt:
         used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)
         return "an argument can be read once only" if used else ""
 
-    def to_retry(self, result: Any) -> Guard | None:
+    def to_retry(self, result: Any) -> Guarding | None:
         """The guard that wants this call made again, or `None` if the result is good or all that can be had."""
         fault = self.watcher.judge(self.name, self.units, guard.hear(result), whole=True)
         guarding = self.watcher
-        if fault is None or not isinstance(guarding, Guard):
+        if fault is None or not isinstance(guarding, Guarding):
             return None
         obstacle = self.obstacle()
         if obstacle:
@@ -105,7 +123,7 @@ class _Attempt:
 
     def settle(self, same: bool) -> None:
         """Say whose fault it was, by whether the second attempt has one, too."""
-        if isinstance(self.watcher, Guard):
+        if isinstance(self.watcher, Guarding):
             if same:
                 self.watcher.own(self.name, self.fault)
             else:
@@ -144,17 +162,25 @@ def _kept(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], 
 
 async def _coroutine(attempt: _Attempt, body: modes.Owning) -> Any:
     attempt.keep_random()
-    result = await body
+    try:
+        result = await body
+    except Exception:
+        again = attempt.disturbed()
+        if again is None:
+            raise
+        return await _untouched(attempt, again)
     guarding = attempt.to_retry(result)
     if guarding is None:
         return result
+    return attempt.settled(await _untouched(attempt, guarding))
+
+
+async def _untouched(attempt: _Attempt, guarding: Guarding) -> Any:
     # Across suspensions, too: the body may be waiting for a thread in which the model runs.
     with guarding.untouched():
         attempt.put_random_back()
         result = attempt.make()
-        if type(result) is types.CoroutineType:
-            result = await result
-    return attempt.settled(result)
+        return await result if type(result) is types.CoroutineType else result
 
 
 class _Stream:
@@ -166,7 +192,7 @@ class _Stream:
 
     def __init__(self, attempt: _Attempt) -> None:
         self.attempt = attempt
-        self.guarding: Guard | None = None
+        self.guarding: Guarding | None = None
         self.driven = False
         self._pending = False
         self._all = Heard()
@@ -227,7 +253,7 @@ class _Stream:
         attempt = self.attempt
         total = self._all if self._pieces else Heard(audio=True)  # nothing at all is the deepest silence
         fault = attempt.watcher.judge(attempt.name, attempt.units, total, whole=True)
-        if fault != "silent" or not isinstance(attempt.watcher, Guard):
+        if fault != "silent" or not isinstance(attempt.watcher, Guarding):
             return False  # what else there is was told when it came
         if self._pieces == 0:
             return self._begins_again(fault)
@@ -236,7 +262,7 @@ class _Stream:
 
     def _begins_again(self, fault: str) -> bool:
         attempt, guarding = self.attempt, self.attempt.watcher
-        if not isinstance(guarding, Guard):
+        if not isinstance(guarding, Guarding):
             return False
         obstacle = attempt.obstacle() or ("values were sent into the stream" if self.driven else "")
         if obstacle:

@@ -2,7 +2,8 @@
 
 Tuning changes a model in place and in such a way that it can be switched back, and the loaded weights stay where they
 are. So the untouched model is reached by switching the changes off for as long as the second attempt runs, and no
-second copy is held. Calls of other threads meanwhile run partly untouched, which is slower and as right.
+second copy is held. Calls of other threads meanwhile run partly untouched, which is slower and as right; one that
+raises because of it is made again, untouched.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -18,7 +19,18 @@ from accelerate_tts.events import FellBack, Guarded, emit
 from accelerate_tts.runtime import guard
 from accelerate_tts.runtime.guard import Expectation, Heard, Units
 
-__all__ = ["Guard", "Listener", "Switch", "Watcher", "guard_of", "listening", "protect", "watcher_of"]
+__all__ = [
+    "Guard",
+    "Guarding",
+    "Guards",
+    "Listener",
+    "Switch",
+    "Watcher",
+    "guard_of",
+    "listening",
+    "protect",
+    "watcher_of",
+]
 
 _OWN = "the untouched model gives the same, so this is what was given"
 
@@ -75,8 +87,10 @@ class Guard:
         self._switch = weakref.ref(switch)
         self._expected = expected
         self._limit = limit
-        self._lock = threading.Lock()
+        # Taken again by the same thread where the collector closes an abandoned stream while changes are switched.
+        self._lock = threading.RLock()
         self._held = 0
+        self.switched = 0
         self._faults = 0
         self._own: dict[tuple[str, str], int] = {}
         self.retired = False
@@ -109,10 +123,16 @@ class Guard:
             switch = self._switch()
             if switch is None or self.retired:
                 return
-            if before == 0:
-                switch.off()
-            elif self._held == 0:
-                switch.on()
+            try:
+                if before == 0:
+                    self.switched += 1
+                    switch.off()
+                elif self._held == 0:
+                    self.switched += 1
+                    switch.on()
+            except BaseException:
+                self._held -= more
+                raise
 
     def retire(self) -> None:
         """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again."""
@@ -120,6 +140,7 @@ class Guard:
             self.retired = True
             switch = self._switch()
             if switch is not None:
+                self.switched += 1
                 switch.off()
 
     def own(self, name: str, fault: str) -> None:
@@ -139,8 +160,48 @@ class Guard:
             emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
 
 
+class Guards:
+    """All guards of one call, as of a model and a vocoder that were loaded one after the other.
+
+    Nobody can tell whose fault it was: the second attempt is without the changes of any, and counts for each.
+    """
+
+    def __init__(self, guards: tuple[Guard, ...]) -> None:
+        self._guards = guards
+
+    @property
+    def switched(self) -> int:
+        """How often the changes of any were switched."""
+        return sum(guarding.switched for guarding in self._guards)
+
+    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
+        """See `Watcher.judge`."""
+        judged = (guarding.judge(name, units, heard, whole=whole) for guarding in self._guards)
+        return next((fault for fault in judged if fault is not None), None)
+
+    @contextmanager
+    def untouched(self) -> Generator[None, None, None]:
+        """See `Guard.untouched`."""
+        with ExitStack() as scopes:
+            for guarding in self._guards:
+                scopes.enter_context(guarding.untouched())
+            yield
+
+    def own(self, name: str, fault: str) -> None:
+        """See `Guard.own`."""
+        for guarding in self._guards:
+            guarding.own(name, fault)
+
+    def count(self, name: str, fault: str, outcome: str) -> None:
+        """See `Guard.count`."""
+        for guarding in self._guards:
+            guarding.count(name, fault, outcome)
+
+
+Guarding = Guard | Guards
+
 # By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
-_guards: dict[int, tuple[weakref.ref[Any], Guard]] = {}
+_guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
 _listener: Listener | None = None
 # A function inside a second attempt is not made again by itself; the whole attempt is untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
@@ -149,9 +210,10 @@ _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=Fals
 def protect(item: object, guarding: Guard) -> None:
     """Guard the `@inference` calls of an object, or that are given it; one that takes no weak reference is passed over.
 
-    The last guard of an object counts.
+    An object that holds several tuned ones has a guard for each.
     """
     number = id(item)
+    others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
 
     def gone(reference: object) -> None:
         entry = _guards.get(number)
@@ -159,7 +221,7 @@ def protect(item: object, guarding: Guard) -> None:
             del _guards[number]
 
     with suppress(TypeError):
-        _guards[number] = (weakref.ref(item, gone), guarding)
+        _guards[number] = (weakref.ref(item, gone), (*others, guarding))
 
 
 @contextmanager
@@ -173,17 +235,24 @@ def listening() -> Generator[Listener, None, None]:
         _listener = None
 
 
-def guard_of(item: object) -> Guard | None:
-    """The guard of an object, if it has one."""
+def guards_of(item: object) -> tuple[Guard, ...]:
+    """The guards of an object, the last one last."""
     entry = _guards.get(id(item))
-    return entry[1] if entry is not None and entry[0]() is item else None
+    return entry[1] if entry is not None and entry[0]() is item else ()
+
+
+def guard_of(item: object) -> Guard | None:
+    """The last guard of an object, if it has one; a tuning has no other."""
+    guards = guards_of(item)
+    return guards[-1] if guards else None
 
 
 def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
     """Who watches a call: the guard of the object whose method it is, of an argument, or of what the object holds."""
     if _guards and not _retrying.get():
-        for item in (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values()):
-            guarding = guard_of(item)
-            if guarding is not None and guarding.in_force:
-                return guarding
+        items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
+        found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
+        if found:
+            guards = tuple(found.values())
+            return guards[0] if len(guards) == 1 else Guards(guards)
     return _listener

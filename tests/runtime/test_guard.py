@@ -860,3 +860,115 @@ def test_an_output_that_holds_itself_is_looked_at_to_a_depth() -> None:
 def test_the_event_is_logged_with_its_fault(seen: list[Event]) -> None:
     emit(Guarded("Voice", "B.speak", "silent", "made again", 1))
     assert str(seen[0]) == "Voice: the output of B.speak was silent (fault 1); made again"
+
+
+# --- several tuned objects, and calls beside a second attempt ------------------------------------------------------
+
+
+class TwoStep(Backend):
+    """An acoustic model and a vocoder that were loaded and tuned one after the other."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.vocoder = Voice()
+        self.second = Tuning(Receipt("Vocoder", "cpu", {}), (Change(self.vocoder, lambda wave: wave),))
+        self.second.on()
+
+    @inference
+    def speak(self, text: str) -> torch.Tensor:
+        return self.voice(SAMPLES * len(text)) + 0.01 * self.vocoder(SAMPLES * len(text))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_tuned_objects_either_is_guarded(order: tuple[int, int], seen: list[Event]) -> None:
+    backend = TwoStep(nan)
+    guards = [
+        retry.Guard(name, tuning, {}, 2) for name, tuning in (("Voice", backend.tuning), ("Vocoder", backend.second))
+    ]
+    for number in order:  # both loads remember the backend; the last one used to take it over
+        retry.protect(backend, guards[number])
+    for _ in range(2):
+        assert bool(backend.speak(TEXT).isfinite().all())
+    assert {event.what for event in told(seen)} == {"Voice", "Vocoder"}, "nobody knows whose fault it was"
+    assert all(guard.retired for guard in guards)
+    assert backend.voice.fault is None
+    assert all(guard._held == 0 for guard in guards)
+    assert bool(backend.speak(TEXT).isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["speak", "speak_later"])
+def test_a_call_that_raises_because_of_anothers_retry_is_made_again(kind: str, guarded: Any) -> None:
+    """As half-precision activations do that meet a layer which has just been put back to fp32."""
+    backend = guarded(lambda wave: wave)
+    guard = retry.guard_of(backend.voice)
+    assert guard is not None
+    calls = []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        calls.append(backend.voice.fault is not None)
+        if len(calls) == 1:  # in the middle of it another thread's second attempt begins and ends
+            with guard.untouched():
+                pass
+            raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float")
+        return wave
+
+    backend.voice.own = own
+    seed()
+    assert torch.equal(call(backend, kind), untouched(kind))
+    assert calls == [True, False], "made again, untouched"
+    assert backend.voice.fault is not None
+    assert guard._held == 0
+
+
+@pytest.mark.parametrize("kind", ["speak", "speak_later"])
+def test_a_users_own_exception_is_not_made_again(kind: str, guarded: Any) -> None:
+    backend = guarded(lambda wave: wave)
+    calls = []
+
+    def own(_wave: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        raise ValueError("no such voice")
+
+    backend.voice.own = own
+    with pytest.raises(ValueError, match="no such voice"):
+        call(backend, kind)
+    assert len(calls) == 1
+
+
+def test_a_switch_that_fails_holds_nothing(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = guarded(nan)
+    guard = retry.guard_of(backend.voice)
+    assert guard is not None
+
+    def fails(_change: Change) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Change, "off", fails)
+        with pytest.raises(OSError), guard.untouched():
+            pass
+    assert guard._held == 0
+    with guard.untouched():
+        assert backend.voice.fault is None
+    assert backend.voice.fault is not None
+
+
+def test_the_collector_may_close_a_stream_while_changes_are_switched(guarded: Any) -> None:
+    """An abandoned stream in a cycle, closed on the thread that holds the guard's lock: it used to wait for itself."""
+    backend = guarded(nan)
+    stream = backend.stream(TEXT)
+    next(stream)  # from the second attempt
+    guard = retry.guard_of(backend.voice)
+    assert guard is not None
+    done = []
+
+    def closes() -> None:
+        with guard._lock:
+            stream.close()
+        done.append(1)
+
+    thread = threading.Thread(target=closes, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done
+    assert guard._held == 0
