@@ -279,7 +279,7 @@ def test_pack_files_are_named_by_paths(optimizer: PerformanceOptimizer, path: An
             ask(path)
 
 
-@pytest.mark.parametrize("number", [-(10**5000), 0, True, 1.5, float("nan")])
+@pytest.mark.parametrize("number", [-(10**5000), 0, True, 1.5, float("nan")], ids=["huge", "0", "True", "1.5", "nan"])
 def test_numbers_that_are_none(optimizer: PerformanceOptimizer, number: Any) -> None:
     for given in ({"default": number}, {"item_bytes": number}):
         with pytest.raises(SettingsError, match=next(iter(given))):

@@ -40,6 +40,8 @@ _COMPARISON = 2.0
 # A candidate that takes this many times as long as the untouched part, after a run that filled its caches, is dropped
 # without being timed in pairs: half precision on a CPU without it can be a hundred times slower.
 _HOPELESS = 3.0
+# One that took this many times as long for its outputs, though it compiles nothing, is not run again.
+_NOT_TWICE = 10.0
 # An alternative that takes this many times as long as the one in force did when it was timed is not timed in pairs.
 _FAR_BEHIND = 1.3
 # Seconds of one replay from which a first look that shows no gain at all is enough: so much work varies by a few per
@@ -136,7 +138,7 @@ def _is_whole(session: Session, part: Part) -> bool:
     return is_root and any(id(module) in session.called for module in part.module.modules())
 
 
-def _judge(  # noqa: PLR0913, PLR0917 - what a trial consists of
+def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and each reason to end it
     session: Session, part: Part, change: Change, rival: Kept | None, result: StageResult, which: Which
 ) -> StageResult:
     """Run the part with the change: first for its outputs, then for its time."""
@@ -147,7 +149,9 @@ def _judge(  # noqa: PLR0913, PLR0917 - what a trial consists of
         return replace(result, reason="its own output does not repeat, so nothing can be verified")
     with fallbacks() as fallen:
         change.on()
+        clock = time.perf_counter()
         outputs = within(_left(session), result.stage, lambda: session.outputs(part))
+        took = time.perf_counter() - clock
         difference = compare(reference.outputs, outputs)
         difference = replace(difference, divergence=divergence(reference.outputs, outputs, part.head))
     for event in fallen:
@@ -160,6 +164,8 @@ def _judge(  # noqa: PLR0913, PLR0917 - what a trial consists of
     fault = _fault(session, part, change, difference)
     if fault is not None:
         return replace(result, reason=fault)
+    if change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0):  # nothing was compiled in that time
+        return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
     seconds = session.seconds(part, which)
     before = reference.seconds if which == "loop" else math.inf
     hopeless = _hopeless(part, before, seconds) or _behind(session, rival, seconds)

@@ -66,6 +66,9 @@ def test_the_other_systems_speak_the_same_twice(name: str) -> None:
         (["nonesuch"], "'nonesuch' is not one of chatterbox, higgs"),
         (["mms", "--precision", "sloppy"], "precision='sloppy'"),
         (["mms", "--pairs", "0"], "greater than or equal to 1"),
+        (["mms", "--tune-seconds", "nan"], "--tune-seconds"),
+        (["mms", "--json", "/no/such/folder/bench.json"], "--json /no/such/folder/bench.json"),
+        (["mms", "--json", "/"], "--json /"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], said: str) -> None:
@@ -87,7 +90,23 @@ def test_a_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install 'coqui-tts[codec]' six" in " ".join(done.output.split())
     both = bench("xtts", "mms")
     assert both.exit_code == 0
-    assert "xtts is left out" in both.output
+    assert "xtts, exact is left out: MissingExtraError" in both.output
+
+
+def test_a_system_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an hour's bench of all, the one that ran out of memory is missing, and nothing else."""
+    measured = command.bench
+
+    def fails(name: str, *args: Any, **kwargs: Any) -> Measured:
+        if name == "xtts":
+            raise MemoryError("not enough")
+        return measured(name, *args, **kwargs)
+
+    monkeypatch.setattr(command, "bench", fails)
+    done = bench("xtts", "mms")
+    assert done.exit_code == 0
+    assert "xtts, exact is left out: MemoryError: not enough" in done.output
+    assert "mms, exact: promised" in done.output
 
 
 def test_the_overview_has_a_row_a_system_and_a_column_a_precision() -> None:

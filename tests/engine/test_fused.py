@@ -16,6 +16,7 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import default_stages, fused
+from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
 from accelerate_tts.engine.stages.linear import FewRowsStage
@@ -339,3 +340,100 @@ def test_copies_are_made_only_where_they_were_asked_for() -> None:
     assert names == {"exact": [fp32], "balanced": [fp32, bf16], "fast": [fp32, bf16, int8]}
     assert not [stage for stage in default_stages("cpu", None) if "fused" in stage.name], "it needs the compiler"
     assert LIMITS["fp32"] < EXACT_TOLERANCE
+
+
+# --- what the kernel must not be given -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_the_users_default_dtype_is_not_the_kernels(dtype: torch.dtype, weights: Weights) -> None:
+    """It writes fp32 numbers: into a buffer of another dtype it would write past the end."""
+    model = of("Llama")
+    change = fuse(model, weights)
+    torch.set_default_dtype(dtype)
+    try:
+        expected = loop(model)
+        change.on()
+        found = loop(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert error(expected, found) < LIMITS[weights]
+
+
+class Adapter(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * 2.0
+
+
+def test_an_adapter_that_is_put_in_later_is_used(seen: list[Event], served: list[Any]) -> None:
+    model = of("Llama")
+    fuse(model, "fp32").on()
+    loop(model)
+    assert served
+    served.clear()
+    for layer in model.layers:
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    found = loop(model)
+    assert not served
+    fresh = of("Llama")
+    for layer in fresh.layers:
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    assert error(loop(fresh), found) < 1e-5
+    assert any("exchanged" in str(event) for event in seen)
+
+
+def test_a_forward_that_was_put_over_a_layer_is_used(served: list[Any]) -> None:
+    model = of("Llama")
+    fuse(model, "fp32").on()
+    for layer in model.layers:
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda x, plain=plain: plain(x) * 2.0
+    found = loop(model)
+    assert not served
+    fresh = of("Llama")
+    for layer in fresh.layers:
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda x, plain=plain: plain(x) * 2.0
+    assert error(loop(fresh), found) < 1e-5
+
+
+class Wrapped(torch.Tensor):
+    """As a quantised or sharded weight: a tensor without memory of its own."""
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda layer: setattr(layer.mlp.up_proj, "weight", nn.Parameter(torch.randn(40, 32))),
+        lambda layer: setattr(layer.self_attn.k_proj, "weight", nn.Parameter(torch.randn(8, 32))),
+        lambda layer: setattr(layer.self_attn.o_proj, "weight", nn.Parameter(torch.randn(32, 16))),
+        lambda layer: setattr(layer.input_layernorm, "weight", nn.Parameter(torch.ones(31))),
+        lambda layer: setattr(layer.mlp.down_proj, "bias", nn.Parameter(torch.ones(7))),
+        lambda layer: layer.self_attn.q_proj._parameters.update(
+            weight=layer.self_attn.q_proj.weight.detach().as_subclass(Wrapped)
+        ),
+    ],
+    ids=["inner", "keys", "attended", "norm", "bias", "subclass"],
+)
+def test_shapes_that_do_not_fit_together_are_upstreams(spoil: Callable[[Any], Any]) -> None:
+    block = of("Llama").layers[0]
+    assert anatomies(block, "fp32")
+    spoil(block)
+    assert not anatomies(block, "fp32")
+
+
+def test_a_block_without_its_rotation_is_upstreams(served: list[Any]) -> None:
+    model = of("Llama")
+    fuse(model, "fp32").on()
+    with torch.inference_mode():
+        past = model(inputs_embeds=torch.ones(1, 4, 32), use_cache=True).past_key_values
+        with pytest.raises(TypeError):
+            model.layers[0](torch.ones(1, 1, 32), past_key_values=past, position_embeddings=None)
+    assert not served

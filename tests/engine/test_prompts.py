@@ -14,8 +14,7 @@ from torch import nn
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import default_stages, prompts
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
-from accelerate_tts.engine.stages.prompts import Int8PromptStage, PromptStage
-from accelerate_tts.engine.stages.quantize import own_engines
+from accelerate_tts.engine.stages.prompts import PromptStage
 from accelerate_tts.engine.stages.skinny import Weights
 
 
@@ -133,44 +132,6 @@ def test_copies_and_pickles_are_plain() -> None:
         assert type(twin.layers[0].mlp.up_proj) is nn.Linear
         assert state.keys() == twin.state_dict().keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in twin.state_dict().items())
-
-
-@pytest.mark.parametrize("engine", own_engines())
-@pytest.mark.parametrize("name", ["Llama", "Llama with biases", "GPT2"])
-def test_a_prompt_by_torchs_own_8_bit_kernels(name: str, engine: str) -> None:
-    model = of(name)
-    expected = prompt(model)
-    part = Part("model", "decoder", model)
-    stage = Int8PromptStage(engine)
-    assert "no fused blocks" in str(stage.applies(part))
-    fused_blocks = FusedBlocksStage("int8").prepare(part)
-    fused_blocks.on()
-    assert stage.applies(part) is None
-    change = stage.prepare(part)
-    change.on()
-    found = prompt(model)
-    assert 0 < error(expected, found) < 0.1
-    with torch.inference_mode():  # a token goes on from that prompt by the fused blocks
-        past = model(inputs_embeds=torch.ones(2, 12, 32), use_cache=True).past_key_values
-        token = model(inputs_embeds=torch.ones(2, 1, 32), past_key_values=past, use_cache=True).last_hidden_state
-    assert bool(token.isfinite().all())
-    twin = copy.deepcopy(model)
-    assert torch.equal(prompt(twin), expected)
-    change.off()
-    assert torch.equal(prompt(model), expected)
-    fused_blocks.off()
-    assert torch.equal(prompt(model), expected)
-
-
-def test_of_the_ways_to_serve_prompts_one_is_kept() -> None:
-    stages = [stage for stage in default_stages("cpu", "default", "fast") if stage.name.split("(")[0] in {
-        "bf16 prompts", "int8 prompts ",
-    }]  # fmt: skip
-    assert len(stages) == 1 + len(own_engines())
-    assert {(stage.group, stage.times) for stage in stages} == {("prompts", "others")}
-    for precision in ("exact", "balanced"):
-        names = [stage.name for stage in default_stages("cpu", "default", precision)]  # type: ignore[arg-type]
-        assert not [name for name in names if name.startswith("int8 prompts")]
 
 
 def test_where_it_has_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, SettingsError
 from accelerate_tts.events import Event, Trying, add_hook
-from accelerate_tts.settings import Settings, check_precision
+from accelerate_tts.settings import Settings, check_precision, check_tune_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +66,10 @@ def run(systems: Sequence[str], options: Options) -> None:
             raise SettingsError(f"{name!r} is not one of {', '.join(SYSTEMS)}, all")
     for precision in options.precisions:
         check_precision(precision)
+    check_tune_seconds(options.tune_seconds)
+    for option, path in (("--json", options.json), ("--plot", options.plot)):  # before minutes of tuning, not after
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise SettingsError(f"{option} {path}: that is no file in a folder that exists")
     if options.plot is not None:
         _pyplot()
     warnings.simplefilter("ignore")
@@ -90,10 +94,11 @@ def _each(names: Sequence[str], options: Options) -> list[Measured]:
         _say(f"{name}, {precision}, {options.size}: building and tuning ...")
         try:
             found.append(_measured(name, precision, options))
-        except MissingExtraError as error:
+        except Exception as error:  # memory, perhaps: what the other systems gave in an hour is not thrown away
             if len(names) == 1:
                 raise
-            _say(f"{name} is left out: {error}")
+            _say(f"{name}, {precision} is left out: {type(error).__name__}: {error}")
+            continue
         if options.json is not None:  # after each, since the next may take minutes
             options.json.write_text(json.dumps([_finite(one.as_dict()) for one in found], indent=2), "utf-8")
         gc.collect()

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["OVERVIEW", "overview", "rows", "summary"]
 
 OVERVIEW = (
-    "system", "promised", "torch.compile", *get_args(Precision), "error", "tuned in", "warm pack", "memory",
+    "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "tuned in", "warm pack",
+    "memory",
 )  # fmt: skip
-"""The columns of `overview`: ratios of a whole call, and of the precisions that were run, in their order, the rest."""
+"""The columns of `overview`: ratios of a whole call, and of the precisions that were run, in their order, the rest.
+
+The first call is the untouched model's, cold; its short text is the warm-up's.
+"""
 
 
 def overview(found: Sequence[Measured]) -> list[tuple[str, ...]]:
@@ -32,6 +36,7 @@ def overview(found: Sequence[Measured]) -> list[tuple[str, ...]]:
             name, f"{low} to {high}x", "" if naive is None else f"{naive:.2f}x",
             *(f"{of_it[p].whole.ratio:.2f}x" if p in of_it else "" for p in get_args(Precision)),
             ", ".join(_error(one) for one in runs),
+            next((f"{one.cold:.1f} s" for one in runs if one.cold is not None), "-"),
             ", ".join(f"{one.tuning:.0f} s" for one in runs),
             ", ".join("-" if one.warm_start is None else f"{one.warm_start:.0f} s" for one in runs),
             ", ".join(f"{one.memory:.2f}x" for one in runs),

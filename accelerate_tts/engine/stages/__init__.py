@@ -81,8 +81,8 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
-    from accelerate_tts.engine.stages.prompts import Int8PromptStage, PromptStage
-    from accelerate_tts.engine.stages.quantize import own_engines, quantize_stages
+    from accelerate_tts.engine.stages.prompts import PromptStage
+    from accelerate_tts.engine.stages.quantize import quantize_stages
     from accelerate_tts.engine.stages.skinny import SkinnyStage
 
     on_cpu = device_type == "cpu"
@@ -95,7 +95,6 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
         stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
         stages += [FusedBlocksStage("int8")] if precision == "fast" else []
         stages += [PromptStage()] if precision != "exact" else []
-        stages += [Int8PromptStage(engine) for engine in own_engines()] if precision == "fast" else []
     if precision != "exact":
         for dtype in half_dtypes(device_type):
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]

@@ -113,6 +113,10 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
         )  # fmt: skip
 
     layers = list(anatomy.layers().values())
+    plain = {torch.Tensor, nn.Parameter}  # a quantised or sharded weight has no memory of its own to point to
+    tensors = [getattr(m, name, None) for m in (*layers, anatomy.norm1, anatomy.norm2) for name in ("weight", "bias")]
+    if not all(type(tensor) in plain for tensor in tensors if tensor is not None):
+        return False
     if anatomy.activation < 0 or anatomy.heads % anatomy.kv_heads or not all(map(is_linear, layers)):
         return False
     dtypes = {layer.weight.dtype for layer in layers}
@@ -122,4 +126,29 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
         and len(dtypes) == 1 and dtypes <= stored
         and all(layer.weight.device.type == "cpu" and layer.weight.is_contiguous() for layer in layers)
         and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
+        and _fits_together(anatomy)
     )  # fmt: skip
+
+
+def _fits_together(anatomy: Anatomy) -> bool:
+    """Whether all shapes are those that the kernel goes by: it is given addresses, and asks nobody else."""
+    if len({is_transposed(layer) for layer in anatomy.layers().values()}) > 1:
+        return False
+    if hasattr(anatomy.norm1, "eps") != hasattr(anatomy.norm2, "eps"):
+        return False
+    shapes = {
+        name: tuple(layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape)
+        for name, layer in anatomy.layers().items()
+    }
+    hidden, attended = anatomy.norm1.weight.shape[0], anatomy.heads * anatomy.head_dim
+    keys, inner = anatomy.kv_heads * anatomy.head_dim, shapes["up"][0]
+    expected = {
+        "q": (attended if "k" in shapes else attended + 2 * keys, hidden), "k": (keys, hidden), "v": (keys, hidden),
+        "o": (hidden, attended), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+    biases = all(layer.bias is None or tuple(layer.bias.shape) == shapes[name][:1]
+                 for name, layer in anatomy.layers().items())  # fmt: skip
+    norms = (anatomy.norm1, anatomy.norm2)
+    sizes = {tuple(tensor.shape) for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None))
+             if tensor is not None}  # fmt: skip
+    return biases and sizes == {(hidden,)} and all(shape == expected[name] for name, shape in shapes.items())

@@ -2,8 +2,8 @@
 //
 // A block in eager PyTorch is some twenty operators, each of which wakes all threads for a few microseconds of work
 // beside the weights. Here the threads are woken once, and wait for each other at eight barriers. Built behind
-// skinny.cpp, whose formats and dot products it uses: what reads the weights is the same. Loops are marked `omp simd`
-// since inductor's flags leave no other loop to the vectoriser.
+// skinny.cpp, whose formats and dot products it uses: what reads the weights is the same. Loops that must become vectors
+// are marked `omp simd`; native.py asks the compiler for that, since inductor's own flags forbid it.
 
 // Both structs are filled in by fused.py, field by field.
 struct Linear {

@@ -98,6 +98,13 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
     return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
 
 
+def _place(block: Any, number: int) -> int:
+    """The block's place in the cache: blocks of another kind may lie between those of a row."""
+    attention = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+    place = getattr(attention, "layer_idx", None)
+    return place if isinstance(place, int) else number
+
+
 def _kind(block: nn.Module) -> Any:
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in block.state_dict().items())
     return plain_class(block), shapes
@@ -142,7 +149,7 @@ class _Row:
     """Blocks of one kind and the graphs that they share."""
 
     def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
-        self.blocks = {block: number for number, block in enumerate(blocks)}
+        self.blocks = {block: _place(block, number) for number, block in enumerate(blocks)}
         self._what = what
         self._mode = mode
         self._counter = counter

@@ -192,12 +192,16 @@ class _Fused:
         attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
         self._number = attention.layer_idx
         self._config = attention.config
-        self._watched = Watched(block)
-        self._described: dict[bool, _Described] = {}
+        # What was computed from the weights, and what tells when they were written: one pair, for threads.
+        self._known: tuple[Watched, dict[bool, _Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
-        self._dtype = next(iter(found.values())).q.weight.dtype
+        one = next(iter(found.values()))
+        self._dtype = one.q.weight.dtype
+        self._cache_shape = (one.kv_heads, one.head_dim)
+        self._hidden = one.norm1.weight.shape[0]
         self._inner = [inner for inner in block.modules() if inner is not block]
+        self._places = [(inner._modules, name, m) for inner in block.modules() for name, m in inner._modules.items()]
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
@@ -220,9 +224,8 @@ class _Fused:
 
     def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The copy of a layer's weight as it is now, (outputs, inputs), and the scale of each output if it is int8."""
-        return next(
-            described.copies[layer] for of_text in self._kinds if layer in (described := self._describe(of_text)).copies
-        )
+        described = (self._describe(of_text) for of_text in self._kinds)
+        return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block makes of one token, or `None` if this call is upstream's business."""
@@ -244,16 +247,23 @@ class _Fused:
         import torch
 
         keys, values = layer.buffers()
-        if keys.dtype != self._dtype or values.shape != keys.shape:
+        if keys.dtype != self._dtype or values.shape != keys.shape or keys.device.type != "cpu":
             return None
-        rotation = _rotation(named.get("position_embeddings"), hidden.shape[0], keys.shape[-1])
+        if (keys.shape[1], keys.shape[3]) != self._cache_shape or hidden.shape[-1] != self._hidden:
+            return None  # upstream's own error
+        rotated = named.get("position_embeddings")
+        if rotated is None and "position_embeddings" in self._names:
+            return None  # the same
+        rotation = _rotation(rotated, hidden.shape[0], keys.shape[-1])
         mask = _mask(named.get("attention_mask"), hidden.shape[0], layer.length() + 1)
         strides = keys.stride(), values.stride()
         if rotation is None or mask is None or strides[0][3] != 1 or strides[1][3] != 1:
             return None
         described = self._describe(of_text)
+        if described is None:
+            return None
         x = _plain(hidden)
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
         token = _Token(
             x.data_ptr(), y.data_ptr(), x.shape[0], *rotation[:3], *mask[:3], keys.data_ptr(), values.data_ptr(),
             *strides[0][:3], *strides[1][:3], self._dtype == torch.bfloat16, layer.length(),
@@ -284,19 +294,31 @@ class _Fused:
             obstacle = f"attention is made by {how!r}"
         elif has_hooks(*self._inner):
             obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
+        elif self._is_altered():
+            obstacle = "a module inside a block was exchanged, or given a forward of its own"
         else:
             return False
         emit(NotApplied(self._what, obstacle))
         return True
 
-    def _describe(self, of_text: bool) -> _Described:
-        if self._watched.outdated():
-            self._watched = Watched(self._block)  # before: what is written meanwhile is seen next time
-            self._described = {}
-        described = self._described.get(of_text)
+    def _is_altered(self) -> bool:
+        """Whether an adapter was put in the place of a layer, or over its forward, since the change was made."""
+        return any(holder.get(name) is not module for holder, name, module in self._places) or any(
+            "forward" in vars(inner) for inner in self._inner
+        )
+
+    def _describe(self, of_text: bool) -> _Described | None:
+        watched, known = self._known
+        if watched.outdated():
+            known = {}
+            self._known = (Watched(self._block), known)  # before: what is written meanwhile is seen next time
+        described = known.get(of_text)
         if described is None:
-            anatomy = anatomies(self._block, self._weights)[of_text]
-            described = self._described[of_text] = _Described(anatomy, self._weights)
+            anatomy = anatomies(self._block, self._weights).get(of_text)
+            if anatomy is None:
+                emit(NotApplied(self._what, "weights were exchanged for others, which the kernel does not know"))
+                return None
+            described = known[of_text] = _Described(anatomy, self._weights)
         return described
 
 

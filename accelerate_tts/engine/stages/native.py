@@ -27,7 +27,16 @@ def _library() -> Any:
     # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
     # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
     here = Path(__file__).parent
-    return CppCodeCache.load("\n".join((here / name).read_text(encoding="utf-8") for name in _SOURCES))
+    code = "\n".join((here / name).read_text(encoding="utf-8") for name in _SOURCES)
+    return CppCodeCache.load(code, extra_flags=_flags())
+
+
+def _flags() -> tuple[str, ...]:
+    from torch._inductor import cpp_builder
+
+    # inductor (2.6 to 2.14) forbids GCC to vectorise loops, those marked `omp simd` too, and to fuse products and sums.
+    is_gcc = getattr(cpp_builder, "is_gcc", lambda: False)
+    return ("-ftree-loop-vectorize", "-ffp-contract=fast") if is_gcc() else ()
 
 
 def library_file() -> Path | None:
@@ -77,7 +86,7 @@ def skinny_linear() -> Callable[..., Any]:
 
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
-        y = torch.empty(x.shape[0], outputs)
+        y = torch.empty(x.shape[0], outputs, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
         kernels[weight.dtype, transposed](
             x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), x.shape[0], outputs, inputs,

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.precision import half_dtypes
-from accelerate_tts.engine.stages.quantize import int8_layers
 from accelerate_tts.engine.stages.skinny import MOST_ROWS
-from accelerate_tts.engine.stages.swap import CarryingSwap, ClassSwap, fused_by, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, fused_by, subclass_with
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -25,14 +24,13 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["Int8PromptStage", "PromptStage"]
+__all__ = ["PromptStage"]
 
 
 class PromptStage(BaseStage):
     """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
 
     name = "bf16 prompts"
-    group = "prompts"
     times: Which = "others"
 
     def applies(self, part: Part) -> str | None:
@@ -45,32 +43,6 @@ class PromptStage(BaseStage):
         """See `Stage.prepare`."""
         layers = _layers(part.module)
         return ClassSwap(list(layers), lambda layer: _prompt_class(type(layer), layers[layer]))
-
-
-class Int8PromptStage(BaseStage):
-    """Lets the linear layers of fused blocks serve prompts by torch's own 8-bit kernels.
-
-    For processors that do not multiply in bf16, or where it is faster still. The kernels want the weights packed their
-    own way: another quarter of the fp32 weights' bytes.
-
-    Args:
-        engine: See `QuantizeStage`.
-    """
-
-    group = "prompts"
-    times: Which = "others"
-
-    def __init__(self, engine: str) -> None:
-        self.name = f"int8 prompts ({engine})"
-        self._engine = engine
-
-    def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
-        return None if _layers(part.module) else "no fused blocks with copies of fp32 weights in it"
-
-    def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
-        return int8_layers(list(_layers(part.module)), self._engine)
 
 
 def _layers(module: nn.Module) -> dict[nn.Module, Any]:

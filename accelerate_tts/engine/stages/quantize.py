@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.skinny import is_transposed
 from accelerate_tts.engine.stages.swap import PACKED, CarryingSwap, class_of, in_fused, plain_class, subclass_with
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "int8_layers", "own_engines", "quantize_stages"]
+__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "quantize_stages"]
 
 # A small layer's time is the quantising of its input.
 _LEAST_WEIGHTS = 16_384
@@ -58,7 +57,9 @@ class QuantizeStage(BaseStage):
 
     def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""
-        return int8_layers(_linears(part.module), self._engine)
+        make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
+        calls = {module: Derived(module, make) for module in _linears(part.module)}
+        return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
 
 
 class QuantizeRecurrentStage(BaseStage):
@@ -78,25 +79,13 @@ class QuantizeRecurrentStage(BaseStage):
         )  # fmt: skip
 
 
-def int8_layers(layers: list[nn.Module], engine: str) -> CarryingSwap:
-    """The change that computes some linear layers by one family of kernels; see `QuantizeStage`."""
-    make = _torchao_call if engine == "torchao" else _packed_call(engine)
-    calls = {module: Derived(module, make) for module in layers}
-    return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
-
-
-def own_engines() -> list[str]:
-    """The engines of torch's own that this machine has kernels for, its favourite first."""
+def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
+    """What this machine has kernels for."""
     import torch
 
     there = set(torch.backends.quantized.supported_engines)
     own = next((name for name in ("x86", "fbgemm", "qnnpack") if name in there), None)
-    return [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
-
-
-def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
-    """What this machine has kernels for."""
-    engines = own_engines()
+    engines = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
     if find_spec("torchao") is not None:
         engines.append("torchao")
     return (*map(QuantizeStage, engines), QuantizeRecurrentStage())
@@ -152,7 +141,6 @@ def _packed_call(engine: str) -> Any:
         import torch
 
         weight = module.weight.detach().float()
-        weight = weight.t().contiguous() if is_transposed(module) else weight
         # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
         scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
         points = torch.zeros(len(scales), dtype=torch.int64)

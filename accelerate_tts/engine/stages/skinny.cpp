@@ -27,6 +27,7 @@ inline ints load_bits(const void* p) { return _mm512_loadu_si512(p); }
 inline vec even_bf16(ints pairs) { return (vec)_mm512_slli_epi32(pairs, 16); }
 inline vec odd_bf16(ints pairs) { return (vec)_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))); }
 inline ints load_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+inline ints add_integers(ints a, ints b) { return _mm512_add_epi32(a, b); }
 #if defined(__AVX512VNNI__)
 inline ints add_products(ints sum, ints a, ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
 #else
@@ -48,6 +49,7 @@ inline ints load_bits(const void* p) { return _mm256_loadu_si256((const __m256i*
 inline vec even_bf16(ints pairs) { return (vec)_mm256_slli_epi32(pairs, 16); }
 inline vec odd_bf16(ints pairs) { return (vec)_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))); }
 inline ints load_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline ints add_integers(ints a, ints b) { return _mm256_add_epi32(a, b); }
 inline ints add_products(ints sum, ints a, ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 inline float total(vec v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -114,6 +116,7 @@ struct Fp32 {
       for (int m = 0; m < ROWS; m++) sums[m][r] += in[m] * weights;
     }
   }
+  static sum join(sum a, sum b) { return a + b; }
   static float value(sum s, float) { return total(s); }
 };
 
@@ -142,6 +145,7 @@ struct Bf16 {
         sums[m][r] += load(x + m * inputs + k) * even + load(x + m * inputs + k + LANES) * odd;
     }
   }
+  static sum join(sum a, sum b) { return a + b; }
   static float value(sum s, float) { return total(s); }
 };
 
@@ -183,6 +187,7 @@ struct Int8 {
       for (int m = 0; m < ROWS; m++) sums[m][r] = add_products(sums[m][r], weights, load_bits(x + m * inputs + k));
     }
   }
+  static sum join(sum a, sum b) { return add_integers(a, b); }  // prepare() has left room for all of a lane
   static float value(sum s, float scale) { return total(to_float(s)) * scale; }
 };
 #endif
@@ -257,8 +262,8 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
   }
   for (; k < whole; k += F::step) F::template add<ROWS, 1>(sums[0], x, w, k, inputs);
   for (int m = 0; m < ROWS; m++) {
-    float sum = 0;
-    for (int j = 0; j < SUMS; j++) sum += F::value(sums[j][m][0], work.row_scales[m0 + m]);
+    for (int j = 1; j < SUMS; j++) sums[0][m][0] = F::join(sums[0][m][0], sums[j][m][0]);
+    float sum = F::value(sums[0][m][0], work.row_scales[m0 + m]);
     for (k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[k]);
     if (work.scale) sum *= work.scale[n];
     if (work.bias) sum += work.bias[n];

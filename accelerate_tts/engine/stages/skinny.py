@@ -93,6 +93,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
         if inner not in fused
         # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
         and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # a quantised one has no memory to point to
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
         and inner.weight.device.type == "cpu"
@@ -154,7 +155,10 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
     import torch
 
     return tensor is None or bool(
-        tensor.dtype == (dtype or torch.float32) and tensor.is_contiguous() and tensor.device.type == "cpu"
+        type(tensor) in {torch.Tensor, torch.nn.Parameter}
+        and tensor.dtype == (dtype or torch.float32)
+        and tensor.is_contiguous()
+        and tensor.device.type == "cpu"
     )
 
 
