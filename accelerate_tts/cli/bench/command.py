@@ -120,6 +120,8 @@ def _measured(name: str, precision: Precision, options: Options) -> Measured:
     with tempfile.TemporaryDirectory() as packs:
         if options.warm_start:
             os.environ["ACCELERATE_TTS_PACK_FOLDER"] = packs
+            # A folder of its own for what is compiled, so that it is all in the pack; the second process has another.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(packs) / "compiled")
         if options.warm_start or len(options.precisions) > 1:
             _forget_settings()
         one = bench(
@@ -129,7 +131,7 @@ def _measured(name: str, precision: Precision, options: Options) -> Measured:
         if not options.warm_start:
             return one
         _say("  a second process, with the warm pack ...")
-        return replace(one, warm_start=_warm_start(name, precision, options))
+        return replace(one, warm_start=_warm_start(name, precision, options, Path(packs) / "another machine"))
 
 
 def _forget_settings() -> None:
@@ -139,10 +141,12 @@ def _forget_settings() -> None:
     setattr(optimizer, "_optimizer", optimizer.PerformanceOptimizer(Settings.from_environment()))  # noqa: B010
 
 
-def _warm_start(name: str, precision: Precision, options: Options) -> float:
+def _warm_start(name: str, precision: Precision, options: Options, compiled: Path) -> float:
+    """Seconds until a second process is ready, in which nothing is compiled yet but what the pack brings."""
     told = json.dumps([name, options.size, precision, options.layers, options.tune_seconds])
     command = [sys.executable, "-m", "accelerate_tts.cli.bench.command", told]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603 - ourselves
     if done.returncode:
         raise AccelerateTTSError(f"the second process failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout.split()[-1])
