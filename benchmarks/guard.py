@@ -88,6 +88,8 @@ def main() -> None:
     if options.json:
         content = {"audio_seconds": audio, "call_seconds": call, "parts_seconds": parts, "share": share}
         options.json.write_text(json.dumps({**content, "ratios": ratios}, indent=2), encoding="utf-8")
+    if share > LIMIT:
+        raise SystemExit(f"the guard costs {share:.2%} of a call, {LIMIT:.0%} is the limit")
 
 
 if __name__ == "__main__":

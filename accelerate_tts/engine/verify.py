@@ -134,7 +134,8 @@ def compare(reference: Any, candidate: Any) -> Difference:
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
     if not left:
         return Difference(math.inf, NOTHING_TO_COMPARE)
-    spectral, errors = None, {}
+    spectral: float | None = None
+    errors: dict[float, float] = {}
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")

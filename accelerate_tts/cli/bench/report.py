@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OVERVIEW", "overview", "rows", "summary"]
 
-OVERVIEW = (
+OVERVIEW: tuple[str, ...] = (
     "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "tuned in", "warm pack",
     "memory",
 )  # fmt: skip
