@@ -117,6 +117,7 @@ def _say_what_is_tried(event: Event) -> None:
 
 
 def _measured(name: str, precision: Precision, options: Options) -> Measured:
+    naive = options.naive and precision == options.precisions[0]
     with tempfile.TemporaryDirectory() as packs:
         if options.warm_start:
             os.environ["ACCELERATE_TTS_PACK_FOLDER"] = packs
@@ -126,7 +127,7 @@ def _measured(name: str, precision: Precision, options: Options) -> Measured:
             _forget_settings()
         one = bench(
             name, options.size, precision, layers=options.layers, pairs=options.pairs, seconds=options.tune_seconds,
-            naive=options.naive and precision == options.precisions[0],
+            naive=naive,
         )  # fmt: skip
         if not options.warm_start:
             return one
