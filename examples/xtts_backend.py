@@ -3,7 +3,7 @@
     python examples/xtts_backend.py "Hello there." -o out.wav --reference voice.wav
     python examples/xtts_backend.py "Hello there." -o out.wav --random-weights --seconds 1   # noise, offline
 
-Needs: pip install accelerate_tts "coqui-tts[codec]" six
+Needs: pip install accelerate_tts "coqui-tts[codec]" six "transformers<5.24"
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.precision import half_dtypes
+from accelerate_tts.engine.stages.tokens import cache_of
 from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
@@ -305,6 +306,6 @@ def steady(seen: list[Event]) -> Callable[..., None]:
 
 def length_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Positions that a part is called with, those in its cache included."""
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     return given.shape[1] + (0 if past is None else past.get_seq_length())

@@ -122,7 +122,7 @@ def _chatterbox(size: Size, layers: int | None) -> Built:
 def _xtts(size: Size, layers: int | None) -> Built:
     import torch
 
-    package = "'coqui-tts[codec]' six"
+    package = "'coqui-tts[codec]' six 'transformers<5.24'"
     config = _module("TTS.tts.configs.xtts_config", package).XttsConfig()
     module = _module("TTS.tts.models.xtts", package)
     sizes: dict[str, Any] = {
@@ -218,6 +218,6 @@ SYSTEMS: dict[str, System] = {
     "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6),
     "voice-clone": System((1.3, 1.5), "resemblyzer", _voice_clone, 12.0, 12.0),
     "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
-    "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six", _xtts, 4.0, 1.0),
+    "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0),
 }
 """By the name that the command takes."""
