@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import fused, growing
+from accelerate_tts.engine.stages import block_kernel, growing
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.decode import GrowingCacheStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
@@ -264,10 +264,12 @@ def test_a_step_is_served(stepping: tuple[Any, Any, Any], monkeypatch: pytest.Mo
     _, model, step = stepping
     if step.graphs is None:
         served: list[int] = []
-        kernel = fused.decoder_block()
-        monkeypatch.setattr(fused, "decoder_block", lambda: lambda *args: (served.append(1), kernel(*args)))
+        kernel = block_kernel.decoder_blocks()
+        monkeypatch.setattr(
+            block_kernel, "decoder_blocks", lambda: lambda *args: (served.append(args[2]), kernel(*args))
+        )
         tokens(model, 5)
-        assert len(served) == 4 * LAYERS
+        assert served == [LAYERS] * 4, "one call of the kernel for each token"
     else:
         assert step.graphs > 0
 

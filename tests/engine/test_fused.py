@@ -15,7 +15,7 @@ from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import default_stages, fused
+from accelerate_tts.engine.stages import block_kernel, default_stages
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
@@ -91,15 +91,15 @@ def error(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each call of the kernel."""
+    """Grows by one with each block that the kernel computes."""
     calls: list[int] = []
-    kernel = fused.decoder_block()
+    kernel = block_kernel.decoder_blocks()
 
-    def counted(*args: Any) -> None:
-        calls.append(1)
-        kernel(*args)
+    def counted(blocks: Any, tokens: Any, count: int, threads: int) -> None:
+        calls.extend([1] * count)
+        kernel(blocks, tokens, count, threads)
 
-    monkeypatch.setattr(fused, "decoder_block", lambda: counted)
+    monkeypatch.setattr(block_kernel, "decoder_blocks", lambda: counted)
     return calls
 
 

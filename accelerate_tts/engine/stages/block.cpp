@@ -1,9 +1,9 @@
-// One token through one block of a transformer decoder, in one go: norm, attention over the cache, norm, feed-forward.
+// One token through blocks of a transformer decoder, in one go: norm, attention over the cache, norm, feed-forward.
 //
 // A block in eager PyTorch is some twenty operators, each of which wakes all threads for a few microseconds of work
-// beside the weights. Here the threads are woken once, and wait for each other at eight barriers. Built behind
-// skinny.cpp, whose formats and dot products it uses: what reads the weights is the same. Loops that must become vectors
-// are marked `omp simd`; native.py asks the compiler for that, since inductor's own flags forbid it.
+// beside the weights. Here the threads are woken once for all blocks, and wait for each other at nine barriers in each.
+// Built behind skinny.cpp, whose formats and dot products it uses: what reads the weights is the same. Loops that must
+// become vectors are marked `omp simd`; native.py asks the compiler for that, since inductor's own flags forbid it.
 
 // Both structs are filled in by fused.py, field by field.
 struct Linear {
@@ -34,7 +34,7 @@ struct Token {
   int64_t mask_stride, mask_is_bytes;
   void *keys, *values;  // [rows, kv_heads, room, head_dim]
   int64_t key_row, key_head, key_position, value_row, value_head, value_position;  // strides, in elements
-  int64_t cache_is_bf16;
+  int64_t is_bf16;  // the model: its cache, and what one block hands to the next
   int64_t length;  // positions in the cache before this token
 };
 
@@ -104,22 +104,35 @@ struct Scratch {
   int64_t partial_size, scores_size;
 };
 
-void lay_out(Scratch& s, const Block& b, int64_t rows, int64_t positions, int threads) {
-  const int64_t qkv = (b.heads + 2 * b.kv_heads) * b.head_dim, attended = b.heads * b.head_dim;
-  const int64_t widest = std::max(std::max(b.hidden, attended), b.inner);
-  s.partial_size = b.format == 3 ? rows * std::max(qkv, std::max(b.inner, b.hidden)) : 0;
-  s.scores_size = positions + 16;
-  const int64_t sizes[] = {rows * b.hidden, rows * qkv,  rows * attended,          rows * b.hidden,         rows * b.hidden,
-                           rows * b.inner * 2, rows * 2, s.partial_size * threads, s.scores_size * threads};
-  float** pieces[] = {&s.norm, &s.qkv, &s.attended, &s.made, &s.after, &s.inner, &s.row_scales, &s.partial, &s.scores};
+// Room for the largest of the blocks.
+void lay_out(Scratch& s, const Block* const* blocks, const Token* tokens, int64_t count, int threads) {
+  enum { NORM, QKV, ATTENDED, MADE, AFTER, INNER, ROW_SCALES, PARTIAL, SCORES, PIECES };
+  int64_t sizes[PIECES] = {}, widest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Block& b = *blocks[i];
+    const int64_t rows = tokens[i].rows, attended = b.heads * b.head_dim;
+    const int64_t qkv = attended + 2 * b.kv_heads * b.head_dim, most = std::max(std::max(b.hidden, qkv), b.inner);
+    const int64_t wanted[PIECES] = {
+        rows * b.hidden, rows * qkv,    rows * attended, rows * b.hidden, rows * b.hidden, rows * b.inner * 2,
+        rows * 2,        b.format == 3 ? rows * most : 0, tokens[i].length + 17};
+    for (int j = 0; j < PIECES; j++) sizes[j] = std::max(sizes[j], wanted[j]);
+    widest = std::max(widest, rows * most);
+  }
+  for (int64_t& size : sizes) size = (size + 15) / 16 * 16;
+  s.partial_size = sizes[PARTIAL];  // of one thread, and so are the scores
+  s.scores_size = sizes[SCORES];
+  sizes[PARTIAL] *= threads;
+  sizes[SCORES] *= threads;
   int64_t total = 0;
-  for (int64_t size : sizes) total += (size + 15) / 16 * 16;
+  for (int64_t size : sizes) total += size;
   s.floats.resize(total);
-  s.prepared.resize(rows * widest * sizeof(float));
+  s.prepared.resize(widest * sizeof(float));
+  float** pieces[PIECES] = {&s.norm,  &s.qkv,        &s.attended, &s.made,  &s.after,
+                            &s.inner, &s.row_scales, &s.partial,  &s.scores};
   float* next = s.floats.data();
-  for (int i = 0; i < 9; i++) {
-    *pieces[i] = next;
-    next += (sizes[i] + 15) / 16 * 16;
+  for (int j = 0; j < PIECES; j++) {
+    *pieces[j] = next;
+    next += sizes[j];
   }
 }
 
@@ -276,80 +289,89 @@ __attribute__((noinline)) void attend(const Block& b, const Token& t, Scratch& s
   }
 }
 
+// One block by a team of threads, of which this is one.
 template <class F>
-void run_block(const Block& b, const Token& t, int threads) {
-  static thread_local Scratch kept;  // of the calling thread: two calls at once have two
-  Scratch& s = kept;
-  lay_out(s, b, t.rows, t.length + 1, threads);
-  const int64_t qkv = (b.heads + 2 * b.kv_heads) * b.head_dim, attended = b.heads * b.head_dim;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), rows = t.rows;
-    for (int64_t m = me; m < rows; m += all) {
-      normalise(t.x + m * b.hidden, b.norm1, b.norm1_bias, float(b.eps1), b.layer_norm, b.hidden, s.norm + m * b.hidden);
-      Rows<F>::ready(s.norm, s, m, b.hidden);
-    }
-#pragma omp barrier
-    Rows<F>::multiply(b.q, s.norm, s, s.qkv, qkv, rows, me, all);
-    if (b.k.w) {
-      Rows<F>::multiply(b.k, s.norm, s, s.qkv + b.q.outputs, qkv, rows, me, all);
-      Rows<F>::multiply(b.v, s.norm, s, s.qkv + b.q.outputs + b.k.outputs, qkv, rows, me, all);
-    }
-#pragma omp barrier
-    float* scores = s.scores + me * s.scores_size;
-    for (int64_t task = me; task < rows * b.kv_heads; task += all) {
-      if (t.cache_is_bf16) attend<bf16>(b, t, s, task / b.kv_heads, task % b.kv_heads, scores);
-      else attend<float>(b, t, s, task / b.kv_heads, task % b.kv_heads, scores);
-    }
-#pragma omp barrier
-    if (!Rows<F>::as_is) {
-      for (int64_t m = me; m < rows; m += all) Rows<F>::ready(s.attended, s, m, attended);
-#pragma omp barrier
-    }
-    Rows<F>::multiply(b.o, s.attended, s, s.made, b.hidden, rows, me, all);
-#pragma omp barrier
-    for (int64_t m = me; m < rows; m += all) {
-      float* after = s.after + m * b.hidden;
-      for (int64_t i = 0; i < b.hidden; i++) after[i] = t.x[m * b.hidden + i] + s.made[m * b.hidden + i];
-      normalise(after, b.norm2, b.norm2_bias, float(b.eps2), b.layer_norm, b.hidden, s.norm + m * b.hidden);
-      Rows<F>::ready(s.norm, s, m, b.hidden);
-    }
-#pragma omp barrier
-    float *up = s.inner, *gate = s.inner + rows * b.inner;
-    Rows<F>::multiply(b.up, s.norm, s, up, b.inner, rows, me, all);
-    if (b.gated) Rows<F>::multiply(b.gate, s.norm, s, gate, b.inner, rows, me, all);
-    const Share mine = share(b.inner, me, all);  // what this thread has just made
-    for (int64_t m = 0; m < rows; m++) {
-      float* to = up + m * b.inner;
-      const float* from = (b.gated ? gate : up) + m * b.inner;
-      // x * sigmoid(z): SiLU with z = x, and GELU by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-#pragma omp simd
-      for (int64_t n = mine.begin; n < mine.end; n++) {
-        const float x = from[n], cube = x * x * x;
-        const float z = b.activation == 0 ? x : 1.5957691216057308f * (x + 0.044715f * cube);
-        to[n] = x / (1.0f + quick_exp(-z)) * (b.gated ? to[n] : 1.0f);
-      }
-    }
-#pragma omp barrier
-    if (!Rows<F>::as_is) {
-      for (int64_t m = me; m < rows; m += all) Rows<F>::ready(up, s, m, b.inner);
-#pragma omp barrier
-    }
-    Rows<F>::multiply(b.down, up, s, s.made, b.hidden, rows, me, all);
-    const Share last = share(b.hidden, me, all);
-    for (int64_t m = 0; m < rows; m++)
-      for (int64_t n = last.begin; n < last.end; n++)
-        t.y[m * b.hidden + n] = s.after[m * b.hidden + n] + s.made[m * b.hidden + n];
+void block_by_team(const Block& b, const Token& t, Scratch& s, int64_t me, int64_t all) {
+  const int64_t qkv = (b.heads + 2 * b.kv_heads) * b.head_dim, attended = b.heads * b.head_dim, rows = t.rows;
+  for (int64_t m = me; m < rows; m += all) {
+    normalise(t.x + m * b.hidden, b.norm1, b.norm1_bias, float(b.eps1), b.layer_norm, b.hidden, s.norm + m * b.hidden);
+    Rows<F>::ready(s.norm, s, m, b.hidden);
   }
+#pragma omp barrier
+  Rows<F>::multiply(b.q, s.norm, s, s.qkv, qkv, rows, me, all);
+  if (b.k.w) {
+    Rows<F>::multiply(b.k, s.norm, s, s.qkv + b.q.outputs, qkv, rows, me, all);
+    Rows<F>::multiply(b.v, s.norm, s, s.qkv + b.q.outputs + b.k.outputs, qkv, rows, me, all);
+  }
+#pragma omp barrier
+  float* scores = s.scores + me * s.scores_size;
+  for (int64_t task = me; task < rows * b.kv_heads; task += all) {
+    if (t.is_bf16) attend<bf16>(b, t, s, task / b.kv_heads, task % b.kv_heads, scores);
+    else attend<float>(b, t, s, task / b.kv_heads, task % b.kv_heads, scores);
+  }
+#pragma omp barrier
+  if (!Rows<F>::as_is) {
+    for (int64_t m = me; m < rows; m += all) Rows<F>::ready(s.attended, s, m, attended);
+#pragma omp barrier
+  }
+  Rows<F>::multiply(b.o, s.attended, s, s.made, b.hidden, rows, me, all);
+#pragma omp barrier
+  for (int64_t m = me; m < rows; m += all) {
+    float* after = s.after + m * b.hidden;
+    for (int64_t i = 0; i < b.hidden; i++) after[i] = t.x[m * b.hidden + i] + s.made[m * b.hidden + i];
+    normalise(after, b.norm2, b.norm2_bias, float(b.eps2), b.layer_norm, b.hidden, s.norm + m * b.hidden);
+    Rows<F>::ready(s.norm, s, m, b.hidden);
+  }
+#pragma omp barrier
+  float *up = s.inner, *gate = s.inner + rows * b.inner;
+  Rows<F>::multiply(b.up, s.norm, s, up, b.inner, rows, me, all);
+  if (b.gated) Rows<F>::multiply(b.gate, s.norm, s, gate, b.inner, rows, me, all);
+  const Share mine = share(b.inner, me, all);  // what this thread has just made
+  for (int64_t m = 0; m < rows; m++) {
+    float* to = up + m * b.inner;
+    const float* from = (b.gated ? gate : up) + m * b.inner;
+    // x * sigmoid(z): SiLU with z = x, and GELU by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3)
+#pragma omp simd
+    for (int64_t n = mine.begin; n < mine.end; n++) {
+      const float x = from[n], cube = x * x * x;
+      const float z = b.activation == 0 ? x : 1.5957691216057308f * (x + 0.044715f * cube);
+      to[n] = x / (1.0f + quick_exp(-z)) * (b.gated ? to[n] : 1.0f);
+    }
+  }
+#pragma omp barrier
+  if (!Rows<F>::as_is) {
+    for (int64_t m = me; m < rows; m += all) Rows<F>::ready(up, s, m, b.inner);
+#pragma omp barrier
+  }
+  Rows<F>::multiply(b.down, up, s, s.made, b.hidden, rows, me, all);
+  const Share last = share(b.hidden, me, all);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t n = last.begin; n < last.end; n++) {
+      const float y = s.after[m * b.hidden + n] + s.made[m * b.hidden + n];
+      t.y[m * b.hidden + n] = t.is_bf16 ? widen(narrow(y)) : y;
+    }
 }
 
 }  // namespace
 
-extern "C" void decoder_block(const Block* block, const Token* token, int threads) {
-  switch (block->format) {
-    case 0: return run_block<Fp32>(*block, *token, threads);
-    case 1: return run_block<Bf16>(*block, *token, threads);
-    case 2: return run_block<Int8>(*block, *token, threads);
-    default: return run_block<Transposed>(*block, *token, threads);
+// `blocks` one after the other: tokens[i].x is what blocks[i] is given, tokens[i].y what it makes of it.
+extern "C" void decoder_blocks(const Block* const* blocks, const Token* tokens, int64_t count, int threads) {
+  static thread_local Scratch kept;  // of the calling thread: two calls at once have two
+  Scratch& s = kept;
+  lay_out(s, blocks, tokens, count, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int64_t i = 0; i < count; i++) {
+      const Block& b = *blocks[i];
+      const Token& t = tokens[i];
+      switch (b.format) {
+        case 0: block_by_team<Fp32>(b, t, s, me, all); break;
+        case 1: block_by_team<Bf16>(b, t, s, me, all); break;
+        case 2: block_by_team<Int8>(b, t, s, me, all); break;
+        default: block_by_team<Transposed>(b, t, s, me, all);
+      }
+#pragma omp barrier
+    }
   }
 }

@@ -12,17 +12,18 @@ upstream's own forward and the same cache.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.engine.stages import growing
-from accelerate_tts.engine.stages.anatomy import Anatomy, anatomies
+from accelerate_tts.engine.stages.ahead import Ahead, Row
+from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.decode import growing_caches
+from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
+from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
-from accelerate_tts.engine.stages.native import decoder_block
-from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.engine.stages.native import decoder_blocks
+from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, take_cache, token_layer
 from accelerate_tts.events import NotApplied, emit
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedBlocksStage"]
 
-_FP32, _BF16, _INT8, _TRANSPOSED = range(4)
 # What a block may be told beside what the kernel is given, and what then changes nothing for one token.
 _IGNORED = {
     "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",
@@ -66,98 +66,12 @@ class FusedBlocksStage(BaseStage):
 
     def prepare(self, part: Part) -> _FusedBlocks:
         """See `Stage.prepare`. Builds the kernel."""
-        decoder_block()
+        decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
 
 def _blocks(module: nn.Module, weights: Weights) -> list[nn.Module]:
     return [inner for inner in module.modules() if anatomies(inner, weights)]
-
-
-# --- the structs of block.cpp --------------------------------------------------------------------------------------
-
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        ("w", _POINTER), ("scale", _POINTER), ("bias", _POINTER), ("outputs", _INTEGER), ("inputs", _INTEGER),
-    )  # fmt: skip
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, _INTEGER) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "format", "layer_norm",
-                                        "gated", "activation")),
-        *((name, ctypes.c_double) for name in ("eps1", "eps2", "scaling")),
-        *((name, _POINTER) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-    )  # fmt: skip
-
-
-class _Token(ctypes.Structure):
-    _fields_ = (
-        ("x", _POINTER), ("y", _POINTER), ("rows", _INTEGER), ("cos", _POINTER), ("sin", _POINTER),
-        ("rotation_stride", _INTEGER), ("mask", _POINTER), ("mask_stride", _INTEGER), ("mask_is_bytes", _INTEGER),
-        ("keys", _POINTER), ("values", _POINTER), ("key_row", _INTEGER), ("key_head", _INTEGER),
-        ("key_position", _INTEGER), ("value_row", _INTEGER), ("value_head", _INTEGER), ("value_position", _INTEGER),
-        ("cache_is_bf16", _INTEGER), ("length", _INTEGER),
-    )  # fmt: skip
-
-
-class _Described:
-    """A block's struct, and the tensors that it points to."""
-
-    def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
-        import torch
-
-        self._kept: list[torch.Tensor] = []
-        self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        layers = anatomy.layers()
-        transposed = is_transposed(anatomy.q)
-        own = _TRANSPOSED if transposed else _BF16 if anatomy.q.weight.dtype == torch.bfloat16 else _FP32
-        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive the tuning's own mode
-            norms = {
-                f"{name}{suffix}": self._pointer(getattr(norm, attribute, None), torch.float32)
-                for name, norm in (("norm1", anatomy.norm1), ("norm2", anatomy.norm2))
-                for suffix, attribute in (("", "weight"), ("_bias", "bias"))
-            }
-            linears = {name: self._linear(layer, weights) for name, layer in layers.items()}
-        self.struct = _Block(
-            hidden=anatomy.norm1.weight.shape[0], heads=anatomy.heads, kv_heads=anatomy.kv_heads,
-            head_dim=anatomy.head_dim, inner=linears["up"].outputs,
-            format={"fp32": own, "bf16": _BF16, "int8": _INT8}[weights],
-            layer_norm=hasattr(anatomy.norm1, "eps"), gated=anatomy.gate is not None, activation=anatomy.activation,
-            eps1=_epsilon(anatomy.norm1), eps2=_epsilon(anatomy.norm2), scaling=anatomy.scaling, **norms, **linears,
-        )  # fmt: skip
-        self.reference = ctypes.byref(self.struct)
-
-    def _pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
-        if tensor is None:
-            return None
-        kept = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
-
-    def _linear(self, layer: Any, weights: Weights) -> _Linear:
-        import torch
-
-        outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
-        if weights == "fp32":
-            weight, scale = layer.weight, None
-        else:
-            weight, scale = self.copies[layer] = {"bf16": in_bf16, "int8": in_int8}[weights](layer)
-        return _Linear(
-            w=self._pointer(weight), scale=self._pointer(scale), bias=self._pointer(layer.bias, torch.float32),
-            outputs=outputs, inputs=inputs,
-        )  # fmt: skip
-
-
-def _epsilon(norm: Any) -> float:
-    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
-
-
-# --- the change ----------------------------------------------------------------------------------------------------
 
 
 class _FusedBlocks(BaseChange):
@@ -168,6 +82,8 @@ class _FusedBlocks(BaseChange):
         # Caches have to grow in place for it, also where that alone was not worth keeping.
         self._growing = growing_caches(part.module)
         self._fused = {block: _Fused(block, part.name, weights) for block in blocks}
+        for decoder in decoders(part.module):
+            _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], part.name)
         self._swap = ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block)))
 
     def on(self) -> None:
@@ -181,6 +97,21 @@ class _FusedBlocks(BaseChange):
         self._growing.off()
 
 
+def _put_in_rows(blocks: list[_Fused], what: str) -> None:
+    """Tell the blocks of a decoder of each other, where they are its blocks from the first to the last."""
+    blocks.sort(key=lambda block: block.number)
+    numbers = [block.number for block in blocks]
+    if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
+        row = Row(len(blocks), what)
+        for block in blocks:
+            block.row, block.others = row, blocks[1:]
+
+
+class _Ready(NamedTuple):
+    described: Described
+    layer: Any
+
+
 class _Fused:
     """One block and what the kernel needs of it, made when first needed and anew when its weights were written."""
 
@@ -190,18 +121,21 @@ class _Fused:
         self._weights: Weights = weights
         self._names = parameters_of(plain_class(block))
         attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
-        self._number = attention.layer_idx
+        self.number = attention.layer_idx
         self._config = attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
-        self._known: tuple[Watched, dict[bool, _Described]] = (Watched(block), {})
+        self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
+        self.kind = (plain_class(block), self._dtype, self._cache_shape, self._hidden)
+        self.row = Row(1, self._what)
+        self.others: list[_Fused] = []
         self._inner = [inner for inner in block.modules() if inner is not block]
-        self._places = [(inner._modules, name, m) for inner in block.modules() for name, m in inner._modules.items()]
+        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules() if inner._modules]
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
@@ -237,40 +171,50 @@ class _Fused:
         past, hidden = take_cache(named), named.get("hidden_states")
         if past is None or not self._fits(hidden):
             return None
-        layer = token_layer(self._what, past, self._number, named)
-        if layer is None or self._is_unknown(named):
-            return None
+        foreseen = self.row.take(self.number, hidden, past, named)
+        if foreseen is not None:
+            past.layers[self.number].advance(1)
+            return foreseen
         of_text = _of_text(named.get("audio_token_mask"), self._names)
-        return None if of_text is None else self._run(hidden, layer, of_text, named)
+        if of_text is None or self._is_unknown(named):
+            return None
+        return self._run(hidden, past, of_text, named)
 
-    def _run(self, hidden: torch.Tensor, layer: Any, of_text: bool, named: dict[str, Any]) -> Any:
-        import torch
+    def _run(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> Any:
+        first = self._ready(hidden, past, of_text, named)
+        rotated = named.get("position_embeddings")
+        if first is None or (rotated is None and "position_embeddings" in self._names):
+            return None  # upstream's business, and its own error
+        length = first.layer.length()
+        given = shared(rotated, named.get("attention_mask"), hidden.shape[0], self._cache_shape[1], length + 1)
+        if given is None:
+            return None
+        asked = [first]
+        if self.row.starts_at(self.number):
+            others = [block._ready(hidden, past, of_text, named) for block in self.others]
+            known = [other for other in others if other is not None and other.layer.length() == length]
+            asked += known if len(known) == len(others) else []
+        buffers = [one.layer.buffers() for one in asked]
+        made = run([one.described for one in asked], plain(hidden), given, buffers, length).to(hidden.dtype)
+        if len(asked) > 1:
+            self.row.remember(Ahead(past, [one.layer for one in asked], named, made))
+        first.layer.advance(1)
+        return made[0].clone() if len(asked) > 1 else made[0]
 
+    def _ready(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> _Ready | None:
+        """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
+        layer = token_layer(self._what, past, self.number, named)
+        if layer is None or self._is_altered():
+            return None
         keys, values = layer.buffers()
         if keys.dtype != self._dtype or values.shape != keys.shape or keys.device.type != "cpu":
             return None
         if (keys.shape[1], keys.shape[3]) != self._cache_shape or hidden.shape[-1] != self._hidden:
             return None  # upstream's own error
-        rotated = named.get("position_embeddings")
-        if rotated is None and "position_embeddings" in self._names:
-            return None  # the same
-        rotation = _rotation(rotated, hidden.shape[0], keys.shape[-1])
-        mask = _mask(named.get("attention_mask"), hidden.shape[0], layer.length() + 1)
-        strides = keys.stride(), values.stride()
-        if rotation is None or mask is None or strides[0][3] != 1 or strides[1][3] != 1:
+        if keys.stride(3) != 1 or values.stride(3) != 1:
             return None
         described = self._describe(of_text)
-        if described is None:
-            return None
-        x = _plain(hidden)
-        y = torch.empty(x.shape, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
-        token = _Token(
-            x.data_ptr(), y.data_ptr(), x.shape[0], *rotation[:3], *mask[:3], keys.data_ptr(), values.data_ptr(),
-            *strides[0][:3], *strides[1][:3], self._dtype == torch.bfloat16, layer.length(),
-        )  # fmt: skip
-        decoder_block()(described.reference, ctypes.byref(token), torch.get_num_threads())
-        layer.advance(1)
-        return y if hidden.dtype == torch.float32 else y.to(hidden.dtype)
+        return None if described is None else _Ready(described, layer)
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         import torch
@@ -292,22 +236,25 @@ class _Fused:
             obstacle = f"it is called with {', '.join(sorted(unknown))}"
         elif how not in {"eager", "sdpa", None}:
             obstacle = f"attention is made by {how!r}"
-        elif has_hooks(*self._inner):
-            obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
-        elif self._is_altered():
-            obstacle = "a module inside a block was exchanged, or given a forward of its own"
         else:
             return False
         emit(NotApplied(self._what, obstacle))
         return True
 
     def _is_altered(self) -> bool:
-        """Whether an adapter was put in the place of a layer, or over its forward, since the change was made."""
-        return any(holder.get(name) is not module for holder, name, module in self._places) or any(
-            "forward" in vars(inner) for inner in self._inner
-        )
+        """Whether, since the change was made, something came into a block that the kernel would pass by."""
+        if has_hooks(*self._inner):
+            obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
+        elif [1 for holder, before in self._places if list(holder.values()) != before] or [
+            1 for inner in self._inner if "forward" in inner.__dict__
+        ]:  # lists, since this is asked of each block at each token, and a generator costs more
+            obstacle = "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
+        else:
+            return False
+        emit(NotApplied(self._what, obstacle))
+        return True
 
-    def _describe(self, of_text: bool) -> _Described | None:
+    def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known
         if watched.outdated():
             known = {}
@@ -318,7 +265,7 @@ class _Fused:
             if anatomy is None:
                 emit(NotApplied(self._what, "weights were exchanged for others, which the kernel does not know"))
                 return None
-            described = known[of_text] = _Described(anatomy, self._weights)
+            described = known[of_text] = Described(anatomy, self._weights)
         return described
 
 
@@ -329,38 +276,3 @@ def _of_text(mask: Any, names: list[str]) -> bool | None:
     if mask is None or bool(mask.all()):
         return False
     return None if bool(mask.any()) else True
-
-
-# The next two give what `_Token` has of a tensor, with the tensors behind it, which must live as long as the call;
-# `None` if it is not of the kernel's kind.
-
-
-def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
-    if given is None:
-        return None, None, 0
-    cos, sin = map(_plain, given)
-    shape = cos.shape
-    if shape != sin.shape or len(shape) != 3 or shape[1:] != (1, size) or shape[0] not in {1, rows}:  # noqa: PLR2004
-        return None
-    return cos.data_ptr(), sin.data_ptr(), 0 if shape[0] == 1 else size, cos, sin
-
-
-def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
-    import torch
-
-    if given is None:
-        return None, 0, False
-    if given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
-        return None
-    in_bytes = given.dtype == torch.bool
-    mask = given.contiguous() if in_bytes else _plain(given)
-    return mask.data_ptr(), 0 if mask.shape[0] == 1 else positions, in_bytes, mask
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """In fp32 and contiguous; most are, and asking costs less than converting them to what they are."""
-    import torch
-
-    if tensor.dtype != torch.float32:
-        tensor = tensor.float()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()

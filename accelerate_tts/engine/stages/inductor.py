@@ -46,7 +46,7 @@ class Weights:
         self._state = self._now()
 
     def _now(self) -> State:
-        return weights_state(t for holder, name in self._places if (t := holder.get(name)) is not None)
+        return weights_state([t for holder, name in self._places if (t := holder.get(name)) is not None])
 
     def outdated(self) -> bool:
         """Whether a weight was written or replaced since."""

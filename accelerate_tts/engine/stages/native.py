@@ -3,7 +3,7 @@
 `torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` (skinny.cpp) computes `x @ weight.T * scale
 + bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or
 (inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
-`decoder_block` (block.cpp) is one token through one block of a decoder; fused.py describes the block to it.
+`decoder_blocks` (block.cpp) is one token through blocks of a decoder; block_kernel.py describes them to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decoder_block", "library_file", "skinny_linear"]
+__all__ = ["decoder_blocks", "library_file", "skinny_linear"]
 
 _SOURCES = ("skinny.cpp", "block.cpp")
 
@@ -45,16 +45,16 @@ def library_file() -> Path | None:
 
 
 @cache
-def decoder_block() -> Callable[..., None]:
-    """The kernel for one token through one block: `(block, token, threads)`, two structs by reference and a number.
+def decoder_blocks() -> Callable[..., None]:
+    """The kernel for one token through blocks: `(blocks, tokens, count, threads)`, see block_kernel.py.
 
     Raises:
         Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
     """
     import ctypes
 
-    kernel: Any = _library().decoder_block
-    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    kernel: Any = _library().decoder_blocks
+    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     kernel.restype = None
     return kernel  # type: ignore[no-any-return]
 
