@@ -30,8 +30,8 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
         head: What makes logits of hidden states.
 
     Returns:
-        The largest over calls and rows, at the last position, which is what a loop samples from; `None` where the
-        results are not a decoder's, infinite where a distribution is not finite.
+        The largest over calls and rows, at the last position, which is what a loop samples from (with guidance, also of
+        the guided distribution); `None` where the results are not a decoder's, infinite where one is not finite.
     """
     import torch
 
@@ -75,7 +75,11 @@ def _log_probabilities(output: Any, head: Head | None) -> Any:
             return None
         logits = head(hidden[:, -1:])
     # float64 of float32 logits: the divergence of a rounding is a difference of numbers that nearly agree.
-    return torch.log_softmax(logits[:, -1].detach().to("cpu", torch.float64), dim=-1)
+    last = logits[:, -1].detach().to("cpu", torch.float64)
+    if head is not None and head.guidance is not None and len(last) % 2 == 0:
+        conditioned, unconditioned = last.chunk(2)
+        last = torch.cat([last, conditioned + head.guidance * (conditioned - unconditioned)])
+    return torch.log_softmax(last, dim=-1)
 
 
 def _has_steps(tensor: Any) -> bool:

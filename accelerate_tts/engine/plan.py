@@ -35,10 +35,13 @@ class Head:
     Attributes:
         modules: The modules; the last one's outputs are the logits.
         codebooks: How many distributions lie side by side in its outputs.
+        guidance: Where a loop runs a conditioned half of the rows beside an unconditioned one, the usual weight `w` of
+            what it samples from, `conditioned + w * (conditioned - unconditioned)`; errors are then larger by as much.
     """
 
     modules: tuple[nn.Module, ...]
     codebooks: int = 1
+    guidance: float | None = None
 
     def __call__(self, hidden: Any) -> Any:
         """Logits of shape (..., codebooks, vocabulary), or (..., vocabulary) of one codebook."""

@@ -28,6 +28,7 @@ class Known:
         methods: Of those that the system does not call as modules (`part(...)`), the method that it calls instead.
         decide: Of them, those whose outputs become discrete.
         heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
+        guidance: See `Head`.
         codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one.
         needs: Further attributes by which the class is told from another one of the same name.
     """
@@ -39,6 +40,7 @@ class Known:
     methods: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     codebooks: str = ""
+    guidance: float | None = None
     needs: tuple[str, ...] = ()
 
     def __call__(self, path: str, module: nn.Module) -> tuple[Part, ...]:
@@ -73,7 +75,7 @@ class Known:
         if not modules:
             return None
         codebooks = _at(module, self.codebooks) if self.codebooks else 1
-        return Head(tuple(modules), codebooks if isinstance(codebooks, int) else 1)
+        return Head(tuple(modules), codebooks if isinstance(codebooks, int) else 1, self.guidance)
 
 
 def _path(path: str, name: str, module: nn.Module) -> str:

@@ -193,6 +193,32 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> Non
         assert plain.layers[0].get_mask_sizes(1) == grown.layers[0].get_mask_sizes(1)
 
 
+def test_a_reordered_cache_keeps_its_room() -> None:
+    """A beam search reorders at every token, and would make every buffer anew each time."""
+    cache = DynamicCache()
+    cache.update(torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4), 0)
+    growing.adopt(cache)
+    layer: Any = cache.layers[0]
+    layer.reserve(1)
+    room = [buffer.shape for buffer in layer.buffers()]
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert [buffer.shape for buffer in layer.buffers()] == room
+    assert layer.reserve(1)
+    assert [buffer.shape for buffer in layer.buffers()] == room
+
+
+def test_the_room_is_bounded_in_bytes() -> None:
+    cache = DynamicCache()
+    wide = torch.zeros(2, 16, 1500, 64)  # of T3: 8 KiB for each position
+    cache.update(wide, wide, 0)
+    growing.adopt(cache)
+    layer: Any = cache.layers[0]
+    layer.reserve(1)
+    for buffer in layer.buffers():
+        assert 0 < buffer.shape[2] - 1500 <= 512 + 128
+        assert (buffer.shape[2] - 1500) * 8192 <= (4 << 20) + 128 * 8192
+
+
 def test_buffers_grow_by_half_and_stop_at_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DynamicCache()
     cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)

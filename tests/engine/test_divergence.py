@@ -62,6 +62,20 @@ def test_hidden_states_need_a_head_and_codebooks_are_apart() -> None:
     assert one != pytest.approx(four)
 
 
+def test_what_a_guided_loop_samples_from_is_compared() -> None:
+    # Each row errs by little, in opposite directions, and guidance adds the two up.
+    right, wrong = torch.tensor([[[0.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.1]], [[0.1, 0.0]]])
+    alone, guided = (
+        divergence([BaseModelOutputWithPast(last_hidden_state=right)], [BaseModelOutputWithPast(last_hidden_state=wrong)],
+                   Head((nn.Identity(),), guidance=weight))
+        for weight in (None, 0.5)
+    )  # fmt: skip
+    assert alone is not None
+    assert guided == pytest.approx(alone * 4, rel=0.02), "0.1 + 0.5 * 0.2 is twice the error, and it counts squared"
+    single = [BaseModelOutputWithPast(last_hidden_state=wrong[:1])]
+    assert divergence(single, single, Head((nn.Identity(),), guidance=0.5)) == 0.0, "one row guides nothing"
+
+
 def test_other_results_have_none() -> None:
     assert divergence([torch.ones(3)], [torch.ones(3)], None) is None
     assert divergence([Step(logits=torch.ones(2, 3))], [Step(logits=torch.ones(2, 3))], None) is None

@@ -45,12 +45,10 @@ class Ahead:
     def foresaw(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
         """Whether this is what the next block would be asked, had it been asked before."""
         state = self._state[self.next]
-        if (
-            past is None
-            or self._past() is not past
-            or id(layer := past.layers[self.next]) != state[0]
-            or _state(layer) != state
-        ):
+        if past is None or self._past() is not past:
+            return False
+        layer = past.layers[self.next]
+        if id(layer) != state[0] or _state(layer) != state:
             return False
         if len(named) != len(self._named) + 1 or any(named.get(name, self) is not value for name, value in self._named):
             return False

@@ -30,6 +30,8 @@ attentions_wanted: ContextVar[bool] = ContextVar("attentions_wanted", default=Fa
 """Whether the decoder that runs was asked for its attention weights, which its blocks are not always told."""
 
 _BUCKET = 128
+_MOST_ROOM = 4 << 20
+"""Bytes that a buffer holds beyond the sequence: of T3, whose caches are 60 such buffers, 500 positions."""
 LARGEST = 16_384
 """Positions that a buffer may hold. What is longer goes on as upstream has it."""
 
@@ -147,10 +149,17 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             if needed >= self._store[0].shape[-2]:
                 # One place always stays free: a slice of all would be contiguous, which a compiled step guards on.
                 # Half as much again, so that a long sequence is not copied at every bucket.
-                wanted = needed + max(1, needed // 2)
-                capacity = min(LARGEST, -(-wanted // _BUCKET) * _BUCKET)
+                capacity = min(_capacity(needed, stored) for stored in self._store)
                 self._store = [self._grown(stored, capacity) for stored in self._store]
             return True
+
+        def reorder_cache(self, beam_idx: Any) -> None:
+            # With the room: upstream's own code would leave none, and the next token would make all of it anew.
+            if not self.holds():
+                super().reorder_cache(beam_idx)
+                return
+            with torch.inference_mode(mode=False), torch.no_grad():  # as in `_grown`
+                self._store = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._store]
 
         def _grown(self, stored: Any, capacity: int) -> Any:
             # Zeros, not what was there: attention multiplies what it masks, and 0 * NaN is NaN.
@@ -208,6 +217,13 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
 
     return GrowingLayer
+
+
+def _capacity(needed: int, stored: Any) -> int:
+    """Positions for a buffer that has to hold some: half as much again, but no more room than `_MOST_ROOM`."""
+    of_a_position = stored.numel() // stored.shape[-2] * stored.element_size()
+    room = min(max(1, needed // 2), max(1, _MOST_ROOM // of_a_position))
+    return min(LARGEST, -(-(needed + room) // _BUCKET) * _BUCKET)
 
 
 def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
