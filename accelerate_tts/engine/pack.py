@@ -24,6 +24,7 @@ from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
 from accelerate_tts.engine.stages import native
+from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.trial import OVER_BUDGET
 from accelerate_tts.engine.tune import Tuning, acts_in_training, recompile_counter, warn_of_training
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
@@ -147,7 +148,7 @@ class WarmPack:
         )
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
-        emit(Restored(self.plan.what, len(changes), seconds))
+        emit(Restored(self.plan.what, len(entries), seconds))
         parts = tuple(part for part, _ in entries)
         tuning = Tuning(receipt, changes, complete=True, kept=tuple(session.kept), parts=parts, expected=session.heard)
         if pack.artifacts is None and self._code_of(tuning.kept) is not None:
@@ -159,8 +160,9 @@ class WarmPack:
         """Write the pack of a complete tuning. What cannot be written costs one event."""
         if not tuning.complete:
             return
-        kept = [found for entry in tuning.kept if (found := _described(self.plan, tuning, entry)) is not None]
-        if len(kept) < len(tuning.kept):
+        decided = [entry for entry in tuning.kept if entry.stage != QuietBars.name]  # that is done in any case
+        kept = [found for entry in decided if (found := _described(self.plan, tuning, entry)) is not None]
+        if len(kept) < len(decided):
             return  # a part that cannot be found again by its path
         try:
             decisions = {"kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds}

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
+from accelerate_tts.engine.plan import PROCESS
+from accelerate_tts.engine.session import Kept
+from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.trial import OVER_BUDGET
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.events import FellBack, emit
@@ -85,6 +88,11 @@ def finish(session: Session) -> None:
     session.run_others()
     for kept in session.kept:
         kept.change.seal()
+    bars = QuietBars(session.plan.roots)
+    if bars.modules:
+        bars.on()
+        session.kept.append(Kept(PROCESS, bars.name, "", bars))
+        session.notes.append(f"progress bars of {', '.join(bars.modules)} are drawn on terminals only")
 
 
 def _right(session: Session, reference: list[Any]) -> tuple[Difference | None, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import captured, default_stages, static_step
 from accelerate_tts.engine.stages.captured import CapturedStepStage
+from accelerate_tts.engine.stages.static_step import CudaRecording
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 
 WIDTH = 32
@@ -39,6 +42,51 @@ class Rerun:
 
         fields = [{n: v for n, v in out.items() if n != "past_key_values"} for out in (self.outputs, self._step())]
         _pytree.tree_map(write, *fields)
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None:
+        pass
+
+
+class OnStreams(CudaRecording):
+    """The recording for CUDA, on streams that only note what they are told, over the stand-in for its graph."""
+
+    def __init__(self, step: Callable[[], Any], told: list[str]) -> None:
+        self._graph = Rerun(step)
+        self.outputs = self._graph.outputs
+        self._done = SimpleNamespace(
+            record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
+        )
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs, buffers and results of a slot are one for all threads, and each thread has a stream."""
+    told: list[str] = []
+    stream = SimpleNamespace(name="one", wait_event=lambda _event: told.append(f"{stream.name} waits"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    own = static_step._own
+    monkeypatch.setattr(static_step, "_own", lambda *args: (told.append("results are copied"), own(*args))[1])
+    replay = Rerun.replay
+    monkeypatch.setattr(Rerun, "replay", lambda self: (told.append("replay"), replay(self))[1])
+    model = llama()
+    change = CapturedStepStage(lambda step: OnStreams(step, told)).prepare(Part("model", "decoder", model))
+    change.on()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        past = model(inputs_embeds=torch.randn(1, 4, WIDTH, generator=generator), use_cache=True).past_key_values
+        for stream.name in ("one", "other"):
+            told.clear()
+            model(inputs_embeds=torch.randn(1, 1, WIDTH, generator=generator), past_key_values=past, use_cache=True)
+            # The results are copied before anyone else may write.
+            assert told[0] == f"{stream.name} waits"
+            assert told[-3:] == ["replay", "results are copied", f"{stream.name} was used"]
+        assert len(told) == 4
+        told.clear()
+        change.off()
+        change._steps[model]._clear()
+    assert told == ["other waits", "other was used", "all is done"], "before its memory goes"
 
 
 def llama(**options: Any) -> Any:

@@ -66,10 +66,13 @@ def test_what_a_guided_loop_samples_from_is_compared() -> None:
     # Each row errs by little, in opposite directions, and guidance adds the two up.
     right, wrong = torch.tensor([[[0.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.1]], [[0.1, 0.0]]])
     alone, guided = (
-        divergence([BaseModelOutputWithPast(last_hidden_state=right)], [BaseModelOutputWithPast(last_hidden_state=wrong)],
-                   Head((nn.Identity(),), guidance=weight))
+        divergence(
+            [BaseModelOutputWithPast(last_hidden_state=right)],
+            [BaseModelOutputWithPast(last_hidden_state=wrong)],
+            Head((nn.Identity(),), guidance=weight),
+        )
         for weight in (None, 0.5)
-    )  # fmt: skip
+    )
     assert alone is not None
     assert guided == pytest.approx(alone * 4, rel=0.02), "0.1 + 0.5 * 0.2 is twice the error, and it counts squared"
     single = [BaseModelOutputWithPast(last_hidden_state=wrong[:1])]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -36,7 +36,9 @@ class Ahead:
     """
 
     def __init__(self, past: Any, layers: Sequence[Any], named: dict[str, Any], made: torch.Tensor) -> None:
-        self._past = weakref.ref(past)  # a loop that breaks off leaves this behind, and not a whole cache
+        self._past: Callable[[], Any] = weakref.ref(
+            past
+        )  # a loop that breaks off leaves this behind, and not a whole cache
         self._state = [_state(layer) for layer in layers]
         self._named = [(name, value) for name, value in named.items() if name != "hidden_states"]
         self._made = made.unbind()
@@ -45,9 +47,9 @@ class Ahead:
     def foresaw(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
         """Whether this is what the next block would be asked, had it been asked before."""
         state = self._state[self.next]
-        if past is None or self._past() is not past:
+        if self._past() is not past:
             return False
-        layer = past.layers[self.next]
+        layer: Any = past.layers[self.next]
         if id(layer) != state[0] or _state(layer) != state:
             return False
         if len(named) != len(self._named) + 1 or any(named.get(name, self) is not value for name, value in self._named):

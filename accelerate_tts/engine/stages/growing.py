@@ -13,7 +13,10 @@ from __future__ import annotations
 import sys
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LARGEST",
@@ -219,7 +222,7 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
     return GrowingLayer
 
 
-def _capacity(needed: int, stored: Any) -> int:
+def _capacity(needed: int, stored: torch.Tensor) -> int:
     """Positions for a buffer that has to hold some: half as much again, but no more room than `_MOST_ROOM`."""
     of_a_position = stored.numel() // stored.shape[-2] * stored.element_size()
     room = min(max(1, needed // 2), max(1, _MOST_ROOM // of_a_position))

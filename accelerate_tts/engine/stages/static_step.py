@@ -9,6 +9,7 @@ a cache of upstream's class is moved in for as long as it is the last one that w
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,8 @@ from accelerate_tts.engine.stages.swap import plain_class
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_name, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -35,6 +37,14 @@ class Recording(Protocol):
 
     def replay(self) -> None:
         """Run the step again on what is in its inputs now."""
+        ...
+
+    def in_turn(self) -> AbstractContextManager[object]:
+        """While open, this thread's work on inputs, buffers and outputs is behind that of all others before it."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until all that work is done: what it is done on may be freed then."""
         ...
 
 
@@ -62,16 +72,23 @@ class CudaRecording:
 
     def replay(self) -> None:
         """See `Recording.replay`."""
-        import torch
-
         self._graph.replay()
-        self._done.record(torch.cuda.current_stream())
 
-    def wait(self) -> None:
-        """Let this thread's stream wait for the last replay, which may have been on another one."""
+    @contextmanager
+    def in_turn(self) -> Generator[None, None, None]:
+        """See `Recording.in_turn`. Each thread has a stream of its own, and streams wait for nobody by themselves."""
         import torch
 
-        torch.cuda.current_stream().wait_event(self._done)
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
+
+    def finish(self) -> None:
+        """See `Recording.finish`. The allocator gives freed memory to the stream that it came from, at once."""
+        self._done.synchronize()
 
 
 class Slot:
@@ -147,9 +164,7 @@ class Slot:
         """
         import torch
 
-        with torch.inference_mode(mode=False), torch.no_grad():
-            if isinstance(self._recording, CudaRecording):
-                self._recording.wait()
+        with torch.inference_mode(mode=False), torch.no_grad(), self._recording.in_turn():
             if not self.holds(past):
                 self._move_in(past)
             length = past.layers[0].length()
@@ -184,16 +199,18 @@ class Slot:
         self._owner = weakref.ref(past)
 
     def leave(self) -> None:
-        """Give the sequence that lies here buffers of its own."""
+        """Give the sequence that lies here buffers of its own; nothing is left to be done on the slot's then."""
         owner = None if self._owner is None else self._owner()
         self._owner = None
-        for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
-            # It may have left by itself: cropped, reordered, or grown out of its bucket.
-            if isinstance(layer, growing.growing_class()):
-                if layer.buffers()[0] is keys:
-                    layer.keys = layer.keys.clone()
-                if layer.buffers()[1] is values:
-                    layer.values = layer.values.clone()
+        with self._recording.in_turn():
+            for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
+                # It may have left by itself: cropped, reordered, or grown out of its bucket.
+                if isinstance(layer, growing.growing_class()):
+                    if layer.buffers()[0] is keys:
+                        layer.keys = layer.keys.clone()
+                    if layer.buffers()[1] is values:
+                        layer.values = layer.values.clone()
+        self._recording.finish()
 
 
 def bytes_of(past: Any, capacity: int) -> int:
