@@ -5,8 +5,11 @@
 Run nothing else meanwhile. The true classes of chatterbox-light, coqui-tts and transformers (Higgs Audio v2, in bf16 as
 it is shipped) with random weights and seed 0. Two copies of the model are loaded, one is tuned by `@optimized_model` on
 a short sequence; then prompts and single tokens of the two are run in turn. `floor` is the time in which the memory, as
-measured here, gives the loaded weights once. `divergence` is that of the next token's probabilities, given the same
-past, over 40 steps: the largest and the mean, in nats. Higgs needs `--layers 8` or so on a machine of 24 GB.
+measured here, gives once the loaded weights that a token needs: all but the tables of embeddings. `sampled` is how many
+of 300 tokens, sampled with one seed from what the two make of them (with guidance where the system has it), are the
+same up to the first that is not. `divergence` is that of the next token's probabilities, given the same past, over 40
+steps: the largest and the mean, in nats. Higgs needs
+`--layers 8` or so on a machine of 24 GB.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from accelerate_tts.cli.tables import table
 from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.plan import Head
 
-PROMPT, TOKENS, PAIRS = 100, 12, 7
+PROMPT, TOKENS, PAIRS, SAMPLED = 100, 12, 7, 300
 
 
 class Decoder:
@@ -75,7 +78,7 @@ def chatterbox(layers: int | None) -> Decoder:
         t3.tfmr.layers = t3.tfmr.layers[:layers]
         t3.tfmr.config.num_hidden_layers = layers
     # Classifier-free guidance is two rows; the loop asks for all hidden states at every step.
-    head = Head((t3.speech_head.eval(),))
+    head = Head((t3.speech_head.eval(),), guidance=0.5)
     return Decoder(t3.tfmr, head, 2, t3.cfg.hidden_size, output_hidden_states=True, return_dict=True)
 
 
@@ -108,6 +111,37 @@ def higgs(layers: int | None) -> Decoder:
     finally:
         torch.set_default_dtype(before)
     return Decoder(model.model, Head((model.audio_lm_head,), config.num_codebooks), 1, config.hidden_size)
+
+
+@torch.inference_mode()
+def sampled(decoder: Decoder, count: int) -> torch.Tensor:
+    """Tokens of a loop as the systems have it: logits of the last state, guidance, temperature, a seeded draw.
+
+    Returns:
+        (count, codebooks) of the tokens.
+    """
+    generator = torch.Generator().manual_seed(3)
+    table: torch.Tensor | None = None
+    drawn: list[torch.Tensor] = []
+    out = decoder.prompt()
+    for _ in range(count):
+        logits = decoder.head(out.last_hidden_state[:, -1:])[:, -1].float()
+        if decoder.head.guidance is not None:
+            conditioned, unconditioned = logits.chunk(2)
+            logits = conditioned + decoder.head.guidance * (conditioned - unconditioned)
+        logits = logits[0].view(decoder.head.codebooks, -1)
+        token = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator).flatten()
+        drawn.append(token)
+        if table is None:
+            table = torch.randn(logits.shape[-1], decoder.width, generator=torch.Generator().manual_seed(4))
+        x = table[token].sum(0).expand(decoder.batch, 1, -1).to(decoder.dtype)
+        out = decoder.model(inputs_embeds=x, past_key_values=out.past_key_values, use_cache=True, **decoder.asked)
+    return torch.stack(drawn)
+
+
+def same_until(one: torch.Tensor, other: torch.Tensor) -> int:
+    differing = (one != other).any(-1).nonzero()
+    return int(differing[0]) if len(differing) else len(one)
 
 
 SYSTEMS: dict[str, Callable[[int | None], Decoder]] = {"chatterbox": chatterbox, "xtts": xtts, "higgs": higgs}
@@ -158,13 +192,17 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
         states = plain.speak(40), tuned.speak(40)
         error = max(float((a - b).norm() / a.norm()) for a, b in zip(*states, strict=True))
         steps = [divergence([Step(a)], [Step(b)], plain.head) or 0.0 for a, b in zip(*states, strict=True)]
+        drawn = [sampled(decoder, SAMPLED) for decoder in (plain, tuned)]
     size = sum(parameter.numel() * parameter.element_size() for parameter in plain.model.parameters())
+    tables = [module.weight for module in plain.model.modules() if isinstance(module, torch.nn.Embedding)]
+    read = size - sum(table.numel() * table.element_size() for table in tables)
     step = against(plain, tuned, timed_token, PAIRS)
     prompt = against(plain, tuned, timed_prompt, PAIRS)
-    floor = size / bandwidth()
+    floor = read / bandwidth()
     return {
         "step": step, "prompt": prompt, "floor": floor, "step_over_floor": step["after"] / floor, "error": error,
-        "weights_bytes": size, "memory_over_weights": 1 + (after - before) / size, "tuning_seconds": receipt.seconds,
+        "sampled": {"tokens": SAMPLED, "same": same_until(*drawn)}, "weights_bytes": size, "read_bytes": read,
+        "memory_over_weights": 1 + (after - before) / size, "tuning_seconds": receipt.seconds,
         "divergence": {"largest": max(steps), "mean": statistics.mean(steps)},
         "recompiles": receipt.recompiles, "kept": [f"{stage.part}: {stage.stage}" for stage in receipt.kept],
     }  # fmt: skip
@@ -197,7 +235,8 @@ def main() -> None:
     Console(width=140, highlight=False).print(table(rows, title, {"eager", "tuned", "ratio", "over floor", "error"}))
     for name, found in results.items():
         print(
-            f"{name}: a step diverges by {found['divergence']['largest']:.1e} nats at most,"
+            f"{name}: {found['sampled']['same']} of {found['sampled']['tokens']} sampled tokens are the same;"
+            f" a step diverges by {found['divergence']['largest']:.1e} nats at most,"
             f" {found['divergence']['mean']:.1e} in the mean; tuned in {found['tuning_seconds']:.0f} s,"
             f" memory {found['memory_over_weights']:.2f}x the weights,"
             f" {found['recompiles']} recompiles, kept: {', '.join(found['kept']) or 'nothing'}"

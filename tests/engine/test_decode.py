@@ -23,6 +23,7 @@ from accelerate_tts.engine.stages import block_kernel, growing
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.decode import GrowingCacheStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
+from accelerate_tts.engine.stages.inductor import call_normally
 from accelerate_tts.engine.verify import compare
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 
@@ -434,3 +435,28 @@ def test_after_warm_up_nothing_compiles(stepping: tuple[Any, Any, Any], seen: li
     fallen = [event for event in seen if isinstance(event, FellBack)]
     assert bool(fallen) == (graphs is not None), "the fused step has no graphs, and serves it"
     assert all("not warmed up" in event.stage and event.reason for event in fallen)
+
+
+def test_an_input_that_is_one_vector_for_all_rows() -> None:
+    """An expanded tensor of inference mode: it can be read, and not be written to."""
+    model = llama()
+    with torch.inference_mode():
+        x = torch.randn(1, 1, HIDDEN).expand(2, 4, HIDDEN)
+        expected = model.model(inputs_embeds=x, use_cache=True).last_hidden_state
+        change(GrowingCacheStage(), model).on()
+        assert torch.equal(model.model(inputs_embeds=x, use_cache=True).last_hidden_state, expected)
+
+
+def test_what_a_function_writes_into_an_input_is_seen_and_nothing_else_is_written() -> None:
+    with torch.inference_mode():
+        read, written = torch.zeros(2), torch.zeros(2)
+        before = read[:]  # a second look at the same memory
+
+        def function(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                before.add_(5.0)  # somebody else's write, which a copying back would undo
+            return one + other.add_(1.0)
+
+        assert call_normally(function, (read, written), {}).tolist() == [1.0, 1.0]
+        assert written.tolist() == [1.0, 1.0]
+        assert read.tolist() == [5.0, 5.0]

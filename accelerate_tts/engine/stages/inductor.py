@@ -190,20 +190,20 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     """
     import torch
 
-    copies: list[tuple[Any, Any]] = []
+    copies: list[tuple[Any, Any, int]] = []
     args, kwargs = _normal(args, copies), _normal(kwargs, copies)
     if not copies and not torch.is_inference_mode_enabled():
         return function(*args, **kwargs)
     with torch.inference_mode(mode=False), torch.no_grad():
         result = function(*args, **kwargs)
-    for original, copy in copies:
-        if copy._version:
+    for original, copy, version in copies:
+        if copy._version != version:
             with torch.inference_mode():
                 original.copy_(copy)
     return result
 
 
-def _normal(value: Any, copies: list[tuple[Any, Any]]) -> Any:
+def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -211,7 +211,7 @@ def _normal(value: Any, copies: list[tuple[Any, Any]]) -> Any:
             return value
         with torch.inference_mode(mode=False):
             copy = value.clone()
-        copies.append((value, copy))
+        copies.append((value, copy, copy._version))  # a copy of an inference tensor counts its own making as a write
         return copy
     # Of these types only: a cache or a model's own container is passed on as it is.
     if type(value) in {tuple, list}:
