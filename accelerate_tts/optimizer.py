@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from accelerate_tts.engine.again import Again
     from accelerate_tts.engine.receipt import Receipt
     from accelerate_tts.engine.tune import Tuning
     from accelerate_tts.engine.warmup import Loaded
@@ -215,6 +216,16 @@ class PerformanceOptimizer:
             WarmupError: `warmup` does not fit what was loaded.
         """
         return self._loaded.optimize(loaded, warmup, mode, stopped, options or TuneOptions())
+
+    def remembered(
+        self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Again | None:
+        """What `optimize` needs to call a load function again; asked before it is called. `None` where no need is."""
+        if self.settings.guard_weights != "reload":
+            return None
+        from accelerate_tts.engine.again import remembered
+
+        return remembered(function, owner, args, kwargs)
 
     def receipt(self, tuned: object) -> Receipt | None:
         """The receipt of a tuned object: what was loaded, or the backend that loaded it."""

@@ -42,7 +42,7 @@ Mode = Literal["inference", "no_grad", "none"]
 Precision = Literal["exact", "balanced", "fast"]
 """What tuning may change: nothing but rounding; half-precision weights; 8-bit weights too."""
 
-GuardWeights = Literal["memory", "disk"]
+GuardWeights = Literal["memory", "disk", "reload"]
 """Where the loaded weights lie of which tuning made copies."""
 
 _DEVICES = ("cuda", "mps", "xpu", "cpu")
@@ -84,6 +84,8 @@ class Settings:
         guard_weights: Where the loaded weights lie of which tuning made copies ("balanced", "fast"), and which then
             only a second attempt, `undo` and `state_dict` read. "memory": where they were. "disk": in a file without a
             name in `pack_folder`, mapped to where they were (Linux), so that they take no memory until they are read.
+            "reload": let go, and loaded again by the decorated load function when they are read; it is called once
+            more at the start, to see that it gives the same.
 
     Raises:
         SettingsError: A value is outside what its option takes.

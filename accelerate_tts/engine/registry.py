@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.tune import Tuning
 
-__all__ = ["Keeper", "TuningMap", "keep"]
+__all__ = ["Keeper", "TuningMap", "keep", "keeper_of"]
 
 
 _KEEPER = "_accelerate_tts_tuning"
@@ -39,6 +39,11 @@ def keep(module: nn.Module) -> Keeper:
     """Hang an empty keeper on a module."""
     keeper = vars(module)[_KEEPER] = Keeper()
     return keeper
+
+
+def keeper_of(module: nn.Module) -> Keeper:
+    """The keeper that hangs on a module."""
+    return vars(module)[_KEEPER]  # type: ignore[no-any-return]
 
 
 class TuningMap:
