@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.engine.registry import TuningMap, keep, keeper_of
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
+from accelerate_tts.locks import lock
 from accelerate_tts.runtime import retry
 from accelerate_tts.settings import Mode, Settings
 
@@ -54,7 +54,7 @@ class LoadedObjects:
         self._settings = settings
         self._ready = ready
         self._tidy = tidy
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._tunings = TuningMap()
 
     def optimize(
@@ -224,44 +224,56 @@ class LoadedObjects:
         return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
 
     def tuning_of(self, tuned: object) -> Tuning | None:
-        """The tuning of an object or, of a container, of the first tuned module in it."""
+        """The last tuning of an object or, of a container, of the first tuned module in it."""
         known = self._tunings.get(tuned)
-        if known is not None or not isinstance(tuned, (tuple, list, dict)):
+        return known or next(iter(self._tunings_in(tuned)), None)
+
+    def _tunings_in(self, tuned: object) -> list[Tuning]:
+        """All tunings of an object, or of what a container holds, in the order in which they came."""
+        known = self._tunings.all(tuned)
+        if known or not isinstance(tuned, (tuple, list, dict)):
             return known
         from accelerate_tts.engine.plan import find_modules  # a container cannot be known itself, but what is in it is
 
-        return next(filter(None, map(self._tunings.get, find_modules(tuned).values())), None)
+        found = {id(tuning): tuning for root in find_modules(tuned).values() for tuning in self._tunings.all(root)}
+        return list(found.values())
 
     def undo(self, tuned: object) -> bool:
         """See `PerformanceOptimizer.undo`."""
         with self._lock:
-            tuning = self.tuning_of(tuned)
-            if tuning is None:
-                return False
-            guarding = retry.guard_of(tuning)
-            tuning.keep_loaded()
-            if guarding is not None:
-                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
-            tuning.undo()
-            self._tunings.forget(tuning)
-        emit(Undone(tuning.receipt.what))
-        return True
+            tunings = self._tunings_in(tuned)
+            for tuning in tunings:
+                tuning.keep_loaded()  # of all, before anything is undone: it may fail
+            for tuning in reversed(tunings):
+                guarding = retry.guard_of(tuning)
+                if guarding is not None:
+                    guarding.retire()  # a retry that runs at this moment must not put the changes in force again
+                tuning.undo()
+                self._tunings.forget(tuning)
+        for tuning in tunings:
+            emit(Undone(tuning.receipt.what))
+        return bool(tunings)
 
     @contextmanager
     def untouched(self, tuned: object) -> Generator[bool, None, None]:
         """See `PerformanceOptimizer.untouched`."""
-        tuning = self.tuning_of(tuned)
-        guarding = None if tuning is None else retry.guard_of(tuning)
-        if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
-            with guarding.untouched():
-                yield guarding.in_force
-            return
-        _pin = None if tuning is None else tuning.at_hand()  # held until the changes are on again
-        changes = () if tuning is None else tuning.changes
-        for change in reversed(changes):
-            change.off()
-        try:
-            yield bool(changes)
-        finally:
-            for change in changes:
-                change.on()
+        with ExitStack() as scopes:
+            in_force = [scopes.enter_context(_untouched(tuning)) for tuning in self._tunings_in(tuned)]
+            yield any(in_force)
+
+
+@contextmanager
+def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
+    guarding = retry.guard_of(tuning)
+    if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
+        with guarding.untouched():
+            yield guarding.in_force
+        return
+    _pin = tuning.at_hand()  # held until the changes are on again
+    for change in reversed(tuning.changes):
+        change.off()
+    try:
+        yield bool(tuning.changes)
+    finally:
+        for change in tuning.changes:
+            change.on()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.errors import ModelError, PackError, SettingsError, shown
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
 from accelerate_tts.loading import LoadedObjects
+from accelerate_tts.locks import lock, rlock
 from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode, Settings, is_active, is_path
 
@@ -51,7 +51,7 @@ class PerformanceOptimizer:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = Settings.from_environment() if settings is None else settings
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._device: detect.DeviceInfo | None = None
         self._hold: flags.Hold | None = None
         self._loaded = LoadedObjects(self.settings, self._ready, partial(self.cleanup_memory, force=True))
@@ -228,14 +228,14 @@ class PerformanceOptimizer:
         return remembered(function, owner, args, kwargs)
 
     def receipt(self, tuned: object) -> Receipt | None:
-        """The receipt of a tuned object: what was loaded, or the backend that loaded it."""
+        """The receipt of a tuned object: what was loaded, or its backend; of several loads, the last."""
         return self._loaded.receipt(tuned)
 
     def _tuning_of(self, tuned: object) -> Tuning | None:
         return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
-        """Put a tuned object back exactly as it was loaded. Returns whether there was something to undo."""
+        """Put a tuned object back exactly as it was loaded, all of it. Returns whether there was something to undo."""
         return self._loaded.undo(tuned)
 
     def untouched(self, tuned: object) -> AbstractContextManager[bool]:
@@ -349,7 +349,7 @@ def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-_accessor_lock = threading.Lock()
+_accessor_lock = lock()
 _optimizer: PerformanceOptimizer | None = None
 
 

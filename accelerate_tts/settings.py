@@ -7,7 +7,6 @@ read too. Where both are set, the library's own wins. docs/OPTIMIZATIONS_SUMMARY
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -326,7 +326,7 @@ class _Switch:
     """Whether the decorators do anything, asked at each call."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = lock()
         self.active = True
         self.testing = 0
 

@@ -10,7 +10,6 @@ a tensor itself keeps it alive, and then it is not let go at all.
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.fingerprint import _content
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -221,7 +221,7 @@ class LetGo:
         self._layers = layers
         self._again = again
         # The load function may look at what it loaded, and the collector may close a stream in the middle.
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._gone: list[tuple[Layer, frozenset[str]]] = []
         self._state: list[tuple[int, int]] | None = None
         self._over = False

@@ -8,7 +8,6 @@ untouched; one that begins meanwhile runs untouched, which is slower and as righ
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
+from accelerate_tts.locks import rlock
 from accelerate_tts.runtime import guard
 from accelerate_tts.runtime.guard import Expectation, Heard, Units
 
@@ -97,7 +97,7 @@ class Guard:
         self._expected = expected
         self._limit = limit
         # Taken again by the same thread where the collector closes an abandoned stream while changes are switched.
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._held = 0
         self.switched = 0
         self._faults = 0
@@ -244,7 +244,8 @@ Guarding = Guard | Guards
 
 # By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
 _guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
-_listener: Listener | None = None
+# By context: what other threads and tasks call meanwhile, of other objects, is no part of the warm-up.
+_listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
 # A function inside a second attempt is not made again by itself; the whole attempt is untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
 
@@ -268,13 +269,13 @@ def protect(item: object, guarding: Guard) -> None:
 
 @contextmanager
 def listening() -> Generator[Listener, None, None]:
-    """While open, learn from the calls of `@inference` functions. One at a time, as tunings are."""
-    global _listener  # noqa: PLW0603 - one tuning runs at a time in a process
-    _listener = listener = Listener()
+    """While open, learn from the calls of `@inference` functions in this context, and in those begun from it."""
+    listener = Listener()
+    token = _listener.set(listener)
     try:
         yield listener
     finally:
-        _listener = None
+        _listener.reset(token)
 
 
 def guards_of(item: object) -> tuple[Guard, ...]:
@@ -297,4 +298,4 @@ def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any
         if found:
             guards = tuple(found.values())
             return guards[0] if len(guards) == 1 else Guards(guards)
-    return _listener
+    return _listener.get()
