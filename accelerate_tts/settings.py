@@ -151,6 +151,7 @@ class Settings:
         if not isinstance(given, Mapping):
             raise SettingsError(f"environment={shown(given)} must be None or a mapping of names to texts")
         values: dict[str, Any] = {}
+        said: dict[str, str] = {}  # the variable that each value came from
         for option in _OPTIONS:
             for variable in option.variables:
                 text: Any = given.get(variable, "")
@@ -158,9 +159,12 @@ class Settings:
                     raise SettingsError(f"{variable}={shown(text)} must be a text")
                 text = text.strip()
                 if text:
-                    values[option.field] = option.read(variable, text)
-                    break
+                    if option.field in values:
+                        _report_set_aside(option, variable, text, said[option.field], values[option.field])
+                    else:
+                        values[option.field], said[option.field] = option.read(variable, text), variable
         _report_unknown(given)
+        _report_contradictions(values, said)
         return cls(**values)
 
 
@@ -264,6 +268,34 @@ def _report_unknown(environment: Mapping[str, str]) -> None:
             near = get_close_matches(variable, _KNOWN, n=1)
             hint = f"did you mean {near[0]}?" if near else "see docs/OPTIMIZATIONS_SUMMARY.md for the list"
             emit(NotApplied(variable, f"there is no such setting; {hint}"))
+
+
+def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any) -> None:
+    """Say that an older name says something else than ours."""
+    try:
+        same = option.parse(variable, text) == value
+    except SettingsError:
+        same = False
+    if not same:
+        emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
+
+
+# A setting that has no effect beside another one, and when.
+_IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("compile_mode", "compile", lambda value: value is False),
+    ("pack_key", "pack", lambda value: value is False),
+    ("pack_limit_mb", "pack", lambda value: value is False),
+    ("guard_limit", "guard", lambda value: value is False),
+    ("workers", "threads", lambda value: value is not None),
+)
+
+
+def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -> None:
+    """Say which of two variables that were both set has no effect, because of the other."""
+    for idle, other, wins in _IDLE:
+        if idle in said and other in said and wins(values[other]):
+            why = f"it has no effect beside {said[other]}={str(values[other])!r}; unset one of the two"
+            emit(NotApplied(said[idle], why))
 
 
 def check_mode(mode: str) -> None:
