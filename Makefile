@@ -78,8 +78,12 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 releases: .venv/.wheel ## Are the parts of each upstream release where models/*.py says they are? (fetches the releases)
 	@$(BIN)/python .ci/releases.py $(ARGS)
 
-# No prerequisite: it must neither install anything nor fail where there is no network.
-audit: ## Known vulnerabilities of what is installed in .venv, by pip-audit; says so loudly where that cannot be asked
+# pip-audit in a folder of its own; where there is no network, audit.py says that nothing was checked, and passes.
+.venv/.audit/.ready: .venv/.created
+	@$(PYTHON) -m venv .venv/.audit && .venv/.audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit \
+	  && touch $@ || rm -rf .venv/.audit
+
+audit: .venv/.audit/.ready ## Known vulnerabilities of what is installed in .venv, by pip-audit; loud where that cannot be asked
 	@$(BIN)/python .ci/audit.py
 
 dev: .venv/.dev ## Everything a contributor needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from threading import get_ident
 from typing import TYPE_CHECKING, NoReturn
 
 from accelerate_tts.errors import InferenceContextError
@@ -44,7 +45,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
     def __init__(self, *, mode: Mode = "inference") -> None:
         check_mode(mode)
         self._mode = mode
-        self._scopes: list[ExitStack] = []
+        self._scopes: dict[int, list[ExitStack]] = {}  # by thread: several may share one of these
 
     def __enter__(self) -> None:
         _refuse_suspended(sys._getframe(1))
@@ -58,7 +59,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
 
                 scope.enter_context(flags.hold(get_performance_optimizer().call_flags()))
                 scope.enter_context(mode_factory(self._mode)())
-            self._scopes.append(scope.pop_all())
+            self._scopes.setdefault(get_ident(), []).append(scope.pop_all())
 
     def __exit__(
         self,
@@ -66,7 +67,12 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._scopes.pop().__exit__(kind, error, traceback)
+        thread = get_ident()
+        scopes = self._scopes[thread]
+        scope = scopes.pop()
+        if not scopes:
+            del self._scopes[thread]
+        scope.__exit__(kind, error, traceback)
 
     async def __aenter__(self) -> NoReturn:
         raise InferenceContextError(f"`async with fast_inference()` cannot be: {_ADVICE}")

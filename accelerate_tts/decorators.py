@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
 
+from accelerate_tts.engine.random_state import loading_again
 from accelerate_tts.errors import shown
 from accelerate_tts.runtime import attempt, modes, retry, turns
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
@@ -18,6 +19,7 @@ from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 if TYPE_CHECKING:
     import asyncio
 
+    from accelerate_tts.engine.again import Again
     from accelerate_tts.engine.options import TuneOptions
     from accelerate_tts.engine.warmup import Loaded
 
@@ -201,7 +203,7 @@ class _Optimize:
         self.options = options
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if not is_active():
+        if not is_active() or loading_again.get():
             return wrapped(*args, **kwargs)
         from accelerate_tts.optimizer import get_performance_optimizer
 
@@ -209,10 +211,11 @@ class _Optimize:
         get_performance_optimizer().initialize()
         # A lazy load inside a request: weights that are made in inference mode could never be changed.
         outside = modes.in_inference_mode()
+        again = get_performance_optimizer().remembered(wrapped, instance, args, kwargs)
         result = modes.call(wrapped, args, kwargs, "outside") if outside else wrapped(*args, **kwargs)
         if isinstance(result, Awaitable):
-            return self._optimize_async(result, instance)
-        self._optimize(_loaded(result, instance), lambda: False)
+            return self._optimize_async(result, instance, again)
+        self._optimize(_loaded(result, instance, None, again), lambda: False)
         return result
 
     def _optimize(self, loaded: Loaded, stopped: Callable[[], bool]) -> None:
@@ -220,11 +223,11 @@ class _Optimize:
 
         get_performance_optimizer().optimize(loaded, self.warmup, self.mode, stopped, self.options)
 
-    async def _optimize_async(self, pending: Awaitable[Any], owner: Any) -> Any:
+    async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Again | None) -> Any:
         import asyncio  # 40 ms, which a decorated synchronous class should not pay at its import
 
         result = await pending
-        loaded = _loaded(result, owner, asyncio.get_running_loop())
+        loaded = _loaded(result, owner, asyncio.get_running_loop(), again)
         cancelled = threading.Event()
         try:
             await asyncio.to_thread(self._optimize, loaded, cancelled.is_set)
@@ -234,10 +237,10 @@ class _Optimize:
         return result
 
 
-def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None = None) -> Loaded:
+def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None, again: Again | None) -> Loaded:
     from accelerate_tts.engine.warmup import Loaded
 
-    return Loaded(result, owner, loop)
+    return Loaded(result, owner, loop, again=again)
 
 
 def _check_function(decorator: str, function: Any) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "PackError",
+    "ReloadError",
     "SettingsError",
     "TimeLimitError",
     "WarmupError",
@@ -38,6 +39,10 @@ class ModelError(AccelerateTTSError, TypeError):
 
 class PackError(AccelerateTTSError, ValueError):
     """A warm pack cannot be named, written, exported or loaded as it was asked for."""
+
+
+class ReloadError(AccelerateTTSError, RuntimeError):
+    """Weights that were let go (`guard_weights="reload"`) cannot be loaded again by the load function."""
 
 
 class InferenceContextError(AccelerateTTSError, RuntimeError):

@@ -10,11 +10,11 @@ every time, so a metrics system can count them without this library depending on
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from accelerate_tts.errors import shown
+from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,7 +237,7 @@ class EventHook(Protocol):
         ...
 
 
-_lock = threading.RLock()  # a finaliser may send an event in the middle of another one
+_lock = rlock()  # a finaliser may send an event in the middle of another one
 _hooks: tuple[EventHook, ...] = ()
 _logged: set[Event] = set()
 # Events carry texts, so their number is not bounded by their types; the memory of "already logged" is.

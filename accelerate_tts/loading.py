@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.device import setup
 from accelerate_tts.engine.flight import Flight
 from accelerate_tts.engine.options import TuneOptions
-from accelerate_tts.engine.registry import TuningMap, keep
+from accelerate_tts.engine.registry import TuningMap, keep, keeper_of
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
+from accelerate_tts.locks import lock
 from accelerate_tts.runtime import retry
 from accelerate_tts.settings import Mode, Settings
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.engine.absent import LetGo
     from accelerate_tts.engine.pack import WarmPack
     from accelerate_tts.engine.plan import ModelPlan
     from accelerate_tts.engine.receipt import Receipt
@@ -53,7 +54,7 @@ class LoadedObjects:
         self._settings = settings
         self._ready = ready
         self._tidy = tidy
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._tunings = TuningMap()
 
     def optimize(
@@ -104,6 +105,12 @@ class LoadedObjects:
             pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
         limits = Limits(settings.tune_seconds, settings.precision, stopped)
         tuning = self._tune(plan, calls, stages, limits, pack)
+        if tuning.changes:
+            roots = {path: root for path, root in found.items() if id(root) not in tuned}
+            tuning = self._told(plan, tuning, loaded, roots, calls)
+        for root in plan.roots:
+            keeper_of(root).tuning = tuning
+        self._tidy()  # captured inputs and rejected copies were made in between what stays
         self._remember(loaded, tuning, *plan.roots)
         return tuning.receipt
 
@@ -114,22 +121,19 @@ class LoadedObjects:
 
         device = self._ready()
         # Before tuning: dynamo may guard on which attributes a module has.
-        keepers = [keep(root) for root in plan.roots]
+        for root in plan.roots:
+            keep(root)
         tuning = None if pack is None else pack.restore(calls, stages, device, limits)
         if tuning is None:
             tuning = tune(plan, calls, stages, device, limits)
             if pack is not None:
                 pack.keep(tuning)
-        if tuning.changes:
-            notes = (*tuning.receipt.notes, *self._notes(plan, tuning))
-            tuning = replace(tuning, receipt=replace(tuning.receipt, notes=notes))
-        for keeper in keepers:
-            keeper.tuning = tuning
-        self._tidy()  # captured inputs and rejected copies were made in between what stays
         return tuning
 
-    def _notes(self, plan: ModelPlan, tuning: Tuning) -> list[str]:
-        """What to say of the guard and of what it costs; weights go to disk here if that was asked for."""
+    def _told(
+        self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    ) -> Tuning:
+        """What to say of the guard and of what it costs; loaded weights go where they were asked to."""
         from accelerate_tts.engine.originals import copied_storages, originals_to_file
         from accelerate_tts.engine.pack import pack_folder
 
@@ -140,7 +144,42 @@ class LoadedObjects:
         if self._settings.guard_weights == "disk":
             moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
             notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
-        return notes
+        let_go = None
+        if self._settings.guard_weights == "reload":
+            let_go, note = self._let_go(tuning, loaded, found, calls)
+            notes.append(note)
+        receipt = replace(tuning.receipt, notes=(*tuning.receipt.notes, *notes))
+        return replace(tuning, receipt=receipt, let_go=let_go)
+
+    def _let_go(
+        self, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    ) -> tuple[LetGo | None, str]:
+        """Let loaded weights go, and see whether they are missed."""
+        from accelerate_tts.engine.originals import let_go_of
+        from accelerate_tts.engine.random_state import seeded
+
+        again, what, device = loaded.again, tuning.receipt.what, self._ready().type
+        if again is None:
+            why = "there is no load function to call again: decorate it with @optimized_model"
+            emit(NotApplied(f"guard_weights='reload' of {what}", why))
+            return None, f"the loaded weights stay in memory: {why}"
+        start = time.perf_counter()
+        timeout = self._settings.warmup_timeout
+        let_go = let_go_of(tuning, found, lambda: again.modules(what, device, timeout))
+        seconds = time.perf_counter() - start
+        gone = 0 if let_go is None else let_go.leave()
+        try:
+            with seeded(device):  # somebody may ask a layer for its weights at each call
+                for call in calls.main if gone else ():
+                    call.run()
+        except Exception as error:  # the user's model; what was loaded is not thrown away
+            emit(WarmupFailed(what, f"{type(error).__name__}: {error}"))
+        if let_go is None or not let_go.gone:
+            return let_go, "guard_weights='reload': no loaded weights could be let go; they stay in memory"
+        return let_go, (
+            f"{gone / 2**20:.1f} MiB of loaded weights were let go: a second attempt, undo or state_dict has them"
+            f" loaded again ({seconds:.1f} s, and the memory of one more model meanwhile)"
+        )
 
     def _warm_up_new(
         self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
@@ -185,42 +224,56 @@ class LoadedObjects:
         return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
 
     def tuning_of(self, tuned: object) -> Tuning | None:
-        """The tuning of an object or, of a container, of the first tuned module in it."""
+        """The last tuning of an object or, of a container, of the first tuned module in it."""
         known = self._tunings.get(tuned)
-        if known is not None or not isinstance(tuned, (tuple, list, dict)):
+        return known or next(iter(self._tunings_in(tuned)), None)
+
+    def _tunings_in(self, tuned: object) -> list[Tuning]:
+        """All tunings of an object, or of what a container holds, in the order in which they came."""
+        known = self._tunings.all(tuned)
+        if known or not isinstance(tuned, (tuple, list, dict)):
             return known
         from accelerate_tts.engine.plan import find_modules  # a container cannot be known itself, but what is in it is
 
-        return next(filter(None, map(self._tunings.get, find_modules(tuned).values())), None)
+        found = {id(tuning): tuning for root in find_modules(tuned).values() for tuning in self._tunings.all(root)}
+        return list(found.values())
 
     def undo(self, tuned: object) -> bool:
         """See `PerformanceOptimizer.undo`."""
         with self._lock:
-            tuning = self.tuning_of(tuned)
-            if tuning is None:
-                return False
-            guarding = retry.guard_of(tuning)
-            if guarding is not None:
-                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
-            tuning.undo()
-            self._tunings.forget(tuning)
-        emit(Undone(tuning.receipt.what))
-        return True
+            tunings = self._tunings_in(tuned)
+            for tuning in tunings:
+                tuning.keep_loaded()  # of all, before anything is undone: it may fail
+            for tuning in reversed(tunings):
+                guarding = retry.guard_of(tuning)
+                if guarding is not None:
+                    guarding.retire()  # a retry that runs at this moment must not put the changes in force again
+                tuning.undo()
+                self._tunings.forget(tuning)
+        for tuning in tunings:
+            emit(Undone(tuning.receipt.what))
+        return bool(tunings)
 
     @contextmanager
     def untouched(self, tuned: object) -> Generator[bool, None, None]:
         """See `PerformanceOptimizer.untouched`."""
-        tuning = self.tuning_of(tuned)
-        guarding = None if tuning is None else retry.guard_of(tuning)
-        if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
-            with guarding.untouched():
-                yield guarding.in_force
-            return
-        changes = () if tuning is None else tuning.changes
-        for change in reversed(changes):
-            change.off()
-        try:
-            yield bool(changes)
-        finally:
-            for change in changes:
-                change.on()
+        with ExitStack() as scopes:
+            in_force = [scopes.enter_context(_untouched(tuning)) for tuning in self._tunings_in(tuned)]
+            yield any(in_force)
+
+
+@contextmanager
+def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
+    guarding = retry.guard_of(tuning)
+    if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
+        with guarding.untouched():
+            yield guarding.in_force
+        return
+    _pin = tuning.at_hand()  # held until the changes are on again
+    for change in reversed(tuning.changes):
+        change.off()
+    try:
+        yield bool(tuning.changes)
+    finally:
+        for change in tuning.changes:
+            change.on()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.errors import ModelError, PackError, SettingsError, shown
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
 from accelerate_tts.loading import LoadedObjects
+from accelerate_tts.locks import lock, rlock
 from accelerate_tts.runtime import modes
 from accelerate_tts.settings import Mode, Settings, is_active, is_path
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from accelerate_tts.engine.again import Again
     from accelerate_tts.engine.receipt import Receipt
     from accelerate_tts.engine.tune import Tuning
     from accelerate_tts.engine.warmup import Loaded
@@ -50,7 +51,7 @@ class PerformanceOptimizer:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = Settings.from_environment() if settings is None else settings
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._device: detect.DeviceInfo | None = None
         self._hold: flags.Hold | None = None
         self._loaded = LoadedObjects(self.settings, self._ready, partial(self.cleanup_memory, force=True))
@@ -216,15 +217,25 @@ class PerformanceOptimizer:
         """
         return self._loaded.optimize(loaded, warmup, mode, stopped, options or TuneOptions())
 
+    def remembered(
+        self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Again | None:
+        """What `optimize` needs to call a load function again; asked before it is called. `None` where no need is."""
+        if self.settings.guard_weights != "reload":
+            return None
+        from accelerate_tts.engine.again import remembered
+
+        return remembered(function, owner, args, kwargs)
+
     def receipt(self, tuned: object) -> Receipt | None:
-        """The receipt of a tuned object: what was loaded, or the backend that loaded it."""
+        """The receipt of a tuned object: what was loaded, or its backend; of several loads, the last."""
         return self._loaded.receipt(tuned)
 
     def _tuning_of(self, tuned: object) -> Tuning | None:
         return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
-        """Put a tuned object back exactly as it was loaded. Returns whether there was something to undo."""
+        """Put a tuned object back exactly as it was loaded, all of it. Returns whether there was something to undo."""
         return self._loaded.undo(tuned)
 
     def untouched(self, tuned: object) -> AbstractContextManager[bool]:
@@ -338,7 +349,7 @@ def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-_accessor_lock = threading.Lock()
+_accessor_lock = lock()
 _optimizer: PerformanceOptimizer | None = None
 
 

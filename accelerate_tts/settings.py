@@ -7,7 +7,6 @@ read too. Where both are set, the library's own wins. docs/OPTIMIZATIONS_SUMMARY
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -42,7 +42,7 @@ Mode = Literal["inference", "no_grad", "none"]
 Precision = Literal["exact", "balanced", "fast"]
 """What tuning may change: nothing but rounding; half-precision weights; 8-bit weights too."""
 
-GuardWeights = Literal["memory", "disk"]
+GuardWeights = Literal["memory", "disk", "reload"]
 """Where the loaded weights lie of which tuning made copies."""
 
 _DEVICES = ("cuda", "mps", "xpu", "cpu")
@@ -84,6 +84,8 @@ class Settings:
         guard_weights: Where the loaded weights lie of which tuning made copies ("balanced", "fast"), and which then
             only a second attempt, `undo` and `state_dict` read. "memory": where they were. "disk": in a file without a
             name in `pack_folder`, mapped to where they were (Linux), so that they take no memory until they are read.
+            "reload": let go, and loaded again by the decorated load function when they are read; it is called once
+            more at the start, to see that it gives the same.
 
     Raises:
         SettingsError: A value is outside what its option takes.
@@ -149,6 +151,7 @@ class Settings:
         if not isinstance(given, Mapping):
             raise SettingsError(f"environment={shown(given)} must be None or a mapping of names to texts")
         values: dict[str, Any] = {}
+        said: dict[str, str] = {}  # the variable that each value came from
         for option in _OPTIONS:
             for variable in option.variables:
                 text: Any = given.get(variable, "")
@@ -156,9 +159,12 @@ class Settings:
                     raise SettingsError(f"{variable}={shown(text)} must be a text")
                 text = text.strip()
                 if text:
-                    values[option.field] = option.read(variable, text)
-                    break
+                    if option.field in values:
+                        _report_set_aside(option, variable, text, said[option.field], values[option.field])
+                    else:
+                        values[option.field], said[option.field] = option.read(variable, text), variable
         _report_unknown(given)
+        _report_contradictions(values, said)
         return cls(**values)
 
 
@@ -264,6 +270,34 @@ def _report_unknown(environment: Mapping[str, str]) -> None:
             emit(NotApplied(variable, f"there is no such setting; {hint}"))
 
 
+def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any) -> None:
+    """Say that an older name says something else than ours."""
+    try:
+        same = option.parse(variable, text) == value
+    except SettingsError:
+        same = False
+    if not same:
+        emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
+
+
+# A setting that has no effect beside another one, and when.
+_IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("compile_mode", "compile", lambda value: value is False),
+    ("pack_key", "pack", lambda value: value is False),
+    ("pack_limit_mb", "pack", lambda value: value is False),
+    ("guard_limit", "guard", lambda value: value is False),
+    ("workers", "threads", lambda value: value is not None),
+)
+
+
+def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -> None:
+    """Say which of two variables that were both set has no effect, because of the other."""
+    for idle, other, wins in _IDLE:
+        if idle in said and other in said and wins(values[other]):
+            why = f"it has no effect beside {said[other]}={str(values[other])!r}; unset one of the two"
+            emit(NotApplied(said[idle], why))
+
+
 def check_mode(mode: str) -> None:
     """Raise `SettingsError` unless `mode` is one of "inference", "no_grad", "none"."""
     _check_name("mode", mode, get_args(Mode))
@@ -324,7 +358,7 @@ class _Switch:
     """Whether the decorators do anything, asked at each call."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = lock()
         self.active = True
         self.testing = 0
 

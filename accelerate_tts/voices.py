@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from accelerate_tts.decorators import _BoundShell, _check_function, _Shell
 from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.locks import lock
 from accelerate_tts.settings import check_folder, is_active
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class _AnswerFromCache:
     def __init__(self, what: str, *options: Any) -> None:
         self._what = what
         self._options = options
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._made: Embeddings | None = None
 
     def __reduce__(self) -> Any:

@@ -1,19 +1,22 @@
 """Thousands of calls of random length of small tuned models; memory and tensors must stay flat.
 
-    python benchmarks/soak.py [--calls N] [--tune-seconds S] [--compile] [--json FILE] [mms] [llama]
+    python benchmarks/soak.py [--calls N] [--tune-seconds S] [--compile] [--json FILE] [small] [mms] [llama]
 
+A small vocoder with a recurrent net and a cached speaker embedding;
 transformers' own VITS (the class of MMS voices) and Llama with `generate`, small, with random weights, tuned by
 `@optimized_model` and called through `@inference`. After each twentieth of the calls the garbage is collected, and the
 resident memory and the tensors that Python can reach are counted. The first fifth of the samples is warm-up: torch,
 the allocator and the caches fill. Then flat means
 
 - resident memory: the median of the last third of the samples is at most 4 % and 8 MiB above that of the first third;
-- tensors: the most in the last third is at most 8 above the most in the first third.
+- tensors that were made since: the most in the last third is at most 8 above the most in the first third;
+- what this library remembers by object, lock or message, compiled graphs, and cached embeddings: no more
+  entries in the last third than in the first, and 8
 
 A call that leaks one small tensor is seen by the second, one that leaks 20 KiB outside of Python by the first. What
 grows below that are torch's own caches of shapes; with ACCELERATE_TTS_DISABLE=1 the untouched models show the same. The
-exit status is 1 if anything grows, and the shapes that became more are named. Without --compile torch.compile is left
-out: what is compiled for a length that was not warmed up stays, as it should.
+exit status is 1 if anything grows; the shapes that became more are named, and who holds them. Without --compile
+torch.compile is left out: what is compiled for a length that was not warmed up stays, as it should.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ import json
 import os
 import statistics
 import sys
+import types
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,9 +37,9 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 
-from accelerate_tts import inference, optimized_model, receipt_of
+from accelerate_tts import cached_embedding, events, inference, locks, optimized_model, receipt_of
+from accelerate_tts.runtime import retry, rooms
 
 SAMPLES = 20
 WARM = SAMPLES // 5
@@ -43,11 +47,35 @@ SHARE, SLACK, TENSORS = 0.04, 8 * 2**20, 8
 SHORTEST, LONGEST = 5, 80
 
 
+class Small:
+    """What there is in every speech system, as small as can be: 2,000 calls take seconds."""
+
+    @optimized_model(warmup=lambda self: [self.call(SHORTEST), self.call(LONGEST)])
+    def load(self) -> None:
+        normed = torch.nn.utils.parametrizations.weight_norm
+        self.encoder = torch.nn.LSTM(16, 16, batch_first=True).eval()
+        self.vocoder = torch.nn.Sequential(
+            normed(torch.nn.Conv1d(16, 32, 3, padding=1)), torch.nn.LeakyReLU(),
+            normed(torch.nn.ConvTranspose1d(32, 1, 8, stride=4)), torch.nn.Tanh(),
+        ).eval()  # fmt: skip
+
+    @cached_embedding(limit_mb=0.01, encoder=lambda self: self.encoder)
+    def embed(self, wave: torch.Tensor) -> torch.Tensor:
+        return self.encoder(wave)[0][:, -1]
+
+    @inference(concurrency=2)
+    def call(self, length: int) -> int:
+        voice = self.embed(torch.randn(1, 4, 16))
+        return int(self.vocoder(torch.randn(1, 16, length) + voice[..., None]).shape[-1])
+
+
 class Mms:
     """A VITS voice of token ids."""
 
     @optimized_model(warmup=[torch.ones(1, SHORTEST, dtype=torch.long), torch.ones(1, LONGEST, dtype=torch.long)])
     def load(self) -> torch.nn.Module:
+        import transformers
+
         config = transformers.VitsConfig(
             vocab_size=38, hidden_size=32, num_hidden_layers=2, ffn_dim=64, flow_size=32, spectrogram_bins=17,
             upsample_initial_channel=64, upsample_rates=[4], upsample_kernel_sizes=[8], resblock_kernel_sizes=[3, 5],
@@ -68,6 +96,8 @@ class Llama:
 
     @optimized_model(warmup=lambda self: self.call(12))
     def load(self) -> None:
+        import transformers
+
         config = transformers.LlamaConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
         )
@@ -83,7 +113,7 @@ class Llama:
         return int(made.shape[-1])
 
 
-SYSTEMS: dict[str, Callable[[], Any]] = {"mms": Mms, "llama": Llama}
+SYSTEMS: dict[str, Callable[[], Any]] = {"small": Small, "mms": Mms, "llama": Llama}
 
 
 @dataclass
@@ -94,6 +124,7 @@ class Soaked:
     calls: int
     resident: list[int] = field(default_factory=list)
     tensors: list[int] = field(default_factory=list)
+    entries: list[dict[str, int]] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
 
     @property
@@ -109,6 +140,10 @@ class Soaked:
             found.append(
                 f"tensors grew from {max(early)} to {max(late)}: {', '.join(self.grown) or 'no shape stands out'}"
             )
+        for name in self.entries[-1] if self.entries else ():
+            early, late = thirds([sample[name] for sample in self.entries])
+            if max(late) > max(early) + TENSORS:
+                found.append(f"{name} grew from {max(early)} to {max(late)} entries")
         return found
 
 
@@ -119,30 +154,91 @@ def thirds(samples: list[int]) -> tuple[list[int], list[int]]:
     return settled[:size], settled[-size:]
 
 
-def census() -> Counter[str]:
-    """The tensors that Python can reach, by shape and type."""
+def kind_of(tensor: torch.Tensor) -> str:
+    """A tensor's shape and type."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def tensors() -> list[torch.Tensor]:
+    """The tensors that Python can reach."""
     gc.collect()
-    found: Counter[str] = Counter()
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance would ask proxies, whose objects may be gone
-            found[f"{tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"] += 1
-    return found
+    # isinstance would ask proxies, whose objects may be gone
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
-def soak(name: str, call: Callable[[int], Any], calls: int) -> Soaked:
+def holder_of(thing: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> str:
+    """Who holds an object, as a path from the nearest thing with a name, such as `Voice.history[...]`."""
+    found = gc.get_referrers(thing)
+    ours = {id(found), *seen}
+    for holder in found:
+        if id(holder) in ours or isinstance(holder, types.FrameType) or type(holder).__name__ == "list_iterator":
+            continue
+        if isinstance(holder, dict):
+            return _in_dictionary(thing, holder, depth, ours)
+        if isinstance(holder, types.CellType):
+            return "a closure's variable"
+        if isinstance(holder, (list, tuple, set, deque)):
+            return _above(holder, "[...]", depth, ours)
+        for name, value in getattr(holder, "__dict__", {}).items():  # from Python 3.11 on an object has no dictionary
+            if value is thing:
+                return f"{type(holder).__qualname__}.{name}"
+        return f"a {type(holder).__qualname__}"
+    return "nothing that Python knows"
+
+
+def _in_dictionary(thing: Any, holder: dict[Any, Any], depth: int, seen: set[int]) -> str:
+    key: Any = "?"
+    for name, value in holder.items():  # no generator: its closure would hold the thing, too
+        if value is thing:
+            key = name
+    if "__name__" in holder and "__spec__" in holder:
+        return f"module {holder['__name__']}.{key}"
+    for owner in gc.get_referrers(holder):
+        if getattr(owner, "__dict__", None) is holder:
+            return f"{type(owner).__qualname__}.{key}"
+    return _above(holder, f"[{key!r}]", depth, seen)
+
+
+def _above(holder: Any, step: str, depth: int, seen: set[int]) -> str:
+    if depth == 4:  # noqa: PLR2004 - deep enough for a cache in an object
+        return f"a {type(holder).__name__}"
+    return holder_of(holder, depth + 1, (*seen, id(holder))) + step
+
+
+def registries(backend: Any) -> dict[str, int]:
+    """How many entries there are in what could grow for ever: what the library remembers, graphs, caches."""
+    receipt = receipt_of(backend)
+    found = {
+        "guards": len(retry._guards), "rooms": len(rooms._rooms), "locks": len(locks._locks),
+        "logged events": len(events._logged), "recompiled graphs": 0 if receipt is None else receipt.recompiled,
+    }  # fmt: skip
+    embed = getattr(backend, "embed", None)
+    return found if embed is None else {**found, "cached embeddings": embed.cache_info().entries}
+
+
+def soak(name: str, call: Callable[[int], Any], calls: int, backend: Any = None) -> Soaked:
     """Make the calls, and sample twenty times meanwhile."""
     choose, process = torch.Generator().manual_seed(0), psutil.Process()
     seen = Soaked(name, calls)
     first: Counter[str] = Counter()
+    gc.collect()
+    gc.freeze()  # what is there now is not looked through twenty times: nothing of it can become more
     for sample in range(SAMPLES):
         for _ in range(max(1, calls // SAMPLES)):
             call(int(torch.randint(SHORTEST, LONGEST + 1, (), generator=choose)))
-        now = census()
+        now = Counter(map(kind_of, tensors()))
         if sample == WARM:
             first = now
+        if backend is not None:
+            seen.entries.append(registries(backend))
         seen.tensors.append(now.total())
         seen.resident.append(process.memory_info().rss)
-    seen.grown = [f"{count} more of {shape}" for shape, count in (now - first).most_common(5)]
+    last = tensors()
+    gc.unfreeze()
+    for kind, count in (now - first).most_common(5):
+        newest = next(tensor for tensor in reversed(last) if kind_of(tensor) == kind)
+        seen.grown.append(f"{count} more of {kind}, held by {holder_of(newest, 0, (id(last),))}")
+        del newest
     return seen
 
 
@@ -170,7 +266,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["ACCELERATE_TTS_PACK"] = "0"
     os.environ["ACCELERATE_TTS_TUNE_SECONDS"] = str(options.tune_seconds)
     os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = str(int(options.compile))
@@ -181,7 +277,7 @@ def main() -> int:
         backend.load()
         receipt = receipt_of(backend)
         kept = "nothing" if receipt is None else ", ".join(f"{s.part}: {s.stage}" for s in receipt.kept) or "nothing"
-        seen = soak(name, backend.call, options.calls)
+        seen = soak(name, backend.call, options.calls, backend)
         results.append((seen, report(seen, kept)))
     if options.json:
         options.json.write_text(json.dumps([asdict(seen) for seen, _ in results], indent=2), encoding="utf-8")

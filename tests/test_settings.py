@@ -44,6 +44,7 @@ READ = [
     (f"{OWN}GUARD", "no", "guard", False),
     (f"{OWN}GUARD_LIMIT", "7", "guard_limit", 7),
     (f"{OWN}GUARD_WEIGHTS", "disk", "guard_weights", "disk"),
+    (f"{OWN}GUARD_WEIGHTS", "reload", "guard_weights", "reload"),
 ]
 VARIABLES = sorted({row[0] for row in READ})
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -139,7 +140,8 @@ def test_an_unknown_variable_is_told_with_the_nearest_name(seen: list[Event]) ->
 
 
 def test_known_variables_are_not_reported(seen: list[Event]) -> None:
-    Settings.from_environment({**{row[0]: row[1] for row in READ}, f"{OWN}DISABLE": "0"})
+    for variable, text in [*(row[:2] for row in READ), (f"{OWN}DISABLE", "0")]:
+        Settings.from_environment({variable: text})
     assert seen == []
 
 
@@ -293,3 +295,46 @@ def test_testing_counts_right_under_contention() -> None:
         for future in [pool.submit(enter_often) for _ in range(8)]:
             future.result(60)
     assert not is_testing()
+
+
+CONTRADICTIONS = [
+    # What is set, which of it is said to have no effect, and because of which.
+    ({f"{OWN}TORCH_COMPILE": "1", "TRANSLATOR_TORCH_COMPILE": "0"}, "TRANSLATOR_TORCH_COMPILE='0'", "TORCH_COMPILE"),
+    ({f"{OWN}TORCH_COMPILE": "1", "TRANSLATOR_TORCH_COMPILE": "?"}, "TRANSLATOR_TORCH_COMPILE='?'", "TORCH_COMPILE"),
+    ({f"{OWN}COMPILE_MODE": "auto", "TRANSLATOR_COMPILE_MODE": "default"}, "TRANSLATOR_COMPILE_MODE='default'", "MODE"),
+    ({f"{OWN}CUDNN_BENCHMARK": "off", "TRANSLATOR_CUDNN_BENCHMARK": "1"}, "TRANSLATOR_CUDNN_BENCHMARK='1'", "CUDNN"),
+    ({f"{OWN}TORCH_COMPILE": "0", f"{OWN}COMPILE_MODE": "default"}, f"{OWN}COMPILE_MODE", "TORCH_COMPILE='False'"),
+    ({"TRANSLATOR_TORCH_COMPILE": "0", f"{OWN}COMPILE_MODE": "default"}, f"{OWN}COMPILE_MODE", "TRANSLATOR_TORCH_COMP"),
+    ({f"{OWN}PACK": "0", f"{OWN}PACK_KEY": "secret"}, f"{OWN}PACK_KEY", f"{OWN}PACK="),
+    ({f"{OWN}PACK": "0", f"{OWN}PACK_LIMIT_MB": "9"}, f"{OWN}PACK_LIMIT_MB", f"{OWN}PACK="),
+    ({f"{OWN}GUARD": "0", f"{OWN}GUARD_LIMIT": "9"}, f"{OWN}GUARD_LIMIT", f"{OWN}GUARD="),
+    ({f"{OWN}THREADS": "2", f"{OWN}WORKERS": "2"}, f"{OWN}WORKERS", f"{OWN}THREADS='2'"),
+]
+
+
+@pytest.mark.parametrize(("environment", "loser", "winner"), CONTRADICTIONS)
+def test_variables_that_contradict_each_other_are_told(
+    environment: dict[str, str], loser: str, winner: str, seen: list[Event]
+) -> None:
+    Settings.from_environment(environment)
+    (event,) = seen
+    assert isinstance(event, NotApplied)
+    assert event.what == loser
+    assert winner in event.reason
+    assert "unset one of the two" in event.reason
+    assert "secret" not in str(event)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {f"{OWN}TORCH_COMPILE": "yes", "TRANSLATOR_TORCH_COMPILE": "1"},
+        {f"{OWN}TORCH_COMPILE": "1", f"{OWN}COMPILE_MODE": "default"},
+        {f"{OWN}THREADS": "auto", f"{OWN}WORKERS": "2"},
+        {f"{OWN}PACK": "1", f"{OWN}PACK_KEY": "secret"},
+        {f"{OWN}TORCH_COMPILE": "", "TRANSLATOR_TORCH_COMPILE": "0"},
+    ],
+)
+def test_variables_that_agree_are_not(environment: dict[str, str], seen: list[Event]) -> None:
+    Settings.from_environment(environment)
+    assert not seen

@@ -98,11 +98,12 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
 ) -> None:
     """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile."""
     from accelerate_tts.cli.bench.command import Options, run
-    from accelerate_tts.settings import check_precision
+    from accelerate_tts.settings import check_precision, check_tune_seconds
 
     try:
         if size not in {"tiny", "full"}:
             raise SettingsError(f"size={size!r} must be 'tiny' or 'full'")
+        check_tune_seconds(tune_seconds)
         chosen = precision or ["exact"]
         for name in chosen:
             check_precision(name)

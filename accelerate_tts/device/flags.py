@@ -8,12 +8,12 @@ holder's value is in force, and when the last one lets go the saved state return
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,7 +57,7 @@ class _Held:
     values: dict[int, Any] = field(default_factory=dict)
 
 
-_lock = threading.RLock()
+_lock = rlock()
 _held: dict[Flag, _Held] = {}
 _numbers = iter(range(1, 2**62))
 

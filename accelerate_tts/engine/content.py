@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.swap import copies_of
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ class FileDigests:
     """Digests of files; one that has not changed since it was read costs a look at its times."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._known: OrderedDict[tuple[Any, ...], str] = OrderedDict()
 
     def digest(self, path: str) -> str:
@@ -95,7 +96,7 @@ class _Weights:
     """A number for each state of a module's weights that this process has met, and the digest of their bytes."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._numbers = itertools.count()
         self._known: Any = None
         self._owners: Any = None

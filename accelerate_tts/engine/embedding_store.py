@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate_tts.engine.plan import _members
+from accelerate_tts.locks import lock
 
 __all__ = ["CacheInfo", "EmbeddingStore", "Flight", "Kept"]
 
@@ -113,7 +113,7 @@ class EmbeddingStore:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._entries: OrderedDict[str, Kept] = OrderedDict()
         self._flights: dict[str, Flight] = {}
         self._bytes = self._hits = self._misses = 0

@@ -22,6 +22,7 @@ from accelerate_tts.engine.plan import reachable_modules
 from accelerate_tts.engine.random_state import warming
 from accelerate_tts.engine.verify import tensors_of
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -267,7 +268,7 @@ class _Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._locks: Any = None
         self._common: dict[Any, Any] = {}
         self._inside: ContextVar[tuple[int, ...]] = ContextVar("accelerate_tts_embedding", default=())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 from contextvars import ContextVar
+
+from accelerate_tts.locks import rlock
 
 __all__ = ["Flight"]
 
@@ -17,9 +18,10 @@ class Flight:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._inside: ContextVar[bool] = ContextVar("accelerate_tts_tuning", default=False)
         self._loop: object = None
+        self._outer: list[tuple[bool, object]] = []  # what `end` goes back to: a warm-up may load something else
 
     def begin(self, loop: object) -> bool:
         """Wait for the turn; False where waiting would never end."""
@@ -27,6 +29,7 @@ class Flight:
             if self._inside.get() or (self._loop is not None and self._loop is _running_loop()):
                 return False
             self._lock.acquire()
+        self._outer.append((self._inside.get(), self._loop))
         if loop is not None:
             self._loop = loop
         self._inside.set(True)
@@ -34,8 +37,8 @@ class Flight:
 
     def end(self) -> None:
         """Give the turn up."""
-        self._inside.set(False)
-        self._loop = None
+        inside, self._loop = self._outer.pop()
+        self._inside.set(inside)
         self._lock.release()
 
 

@@ -1,7 +1,8 @@
-"""Where the loaded weights lie of which tuning made copies: in memory, or in a file.
+"""Where the loaded weights lie of which tuning made copies: in memory, in a file, or nowhere.
 
 `balanced` and `fast` compute from bf16 or int8 copies. The weights as they were loaded are then read by the guard's
-second attempt, by `undo` and by `state_dict` only; in a file, they take no memory until somebody reads them.
+second attempt, by `undo` and by `state_dict` only; in a file, they take no memory until somebody reads them, and the
+user's own load function can load them again.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device.mapped import move_to_file
-from accelerate_tts.engine.stages.swap import serves_copies
+from accelerate_tts.engine.absent import LetGo, layers_of
+from accelerate_tts.engine.stages.derived import Derived
+from accelerate_tts.engine.stages.swap import COPY, HALF, PACKED, make_copies, serves_copies
+from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     import torch
     from torch import nn
 
-__all__ = ["copied_storages", "originals_to_file"]
+    from accelerate_tts.engine.tune import Tuning
+
+__all__ = ["copied_storages", "let_go_of", "originals_to_file"]
 
 _LEAST = 1 << 16  # bytes: what is smaller is not worth a mapping
 
@@ -44,6 +50,44 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
     except OSError as error:
         emit(NotApplied(f"weights of {what} in a file", str(error)))
         return 0
+
+
+def let_go_of(
+    tuning: Tuning, found: Mapping[str, nn.Module], again: Callable[[], dict[str, nn.Module]]
+) -> LetGo | None:
+    """Make ready to let the weights go of layers that compute all they are given from copies. Nothing is gone yet.
+
+    They are loaded once, to see that the load function gives the same ones again.
+
+    Args:
+        tuning: The tuning, with its changes in force.
+        found: The outermost modules that were tuned, by their path from what was loaded.
+        again: Loads them again, and gives the outermost modules of that by path.
+
+    Returns:
+        What lets them go; `None` where there are none, or with a `NotApplied` event if they cannot be loaded again.
+    """
+    # A graph knows what its weights were, and would be compiled anew.
+    compiled = {kept.part for kept in tuning.kept if kept.change.graphs is not None}
+    besides = {inner for part in tuning.parts if part.name in compiled for inner in part.module.modules()}
+    for root in found.values():
+        make_copies(root)
+    layers = layers_of(found, _computes_from_copies, besides)
+    if not layers:
+        return None
+    let_go = LetGo(tuning.receipt.what, layers, again)
+    try:
+        let_go.check()
+    except ReloadError as error:
+        emit(NotApplied(f"guard_weights='reload' of {tuning.receipt.what}", f"{error}; they stay in memory"))
+        return None
+    return let_go
+
+
+def _computes_from_copies(module: nn.Module) -> bool:
+    """Whether a layer has no need of its weights for anything that it is given; for few rows only is not enough."""
+    own = vars(module)
+    return COPY not in own and any(isinstance(own.get(attribute), Derived) for attribute in (HALF, PACKED))
 
 
 def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:

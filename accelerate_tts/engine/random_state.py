@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["seeded", "warming"]
+__all__ = ["loading_again", "seeded", "warming"]
 
 warming: ContextVar[bool] = ContextVar("warming", default=False)
 """Whether this is a warm-up pass: whoever answers calls from a cache must compute them, since they are measured."""
+
+loading_again: ContextVar[bool] = ContextVar("loading_again", default=False)
+"""Whether a load function is being called again: what is loaded inside it is thrown away, and not tuned."""
 
 
 @contextmanager

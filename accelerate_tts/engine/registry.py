@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.engine.tune import Tuning
 
-__all__ = ["Keeper", "TuningMap", "keep"]
+__all__ = ["Keeper", "TuningMap", "keep", "keeper_of"]
 
 
 _KEEPER = "_accelerate_tts_tuning"
@@ -41,6 +42,11 @@ def keep(module: nn.Module) -> Keeper:
     return keeper
 
 
+def keeper_of(module: nn.Module) -> Keeper:
+    """The keeper that hangs on a module."""
+    return vars(module)[_KEEPER]  # type: ignore[no-any-return]
+
+
 class TuningMap:
     """Tunings by the identity of objects: it keeps neither alive, and objects need not be hashable.
 
@@ -48,16 +54,23 @@ class TuningMap:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: dict[int, tuple[weakref.ref[Any], weakref.ref[Tuning]]] = {}
+        self._lock = lock()
+        self._entries: dict[int, tuple[weakref.ref[Any], tuple[weakref.ref[Tuning], ...]]] = {}
 
     def get(self, item: object) -> Tuning | None:
-        """The tuning of an object, or `None`."""
+        """The last tuning of an object, or `None`."""
+        tunings = self.all(item)
+        return tunings[-1] if tunings else None
+
+    def all(self, item: object) -> list[Tuning]:
+        """Every tuning of an object, such as a backend that loaded a model and a vocoder one after the other."""
         entry = self._entries.get(id(item))
-        return entry[1]() if entry is not None and entry[0]() is item else None
+        if entry is None or entry[0]() is not item:
+            return []
+        return [tuning for reference in entry[1] if (tuning := reference()) is not None]
 
     def put(self, item: object, tuning: Tuning) -> None:
-        """Remember how an object was tuned; one that cannot be referred to weakly is passed over."""
+        """Remember how an object was tuned, beside what is known; one that takes no weak reference is passed over."""
         number = id(item)
 
         def gone(_reference: object) -> None:
@@ -68,13 +81,23 @@ class TuningMap:
         except TypeError:  # a tuple or a class with slots: its modules are known, and that is enough
             return
         with self._lock:
-            self._entries[number] = (reference, weakref.ref(tuning))
+            # Of one module the last tuning is the one in force: the one before was given up, or there was none.
+            others = [] if _KEEPER in getattr(item, "__dict__", {}) else self.all(item)
+            known = (*(weakref.ref(other) for other in others if other is not tuning), weakref.ref(tuning))
+            self._entries[number] = (reference, known)
 
     def forget(self, tuning: Tuning) -> None:
         """Forget a tuning for every object, and take it off the modules that kept it alive with all its copies."""
         with self._lock:
-            for number in [key for key, entry in self._entries.items() if entry[1]() is tuning]:
-                own = getattr(self._entries.pop(number)[0](), "__dict__", {})
+            for number, (item, references) in list(self._entries.items()):
+                others = tuple(reference for reference in references if reference() is not tuning)
+                if len(others) == len(references):
+                    continue
+                if others:
+                    self._entries[number] = (item, others)
+                else:
+                    del self._entries[number]
+                own = getattr(item(), "__dict__", {})
                 keeper = own.get(_KEEPER)
                 if isinstance(keeper, Keeper) and keeper.tuning is tuning:
                     del own[_KEEPER]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.engine.absent import LetGo
     from accelerate_tts.engine.plan import ModelPlan
     from accelerate_tts.engine.session import Kept
     from accelerate_tts.engine.stages import Change, Stage
@@ -51,6 +52,7 @@ class Tuning:
         kept: The changes again, with the part and the stage of each.
         parts: What the model was divided into.
         expected: What the untouched object's `@inference` functions gave for the warm-up.
+        let_go: Weights that are away while copies serve, where `guard_weights` says so.
     """
 
     receipt: Receipt
@@ -59,9 +61,15 @@ class Tuning:
     kept: tuple[Kept, ...] = ()
     parts: tuple[Part, ...] = ()
     expected: Mapping[str, Expectation] = field(default_factory=dict)
+    let_go: LetGo | None = None
 
     def undo(self) -> None:
-        """Put the object back exactly as it was loaded."""
+        """Put the object back exactly as it was loaded.
+
+        Raises:
+            ReloadError: Its weights were let go, and cannot be loaded again; nothing is changed then.
+        """
+        self.keep_loaded()
         for change in reversed(self.changes):
             change.off()
 
@@ -71,9 +79,29 @@ class Tuning:
             change.on()
 
     def off(self) -> None:
-        """Put the object back for a while. What was changed of the process computes the same, and stays."""
+        """Put the object back for a while. What was changed of the process computes the same, and stays.
+
+        The caller has the loaded weights `at_hand` until everything is `on` again.
+        """
         for change in reversed(self._of_object()):
             change.off()
+
+    def at_hand(self) -> object:
+        """Have the loaded weights, for as long as what is returned lives. That may take as long as the load did.
+
+        Raises:
+            ReloadError: As for `undo`.
+        """
+        return None if self.let_go is None else self.let_go.at_hand()
+
+    def keep_loaded(self) -> None:
+        """Have the loaded weights from now on.
+
+        Raises:
+            ReloadError: As for `undo`.
+        """
+        if self.let_go is not None:
+            self.let_go.stay()
 
     def put_back(self) -> Receipt:
         """The receipt as it is after the guard has put the object back for good."""

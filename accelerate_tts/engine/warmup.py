@@ -20,6 +20,8 @@ from accelerate_tts.settings import Mode
 if TYPE_CHECKING:
     import asyncio
 
+    from accelerate_tts.engine.again import Again
+
 __all__ = ["Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "complete", "warmup_calls"]
 
 Call = Callable[..., Any]
@@ -43,12 +45,14 @@ class Loaded:
         owner: The object whose method it is, or `None` for a plain function.
         loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
         timeout: Seconds that one call of it may take in the warm-up; `None` is no limit.
+        again: What calls the load function again, if that may be needed.
     """
 
     result: Any
     owner: Any = None
     loop: asyncio.AbstractEventLoop | None = None
     timeout: float | None = None
+    again: Again | None = None
 
     @property
     def subject(self) -> Any:

@@ -3,19 +3,22 @@
 The second attempt has the same random numbers: their states are kept from before the first. A coroutine's is untouched
 from its beginning to its end, also while it waits (for a thread, perhaps, in which the model runs); a stream's while
 its body runs or waits, but not while its consumer has a piece.
+
+A call under whose feet another one's second attempt switched the changes is made again, too: one layer may have been
+computed with them and the next one without, in another precision. That is no fault, and is not counted.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 import types
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.errors import ReloadError
 from accelerate_tts.runtime import guard, modes
 from accelerate_tts.runtime.guard import Heard, Units
+from accelerate_tts.runtime.random_states import random_states
 from accelerate_tts.runtime.retry import Guarding, Listener, Watcher
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def call(
         with again.untouched():
             attempt.put_random_back()
             result = attempt.make()
+        attempt.begin()
     kind = type(result)  # modes.call gives these three kinds only, whatever the function gave
     if kind is types.CoroutineType:
         return modes.named_like(result, _coroutine(attempt, modes.Owning(result, nullcontext)))
@@ -50,13 +54,14 @@ def call(
         return modes.named_like(result, _generator(attempt, result))
     if kind is types.AsyncGeneratorType:
         return modes.named_like(result, _async_generator(attempt, result))
-    guarding = attempt.to_retry(result)
+    again = attempt.disturbed()
+    guarding = again or attempt.to_retry(result)
     if guarding is None:
         return result
     with guarding.untouched():
         attempt.put_random_back()
         result = attempt.make()
-    return attempt.settled(result)
+    return result if again else attempt.settled(result)
 
 
 class _Attempt:
@@ -72,16 +77,23 @@ class _Attempt:
         self._given = (*args, *kwargs.values())
         self._random: Callable[[], None] | None = None
         self.fault = ""
-        self._switched = watcher.switched if isinstance(watcher, Guarding) else 0
+        self._at_hand: object = None
+        self._switched = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """What is made now begins: from here on it may be disturbed."""
+        self._switched = self.watcher.switched if isinstance(self.watcher, Guarding) else 0
 
     def disturbed(self) -> Guarding | None:
-        """After an exception: the guard by whose switching meanwhile it may have come, if the call can be made again.
+        """The guard that was switched since `begin`, if the call can be made again.
 
         Another call's second attempt takes the changes off under this one's feet: a half-precision number may have met
-        a layer that was in fp32 again. An exception of the user's own is never taken for that but in such a moment.
+        a layer that was in fp32 again, and an exception may be of that. One of the user's own is never taken for it but
+        in such a moment.
         """
         moved = isinstance(self.watcher, Guarding) and self.watcher.switched != self._switched
-        return self.watcher if moved and not self.obstacle() else None  # type: ignore[return-value]
+        return self.watcher if moved and not self.not_ready() else None  # type: ignore[return-value]
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
@@ -90,7 +102,7 @@ class _Attempt:
     def keep_random(self) -> None:
         """Remember the states of all random numbers; again where a body begins to run later than it was called."""
         if isinstance(self.watcher, Guarding):
-            self._random = _random_states(self._given)
+            self._random = random_states(self._given)
 
     def put_random_back(self) -> None:
         """Give the second attempt the random numbers of the first."""
@@ -103,13 +115,23 @@ class _Attempt:
         used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)
         return "an argument can be read once only" if used else ""
 
+    def not_ready(self) -> str:
+        """Why the call cannot be made again on the untouched model, or ""; then that is at hand until the call ends."""
+        obstacle = self.obstacle()
+        if not obstacle and isinstance(self.watcher, Guarding):
+            try:
+                self._at_hand = self.watcher.at_hand()
+            except ReloadError as error:
+                return str(error)
+        return obstacle
+
     def to_retry(self, result: Any) -> Guarding | None:
         """The guard that wants this call made again, or `None` if the result is good or all that can be had."""
         fault = self.watcher.judge(self.name, self.units, guard.hear(result), whole=True)
         guarding = self.watcher
         if fault is None or not isinstance(guarding, Guarding):
             return None
-        obstacle = self.obstacle()
+        obstacle = self.not_ready()
         if obstacle:
             guarding.count(self.name, fault, _GIVEN.format(obstacle))
             return None
@@ -130,44 +152,18 @@ class _Attempt:
                 self.watcher.count(self.name, self.fault, _OURS)
 
 
-def _random_states(given: tuple[Any, ...]) -> Callable[[], None]:
-    """A function that puts every random state back to what it is now."""
-    python = random.getstate()
-    restore: list[Callable[[], object]] = [lambda: random.setstate(python)]
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None:
-        state = numpy.random.get_state()
-        restore.append(lambda: numpy.random.set_state(state))
-    if torch is not None:
-        restore += [_kept(torch.get_rng_state, torch.set_rng_state)]
-        if torch.cuda.is_initialized():
-            restore.append(_kept(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-        if torch.backends.mps.is_available():  # pragma: no cover - a Mac only
-            restore.append(_kept(torch.mps.get_rng_state, torch.mps.set_rng_state))
-        if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # pragma: no cover - an Intel GPU only
-            restore.append(_kept(torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
-        restore += [_kept(item.get_state, item.set_state) for item in given if type(item) is torch.Generator]
-
-    def put_back() -> None:
-        for one in restore:
-            one()
-
-    return put_back
-
-
-def _kept(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:
-    state = get()
-    return lambda: put(state)
-
-
 async def _coroutine(attempt: _Attempt, body: modes.Owning) -> Any:
     attempt.keep_random()
+    attempt.begin()
     try:
         result = await body
     except Exception:
         again = attempt.disturbed()
         if again is None:
             raise
+        return await _untouched(attempt, again)
+    again = attempt.disturbed()
+    if again is not None:
         return await _untouched(attempt, again)
     guarding = attempt.to_retry(result)
     if guarding is None:
@@ -203,7 +199,17 @@ class _Stream:
 
     def scope(self) -> Any:
         """What a step of the body runs in: untouched, in a second attempt."""
-        return nullcontext() if self.guarding is None else self.guarding.untouched()
+        if self.guarding is None:
+            self.attempt.begin()
+            return nullcontext()
+        return self.guarding.untouched()
+
+    def disturbed(self) -> bool:
+        """Whether the step that was made was disturbed, and the stream is to begin again."""
+        if self.guarding is not None or self.driven:
+            return False
+        self.guarding, self._to_skip = self.attempt.disturbed(), self._samples or 0
+        return self.guarding is not None
 
     def taken(self, item: Any) -> Any:
         """The item, or what of it is new, or `_SKIPPED`."""
@@ -264,7 +270,7 @@ class _Stream:
         attempt, guarding = self.attempt, self.attempt.watcher
         if not isinstance(guarding, Guarding):
             return False
-        obstacle = attempt.obstacle() or ("values were sent into the stream" if self.driven else "")
+        obstacle = "values were sent into the stream" if self.driven else attempt.not_ready()
         if obstacle:
             attempt.watcher = Listener()  # told once
             guarding.count(attempt.name, fault, _GIVEN.format(obstacle))
@@ -292,12 +298,17 @@ def _generator(attempt: _Attempt, body: Any) -> Generator[Any, Any, Any]:
                 return stop.value
             body = _again(stream)
             continue
+        except Exception:
+            if not stream.disturbed():
+                raise
+            body = _again(stream)
+            continue
         finally:
             value = error = None
         item = stream.taken(item)
         if item is _SKIPPED:
             continue
-        if stream.is_faulty(item):
+        if stream.disturbed() or stream.is_faulty(item):
             del item
             with suppress(Exception):  # what the given-up attempt does at its end is nobody's business any more
                 body.close()
@@ -344,10 +355,15 @@ async def _async_generator(attempt: _Attempt, body: Any) -> AsyncGenerator[Any, 
                     return
                 body, first = _again(stream), True
                 continue
+            except Exception:
+                if not stream.disturbed():
+                    raise
+                body, first = _again(stream), True
+                continue
             item = stream.taken(item)
             if item is _SKIPPED:
                 continue
-            if stream.is_faulty(item):
+            if stream.disturbed() or stream.is_faulty(item):
                 del item
                 with suppress(Exception):  # see `_generator`
                     await body.aclose()

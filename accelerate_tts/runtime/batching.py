@@ -11,7 +11,6 @@ import gc
 import inspect
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -22,6 +21,7 @@ from weakref import WeakKeyDictionary
 from accelerate_tts.device import detect, memory
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import BackedOff, NotApplied, emit
+from accelerate_tts.locks import rlock
 
 __all__ = ["Batched", "Results", "batched", "is_out_of_memory"]
 
@@ -137,7 +137,7 @@ class _Fits:
     """How many items fit, as far as is known."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a finaliser may call a function of its own while this is held
+        self.lock = rlock()  # a finaliser may call a function of its own while this is held
         self.known: int | None = None  # what is tried next; None: nothing has failed yet
         self.good = 0  # what worked last
         self.streak = 0
@@ -173,7 +173,7 @@ class _Fits:
                 self.known *= 2
 
 
-_lock = threading.RLock()
+_lock = rlock()
 # By the object that a method is of, or the function itself; and in it by function. Neither is kept alive.
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Fits]] = WeakKeyDictionary()
 

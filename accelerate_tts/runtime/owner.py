@@ -15,6 +15,8 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from accelerate_tts.locks import lock
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,7 +34,7 @@ class OwnerThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._forget()
 
     def _forget(self) -> None:

@@ -2,20 +2,21 @@
 
 Tuning changes a model in place and in such a way that it can be switched back, and the loaded weights stay where they
 are. So the untouched model is reached by switching the changes off for as long as the second attempt runs, and no
-second copy is held. Calls of other threads meanwhile run partly untouched, which is slower and as right; one that
-raises because of it is made again, untouched.
+second copy is held. A call of another thread that was within the model when they were switched is made again,
+untouched; one that begins meanwhile runs untouched, which is slower and as right.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from accelerate_tts.events import FellBack, Guarded, emit
+from accelerate_tts.errors import ReloadError
+from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
+from accelerate_tts.locks import rlock
 from accelerate_tts.runtime import guard
 from accelerate_tts.runtime.guard import Expectation, Heard, Units
 
@@ -44,6 +45,14 @@ class Switch(Protocol):
 
     def off(self) -> None:
         """Put the object back as it was loaded."""
+        ...
+
+    def at_hand(self) -> object:
+        """Have what `off` needs for as long as what is returned lives; ReloadError if it cannot be had."""
+        ...
+
+    def keep_loaded(self) -> None:
+        """Have what `off` needs from now on; likewise."""
         ...
 
 
@@ -88,7 +97,7 @@ class Guard:
         self._expected = expected
         self._limit = limit
         # Taken again by the same thread where the collector closes an abandoned stream while changes are switched.
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._held = 0
         self.switched = 0
         self._faults = 0
@@ -107,7 +116,12 @@ class Guard:
 
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
-        """Switch the changes off while open: the first of several threads does, the last one switches them on."""
+        """Switch the changes off while open: the first of several threads does, the last one switches them on.
+
+        Raises:
+            ReloadError: The loaded weights were let go, and cannot be loaded again; nothing is switched then.
+        """
+        _pin = self.at_hand()  # held; and before the lock, since it may take as long as a load
         self._hold(1)
         nested = _retrying.get()
         _retrying.set(True)
@@ -117,6 +131,15 @@ class Guard:
             _retrying.set(nested)  # not by its token: a generator may be closed in another context
             self._hold(-1)
 
+    def at_hand(self) -> object:
+        """Have the loaded weights for as long as what is returned lives.
+
+        Raises:
+            ReloadError: As for `untouched`.
+        """
+        switch = self._switch()
+        return None if switch is None else switch.at_hand()
+
     def _hold(self, more: int) -> None:
         with self._lock:
             before, self._held = self._held, self._held + more
@@ -125,23 +148,34 @@ class Guard:
                 return
             try:
                 if before == 0:
-                    self.switched += 1
-                    switch.off()
+                    self._turn(switch.off)
                 elif self._held == 0:
-                    self.switched += 1
-                    switch.on()
+                    self._turn(switch.on)
             except BaseException:
                 self._held -= more
                 raise
 
+    def _turn(self, switch: Callable[[], None]) -> None:
+        # Before and after: a call that begins in the middle of it has seen half of the changes, too.
+        self.switched += 1
+        try:
+            switch()
+        finally:
+            self.switched += 1
+
     def retire(self) -> None:
-        """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again."""
+        """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again.
+
+        Raises:
+            ReloadError: As for `untouched`.
+        """
+        switch = self._switch()
+        if switch is not None:
+            switch.keep_loaded()
         with self._lock:
             self.retired = True
-            switch = self._switch()
             if switch is not None:
-                self.switched += 1
-                switch.off()
+                self._turn(switch.off)
 
     def own(self, name: str, fault: str) -> None:
         """The untouched model has this fault, too."""
@@ -156,7 +190,11 @@ class Guard:
             faults = self._faults
         emit(Guarded(self._what, name, fault, outcome, faults))
         if faults == self._limit:
-            self.retire()
+            try:
+                self.retire()
+            except ReloadError as error:
+                emit(NotApplied(f"putting {self._what} back after {faults} faults", str(error)))
+                return
             emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
 
 
@@ -187,6 +225,10 @@ class Guards:
                 scopes.enter_context(guarding.untouched())
             yield
 
+    def at_hand(self) -> object:
+        """See `Guard.at_hand`."""
+        return [guarding.at_hand() for guarding in self._guards]
+
     def own(self, name: str, fault: str) -> None:
         """See `Guard.own`."""
         for guarding in self._guards:
@@ -202,7 +244,8 @@ Guarding = Guard | Guards
 
 # By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
 _guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
-_listener: Listener | None = None
+# By context: what other threads and tasks call meanwhile, of other objects, is no part of the warm-up.
+_listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
 # A function inside a second attempt is not made again by itself; the whole attempt is untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
 
@@ -226,13 +269,13 @@ def protect(item: object, guarding: Guard) -> None:
 
 @contextmanager
 def listening() -> Generator[Listener, None, None]:
-    """While open, learn from the calls of `@inference` functions. One at a time, as tunings are."""
-    global _listener  # noqa: PLW0603 - one tuning runs at a time in a process
-    _listener = listener = Listener()
+    """While open, learn from the calls of `@inference` functions in this context, and in those begun from it."""
+    listener = Listener()
+    token = _listener.set(listener)
     try:
         yield listener
     finally:
-        _listener = None
+        _listener.reset(token)
 
 
 def guards_of(item: object) -> tuple[Guard, ...]:
@@ -255,4 +298,4 @@ def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any
         if found:
             guards = tuple(found.values())
             return guards[0] if len(guards) == 1 else Guards(guards)
-    return _listener
+    return _listener.get()

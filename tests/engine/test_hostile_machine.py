@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,6 +156,79 @@ def test_a_full_disk_costs_events_and_nothing_else(medium: str, tmp_path: Path) 
     code, out, errors = ended(process)
     assert code == 0, errors
     assert out.split() == ["pack", "embedding", "code", "load", "export", "again"]
+
+
+READ_ONLY = """
+    import os
+    from pathlib import Path
+    import torch
+    from accelerate_tts import add_hook, cached_embedding, get_performance_optimizer, optimized_model, receipt_of
+    from accelerate_tts.errors import PackError
+
+    disk, seen = Path(os.environ["DISK"]), []
+    add_hook(seen.append)
+    model = optimized_model(warmup=torch.ones(1, 8, 16))(lambda: torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)).eval())()
+    assert receipt_of(model) is not None and receipt_of(model).before is not None
+    lost = [event for event in seen if type(event).__name__ == "PackIgnored"]
+    assert len(lost) == 1 and "Read-only" in str(lost[0]), seen
+    print("load")
+
+    seen.clear()
+    calls, encoder = [], torch.nn.Linear(1, 1)
+    @cached_embedding(folder=disk / "voices", encoder=lambda: encoder)
+    def embed(voice):
+        calls.append(voice)
+        return torch.full((10,), voice)
+    assert embed(1.0)[0] == 1.0 and embed(1.0)[0] == 1.0 and calls == [1.0]
+    assert {type(event).__name__ for event in seen} == {"PackIgnored"} and "Read-only" in str(seen[0]), seen
+    print("embedding")
+
+    try:
+        get_performance_optimizer().export_packs(disk / "export")
+    except PackError as error:
+        assert "Read-only" in str(error), error
+        print("export")
+    assert list(disk.iterdir()) == []
+"""
+
+
+@posix
+def test_a_read_only_folder_costs_events_and_nothing_else(tmp_path: Path) -> None:
+    """A mount of its own: a mode keeps nobody out who runs as root, as tests in containers do."""
+    mount = f"mount -t tmpfs -o ro none {tmp_path}"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", *mount.split()], check=False).returncode:
+        pytest.skip("NO READ-ONLY FOLDER WAS TRIED: a private mount of a read-only tmpfs is not permitted here")
+    process = child(
+        READ_ONLY,
+        before=(unshare, "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh"),
+        DISK=str(tmp_path),
+        ACCELERATE_TTS_PACK_FOLDER=str(tmp_path / "packs"),
+    )
+    code, out, errors = ended(process)
+    assert code == 0, errors
+    assert out.split() == ["load", "embedding", "export"]
+
+
+def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path, seen: list[Event]) -> None:
+    """Each byte of its head and end, a sample of those between, in one bit; and lengths that it may be cut to."""
+    files = EmbeddingFiles(tmp_path, MEGABYTE)
+    assert files.write(key(1), Kept([torch.arange(4.0), "a", 1.5]))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    assert len(whole) > 500
+    places = [*range(160), *range(160, len(whole) - 60, 11), *range(len(whole) - 60, len(whole))]
+    wrong = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in places]
+    wrong += [whole[:length] for length in range(0, len(whole), 61)] + [whole + b"\0", whole * 2]
+    for content_ in wrong:
+        file.write_bytes(content_)
+        assert files.read(key(1)) is None
+    assert len(seen) == len(wrong)
+    assert all(isinstance(event, PackIgnored) for event in seen)
+    file.write_bytes(whole)
+    kept = files.read(key(1))
+    assert kept is not None
+    assert torch.equal(kept.copy()[0], torch.arange(4.0))
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------------------------

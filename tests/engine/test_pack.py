@@ -989,7 +989,7 @@ def test_a_folder_that_cannot_be_made(
     assert found["Tuned"] == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes into any folder")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root: test_hostile_machine.py mounts one")
 def test_a_read_only_folder(stage: Stage, seen: list[Event], packs: Path) -> None:
     packs.mkdir(mode=0o500)
     assert kept(load())

@@ -896,28 +896,96 @@ def test_of_two_tuned_objects_either_is_guarded(order: tuple[int, int], seen: li
     assert bool(backend.speak(TEXT).isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["speak", "speak_later"])
-def test_a_call_that_raises_because_of_anothers_retry_is_made_again(kind: str, guarded: Any) -> None:
-    """As half-precision activations do that meet a layer which has just been put back to fp32."""
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_within_which_anothers_retry_switched_is_made_again(
+    kind: str, raises: bool, guarded: Any, seen: list[Event]
+) -> None:
+    """As half-precision activations meet a layer which has just been put back to fp32: it raises, or they are mixed."""
     backend = guarded(lambda wave: wave)
     guard = retry.guard_of(backend.voice)
     assert guard is not None
     calls = []
+    when = 2 if kind.startswith("stream") else 1  # one piece has been delivered
 
     def own(wave: torch.Tensor) -> torch.Tensor:
         calls.append(backend.voice.fault is not None)
-        if len(calls) == 1:  # in the middle of it another thread's second attempt begins and ends
+        if len(calls) == when:  # in the middle of it another thread's second attempt begins and ends
             with guard.untouched():
                 pass
-            raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float")
+            if raises:
+                raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float")
+            return wave.to(torch.bfloat16)
         return wave
 
     backend.voice.own = own
     seed()
     assert torch.equal(call(backend, kind), untouched(kind))
-    assert calls == [True, False], "made again, untouched"
+    assert calls[:when] == [True] * when
+    assert calls[when:], "it was not made again"
+    assert not any(calls[when:]), "it was made again, but not untouched"
     assert backend.voice.fault is not None
     assert guard._held == 0
+    assert not [event for event in seen if isinstance(event, Guarded)], "it is nobody's fault"
+
+
+def test_a_call_that_begins_in_the_middle_of_anothers_switching_is_made_again(
+    guarded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the changes are off, and half are on: it may take both."""
+    backend = guarded(lambda wave: wave)
+    guard = retry.guard_of(backend.voice)
+    assert guard is not None
+    half, begun, off_now, ended = (threading.Event() for _ in range(4))
+    off = Change.off
+
+    def slowly(change: Change) -> None:
+        if not half.is_set():
+            half.set()
+            assert begun.wait(20)
+        off(change)
+
+    calls = []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        calls.append(backend.voice.fault is not None)
+        if len(calls) == 1:
+            begun.set()
+            assert off_now.wait(20)
+        return wave
+
+    def switch() -> None:
+        with guard.untouched():
+            off_now.set()
+            assert ended.wait(20)
+
+    monkeypatch.setattr(Change, "off", slowly)
+    backend.voice.own = own
+    switching = threading.Thread(target=switch)
+    switching.start()
+    assert half.wait(20)
+    backend.speak(TEXT)
+    ended.set()
+    switching.join(20)
+    assert calls == [True, False]
+
+
+def test_a_stream_that_was_sent_values_is_not_made_again_for_anothers_retry(guarded: Any) -> None:
+    backend = guarded(lambda wave: wave)
+    guard = retry.guard_of(backend.voice)
+    assert guard is not None
+    stream = backend.stream(TEXT)
+    next(stream)
+    calls = []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        with guard.untouched():
+            return wave
+
+    backend.voice.own = own
+    stream.send("louder")
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", ["speak", "speak_later"])

@@ -40,6 +40,7 @@ def process_wide() -> tuple[Any, ...]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return (
         torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(), environment,
     )  # fmt: skip

@@ -11,7 +11,6 @@ warmed up take upstream's own forward and the same cache, so nothing is lost on 
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages import growing
@@ -29,6 +28,7 @@ from accelerate_tts.engine.stages.inductor import (
 from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, make_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import cache_name, parameters_of, take_cache, token_layer
 from accelerate_tts.events import FellBack, emit
+from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,7 +160,7 @@ class _Row:
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
         self._classes: dict[type, type] = {}
-        self._first_call = threading.RLock()
+        self._first_call = rlock()
         self._ready = self._broken = False
 
     def class_for(self, plain: Any) -> type:

@@ -10,7 +10,6 @@ same cache. Recordings are bounded in number and bytes; the one that was used le
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages import growing
@@ -21,6 +20,7 @@ from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, 
 from accelerate_tts.engine.stages.swap import ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_of, has_hooks, parameters_of
 from accelerate_tts.events import FellBack, NotApplied, Recompiled, emit
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,7 @@ class _Steps:
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
         self._weights = Weights(decoder)
         self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._broken = False
         self.recorded = 0
         self.sealed = False

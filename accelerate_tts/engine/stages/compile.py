@@ -9,7 +9,6 @@ fails.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import CALL
@@ -27,6 +26,7 @@ from accelerate_tts.engine.stages.inductor import (
 )
 from accelerate_tts.engine.stages.swap import keeps_copies, make_copies
 from accelerate_tts.events import FellBack, emit
+from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.owner import graph_owner
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class CompiledCall:
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
         self._counter = Counter(what)
-        self._first_call = threading.RLock()  # a forward may call its own module
+        self._first_call = rlock()  # a forward may call its own module
         self._ready = False
         self._broken = False
         self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from accelerate_tts.engine.absent import Absent
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -52,7 +54,12 @@ class Derived(Generic[T]):
 
         made = self._made
         # A compiler cannot trace the question, and whoever compiles asks it himself at each call (`keeps_copies`).
-        if made is not None and (torch.compiler.is_compiling() or made[0] == weights_state(_own_tensors(self._module))):
+        # Weights that are away (`Absent`) were not written, and a look at them would have them loaded again.
+        if made is not None and (
+            torch.compiler.is_compiling()
+            or type(self._module._parameters) is Absent
+            or made[0] == weights_state(_own_tensors(self._module))
+        ):
             return made[1]
         # Normal tensors even when tuning runs in inference mode: they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():

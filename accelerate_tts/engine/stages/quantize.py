@@ -13,7 +13,6 @@ and has to pass the same comparison: of one speaker encoder only a cosine of 0.5
 
 from __future__ import annotations
 
-import threading
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.swap import PACKED, CarryingSwap, class_of, in_fused, plain_class, subclass_with
+from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +35,7 @@ _LEAST_WEIGHTS = 16_384
 # The fewest dimensions that the kernels take: (rows, features), and (batch, time, features).
 _ROWS, _SEQUENCES = 2, 3
 # Packing sets a flag of the process.
-_packing = threading.Lock()
+_packing = lock()
 
 
 class QuantizeStage(BaseStage):

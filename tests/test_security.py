@@ -1,0 +1,111 @@
+"""docs/SECURITY.md promises what is not done at all; here the package's own source is asked whether that is so."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import accelerate_tts
+
+PACKAGE = Path(accelerate_tts.__file__).parent
+# They run what is in the data, or speak to a network.
+MODULES = {
+    "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "socket", "ssl", "http",
+    "urllib", "urllib3", "requests", "httpx", "ftplib", "smtplib", "xmlrpc", "telnetlib", "pty", "code",
+}  # fmt: skip
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+CALLS = {
+    "os.system", "os.popen", "os.execv", "os.execve", "os.execvp", "os.spawnv", "os.posix_spawn", "tempfile.mktemp",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "np.load", "torch.jit.load", "pickle.loads",
+    "importlib.machinery.ExtensionFileLoader",
+}  # fmt: skip
+STARTS_PROGRAMS = {"cli/bench/command.py"}
+
+
+def found_in(source: str, name: str) -> Iterator[str]:
+    """What a source does that this library does not do, each with its line."""
+    for node in ast.walk(ast.parse(source)):
+        what = None
+        if isinstance(node, ast.Import):
+            what = next((each.name for each in node.names if _forbidden(each.name, name)), None)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            what = node.module if _forbidden(node.module, name) else None
+        elif isinstance(node, ast.Call):
+            what = _of_call(node)
+        if what is not None:
+            yield f"{name}:{getattr(node, 'lineno', 0)}: {what}"
+
+
+def _forbidden(module: str, name: str) -> bool:
+    top = module.partition(".")[0]
+    return top in MODULES or (top == "subprocess" and name not in STARTS_PROGRAMS)
+
+
+def _of_call(call: ast.Call) -> str | None:
+    named = ast.unparse(call.func)
+    options = {each.arg: each.value for each in call.keywords}
+    if named in CALLS or (isinstance(call.func, ast.Name) and named in BUILTINS):
+        return named
+    if named == "torch.load" and not _is_true(options.get("weights_only")):
+        return "torch.load without weights_only=True"
+    if "shell" in options and not (isinstance(options["shell"], ast.Constant) and options["shell"].value is False):
+        return "shell="
+    return "allow_pickle=" if "allow_pickle" in options else None
+
+
+def _is_true(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
+
+
+def test_nothing_in_the_package_runs_what_it_reads() -> None:
+    sources = {str(path.relative_to(PACKAGE)).replace("\\", "/"): path for path in PACKAGE.rglob("*.py")}
+    assert len(sources) > 90
+    found = [line for name, path in sources.items() for line in found_in(path.read_text(encoding="utf-8"), name)]
+    assert not found, "\n".join(found)
+    assert sources.keys() > STARTS_PROGRAMS
+    loads = [name for name, path in sources.items() if "torch.load(" in path.read_text(encoding="utf-8")]
+    assert loads == ["engine/embedding_files.py"], "docs/SECURITY.md names who reads torch's files"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import os, marshal",
+        "from shelve import open",
+        "from urllib.request import urlopen",
+        "import subprocess",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "torch.load(file, weights_only=chosen)",
+        "torch.load(file, **options)",
+        "subprocess.run(line, shell=True)",
+        "Popen(line, shell=chosen)",
+        "os.system('ls')",
+        "eval(text)",
+        "exec(text)",
+        "__import__(name)",
+        "np.load(file, allow_pickle=True)",
+        "def f():\n    if x:\n        return [exec(y) for y in z]",
+    ],
+)
+def test_what_it_would_find(source: str) -> None:
+    assert list(found_in(source, "engine/pack.py"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "re.compile(x)",
+        "torch.compile(m)",
+        "import copyreg",
+        "torch.load(f, weights_only=True)",
+        "x.exec()",
+    ],
+)
+def test_what_is_none_of_it(source: str) -> None:
+    assert not list(found_in(source, "engine/pack.py"))

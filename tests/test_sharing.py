@@ -1,0 +1,238 @@
+"""What several threads, loads, owners and forked children share: each finds its own, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from accelerate_tts import fast_inference, get_performance_optimizer, inference, optimized_model, receipt_of
+from accelerate_tts import locks as lock_module
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.flight import Flight
+from accelerate_tts.engine.measure import Timing
+from accelerate_tts.runtime import retry
+from accelerate_tts.runtime.guard import Heard, Units
+
+WAIT = 20.0
+MEL = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _folds_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    for module in (trial, whole):
+        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+
+
+class Conv(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = weight_norm(nn.Conv1d(16, 16, 5, padding=2))
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(mel))
+
+
+def is_folded(model: Any) -> bool:
+    return "weight" in dict(model.conv.named_buffers())
+
+
+# --- two tunings of one owner -----------------------------------------------------------------------------------
+
+
+class Backend:
+    """A model and a vocoder, loaded one after the other."""
+
+    @optimized_model(warmup=(MEL,))
+    def load_model(self) -> nn.Module:
+        self.model = Conv(0).eval()
+        return self.model
+
+    @optimized_model(warmup=(MEL,))
+    def load_vocoder(self) -> nn.Module:
+        self.vocoder = Conv(1).eval()
+        return self.vocoder
+
+    @inference
+    def speak(self) -> torch.Tensor:
+        return self.vocoder(self.model(MEL))  # type: ignore[no-any-return]
+
+
+def both() -> tuple[Backend, Callable[[], list[bool]]]:
+    backend = Backend()
+    backend.load_model()
+    backend.load_vocoder()
+    return backend, lambda: [is_folded(backend.model), is_folded(backend.vocoder)]
+
+
+def test_an_owner_of_two_tunings_is_undone_as_a_whole() -> None:
+    backend, folded = both()
+    assert folded() == [True, True]
+    optimizer = get_performance_optimizer()
+    with optimizer.untouched(backend) as in_force:
+        assert in_force
+        assert folded() == [False, False]
+    assert folded() == [True, True]
+    assert optimizer.undo(backend)
+    assert folded() == [False, False]
+    assert receipt_of(backend) is None
+    assert not optimizer.undo(backend)
+
+
+def test_one_of_two_tunings_is_undone_by_its_module_and_the_other_stays_known() -> None:
+    backend, folded = both()
+    optimizer = get_performance_optimizer()
+    assert receipt_of(backend) is receipt_of(backend.vocoder)
+    assert optimizer.undo(backend.vocoder)
+    assert folded() == [True, False]
+    assert receipt_of(backend) is receipt_of(backend.model) is not None
+    assert optimizer.undo((backend.model, backend.vocoder))
+    assert folded() == [False, False]
+
+
+def test_a_model_that_was_replaced_is_forgotten() -> None:
+    backend = Backend()
+    backend.load_model()
+    first = weakref.ref(backend.model)
+    backend.load_model()
+    assert first() is None, "the owner's list of tunings keeps the old model"
+    assert receipt_of(backend) is receipt_of(backend.model)
+
+
+# --- the one flight ---------------------------------------------------------------------------------------------
+
+
+def test_a_nested_load_leaves_the_outer_one_as_it_was() -> None:
+    flight, loop = Flight(), object()
+    assert flight.begin(loop)
+    assert flight.begin(None)  # the same thread: a warm-up loads something itself
+    flight.end()
+    assert flight._loop is loop, "a coroutine of this loop would now wait for a tuning that waits for it"
+    assert flight._inside.get()
+    flight.end()
+    assert flight._loop is None
+    assert not flight._inside.get()
+
+
+# --- one scope for several threads -------------------------------------------------------------------------------
+
+
+def test_one_scope_object_in_many_threads() -> None:
+    scope, barrier = fast_inference(), threading.Barrier(8)
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        barrier.wait(WAIT)
+        for _ in range(50):
+            with scope:
+                if not torch.is_inference_mode_enabled():
+                    wrong.append(f"{number}: off inside")
+                if number % 2:
+                    with scope:
+                        pass
+            if torch.is_inference_mode_enabled():
+                wrong.append(f"{number}: on outside")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert not wrong, wrong[:3]
+    assert not scope._scopes
+
+
+def test_scopes_of_one_object_that_overlap_in_two_threads() -> None:
+    scope = fast_inference()
+    entered, left = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def other() -> None:
+        with torch.inference_mode():  # what its own scope goes back to
+            with scope:
+                entered.set()
+                assert left.wait(WAIT)
+                seen.append(torch.is_inference_mode_enabled())
+            seen.append(torch.is_inference_mode_enabled())
+
+    thread = threading.Thread(target=other)
+    with scope:
+        thread.start()
+        assert entered.wait(WAIT)
+    assert not torch.is_inference_mode_enabled(), "it left the other thread's scope, not its own"
+    left.set()
+    thread.join(WAIT)
+    assert seen == [True, True]
+
+
+# --- what a warm-up learns from ----------------------------------------------------------------------------------
+
+
+def test_calls_of_another_instance_are_no_part_of_the_warm_up() -> None:
+    seen: list[Any] = []
+
+    def other() -> None:
+        seen.append(retry.watcher_of(object(), (), {}))
+
+    with retry.listening() as listener:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(WAIT)
+        own = retry.watcher_of(object(), (), {})
+        assert own is listener
+        own.judge("speak", Units(), Heard(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
+    assert seen == [None]
+    assert list(listener.expected) == ["speak"]
+    assert retry.watcher_of(object(), (), {}) is None
+
+
+# --- forked children ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_finds_every_lock_open(capfd: pytest.CaptureFixture[str]) -> None:
+    """Forked while another thread holds all of them, as a server forks workers while a request is answered."""
+    backend, _ = both()
+    held, done = threading.Event(), threading.Event()
+    every = list(lock_module._locks)
+    assert len(every) > 10
+
+    def hold() -> None:
+        for each in every:
+            each.acquire()
+        held.set()
+        done.wait(WAIT)
+        for each in every:
+            each.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(WAIT)
+    child = os.fork()
+    if child == 0:
+        try:
+            threading.Timer(WAIT, os._exit, (3,)).start()
+            free = [each.acquire(timeout=1) for each in every]
+            for each in every:
+                each.release()
+            with fast_inference():
+                pass
+            get_performance_optimizer().undo(backend)
+            os._exit(0 if all(free) else 1)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done.set()
+    thread.join(WAIT)
+    assert status == 0, capfd.readouterr().err
