@@ -82,6 +82,8 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
     t3, s3 = (small_t3(config), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    if tiny:
+        s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
     tokens = max(1, round(seconds * TOKENS_A_SECOND))
     if turbo:
@@ -154,7 +156,9 @@ def small_s3gen(**options: bool) -> s3gen.S3Token2Wav:
             "UpsampleConformerEncoder", attention_heads=2, linear_units=64, num_blocks=1
         ),
         "ConditionalDecoder": smaller("ConditionalDecoder", channels=[64], n_blocks=1, num_mid_blocks=1, num_heads=2),
-        "HiFTGenerator": smaller("HiFTGenerator", base_channels=32),
+        "HiFTGenerator": smaller(
+            "HiFTGenerator", base_channels=32, resblock_kernel_sizes=[7], resblock_dilation_sizes=[[1, 3, 5]]
+        ),
         "ConvRNNF0Predictor": smaller("ConvRNNF0Predictor", cond_channels=32),
     }
     with patch.multiple(s3gen, **replaced):

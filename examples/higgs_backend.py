@@ -86,7 +86,8 @@ def random(device: str = "cpu", layers: int = 28, *, tiny: bool = False) -> Load
                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 290,
                   "eos_token_id": 291, "audio_token_id": 292, "audio_bos_token_id": 293,
                   "audio_delay_token_id": 294}  # fmt: skip
-        acoustic |= {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 32}
+        acoustic |= {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 32,
+                     "downsampling_ratios": [32, 30], "upsampling_ratios": [32, 30]}  # fmt: skip
         semantic |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
                      "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16,
                      "num_conv_pos_embedding_groups": 4}  # fmt: skip

@@ -83,7 +83,10 @@ def random(seconds: float = 1.0, *, tiny: bool = False) -> Loaded:
     config = XttsConfig()
     for name, value in sizes.items():
         setattr(config.model_args, name, value)
-    narrow = {"upsample_initial_channel_decoder": 32} if tiny else {}  # no option of the model's
+    narrow: dict[str, Any] = {}  # no options of the model's
+    if tiny:
+        narrow = {"upsample_initial_channel_decoder": 32, "resblock_kernel_sizes_decoder": [3],
+                  "resblock_dilation_sizes_decoder": [[1, 3, 5]]}  # fmt: skip
     with patch.object(xtts, "HifiDecoder", partial(xtts.HifiDecoder, **narrow)):
         model = xtts.Xtts(config)
     model.tokenizer = Letters()

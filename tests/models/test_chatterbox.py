@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,21 +49,18 @@ def test_contract(contract: Any, example: Any, variant: str) -> None:
     )  # fmt: skip
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
-    random = example("chatterbox_backend").random
+def test_fifty_sentences(steady: Any, example: Any) -> None:
+    """From letters to samples: T3's steps, S3Gen's encoder and flow, and the vocoder. Turbo has the fewest of each."""
+    module = example("chatterbox_backend")
+    blocks = CompiledBlocksStage("default")
 
-    def spoken(text: str, tokens: int) -> Any:
-        """The speech tokens; `generate` itself would go on to the vocoder."""
+    def spoken(model: Any, text: str) -> torch.Tensor:
+        limited = module.at_most(type(model.t3).inference_turbo, max_gen_len=3 + len(text) // 2)
+        model.t3.inference_turbo = partial(limited, model.t3)
+        return model.generate(text)
 
-        def tokens_of(model: Any) -> torch.Tensor:
-            ids = torch.nn.functional.pad(model.tokenizer.text_to_tokens(text), (1, 0), value=255)
-            ids = torch.nn.functional.pad(ids, (0, 1)).expand(2, -1)
-            return type(model.t3).inference(model.t3, t3_cond=model.conds.t3, text_tokens=ids, max_new_tokens=tokens)
-
-        return tokens_of
-
-    stage = CompiledBlocksStage("default")
-    steady(lambda: random(tiny=True), "t3.tfmr", stage, [spoken(TEXT, 4)], [spoken(TEXT, 40), spoken("Bye.", 30)])
+    make = lambda: without_encoder(module.random(tiny=True, variant="turbo"))  # noqa: E731
+    steady(make, {name: blocks for name, _ in PARTS}, spoken, traced=True)
 
 
 def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+from accelerate_tts.engine.stages.compile import CompileStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
@@ -35,10 +36,14 @@ def test_contract(contract: Any, example: Any) -> None:
     contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts, Speaking.other, right)
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
+def test_fifty_sentences(steady: Any, example: Any) -> None:
     random = example("higgs_backend").random
-    warm, serve = [lambda speaking: speaking.whole(frames=10)], [lambda speaking: speaking.whole(frames=60)]
-    steady(lambda: Speaking(random(tiny=True)), "model.model", CompiledBlocksStage("default"), warm, serve)
+
+    def spoken(speaking: Speaking, text: str) -> torch.Tensor:
+        return speaking.whole(text, 10 + len(text) // 2)
+
+    stages = {"model.model": CompiledBlocksStage("default"), "codec.acoustic_decoder": CompileStage("default")}
+    steady(lambda: Speaking(random(tiny=True)), stages, spoken, traced=True)
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:

@@ -36,18 +36,15 @@ def test_contract(contract: Any, example: Any, way: str) -> None:
     contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS, None, right)
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
+def test_fifty_sentences(steady: Any, example: Any) -> None:
+    """With graphs as inductor makes them."""
     random = example("xtts_backend").random
 
-    def spoken(tokens: int) -> Any:
-        def whole(speaking: Speaking) -> torch.Tensor:
-            speaking.model.gpt.max_gen_mel_tokens = tokens
-            return speaking.whole()
+    def spoken(speaking: Speaking, text: str) -> torch.Tensor:
+        speaking.model.gpt.max_gen_mel_tokens = 8 + len(text) // 2
+        return torch.from_numpy(speaking.model.inference(text, "en", speaking.latents, speaking.speaker)["wav"])
 
-        return whole
-
-    stage = CompiledBlocksStage("default")
-    steady(lambda: Speaking(random(tiny=True)), "model.gpt.gpt", stage, [spoken(8)], [spoken(65)])
+    steady(lambda: Speaking(random(tiny=True)), {"model.gpt.gpt": CompiledBlocksStage("default")}, spoken)
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:
