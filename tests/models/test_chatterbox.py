@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts import Event
+from accelerate_tts import Event, receipt_of
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
@@ -68,12 +68,18 @@ def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:
     assert [(part.name, part.kind) for part in describe(model).parts] == [*PARTS, ("ve", "encoder")]
 
 
-def test_sentence_by_sentence_is_the_whole(example: Any, clockless: None) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sentence_by_sentence_is_the_whole(example: Any, only_growing: None, variant: str) -> None:
     import asyncio
 
     module = example("chatterbox_backend")
-    backend = module.ChatterboxBackend(lambda: without_encoder(module.random(seconds=0.2, tiny=True)))
+    told = {"language_id": "en"} if variant == "multilingual" else {}
+    make = lambda: without_encoder(module.random(seconds=0.2, tiny=True, variant=variant))  # noqa: E731
+    backend = module.ChatterboxBackend(make, **told)
     asyncio.run(backend.initialize())
+    receipt = receipt_of(backend)
+    assert receipt is not None
+    assert [stage.stage for stage in receipt.kept] == ["growing cache"]
     torch.manual_seed(3)
     whole = backend.synthesize(TEXT)
     torch.manual_seed(3)
