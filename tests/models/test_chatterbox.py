@@ -95,3 +95,36 @@ def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event], par
     assert part in [found.name for found in describe(model).parts if found.kind == "model"]
     reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
     assert any(f"has no {lost}" in reason and "chatterbox-light 1.0" in reason for reason in reasons)
+
+
+def test_another_shape_of_the_whole_is_said(example: Any, seen: list[Event]) -> None:
+    """Upstream's class is there, with other attributes, and nothing in them goes by a name that we know."""
+    model = example("chatterbox_backend").random(tiny=True)
+
+    class Chatterbox2(type(model)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.text_model = model.t3.tfmr
+            self.sound_model = model.s3gen.mel2wav
+
+    class Service:
+        def __init__(self) -> None:
+            self.model = Chatterbox2()
+
+    assert [part.kind for part in describe(Service()).parts] == ["model", "model"]
+    reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("in ChatterboxTTS of chatterbox nothing is of a class that we know")
+
+
+def test_parts_that_are_loaded_alone_are_no_other_shape(example: Any, seen: list[Event]) -> None:
+    model = example("chatterbox_backend").random(tiny=True)
+    describe({"vocoder": model.s3gen.mel2wav, "voice": model.conds})
+    describe(model)
+    assert seen == []
+
+
+def test_a_method_that_is_gone_is_said(example: Any, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = example("chatterbox_backend").random(tiny=True)
+    monkeypatch.delattr(type(model.s3gen.mel2wav), "inference")
+    assert describe(model.s3gen).parts[0].kind == "model"
+    assert any("has no mel2wav.inference()" in event.reason for event in seen if isinstance(event, NotApplied))
