@@ -42,7 +42,11 @@ class Loaded(NamedTuple):
 
 
 class HiggsBackend:
-    """Speaks a text in one piece: upstream has no streaming form."""
+    """Speaks a text in one piece.
+
+    `generate(streamer=...)` hands out the codes of each frame as they come, but no sound: the codec has no streaming
+    form, and the codebooks lag behind each other. To hear a part early, decode growing pieces, or speak by sentences.
+    """
 
     def __init__(self, make: Callable[[], Loaded], seconds: float) -> None:
         self._make = make

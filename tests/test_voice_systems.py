@@ -188,3 +188,27 @@ def test_xtts_s_own_method_with_a_list_of_paths(xtts: Callable[[], Any], tmp_pat
     with torch.no_grad():
         model.gpt.conditioning_encoder.init.weight.mul_(2)
     assert not torch.equal(voice(audio_path=[one, two])[0], expected[0])
+
+
+@pytest.mark.parametrize("name", ["chatterbox", "xtts"])
+def test_the_examples_hear_a_voice_once(
+    name: str, request: pytest.FixtureRequest, example: Callable[[str], ModuleType]
+) -> None:
+    model = request.getfixturevalue(name)()
+    module = example(f"{name}_backend")
+    backend = (module.ChatterboxBackend if name == "chatterbox" else module.XTTSBackend)(lambda: model)
+    backend.model = model
+    type(backend).voice.cache_clear()
+    runs = counting(*(listening(model) if name == "chatterbox" else [model.hifigan_decoder.speaker_encoder]))
+    voices, ran = [], []
+    for path in (*speech(), speech()[0]):
+        runs.clear()
+        backend.speak_as(path)
+        ran.append(sum(runs.values()))
+        voices.append(model.conds.t3.speaker_emb if name == "chatterbox" else backend.speaker)
+    assert ran[0] > 0
+    assert ran[1] > 0
+    assert ran[2] == 0
+    assert torch.equal(voices[0], voices[2])
+    assert not torch.equal(voices[0], voices[1])
+    assert backend.synthesize("Bye.").numel() > 0
