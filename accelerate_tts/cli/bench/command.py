@@ -116,7 +116,8 @@ class _Bench:
         if self._options.naive:
             naive = self._ask("torch.compile", "naive")
             if naive is not None:
-                self._found.naive = Naive(**{**naive, "whole": Ratio(**naive["whole"])})
+                naive["whole"] = _ratio(naive["whole"])
+                self._found.naive = Naive(**naive)
             yield
         for precision in self._options.precisions:
             yield from self._ours(precision)
@@ -124,8 +125,9 @@ class _Bench:
     def _ours(self, precision: Precision) -> Iterator[None]:
         answer = self._ask(precision, "tuned", precision)
         if answer is not None:
-            ratios = {name: _ratio(answer[name]) for name in ("whole", "step", "prompt")}
-            self._found.runs.append(Measured(**{**answer, **ratios}))
+            for name in ("whole", "step", "prompt"):
+                answer[name] = _ratio(answer[name])
+            self._found.runs.append(Measured(**answer))
         yield
         if answer is not None and self._options.warm_start:
             warm = self._ask(f"warm start, {precision}", "restored", precision)
