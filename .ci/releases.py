@@ -21,10 +21,16 @@ RELEASES = {
     "coqui-tts": ("0.27.0", "0.27.1", "0.27.2", "0.27.3", "0.27.4", "0.27.5", "0.28.0"),
     "resemblyzer": ("0.1.3", "0.1.4"),
     "boson-multimodal": ("0.1.0", "0.1.1"),
+    "transformers": ("4.48.3", "4.57.6", "5.23.0"),
 }
 
 # What a release needs that newer ones of its dependencies no longer have.
-BESIDE = {"boson-multimodal": ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0")}
+BESIDE = {
+    "boson-multimodal": ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0"),
+    "chatterbox-tts 0.1.1": ("conformer==0.3.2",),
+    "transformers 4.48.3": ("tokenizers==0.21.0", "huggingface-hub==0.36.0"),
+    "transformers 4.57.6": ("tokenizers==0.22.1", "huggingface-hub==0.36.0"),
+}
 
 # What some import and these classes do not use: a watermarker, readers of configuration files, phonemisers.
 _STUBS = ("perth", "omegaconf", "pykakasi", "gruut", "gruut_ipa", "pyloudnorm", "spacy_pkuseg", "russian_text_stresser")
@@ -65,9 +71,19 @@ _RESEMBLYZER = """
 from resemblyzer import VoiceEncoder
 check(VoiceEncoder("cpu"), ["VoiceEncoder"])
 """
+_TRANSFORMERS = """
+import transformers
+from transformers import VitsConfig, VitsModel
+check(VitsModel(VitsConfig(vocab_size=38)), ["text_encoder", "duration_predictor", "flow", "decoder"])
+if hasattr(transformers, "HiggsAudioV2Config"):
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+    check(HiggsAudioV2ForConditionalGeneration(HiggsAudioV2Config(num_hidden_layers=2)), ["model"])
+    check(HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig()), ["acoustic_decoder"])
+"""
 _BUILD = {
     "chatterbox-light": _CHATTERBOX, "chatterbox-tts": _CHATTERBOX, "coqui-tts": _COQUI, "boson-multimodal": _BOSON,
-    "resemblyzer": _RESEMBLYZER,
+    "resemblyzer": _RESEMBLYZER, "transformers": _TRANSFORMERS,
 }  # fmt: skip
 _CHECK = """
 import importlib.abc, importlib.machinery, importlib.util, sys, warnings
@@ -102,8 +118,9 @@ def check(model, expected):
 
 def tried(name: str, version: str, folder: Path) -> tuple[bool, str]:
     """Whether a release is as we know it, and what was found or what went wrong."""
+    beside = (*BESIDE.get(name, ()), *BESIDE.get(f"{name} {version}", ()))
     fetch = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps",
-             "--no-compile", "--target", str(folder), f"{name}=={version}", *BESIDE.get(name, ())]  # fmt: skip
+             "--no-compile", "--target", str(folder), f"{name}=={version}", *beside]  # fmt: skip
     done = subprocess.run(fetch, capture_output=True, text=True, check=False)  # noqa: S603 - from the table above
     if done.returncode:
         return False, "not fetched: " + done.stderr.strip().splitlines()[-1]

@@ -135,7 +135,8 @@ def cached_embedding(
         function: The function, when used bare.
         limit_mb: What the cache may take in memory, and again on disk, in MiB; what was not used for longest goes.
         folder: Where embeddings are kept for the next process: results of tensors, NumPy arrays, numbers, texts, lists,
-            tuples and dicts. Objects of other classes are kept in memory only. Weights are then read once to be told
+            tuples, dicts, and dataclasses of the packages that the function or the encoder is from (Chatterbox's
+            `Conditionals`). Objects of other classes are kept in memory only. Weights are then read once to be told
             by content, about half a second per gigabyte.
         sets: Attributes of `self` that the method sets; they are remembered and set again. Calls for one object then
             take turns.

@@ -27,7 +27,7 @@ from chatterbox.models.t3.modules.t3_config import T3Config
 from chatterbox.models.voice_encoder import VoiceEncoder
 from chatterbox.tts import Conditionals
 
-from accelerate_tts import inference, optimized_model, receipt_of
+from accelerate_tts import cached_embedding, inference, optimized_model, receipt_of
 
 TOKENS_A_SECOND = 25
 SOUNDS = 6561  # of the tokens; T3 can write more, which trained weights do not choose
@@ -51,6 +51,16 @@ class ChatterboxBackend:
         """Load the model without holding up the event loop."""
         self.model = await asyncio.to_thread(self._make)
 
+    @cached_embedding
+    def voice(self, reference: Path) -> Any:
+        """The voice of a recording, as upstream's `generate` takes it. A service meets the same ones again."""
+        self.model.prepare_conditionals(reference)
+        return self.model.conds
+
+    def speak_as(self, reference: Path) -> None:
+        """Speak with the voice of a recording from here on."""
+        self.model.conds = self.voice(reference)
+
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
         """The speech, as one row of samples."""
@@ -69,12 +79,9 @@ def class_of(variant: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def pretrained(device: str, reference: Path | None, variant: str = "english") -> Any:
-    """The model from the hub, with a voice of one's own if there is a reference."""
-    model = class_of(variant).from_pretrained(device)
-    if reference is not None:
-        model.prepare_conditionals(reference)
-    return model
+def pretrained(device: str, variant: str = "english") -> Any:
+    """The model from the hub, with upstream's own voice."""
+    return class_of(variant).from_pretrained(device)
 
 
 def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english") -> Any:
@@ -82,6 +89,8 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
     t3, s3 = (small_t3(config), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    if tiny:
+        s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
     tokens = max(1, round(seconds * TOKENS_A_SECOND))
     if turbo:
@@ -154,7 +163,9 @@ def small_s3gen(**options: bool) -> s3gen.S3Token2Wav:
             "UpsampleConformerEncoder", attention_heads=2, linear_units=64, num_blocks=1
         ),
         "ConditionalDecoder": smaller("ConditionalDecoder", channels=[64], n_blocks=1, num_mid_blocks=1, num_heads=2),
-        "HiFTGenerator": smaller("HiFTGenerator", base_channels=32),
+        "HiFTGenerator": smaller(
+            "HiFTGenerator", base_channels=32, resblock_kernel_sizes=[7], resblock_dilation_sizes=[[1, 3, 5]]
+        ),
         "ConvRNNF0Predictor": smaller("ConvRNNF0Predictor", cond_channels=32),
     }
     with patch.multiple(s3gen, **replaced):
@@ -173,11 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def make() -> Any:
         if options.random_weights:
             return random(options.device, options.seconds, tiny=options.tiny, variant=options.variant)
-        return pretrained(options.device, options.reference, options.variant)
+        return pretrained(options.device, options.variant)
 
     told = {"language_id": options.language} if options.variant == "multilingual" else {}
     backend = ChatterboxBackend(make, **told)
     asyncio.run(backend.initialize())
+    if options.reference is not None:
+        backend.speak_as(options.reference)
     torch.manual_seed(0)
     write_wav(options.output, backend.stream(options.text), backend.model.sr)
     print(receipt_of(backend))

@@ -42,7 +42,11 @@ class Loaded(NamedTuple):
 
 
 class HiggsBackend:
-    """Speaks a text in one piece: upstream has no streaming form."""
+    """Speaks a text in one piece.
+
+    `generate(streamer=...)` hands out the codes of each frame as they come, but no sound: the codec has no streaming
+    form, and the codebooks lag behind each other. To hear a part early, decode growing pieces, or speak by sentences.
+    """
 
     def __init__(self, make: Callable[[], Loaded], seconds: float) -> None:
         self._make = make
@@ -86,7 +90,8 @@ def random(device: str = "cpu", layers: int = 28, *, tiny: bool = False) -> Load
                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 290,
                   "eos_token_id": 291, "audio_token_id": 292, "audio_bos_token_id": 293,
                   "audio_delay_token_id": 294}  # fmt: skip
-        acoustic |= {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 32}
+        acoustic |= {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "hidden_size": 32,
+                     "downsampling_ratios": [32, 30], "upsampling_ratios": [32, 30]}  # fmt: skip
         semantic |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
                      "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16,
                      "num_conv_pos_embedding_groups": 4}  # fmt: skip

@@ -21,7 +21,7 @@ from TTS.tts.configs.xtts_config import XttsConfig
 from TTS.tts.models import xtts
 from TTS.utils.manage import ModelManager
 
-from accelerate_tts import inference, optimized_model, receipt_of
+from accelerate_tts import cached_embedding, inference, optimized_model, receipt_of
 
 VOICE = "Ana Florence"
 RATE = 24_000
@@ -48,6 +48,15 @@ class XTTSBackend:
         """Load the model without holding up the event loop."""
         self.model, self.latents, self.speaker = await asyncio.to_thread(self._make)
 
+    @cached_embedding
+    def voice(self, reference: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """The voice of a recording: latents of the decoder and a speaker's embedding. A service meets it again."""
+        return self.model.get_conditioning_latents(audio_path=[reference])
+
+    def speak_as(self, reference: Path) -> None:
+        """Speak with the voice of a recording from here on."""
+        self.latents, self.speaker = self.voice(reference)
+
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
         """The speech, as one row of samples."""
@@ -59,15 +68,13 @@ class XTTSBackend:
         yield from self.model.inference_stream(text, self.language, self.latents, self.speaker)
 
 
-def pretrained(reference: Path | None) -> Loaded:
-    """The model from the hub, with the voice of a reference or one of its own. Ask for its licence's terms first."""
+def pretrained() -> Loaded:
+    """The model from the hub, with a voice of its own. Ask for its licence's terms first."""
     weights, settings, _ = ModelManager().download_model("tts_models/multilingual/multi-dataset/xtts_v2")
     config = XttsConfig()
     config.load_json(settings)
     model = xtts.Xtts(config)
     model.load_checkpoint(config, checkpoint_dir=weights.parent, eval=True)
-    if reference is not None:
-        return Loaded(model, *model.get_conditioning_latents(audio_path=[reference]))
     return Loaded(model, *model.speaker_manager.speakers[VOICE].values())
 
 
@@ -83,7 +90,10 @@ def random(seconds: float = 1.0, *, tiny: bool = False) -> Loaded:
     config = XttsConfig()
     for name, value in sizes.items():
         setattr(config.model_args, name, value)
-    narrow = {"upsample_initial_channel_decoder": 32} if tiny else {}  # no option of the model's
+    narrow: dict[str, Any] = {}  # no options of the model's
+    if tiny:
+        narrow = {"upsample_initial_channel_decoder": 32, "resblock_kernel_sizes_decoder": [3],
+                  "resblock_dilation_sizes_decoder": [[1, 3, 5]]}  # fmt: skip
     with patch.object(xtts, "HifiDecoder", partial(xtts.HifiDecoder, **narrow)):
         model = xtts.Xtts(config)
     model.tokenizer = Letters()
@@ -112,11 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
 
     def make() -> Loaded:
-        made = random(options.seconds, tiny=options.tiny) if options.random_weights else pretrained(options.reference)
+        made = random(options.seconds, tiny=options.tiny) if options.random_weights else pretrained()
         return Loaded(made.model.to(options.device), made.latents, made.speaker)
 
     backend = XTTSBackend(make, options.language)
     asyncio.run(backend.initialize())
+    if options.reference is not None:
+        backend.speak_as(options.reference)
     torch.manual_seed(0)
     write_wav(options.output, backend.stream(options.text), RATE)
     print(receipt_of(backend))

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -80,7 +81,9 @@ def mms(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
 
 
 def chatterbox(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-    hub(monkeypatch, module.class_of("english"), lambda: module.random(seconds=0.3, tiny=True))
+    for variant in module.VARIANTS:
+        make = partial(module.random, seconds=0.3, tiny=True, variant=variant)
+        hub(monkeypatch, module.class_of(variant), make)
 
 
 def higgs(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
@@ -154,9 +157,12 @@ def test_the_integration_guide_runs(monkeypatch: pytest.MonkeyPatch, example: Ca
     coqui(monkeypatch, example("xtts_backend"))
     recordings(monkeypatch, example("voice_clone_service"))
     web(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "2")  # each; what tuning does to them is shown by tests/models
     page = run(INTEGRATION)
     assert np.array_equal(page["voice"], page["again"])
     assert page["wave"].shape == (1, 1, 960)
+    assert page["german"].numel() > 0
+    assert len(page["sentences"]) == 2
     assert len(page["pieces"]) > 0
 
     async def serve() -> None:

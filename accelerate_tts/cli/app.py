@@ -86,17 +86,29 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     ],
     size: Annotated[str, typer.Option(help="full: the true sizes; tiny: the same classes, in seconds.")] = "full",
     precision: Annotated[
-        list[str] | None, typer.Option(help="exact (the default), balanced or fast; may be given several times.")
+        list[str] | None,
+        typer.Option(help="exact, balanced or fast; may be given several times. exact if not given, of all: each."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers, where memory is short.")] = None,
     pairs: Annotated[int, typer.Option(min=1, max=50, help="Pairs of calls, untouched and tuned in turn.")] = 3,
     tune_seconds: Annotated[float, typer.Option(min=1.0, help="The budget of tuning.")] = 180.0,
-    warm_start: Annotated[bool, typer.Option(help="Also start a second process with the warm pack.")] = False,
-    naive: Annotated[bool, typer.Option(help="Also time torch.compile of the same modules.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=10, help="About so many tokens of speech a call, of systems that write tokens.")
+    ] = None,
+    warm_start: Annotated[
+        bool | None, typer.Option("--warm-start/--no-warm-start", help="Also start again with the warm pack.")
+    ] = None,
+    naive: Annotated[
+        bool | None,
+        typer.Option("--naive/--no-naive", help="Also time torch.compile, put around the hot module."),
+    ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
 ) -> None:
-    """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile."""
+    """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile.
+
+    `all` runs every precision, torch.compile and the warm start, too, unless it is told otherwise: hours at full size.
+    """
     from accelerate_tts.cli.bench.command import Options, run
     from accelerate_tts.settings import check_precision, check_tune_seconds
 
@@ -104,12 +116,13 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
         if size not in {"tiny", "full"}:
             raise SettingsError(f"size={size!r} must be 'tiny' or 'full'")
         check_tune_seconds(tune_seconds)
-        chosen = precision or ["exact"]
+        whole = "all" in systems
+        chosen = precision or (["exact", "balanced", "fast"] if whole else ["exact"])
         for name in chosen:
             check_precision(name)
         options = Options(
             "tiny" if size == "tiny" else "full", tuple(cast("list[Precision]", chosen)), layers, pairs, tune_seconds,
-            warm_start, naive, as_json, plot,
+            tokens, whole if warm_start is None else warm_start, whole if naive is None else naive, as_json, plot,
         )  # fmt: skip
         run(systems, options)
     except (AccelerateTTSError, OSError) as error:

@@ -48,6 +48,7 @@ class _Question:
     durable: bool
     arguments: Digest
     encoder: str
+    packages: frozenset[str]  # of the function and the encoder: those whose dataclasses may come back from a file
 
 
 class Embeddings:
@@ -149,7 +150,7 @@ class Embeddings:
             return result
         if not stored and self._files is not None and question.durable:
             try:
-                self._files.write(question.key, outcome)
+                self._files.write(question.key, outcome, question.packages)
             except (TypeError, ValueError, RecursionError) as error:
                 emit(NotApplied(f"{self._what}: folder=", f"{error}; it is kept in memory"))
         # A copy for the first asker too: he gets what everybody gets after him.
@@ -164,7 +165,9 @@ class Embeddings:
         return result
 
     def _stored(self, question: _Question) -> Kept | None:
-        return self._files.read(question.key) if self._files is not None and question.durable else None
+        if self._files is None or not question.durable:
+            return None
+        return self._files.read(question.key, question.packages)
 
     def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
         """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
@@ -207,7 +210,8 @@ class Embeddings:
             *words, *self._options.sets, kind.__module__, kind.__qualname__, str(arguments), str(encoder)
         ):  # fmt: skip
             key.word(word)
-        return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder))
+        packages = _packages(wrapped, owner) if self._files is not None else frozenset[str]()
+        return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder), packages)
 
     def _encoder(self, wrapped: Callable[..., Any], owner: Any) -> Digest:
         digest = Digest(durable=self._files is not None)
@@ -240,6 +244,13 @@ def _used(function: Callable[..., Any]) -> dict[str, Any]:
         except ValueError:  # not assigned yet
             continue
     return found
+
+
+def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:
+    """The packages that the function and the classes of its encoder are from."""
+    modules = reachable_modules(_used(wrapped) if owner is None else owner).values()
+    names = (getattr(wrapped, "__module__", None), *(type(module).__module__ for module in modules))
+    return frozenset(str(name).partition(".")[0] for name in names if name) - {"torch", "builtins"}
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.engine.plan import _members as members
+from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import chatterbox, generic, higgs, speaker, vits, xtts
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ _KNOWN: dict[str, Callable[[str, nn.Module], tuple[Part, ...]]] = {
 }
 
 
+# Of each upstream package, how the names begin of what holds or is one of the systems above.
+_UPSTREAM = {
+    "boson_multimodal": ("HiggsAudioModel", "HiggsAudioServe"),
+    "chatterbox": ("Chatterbox",),
+    "TTS": ("Vits", "Xtts"),
+}
+_DEPTH = 3  # a service, its backend, upstream's own object
+
+
 def describe(subject: object, only: Collection[nn.Module] | None = None) -> ModelPlan:
     """Say what a loaded object consists of.
 
@@ -41,9 +52,42 @@ def describe(subject: object, only: Collection[nn.Module] | None = None) -> Mode
         wanted = {id(module) for module in only}
         modules = {path: module for path, module in modules.items() if id(module) in wanted}
     parts: list[Part] = []
+    known: set[str] = set()
     for path, module in modules.items():
-        handler = next((_KNOWN[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _KNOWN), generic.parts)
-        parts += handler(path, module)
+        name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _KNOWN), None)
+        if name is not None:
+            known |= {_package(cls) for cls in type(module).__mro__}
+        parts += (generic.parts if name is None else _KNOWN[name])(path, module)
+    _say_what_is_not_known(subject, known)
     # Parts of unknown models are taken apart once the first pass has shown where its time goes.
     refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
     return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
+
+
+def _say_what_is_not_known(subject: object, known: Collection[str]) -> None:
+    """An event for each upstream package whose object is there, and nothing in it is of a class that we know."""
+    from torch import nn
+
+    strange: dict[str, str] = {}
+    level = [subject]
+    for _ in range(_DEPTH):
+        inner: list[object] = []
+        for value in level:
+            held = [] if isinstance(value, nn.Module) else [item for _, item in members(value)]
+            inner += held
+            if not isinstance(value, nn.Module) and not any(isinstance(item, nn.Module) for item in held):
+                continue
+            for cls in type(value).__mro__:
+                package = _package(cls)
+                if package not in known and cls.__name__.startswith(_UPSTREAM.get(package, ())):
+                    strange.setdefault(package, cls.__qualname__)
+        level = inner
+    for package, name in strange.items():
+        reason = (
+            f"in {name} of {package} nothing is of a class that we know: a release of another shape, or parts of it"
+        )
+        emit(NotApplied(f"the plan for {name}", f"{reason}; its parts are found by watching"))
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["t3", "token_to_mel", "token_to_wave"]
 
-_RELEASES = "chatterbox-tts 0.1.2 to 0.1.7, chatterbox-light 1.0"
+_RELEASES = "chatterbox-tts 0.1.1 to 0.1.7, chatterbox-light 1.0"
 
 # `T3.inference` and `inference_turbo` are loops of their own; both call the transformer as a module. The loop wraps it
 # in an object that it makes anew at every call, so the transformer itself is the outermost thing that stays.

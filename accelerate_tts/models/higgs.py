@@ -12,5 +12,8 @@ parts = Known("Higgs Audio", "transformers 5.0 to 5.23", {"model": "decoder"}, h
 )  # fmt: skip
 # `decode` of the codec is no call of a module; its decoder is.
 codec = Known("Higgs Audio's codec", "transformers 5.0 to 5.23", {"acoustic_decoder": "vocoder"})
-# Its own class is what `generate` calls with the cache. Known from its source; nothing here was run with it.
-boson = Known("Higgs Audio", "boson-multimodal 0.1", {"": "decoder"}, needs=("layers", "audio_decoder_proj"))
+# Its own class is what `generate` calls with the cache; it gives logits, those of text and of sound. Known from its
+# source and from building it (`make releases`); nothing here was run with it.
+boson = Known("Higgs Audio", "boson-multimodal 0.1", {"": "decoder"}, needs=("layers", "embed_tokens"),
+    heads={"": ("audio_decoder_proj.audio_lm_head",)}, codebooks="audio_num_codebooks",
+)  # fmt: skip

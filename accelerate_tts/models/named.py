@@ -29,7 +29,8 @@ class Known:
         decide: Of them, those whose outputs become discrete.
         heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
         guidance: See `Head`.
-        codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one.
+        codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one; a
+            whole number.
         needs: Further attributes by which the class is told from another one of the same name.
     """
 
@@ -45,11 +46,8 @@ class Known:
 
     def __call__(self, path: str, module: nn.Module) -> tuple[Part, ...]:
         """The parts of a module, or the module as a whole with a loud event if its class has changed shape."""
-        named = [name for names in self.heads.values() for name in names]
-        found = {name: _at(module, name) for name in (*self.parts, *self.needs, *named)}
-        missing = [
-            name for name, part in found.items() if part is None or (name in self.parts and _module(part) is None)
-        ]
+        found = {name: _at(module, name) for name in self.parts}
+        missing = self._missing(module, found)
         if missing:
             reason = (
                 f"{type(module).__name__} has no {', '.join(missing)}: a release we do not know"
@@ -69,6 +67,20 @@ class Known:
             for name, kind in self.parts.items()
             if (part := _module(found[name])) is not None
         )
+
+    def _missing(self, module: nn.Module, parts: Mapping[str, object]) -> list[str]:
+        """What is not there, or not of the kind that it should be."""
+        modules = {name: _module(part) for name, part in parts.items()}
+        modules |= {name: _module(_at(module, name)) for names in self.heads.values() for name in names}
+        missing = [name for name, part in modules.items() if part is None]
+        missing += [name for name in self.needs if _at(module, name) is None]
+        for name, method in self.methods.items():
+            part = modules[name]
+            if part is not None and not callable(getattr(part, method, None)):
+                missing.append(f"{name}.{method}()")
+        if self.codebooks and not isinstance(_at(module, self.codebooks), int):
+            missing.append(self.codebooks)
+        return missing
 
     def _head(self, module: nn.Module, part: str) -> Head | None:
         modules = [found for name in self.heads.get(part, ()) if (found := _module(_at(module, name))) is not None]

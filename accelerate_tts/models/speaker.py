@@ -18,7 +18,7 @@ __all__ = ["parts"]
 _RESEMBLYZER = Known("the speaker encoder", "resemblyzer 0.1", {"": "encoder"}, needs=("lstm", "linear"))
 _CHATTERBOX = Known(
     "the speaker encoder",
-    "chatterbox-tts 0.1.2 to 0.1.7, chatterbox-light 1.0",
+    "chatterbox-tts 0.1.1 to 0.1.7, chatterbox-light 1.0",
     {"": "encoder"},
     needs=("lstm", "proj"),
 )

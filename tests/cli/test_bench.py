@@ -3,44 +3,182 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from accelerate_tts import PerformanceOptimizer, SettingsError
+from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError, optimizer
 from accelerate_tts.cli.app import app
-from accelerate_tts.cli.bench import command, measure, report, systems
+from accelerate_tts.cli.bench import chart, command, measure, processes, report, systems, variant
 from accelerate_tts.cli.bench.measure import Measured, Ratio
+from accelerate_tts.cli.bench.naive import Naive, naive
+from accelerate_tts.cli.bench.processes import VariantError, folders_of
+from accelerate_tts.cli.bench.report import Found
+from accelerate_tts.cli.bench.variant import Request
 
 
 @pytest.fixture(autouse=True)
 def no_compiler_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled is other tests' business, and takes a minute."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    monkeypatch.setattr("accelerate_tts.optimizer._optimizer", PerformanceOptimizer())
 
 
-def bench(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["bench", *arguments, "--size", "tiny", "--pairs", "2", "--tune-seconds", "20"])
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Variants are measured in this process: another one takes seconds to import torch. What was asked for, in order.
+
+    With the pack folder of another process, and what it would read of that: its own optimizer.
+    """
+    requests: list[Request] = []
+
+    def ask(request: Request, folder: Path) -> dict[str, Any]:
+        requests.append(request)
+        for name, value in folders_of(request, folder).items():
+            if name != "TORCHINDUCTOR_CACHE_DIR":  # our own kernels need not be built again
+                monkeypatch.setenv(name, value)
+        monkeypatch.setattr(optimizer, "_optimizer", PerformanceOptimizer(Settings.from_environment()))
+        try:
+            return json.loads(json.dumps(variant.answer(request)))
+        except Exception as error:
+            raise VariantError(f"{type(error).__name__}: {error}") from error
+
+    monkeypatch.setattr(processes, "ask", ask)
+    return requests
 
 
-def test_it_prints_a_table_and_writes_every_figure(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    done = bench("mms", "higgs", "--json", str(path))
+@pytest.fixture
+def plain() -> systems.Built:
+    """Not one of the five systems, so that dynamo has traced it in a moment."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+    return systems.Built(model, lambda seconds: model(torch.ones(round(100 * seconds), 8)), model)
+
+
+def bench(*arguments: str, seconds: float = 3) -> Any:
+    told = ["bench", *arguments, "--size", "tiny", "--pairs", "2", "--tune-seconds", str(seconds)]
+    return CliRunner().invoke(app, told)
+
+
+def test_it_prints_a_table_and_writes_every_figure(
+    tmp_path: Path, asked: list[Request], plain: systems.Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variant, "naive", lambda _built, *args: replace(naive(plain, *args, "eager"), same_tokens=True))
+    path, chart_path = tmp_path / "figures.json", tmp_path / "chart.png"
+    done = bench("higgs", "--naive", "--warm-start", "--tokens", "12", "--json", str(path), "--plot", str(chart_path))
     assert done.exit_code == 0, done.output
-    mms, higgs = json.loads(path.read_text("utf-8"))
-    assert (mms["system"], mms["size"], mms["precision"]) == ("mms", "tiny", "exact")
-    assert mms["step"] is None
-    assert mms["error"] <= 1e-4
-    assert higgs["same_tokens"] is True
-    for ratio in (mms["whole"], higgs["whole"], higgs["step"], higgs["prompt"]):
+    assert [request.variant for request in asked] == ["eager", "naive", "tuned", "restored"]
+    (found,) = json.loads(path.read_text("utf-8"))
+    assert found["system"] == "higgs"
+    assert found["failed"] == {}
+    (run,) = found["runs"]
+    assert (run["system"], run["size"], run["precision"]) == ("higgs", "tiny", "exact")
+    assert run["same_tokens"] is True
+    assert run["error"] is None
+    for ratio in (run["whole"], run["step"], run["prompt"], found["naive"]["whole"]):
         assert 0 < ratio["lowest"] <= ratio["ratio"] <= ratio["highest"]
         assert ratio["before"] > 0
-    assert higgs["floor"] > 0
-    for text in ("promised 1.1x to 1.2x", "whole", "one token", "same tokens", "recompiles"):
+    assert run["floor"] > 0
+    assert found["naive"]["graphs"] > 0
+    assert found["naive"]["same_tokens"] is True
+    assert min(found["peak"], found["naive"]["peak"], run["peak"], run["warm_peak"]) > 2**20
+    assert run["warm_start"] < run["tuning"], "the second one tuned again"
+    words = ("promised 1.4x to 1.6x", "whole", "one token", "same tokens", "recompiles", "with a warm pack", "graphs")
+    for text in words:
         assert text in done.output
+    assert chart_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_is_everything_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda names, options: told.append((names, options)))
+    for arguments in (["all"], ["all", "--no-naive", "--no-warm-start", "--precision", "fast"], ["mms"]):
+        assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 0
+    options = [(o.precisions, o.naive, o.warm_start) for _, o in told]
+    assert options == [
+        (("exact", "balanced", "fast"), True, True), (("fast",), False, False), (("exact",), False, False),
+    ]  # fmt: skip
+
+
+def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not this one's, which holds more; and it writes no pack but into the bench's own folder."""
+    monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "the user's own"))
+    ours = torch.ones(2**28)  # 1 GiB
+    request = Request("tuned", "voice-clone", "tiny", "exact", None, 1, 1.0, None)
+    answer = processes.ask(request, tmp_path / "bench")
+    here = measure.peak_bytes()
+    assert ours.sum() > 0
+    assert here is not None
+    assert 2**26 < answer["peak"] < here
+    assert answer["whole"]["before"] > 0
+    assert list((tmp_path / "bench" / "packs").iterdir())
+    assert not (tmp_path / "the user's own").exists()
+
+
+def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that takes more memory than there is."""
+    begin = subprocess.run
+    for code, said in (
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9; of memory, perhaps"),
+        ("raise SystemExit('no such thing')", "no such thing"),
+        ("import sys; open(sys.argv[2], 'w').write('{\"no answer\": \"MemoryError: too much\"}')", "MemoryError: too"),
+    ):
+        monkeypatch.setattr(
+            subprocess, "run",
+            lambda told, code=code, **options: begin([sys.executable, "-c", code, *told[3:]], **options),
+        )  # fmt: skip
+        with pytest.raises(VariantError, match=said):
+            processes.ask(Request("eager", "mms", "tiny", "exact", None, 1, 1.0, None), tmp_path)
+
+
+def test_torch_compile_is_timed_in_turn_and_taken_off(plain: systems.Built) -> None:
+    found = naive(plain, 0.2, 3, "eager")
+    assert (found.graphs, found.error, found.same_tokens) == (1, 0.0, None)
+    assert found.whole.lowest <= found.whole.ratio <= found.whole.highest
+    assert "forward" not in vars(plain.hot)
+
+
+def test_torch_compile_that_fails_is_a_cell(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Request], plain: systems.Built
+) -> None:
+    def no_compiler(*_args: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand more lines")
+
+    monkeypatch.setattr(variant, "naive", lambda _built, *args: naive(plain, *args, no_compiler))
+    done = bench("mms", "--naive", seconds=1)
+    assert done.exit_code == 0, done.output
+    assert "mms, torch.compile: failed: BackendCompilerFailed" in done.output
+    assert "mms, exact: promised" in done.output
+
+
+def test_torch_compile_of_what_dynamo_leaves_out_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, plain: systems.Built
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward, **_options: forward)
+    with pytest.raises(AccelerateTTSError, match="no graph was compiled"):
+        naive(plain, 0.2, 1)
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
+def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each system: what its users compile is what a call goes through, and it is put back."""
+    runs: list[int] = []
+
+    def counted(forward: Any, **_options: Any) -> Any:
+        return lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    built = systems.SYSTEMS[name].build("tiny", None)
+    with pytest.raises(AccelerateTTSError, match="no graph was compiled"):
+        naive(built, 0.3, 1)
+    assert runs
+    assert "forward" not in vars(built.hot)
 
 
 @pytest.mark.parametrize("name", ["chatterbox", "xtts", "voice-clone"])
@@ -83,48 +221,99 @@ def test_a_size_that_there_is_not() -> None:
     assert "size='huge'" in done.output
 
 
-def test_a_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, asked: list[Request]) -> None:
     monkeypatch.setattr(systems, "import_module", lambda name: __import__("no_such_package_" + name))
     done = bench("xtts")
     assert done.exit_code == 2
     assert "pip install 'coqui-tts[codec]' six" in " ".join(done.output.split())
-    both = bench("xtts", "mms")
-    assert both.exit_code == 0
-    assert "xtts, exact is left out: MissingExtraError" in both.output
+    assert [request.variant for request in asked] == ["eager"], "the rest would fail as well"
 
 
-def test_a_system_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an hour's bench of all, the one that ran out of memory is missing, and nothing else."""
-    measured = command.bench
+def test_a_chart_that_cannot_be_drawn_is_said_first(monkeypatch: pytest.MonkeyPatch, asked: list[Request]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = bench("mms", "--plot", "chart.png")
+    assert done.exit_code == 2
+    assert "pip install 'accelerate_tts[bench]'" in " ".join(done.output.split())
+    assert asked == []
 
-    def fails(name: str, *args: Any, **kwargs: Any) -> Measured:
-        if name == "xtts":
-            raise MemoryError("not enough")
-        return measured(name, *args, **kwargs)
 
-    monkeypatch.setattr(command, "bench", fails)
-    done = bench("xtts", "mms")
-    assert done.exit_code == 0
-    assert "xtts, exact is left out: MemoryError: not enough" in done.output
+def test_tokens_are_for_systems_that_write_some(asked: list[Request]) -> None:
+    done = bench("mms", "--tokens", "300")
+    assert done.exit_code == 2
+    assert "mms writes no tokens; chatterbox, higgs, xtts do" in " ".join(done.output.split())
+    assert measure.length_of("chatterbox", "full", 300) * 25 == 300
+    assert measure.length_of("mms", "full", 300) == systems.SYSTEMS["mms"].seconds
+
+
+@pytest.mark.parametrize("name", ["chatterbox", "higgs", "xtts"])
+def test_so_many_tokens_are_written(name: str) -> None:
+    torch.manual_seed(0)
+    built = systems.SYSTEMS[name].build("tiny", None)
+    loop = measure.Loop()
+    measure.spoken(built, measure.length_of(name, "tiny", 40), loop)
+    assert 34 <= len(loop.steps) <= 41  # XTTS keeps five back
+
+
+def measured(system: str, precision: str, after: float, **facts: Any) -> Measured:
+    one = Measured(
+        system, "full", precision, None, Ratio.of([(2.0, after)]), None, None, 1e-6, None, None, None, 30.0, None,
+        1.25, 0, 2**31,
+    )  # fmt: skip
+    return replace(one, **facts)
+
+
+def test_a_variant_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of an hour's bench, what ran out of memory is a cell that says so, and the rest is there."""
+
+    def ask(request: Request, _folder: Path) -> dict[str, Any]:
+        if request.system == "xtts" or request.precision == "fast" or request.variant in {"naive", "restored"}:
+            raise VariantError("MemoryError: not enough")
+        return {"seconds": 1.0, "peak": 2**30} if request.variant == "eager" else measured(
+            request.system, request.precision, 1.0
+        ).as_dict()  # fmt: skip
+
+    monkeypatch.setattr(processes, "ask", ask)
+    path = tmp_path / "figures.json"
+    done = bench("xtts", "mms", "--precision", "exact", "--precision", "fast", "--naive", "--warm-start", "--json",
+                 str(path))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "xtts, eager: failed: MemoryError: not enough" in done.output
+    assert "mms, warm start, exact: failed: MemoryError" in done.output
     assert "mms, exact: promised" in done.output
+    xtts, mms = json.loads(path.read_text("utf-8"))
+    assert (xtts["runs"], list(xtts["failed"])) == ([], ["eager"])
+    assert list(mms["failed"]) == ["torch.compile", "warm start, exact", "fast"]
 
 
 def test_the_overview_has_a_row_a_system_and_a_column_a_precision() -> None:
-    def measured(system: str, precision: str, after: float, **facts: Any) -> Measured:
-        return Measured(
-            system, "full", precision, None, Ratio.of([(2.0, after)]), None, None, 1e-6, None, None, None, 30.0,  # type: ignore[arg-type]
-            facts.get("warm_start"), 1.25, 0, facts.get("naive"),
-        )  # fmt: skip
-
     found = [
-        measured("mms", "exact", 1.6, naive=2.5, warm_start=3.0), measured("mms", "fast", 0.5),
-        measured("xtts", "balanced", 1.0),
+        Found("mms", 0.5, 2**30, Naive(Ratio.of([(2.0, 2.5)]), 9.0, 2, peak=2**30 * 3), [
+            measured("mms", "exact", 1.6, warm_start=3.0, warm_peak=2**30 + 2**29), measured("mms", "fast", 0.5),
+        ]),
+        Found("xtts", 0.5, 2**30, None, [measured("xtts", "balanced", 1.0)], {"fast": "OOM", "torch.compile": "no"}),
+        Found("higgs", failed={"eager": "memory"}),
     ]  # fmt: skip
-    header, mms, xtts = (dict(zip(report.OVERVIEW, row, strict=True)) for row in report.overview(found))
+    header, mms, xtts, higgs = (dict(zip(report.OVERVIEW, row, strict=True)) for row in report.overview(found))
     assert list(header) == list(header.values())
     assert (mms["torch.compile"], mms["exact"], mms["balanced"], mms["fast"]) == ("0.80x", "1.25x", "", "4.00x")
-    assert (mms["tuned in"], mms["warm pack"], mms["memory"]) == ("30 s, 30 s", "3 s, -", "1.25x, 1.25x")
-    assert (xtts["promised"], xtts["balanced"], xtts["torch.compile"]) == ("1.2 to 1.4x", "2.00x", "")
+    assert (mms["first call"], mms["cold start"], mms["warm start"]) == ("0.5 s", "30 s, 30 s", "3 s, -")
+    assert mms["peak memory"] == "1024 MiB; torch.compile 3.00x; exact 2.00x; exact warm 1.50x; fast 2.00x"
+    assert (xtts["promised"], xtts["balanced"], xtts["torch.compile"]) == ("1.2 to 1.4x", "2.00x", "failed")
+    assert (xtts["exact"], xtts["fast"]) == ("", "failed")
+    assert {higgs[name] for name in ("torch.compile", "exact", "balanced", "fast")} == {"failed"}
+
+
+def test_the_chart_has_a_bar_for_each_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Axes, "barh", lambda _self, names, widths, **_kw: drawn.append((names, widths)))
+    runs = [measured("mms", "fast", 0.5), measured("mms", "exact", 1.6)]
+    chart.draw(
+        [Found("mms", naive=Naive(Ratio.of([(2.0, 2.5)]), 9.0, 2), runs=runs), Found("xtts")],
+        tmp_path / "chart.svg",
+    )  # fmt: skip
+    assert drawn == [(["mms, torch.compile", "mms, exact", "mms, fast"], [0.8, 1.25, 4.0])]
 
 
 def test_ratios_are_of_pairs() -> None:

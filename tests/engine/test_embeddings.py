@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
+import io
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from accelerate_tts import cached_embedding, events
+from accelerate_tts import Event, cached_embedding, events
+from accelerate_tts.engine.embedding_files import EmbeddingFiles
 from accelerate_tts.engine.embedding_store import EmbeddingStore, Kept
 from accelerate_tts.engine.random_state import seeded
 
@@ -331,3 +335,62 @@ def test_what_is_cleared_meanwhile_is_not_kept() -> None:
     store.end("a", flight, Kept(1))
     assert store.info().entries == 0
     assert flight.future.result().copy() == 1
+
+
+@dataclass
+class Voice:
+    """What a package may return: it says when code of it runs."""
+
+    name: str
+    vector: torch.Tensor
+    ran: ClassVar[list[str]] = []
+
+    def __post_init__(self) -> None:
+        self.ran.append("__post_init__")
+
+
+def test_a_dataclass_is_stored_field_by_field_and_runs_nothing(tmp_path: Path, seen: list[Event]) -> None:
+    files = EmbeddingFiles(tmp_path, 10**6)
+    here = Voice.__module__.partition(".")[0]
+    voice = Voice("one", torch.arange(3.0))
+    kept = Kept(({"a": [voice]}, None))
+    Voice.ran.clear()
+    assert files.write("ab" * 16, kept, {here})
+    stored = files.read("ab" * 16, {here})
+    assert stored is not None
+    found = stored.copy()[0]["a"][0]
+    assert type(found) is Voice
+    assert (found.name, found.vector.tolist()) == ("one", [0.0, 1.0, 2.0])
+    assert not Voice.ran
+    for packages in ((), {"collections"}):
+        with pytest.raises(TypeError, match=r"Voice cannot be stored without a pickle"):
+            files.write("cd" * 16, kept, packages)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        ["fields", "subprocess", "Popen", ["args", ["plain", "true"]]],  # no dataclass
+        ["fields", "json.decoder", "JSONDecoder"],
+        ["fields", "not_imported", "Thing"],
+        ["fields", "HERE", "Voice.ran"],
+        ["fields", "HERE", "Voice", ["name", ["plain", "one"]]],  # of another release: a field is missing
+        ["fields", "HERE", "Voice", ["name", ["plain", "one"]], ["vector", ["plain", 1]], ["more", ["plain", 1]]],
+    ],
+)
+def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
+    tmp_path: Path, seen: list[Event], told: list[Any]
+) -> None:
+    """As somebody else's file, or an older one's, may: the checksum has no key."""
+    files, key = EmbeddingFiles(tmp_path, 10**6), "ab" * 16
+    packages = {"subprocess", "json", "not_imported", Voice.__module__.partition(".")[0]}
+    told = [Voice.__module__ if word == "HERE" else word for word in told]
+    buffer = io.BytesIO()
+    torch.save(["list", told], buffer)
+    body = buffer.getvalue()
+    digest = hashlib.sha256(key.encode() + body).hexdigest().encode()
+    (tmp_path / f"{key}.embedding").write_bytes(b"accelerate-tts embedding 2\n%s\n%s" % (digest, body))
+    assert files.read(key, packages) is None
+    assert [type(event).__name__ for event in seen] == ["PackIgnored"]
+    assert "is no dataclass of" in str(seen)

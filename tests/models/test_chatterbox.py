@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from accelerate_tts import Event
+from accelerate_tts import Event, receipt_of
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
@@ -48,21 +49,18 @@ def test_contract(contract: Any, example: Any, variant: str) -> None:
     )  # fmt: skip
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
-    random = example("chatterbox_backend").random
+def test_fifty_sentences(steady: Any, example: Any) -> None:
+    """From letters to samples: T3's steps, S3Gen's encoder and flow, and the vocoder. Turbo has the fewest of each."""
+    module = example("chatterbox_backend")
+    blocks = CompiledBlocksStage("default")
 
-    def spoken(text: str, tokens: int) -> Any:
-        """The speech tokens; `generate` itself would go on to the vocoder."""
+    def spoken(model: Any, text: str) -> torch.Tensor:
+        limited = module.at_most(type(model.t3).inference_turbo, max_gen_len=3 + len(text) // 2)
+        model.t3.inference_turbo = partial(limited, model.t3)
+        return model.generate(text)
 
-        def tokens_of(model: Any) -> torch.Tensor:
-            ids = torch.nn.functional.pad(model.tokenizer.text_to_tokens(text), (1, 0), value=255)
-            ids = torch.nn.functional.pad(ids, (0, 1)).expand(2, -1)
-            return type(model.t3).inference(model.t3, t3_cond=model.conds.t3, text_tokens=ids, max_new_tokens=tokens)
-
-        return tokens_of
-
-    stage = CompiledBlocksStage("default")
-    steady(lambda: random(tiny=True), "t3.tfmr", stage, [spoken(TEXT, 4)], [spoken(TEXT, 40), spoken("Bye.", 30)])
+    make = lambda: without_encoder(module.random(tiny=True, variant="turbo"))  # noqa: E731
+    steady(make, {name: blocks for name, _ in PARTS}, spoken, traced=True)
 
 
 def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:
@@ -70,12 +68,18 @@ def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:
     assert [(part.name, part.kind) for part in describe(model).parts] == [*PARTS, ("ve", "encoder")]
 
 
-def test_sentence_by_sentence_is_the_whole(example: Any, clockless: None) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sentence_by_sentence_is_the_whole(example: Any, only_growing: None, variant: str) -> None:
     import asyncio
 
     module = example("chatterbox_backend")
-    backend = module.ChatterboxBackend(lambda: without_encoder(module.random(seconds=0.2, tiny=True)))
+    told = {"language_id": "en"} if variant == "multilingual" else {}
+    make = lambda: without_encoder(module.random(seconds=0.2, tiny=True, variant=variant))  # noqa: E731
+    backend = module.ChatterboxBackend(make, **told)
     asyncio.run(backend.initialize())
+    receipt = receipt_of(backend)
+    assert receipt is not None
+    assert [stage.stage for stage in receipt.kept] == ["growing cache"]
     torch.manual_seed(3)
     whole = backend.synthesize(TEXT)
     torch.manual_seed(3)
@@ -91,3 +95,36 @@ def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event], par
     assert part in [found.name for found in describe(model).parts if found.kind == "model"]
     reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
     assert any(f"has no {lost}" in reason and "chatterbox-light 1.0" in reason for reason in reasons)
+
+
+def test_another_shape_of_the_whole_is_said(example: Any, seen: list[Event]) -> None:
+    """Upstream's class is there, with other attributes, and nothing in them goes by a name that we know."""
+    model = example("chatterbox_backend").random(tiny=True)
+
+    class Chatterbox2(type(model)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.text_model = model.t3.tfmr
+            self.sound_model = model.s3gen.mel2wav
+
+    class Service:
+        def __init__(self) -> None:
+            self.model = Chatterbox2()
+
+    assert [part.kind for part in describe(Service()).parts] == ["model", "model"]
+    reasons = [event.reason for event in seen if isinstance(event, NotApplied)]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("in ChatterboxTTS of chatterbox nothing is of a class that we know")
+
+
+def test_parts_that_are_loaded_alone_are_no_other_shape(example: Any, seen: list[Event]) -> None:
+    model = example("chatterbox_backend").random(tiny=True)
+    describe({"vocoder": model.s3gen.mel2wav, "voice": model.conds})
+    describe(model)
+    assert seen == []
+
+
+def test_a_method_that_is_gone_is_said(example: Any, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = example("chatterbox_backend").random(tiny=True)
+    monkeypatch.delattr(type(model.s3gen.mel2wav), "inference")
+    assert describe(model.s3gen).parts[0].kind == "model"
+    assert any("has no mel2wav.inference()" in event.reason for event in seen if isinstance(event, NotApplied))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+from accelerate_tts.engine.stages.compile import CompileStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Speaking:
@@ -35,10 +34,14 @@ def test_contract(contract: Any, example: Any) -> None:
     contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts, Speaking.other, right)
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
+def test_fifty_sentences(steady: Any, example: Any) -> None:
     random = example("higgs_backend").random
-    warm, serve = [lambda speaking: speaking.whole(frames=10)], [lambda speaking: speaking.whole(frames=60)]
-    steady(lambda: Speaking(random(tiny=True)), "model.model", CompiledBlocksStage("default"), warm, serve)
+
+    def spoken(speaking: Speaking, text: str) -> torch.Tensor:
+        return speaking.whole(text, 10 + len(text) // 2)
+
+    stages = {"model.model": CompiledBlocksStage("default"), "codec.acoustic_decoder": CompileStage("default")}
+    steady(lambda: Speaking(random(tiny=True)), stages, spoken, traced=True)
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:
@@ -49,11 +52,31 @@ def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> 
     assert any("has no audio_lm_head" in reason and "5.23" in reason for reason in reasons)
 
 
-def test_the_original_is_known_by_name() -> None:
-    class HiggsAudioModel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(2, 2)])
-            self.audio_decoder_proj = nn.Linear(2, 2)
+def test_a_release_that_does_not_say_its_codebooks_is_said(example: Any, seen: list[Event]) -> None:
+    model = example("higgs_backend").random(tiny=True).model
+    vars(model.config)["num_codebooks"] = None  # which it would not let anybody write
+    assert [part.kind for part in describe(model).parts] == ["model"]
+    assert any("has no config.num_codebooks" in event.reason for event in seen if isinstance(event, NotApplied))
 
-    assert [(part.name, part.kind) for part in describe(HiggsAudioModel()).parts] == [("HiggsAudioModel", "decoder")]
+
+class HiggsAudioModel(nn.Module):
+    """As boson-multimodal 0.1.1 has it, by its names; `make releases` builds the true one."""
+
+    def __init__(self, proj: str = "audio_decoder_proj") -> None:
+        super().__init__()
+        self.audio_num_codebooks = 8
+        self.embed_tokens = nn.Embedding(4, 2)
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        heads = {"text_lm_head": nn.Linear(2, 4), "audio_lm_head": nn.Linear(2, 8 * 5)}
+        setattr(self, proj, nn.ModuleDict(heads))
+
+
+def test_the_original_is_known_by_name(seen: list[Event]) -> None:
+    model = HiggsAudioModel()
+    (part,) = describe(model).parts
+    assert (part.name, part.kind, part.module) == ("HiggsAudioModel", "decoder", model)
+    assert part.head is not None
+    assert part.head(torch.ones(1, 3, 2)).shape == (1, 3, 8, 5)
+    assert seen == []
+    assert [part.kind for part in describe(HiggsAudioModel("projector")).parts] == ["model"]
+    assert any("audio_decoder_proj.audio_lm_head" in event.reason for event in seen if isinstance(event, NotApplied))

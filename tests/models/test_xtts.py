@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts import Event
+from accelerate_tts import Event, optimized_model, receipt_of
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
@@ -24,8 +25,8 @@ class Speaking:
     def whole(self) -> torch.Tensor:
         return torch.from_numpy(self.model.inference("Hello.", "en", self.latents, self.speaker)["wav"])
 
-    def streamed(self) -> list[torch.Tensor]:
-        return list(self.model.inference_stream("Hello.", "en", self.latents, self.speaker, stream_chunk_size=3))
+    def streamed(self, chunk: int = 3) -> list[torch.Tensor]:
+        return list(self.model.inference_stream("Hello.", "en", self.latents, self.speaker, stream_chunk_size=chunk))
 
 
 @pytest.mark.parametrize("way", ["whole", "streamed"])
@@ -36,18 +37,38 @@ def test_contract(contract: Any, example: Any, way: str) -> None:
     contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS, None, right)
 
 
-def test_fifty_lengths(steady: Any, example: Any) -> None:
+def test_the_stream_is_the_whole(example: Any, only_growing: None) -> None:
+    """In one piece, to rounding; in several, of the same length, and apart from upstream's seams the same."""
+    torch.manual_seed(0)
+    speaking = Speaking(example("xtts_backend").random(0.6, tiny=True))
+    receipt = receipt_of(optimized_model(warmup=Speaking.whole)(lambda: speaking)())
+    assert receipt is not None
+    assert [stage.stage for stage in receipt.kept] == ["growing cache"]
+
+    def seeded(way: Any) -> Any:
+        torch.manual_seed(3)
+        with torch.inference_mode():
+            return way()
+
+    whole = seeded(speaking.whole)
+    (piece,) = seeded(lambda: speaking.streamed(1000))
+    assert compare(whole, piece).error <= EXACT_TOLERANCE
+    pieces = seeded(lambda: speaking.streamed(4))
+    assert len(pieces) > 2
+    together = torch.cat(pieces)
+    assert together.shape == whole.shape
+    assert compare(whole, together).error <= 0.02
+
+
+def test_fifty_sentences(steady: Any, example: Any) -> None:
+    """With graphs as inductor makes them."""
     random = example("xtts_backend").random
 
-    def spoken(tokens: int) -> Any:
-        def whole(speaking: Speaking) -> torch.Tensor:
-            speaking.model.gpt.max_gen_mel_tokens = tokens
-            return speaking.whole()
+    def spoken(speaking: Speaking, text: str) -> torch.Tensor:
+        speaking.model.gpt.max_gen_mel_tokens = 8 + len(text) // 2
+        return torch.from_numpy(speaking.model.inference(text, "en", speaking.latents, speaking.speaker)["wav"])
 
-        return whole
-
-    stage = CompiledBlocksStage("default")
-    steady(lambda: Speaking(random(tiny=True)), "model.gpt.gpt", stage, [spoken(8)], [spoken(65)])
+    steady(lambda: Speaking(random(tiny=True)), {"model.gpt.gpt": CompiledBlocksStage("default")}, spoken)
 
 
 def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event]) -> None:

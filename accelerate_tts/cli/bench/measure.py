@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import compare
+from accelerate_tts.errors import AccelerateTTSError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from accelerate_tts.cli.bench.systems import Built, Size
     from accelerate_tts.engine.receipt import Receipt
     from accelerate_tts.settings import Precision
 
-__all__ = ["Measured", "Ratio", "bandwidth", "bench", "tuned"]
+__all__ = [
+    "Measured", "Ratio", "bandwidth", "bench", "difference", "length_of", "ordinary", "peak_bytes", "spoken", "tuned",
+    "warm_up",
+]  # fmt: skip
+
+_TINY_SECONDS = 0.8
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ class Measured:
         warm_start: Seconds that a second process took in its place, with the warm pack; `None` if not asked for.
         memory: Resident memory of the process after tuning, over that before it.
         recompiles: Graphs compiled after warm-up.
-        naive: What `torch.compile` of the same modules gave, in seconds a call; `None` if not asked for, or failed.
+        peak: The most bytes that were ever resident of the process, until the first call after tuning.
+        warm_peak: The same of the second process, with the warm pack.
         divergence: The largest divergence of a decoder's step that tuning saw of what it kept, in nats.
         kept: What was kept, as "part: stage".
         note: What is not as it would be with real weights.
@@ -81,7 +91,8 @@ class Measured:
     warm_start: float | None
     memory: float
     recompiles: int
-    naive: float | None
+    peak: int | None = None
+    warm_peak: int | None = None
     kept: list[str] = field(default_factory=list)
     note: str = ""
     divergence: float | None = None
@@ -107,34 +118,79 @@ def bandwidth() -> float:
     return x.numel() * 4 / best
 
 
+def peak_bytes() -> int | None:
+    """The most bytes that were ever resident of this process; `None` where the system does not say."""
+    platform: str = sys.platform  # which a type checker must not narrow to its own
+    if platform == "linux":  # its `ru_maxrss` is that of the parent, too, from before the exec
+        status = Path("/proc/self/status").read_text("utf-8")
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        return None if found is None else int(found[1]) * 1024
+    if platform == "darwin":
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    import psutil
+
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has it
+    return None if peak is None else int(peak)
+
+
+def length_of(name: str, size: Size, tokens: int | None) -> float:
+    """Seconds of speech of one measured call."""
+    system = SYSTEMS[name]
+    if tokens is not None and system.rate is not None:
+        return tokens / system.rate
+    return system.seconds if size == "full" else _TINY_SECONDS
+
+
+def ordinary(name: str, size: Size, layers: int | None) -> Built:
+    """Build a system with seeded weights."""
+    import torch
+
+    torch.manual_seed(0)
+    return SYSTEMS[name].build(size, layers)
+
+
+def warm_up(name: str, size: Size) -> float:
+    """Seconds of speech of a warm-up call."""
+    return SYSTEMS[name].warm_up if size == "full" else _TINY_SECONDS / 2
+
+
+def spoken(built: Built, seconds: float, watched: Loop | None = None) -> tuple[float, Any]:
+    """Seconds that a call took, and what it gave; with the same random numbers each time."""
+    import torch
+
+    with seeded("cpu"), torch.no_grad(), _watching(built.decoder, watched):
+        start = time.perf_counter()
+        output = built.speak(seconds)
+        return time.perf_counter() - start, output
+
+
 def tuned(
     name: str, size: Size, precision: Precision, layers: int | None, seconds: float
 ) -> tuple[Built, Receipt, int]:
     """Build a system and tune it, as a user's load function would; with the resident bytes between the two."""
-    import torch
-
     from accelerate_tts.decorators import optimized_model
     from accelerate_tts.optimizer import receipt_of
 
-    system = SYSTEMS[name]
-    torch.manual_seed(0)
-    built = system.build(size, layers)
+    built = ordinary(name, size, layers)
     resident = resident_bytes()
-    warm_up = system.warm_up if size == "full" else 0.4
 
     def warmed(_model: Any) -> Any:
-        return built.speak(warm_up)
+        return built.speak(warm_up(name, size))
 
     decorate = optimized_model(warmup=warmed, precision=precision, tune_seconds=seconds, mode="no_grad")
     decorate(lambda: built.model)()
     receipt = receipt_of(built.model)
-    assert receipt is not None  # noqa: S101 - it holds modules
+    if receipt is None:
+        raise AccelerateTTSError("nothing was tuned: is ACCELERATE_TTS_DISABLE set?")
     return built, receipt, resident
 
 
 def bench(  # noqa: PLR0913 - the options of the command
-    name: str, size: Size, precision: Precision, *, layers: int | None, pairs: int, seconds: float, naive: bool = False
-) -> Measured:
+    name: str, size: Size, precision: Precision, *, layers: int | None, pairs: int, seconds: float,
+    tokens: int | None = None,
+) -> Measured:  # fmt: skip
     """Tune a system, then time whole calls of it untouched and tuned, in turn.
 
     Args:
@@ -144,55 +200,46 @@ def bench(  # noqa: PLR0913 - the options of the command
         layers: Fewer layers than it has, where memory is short.
         pairs: Pairs of calls.
         seconds: The budget of tuning.
-        naive: Also time `torch.compile` of the same modules.
+        tokens: Tokens of speech of one call, of a system that writes tokens; its usual length if not given.
+
+    Raises:
+        AccelerateTTSError: Nothing was tuned.
+        MissingExtraError: The system's package is not installed.
     """
     from accelerate_tts.optimizer import get_performance_optimizer
 
     built, receipt, resident = tuned(name, size, precision, layers, seconds)
     after = resident_bytes()
     optimizer = get_performance_optimizer()
-    length = SYSTEMS[name].seconds if size == "full" else 0.8
-
-    def call(watched: _Loop | None = None) -> tuple[float, Any]:
-        import torch
-
-        with seeded("cpu"), torch.no_grad(), _watching(built.decoder, watched):
-            start = time.perf_counter()
-            output = built.speak(length)
-            return time.perf_counter() - start, output
-
+    length = length_of(name, size, tokens)
+    found = spoken(built, length)[1]
+    peak = peak_bytes()  # before anything that a service would not do
     with optimizer.untouched(built.model):
-        expected = call()[1]
-    found = call()[1]
+        expected = spoken(built, length)[1]
     whole: list[tuple[float, float]] = []
-    loops: list[tuple[_Loop, _Loop]] = []
+    loops: list[tuple[Loop, Loop]] = []
     for _ in range(pairs):
-        plain, fast = _Loop(), _Loop()
+        plain, fast = Loop(), Loop()
         with optimizer.untouched(built.model):
-            first = call(plain)[0]
-        whole.append((first, call(fast)[0]))
+            first = spoken(built, length, plain)[0]
+        whole.append((first, spoken(built, length, fast)[0]))
         loops.append((plain, fast))
     has_loop = bool(loops[0][0].steps)
     weights = 0 if built.decoder is None else sum(p.numel() * p.element_size() for p in built.decoder.parameters())
+    error, same_tokens = difference(expected, found)
     return Measured(
         name, size, precision, layers, Ratio.of(whole),
         Ratio.of([(a.step, b.step) for a, b in loops]) if has_loop else None,
         Ratio.of([(a.prompt, b.prompt) for a, b in loops]) if has_loop else None,
-        compare(_floats(expected), _floats(found)).error if _floats(expected) else None, _same_tokens(expected, found),
-        weights / bandwidth() if has_loop else None, receipt.cold, receipt.seconds, None,
-        after / resident, receipt.recompiles,
-        _naive(built, call) if naive else None,
+        error, same_tokens, weights / bandwidth() if has_loop else None, receipt.cold, receipt.seconds, None,
+        after / resident, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
         json.loads(receipt.to_json()),
     )  # fmt: skip
 
 
-def _modules(model: Any) -> list[Any]:
-    return list(model.values()) if isinstance(model, dict) else [model]
-
-
-class _Loop:
+class Loop:
     """The seconds of a decode loop's calls."""
 
     def __init__(self) -> None:
@@ -209,7 +256,7 @@ class _Loop:
 
 
 @contextmanager
-def _watching(decoder: Any, loop: _Loop | None) -> Generator[None, None, None]:
+def _watching(decoder: Any, loop: Loop | None) -> Generator[None, None, None]:
     """While open, time each call of a decoder: one position is a step, more are a prompt."""
     if decoder is None or loop is None:
         yield
@@ -249,16 +296,7 @@ def _same_tokens(first: Any, second: Any) -> bool | None:
     return all(map(torch.equal, *both)) if both[0] else None
 
 
-def _naive(built: Built, call: Callable[[], tuple[float, Any]]) -> float | None:
-    """Seconds of a warm call with `torch.compile` around each of the untouched modules, as everyone does it."""
-    from accelerate_tts.optimizer import get_performance_optimizer
-
-    get_performance_optimizer().undo(built.model)
-    try:
-        for module in _modules(built.model):
-            for inner in module.children():
-                inner.compile()
-        call()
-        return statistics.median(call()[0] for _ in range(3))
-    except Exception:
-        return None
+def difference(expected: Any, found: Any) -> tuple[float | None, bool | None]:
+    """The relative error of what is no whole number, and whether the whole numbers (tokens) are the same ones."""
+    floats = _floats(expected)
+    return compare(floats, _floats(found)).error if floats else None, _same_tokens(expected, found)

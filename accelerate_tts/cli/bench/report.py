@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.settings import Precision
@@ -11,45 +12,98 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from accelerate_tts.cli.bench.measure import Measured, Ratio
+    from accelerate_tts.cli.bench.naive import Naive
 
-__all__ = ["OVERVIEW", "overview", "rows", "summary"]
+__all__ = ["OVERVIEW", "Found", "overview", "rows", "summaries"]
 
 OVERVIEW: tuple[str, ...] = (
-    "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "tuned in", "warm pack",
-    "memory",
+    "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "cold start", "warm start",
+    "peak memory",
 )  # fmt: skip
 """The columns of `overview`: ratios of a whole call, and of the precisions that were run, in their order, the rest.
 
-The first call is the untouched model's, cold; its short text is the warm-up's.
+The first call is the untouched model's, cold. A cold start is the tuning that takes its place, a warm start that with a
+warm pack. The peak memory is that of a process of its own for each: untouched in MiB, the others as a multiple of it.
 """
 
-
-def overview(found: Sequence[Measured]) -> list[tuple[str, ...]]:
-    """One row a system: what was promised, what `torch.compile` alone gives, and ours in each precision."""
-    lines = [OVERVIEW]
-    for name in dict.fromkeys(one.system for one in found):
-        of_it = {one.precision: one for one in found if one.system == name}
-        low, high = SYSTEMS[name].promised
-        naive = next((one.whole.before / one.naive for one in of_it.values() if one.naive is not None), None)
-        runs = [of_it[precision] for precision in get_args(Precision) if precision in of_it]
-        lines.append((
-            name, f"{low} to {high}x", "" if naive is None else f"{naive:.2f}x",
-            *(f"{of_it[p].whole.ratio:.2f}x" if p in of_it else "" for p in get_args(Precision)),
-            ", ".join(_error(one) for one in runs),
-            next((f"{one.cold:.1f} s" for one in runs if one.cold is not None), "-"),
-            ", ".join(f"{one.tuning:.0f} s" for one in runs),
-            ", ".join("-" if one.warm_start is None else f"{one.warm_start:.0f} s" for one in runs),
-            ", ".join(f"{one.memory:.2f}x" for one in runs),
-        ))  # fmt: skip
-    return lines
+_FAILED = "failed"
 
 
-def rows(found: Sequence[Measured]) -> list[tuple[str, ...]]:
+@dataclass
+class Found:
+    """What was found for one system.
+
+    Attributes:
+        system: Its name.
+        cold: Seconds of the untouched model's first call.
+        peak: The most bytes that were ever resident of the untouched model's process.
+        naive: What `torch.compile` alone gave; `None` if not asked for, or failed.
+        runs: Ours, one for each precision that gave figures.
+        failed: What gave none, by precision or "eager", "torch.compile", "warm start, ...", and why.
+    """
+
+    system: str
+    cold: float | None = None
+    peak: int | None = None
+    naive: Naive | None = None
+    runs: list[Measured] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def overview(found: Sequence[Found]) -> list[tuple[str, ...]]:
+    """One row a system: what was promised, what `torch.compile` alone gives, and ours in each precision.
+
+    A cell of what was tried and gave no figure says "failed"; one of what was not asked for is empty.
+    """
+    return [OVERVIEW, *map(_row, found)]
+
+
+def _row(one: Found) -> tuple[str, ...]:
+    of_it = {run.precision: run for run in one.runs}
+    runs = [of_it[precision] for precision in get_args(Precision) if precision in of_it]
+    low, high = SYSTEMS[one.system].promised
+    return (
+        one.system, f"{low} to {high}x", _naive(one),
+        *(f"{of_it[p].whole.ratio:.2f}x" if p in of_it else _gap(one, p) for p in get_args(Precision)),
+        ", ".join(map(_error, runs)),
+        "" if one.cold is None else f"{one.cold:.1f} s",
+        ", ".join(f"{run.tuning:.0f} s" for run in runs),
+        ", ".join(
+            _gap(one, f"warm start, {run.precision}") or "-" if run.warm_start is None else f"{run.warm_start:.0f} s"
+            for run in runs
+        ),
+        _peaks(one, runs),
+    )  # fmt: skip
+
+
+def _naive(one: Found) -> str:
+    return _gap(one, "torch.compile") if one.naive is None else f"{one.naive.whole.ratio:.2f}x"
+
+
+def _gap(one: Found, what: str) -> str:
+    return _FAILED if what in one.failed or "eager" in one.failed else ""
+
+
+def _peaks(one: Found, runs: list[Measured]) -> str:
+    if one.peak is None:
+        return ""
+    peaks = {} if one.naive is None else {"torch.compile": one.naive.peak}
+    for run in runs:
+        peaks |= {run.precision: run.peak, f"{run.precision} warm": run.warm_peak}
+    told = [f"{name} {peak / one.peak:.2f}x" for name, peak in peaks.items() if peak is not None]
+    return "; ".join([f"{one.peak / 2**20:.0f} MiB", *told])
+
+
+def rows(found: Sequence[Found]) -> list[tuple[str, ...]]:
     """Every ratio: a whole call, and of a decoder one token and the prompt."""
     lines: list[tuple[str, ...]] = [
         ("system", "precision", "what", "eager", "tuned", "ratio", "range", "floor", "error")
     ]
-    for one in found:
+    for one in (run for system in found for run in system.runs):
         parts = {"whole call": one.whole, "one token": one.step, "prompt": one.prompt}
         for what, ratio in parts.items():
             if ratio is not None:
@@ -71,8 +125,28 @@ def _error(one: Measured) -> str:
     return "" if one.error is None else f"{one.error:.0e}"
 
 
-def summary(one: Measured) -> str:
-    """One line with everything that is not in the tables."""
+def summaries(one: Found) -> list[str]:
+    """A line for each variant, with everything that is not in the tables, and for each one that failed."""
+    lines = [_summary(one, run) for run in one.runs]
+    if one.naive is not None:
+        lines.append(f"{one.system}, torch.compile: {_of_naive(one.naive)}")
+    return lines + [f"{one.system}, {what}: failed: {why}" for what, why in one.failed.items()]
+
+
+def _of_naive(found: Naive) -> str:
+    ratio = found.whole
+    facts = [
+        f"is {ratio.ratio:.2f}x ({ratio.lowest:.2f}-{ratio.highest:.2f})", f"{found.graphs} graphs",
+        f"its first call took {found.compiling:.1f} s",
+    ]  # fmt: skip
+    if found.same_tokens is not None:
+        facts.append("same tokens" if found.same_tokens else "other tokens")
+    elif found.error is not None:
+        facts.append(f"error {found.error:.0e}")
+    return "; ".join(facts)
+
+
+def _summary(system: Found, one: Measured) -> str:
     low, high = SYSTEMS[one.system].promised
     facts = [
         f"promised {low}x to {high}x, is {one.whole.ratio:.2f}x",
@@ -80,12 +154,12 @@ def summary(one: Measured) -> str:
         f"memory {one.memory:.2f}x",
         f"{one.recompiles} recompiles",
     ]
+    if one.peak is not None and system.peak is not None:
+        facts.append(f"peak {one.peak / 2**20:.0f} MiB, untouched {system.peak / 2**20:.0f}")
     if one.cold is not None:
         facts.append(f"first call {one.cold:.1f} s")
     if one.warm_start is not None:
         facts.append(f"with a warm pack {one.warm_start:.1f} s ({one.warm_start / one.tuning:.0%})")
-    if one.naive is not None:
-        facts.append(f"torch.compile alone {one.whole.before / one.naive:.2f}x")
     if one.error is not None:
         facts.append(f"error {one.error:.0e}")
     facts.append(f"kept: {', '.join(one.kept) or 'nothing'}")

@@ -28,11 +28,13 @@ class Built:
         model: What is tuned.
         speak: Makes about so many seconds of speech (or embeds so many) and returns what came out.
         decoder: The module that a decode loop calls for each token, if there is a loop.
+        hot: What its users put `torch.compile` around: the module in which most of the time is spent.
         note: What is not as it would be with real weights.
     """
 
     model: Any
     speak: Callable[[float], Any]
+    hot: Any
     decoder: Any = None
     note: str = ""
 
@@ -47,6 +49,7 @@ class System:
         build: Makes it at a size; with a number of layers, where it can have fewer.
         seconds: Seconds of speech of one measured call at full size.
         warm_up: Seconds of speech of a warm-up call at full size.
+        rate: Tokens that it writes for a second of speech; `None` if it writes none.
     """
 
     promised: tuple[float, float]
@@ -54,6 +57,7 @@ class System:
     build: Callable[[Size, int | None], Built]
     seconds: float
     warm_up: float
+    rate: float | None = None
 
 
 def _module(name: str, package: str) -> Any:
@@ -116,7 +120,8 @@ def _chatterbox(size: Size, layers: int | None) -> Built:
         return tokens, wave.inference(speech_tokens=tokens, ref_dict=reference)[0]
 
     model = {"t3": t3} if wave is None else {"t3": t3, "s3gen": wave}
-    return Built(model, speak, t3.tfmr, "T3 alone: S3Gen's sizes are written into its constructor" if not wave else "")
+    note = "" if wave is not None else "T3 alone: S3Gen's sizes are written into its constructor"
+    return Built(model, speak, t3.tfmr, t3.tfmr, note)
 
 
 def _xtts(size: Size, layers: int | None) -> Built:
@@ -144,9 +149,11 @@ def _xtts(size: Size, layers: int | None) -> Built:
 
     def speak(seconds: float) -> Any:
         model.gpt.max_gen_mel_tokens = max(6, round(21.5 * seconds))
-        return model.inference("x" * max(8, round(seconds / _SECONDS_A_LETTER)), "en", latents, voice)["wav"]
+        letters = min(390, max(8, round(seconds / _SECONDS_A_LETTER)))  # it takes 400 at most
+        return model.inference("x" * letters, "en", latents, voice)["wav"]
 
-    return Built(model, speak, model.gpt.gpt_inference.transformer)
+    decoder = model.gpt.gpt_inference.transformer
+    return Built(model, speak, decoder, decoder)
 
 
 class _Letters:
@@ -183,7 +190,7 @@ def _higgs(size: Size, layers: int | None) -> Built:
         frames = max(10, round(25 * seconds))
         return model.generate(input_ids=text, max_new_tokens=frames, do_sample=False)
 
-    return Built(model, speak, model.model, "the codec is left out: a fraction of the loop's time")
+    return Built(model, speak, model.model, model.model, "the codec is left out: a fraction of the loop's time")
 
 
 def _mms(size: Size, layers: int | None) -> Built:
@@ -198,7 +205,7 @@ def _mms(size: Size, layers: int | None) -> Built:
     def speak(seconds: float) -> Any:
         return model(_letters(max(4, round(seconds * 25)), 38)).waveform
 
-    return Built(model, speak)
+    return Built(model, speak, model)
 
 
 def _voice_clone(_size: Size, _layers: int | None) -> Built:
@@ -210,14 +217,14 @@ def _voice_clone(_size: Size, _layers: int | None) -> Built:
     def speak(seconds: float) -> Any:
         return encoder.embed_utterance(recording[: round(16_000 * max(1.6, seconds))])
 
-    return Built(encoder, speak)
+    return Built(encoder, speak, encoder)
 
 
 SYSTEMS: dict[str, System] = {
-    "chatterbox": System((1.5, 1.8), "chatterbox-light", _chatterbox, 4.0, 1.0),
-    "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6),
+    "chatterbox": System((1.5, 1.8), "chatterbox-light", _chatterbox, 4.0, 1.0, 25.0),
+    "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6, 25.0),
     "voice-clone": System((1.3, 1.5), "resemblyzer", _voice_clone, 12.0, 12.0),
     "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
-    "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0),
+    "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0, 21.5),
 }
 """By the name that the command takes."""

@@ -1,0 +1,112 @@
+"""One variant of one system, measured in a process of its own: so that its peak memory is its own, too.
+
+`python -m accelerate_tts.cli.bench.variant REQUEST ANSWER` reads the request, a JSON text, and writes the answer, a
+JSON file. `accelerate_tts.cli.bench.processes` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate_tts.cli.bench import measure
+from accelerate_tts.cli.bench.naive import naive
+from accelerate_tts.events import Event, Trying, add_hook
+
+if TYPE_CHECKING:
+    from accelerate_tts.cli.bench.systems import Size
+    from accelerate_tts.settings import Precision
+
+__all__ = ["NO_ANSWER", "Request", "Variant", "answer", "finite"]
+
+NO_ANSWER = "no answer"
+"""The one key of an answer that is a reason why there is none."""
+
+
+Variant = Literal["eager", "naive", "tuned", "restored"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        variant: "eager" is the system as it is loaded, "naive" the same under `torch.compile`; "tuned" is ours, and
+            "restored" ours from the warm pack that a "tuned" one has left.
+    """
+
+    variant: Variant
+    system: str
+    size: Size
+    precision: Precision
+    layers: int | None
+    pairs: int
+    tune_seconds: float
+    tokens: int | None
+
+
+def answer(request: Request) -> dict[str, Any]:
+    """Measure it: the fields of `Measured` for "tuned", those of `Naive` for "naive", else seconds and peak.
+
+    Raises:
+        MissingExtraError: The system's package is not installed.
+        AccelerateTTSError: Nothing was tuned, or nothing compiled.
+    """
+    name, size, layers = request.system, request.size, request.layers
+    length = measure.length_of(name, size, request.tokens)
+    if request.variant == "tuned":
+        return measure.bench(
+            name, size, request.precision, layers=layers, pairs=request.pairs, seconds=request.tune_seconds,
+            tokens=request.tokens,
+        ).as_dict()  # fmt: skip
+    if request.variant == "restored":
+        built, receipt, _ = measure.tuned(name, size, request.precision, layers, request.tune_seconds)
+        measure.spoken(built, length)
+        return {"seconds": receipt.seconds, "peak": measure.peak_bytes()}
+    built = measure.ordinary(name, size, layers)
+    if request.variant == "naive":
+        found = naive(built, length, request.pairs)
+        return asdict(replace(found, peak=measure.peak_bytes()))
+    start = time.perf_counter()
+    measure.spoken(built, measure.warm_up(name, size))
+    cold = time.perf_counter() - start
+    measure.spoken(built, length)
+    return {"seconds": cold, "peak": measure.peak_bytes()}
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which has no infinity: `None` in its place."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say_what_is_tried(event: Event) -> None:
+    if isinstance(event, Trying):
+        sys.stdout.write(f"  {event.what}: trying {event.stage}\n")
+        sys.stdout.flush()  # at once, also into a file: a tuning takes minutes
+
+
+def main() -> None:
+    """The process."""
+    warnings.simplefilter("ignore")
+    add_hook(_say_what_is_tried)
+    told, written = sys.argv[1:]
+    try:
+        content = answer(Request(**json.loads(told)))
+    except Exception as error:  # whatever it is: the bench says so in the place of a figure
+        said = str(error).strip().splitlines() or [""]  # of the compiler's errors, the first of many lines
+        content = {NO_ANSWER: f"{type(error).__name__}: {said[0]}"}
+    Path(written).write_text(json.dumps(content), "utf-8")  # Python's own JSON, which has infinity
+
+
+if __name__ == "__main__":
+    main()
