@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -443,6 +444,36 @@ def test_a_stage_that_costs_more_than_is_left_is_not_begun(seen: list[Event]) ->
     assert [event.stage for event in seen if isinstance(event, Trying)] == ["cheap"]
     costly.cost = 30.0
     assert saved(run(Slow(), costly, budget=60.0)).stages[0].kept
+
+
+def test_what_is_cheap_is_tried_on_every_part_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that is just enough for it: the first compilation takes all that is left."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.estimator, self.vocoder = Slow(), Slow()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.vocoder(self.estimator(x))
+
+    def spend() -> None:
+        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000.0))
+
+    model = Both().eval()
+    parts = (Part("estimator", "estimator", model.estimator), Part("vocoder", "vocoder", model.vocoder))
+    fold, layout = Stage("fold", seconds=0.01), Stage("layout", seconds=0.0)
+    compilation = Stage("compilation", {"prepare": spend}, seconds=0.0)
+    calls = warmup_calls(X, Loaded(model), "inference")
+    stages = [fold, layout, compilation]
+    receipt = saved(tune(ModelPlan("model", (model,), parts), calls, stages, CPU, Limits(60.0)))
+    assert [(result.part, result.stage, result.kept) for result in receipt.stages] == [
+        (part, stage.name, stage is not compilation) for part in ("estimator", "vocoder") for stage in stages
+    ]
+    assert [result.reason for result in receipt.stages if not result.kept] == [
+        "given up: it ran over the tuning budget",
+        "not tried: the tuning budget is spent",
+    ]
 
 
 # --- alternatives --------------------------------------------------------------------------------------------------
