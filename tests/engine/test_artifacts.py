@@ -74,7 +74,7 @@ def test_a_file_that_is_there_stays(cache: Path) -> None:
 
 
 def test_what_was_there_and_is_used_comes_too(cache: Path) -> None:
-    """A file that is opened, and what belongs to a lock that is taken: whether a library is there, nobody opens it for."""
+    """A file that is opened, and what belongs to a lock that is taken: a library that is there nobody opens for it."""
     library, graph = {"ab/cd.main.so": b"1", "ab/cd.cpp": b"2"}, {"fxgraph/x/y/z": b"3"}
     write(cache, {**library, **graph, "locks/cd.lock": b"", "ab/other.so": b"4", "top": b"5"})
     before = artifacts.snapshot()
