@@ -117,7 +117,7 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _key(name: str) -> str:
-    """What the compiler calls all files of one piece of code by: its source, its library, and the lock that it takes."""
+    """By what the compiler names all files of one piece of code: its source, its library, the lock that it takes."""
     return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 

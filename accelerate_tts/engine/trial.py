@@ -12,7 +12,7 @@ from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import compare_speed
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.receipt import StageResult
-from accelerate_tts.engine.session import Kept, Session, fallbacks
+from accelerate_tts.engine.session import Kept, Session, fallbacks, switch_off
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, compare
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack, Trying, emit
@@ -80,10 +80,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         result = replace(result, kept=False, reason=_failure(session, part, stage, error))
     finally:
         if not result.kept:
-            if change is not None:
-                change.off()
-            if rival is not None:
-                rival.change.on()
+            result = _put_back(session, part, stage, change, rival, result)
     graphs = None if change is None else change.graphs
     result = replace(result, graphs=graphs, seconds=time.perf_counter() - clock)
     if result.kept and change is not None:
@@ -91,6 +88,20 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
             _replaced(session, rival, stage.name)
         session.kept.append(Kept(part.name, stage.name, stage.group, change, stage.times))
     session.results.append(result)
+
+
+def _put_back(  # noqa: PLR0913, PLR0917 - what a trial consists of
+    session: Session, part: Part, stage: Stage, change: Change | None, rival: Kept | None, result: StageResult
+) -> StageResult:
+    """Switch a change off that is not kept, and the one that it was to replace on again."""
+    if change is not None:
+        try:
+            switch_off((change,))
+        except Exception as error:  # see `try_stage`
+            result = replace(result, reason=_failure(session, part, stage, error))
+    if rival is not None:
+        rival.change.on()
+    return result
 
 
 def _failure(session: Session, part: Part, stage: Stage, error: Exception) -> str:

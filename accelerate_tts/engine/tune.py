@@ -19,7 +19,7 @@ from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.rows import linear_work
-from accelerate_tts.engine.session import Session
+from accelerate_tts.engine.session import Session, switch_off
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.whole import WHOLE_PASSES, check_whole, finish
@@ -63,8 +63,7 @@ class Tuning:
 
     def undo(self) -> None:
         """Put the object back exactly as it was loaded."""
-        for change in reversed(self.changes):
-            change.off()
+        switch_off(reversed(self.changes))
 
     def on(self) -> None:
         """Put every change of the object in force again."""
@@ -73,8 +72,7 @@ class Tuning:
 
     def off(self) -> None:
         """Put the object back for a while. What was changed of the process computes the same, and stays."""
-        for change in reversed(self._of_object()):
-            change.off()
+        switch_off(reversed(self._of_object()))
 
     def put_back(self) -> Receipt:
         """The receipt as it is after the guard has put the object back for good."""

@@ -54,7 +54,7 @@ class Stage(BaseStage):
 
     Args:
         name: Its name.
-        faults: What is called at "applies", "prepare", "on", "run" or "seal".
+        faults: What is called at "applies", "prepare", "on", "run", "off" or "seal".
         group: The group of alternatives that it belongs to.
         attributes: What is set; `seconds` of 0.0, say, is a stage that is worth keeping.
     """
@@ -102,6 +102,7 @@ class _Change(BaseChange):
         self.stage.at("on")
 
     def off(self) -> None:
+        self.stage.at("off")
         vars(self.module).update(self.before)
 
     def seal(self) -> None:
@@ -256,6 +257,45 @@ def given_up(receipt: Receipt, seen: list[Event]) -> None:
     assert [result.reason for result in receipt.stages] == ["undone: MemoryError: late"] * 2
     assert receipt.notes == ("tuning was given up: MemoryError: late",)
     assert [event.stage for event in seen if isinstance(event, FellBack)] == ["everything"]
+
+
+def once(error: BaseException, number: int = 0) -> Callable[[], None]:
+    """A function that raises at its `number`-th call only."""
+    calls = [0]
+
+    def fault() -> None:
+        calls[0] += 1
+        if calls[0] == number + 1:
+            raise error
+
+    return fault
+
+
+def test_a_fault_in_switching_off_is_not_the_end_of_it(seen: list[Event]) -> None:
+    """What is dropped for another reason is switched off all the same, and what was kept before stays."""
+    model = Slow()
+    before = Before(model)
+    bad = Stage("bad", {"off": once(MemoryError("late"))}, seconds=0.0, then=nan)
+    tuning = run(model, Stage("good", seconds=0.0), bad)
+    assert [(result.stage, result.kept) for result in saved(tuning).stages] == [("good", True), ("bad", False)]
+    assert tuning.receipt.stages[1].reason == "failed: MemoryError: late"
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["bad"]
+    assert (model.seconds, model.then) == (0.0, None)
+    tuning.undo()
+    before.assert_untouched()
+
+
+def test_a_fault_in_undoing_is_raised_when_all_is_undone() -> None:
+    model = Slow()
+    before = Before(model)
+    second = Stage("second", seconds=0.0)
+    tuning = run(model, Stage("first", seconds=0.01), second)
+    assert [kept.stage for kept in tuning.kept] == ["first", "second"]
+    second.faults["off"] = once(error := MemoryError("late"))
+    with pytest.raises(MemoryError) as caught:
+        tuning.undo()
+    assert caught.value is error
+    before.assert_untouched()
 
 
 @settings(max_examples=20, deadline=None)
