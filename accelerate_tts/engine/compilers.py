@@ -94,9 +94,8 @@ def _stack(frame: FrameType | None) -> tuple[set[str], subprocess.Popen[bytes] |
         modules.add(name)
         if caller and name == subprocess.__name__:
             found = frame.f_locals.get("self")
-            if isinstance(found, subprocess.Popen) and getattr(
-                found, "pid", None
-            ):  # else it is only about to be started
+            # Without a number it is only about to be started.
+            if isinstance(found, subprocess.Popen) and getattr(found, "pid", None):
                 waiting = found
         elif caller and waiting is not None:
             caller = False
