@@ -54,7 +54,15 @@ class ConcurrencyError(AccelerateTTSError, RuntimeError):
 
 
 class TimeLimitError(AccelerateTTSError, RuntimeError):
-    """A piece of work did not return within its time limit, and was interrupted."""
+    """A piece of work did not return within its time limit, and was interrupted.
+
+    Attributes:
+        stopped: What it waited for and what was stopped for it, as a clause; "" if nothing.
+    """
+
+    def __init__(self, message: str, stopped: str = "") -> None:
+        super().__init__("; ".join(filter(None, (message, stopped))))
+        self.stopped = stopped
 
 
 class MissingExtraError(AccelerateTTSError, ImportError):

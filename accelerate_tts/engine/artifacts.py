@@ -2,7 +2,9 @@
 
 inductor keeps what it compiled in a folder (`TORCHINDUCTOR_CACHE_DIR`, by default in the system's temporary one): C++
 sources and libraries, serialised graphs, the results of its kernel timings. `torch.compiler.save_cache_artifacts`
-(torch 2.14) leaves out the libraries, the timings and every frozen graph, so the files themselves are taken.
+(torch 2.14) leaves out the libraries, the timings and every frozen graph, so the files themselves are taken: those that
+are new, and those that were there and were found good for it. Which these are, an audit hook tells, to which Python
+names each file that is opened.
 
 They are code. Only archives that the pack store has verified may come to `unpack`.
 """
@@ -13,14 +15,24 @@ import getpass
 import io
 import os
 import re
+import sys
 import tarfile
 import tempfile
+import weakref
 from pathlib import Path
 
 __all__ = ["Snapshot", "pack", "snapshot", "unpack"]
 
-Snapshot = frozenset[str]
-"""The files that were there."""
+
+class Snapshot(frozenset[str]):
+    """The files that were there.
+
+    Attributes:
+        opened: Those that this process has opened since.
+    """
+
+    opened: set[str]
+
 
 # Locks and half-written files are of no use to anybody.
 _PASSING = (".lock", ".tmp")
@@ -29,20 +41,26 @@ _MOST_BYTES = 512 * 1024 * 1024
 
 def snapshot() -> Snapshot:
     """What is in the compiler's folder now; cheap, and imports no compiler."""
-    return frozenset(_files())
+    made = Snapshot(_files())
+    made.opened = set()
+    _watch(made)
+    return made
 
 
-def pack(before: Snapshot, *also: Path) -> bytes | None:
+def pack(before: frozenset[str], *also: Path) -> bytes | None:
     """The files that came since, as a compressed archive; `None` if there are none, or too many to keep.
 
     Args:
-        before: What was there.
+        before: What was there; of a `Snapshot`, what was used since is taken too.
         also: Files that belong to it even if they were there, as far as they lie in the compiler's folder.
     """
     folder = _folder()
     wanted = {path.relative_to(folder).as_posix() for path in also if path.is_relative_to(folder)}
+    used = {_key(name) for name in before.opened} if isinstance(before, Snapshot) else set[str]()
     names = [
-        name for name in sorted(_files()) if (name not in before or name in wanted) and not name.endswith(_PASSING)
+        name
+        for name in sorted(_files())
+        if (name not in before or name in wanted or _key(name) in used) and not name.endswith(_PASSING)
     ]
     buffer, size = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
@@ -96,6 +114,35 @@ def _write(target: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _key(name: str) -> str:
+    """By what the compiler names all files of one piece of code: its source, its library, the lock that it takes."""
+    return name.rsplit("/", 1)[-1].split(".", 1)[0]
+
+
+def _watch(snapshot: Snapshot) -> None:
+    """Have what is opened in the compiler's folder noted, for as long as somebody has the snapshot."""
+    prefix = os.fspath(_folder()) + os.sep
+    if not _watched:
+        sys.addaudithook(_audit)  # once: Python has no way to take one away
+    _watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in _watched if entry[0]() is not None)]
+
+
+def _audit(event: str, given: tuple[object, ...]) -> None:
+    # In each process-wide event of Python's: quick, and never raises.
+    place = _OPENING.get(event)
+    if place is None:
+        return
+    path = given[place]
+    if isinstance(path, str):
+        for reference, prefix in _watched:
+            if path.startswith(prefix) and (found := reference()) is not None:
+                found.opened.add(path[len(prefix) :].replace(os.sep, "/"))
+
+
+_OPENING = {"open": 0, "import": 1, "ctypes.dlopen": 0}
+_watched: list[tuple[weakref.ref[Snapshot], str]] = []
 
 
 def _folder() -> Path:

@@ -14,7 +14,7 @@ from accelerate_tts.engine.verify import Tolerance, compare
 from accelerate_tts.events import Event, FellBack, add_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.capture import Captured
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.warmup import WarmupCalls
     from accelerate_tts.runtime.guard import Expectation
 
-__all__ = ["CUDA_GRAPH_PASSES", "Kept", "Reference", "Session", "fallbacks"]
+__all__ = ["CUDA_GRAPH_PASSES", "Kept", "Reference", "Session", "fallbacks", "switch_off"]
 
 CUDA_GRAPH_PASSES = 3
 """A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
@@ -187,8 +187,7 @@ class Session:
 
     def off(self) -> None:
         """Put the object back as it was loaded."""
-        for kept in reversed(self.kept):
-            kept.change.off()
+        switch_off(kept.change for kept in reversed(self.kept))
 
     def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
         """Give up kept changes, all of them unless told which, and say why in their results."""
@@ -199,6 +198,26 @@ class Session:
         names = {(result.part, result.stage) for result in self.results if result.kept}
         self.kept[:] = [kept for kept in self.kept if (kept.part, kept.stage) in names]
         self.on()
+
+
+def switch_off(changes: Iterable[Change]) -> None:
+    """Switch changes off, each of them whatever becomes of the others.
+
+    One that fails half-way (for want of memory, say) is asked once more, since `Change.off` is idempotent.
+
+    Raises:
+        Exception: The first that there was, once all have been switched off.
+    """
+    first: Exception | None = None
+    for change in changes:
+        for _ in range(2):
+            try:
+                change.off()
+                break
+            except Exception as error:  # raised below, when nothing is left to be done
+                first = first or error
+    if first is not None:
+        raise first
 
 
 @contextmanager

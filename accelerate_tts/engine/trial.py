@@ -7,15 +7,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from accelerate_tts.engine.compilers import compiling_within
 from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import compare_speed
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.receipt import StageResult
-from accelerate_tts.engine.session import Kept, Session, fallbacks
+from accelerate_tts.engine.session import Kept, Session, fallbacks, switch_off
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, compare
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack, Trying, emit
-from accelerate_tts.runtime.watchdog import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,16 +74,13 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         session.reference(part)  # of the part as it was loaded, so before the first change is made
         if rival is not None:
             rival.change.off()
-        change = within(_left(session), stage.name, lambda: stage.prepare(part))
+        change = compiling_within(_left(session), stage.name, lambda: stage.prepare(part))
         result = _judge(session, part, change, rival, result, stage.times)
     except Exception as error:  # a stage must never cost the user the model
         result = replace(result, kept=False, reason=_failure(session, part, stage, error))
     finally:
         if not result.kept:
-            if change is not None:
-                change.off()
-            if rival is not None:
-                rival.change.on()
+            result = _put_back(session, part, stage, change, rival, result)
     graphs = None if change is None else change.graphs
     result = replace(result, graphs=graphs, seconds=time.perf_counter() - clock)
     if result.kept and change is not None:
@@ -93,12 +90,28 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
     session.results.append(result)
 
 
+def _put_back(  # noqa: PLR0913, PLR0917 - what a trial consists of
+    session: Session, part: Part, stage: Stage, change: Change | None, rival: Kept | None, result: StageResult
+) -> StageResult:
+    """Switch a change off that is not kept, and the one that it was to replace on again."""
+    if change is not None:
+        try:
+            switch_off((change,))
+        except Exception as error:  # see `try_stage`
+            result = replace(result, reason=_failure(session, part, stage, error))
+    if rival is not None:
+        rival.change.on()
+    return result
+
+
 def _failure(session: Session, part: Part, stage: Stage, error: Exception) -> str:
     """Say in an event that a stage raised, or did not come back; and why it is dropped."""
-    hangs = isinstance(error, TimeLimitError)
-    reason = str(error) if hangs else f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, TimeLimitError):
+        emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, str(error)))
+        return "; ".join(filter(None, (f"given up: it ran over {OVER_BUDGET} and was interrupted", error.stopped)))
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
     emit(FellBack(f"{session.plan.what}: {part.name}", stage.name, reason))
-    return f"given up: it ran over {OVER_BUDGET} and was interrupted" if hangs else f"failed: {reason}"
+    return f"failed: {reason}"
 
 
 def _replaced(session: Session, rival: Kept, by: str) -> None:
@@ -150,7 +163,7 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
     with fallbacks() as fallen:
         change.on()
         clock = time.perf_counter()
-        outputs = within(_left(session), result.stage, lambda: session.outputs(part))
+        outputs = compiling_within(_left(session), result.stage, lambda: session.outputs(part))
         took = time.perf_counter() - clock
         difference = compare(reference.outputs, outputs)
         difference = replace(difference, divergence=divergence(reference.outputs, outputs, part.head))

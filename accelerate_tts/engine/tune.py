@@ -19,7 +19,7 @@ from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.rows import linear_work
-from accelerate_tts.engine.session import Session
+from accelerate_tts.engine.session import Session, switch_off
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.whole import WHOLE_PASSES, check_whole, finish
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.absent import LetGo
     from accelerate_tts.engine.plan import ModelPlan
+    from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.session import Kept
     from accelerate_tts.engine.stages import Change, Stage
     from accelerate_tts.engine.warmup import WarmupCalls
@@ -70,8 +71,7 @@ class Tuning:
             ReloadError: Its weights were let go, and cannot be loaded again; nothing is changed then.
         """
         self.keep_loaded()
-        for change in reversed(self.changes):
-            change.off()
+        switch_off(reversed(self.changes))
 
     def on(self) -> None:
         """Put every change of the object in force again."""
@@ -83,8 +83,7 @@ class Tuning:
 
         The caller has the loaded weights `at_hand` until everything is `on` again.
         """
-        for change in reversed(self._of_object()):
-            change.off()
+        switch_off(reversed(self._of_object()))
 
     def at_hand(self) -> object:
         """Have the loaded weights, for as long as what is returned lives. That may take as long as the load did.
@@ -179,7 +178,7 @@ def tune(
     changes = tuple(kept.change for kept in session.kept)
     receipt = replace(
         empty,
-        stages=tuple(session.results),
+        stages=_by_part(session),
         cold=cold,
         before=timing.before,
         after=timing.after,
@@ -221,23 +220,31 @@ def _is_number(module: Any, name: str) -> bool:
 
 
 def _in_order(plan: ModelPlan, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
-    """What is tried on the process as a whole comes first: it disturbs every later comparison."""
+    """What is tried on the process as a whole comes first: it disturbs every later comparison.
+
+    Then stage by stage, not part by part: stages that compile come last, and the budget that a compilation of one part
+    takes must not be missing for the fold of another one.
+    """
     for stage in stages:
         if stage.process and plan.roots:
             yield Part(PROCESS, "process", plan.roots[0]), stage
-    for part in plan.parts:
-        for stage in stages:
+    for stage in stages:
+        for part in plan.parts:
             if not stage.process:
                 yield part, stage
+
+
+def _by_part(session: Session) -> tuple[StageResult, ...]:
+    """What came of the trials, part by part, for people."""
+    order = {name: number for number, name in enumerate((PROCESS, *(part.name for part in session.plan.parts)))}
+    return tuple(sorted(session.results, key=lambda result: order.get(result.part, len(order))))
 
 
 def _given_up(session: Session, empty: Receipt, reason: str, start: float) -> Tuning:
     session.drop(reason)
     emit(FellBack(session.plan.what, "everything", reason))
     seconds = time.perf_counter() - start
-    return Tuning(
-        replace(empty, stages=tuple(session.results), notes=(f"tuning was given up: {reason}",), seconds=seconds)
-    )
+    return Tuning(replace(empty, stages=_by_part(session), notes=(f"tuning was given up: {reason}",), seconds=seconds))
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.compilers import compiling_within
 from accelerate_tts.engine.lengths import at_length, first_tensor, ladder
 from accelerate_tts.engine.plan import find_modules
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
@@ -252,7 +253,7 @@ def _limited(run: Call, timeout: float | None) -> Any:
     torch = sys.modules["torch"]
     grad = torch.is_grad_enabled()
     try:
-        return watchdog.within(timeout, _WARMUP, run)
+        return compiling_within(timeout, _WARMUP, run)
     except TimeLimitError:
         # It may have come between the switching of the mode and the `with` that switches it back.
         torch.set_grad_enabled(grad)

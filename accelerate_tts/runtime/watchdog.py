@@ -2,9 +2,9 @@
 
 Python cannot kill a thread. What it can do is raise an exception in one, between two of its bytecodes. So a loop in
 Python is interrupted, also one that sleeps a little in each round; a single call into native code (a kernel, a long
-`sleep`, a lock, a read from a socket) is interrupted when it returns and, if it never does, never. That it was not is
-then said in an event. Whoever waits in here for another thread or an event loop should wait no longer than
-`remaining()`.
+`sleep`, a lock, a read from a socket) is interrupted when it returns and, if it never does, never; unless somebody ends
+what it waits for (`free`). That it was not is then said in an event. Whoever waits in here for another thread or an
+event loop should wait no longer than `remaining()`.
 
 The exception must not arrive after the work has returned. One lock is held to raise it and to end the limit; one that
 was raised at the last moment and has not arrived yet is taken back; and none is raised while the limit itself is at
@@ -61,14 +61,18 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
     Args:
         seconds: How long the body may take; `None` is no limit; 0 or less has passed already.
         what: What takes so long, for messages.
+        free: Called at each interruption, in the watchdog's thread: ends what the body waits for in native code, at
+            once, and says what that was, for the error; "" if there was nothing. It must not raise.
 
     Raises:
         TimeLimitError: The body was interrupted. What else it raises is passed on.
     """
 
-    def __init__(self, seconds: float | None, what: str) -> None:
+    def __init__(self, seconds: float | None, what: str, free: Callable[[], str] | None = None) -> None:
         self.seconds = seconds
         self.what = what
+        self.free = free
+        self.freed = ""
         self.thread = 0
         self.end = 0.0
         self.over = True
@@ -107,7 +111,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
 
     def error(self) -> TimeLimitError:
         """What the caller is told."""
-        return TimeLimitError(f"{self.what} did not return within {self.seconds:g} s and was interrupted")
+        return TimeLimitError(f"{self.what} did not return within {self.seconds:g} s and was interrupted", self.freed)
 
     def left(self) -> float:
         """Seconds until it or a limit around it has passed; may be negative."""
@@ -129,6 +133,8 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         if self.raised is None or self.raised() is None:  # else the last one is still on its way out
             self.fired = True
             _raise_in(self.thread, self.kind)
+        if self.free is not None:  # after the exception is on its way: it is the first thing to happen there
+            self.freed = self.free() or self.freed
         return now + _AGAIN
 
     def is_deaf(self, now: float) -> bool:
@@ -137,18 +143,19 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         return self.told and not before and not self.over
 
 
-def within(seconds: float | None, what: str, work: Callable[[], T]) -> T:
+def within(seconds: float | None, what: str, work: Callable[[], T], free: Callable[[], str] | None = None) -> T:
     """What `work` returns, unless that takes too long.
 
     Args:
         seconds: How long it may take; `None` is no limit.
         what: What it is, for messages.
         work: The work.
+        free: See `time_limit`.
 
     Raises:
         TimeLimitError: It was interrupted.
     """
-    limit = time_limit(seconds, what)
+    limit = time_limit(seconds, what, free)
     try:
         with limit:
             return work()

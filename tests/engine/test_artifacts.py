@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import io
 import os
 import tarfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,41 @@ def test_a_file_that_is_there_stays(cache: Path) -> None:
     (cache / "ab/cd.cpp").unlink()
     assert artifacts.unpack(packed) == 1
     assert content(cache) == {**FILES, "top": b"mine"}
+
+
+def test_what_was_there_and_is_used_comes_too(cache: Path) -> None:
+    """A file that is opened, and what belongs to a lock that is taken: a library that is there nobody opens for it."""
+    library, graph = {"ab/cd.main.so": b"1", "ab/cd.cpp": b"2"}, {"fxgraph/x/y/z": b"3"}
+    write(cache, {**library, **graph, "locks/cd.lock": b"", "ab/other.so": b"4", "top": b"5"})
+    before = artifacts.snapshot()
+    (cache / "locks/cd.lock").open("a").close()
+    (cache / "fxgraph/x/y/z").read_bytes()
+    packed = artifacts.pack(before)
+    earlier = artifacts.pack(artifacts.snapshot())
+    assert packed is not None
+    for path in content(cache):
+        (cache / path).unlink()
+    assert artifacts.unpack(packed) == 3
+    assert content(cache) == {**library, **graph}
+    assert earlier is None
+
+
+def test_what_is_opened_is_noted_for_those_alone_who_ask(cache: Path, tmp_path: Path) -> None:
+    write(cache, FILES)
+    first = artifacts.snapshot()
+    (cache / "top").read_bytes()
+    second = artifacts.snapshot()
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (cache / "ab/cd.cpp").read_bytes()
+    with pytest.raises(OSError, match="invalid ELF header|file too short"):
+        ctypes.CDLL(str(cache / "ab/cd.main.so"))
+    assert first.opened == {"top", "ab/cd.cpp", "ab/cd.main.so"}
+    assert second.opened == {"ab/cd.cpp", "ab/cd.main.so"}
+    gone = weakref.ref(first)
+    del first
+    artifacts.snapshot()
+    assert gone() is None
+    assert len(artifacts._watched) == 2
 
 
 def test_locks_and_half_written_files_stay_behind(cache: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ class Stage(BaseStage):
 
     Args:
         name: Its name.
-        faults: What is called at "applies", "prepare", "on", "run" or "seal".
+        faults: What is called at "applies", "prepare", "on", "run", "off" or "seal".
         group: The group of alternatives that it belongs to.
         attributes: What is set; `seconds` of 0.0, say, is a stage that is worth keeping.
     """
@@ -101,6 +102,7 @@ class _Change(BaseChange):
         self.stage.at("on")
 
     def off(self) -> None:
+        self.stage.at("off")
         vars(self.module).update(self.before)
 
     def seal(self) -> None:
@@ -255,6 +257,45 @@ def given_up(receipt: Receipt, seen: list[Event]) -> None:
     assert [result.reason for result in receipt.stages] == ["undone: MemoryError: late"] * 2
     assert receipt.notes == ("tuning was given up: MemoryError: late",)
     assert [event.stage for event in seen if isinstance(event, FellBack)] == ["everything"]
+
+
+def once(error: BaseException, number: int = 0) -> Callable[[], None]:
+    """A function that raises at its `number`-th call only."""
+    calls = [0]
+
+    def fault() -> None:
+        calls[0] += 1
+        if calls[0] == number + 1:
+            raise error
+
+    return fault
+
+
+def test_a_fault_in_switching_off_is_not_the_end_of_it(seen: list[Event]) -> None:
+    """What is dropped for another reason is switched off all the same, and what was kept before stays."""
+    model = Slow()
+    before = Before(model)
+    bad = Stage("bad", {"off": once(MemoryError("late"))}, seconds=0.0, then=nan)
+    tuning = run(model, Stage("good", seconds=0.0), bad)
+    assert [(result.stage, result.kept) for result in saved(tuning).stages] == [("good", True), ("bad", False)]
+    assert tuning.receipt.stages[1].reason == "failed: MemoryError: late"
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["bad"]
+    assert (model.seconds, model.then) == (0.0, None)
+    tuning.undo()
+    before.assert_untouched()
+
+
+def test_a_fault_in_undoing_is_raised_when_all_is_undone() -> None:
+    model = Slow()
+    before = Before(model)
+    second = Stage("second", seconds=0.0)
+    tuning = run(model, Stage("first", seconds=0.01), second)
+    assert [kept.stage for kept in tuning.kept] == ["first", "second"]
+    second.faults["off"] = once(error := MemoryError("late"))
+    with pytest.raises(MemoryError) as caught:
+        tuning.undo()
+    assert caught.value is error
+    before.assert_untouched()
 
 
 @settings(max_examples=20, deadline=None)
@@ -443,6 +484,36 @@ def test_a_stage_that_costs_more_than_is_left_is_not_begun(seen: list[Event]) ->
     assert [event.stage for event in seen if isinstance(event, Trying)] == ["cheap"]
     costly.cost = 30.0
     assert saved(run(Slow(), costly, budget=60.0)).stages[0].kept
+
+
+def test_what_is_cheap_is_tried_on_every_part_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that is just enough for it: the first compilation takes all that is left."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.estimator, self.vocoder = Slow(), Slow()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.vocoder(self.estimator(x))
+
+    def spend() -> None:
+        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000.0))
+
+    model = Both().eval()
+    parts = (Part("estimator", "estimator", model.estimator), Part("vocoder", "vocoder", model.vocoder))
+    fold, layout = Stage("fold", seconds=0.01), Stage("layout", seconds=0.0)
+    compilation = Stage("compilation", {"prepare": spend}, seconds=0.0)
+    calls = warmup_calls(X, Loaded(model), "inference")
+    stages = [fold, layout, compilation]
+    receipt = saved(tune(ModelPlan("model", (model,), parts), calls, stages, CPU, Limits(60.0)))
+    assert [(result.part, result.stage, result.kept) for result in receipt.stages] == [
+        (part, stage.name, stage is not compilation) for part in ("estimator", "vocoder") for stage in stages
+    ]
+    assert [result.reason for result in receipt.stages if not result.kept] == [
+        "given up: it ran over the tuning budget",
+        "not tried: the tuning budget is spent",
+    ]
 
 
 # --- alternatives --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.stages.layout import ChannelsLastStage
 from accelerate_tts.engine.stages.swap import ClassSwap
+from accelerate_tts.engine.verify import compare
 
 
 def change_of(model: nn.Module) -> ClassSwap:
@@ -100,6 +101,83 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone() -> None:
 
     part = Part("causal", "vocoder", Causal(2, 2, 3))
     assert ChannelsLastStage().applies(part) == "no 1-D convolution in it"
+
+
+def test_a_convolution_with_a_step_of_its_own_is_left_alone() -> None:
+    class Clamped(nn.Conv1d):
+        def _conv_forward(self, *args: Any) -> torch.Tensor:
+            return super()._conv_forward(*args).clamp(-0.1, 0.1)
+
+    class Cropped(nn.ConvTranspose1d):
+        def _output_padding(self, *args: Any, **kwargs: Any) -> list[int]:
+            return [1]
+
+    patched = nn.Conv1d(8, 8, 3)
+    vars(patched)["_conv_forward"] = lambda *_: torch.zeros(1)
+    for module in (Clamped(8, 8, 3), Cropped(8, 8, 3, stride=2), patched):
+        assert ChannelsLastStage().applies(Part("own", "vocoder", module)) == "no 1-D convolution in it"
+
+
+class Ending(nn.Module):
+    """A part whose result is that of its last convolution, in whatever it is wrapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+    def inference(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"mel": [self.conv(x)], "length": 3, "other way": self.conv(x).transpose(1, 2)}
+
+
+@pytest.mark.parametrize("method", ["__call__", "forward", "inference"])
+def test_what_leaves_the_part_is_in_the_usual_order(method: str) -> None:
+    torch.manual_seed(0)
+    model = Ending().eval()
+    with torch.inference_mode():
+        expected = getattr(model, method)(X)
+        change = ChannelsLastStage().prepare(Part("part", "estimator", model, method=method))
+        change.on()
+        inner = model.conv(X)
+        found = getattr(model, method)(X)
+    assert not inner.is_contiguous(), "nothing is reordered inside of it"
+    assert compare(expected, found).reason == ""
+    assert compare(expected, found).error < 1e-5
+    if method == "inference":
+        assert (list(found), found["length"]) == (["mel", "length", "other way"], 3)
+    change.off()
+    assert type(model) is Ending
+    same = (1, (2, 3))
+    change.on()
+    object.__setattr__(model, "conv", lambda _: same)
+    assert model(X) is same, "what has no such tensor in it is passed on as it is"
+
+
+def test_a_part_that_is_one_convolution() -> None:
+    model = nn.Conv1d(8, 8, 3)
+    with torch.no_grad():
+        expected = model(X)
+        change_of(model)
+        assert compare(expected, model(X)).reason == ""
+
+
+def test_the_flow_estimator_of_chatterbox_keeps_its_layout() -> None:
+    decoder: Any = pytest.importorskip("chatterbox.models.s3gen.decoder")
+    torch.manual_seed(0)
+    model = decoder.ConditionalDecoder(
+        in_channels=32, out_channels=8, channels=[16], attention_head_dim=8, n_blocks=1, num_mid_blocks=1, num_heads=2
+    ).eval()
+    x, mu, cond, spks = torch.randn(2, 8, 20), torch.randn(2, 8, 20), torch.randn(2, 8, 20), torch.randn(2, 8)
+    given = (x, torch.ones(2, 1, 20), mu, torch.rand(2), spks, cond)
+    part = Part("estimator", "estimator", model, method="forward")
+    with torch.inference_mode():
+        expected = model.forward(*given)
+        assert ChannelsLastStage().applies(part) is None
+        ChannelsLastStage().prepare(part).on()
+        difference = compare(expected, model.forward(*given))
+    assert (difference.reason, difference.error < 1e-5) == ("", True)
 
 
 def test_state_copies_and_pickles_are_those_of_the_plain_class() -> None:

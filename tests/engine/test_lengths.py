@@ -12,17 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import VitsConfig, VitsModel
+from transformers import LlamaConfig, LlamaModel, VitsConfig, VitsModel
 
 from accelerate_tts import Event, WarmupError, optimized_model, receipt_of
 from accelerate_tts.engine import stages, trial, whole
 from accelerate_tts.engine.lengths import at_length, ladder
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import Part
+from accelerate_tts.engine.stages import inductor
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.compile import CompileStage
 from accelerate_tts.engine.warmup import Loaded, check_warmup, warmup_calls
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import FellBack, Recompiled
+from accelerate_tts.models import generic
 from accelerate_tts.optimizer import get_performance_optimizer
 
 
@@ -319,6 +322,98 @@ def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, se
             if number % 20 == 0:
                 torch.manual_seed(number)
                 torch.testing.assert_close(waveform, plain(sentence).waveform, rtol=1e-3, atol=1e-5)
+    assert not [event for event in seen if isinstance(event, (Recompiled, FellBack))]
+    assert receipt.recompiles == 0
+    assert get_performance_optimizer().undo(model)
+
+
+# --- other models ----------------------------------------------------------------------------------------------------
+
+
+class Unknown(nn.Module):
+    """A model that no plan knows: convolutions over time, then layers, and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv1d(4, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.conv(x)).transpose(1, 2)
+        return torch.softmax(self.linear(y), -1) * y.shape[1] + y.mean(1, keepdim=True)
+
+
+class Encoder(nn.Module):
+    """A speaker encoder: dilated convolutions, statistics over time, a norm. dynamo passes recurrent ones over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(4, 4, 3, padding=2, dilation=2) for _ in range(2))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            mel = torch.relu(conv(mel)) + mel
+        y = self.linear(torch.cat([mel.mean(-1), mel.std(-1)], -1))
+        return y / (y.norm(dim=1, keepdim=True) + 1e-5)
+
+
+class Decoder(nn.Module):
+    """A decoder in somebody else's loop: a prompt, and two tokens after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = LlamaModel(LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            pad_token_id=None,
+        ))  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        past, states, step = None, [], x.transpose(1, 2).repeat(1, 1, 4)
+        for _ in range(3):
+            out = self.model(inputs_embeds=step, past_key_values=past, use_cache=True)
+            past, step = out.past_key_values, out.last_hidden_state[:, -1:]
+            states.append(step)
+        return torch.cat(states, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "stage"),
+    [(Unknown, CompileStage("default")), (Encoder, CompileStage("default")), (Decoder, CompiledBlocksStage("default"))],
+    ids=["a model that no plan knows", "a speaker encoder", "a decoder"],
+)
+def test_no_length_of_service_compiles_again_in_other_models(
+    make: Callable[[], nn.Module], stage: Any, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    """dynamo's guards decide, and which those are is shown here; what its graphs are compiled to is left as it is."""
+    for module in (trial, whole):
+        monkeypatch.setattr(module, "compare_speed", all_are_faster)
+    for name in ("_HOPELESS", "_NOT_TWICE"):
+        monkeypatch.setattr(trial, name, float("inf"))
+    monkeypatch.setattr(stage, "least_share", 0.0)
+    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
+    monkeypatch.setattr(stages, "default_stages", lambda *_args: (stage,))
+    # Where a model is taken apart is not what this is about, and hangs on the clock.
+    monkeypatch.setattr(generic, "_DEEPEST", 0)
+    torch.manual_seed(0)
+    model, plain = make().eval(), make().eval()
+    plain.load_state_dict(model.state_dict())
+
+    def given(length: int, number: int = 0) -> torch.Tensor:
+        return torch.randn(1, 4, length, generator=torch.Generator().manual_seed(number))
+
+    optimized_model(warmup=given(20), lengths=(5, 60))(lambda: model)()
+    receipt = receipt_of(model)
+    assert receipt is not None
+    assert [result.stage for result in receipt.kept if result.graphs] == [stage.name], str(receipt)
+    numbers = random.Random(0)
+    between = [length for length in range(5, 61) if length not in {20, *ladder((5, 60))}]
+    with torch.inference_mode():
+        for number in range(200):
+            length = between[number] if number < len(between) else numbers.randint(5, 60)
+            x = given(length, number)
+            found = model(x)
+            if number < len(between):
+                torch.testing.assert_close(found, plain(x), rtol=1e-4, atol=1e-6)
     assert not [event for event in seen if isinstance(event, (Recompiled, FellBack))]
     assert receipt.recompiles == 0
     assert get_performance_optimizer().undo(model)

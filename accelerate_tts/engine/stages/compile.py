@@ -141,7 +141,7 @@ class CompiledCall:
     def off(self) -> None:
         """See `Change.off`."""
         if self._module._compiled_call_impl is self:
-            self._module._compiled_call_impl = None
+            vars(self._module).pop("_compiled_call_impl", None)  # what is left is the class's own, which is None
 
     def seal(self) -> None:
         """See `Change.seal`."""

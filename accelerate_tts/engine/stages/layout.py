@@ -5,7 +5,8 @@ way out, at every call. In channels-last order nothing has to be reordered, and 
 convolutions keep that order by themselves. A vocoder, whose last levels have few channels and very many samples,
 spends much of its time on those reorderings (docs/decisions/0006-channels-last.md has the figures).
 
-The convolution is made as a 2-D one of height 1; the weights are read at each call.
+The convolution is made as a 2-D one of height 1; the weights are read at each call. What a part returns is put into the
+usual order again: its callers may count on it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.swap import ClassSwap, class_of, subclass_with
 
@@ -35,7 +37,15 @@ class ChannelsLastStage(BaseStage):
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
-        return ClassSwap(_convolutions(part.module), lambda module: _channels_last_class(class_of(module)))
+        convolutions = set(_convolutions(part.module))
+        method = "forward" if part.method == CALL else part.method
+
+        def swapped(module: nn.Module) -> type:
+            cls = _channels_last_class(class_of(module)) if module in convolutions else class_of(module)
+            return _border_class(cls, method) if module is part.module else cls
+
+        others = [module for module in _convolutions(part.module) if module is not part.module]
+        return ClassSwap([*others, part.module], swapped)
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
@@ -50,8 +60,49 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
         and inner.groups == 1
         and inner.padding_mode == "zeros"
         and isinstance(inner.padding, tuple)
-        and type(inner).forward in (nn.Conv1d.forward, nn.ConvTranspose1d.forward)
+        and _is_plain(inner)
     ]
+
+
+def _is_plain(convolution: Any) -> bool:
+    """Whether it computes what torch's own class does, whatever its class is called."""
+    from torch import nn
+
+    cls = nn.ConvTranspose1d if isinstance(convolution, nn.ConvTranspose1d) else nn.Conv1d
+    steps = ("forward", "_conv_forward", "_output_padding")
+    return all(
+        getattr(type(convolution), step, None) is getattr(cls, step, None) and step not in vars(convolution)
+        for step in steps
+    )
+
+
+@cache
+def _border_class(plain: Any, method: str) -> type:
+    """The part's own class: what leaves the part is in the order that its callers know, and may call `.view()` on."""
+    run = getattr(plain, method)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _in_usual_order(run(self, *args, **kwargs))
+
+    return subclass_with(plain, forward, method=method)
+
+
+def _in_usual_order(result: Any) -> Any:
+    import torch
+    from torch.utils import _pytree
+
+    def is_changed(value: Any) -> bool:
+        # Channels before time in the shape, behind it in memory. Other strides are the model's own.
+        return isinstance(value, torch.Tensor) and (
+            value.dim() == 3 and value.stride(1) == 1 and not value.is_contiguous()  # noqa: PLR2004 - see `convolve`
+        )
+
+    if isinstance(result, torch.Tensor):
+        return result.contiguous() if is_changed(result) else result
+    leaves, spec = _pytree.tree_flatten(result)
+    if not any(map(is_changed, leaves)):
+        return result  # the very object, not one like it
+    return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
 
 
 @cache

@@ -116,7 +116,7 @@ class CarryingSwap(ClassSwap):
         super().off()
         for module, before in (self._covered or {}).items():
             if before is None:
-                del vars(module)[self._attribute]
+                vars(module).pop(self._attribute, None)
             else:
                 vars(module)[self._attribute] = before
         self._covered = None

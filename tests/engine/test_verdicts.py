@@ -1,0 +1,275 @@
+"""What decides where figures are close: verdicts within the budget, the total, and what is not even run twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate_tts import Event, Receipt
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine.plan import ModelPlan, Part
+from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.blocks import CompiledBlocksStage, _place, _rows
+from accelerate_tts.engine.stages.precision import HalfStage
+from accelerate_tts.engine.tune import Limits, tune
+from accelerate_tts.engine.warmup import Loaded, warmup_calls
+from accelerate_tts.events import FellBack
+
+X = torch.ones(2, 4)
+
+
+class Model(nn.Module):
+    """Computes one thing, and does what a test wants while it is changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.then: Callable[[], object] = int
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.then()
+        return x * self.weight
+
+
+class Stage(BaseStage):
+    name = "stage"
+
+    def __init__(self, then: Callable[[], object] = str, graphs: int | None = None) -> None:
+        self.then = then
+        self.graphs = graphs
+
+    def applies(self, _part: Part) -> str | None:
+        return None
+
+    def prepare(self, part: Part) -> BaseChange:
+        stage = self
+
+        class Change(BaseChange):
+            graphs = stage.graphs  # type: ignore[assignment]
+
+            def on(self) -> None:
+                part.module.then = stage.then
+
+            def off(self) -> None:
+                part.module.then = int
+
+        return Change()
+
+
+def run(stage: Stage, budget: float = 60.0) -> tuple[Model, Receipt]:
+    model = Model()
+    plan = ModelPlan("model", (model,), (Part("part", "model", model),))
+    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [stage], DeviceInfo("cpu", "x"), Limits(budget))
+    return model, tuning.receipt
+
+
+def said(timings: list[Timing]) -> Callable[..., Timing]:
+    """Stand-in for `compare_speed`: what it finds, one after the other."""
+
+    def compare_speed(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timing:
+        for switch in (before, after):
+            switch()
+            run()
+        return timings.pop(0)
+
+    return compare_speed
+
+
+def timing(ratio: float, high: float, pairs: int = 5) -> Timing:
+    return Timing(1.0, 1.0 / ratio, ratio, ratio - 0.01, high, pairs)
+
+
+GOOD = Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage is found right and twice as fast."""
+    monkeypatch.setattr(trial, "compare_speed", said([GOOD]))
+    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
+
+
+# --- the total -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("timings", "stays"),
+    [
+        ([timing(1.0, 1.1)], True),
+        ([timing(0.99, 0.995)], False),  # beyond doubt, however little it is
+        ([timing(0.9, 0.95)], False),
+        ([timing(0.99, 1.05), timing(1.2, 1.3)], True),  # in doubt: once more, and that decides
+        ([timing(0.99, 1.05), timing(0.99, 1.05)], False),
+        ([timing(0.96, 1.05, pairs=1)], True),  # of fewer pairs it takes more
+        ([timing(0.96, 0.97, pairs=3)], True),
+        ([timing(0.94, 1.05, pairs=3)], False),
+    ],
+)
+def test_a_total_below_one_is_undone(
+    timings: list[Timing], stays: bool, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    last = timings[-1]
+    monkeypatch.setattr(whole, "compare_speed", said(timings))
+    model, receipt = run(Stage())
+    (result,) = receipt.stages
+    assert not timings, "each was asked for"
+    assert (result.kept, model.then is str, receipt.ratio) == (stays, stays, last.ratio if stays else 1.0)
+    assert any("pairs only" in note for note in receipt.notes) is (last.pairs < 5)
+    fallen = [event.reason for event in seen if isinstance(event, FellBack)]
+    assert fallen == ([] if stays else [f"slower in total ({last.ratio:.2f}x)"])
+
+
+@pytest.mark.parametrize(("seconds", "pairs"), [(0.0, 5), (7.0, 3), (12.0, 1), (1000.0, 1)])
+def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
+    seconds: float, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a budget of 60 s; a pass is made to seem that long, and a pair is two of them."""
+    asked: list[int] = []
+
+    def compare_speed(*given: Any, fewest: int) -> Timing:
+        asked.append(fewest)
+        return GOOD
+
+    clock = [0.0]
+
+    def tick() -> float:  # read before and after the pass that is to tell how long one is
+        clock[0] += seconds
+        return time.perf_counter() + (clock[0] if clock[0] <= 2 * seconds else 0.0)
+
+    monkeypatch.setattr(whole, "time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(whole, "compare_speed", compare_speed)
+    run(Stage())
+    assert asked == [pairs]
+
+
+# --- the budget ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "left", "tried"), [(1.0, 9.0, True), (1.0, 7.0, False), (0.1, 0.0, True)])
+def test_no_verdict_is_begun_that_the_budget_does_not_allow(seconds: float, left: float, tried: bool) -> None:
+    """Five pairs of two replays each, and two seconds of slack."""
+    session: Any = SimpleNamespace(deadline=time.perf_counter() + left)
+    reason = trial._no_time_for_pairs(session, seconds)
+    assert (reason is None) is tried
+    if reason is not None:
+        assert reason.startswith("not timed: it takes 10 s, and 7 s of the tuning budget are left")
+
+
+def test_a_stage_without_time_for_its_verdict_is_dropped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_no_time_for_pairs", lambda _session, seconds: f"not timed: {seconds > 0}")
+    model, receipt = run(Stage())
+    (result,) = receipt.stages
+    assert (result.kept, result.reason, result.ratio) == (False, "not timed: True", None)
+    assert result.before is not None
+    assert result.after is not None
+    assert model.then is int
+
+
+# --- not twice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graphs", [None, 1])
+def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it compiled in that time: the first run says nothing then."""
+    calls: list[int] = []
+    clock = [0.0]
+
+    def slow() -> None:
+        calls.append(1)
+        clock[0] += 11.0
+
+    monkeypatch.setattr(
+        trial, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + clock[0])
+    )  # a run of the changed part seems to take 11 s
+    monkeypatch.setattr(whole, "compare_speed", said([GOOD]))
+    _, receipt = run(Stage(slow, graphs), budget=1000.0)
+    (result,) = receipt.stages
+    if graphs is None:
+        assert (result.kept, result.reason) == (False, "far slower, at the first look")
+        assert len(calls) == 1
+        assert result.after == pytest.approx(11.0, abs=1.0)
+    else:
+        assert result.kept, result.reason
+
+
+# --- half precision beside a recurrent net -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["layers", "part"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_net_beside_layers_in_bf16_stays_in_fp32(kind: Any, carried: bool) -> None:
+    class Speaker(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.memory, self.after = nn.Linear(16, 16), kind(16, 16, batch_first=True), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            y, state = self.memory(self.before(x))
+            return self.after(y), state
+
+    torch.manual_seed(0)
+    model = Speaker().eval()
+    x = torch.randn(1, 40, 16)
+    seen: list[Any] = []
+    model.memory.register_forward_hook(lambda _m, given, output: seen.append((given[0].dtype, output[0].dtype)))
+    with torch.inference_mode():
+        expected, state = model(x)
+        change = HalfStage(torch.bfloat16, carried=carried).prepare(Part("part", "encoder", model))
+        change.on()
+        found, half = model(x)
+        rounded = model.before(x)
+        change.off()
+    assert all(weight.dtype == torch.float32 for weight in model.memory.parameters())
+    assert seen[-1][1] == torch.float32
+    assert found.dtype == torch.float32
+    assert not torch.equal(rounded, model.before(x)), "the layer itself is in bf16"
+    states = zip(state, half, strict=True) if isinstance(state, tuple) else [(state, half)]
+    for a, b in (*states, (expected, found)):
+        assert b.dtype == torch.float32
+        assert float((a - b).norm() / a.norm()) < 0.02
+    with torch.inference_mode():
+        assert torch.equal(model(x)[0], expected)
+
+
+# --- places in a cache ---------------------------------------------------------------------------------------------
+
+
+def test_a_block_is_served_at_the_place_that_its_attention_names() -> None:
+    """Blocks of another kind lie between those of a row, as in models that mix attention with something else."""
+
+    class Attention(nn.Module):
+        def __init__(self, place: int | None) -> None:
+            super().__init__()
+            self.layer_idx = place
+
+    class Block(nn.Module):
+        def __init__(self, place: int | None, name: str) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            if name:
+                setattr(self, name, Attention(place))
+
+        def forward(self, hidden_states: Any, past_key_values: Any = None) -> Any:
+            return hidden_states
+
+    class Other(Block):
+        pass
+
+    blocks = nn.ModuleList([Block(0, "self_attn"), Other(1, "self_attn"), Block(2, "self_attn"), Other(3, "self_attn")])
+    model = nn.ModuleDict({"layers": blocks})
+    assert CompiledBlocksStage("default").applies(Part("part", "decoder", model)) is None
+    assert sorted([_place(block, number) for number, block in enumerate(row)] for row in _rows(model)) == [
+        [0, 2], [1, 3],
+    ]  # fmt: skip
+    assert _place(Block(7, "attn"), 1) == 7  # as GPT-2 calls it
+    assert _place(Block(None, "attn"), 1) == 1
+    assert _place(Block(0, ""), 1) == 1
