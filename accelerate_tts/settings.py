@@ -280,11 +280,9 @@ def _report_set_aside(option: _Option, variable: str, text: str, winner: str, va
         emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
 
 
-# A setting that has no effect beside another one, and when.
+# A setting that has no effect beside another one, and when. Those of packs always have one: packs are shipped, too.
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("compile_mode", "compile", lambda value: value is False),
-    ("pack_key", "pack", lambda value: value is False),
-    ("pack_limit_mb", "pack", lambda value: value is False),
     ("guard_limit", "guard", lambda value: value is False),
     ("workers", "threads", lambda value: value is not None),
 )

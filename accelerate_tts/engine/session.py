@@ -189,6 +189,27 @@ class Session:
         """Put the object back as it was loaded."""
         switch_off(kept.change for kept in reversed(self.kept))
 
+    def put(self, kept: Kept) -> None:
+        """Put one of the kept changes in force again, where it was: below those that were made after it."""
+        with self._above(kept):
+            kept.change.on()
+
+    def lift(self, kept: Kept) -> None:
+        """Switch one of the kept changes off, from below those that were made after it."""
+        with self._above(kept):
+            switch_off((kept.change,))
+
+    @contextmanager
+    def _above(self, kept: Kept) -> Generator[None, None, None]:
+        # A change that was made of a module's class remembers what that was; so the last one made goes first.
+        above = [other.change for other in self.kept[self.kept.index(kept) + 1 :]]
+        try:
+            switch_off(reversed(above))
+            yield
+        finally:
+            for change in above:
+                change.on()
+
     def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
         """Give up kept changes, all of them unless told which, and say why in their results."""
         self.off()

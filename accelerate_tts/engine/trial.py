@@ -73,7 +73,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         rival = session.incumbent(part, stage.group)
         session.reference(part)  # of the part as it was loaded, so before the first change is made
         if rival is not None:
-            rival.change.off()
+            session.lift(rival)
         change = compiling_within(_left(session), stage.name, lambda: stage.prepare(part))
         result = _judge(session, part, change, rival, result, stage.times)
     except Exception as error:  # a stage must never cost the user the model
@@ -100,7 +100,7 @@ def _put_back(  # noqa: PLR0913, PLR0917 - what a trial consists of
         except Exception as error:  # see `try_stage`
             result = replace(result, reason=_failure(session, part, stage, error))
     if rival is not None:
-        rival.change.on()
+        session.put(rival)
     return result
 
 
@@ -250,12 +250,12 @@ def _timed(  # noqa: PLR0913, PLR0917 - what a trial consists of
     def before() -> None:
         change.off()
         if rival is not None:
-            rival.change.on()
+            session.put(rival)
         ready[:] = [session.replay(part, which)]
 
     def after() -> None:
         if rival is not None:
-            rival.change.off()
+            session.lift(rival)
         change.on()
         ready[:] = [session.replay(part, which)]
 

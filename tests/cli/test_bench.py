@@ -43,6 +43,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         for name, value in folders_of(request, folder).items():
             if name != "TORCHINDUCTOR_CACHE_DIR":  # our own kernels need not be built again
                 monkeypatch.setenv(name, value)
+        if optimizer._optimizer is not None:
+            optimizer._optimizer.close()  # or what it set of this process would stay so
         monkeypatch.setattr(optimizer, "_optimizer", PerformanceOptimizer(Settings.from_environment()))
         try:
             return json.loads(json.dumps(variant.answer(request)))
