@@ -7,7 +7,7 @@ what it waits for (`free`). That it was not is then said in an event. Whoever wa
 event loop should wait no longer than `remaining()`.
 
 The exception must not arrive after the work has returned. One lock is held to raise it and to end the limit; one that
-was raised at the last moment and has not arrived yet is taken back; and none is raised while the limit itself is at
+was raised at the last moment and has not arrived yet is waited for and dropped; and none is raised while the limit itself is at
 work, which the thread's stack tells.
 """
 
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError
@@ -36,6 +37,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 _AGAIN = 1.0  # seconds; code that swallows every exception gets another one
 _SOON = 0.002  # seconds for which a limit that just begins or ends is left alone
+_ARRIVES = 100_000  # rounds of an empty loop, of which it takes one or two
 _DEAF = 10.0  # seconds after which it is said that the work does not hear
 
 
@@ -48,7 +50,7 @@ class _Interruption(BaseException):
         super().__init__(*args)
         limit = self.limit()
         if limit is not None:
-            limit.heard = True
+            limit.heard, limit.due = True, False
             limit.raised = weakref.ref(self)
 
 
@@ -76,7 +78,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         self.thread = 0
         self.end = 0.0
         self.over = True
-        self.fired = self.heard = self.told = False
+        self.fired = self.due = self.heard = self.told = False
         self.raised: weakref.ref[BaseException] | None = None
         self.kind: type[_Interruption] = _Interruption
         self._outer: weakref.ref[time_limit] | None = None
@@ -103,11 +105,20 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         """End the limit: nothing is raised any more, nor arrives. Harmless a second time."""
         if self.over:
             return
-        with _bell:
-            self.over = True
-            if self.fired:
-                _raise_in(self.thread, None)
-        _here.limit = self._outer
+        try:
+            with _bell:
+                self.over = True
+            if self.due:
+                self._let_arrive()
+        finally:
+            _here.limit = self._outer
+
+    def _let_arrive(self) -> None:
+        # It is on its way, and comes between two of these. To take it back would be simpler, but CPython (3.10, 3.11)
+        # then goes on looking for it at every bytecode, and a traced function (a debugger, coverage) never begins.
+        with suppress(self.kind):
+            for _ in range(_ARRIVES):  # an end, since that of a limit around this one may have taken its place
+                pass
 
     def error(self) -> TimeLimitError:
         """What the caller is told."""
@@ -131,7 +142,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         if _is_shielded(frame):
             return now + _SOON
         if self.raised is None or self.raised() is None:  # else the last one is still on its way out
-            self.fired = True
+            self.fired = self.due = True
             _raise_in(self.thread, self.kind)
         if self.free is not None:  # after the exception is on its way: it is the first thing to happen there
             self.freed = self.free() or self.freed
@@ -187,16 +198,21 @@ def _is_shielded(frame: FrameType | None) -> bool:
     return False
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
     import ctypes
 
-    number = ctypes.c_ulong(thread)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, None if kind is None else ctypes.py_object(kind))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 _here = threading.local()
 _shielded: set[CodeType] = set()
-for _function in (time_limit.__enter__, time_limit.__exit__, time_limit.close, _Interruption.__init__):
+for _function in (
+    time_limit.__enter__,
+    time_limit.__exit__,
+    time_limit.close,
+    time_limit._let_arrive,
+    _Interruption.__init__,
+):
     shield(_function)
 
 # Limits by when to look at them. An ended one stays until its time comes: to wake the watchdog costs more.

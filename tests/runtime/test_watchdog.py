@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -264,3 +266,31 @@ def test_a_child_has_a_watchdog_of_its_own() -> None:
             os._exit(0)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+TRACED = """
+import sys, time
+from accelerate_tts.runtime.watchdog import within
+from accelerate_tts.errors import TimeLimitError
+
+def endless():
+    while True:
+        time.sleep(0.001)
+
+try:
+    within(0.05, "the work", endless)
+except TimeLimitError:
+    print("interrupted")
+
+def traced():
+    return sum(range(10))
+
+sys.settrace(lambda *_: None)
+print(traced(), [traced() for _ in range(3)])
+"""
+
+
+def test_a_debugger_can_be_used_after_an_interruption() -> None:
+    """CPython 3.11 does not begin a traced function while it looks for an exception that was taken back."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[:2] == ["interrupted", "45 [45, 45, 45]"]
