@@ -7,8 +7,8 @@ what it waits for (`free`). That it was not is then said in an event. Whoever wa
 event loop should wait no longer than `remaining()`.
 
 The exception must not arrive after the work has returned. One lock is held to raise it and to end the limit; one that
-was raised at the last moment and has not arrived yet is waited for and dropped; and none is raised while the limit itself is at
-work, which the thread's stack tells.
+was raised at the last moment and has not arrived yet is waited for and dropped; and none is raised while the limit
+itself is at work, which the thread's stack tells.
 """
 
 from __future__ import annotations
