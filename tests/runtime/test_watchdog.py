@@ -185,37 +185,6 @@ def test_nothing_arrives_after_the_work_has_returned() -> None:
         time.sleep(0.001)
 
 
-def test_one_that_comes_while_the_limit_ends_leaves_nothing_behind() -> None:
-    limit, ready, go = time_limit(WAIT, "x"), threading.Event(), threading.Event()
-
-    def work() -> tuple[str, float | None, int]:
-        said = "in time"
-        try:
-            with limit:
-                ready.set()
-                go.wait()
-        except watchdog._Interruption:
-            said = "interrupted"
-            limit.close()  # as `within` does
-        return said, remaining(), sum(range(10_000))
-
-    def is_ending() -> bool:
-        frame = sys._current_frames().get(limit.thread)
-        return frame is not None and frame.f_code is time_limit.close.__code__
-
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(work)
-        ready.wait()
-        with watchdog._bell:  # where the watchdog is when it has looked and is about to raise
-            go.set()
-            while not is_ending():
-                time.sleep(0.001)
-            limit.fired = limit.due = True
-            watchdog._raise_in(limit.thread, limit.kind)
-        assert job.result(WAIT) == ("interrupted", None, 49_995_000)
-    assert not limit.due
-
-
 def test_shielded_work_is_left_alone_until_it_ends() -> None:
     ended: list[float] = []
 
