@@ -22,7 +22,8 @@ CALLS = {
     "subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "np.load", "torch.jit.load", "pickle.loads",
     "importlib.machinery.ExtensionFileLoader",
 }  # fmt: skip
-STARTS_PROGRAMS = {"cli/bench/command.py"}
+# The one starts Python for each variant of a benchmark; the other knows by its class what inductor waits for, to stop it.
+STARTS_PROGRAMS = {"cli/bench/processes.py", "engine/compilers.py"}
 
 
 def found_in(source: str, name: str) -> Iterator[str]:
