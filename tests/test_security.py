@@ -22,7 +22,7 @@ CALLS = {
     "subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "np.load", "torch.jit.load", "pickle.loads",
     "importlib.machinery.ExtensionFileLoader",
 }  # fmt: skip
-# The one starts Python for each variant of a benchmark; the other knows by its class what inductor waits for, to stop it.
+# The one starts Python for each variant of a benchmark; the other knows by its class what inductor waits for.
 STARTS_PROGRAMS = {"cli/bench/processes.py", "engine/compilers.py"}
 
 
