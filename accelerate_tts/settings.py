@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from accelerate_tts.environment import flag, read
 from accelerate_tts.errors import SettingsError, shown
-from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
 __all__ = [
     "CompileMode",
@@ -150,22 +149,7 @@ class Settings:
         given: Any = os.environ if environment is None else environment
         if not isinstance(given, Mapping):
             raise SettingsError(f"environment={shown(given)} must be None or a mapping of names to texts")
-        values: dict[str, Any] = {}
-        said: dict[str, str] = {}  # the variable that each value came from
-        for option in _OPTIONS:
-            for variable in option.variables:
-                text: Any = given.get(variable, "")
-                if not isinstance(text, str):
-                    raise SettingsError(f"{variable}={shown(text)} must be a text")
-                text = text.strip()
-                if text:
-                    if option.field in values:
-                        _report_set_aside(option, variable, text, said[option.field], values[option.field])
-                    else:
-                        values[option.field], said[option.field] = option.read(variable, text), variable
-        _report_unknown(given)
-        _report_contradictions(values, said)
-        return cls(**values)
+        return cls(**read(given, lambda name, value: cls(**{name: value})))
 
 
 def _is_flag(value: object) -> bool:
@@ -174,126 +158,6 @@ def _is_flag(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # noqa: PLR0124
-
-
-_WORDS = {
-    "1": True, "true": True, "yes": True, "on": True,
-    "0": False, "false": False, "no": False, "off": False,
-}  # fmt: skip
-
-
-def _flag(variable: str, text: str) -> bool:
-    try:
-        return _WORDS[text.lower()]
-    except KeyError:
-        raise SettingsError(f"{variable}={text!r} must be one of {', '.join(_WORDS)}") from None
-
-
-def _text(_variable: str, text: str) -> str | None:
-    return None if text.lower() in {"auto", "none"} else text
-
-
-def _literal(_variable: str, text: str) -> str:
-    return text
-
-
-def _whole(variable: str, text: str) -> int | None:
-    if text.lower() == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise SettingsError(f"{variable}={text!r} must be a whole number") from None
-
-
-def _number(variable: str, text: str) -> float | None:
-    if text.lower() in {"none", "off"}:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise SettingsError(f"{variable}={text!r} must be a number") from None
-
-
-@dataclass(frozen=True)
-class _Option:
-    field: str
-    variables: tuple[str, ...]
-    parse: Callable[[str, str], Any]
-
-    def read(self, variable: str, text: str) -> Any:
-        value = self.parse(variable, text)
-        try:
-            Settings(**{self.field: value})
-        except SettingsError as error:  # name the variable, which the user knows, as well as the option
-            said = "..." if self.field == "pack_key" else repr(text)  # a secret
-            raise SettingsError(f"{variable}={said}: {error}") from None
-        return value
-
-
-def _own(field: str, parse: Callable[[str, str], Any], *older: str) -> _Option:
-    return _Option(field, (f"ACCELERATE_TTS_{field.upper()}", *older), parse)
-
-
-_OPTIONS = (
-    _own("device", _text),
-    _Option("compile", ("ACCELERATE_TTS_TORCH_COMPILE", "TRANSLATOR_TORCH_COMPILE"), _flag),
-    _own("compile_mode", _text, "TRANSLATOR_COMPILE_MODE"),
-    _own("cudnn_benchmark", _flag, "TRANSLATOR_CUDNN_BENCHMARK"),
-    _own("tf32", _flag),
-    _own("threads", _whole),
-    _own("workers", _whole),
-    _own("mps_high_watermark_ratio", _number),
-    _own("precision", _literal),
-    _own("tune_seconds", _number),
-    _own("warmup_timeout", _number),
-    _own("pack", _flag),
-    _own("pack_folder", _literal),
-    _own("pack_limit_mb", _whole),
-    _own("pack_key", _literal),
-    _own("guard", _flag),
-    _own("guard_limit", _whole),
-    _own("guard_weights", _literal),
-)
-if {option.field for option in _OPTIONS} != {field.name for field in fields(Settings)}:  # pragma: no cover
-    raise AssertionError("every setting needs an environment variable")
-
-
-_KNOWN = {variable for option in _OPTIONS for variable in option.variables} | {"ACCELERATE_TTS_DISABLE"}
-
-
-def _report_unknown(environment: Mapping[str, str]) -> None:
-    for variable in environment:
-        if str(variable).startswith("ACCELERATE_TTS_") and variable not in _KNOWN:
-            near = get_close_matches(variable, _KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see docs/OPTIMIZATIONS_SUMMARY.md for the list"
-            emit(NotApplied(variable, f"there is no such setting; {hint}"))
-
-
-def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any) -> None:
-    """Say that an older name says something else than ours."""
-    try:
-        same = option.parse(variable, text) == value
-    except SettingsError:
-        same = False
-    if not same:
-        emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
-
-
-# A setting that has no effect beside another one, and when. Those of packs always have one: packs are shipped, too.
-_IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("compile_mode", "compile", lambda value: value is False),
-    ("guard_limit", "guard", lambda value: value is False),
-    ("workers", "threads", lambda value: value is not None),
-)
-
-
-def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -> None:
-    """Say which of two variables that were both set has no effect, because of the other."""
-    for idle, other, wins in _IDLE:
-        if idle in said and other in said and wins(values[other]):
-            why = f"it has no effect beside {said[other]}={str(values[other])!r}; unset one of the two"
-            emit(NotApplied(said[idle], why))
 
 
 def check_mode(mode: str) -> None:
@@ -387,7 +251,7 @@ def is_active() -> bool:
     if not _switch.active or _switch.testing:
         return False
     text = os.environ.get("ACCELERATE_TTS_DISABLE", "").strip()
-    return not text or not _flag("ACCELERATE_TTS_DISABLE", text)
+    return not text or not flag("ACCELERATE_TTS_DISABLE", text)
 
 
 def is_testing() -> bool:

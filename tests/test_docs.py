@@ -24,7 +24,7 @@ import torch
 
 from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
-from accelerate_tts.settings import _KNOWN
+from accelerate_tts.environment import VARIABLES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -217,7 +217,7 @@ def test_what_a_page_names_is_there(name: str) -> None:
     page = (DOCS / name).read_text(encoding="utf-8")
     for file in re.findall(r"(?:examples|benchmarks)/\w+\.py", page):
         assert (ROOT / file).exists(), file
-    assert set(re.findall(r"\bACCELERATE_TTS_\w+", page)) <= _KNOWN
+    assert set(re.findall(r"\bACCELERATE_TTS_\w+", page)) <= VARIABLES
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make (\w+)|`make (\w+)", page, re.MULTILINE)):
         assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target

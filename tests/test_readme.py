@@ -68,11 +68,11 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_summary_names_every_variable_and_public_name() -> None:
     import accelerate_tts
-    from accelerate_tts.settings import _KNOWN
+    from accelerate_tts.environment import VARIABLES
 
-    for variable in _KNOWN:
+    for variable in VARIABLES:
         assert f"`{variable}`" in SUMMARY, variable
-    assert set(re.findall(r"`(ACCELERATE_TTS_\w+|TRANSLATOR_\w+)`", SUMMARY)) == _KNOWN
+    assert set(re.findall(r"`(ACCELERATE_TTS_\w+|TRANSLATOR_\w+)`", SUMMARY)) == VARIABLES
     for name in ("optimized_model", "inference", "fast_inference", "carry_mode", "receipt_of", "set_active", "testing"):
         assert name in accelerate_tts.__all__
         assert name in SUMMARY

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from accelerate_tts import inference, is_active, is_testing, set_active, testing
+from accelerate_tts import environment, inference, is_active, is_testing, set_active, testing
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Event, NotApplied
 from accelerate_tts.settings import Settings, check_mode
@@ -337,3 +337,11 @@ def test_variables_that_contradict_each_other_are_told(
 def test_variables_that_agree_are_not(environment: dict[str, str], seen: list[Event]) -> None:
     Settings.from_environment(environment)
     assert not seen
+
+
+def test_every_setting_has_a_variable_and_every_variable_a_setting() -> None:
+    named = {f"{OWN}{field.name.upper()}" for field in dataclasses.fields(Settings)} - {f"{OWN}COMPILE"}
+    assert {name for name in environment.VARIABLES if name.startswith(OWN)} == named | {
+        f"{OWN}TORCH_COMPILE",
+        f"{OWN}DISABLE",
+    }

@@ -6,7 +6,7 @@ Python is interrupted, also one that sleeps a little in each round; a single cal
 what it waits for (`free`). That it was not is then said in an event. Whoever waits in here for another thread or an
 event loop should wait no longer than `remaining()`.
 
-The exception must not arrive after the work has returned. One lock is held to raise it and to end the limit; one that
+The exception must not arrive after the work has returned. Who ends a limit waits while one is being raised; one that
 was raised at the last moment and has not arrived yet is waited for and dropped; and none is raised while the limit
 itself is at work, which the thread's stack tells.
 """
@@ -78,7 +78,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         self.thread = 0
         self.end = 0.0
         self.over = True
-        self.fired = self.due = self.heard = self.told = False
+        self.fired = self.due = self.heard = self.told = self.raising = False
         self.raised: weakref.ref[BaseException] | None = None
         self.kind: type[_Interruption] = _Interruption
         self._outer: weakref.ref[time_limit] | None = None
@@ -105,9 +105,11 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         """End the limit: nothing is raised any more, nor arrives. Harmless a second time."""
         if self.over:
             return
+        # Without the lock: whatever arrives in here would leave it held, and every later limit deaf.
         try:
-            with _bell:
-                self.over = True
+            self.over = True
+            while self.raising:  # `look` may have found it open just before
+                time.sleep(0)
             if self.due:
                 self._let_arrive()
         finally:
@@ -132,18 +134,22 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
 
     def look(self, now: float) -> float | None:
         """Interrupt the work if it is time to. Returns when to look again, or `None`. Under the lock."""
-        if self.over:
-            return None
         if now < self.end:
-            return self.end
-        frame = sys._current_frames().get(self.thread)
-        if frame is None:  # the thread is gone
-            return None
-        if _is_shielded(frame):
-            return now + _SOON
-        if self.raised is None or self.raised() is None:  # else the last one is still on its way out
-            self.fired = self.due = True
-            _raise_in(self.thread, self.kind)
+            return None if self.over else self.end
+        self.raising = True  # first: who ends it from here on waits
+        try:
+            if self.over:
+                return None
+            frame = sys._current_frames().get(self.thread)
+            if frame is None:  # the thread is gone
+                return None
+            if _is_shielded(frame):
+                return now + _SOON
+            if self.raised is None or self.raised() is None:  # else the last one is still on its way out
+                self.fired = self.due = True
+                _raise_in(self.thread, self.kind)
+        finally:
+            self.raising = False
         if self.free is not None:  # after the exception is on its way: it is the first thing to happen there
             self.freed = self.free() or self.freed
         return now + _AGAIN

@@ -12,11 +12,9 @@ from torch import nn
 from accelerate_tts import Event, PerformanceOptimizer, Settings, optimized_model, receipt_of
 from accelerate_tts import optimizer as optimizer_module
 from accelerate_tts.device import mapped
-from accelerate_tts.engine import originals, trial, whole
-from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine import originals
 from accelerate_tts.engine.originals import originals_to_file
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import precision
 from accelerate_tts.engine.stages.precision import HalfStage
 from accelerate_tts.events import NotApplied
 
@@ -71,15 +69,8 @@ def test_shared_memory_and_other_devices_are_left_alone() -> None:
 
 
 def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_is_faster: None
 ) -> None:
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
-    for verdict in ("_hopeless", "_not_worth_it"):
-        monkeypatch.setattr(trial, verdict, lambda *_args: None)
-    monkeypatch.setattr(precision, "half_dtypes", lambda _device: (torch.bfloat16,))
-    monkeypatch.setattr("accelerate_tts.engine.stages.half_dtypes", lambda _device: (torch.bfloat16,), raising=False)
     notes = {}
     for where in ("memory", "disk"):
         settings = Settings(

@@ -185,6 +185,37 @@ def test_nothing_arrives_after_the_work_has_returned() -> None:
         time.sleep(0.001)
 
 
+def test_one_that_comes_while_the_limit_ends_leaves_nothing_behind() -> None:
+    limit, ready, go = time_limit(WAIT, "x"), threading.Event(), threading.Event()
+
+    def work() -> tuple[str, float | None, int]:
+        said = "in time"
+        try:
+            with limit:
+                ready.set()
+                go.wait()
+        except watchdog._Interruption:
+            said = "interrupted"
+            limit.close()  # as `within` does
+        return said, remaining(), sum(range(10_000))
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work)
+        assert ready.wait(WAIT)
+        limit.raising = True  # the watchdog has found it open, and is about to raise
+        go.set()
+        while not limit.over:
+            time.sleep(0.001)
+        limit.fired = limit.due = True
+        watchdog._raise_in(limit.thread, limit.kind)
+        limit.raising = False
+        said, left, total = job.result(WAIT)
+    assert said in {"in time", "interrupted"}, "dropped, or told; it comes no later"
+    assert (left, total, limit.due) == (None, 49_995_000, False)
+    assert watchdog._bell.acquire(timeout=WAIT), "later limits need it"
+    watchdog._bell.release()
+
+
 def test_shielded_work_is_left_alone_until_it_ends() -> None:
     ended: list[float] = []
 

@@ -36,9 +36,8 @@ class Ahead:
     """
 
     def __init__(self, past: Any, layers: Sequence[Any], named: dict[str, Any], made: torch.Tensor) -> None:
-        self._past: Callable[[], Any] = weakref.ref(
-            past
-        )  # a loop that breaks off leaves this behind, and not a whole cache
+        # Weakly: a loop that breaks off leaves this behind, and not a whole cache.
+        self._past: Callable[[], Any] = weakref.ref(past)
         self._state = [_state(layer) for layer in layers]
         self._named = [(name, value) for name, value in named.items() if name != "hidden_states"]
         self._made = made.unbind()

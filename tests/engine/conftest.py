@@ -1,0 +1,22 @@
+"""What several tests of the engine have in common."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine.stages import precision
+
+
+@pytest.fixture
+def bf16_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine (a stand-in) that computes in bf16, and on which every stage pays off."""
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    for module in (trial, whole):
+        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    for verdict in ("_hopeless", "_not_worth_it"):
+        monkeypatch.setattr(trial, verdict, lambda *_args: None)
+    monkeypatch.setattr(precision, "half_dtypes", lambda _device: (torch.bfloat16,))
+    monkeypatch.setattr("accelerate_tts.engine.stages.half_dtypes", lambda _device: (torch.bfloat16,), raising=False)
