@@ -269,3 +269,16 @@ def test_without_a_compiler_the_model_stays_and_an_event_says_why(
 
 def test_it_is_built_once() -> None:
     assert native.skinny_linear() is native.skinny_linear()
+
+
+def test_the_operator_is_registered_once_though_the_kernel_is_loaded_again() -> None:
+    """As after an interruption in the middle of the first time."""
+    x = torch.randn(2, 16)
+    first = torch.ops.accelerate_tts.skinny_linear if native.skinny_linear() else None
+    native._library.cache_clear()
+    native.skinny_linear.cache_clear()
+    weight = torch.randn(8, 16)
+    again = native.skinny_linear()(x, weight, None, None, False)
+    assert first is not None
+    assert torch.equal(first(x, weight, None, None, False), again)
+    assert torch.allclose(again, x @ weight.T, atol=1e-5)

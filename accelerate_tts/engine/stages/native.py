@@ -94,12 +94,17 @@ def skinny_linear() -> Callable[..., Any]:
         )  # fmt: skip
         return y
 
-    _register(run)
+    _operator()
     return run
 
 
-def _register(run: Callable[..., Any]) -> None:
+@cache
+def _operator() -> Any:
+    """Register the operator, once for the process: whatever became of the kernel, torch takes no second one."""
     import torch
+
+    def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
+        return skinny_linear()(x, weight, scale, bias, transposed)
 
     def fake(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         del scale, bias
@@ -109,7 +114,4 @@ def _register(run: Callable[..., Any]) -> None:
     library.define("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool transposed) -> Tensor")
     library.impl("skinny_linear", run, "CPU")
     torch.library.register_fake("accelerate_tts::skinny_linear", fake, lib=library)
-    _kept.append(library)  # an operator goes with its library
-
-
-_kept: list[Any] = []
+    return library  # and kept: an operator goes with its library
