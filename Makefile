@@ -47,8 +47,10 @@ help: ## Show this list
 demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
 	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
 
+# Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
+# instead. Tests that are about threads set their own number.
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
-	@$(BIN)/pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -189,7 +189,7 @@ ENDLESS.append(ENDLESS)
         [ENDLESS],
         [Unshown()] * 500,
     ],
-    ids=abridged,
+    ids=["numbers", "text", "bytes", "dict", "huge numbers", "a list in itself", "no repr"],
 )
 def test_large_values_are_abridged(value: Any) -> None:
     assert len(abridged(value)) < 300

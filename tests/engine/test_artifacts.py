@@ -170,7 +170,11 @@ def test_an_absolute_name_is_refused_wherever_it_leads(cache: Path, name: str) -
     assert not list(cache.parent.iterdir())
 
 
-@pytest.mark.parametrize("bad", [b"", b"no archive", archive(entry("good"))[:-20], archive(entry("good"), mode="w")])
+@pytest.mark.parametrize(
+    "bad",
+    [b"", b"no archive", archive(entry("good"))[:-20], archive(entry("good"), mode="w")],
+    ids=["empty", "text", "cut off", "not compressed"],
+)
 def test_what_is_no_archive(cache: Path, bad: bytes) -> None:
     with pytest.raises((tarfile.TarError, EOFError, OSError)):
         artifacts.unpack(bad)
