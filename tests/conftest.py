@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -30,6 +31,13 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert settings._switch.testing == 0, "a test left a testing() scope open"
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Each load collects garbage: a second, if it walks through all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

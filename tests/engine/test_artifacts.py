@@ -105,7 +105,8 @@ def test_what_is_opened_is_noted_for_those_alone_who_ask(cache: Path, tmp_path: 
     del first
     artifacts.snapshot()
     assert gone() is None
-    assert len(artifacts._watched) == 2
+    # Others may be held by tunings of the same process that other tests have left to the garbage collector.
+    assert [prefix for _, prefix in artifacts._watched].count(f"{cache}{os.sep}") == 2
 
 
 def test_locks_and_half_written_files_stay_behind(cache: Path) -> None:
