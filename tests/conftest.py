@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from accelerate_tts import events, optimizer, settings
+from accelerate_tts.device import flags
 
 # The machine that runs the tests must not decide what the settings are.
 for variable in [name for name in os.environ if name.startswith(("ACCELERATE_TTS_", "TRANSLATOR_"))]:
@@ -23,12 +24,14 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(optimizer, "_optimizer", None)
     monkeypatch.setattr(events, "_hooks", ())
     monkeypatch.setattr(events, "_logged", set())
-    before = dict(os.environ)
+    before, held = dict(os.environ), set(flags._held)
     yield
     if optimizer._optimizer is not None:
         optimizer._optimizer.close()
     settings.set_active(True)
     assert settings._switch.testing == 0, "a test left a testing() scope open"
+    left = flags._held.keys() - held
+    assert not left, f"a test left an optimizer open, which holds {sorted(flag.name for flag in left)}"
     os.environ.clear()
     os.environ.update(before)
 

@@ -414,6 +414,7 @@ def test_the_precision_reaches_the_receipt(monkeypatch: pytest.MonkeyPatch) -> N
     quick: dict[str, Any] = {"warmup": MEL, "tune_seconds": 0.0}
     assert precision_of(optimized_model(**quick)(vocoder)) == "exact"
     assert precision_of(optimized_model(precision="fast", **quick)(vocoder)) == "fast"
+    optimizer.get_performance_optimizer().close()
     monkeypatch.setattr(optimizer, "_optimizer", None)  # as in a process that is started with it
     monkeypatch.setenv("ACCELERATE_TTS_PRECISION", "balanced")
     assert precision_of(optimized_model(**quick)(vocoder)) == "balanced"
