@@ -45,6 +45,7 @@ values = st.sampled_from(STRANGE) | st.integers() | st.floats() | st.text(max_si
 @pytest.fixture(scope="module")
 def optimizer() -> Iterator[PerformanceOptimizer]:
     made = PerformanceOptimizer(Settings(device="cpu", compile=False, pack=False, pack_folder="/nowhere/at/all"))
+    made.initialize()  # here, since it holds its flags until the end of the module
     yield made
     made.close()
 

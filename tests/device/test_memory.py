@@ -250,13 +250,14 @@ if sys.platform == "linux":
 
     def test_peak_counts_what_was_freed_during_the_work() -> None:
         def work() -> None:
-            for _ in range(3):
+            for _ in range(8):
                 torch.ones(50_000_000)
 
         memory.cleanup(CPU)
         peak = memory.peak_of(CPU, work)
         assert peak is not None
-        assert 190_000_000 < peak < 260_000_000, "three times one after the other, never at once"
+        # Where earlier tests left a hole in the heap, the first takes that, which stays resident, and the next another.
+        assert 190_000_000 < peak < 460_000_000, "eight times one after the other, never at once"
 
     def test_an_earlier_peak_does_not_count() -> None:
         torch.ones(100_000_000)
