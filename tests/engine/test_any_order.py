@@ -21,7 +21,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part
-from accelerate_tts.engine.stages import Change, Stage, blocks, inductor, prompts
+from accelerate_tts.engine.stages import Change, Stage, blocks, default_stages, inductor, prompts
 from accelerate_tts.engine.stages import compile as compile_stages
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.compile import CompileStage, FrozenCompileStage
@@ -37,6 +37,7 @@ from accelerate_tts.engine.stages.skinny import SkinnyStage
 from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.runtime import watchdog
+from accelerate_tts.settings import Precision
 
 STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
@@ -424,12 +425,35 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_caches_that_grow_under_fused_blocks_are_not_tried_again(precision: Precision) -> None:
+    """Of a full-size decoder it took a fifth of the budget, which int8 was then missing."""
+    model = decoder("Llama")
+    part = Part("part", "decoder", model, cached=True)
+    wanted = ("growing cache", "fused decoder blocks")
+    stages = [stage for stage in default_stages("cpu", "default", precision) if stage.name.startswith(wanted)]
+    calls = warmup_calls(lambda loaded: spoken(loaded), Loaded(model), "inference")
+    limits = Limits(60.0, precision)
+    tuning = tune(ModelPlan("model", (model,), (part,)), calls, stages, DeviceInfo("cpu", "test"), limits)
+    tried = [result.stage for result in tuning.receipt.stages]
+    assert tried == [stage.name for stage in stages if stage.name != "growing cache"]
+    assert len(tuning.kept) == 1
+    tuning.undo()
+    assert GrowingCacheStage().applies(part) is None
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_alternative_is_replaced_from_below_another_change() -> None:
     """Both give a decoder another class: int8 blocks first, a growing cache over them, then fp32 blocks instead."""
+
+    class OverFusedBlocks(GrowingCacheStage):
+        def applies(self, part: Part) -> None:
+            """Though the caches grow already."""
+
     model = decoder("Llama")
     before = Before(model)
     part = Part("part", "decoder", model, cached=True)
-    stages = [FusedBlocksStage("int8"), GrowingCacheStage(), FusedBlocksStage("fp32")]
+    stages = [FusedBlocksStage("int8"), OverFusedBlocks(), FusedBlocksStage("fp32")]
     calls = warmup_calls(lambda loaded: spoken(loaded), Loaded(model), "inference")
     tuning = tune(ModelPlan("model", (model,), (part,)), calls, stages, DeviceInfo("cpu", "test"), Limits(60.0, "fast"))
     assert [kept.stage for kept in tuning.kept] == ["growing cache", "fused decoder blocks (fp32)"]

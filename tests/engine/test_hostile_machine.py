@@ -231,6 +231,59 @@ def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path,
     assert torch.equal(kept.copy()[0], torch.arange(4.0))
 
 
+# --- no compiler ----------------------------------------------------------------------------------------------------
+
+NO_COMPILER = """
+    import torch
+    from accelerate_tts import add_hook, inference, optimized_model, receipt_of
+    from accelerate_tts.engine import stages
+    from accelerate_tts.engine.stages.compile import CompileStage
+    from accelerate_tts.engine.stages.skinny import SkinnyStage
+
+    stages.default_stages = lambda *_: (SkinnyStage("fp32"), CompileStage("default"))
+    seen, x = [], torch.randn(2, 512)
+    add_hook(seen.append)
+
+    class Voice:
+        @optimized_model(warmup=x)
+        def load(self):
+            layers = torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)
+            self.model = torch.nn.Sequential(*layers).eval()
+
+        @inference
+        def speak(self, x):
+            return self.model(x)
+
+    voice = Voice()
+    voice.load()
+    first, second, third = voice.model
+    expected = (x @ first.weight.T + first.bias).relu() @ third.weight.T + third.bias
+    torch.testing.assert_close(voice.speak(x), expected)
+    (receipt,) = [receipt_of(voice)]
+    assert not receipt.kept and len(receipt.stages) == 2, str(receipt)
+    for stage in receipt.stages:
+        assert "ompiler" in stage.reason or "g++" in stage.reason, str(receipt)
+    assert [type(event).__name__ for event in seen].count("FellBack") == 2, seen
+    print("right")
+"""
+
+
+@posix
+def test_no_compiler_on_the_path_costs_two_stages_and_nothing_else(tmp_path: Path) -> None:
+    """An empty folder as PATH: of no compiler's name anything is found, whatever was compiled before."""
+    process = child(
+        NO_COMPILER,
+        PATH=str(tmp_path),
+        CXX="",
+        ACCELERATE_TTS_TORCH_COMPILE="1",
+        ACCELERATE_TTS_PACK_FOLDER=str(tmp_path / "packs"),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    code, out, errors = ended(process)
+    assert code == 0, errors
+    assert out.split() == ["right"]
+
+
 # --- SIGTERM --------------------------------------------------------------------------------------------------------
 
 TUNE = """

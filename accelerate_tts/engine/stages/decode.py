@@ -43,7 +43,10 @@ class GrowingCacheStage(BaseStage):
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
             return "no cache of transformers 4.56 or later is loaded"
-        return None if decoders(part.module) else "no decoder with a cache in it"
+        found = decoders(part.module)
+        if found and all(getattr(class_of(decoder), READY, None) is _make_ready for decoder in found):
+            return "its caches grow in place already, as fused blocks need them to"
+        return None if found else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
