@@ -128,27 +128,36 @@ def test_a_total_below_one_is_undone(
     assert fallen == ([] if stays else [f"slower in total ({last.ratio:.2f}x)"])
 
 
-@pytest.mark.parametrize(("seconds", "pairs"), [(0.0, 5), (7.0, 3), (12.0, 1), (1000.0, 1)])
+@pytest.mark.parametrize(
+    ("untouched", "tuned", "asked"),
+    [(0.0, 0.0, 5), (7.0, 3.5, 3), (12.0, 6.0, None), (12.0, 12.5, 1), (1000.0, 500.0, None), (1000.0, 1100.0, 1)],
+)
 def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
-    seconds: float, pairs: int, monkeypatch: pytest.MonkeyPatch
+    untouched: float, tuned: float, asked: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a budget of 60 s; a pass is made to seem that long, and a pair is two of them."""
-    asked: list[int] = []
+    """Of a budget of 60 s; passes are made to seem that long, and a pair is one of each.
+
+    Where one pair is all that there is time for, the passes that showed what comes of them are that pair, unless they
+    say that the tuned object is the slower one.
+    """
+    pairs: list[int] = []
 
     def compare_speed(*given: Any, fewest: int) -> Timing:
-        asked.append(fewest)
+        pairs.append(fewest)
         return GOOD
 
-    clock = [0.0]
-
-    def tick() -> float:  # read before and after the pass that is to tell how long one is
-        clock[0] += seconds
-        return time.perf_counter() + (clock[0] if clock[0] <= 2 * seconds else 0.0)
-
-    monkeypatch.setattr(whole, "time", SimpleNamespace(perf_counter=tick))
+    offsets = iter([0.0, untouched, untouched, untouched + tuned])  # before and after each of the two passes
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + next(offsets, 0.0))
+    monkeypatch.setattr(whole, "time", clock)
     monkeypatch.setattr(whole, "compare_speed", compare_speed)
-    run(Stage())
-    assert asked == [pairs]
+    model, receipt = run(Stage())
+    assert pairs == ([] if asked is None else [asked])
+    assert model.then is str
+    if asked is None:
+        assert receipt.before == pytest.approx(untouched, rel=0.01)
+        assert receipt.after == pytest.approx(tuned, rel=0.01)
+        assert receipt.ratio == pytest.approx(untouched / tuned, rel=0.01)
+        assert any("timed in 1 pairs only" in note for note in receipt.notes)
 
 
 # --- the budget ----------------------------------------------------------------------------------------------------
