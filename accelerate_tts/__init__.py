@@ -100,7 +100,7 @@ _HOME = {
 
 # The one side effect: torch reads PYTORCH_ENABLE_MPS_FALLBACK while it is being imported, so on a Mac this is
 # the last moment at which setting it does anything. A value that the user has set stays.
-if sys.platform == "darwin" and "torch" not in sys.modules:  # pragma: no cover - macOS only
+if sys.platform == "darwin" and "torch" not in sys.modules:  # macOS only
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 

@@ -77,7 +77,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
     async def __aenter__(self) -> NoReturn:
         raise InferenceContextError(f"`async with fast_inference()` cannot be: {_ADVICE}")
 
-    async def __aexit__(self, *_: object) -> None:  # pragma: no cover - never entered
+    async def __aexit__(self, *_: object) -> None:  # never entered
         return
 
 

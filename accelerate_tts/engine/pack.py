@@ -51,7 +51,7 @@ def pack_folder(settings: Settings) -> Path:
     """Where warm packs are kept: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
     if settings.pack_folder is not None:
         return Path(settings.pack_folder).expanduser()
-    if sys.platform == "win32":  # pragma: no cover - Windows only
+    if sys.platform == "win32":  # Windows only
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     else:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -65,7 +65,7 @@ def read_secret(path: Path) -> bytes | None:
 @contextmanager
 def alone(folder: Path) -> Generator[None, None, None]:
     """Hold the folder's lock, where the platform and its file system have one: two must not replace one secret."""
-    if sys.platform == "win32":  # pragma: no cover - Windows only
+    if sys.platform == "win32":  # Windows only
         yield
         return
     import fcntl

@@ -22,9 +22,9 @@ def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
         restore += [_kept(torch.get_rng_state, torch.set_rng_state)]
         if torch.cuda.is_initialized():
             restore.append(_kept(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-        if torch.backends.mps.is_available():  # pragma: no cover - a Mac only
+        if torch.backends.mps.is_available():  # a Mac only
             restore.append(_kept(torch.mps.get_rng_state, torch.mps.set_rng_state))
-        if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # pragma: no cover - an Intel GPU only
+        if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # an Intel GPU only
             restore.append(_kept(torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
         restore += [_kept(item.get_state, item.set_state) for item in given if type(item) is torch.Generator]
 
