@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.device import setup
+from accelerate_tts.device.detect import DEVICES, detect
 from accelerate_tts.engine.flight import Flight
 from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.engine.registry import TuningMap, keep, keeper_of
@@ -76,7 +78,7 @@ class LoadedObjects:
     ) -> Receipt | None:
         from accelerate_tts.engine.plan import find_modules
 
-        device = self._ready()
+        prepared = self._ready()
         if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
             loaded = replace(loaded, result=None)  # `return True`, and the model is on self
         found = find_modules(loaded.subject)
@@ -98,13 +100,14 @@ class LoadedObjects:
         calls = warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout)
         settings = options.applied_to(self._settings)
         plan = describe(loaded.subject, new)
+        device = _device_of(plan, prepared)
         stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
         pack = None
         if settings.pack and calls.main and plan.parts:
             told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
             pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
         limits = Limits(settings.tune_seconds, settings.precision, stopped)
-        tuning = self._tune(plan, calls, stages, limits, pack)
+        tuning = _tune(plan, calls, stages, limits, pack, device)
         if tuning.changes:
             roots = {path: root for path, root in found.items() if id(root) not in tuned}
             tuning = self._told(plan, tuning, loaded, roots, calls)
@@ -113,22 +116,6 @@ class LoadedObjects:
         self._tidy()  # captured inputs and rejected copies were made in between what stays
         self._remember(loaded, tuning, *plan.roots)
         return tuning.receipt
-
-    def _tune(
-        self, plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None
-    ) -> Tuning:
-        from accelerate_tts.engine.tune import tune
-
-        device = self._ready()
-        # Before tuning: dynamo may guard on which attributes a module has.
-        for root in plan.roots:
-            keep(root)
-        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
-        if tuning is None:
-            tuning = tune(plan, calls, stages, device, limits)
-            if pack is not None:
-                pack.keep(tuning)
-        return tuning
 
     def _told(
         self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
@@ -260,6 +247,35 @@ class LoadedObjects:
         with ExitStack() as scopes:
             in_force = [scopes.enter_context(_untouched(tuning)) for tuning in self._tunings_in(tuned)]
             yield any(in_force)
+
+
+def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
+    plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None,
+    device: DeviceInfo,
+) -> Tuning:  # fmt: skip
+    from accelerate_tts.engine.tune import tune
+
+    # Before tuning: dynamo may guard on which attributes a module has.
+    for root in plan.roots:
+        keep(root)
+    tuning = None if pack is None else pack.restore(calls, stages, device, limits)
+    if tuning is None:
+        tuning = tune(plan, calls, stages, device, limits)
+        if pack is not None:
+            pack.keep(tuning)
+    return tuning
+
+
+def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:
+    """The device that most of an object's weights are on, which need not be the best one that there is."""
+    sizes: Counter[str] = Counter()
+    for parameter in (parameter for root in plan.roots for parameter in root.parameters()):
+        sizes[parameter.device.type] += parameter.numel() * parameter.element_size()
+    ((most, _),) = sizes.most_common(1) or [(prepared.type, 0)]
+    if most == prepared.type or most not in DEVICES:
+        return prepared
+    emit(NotApplied(f"{prepared.kind} for {plan.what}", f"its weights are on {most}, so it is tuned for that"))
+    return detect(most)
 
 
 @contextmanager

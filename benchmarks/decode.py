@@ -25,15 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 
 from accelerate_tts import Receipt, get_performance_optimizer, optimized_model, receipt_of
-from accelerate_tts.cli.bench.measure import bandwidth
+from accelerate_tts.cli.bench.measure import bandwidth, device_type, held_bytes
 from accelerate_tts.cli.tables import table
 from accelerate_tts.engine.divergence import divergence
+from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.plan import Head
 
 PROMPT, TOKENS, PAIRS, SAMPLED = 100, 12, 7, 300
@@ -43,23 +43,23 @@ class Decoder:
     """A decoder and its loop, as the system around it drives it."""
 
     def __init__(self, model: torch.nn.Module, head: Head, batch: int, width: int, **asked: Any) -> None:
-        self.model = model.eval()
-        self.head = head
+        self.model = model.eval().to(device_type())
+        self.head = Head(tuple(module.to(device_type()) for module in head.modules), head.codebooks, head.guidance)
         self.batch = batch
         self.width = width
         self.asked = asked
 
     def prompt(self) -> Any:
         x = torch.randn(self.batch, PROMPT, self.width, generator=torch.Generator().manual_seed(1))
-        return self.model(inputs_embeds=x.to(self.dtype), use_cache=True, **self.asked)
+        return self.model(inputs_embeds=x.to(self.like), use_cache=True, **self.asked)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+    def like(self) -> torch.Tensor:
+        return next(self.model.parameters())
 
     def token(self, past: Any, number: int) -> Any:
         x = torch.randn(self.batch, 1, self.width, generator=torch.Generator().manual_seed(number + 2))
-        return self.model(inputs_embeds=x.to(self.dtype), past_key_values=past, use_cache=True, **self.asked)
+        return self.model(inputs_embeds=x.to(self.like), past_key_values=past, use_cache=True, **self.asked)
 
     def speak(self, count: int = TOKENS) -> list[torch.Tensor]:
         out = self.prompt()
@@ -129,12 +129,12 @@ def sampled(decoder: Decoder, count: int) -> torch.Tensor:
         if decoder.head.guidance is not None:
             conditioned, unconditioned = logits.chunk(2)
             logits = conditioned + decoder.head.guidance * (conditioned - unconditioned)
-        logits = logits[0].view(decoder.head.codebooks, -1)
+        logits = logits[0].view(decoder.head.codebooks, -1).cpu()  # one generator for all devices
         token = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator).flatten()
         drawn.append(token)
         if table is None:
             table = torch.randn(logits.shape[-1], decoder.width, generator=torch.Generator().manual_seed(4))
-        x = table[token].sum(0).expand(decoder.batch, 1, -1).to(decoder.dtype)
+        x = table[token].sum(0).expand(decoder.batch, 1, -1).to(decoder.like)
         out = decoder.model(inputs_embeds=x, past_key_values=out.past_key_values, use_cache=True, **decoder.asked)
     return torch.stack(drawn)
 
@@ -150,8 +150,10 @@ DEFAULT = ("chatterbox", "xtts")
 
 @torch.inference_mode()
 def timed_prompt(decoder: Decoder) -> float:
+    synchronize(device_type())
     start = time.perf_counter()
     decoder.prompt()
+    synchronize(device_type())
     return time.perf_counter() - start
 
 
@@ -159,9 +161,11 @@ def timed_prompt(decoder: Decoder) -> float:
 def timed_token(decoder: Decoder) -> float:
     past = decoder.prompt().past_key_values
     past = decoder.token(past, 0).past_key_values
+    synchronize(device_type())
     start = time.perf_counter()
     for number in range(1, TOKENS):
         past = decoder.token(past, number).past_key_values
+    synchronize(device_type())
     return (time.perf_counter() - start) / (TOKENS - 1)
 
 
@@ -182,9 +186,9 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
     torch.manual_seed(0)
     tuned = make(layers)
     get_performance_optimizer().cleanup_memory(force=True)  # what building the two left behind
-    before = psutil.Process().memory_info().rss
+    before = held_bytes(device_type())
     optimized_model(warmup=lambda _model: tuned.speak(), precision=precision)(lambda: tuned.model)()  # type: ignore[call-overload]
-    after = psutil.Process().memory_info().rss
+    after = held_bytes(device_type())
     receipt = receipt_of(tuned.model)
     assert isinstance(receipt, Receipt)
     print(receipt, flush=True)
@@ -198,7 +202,7 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
     read = size - sum(table.numel() * table.element_size() for table in tables)
     step = against(plain, tuned, timed_token, PAIRS)
     prompt = against(plain, tuned, timed_prompt, PAIRS)
-    floor = read / bandwidth()
+    floor = read / bandwidth(device_type())
     return {
         "step": step, "prompt": prompt, "floor": floor, "step_over_floor": step["after"] / floor, "error": error,
         "sampled": {"tokens": SAMPLED, "same": same_until(*drawn)}, "weights_bytes": size, "read_bytes": read,

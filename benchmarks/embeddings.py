@@ -85,7 +85,7 @@ def xtts_voice() -> Callable[[Path], Any]:
     from TTS.tts.models import xtts
 
     xtts.load_audio = lambda path, _rate: torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]
-    model = SYSTEMS["xtts"].build("full", None).model
+    model = SYSTEMS["xtts"].build("full", None, "cpu").model
     voice = cached_embedding(model.get_conditioning_latents)
     return lambda path: voice(audio_path=[str(path)])
 
@@ -96,7 +96,7 @@ def chatterbox_voice() -> Callable[[Path], Any]:
     from chatterbox.models.voice_encoder import VoiceEncoder as Encoder
     from chatterbox.tts import ChatterboxTTS
 
-    t3 = SYSTEMS["chatterbox"].build("tiny", None).model["t3"]
+    t3 = SYSTEMS["chatterbox"].build("tiny", None, "cpu").model["t3"]
     model = ChatterboxTTS(t3, S3Gen().eval(), Encoder().eval(), None, "cpu")
     return cached_embedding(sets=("conds",))(model.prepare_conditionals)
 

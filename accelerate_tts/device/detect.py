@@ -7,7 +7,10 @@ from typing import Literal
 
 from accelerate_tts.errors import SettingsError
 
-__all__ = ["DeviceInfo", "DeviceKind", "detect"]
+__all__ = ["DEVICES", "DeviceInfo", "DeviceKind", "detect"]
+
+DEVICES = ("cuda", "mps", "xpu", "cpu")
+"""torch's names of the device types, the best first."""
 
 DeviceKind = Literal["cuda", "rocm", "mps", "xpu", "cpu"]
 
@@ -41,7 +44,7 @@ def detect(wanted: str | None = None) -> DeviceInfo:
     Raises:
         SettingsError: `wanted` is not available here.
     """
-    for kind, probe in (("cuda", _cuda), ("mps", _mps), ("xpu", _xpu), ("cpu", _cpu)):
+    for kind, probe in zip(DEVICES, (_cuda, _mps, _xpu, _cpu), strict=True):
         if wanted in {None, kind}:
             found = probe()
             if found is not None:

@@ -176,7 +176,7 @@ def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch)
         return lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", counted)
-    built = systems.SYSTEMS[name].build("tiny", None)
+    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
     with pytest.raises(AccelerateTTSError, match="no graph was compiled"):
         naive(built, 0.3, 1)
     assert runs
@@ -192,7 +192,7 @@ def test_the_other_systems_speak_the_same_twice(name: str) -> None:
     from accelerate_tts.engine.verify import compare
 
     torch.manual_seed(0)
-    built = systems.SYSTEMS[name].build("tiny", None)
+    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
     outputs = []
     for _ in range(2):
         with seeded("cpu"), torch.no_grad():
@@ -250,7 +250,7 @@ def test_tokens_are_for_systems_that_write_some(asked: list[Request]) -> None:
 @pytest.mark.parametrize("name", ["chatterbox", "higgs", "xtts"])
 def test_so_many_tokens_are_written(name: str) -> None:
     torch.manual_seed(0)
-    built = systems.SYSTEMS[name].build("tiny", None)
+    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
     loop = measure.Loop()
     measure.spoken(built, measure.length_of(name, "tiny", 40), loop)
     assert 34 <= len(loop.steps) <= 41  # XTTS keeps five back

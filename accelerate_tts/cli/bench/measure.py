@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.device.memory import resident_bytes
+from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import compare
 from accelerate_tts.errors import AccelerateTTSError
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
 __all__ = [
-    "Measured", "Ratio", "bandwidth", "bench", "difference", "length_of", "ordinary", "peak_bytes", "spoken", "tuned",
-    "warm_up",
+    "Measured", "Ratio", "bandwidth", "bench", "device_type", "difference", "held_bytes", "length_of", "ordinary",
+    "peak_bytes", "spoken", "tuned", "warm_up",
 ]  # fmt: skip
 
 _TINY_SECONDS = 0.8
@@ -66,14 +67,15 @@ class Measured:
         cold: Seconds of the first call of all.
         tuning: Seconds that tuning took.
         warm_start: Seconds that a second process took in its place, with the warm pack; `None` if not asked for.
-        memory: Resident memory of the process after tuning, over that before it.
+        memory: Bytes held (`held_bytes`) after tuning, over those before it.
         recompiles: Graphs compiled after warm-up.
-        peak: The most bytes that were ever resident of the process, until the first call after tuning.
+        peak: The most bytes that the process ever held (`peak_bytes`), until the first call after tuning.
         warm_peak: The same of the second process, with the warm pack.
         divergence: The largest divergence of a decoder's step that tuning saw of what it kept, in nats.
         kept: What was kept, as "part: stage".
         note: What is not as it would be with real weights.
         receipt: Everything that tuning tried, as the receipt's own JSON has it.
+        device: torch's name for the type of the device.
     """
 
     system: str
@@ -97,18 +99,32 @@ class Measured:
     note: str = ""
     divergence: float | None = None
     receipt: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def bandwidth() -> float:
-    """Bytes a second that reading memory gives: the best of ten readings of 256 MB, by a sum and by a product each."""
+def device_type() -> str:
+    """The type of the device that is measured: the one that the library finds, or is told to take."""
+    from accelerate_tts.device.detect import detect
+    from accelerate_tts.settings import Settings
+
+    return detect(Settings.from_environment().device).type
+
+
+def bandwidth(device: str = "cpu") -> float:
+    """Bytes a second that reading memory gives: the best of ten readings of 256 MB, by a sum and by a product each.
+
+    On another device than the CPU it is 1 GB, which is more than any cache has, and a reading is the mean of ten in a
+    row: starting one takes as long as the reading itself.
+    """
     import torch
 
-    x = torch.ones(64 * 1024 * 1024)
-    matrix, vector = x.view(-1, 4096), torch.ones(4096)
+    rows, readings = (16_384, 1) if device == "cpu" else (65_536, 10)
+    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
+    x = matrix.view(-1)
 
     def summed() -> None:
         x.sum()
@@ -119,14 +135,31 @@ def bandwidth() -> float:
     best = float("inf")
     for _ in range(10):  # the one may be bound by arithmetic, or the other
         for read in (summed, multiplied):
+            synchronize(device)
             start = time.perf_counter()
-            read()
-            best = min(best, time.perf_counter() - start)
+            for _ in range(readings):
+                read()
+            synchronize(device)
+            best = min(best, (time.perf_counter() - start) / readings)
     return x.numel() * 4 / best
 
 
-def peak_bytes() -> int | None:
-    """The most bytes that were ever resident of this process; `None` where the system does not say."""
+def held_bytes(device: str) -> int:
+    """The bytes that this process holds: resident ones, or of a CUDA device what its allocator has, graphs' too."""
+    import torch
+
+    if device != "cuda":
+        return resident_bytes()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_reserved())
+
+
+def peak_bytes(device: str = "cpu") -> int | None:
+    """The most bytes that this process ever held, as `held_bytes`; `None` where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
     platform: str = sys.platform  # which a type checker must not narrow to its own
     if platform == "linux":  # its `ru_maxrss` is that of the parent, too, from before the exec
         status = Path("/proc/self/status").read_text("utf-8")
@@ -151,11 +184,11 @@ def length_of(name: str, size: Size, tokens: int | None) -> float:
 
 
 def ordinary(name: str, size: Size, layers: int | None) -> Built:
-    """Build a system with seeded weights."""
+    """Build a system with seeded weights, on the device that is measured."""
     import torch
 
     torch.manual_seed(0)
-    return SYSTEMS[name].build(size, layers)
+    return SYSTEMS[name].build(size, layers, device_type())
 
 
 def warm_up(name: str, size: Size) -> float:
@@ -167,21 +200,24 @@ def spoken(built: Built, seconds: float, watched: Loop | None = None) -> tuple[f
     """Seconds that a call took, and what it gave; with the same random numbers each time."""
     import torch
 
-    with seeded("cpu"), torch.no_grad(), _watching(built.decoder, watched):
+    device = device_type()
+    with seeded(device), torch.no_grad(), _watching(built.decoder, watched, device):
+        synchronize(device)
         start = time.perf_counter()
         output = built.speak(seconds)
+        synchronize(device)
         return time.perf_counter() - start, output
 
 
 def tuned(
     name: str, size: Size, precision: Precision, layers: int | None, seconds: float
 ) -> tuple[Built, Receipt, int]:
-    """Build a system and tune it, as a user's load function would; with the resident bytes between the two."""
+    """Build a system and tune it, as a user's load function would; with the bytes held between the two."""
     from accelerate_tts.decorators import optimized_model
     from accelerate_tts.optimizer import receipt_of
 
     built = ordinary(name, size, layers)
-    resident = resident_bytes()
+    held = held_bytes(device_type())
 
     def warmed(_model: Any) -> Any:
         return built.speak(warm_up(name, size))
@@ -191,7 +227,7 @@ def tuned(
     receipt = receipt_of(built.model)
     if receipt is None:
         raise AccelerateTTSError("nothing was tuned: is ACCELERATE_TTS_DISABLE set?")
-    return built, receipt, resident
+    return built, receipt, held
 
 
 def bench(  # noqa: PLR0913 - the options of the command
@@ -215,12 +251,13 @@ def bench(  # noqa: PLR0913 - the options of the command
     """
     from accelerate_tts.optimizer import get_performance_optimizer
 
-    built, receipt, resident = tuned(name, size, precision, layers, seconds)
-    after = resident_bytes()
+    device = device_type()
+    built, receipt, held = tuned(name, size, precision, layers, seconds)
+    after = held_bytes(device)
     optimizer = get_performance_optimizer()
     length = length_of(name, size, tokens)
     found = spoken(built, length)[1]
-    peak = peak_bytes()  # before anything that a service would not do
+    peak = peak_bytes(device)  # before anything that a service would not do
     with optimizer.untouched(built.model):
         expected = spoken(built, length)[1]
     whole: list[tuple[float, float]] = []
@@ -238,11 +275,11 @@ def bench(  # noqa: PLR0913 - the options of the command
         name, size, precision, layers, Ratio.of(whole),
         Ratio.of([(a.step, b.step) for a, b in loops]) if has_loop else None,
         Ratio.of([(a.prompt, b.prompt) for a, b in loops]) if has_loop else None,
-        error, same_tokens, weights / bandwidth() if has_loop else None, receipt.cold, receipt.seconds, None,
-        after / resident, receipt.recompiles, peak, None,
+        error, same_tokens, weights / bandwidth(device) if has_loop else None, receipt.cold, receipt.seconds, None,
+        after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()),
+        json.loads(receipt.to_json()), device,
     )  # fmt: skip
 
 
@@ -263,7 +300,7 @@ class Loop:
 
 
 @contextmanager
-def _watching(decoder: Any, loop: Loop | None) -> Generator[None, None, None]:
+def _watching(decoder: Any, loop: Loop | None, device: str) -> Generator[None, None, None]:
     """While open, time each call of a decoder: one position is a step, more are a prompt."""
     if decoder is None or loop is None:
         yield
@@ -271,9 +308,11 @@ def _watching(decoder: Any, loop: Loop | None) -> Generator[None, None, None]:
     starts: list[float] = []
 
     def begin(_module: Any, _args: Any) -> None:
+        synchronize(device)
         starts.append(time.perf_counter())
 
     def end(_module: Any, _args: Any, output: Any) -> None:
+        synchronize(device)
         positions = output.last_hidden_state.shape[1]
         (loop.steps if positions == 1 else loop.prompts).append(time.perf_counter() - starts.pop())
 

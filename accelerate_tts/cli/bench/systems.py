@@ -46,7 +46,7 @@ class System:
     Attributes:
         promised: The speed-up that was promised for it, as (from, to).
         package: What to install for it.
-        build: Makes it at a size; with a number of layers, where it can have fewer.
+        build: Makes it at a size; with a number of layers, where it can have fewer; on a device (torch's name for it).
         seconds: Seconds of speech of one measured call at full size.
         warm_up: Seconds of speech of a warm-up call at full size.
         rate: Tokens that it writes for a second of speech; `None` if it writes none.
@@ -54,7 +54,7 @@ class System:
 
     promised: tuple[float, float]
     package: str
-    build: Callable[[Size, int | None], Built]
+    build: Callable[[Size, int | None, str], Built]
     seconds: float
     warm_up: float
     rate: float | None = None
@@ -67,16 +67,16 @@ def _module(name: str, package: str) -> Any:
         raise MissingExtraError(f"{name} could not be imported ({error}); pip install {package}") from error
 
 
-def _letters(count: int, size: int) -> Any:
+def _letters(count: int, size: int, device: str) -> Any:
     import torch
 
-    return torch.randint(1, size, (1, count), generator=torch.Generator().manual_seed(0))
+    return torch.randint(1, size, (1, count), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 _SECONDS_A_LETTER = 0.07
 
 
-def _chatterbox(size: Size, layers: int | None) -> Built:
+def _chatterbox(size: Size, layers: int | None, device: str) -> Built:
     import torch
 
     package = "chatterbox-light"
@@ -95,20 +95,21 @@ def _chatterbox(size: Size, layers: int | None) -> Built:
     config.llama_config_name = "bench"
     known["bench"] = shape
     try:
-        t3 = t3s.T3(config).eval()
+        t3 = t3s.T3(config).eval().to(device)
     finally:
         del known["bench"]
     voice = conditions.T3Cond(
         torch.rand(1, 256), None, torch.randint(0, 6561, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)
-    )
-    reference = {
+    ).to(device=device)
+    reference: dict[str, Any] = {
         "prompt_token": torch.randint(0, 6561, (1, 50)), "prompt_token_len": torch.tensor([50]),
         "prompt_feat": torch.randn(1, 100, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
     }  # fmt: skip
-    text = _letters(60, 255).repeat(2, 1)  # two rows: classifier-free guidance
+    reference = {name: None if tensor is None else tensor.to(device) for name, tensor in reference.items()}
+    text = _letters(60, 255, device).repeat(2, 1)  # two rows: classifier-free guidance
     start, stop = t3.hp.start_text_token, t3.hp.stop_text_token
     text = torch.nn.functional.pad(torch.nn.functional.pad(text, (1, 0), value=start), (0, 1), value=stop)
-    wave = None if size == "tiny" else s3.S3Token2Wav().eval()
+    wave = None if size == "tiny" else s3.S3Token2Wav().eval().to(device)
 
     def speak(seconds: float) -> Any:
         count = max(4, round(25 * seconds))
@@ -124,7 +125,7 @@ def _chatterbox(size: Size, layers: int | None) -> Built:
     return Built(model, speak, t3.tfmr, t3.tfmr, note)
 
 
-def _xtts(size: Size, layers: int | None) -> Built:
+def _xtts(size: Size, layers: int | None, device: str) -> Built:
     import torch
 
     package = "'coqui-tts[codec]' six 'transformers<5.24'"
@@ -146,6 +147,7 @@ def _xtts(size: Size, layers: int | None) -> Built:
     model.tokenizer = _Letters()
     width = config.model_args.gpt_n_model_channels
     latents, voice = torch.randn(1, 32, width), torch.randn(1, config.model_args.d_vector_dim, 1)
+    model, latents, voice = model.to(device), latents.to(device), voice.to(device)
 
     def speak(seconds: float) -> Any:
         model.gpt.max_gen_mel_tokens = max(6, round(21.5 * seconds))
@@ -167,7 +169,7 @@ class _Letters:
         return [1 + ord(letter) % 259 for letter in text]
 
 
-def _higgs(size: Size, layers: int | None) -> Built:
+def _higgs(size: Size, layers: int | None, device: str) -> Built:
     import torch
 
     transformers = _module("transformers", "'transformers>=5.0'")
@@ -181,10 +183,11 @@ def _higgs(size: Size, layers: int | None) -> Built:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as it is shipped; made so from the start, in half the memory
     try:
-        model = transformers.HiggsAudioV2ForConditionalGeneration(config).eval()
+        with torch.device(device):
+            model = transformers.HiggsAudioV2ForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
-    text = torch.cat([_letters(60, 256), torch.tensor([[config.audio_bos_token_id]])], dim=1)
+    text = torch.cat([_letters(60, 256, device), torch.tensor([[config.audio_bos_token_id]], device=device)], dim=1)
 
     def speak(seconds: float) -> Any:
         frames = max(10, round(25 * seconds))
@@ -193,25 +196,26 @@ def _higgs(size: Size, layers: int | None) -> Built:
     return Built(model, speak, model.model, model.model, "the codec is left out: a fraction of the loop's time")
 
 
-def _mms(size: Size, layers: int | None) -> Built:
+def _mms(size: Size, layers: int | None, device: str) -> Built:
     transformers = _module("transformers", "transformers")
     sizes: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     if size == "tiny":
         sizes |= {"hidden_size": 32, "num_hidden_layers": layers or 2, "ffn_dim": 64, "flow_size": 32,
                   "upsample_initial_channel": 64, "upsample_rates": [4, 4], "upsample_kernel_sizes": [8, 8],
                   "duration_predictor_filter_channels": 32, "posterior_encoder_num_wavenet_layers": 1}  # fmt: skip
-    model = transformers.VitsModel(transformers.VitsConfig(vocab_size=38, spectrogram_bins=513, **sizes)).eval()
+    config = transformers.VitsConfig(vocab_size=38, spectrogram_bins=513, **sizes)
+    model = transformers.VitsModel(config).eval().to(device)
 
     def speak(seconds: float) -> Any:
-        return model(_letters(max(4, round(seconds * 25)), 38)).waveform
+        return model(_letters(max(4, round(seconds * 25)), 38, device)).waveform
 
     return Built(model, speak, model)
 
 
-def _voice_clone(_size: Size, _layers: int | None) -> Built:
+def _voice_clone(_size: Size, _layers: int | None, device: str) -> Built:
     import numpy as np
 
-    encoder = _module("resemblyzer", "resemblyzer 'setuptools<81'").VoiceEncoder("cpu", verbose=False).eval()
+    encoder = _module("resemblyzer", "resemblyzer 'setuptools<81'").VoiceEncoder(device, verbose=False).eval()
     recording = np.random.default_rng(0).normal(0, 0.1, 16_000 * 30).astype(np.float32)
 
     def speak(seconds: float) -> Any:

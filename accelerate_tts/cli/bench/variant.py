@@ -68,16 +68,16 @@ def answer(request: Request) -> dict[str, Any]:
     if request.variant == "restored":
         built, receipt, _ = measure.tuned(name, size, request.precision, layers, request.tune_seconds)
         measure.spoken(built, length)
-        return {"seconds": receipt.seconds, "peak": measure.peak_bytes()}
+        return {"seconds": receipt.seconds, "peak": measure.peak_bytes(measure.device_type())}
     built = measure.ordinary(name, size, layers)
     if request.variant == "naive":
         found = naive(built, length, request.pairs)
-        return asdict(replace(found, peak=measure.peak_bytes()))
+        return asdict(replace(found, peak=measure.peak_bytes(measure.device_type())))
     start = time.perf_counter()
     measure.spoken(built, measure.warm_up(name, size))
     cold = time.perf_counter() - start
     measure.spoken(built, length)
-    return {"seconds": cold, "peak": measure.peak_bytes()}
+    return {"seconds": cold, "peak": measure.peak_bytes(measure.device_type())}
 
 
 def finite(value: Any) -> Any:

@@ -59,6 +59,8 @@ class CapturedStepStage(BaseStage):
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
             return "no cache of transformers 4.56 or later is loaded"
+        if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
+            return "it is not on a CUDA device"
         return None if decoders(part.module) else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> _Captured:
