@@ -43,8 +43,11 @@ READY = "_accelerate_tts_ready"
 """The name of a class's function that is given a replayed call's arguments before the clock runs."""
 
 Sort = tuple[tuple[int, ...], ...]
-Which = Literal["all", "loop", "others"]
-"""Which captured calls: all; where a loop takes most of the time, only its calls; or only the others (the prompts)."""
+Which = Literal["all", "loop", "others", "pass"]
+"""Which captured calls: all; where a loop takes most of the time, only its calls; or only the others (the prompts).
+
+Or none of them, and the whole warm-up pass is run instead.
+"""
 _MOST_OUTPUTS = 64
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 

@@ -62,6 +62,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
     result = StageResult(part.name, stage.name, kept=False, reason="")
     rival: Kept | None = None
     change: Change | None = None
+    times = stage.times
     try:
         if stage.applies(part) is not None:
             return  # nothing to try, nothing to report
@@ -75,7 +76,9 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
         if rival is not None:
             session.lift(rival)
         change = compiling_within(_left(session), stage.name, lambda: stage.prepare(part))
-        result = _judge(session, part, change, rival, result, stage.times)
+        if rival is not None and rival.times == "pass":  # which calls by themselves would make slower than it is
+            times = "pass"
+        result = _judge(session, part, change, rival, result, times)
     except Exception as error:  # a stage must never cost the user the model
         result = replace(result, kept=False, reason=_failure(session, part, stage, error))
     finally:
@@ -86,7 +89,7 @@ def try_stage(session: Session, part: Part, stage: Stage) -> None:
     if result.kept and change is not None:
         if rival is not None:
             _replaced(session, rival, stage.name)
-        session.kept.append(Kept(part.name, stage.name, stage.group, change, stage.times))
+        session.kept.append(Kept(part.name, stage.name, stage.group, change, times))
     session.results.append(result)
 
 
@@ -180,13 +183,14 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
     if change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0):  # nothing was compiled in that time
         return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
     seconds = session.seconds(part, which)
-    before = reference.seconds if which == "loop" else math.inf
+    untouched = session.pass_seconds if which == "pass" else reference.seconds
+    before = math.inf if which == "others" else untouched
     hopeless = _hopeless(part, before, seconds) or _behind(session, rival, seconds)
     if hopeless is None and which == "loop":
-        hopeless = _gains_nothing(session, part, rival, reference.seconds, seconds)
-    hopeless = hopeless or _no_time_for_pairs(session, max(seconds, reference.seconds if which == "loop" else 0.0))
+        hopeless = _gains_nothing(session, part, rival, untouched, seconds)
+    hopeless = hopeless or _no_time_for_pairs(session, seconds if which == "others" else max(seconds, untouched))
     if hopeless is not None:
-        return replace(result, before=reference.seconds, after=seconds, reason=hopeless)
+        return replace(result, before=untouched, after=seconds, reason=hopeless)
     return _timed(session, part, change, rival, result, which)
 
 

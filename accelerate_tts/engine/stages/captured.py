@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
     from accelerate_tts.engine.stages.static_step import Recording
 
@@ -51,6 +52,8 @@ class CapturedStepStage(BaseStage):
     name = "captured decode step"
     group = "compilation"
     cost = 3.0
+    # A replayed call brings a sequence of its own, which has to be moved in first: in a loop it lies there already.
+    times: Which = "pass"
 
     def __init__(self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording) -> None:
         self._record = record
