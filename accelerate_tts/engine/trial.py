@@ -159,6 +159,7 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
 ) -> StageResult:
     """Run the part with the change: first for its outputs, then for its time."""
     reference = session.reference(part)
+    on_cpu = session.device.type == "cpu"
     if reference.repeats.reason == NOTHING_TO_COMPARE:
         return replace(result, reason=NOTHING_TO_COMPARE)
     if reference.repeats.error > EXACT_TOLERANCE:
@@ -180,8 +181,11 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
     fault = _fault(session, part, change, difference)
     if fault is not None:
         return replace(result, reason=fault)
-    if change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0):  # nothing was compiled in that time
+    # Nothing was compiled in that time. (A GPU's libraries may have looked for the fastest kernels in it.)
+    if on_cpu and change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0):
         return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
+    if not on_cpu:
+        session.seconds(part, which)
     seconds = session.seconds(part, which)
     untouched = session.pass_seconds if which == "pass" else reference.seconds
     before = math.inf if which == "others" else untouched

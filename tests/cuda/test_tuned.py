@@ -78,7 +78,7 @@ def test_a_vocoder(precision: Any, seen: list[Event]) -> None:
     model = Vocoder().eval().cuda()
     with torch.inference_mode():
         expected = [model(features(length)).cpu() for length in (400, 700, 1000)]
-    optimized_model(warmup=lambda m: m(features(400)), lengths=None, precision=precision, tune_seconds=60)(
+    optimized_model(warmup=lambda m: m(features(400)), lengths=None, precision=precision, tune_seconds=30)(
         lambda: model
     )()
     receipt = receipt_of(model)
