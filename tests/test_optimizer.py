@@ -25,6 +25,7 @@ from accelerate_tts import (
     optimized_model,
     receipt_of,
 )
+from accelerate_tts.device import detect
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
@@ -32,7 +33,7 @@ from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
 from accelerate_tts.errors import PackError
-from accelerate_tts.events import Warmed, WarmupFailed
+from accelerate_tts.events import NotApplied, Warmed, WarmupFailed
 from accelerate_tts.runtime import retry
 
 GIB = 1024**3
@@ -284,3 +285,18 @@ def test_numbers_that_are_none(optimizer: PerformanceOptimizer, number: Any) -> 
     for given in ({"default": number}, {"item_bytes": number}):
         with pytest.raises(SettingsError, match=next(iter(given))):
             optimizer.get_optimal_batch_size(**given)
+
+
+def test_a_model_that_is_not_on_the_best_device_is_tuned_for_the_one_it_is_on(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    """Left on the CPU beside a GPU: a GPU's stages would be tried on it, and its clock would be the GPU's."""
+    monkeypatch.setattr(detect, "_cuda", lambda: DeviceInfo("cuda", "stand-in", 24 * GIB))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).eval()
+    optimized_model(warmup=lambda m: m(torch.ones(2, 8)), tune_seconds=1.0)(lambda: model)()
+    assert get_performance_optimizer().initialize().type == "cuda"
+    receipt = receipt_of(model)
+    assert receipt is not None
+    assert receipt.device.startswith("cpu")
+    assert "captured decode step" not in {stage.stage for stage in receipt.stages}
+    assert [e.reason for e in seen if isinstance(e, NotApplied)] == ["its weights are on cpu, so it is tuned for that"]

@@ -160,7 +160,7 @@ class Speaking(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("times", ["loop", "others"])
+@pytest.mark.parametrize("times", ["loop", "others", "pass"])
 @pytest.mark.parametrize("faster", ["prompt", "token"])
 def test_a_stage_says_in_which_calls_of_a_loop_its_gain_is_looked_for(times: Any, faster: str) -> None:
     model = Speaking()
@@ -173,7 +173,46 @@ def test_a_stage_says_in_which_calls_of_a_loop_its_gain_is_looked_for(times: Any
             loaded(torch.ones(1, 32))
 
     (result,) = run(model, stage, warmup=speak).receipt.stages
-    assert result.kept is ((times, faster) in {("loop", "token"), ("others", "prompt")})
+    assert result.kept is ((times, faster) in {("loop", "token"), ("others", "prompt"), *pass_of(times)})
+
+
+def pass_of(times: str) -> set[tuple[str, str]]:
+    return {(times, "token"), (times, "prompt")} if times == "pass" else set()
+
+
+class Remembering(Speaking):
+    """Slow with any other sequence than the last one's, once it has been told to remember."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moving = 0.0
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor, past: Any = None) -> Any:
+        if past is not self.last:
+            time.sleep(self.moving)
+        self.last = past if past is not None else [0]
+        return super().forward(x), self.last
+
+
+def test_what_holds_one_loops_sequence_is_not_judged_by_calls_that_bring_another_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replayed call has a copy of its sequence; in the loop that it was taken from, it lies there already."""
+
+    def speak(loaded: Any) -> torch.Tensor:
+        state, past = loaded(torch.ones(4, 32))
+        for _ in range(10):
+            state, past = loaded(torch.ones(1, 32), past)
+        return state  # type: ignore[no-any-return]
+
+    verdicts = {}
+    for times in ("loop", "pass"):
+        first, rival = Alternative(token=0.0, moving=0.008), Alternative(token=0.003, moving=0.0)
+        first.name, rival.name, first.times = "remembers", "rival", times
+        stages = run(Remembering(), first, rival, warmup=speak).receipt.stages
+        verdicts[times] = {stage.stage for stage in stages if stage.kept}
+    assert verdicts == {"loop": {"rival"}, "pass": {"remembers"}}, "and so is an alternative to it"
 
 
 def test_what_the_warm_up_never_calls_is_not_tried() -> None:

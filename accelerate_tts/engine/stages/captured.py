@@ -38,7 +38,7 @@ _MOST_SLOTS = 4
 """Sequences of one decoder that are served in turn without being moved."""
 _MOST_BYTES = 2 << 30
 """Of all slots of one decoder. A slot of T3 takes half a gigabyte for 1,024 positions."""
-_TENSORS = {"inputs_embeds", "input_ids", "position_ids"}
+_POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
@@ -133,29 +133,30 @@ class _Steps:
 
         decoder: Any = self._decoder
         past: Any = cache_of(named)
-        given = [named[name] for name in ("inputs_embeds", "input_ids") if named.get(name) is not None]
+        if self._broken or not growing.is_growable(past):
+            return False
+        keys = past.layers[0].keys
+        # Ids, embeddings or, of a model of its own, what it takes in their place: rows of one position each.
+        given = [t for name, t in _tensors(named).items() if name != _POSITIONS and _is_position(t, keys.shape[0])]
         return bool(
-            not self._broken
-            and len(given) == 1
-            and given[0].dim() > 1
-            and given[0].shape[1] == 1
-            and growing.is_growable(past)
-            and past.layers[0].keys.shape[0] == given[0].shape[0]
-            and past.layers[0].keys.device == given[0].device
+            given
+            and all(tensor.device == keys.device for tensor in given)
             and named.get("use_cache") is not False
             and named.get("return_dict") is not False
             and not (torch.is_grad_enabled() or decoder.training or torch.compiler.is_compiling())
-            and not torch.is_autocast_enabled(given[0].device.type)
-            and not self._is_odd(named)
+            and not torch.is_autocast_enabled(keys.device.type)
+            and not self._is_odd(named, keys.shape[0])
         )
 
-    def _is_odd(self, named: dict[str, Any]) -> bool:
+    def _is_odd(self, named: dict[str, Any], rows: int) -> bool:
         mask = named.get("attention_mask")
         how = getattr(self._decoder.config, "_attn_implementation", None)
         odd = [
             name
             for name, value in named.items()
-            if name not in _TENSORS | _OWN and not isinstance(value, (bool, int, float, str, type(None)))
+            if name not in _OWN
+            and not isinstance(value, (bool, int, float, str, type(None)))
+            and not (name in _tensors(named) and (name == _POSITIONS or _is_position(value, rows)))
         ]
         if odd:
             obstacle = f"it is called with {', '.join(sorted(odd))}"
@@ -174,8 +175,8 @@ class _Steps:
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
         past = cache_of(named)
-        inputs = {name: value for name in sorted(_TENSORS) if (value := named.get(name)) is not None}
-        constants = {name: value for name, value in named.items() if name not in _TENSORS | _OWN}
+        inputs = _tensors(named)
+        constants = {name: value for name, value in named.items() if name not in _OWN and name not in inputs}
         mask = named.get("attention_mask")
         with self._lock:
             growing.adopt(past)
@@ -247,3 +248,14 @@ class _Steps:
         for slot in self._all():
             slot.leave()
         self._slots = {}
+
+
+def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a decoder is called with, but for those that belong to its cache."""
+    import torch
+
+    return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}
+
+
+def _is_position(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.dim() > 1 and tuple(tensor.shape[:2]) == (rows, 1)
