@@ -337,7 +337,7 @@ def test_copies_are_made_only_where_they_were_asked_for() -> None:
         for precision in ("exact", "balanced", "fast")
     }
     fp32, bf16, int8 = (f"fused decoder blocks ({weights})" for weights in LIMITS)
-    assert names == {"exact": [fp32], "balanced": [fp32, bf16], "fast": [fp32, bf16, int8]}
+    assert names == {"exact": [fp32], "balanced": [bf16, fp32], "fast": [int8, bf16, fp32]}, "the fewest bytes first"
     assert not [stage for stage in default_stages("cpu", None) if "fused" in stage.name], "it needs the compiler"
     assert LIMITS["fp32"] < EXACT_TOLERANCE
 

@@ -133,6 +133,25 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
     assert model.seconds == 0.0
 
 
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copies(
+    large: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder's bf16 copy beside its int8 one, while the two compete, is what a process would need the memory for."""
+    monkeypatch.setattr(trial, "_FROM_MEMORY", 1 if large else 2**30)
+    fewer, more = Alternative(seconds=0.0), Alternative(seconds=0.0 if kept else 0.001)
+    fewer.name, more.name, more.spared_by = "int8", "bf16", ("int8",)
+    if not kept:
+        fewer.attributes = {"offset": 1.0}  # wrong
+    first, second = run(Slow(), fewer, more).receipt.stages
+    assert first.kept is kept
+    spared = large and kept
+    assert more.prepared == (0 if spared else 1)
+    assert second.reason.startswith("not tried: int8 does the same") is spared
+    assert second.kept is not kept
+
+
 def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_LONG_REPLAY", 0.03)
     model = Slow(0.04)

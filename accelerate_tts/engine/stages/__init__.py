@@ -49,6 +49,9 @@ class Stage(Protocol):
     """Whether it is about the process as a whole and tried once, on the whole pass; not on each part."""
     times: Which
     """Of a part that is called in a loop, the calls in which its gain is looked for."""
+    spared_by: tuple[str, ...]
+    """Names of stages that do the same from fewer bytes: once one is kept on a part whose weights come from memory at
+    each step, this one has nothing to gain, and the copies that it would make are never made."""
 
     def cost_of(self, part: Part) -> float:
         """Seconds that trying it on `part` usually takes, at least; with less of the budget left it is not begun."""
@@ -83,17 +86,16 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
     from accelerate_tts.engine.stages.prompts import PromptStage
     from accelerate_tts.engine.stages.quantize import quantize_stages
-    from accelerate_tts.engine.stages.skinny import SkinnyStage
+    from accelerate_tts.engine.stages.skinny import FORMATS, SkinnyStage
 
     on_cpu = device_type == "cpu"
+    formats = FORMATS[{"fast": 0, "balanced": 1, "exact": 2}[precision] :]
     stages: list[Stage] = [FoldStage()]
     if on_cpu:
         stages += [QuietBlasStage(), ChannelsLastStage()]
     if on_cpu and compile_mode is not None:  # it needs the compiler too
         # Before all else that changes linear layers: what is inside fused blocks is not tried again.
-        stages.append(FusedBlocksStage("fp32"))
-        stages += [FusedBlocksStage("bf16")] if precision != "exact" else []
-        stages += [FusedBlocksStage("int8")] if precision == "fast" else []
+        stages += map(FusedBlocksStage, formats)
         stages += [PromptStage()] if precision != "exact" else []
     # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager
     # PyTorch it gains a per cent or two, and to be sure of that takes a fifth of the budget. A GPU copies a cache in
@@ -104,9 +106,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
             stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
     if on_cpu:
         if compile_mode is not None:
-            stages.append(SkinnyStage("fp32"))
-            stages += [SkinnyStage("bf16")] if precision != "exact" else []
-            stages += [SkinnyStage("int8")] if precision == "fast" else []
+            stages += map(SkinnyStage, formats)
         stages.append(FewRowsStage())
         stages += quantize_stages() if precision == "fast" else ()
         stages += [] if compile_mode is None else [FrozenCompileStage()]

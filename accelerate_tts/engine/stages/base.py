@@ -23,6 +23,7 @@ class BaseStage:
     cost: float = 0.0
     process: bool = False
     times: Which = "loop"
+    spared_by: tuple[str, ...] = ()
 
     def cost_of(self, part: Part) -> float:
         """See `Stage.cost_of`."""

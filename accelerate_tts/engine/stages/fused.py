@@ -23,7 +23,7 @@ from accelerate_tts.engine.stages.block_kernel import Described, plain, run, sha
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.native import decoder_blocks
-from accelerate_tts.engine.stages.skinny import MOST_ROWS, Weights
+from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, take_cache, token_layer
 from accelerate_tts.events import NotApplied, emit
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedBlocksStage"]
 
+_NAME = "fused decoder blocks ({})"
 # What a block may be told beside what the kernel is given, and what then changes nothing for one token.
 _IGNORED = {
     "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",
@@ -55,7 +56,8 @@ class FusedBlocksStage(BaseStage):
     group = "decoder blocks"
 
     def __init__(self, weights: Weights = "fp32") -> None:
-        self.name = f"fused decoder blocks ({weights})"
+        self.name = _NAME.format(weights)
+        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
         self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:

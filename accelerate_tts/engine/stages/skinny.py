@@ -30,13 +30,16 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["MOST_ROWS", "SkinnyStage", "Weights", "in_bf16", "in_int8", "is_transposed"]
+__all__ = ["FORMATS", "MOST_ROWS", "SkinnyStage", "Weights", "in_bf16", "in_int8", "is_transposed"]
 
 Weights = Literal["fp32", "bf16", "int8"]
+FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
+"""What weights are stored in for our kernels, the fewest bytes first."""
 
 MOST_ROWS = 8
 """Rows up to which reading the weights is what a linear layer's time goes into."""
 
+_NAME = "skinny linear layers ({})"
 # What is read from the cores' own caches is no faster by it, and an int8 copy of it gains nothing.
 _LEAST_WEIGHTS = 16_384
 
@@ -51,7 +54,8 @@ class SkinnyStage(BaseStage):
     group = "linear layers"
 
     def __init__(self, weights: Weights = "fp32") -> None:
-        self.name = f"skinny linear layers ({weights})"
+        self.name = _NAME.format(weights)
+        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
         self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:
