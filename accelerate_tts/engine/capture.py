@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.engine.measure import synchronize
+from accelerate_tts.engine.outcome import is_cache, settled
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.verify import tensors_of
 
@@ -84,16 +85,16 @@ class Captured:
             module: What they will be run on; its class may have something to say about caches (`READY`).
             which: See `Which`.
         """
-        prepared = [call.prepared() for call in self._chosen(which)]
-        if hasattr(type(module), READY):
-            for call in prepared:
-                getattr(type(module), READY)((*call.args, *call.kwargs.values()))
-        return prepared
+        return [call.prepared(module) for call in self._chosen(which)]
+
+    def outcomes(self, module: Any) -> list[Any]:
+        """What the captured calls compute: one after the other, so that there is one copy of their inputs at a time."""
+        return [settled(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls]
 
     @property
     def cached(self) -> bool:
         """Whether it was called with a key/value cache, as a decoder in its loop is."""
-        return any(_is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
+        return any(is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
         """Where among the kept calls one more of a sort goes; `None` if it is not worth keeping.
@@ -172,12 +173,16 @@ class _Call:
     sort: Sort
     method: str
 
-    def prepared(self) -> Prepared:
+    def prepared(self, module: Any) -> Prepared:
+        """The call with fresh copies of its inputs, ready to be run on a module."""
         import torch
 
         # Made as they were made then: whoever writes into an inference tensor outside that mode fails.
         with torch.inference_mode(self.inference):
-            return Prepared(_copied(self.args), _copied(self.kwargs), self)
+            prepared = Prepared(_copied(self.args), _copied(self.kwargs), self)
+        if hasattr(type(module), READY):
+            getattr(type(module), READY)((*prepared.args, *prepared.kwargs.values()))
+        return prepared
 
 
 @contextmanager
@@ -334,10 +339,6 @@ def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sor
     return _Call(_copied(args), _copied(kwargs), inference, grad, autocast, sort, method)
 
 
-def _is_cache(value: Any) -> bool:
-    return callable(getattr(value, "get_seq_length", None))
-
-
 def _copied(value: Any) -> Any:
     import torch
 
@@ -349,6 +350,6 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
         return value
-    if _is_cache(value):  # it has to be the one of this very moment
+    if is_cache(value):  # it has to be the one of this very moment
         return copy.deepcopy(value)
     raise NotReplayableError(f"it is given a {type(value).__name__}, which cannot be copied")

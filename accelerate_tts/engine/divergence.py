@@ -7,12 +7,13 @@ other way gives other speech of the same quality. So each step is compared by it
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -24,8 +25,8 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
 
     Args:
         reference: What the untouched decoder returned for each call: something with `logits` of shape (rows,
-            positions, vocabulary), or with `last_hidden_state` of shape (rows, positions, width), for which a `head`
-            is needed.
+            positions, vocabulary) and perhaps `audio_logits` of shape (frames, codebooks, vocabulary), or with
+            `last_hidden_state` of shape (rows, positions, width), for which a `head` is needed.
         candidate: The same of the changed one.
         head: What makes logits of hidden states.
 
@@ -37,10 +38,7 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
 
     worst: float | None = None
     with torch.inference_mode():
-        for a, b in zip(reference, candidate, strict=False):
-            left, right = _log_probabilities(a, head), _log_probabilities(b, head)
-            if left is None or right is None or left.shape != right.shape:
-                continue
+        for left, right in _pairs(reference, candidate, head):
             # Where the reference gives no probability at all (a masked token), there is nothing to lose.
             each = torch.where(left.isneginf(), 0.0, left.exp() * (left - right)).sum(-1)
             value = float(each.max())
@@ -65,7 +63,26 @@ def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
     return None
 
 
-def _log_probabilities(output: Any, head: Head | None) -> Any:
+def _pairs(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> Iterator[tuple[Any, Any]]:
+    """Log-probabilities of the same steps. A model that speaks may write text as well, and is held to both."""
+    for a, b in zip(reference, candidate, strict=False):
+        for log_probabilities in (_of_sound, partial(_of_tokens, head=head)):
+            left, right = log_probabilities(a), log_probabilities(b)
+            if left is not None and right is not None and left.shape == right.shape:
+                yield left, right
+
+
+def _of_sound(output: Any) -> Any:
+    """Of boson-multimodal's Higgs Audio: a distribution of each codebook for each frame, none while it writes text."""
+    import torch
+
+    logits: Any = getattr(output, "audio_logits", None)
+    if not _has_steps(logits) or not logits.numel():
+        return None
+    return torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
+
+
+def _of_tokens(output: Any, head: Head | None) -> Any:
     import torch
 
     logits: Any = getattr(output, "logits", None)

@@ -268,17 +268,21 @@ def _timed(  # noqa: PLR0913, PLR0917 - what a trial consists of
 ) -> StageResult:
     ready: list[Callable[[], object]] = []
 
+    def prepare() -> None:
+        ready.clear()  # first: it has copies of what the part was given
+        ready.append(session.replay(part, which))
+
     def before() -> None:
         change.off()
         if rival is not None:
             session.put(rival)
-        ready[:] = [session.replay(part, which)]
+        prepare()
 
     def after() -> None:
         if rival is not None:
             session.lift(rival)
         change.on()
-        ready[:] = [session.replay(part, which)]
+        prepare()
 
     def run() -> object:
         return ready[0]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_hidden_states_need_a_head_and_codebooks_are_apart() -> None:
     each = nn.functional.kl_div(second.log_softmax(-1), first.log_softmax(-1), reduction="none", log_target=True)
     assert four == pytest.approx(float(each.sum(-1).max().detach()))
     assert one != pytest.approx(four)
+
+
+def test_frames_of_sound_beside_text_are_compared_too() -> None:
+    """Of boson-multimodal's Higgs Audio, (frames, codebooks, vocabulary): while it speaks, its text says little."""
+    generator = torch.Generator().manual_seed(0)
+    text, sound = torch.randn(1, 2, 6, generator=generator), torch.randn(3, 8, 5, generator=generator)
+    off = sound.clone()
+    off[1, 4] = off[1, 4].flip(-1)  # one codebook of a frame that is not the last
+    same, other = (SimpleNamespace(logits=text, audio_logits=frames) for frames in (sound, off))
+    first, second = (frames[1, 4].double().log_softmax(-1) for frames in (sound, off))
+    expected = float((first.exp() * (first - second)).sum())
+    assert divergence([same, same], [same, other], None) == pytest.approx(expected)
+    writes = [SimpleNamespace(logits=text, audio_logits=frames) for frames in (None, sound[:0])]
+    assert divergence(writes, writes, None) == pytest.approx(0.0), "while it writes there are none"
 
 
 def test_what_a_guided_loop_samples_from_is_compared() -> None:
