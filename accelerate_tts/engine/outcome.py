@@ -22,7 +22,8 @@ class Added:
     """A cache that a call was given and has gone on with.
 
     Args:
-        tensors: What it added to each tensor of each layer.
+        tensors: What it added to each tensor of each layer, and as one more number the norm of what was there before:
+            a relative error is then that of the whole tensor.
         kept: How far the positions that it was given are from what they were: 1 plus the largest relative error, which
             is 1 where nothing wrote to them.
     """
@@ -84,7 +85,7 @@ def _added(value: Any, before: list[torch.Tensor]) -> Any:
     with torch.inference_mode():
         for now, then in zip(after, before, strict=True):
             count = then.shape[-2]
-            tensors.append(now[..., count:, :].clone(memory_format=torch.contiguous_format))
+            tensors.append(torch.cat([now[..., count:, :].flatten(), torch.linalg.vector_norm(then).view(1)]))
             worst = max(worst, _error(now[..., :count, :], then))
         return Added(tensors, torch.tensor(1.0 + worst, dtype=torch.float64))
 
