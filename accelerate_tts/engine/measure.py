@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Timing", "compare_speed", "synchronize"]
+__all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize"]
 
 _FIRST_LOOK, _SECOND_LOOK = 0.033, 0.017
-_WORTH_A_SECOND_LOOK, _PAIRS_OF_A_SECOND_LOOK = 1.1, 13
+WORTH_A_SECOND_LOOK, _PAIRS_OF_A_SECOND_LOOK = 1.1, 13
 _MOST_PAIRS = 25
 _PATIENCE = 10.0
 
@@ -99,7 +99,7 @@ def compare_speed(  # noqa: PLR0913 - the work, its two states, and three limits
 
     run_pairs(pairs)
     timing = _judged(first, second, _FIRST_LOOK)
-    undecided = timing.low <= 1.0 and timing.ratio >= _WORTH_A_SECOND_LOOK
+    undecided = timing.low <= 1.0 and timing.ratio >= WORTH_A_SECOND_LOOK
     if undecided and time.perf_counter() - clock <= 2 * seconds:
         run_pairs(max(2 * pairs, _PAIRS_OF_A_SECOND_LOOK))
         timing = _judged(first, second, _SECOND_LOOK)

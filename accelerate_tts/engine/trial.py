@@ -42,6 +42,8 @@ _COMPARISON = 2.0
 _HOPELESS = 3.0
 # One that took this many times as long for its outputs, though it compiles nothing, is not run again.
 _NOT_TWICE = 10.0
+# Bytes of weights that a slow machine makes copies of in other formats, in a second. They are made when first needed.
+_COPIED_A_SECOND = 2.5e8
 # An alternative that takes this many times as long as the one in force did when it was timed is not timed in pairs.
 _FAR_BEHIND = 1.3
 # Seconds of one replay from which a first look that shows no gain at all is enough: so much work varies by a few per
@@ -195,7 +197,8 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
     if fault is not None:
         return replace(result, reason=fault)
     # Nothing was compiled in that time. (A GPU's libraries may have looked for the fastest kernels in it.)
-    if on_cpu and change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0):
+    making_copies = _weights_bytes(part) / _COPIED_A_SECOND
+    if on_cpu and change.graphs is None and took > max(_NOT_TWICE * reference.seconds, 1.0) + making_copies:
         return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
     if not on_cpu:
         session.seconds(part, which)

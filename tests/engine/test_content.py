@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from accelerate_tts import cached_embedding, events
+from accelerate_tts.engine import content
 
 
 class Service:
@@ -142,3 +143,37 @@ def test_a_folder_and_a_short_text_that_is_a_file_too(tmp_path: Path, monkeypatc
 
     assert [embed("en"), embed("de"), embed("en")] == [1, 2, 1]
     assert [embed(str(tmp_path)), embed(str(tmp_path))] == [3, 4]
+
+
+def test_what_other_processes_read_is_digested_alike_whichever_is_the_fastest_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "voice.wav"
+    path.write_bytes(b"RIFFabcd")
+    stored, own = set(), set()
+    for algorithm in ("sha256", "blake2b"):
+        monkeypatch.setattr(content, "_fastest", lambda algorithm=algorithm: algorithm)
+        for found, durable in ((stored, True), (own, False)):
+            digest = content.Digest(durable=durable)
+            digest.add([np.arange(7, dtype=np.float32), path, 1.0])
+            assert digest.same_files()
+            found.add(str(digest))
+    assert len(stored) == 1
+    assert len(own) == 2
+
+
+def test_the_fastest_is_found_by_trying() -> None:
+    assert content._fastest.__wrapped__() in {"sha256", "blake2b"}
+
+
+def test_an_array_counts_by_its_content_whatever_its_layout() -> None:
+    wide = np.arange(24, dtype=np.float32).reshape(4, 6)
+    arrays = [wide[:, ::2], np.ascontiguousarray(wide[:, ::2]), np.asfortranarray(wide[:, ::2])]
+    digests = set()
+    for array in arrays:
+        digest = content.Digest()
+        digest.add(array)
+        digests.add(str(digest))
+    assert len(digests) == 1
+    for odd in (np.float32(3.0), np.array(3.0), np.zeros((0, 3)), np.array(["a"]), np.array(["2026-01-01"], "M8[D]")):
+        content.Digest().add(odd)

@@ -13,6 +13,7 @@ from torch import nn
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial
+from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
@@ -162,6 +163,70 @@ def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(monkeypatch: pytes
     assert dropped.reason == "no gain, at the first look"
     assert dropped.ratio is None
     assert faster.kept, "what gains is timed"
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Int8 weights of XTTS's GPT took 2.2 s to make, of a replay that took 0.2 s untouched, and were dropped for it."""
+    if large:
+        monkeypatch.setattr(trial, "_COPIED_A_SECOND", 1.0)  # so that 4 kB of weights take over an hour
+
+    class Copying(Stage):
+        made = False
+
+        def prepare(self, part: Part) -> Copying:
+            super().prepare(part)
+            plain = part.module.forward
+
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                if not self.made and part.module.seconds == 0.0:
+                    self.made = True
+                    time.sleep(1.2)
+                return plain(x)  # type: ignore[no-any-return]
+
+            part.module.forward = forward  # type: ignore[method-assign]
+            return self
+
+    (result,) = run(Slow(), Copying(seconds=0.0)).receipt.stages
+    assert result.kept is large
+    assert (result.reason == "far slower, at the first look") is not large
+
+
+@pytest.mark.parametrize("then", ["faster", "no gain", "no time"])
+def test_what_looked_much_faster_and_was_not_sure_is_tried_again(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine: a change that everything later would be built on."""
+    unsure, sure = Timing(2.0, 1.5, 1.3, 0.9, 1.6, 13), Timing(2.0, 1.0, 2.0, 1.5, 2.5, 5)
+    nothing = Timing(2.0, 2.0, 1.0, 0.9, 1.1, 5)
+    answers = {"first": [unsure, sure if then == "faster" else unsure], "second": [sure], "third": [nothing]}
+    tried: list[str] = []
+    stages = [Stage(seconds=0.0), Stage(seconds=0.0), Stage(seconds=0.0)]
+    for stage, name in zip(stages, answers, strict=True):
+        stage.name = name
+
+    judge = trial._judge
+
+    def judged(session: Any, part: Any, change: Any, rival: Any, result: Any, which: Any) -> Any:
+        tried.append(result.stage)
+        monkeypatch.setattr(trial, "compare_speed", lambda *_args, **_kwargs: answers[result.stage].pop(0))
+        if then == "no time" and len(tried) == 3:  # the rest of the budget is spent meanwhile
+            session.deadline = 0.0
+        return judge(session, part, change, rival, result, which)
+
+    monkeypatch.setattr(trial, "_judge", judged)
+    model = Slow()
+    receipt = run(model, *stages).receipt
+    kept = {stage.stage for stage in receipt.stages if stage.kept}
+    assert sorted(stage.stage for stage in receipt.stages) == ["first", "second", "third"], "one line each"
+    if then == "no time":
+        assert tried == ["first", "second", "third"]
+        first = next(stage for stage in receipt.stages if stage.stage == "first")
+        assert first.ratio == 1.3
+        assert first.reason.startswith("no gain beyond doubt")
+    else:
+        assert tried == ["first", "second", "third", "first"], "and what gained nothing is not"
+        assert kept == ({"first", "second"} if then == "faster" else {"second"})
 
 
 class Speaking(nn.Module):
