@@ -64,9 +64,10 @@ class FileDigests:
         if not stat.S_ISREG(about.st_mode):
             raise UnknownContentError(f"{path!r} is no regular file, whose content could be told")
         with self._lock:
-            known = self._known.get((algorithm, *_identity(path, about)))
+            key = (algorithm, *_identity(path, about))
+            known = self._known.get(key)
             if known is not None:
-                self._known.move_to_end((algorithm, *_identity(path, about)))
+                self._known.move_to_end(key)
                 return known
         digest = hashlib.new(algorithm)
         with open(path, "rb") as file:  # noqa: PTH123 - as above
@@ -80,7 +81,8 @@ class FileDigests:
             now - _SETTLED_NS
         ):
             with self._lock:
-                self._known[(algorithm, *_identity(path, after))] = digest.hexdigest()
+                key = (algorithm, *_identity(path, after))
+                self._known[key] = digest.hexdigest()
                 while len(self._known) > _FILES_KNOWN:
                     self._known.popitem(last=False)
         return digest.hexdigest()
