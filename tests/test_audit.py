@@ -58,7 +58,8 @@ def test_offline_it_says_so_and_passes(answer: Any, audit: Any, monkeypatch: Any
     assert line.count("\n") == 1
 
 
-def test_without_pip_audit_it_says_so_and_passes(audit: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_without_pip_audit_it_says_so_and_passes(audit: Any, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(audit, "TOOL", tmp_path / "python")  # `make audit` may have been here before
     monkeypatch.setattr(audit.importlib.util, "find_spec", lambda _name: None)
     assert audit.main() == 0
     assert "pip-audit is not there" in capsys.readouterr().out
