@@ -10,16 +10,13 @@ import enum
 import hashlib
 import itertools
 import os
-import stat
 import sys
 import threading
-import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.engine.file_digests import DURABLE, FileDigests, UnknownContentError, fastest
 from accelerate_tts.engine.stages.swap import copies_of
 from accelerate_tts.locks import lock
 
@@ -27,70 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Digest", "FileDigests", "UnknownContentError"]
+__all__ = ["Digest"]
 
 _SCALARS = (type(None), bool, int, float, complex)
-# A file that was written twice within one tick of its file system's clock (2 s at worst, on FAT) shows one time.
-_SETTLED_NS = 2_000_000_000
-_FILES_KNOWN = 4096  # some hundred bytes each
-_ALGORITHMS = ("sha256", "blake2b")
-# What every process and machine has the same of.
-_DURABLE = "sha256"
-
-
-class UnknownContentError(TypeError):
-    """A value whose content cannot be told; the message says which, for people."""
-
-
-class FileDigests:
-    """Digests of files; one that has not changed since it was read costs a look at its times."""
-
-    def __init__(self) -> None:
-        self._lock = lock()
-        self._known: OrderedDict[tuple[Any, ...], str] = OrderedDict()
-
-    def digest(self, path: str, algorithm: str = _DURABLE) -> str:
-        """The hex digest of a regular file's bytes.
-
-        Args:
-            path: Of the file.
-            algorithm: hashlib's name of what digests it.
-
-        Raises:
-            UnknownContentError: It is a folder, a pipe or a device.
-            OSError: It cannot be read.
-        """
-        about = os.stat(path)  # noqa: PTH116 - a text that may be no path at all
-        if not stat.S_ISREG(about.st_mode):
-            raise UnknownContentError(f"{path!r} is no regular file, whose content could be told")
-        with self._lock:
-            key = (algorithm, *_identity(path, about))
-            known = self._known.get(key)
-            if known is not None:
-                self._known.move_to_end(key)
-                return known
-        digest = hashlib.new(algorithm)
-        with open(path, "rb") as file:  # noqa: PTH123 - as above
-            before = os.fstat(file.fileno())
-            while block := file.read(1 << 20):
-                digest.update(block)
-            after = os.fstat(file.fileno())
-        now = time.time_ns()
-        # Only what has long been as it is: a later change of it shows in its times for certain.
-        if _identity(path, before) == _identity(path, after) and max(after.st_mtime_ns, after.st_ctime_ns) < (
-            now - _SETTLED_NS
-        ):
-            with self._lock:
-                key = (algorithm, *_identity(path, after))
-                self._known[key] = digest.hexdigest()
-                while len(self._known) > _FILES_KNOWN:
-                    self._known.popitem(last=False)
-        return digest.hexdigest()
-
-
-def _identity(path: str, about: os.stat_result) -> tuple[Any, ...]:
-    # The time of the last change of the inode cannot be set by hand, unlike that of the content.
-    return (path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
 @dataclasses.dataclass
@@ -219,23 +155,6 @@ def _hold(tensor: torch.Tensor) -> Any:
         return tensor
 
 
-@cache
-def _fastest() -> str:
-    """What digests audio in the least time here.
-
-    Twelve seconds of it take SHA-256 0.6 ms where the processor has instructions for that, and BLAKE2 1.6 ms; without
-    them it is the other way round. Embedding them takes 90 ms, of which a repeat should cost a hundredth.
-    """
-    data = bytes(1 << 17)
-
-    def seconds(algorithm: str) -> float:
-        clock = time.perf_counter()
-        hashlib.new(algorithm, data)
-        return time.perf_counter() - clock
-
-    return min(_ALGORITHMS, key=lambda algorithm: min(seconds(algorithm) for _ in range(3)))
-
-
 _files = FileDigests()
 _weights = _Weights()
 
@@ -251,7 +170,7 @@ class Digest:
     def __init__(self, *, durable: bool = False) -> None:
         self.durable = durable
         self.files: list[tuple[str, str]] = []
-        self._algorithm = _DURABLE if durable else _fastest()
+        self._algorithm = DURABLE if durable else fastest()
         self._hash = hashlib.new(self._algorithm)
 
     def __str__(self) -> str:

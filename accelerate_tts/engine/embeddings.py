@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.content import Digest, UnknownContentError
+from accelerate_tts.engine.content import Digest
 from accelerate_tts.engine.embedding_files import EmbeddingFiles
 from accelerate_tts.engine.embedding_store import CacheInfo, EmbeddingStore, Flight, Kept
+from accelerate_tts.engine.file_digests import UnknownContentError
 from accelerate_tts.engine.fingerprint import code_of
 from accelerate_tts.engine.plan import reachable_modules
 from accelerate_tts.engine.random_state import warming

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from accelerate_tts import cached_embedding, events
-from accelerate_tts.engine import content
+from accelerate_tts.engine import content, file_digests
 
 
 class Service:
@@ -152,7 +152,7 @@ def test_what_other_processes_read_is_digested_alike_whichever_is_the_fastest_he
     path.write_bytes(b"RIFFabcd")
     stored, own = set(), set()
     for algorithm in ("sha256", "blake2b"):
-        monkeypatch.setattr(content, "_fastest", lambda algorithm=algorithm: algorithm)
+        monkeypatch.setattr(content, "fastest", lambda algorithm=algorithm: algorithm)
         for found, durable in ((stored, True), (own, False)):
             digest = content.Digest(durable=durable)
             digest.add([np.arange(7, dtype=np.float32), path, 1.0])
@@ -163,7 +163,7 @@ def test_what_other_processes_read_is_digested_alike_whichever_is_the_fastest_he
 
 
 def test_the_fastest_is_found_by_trying() -> None:
-    assert content._fastest.__wrapped__() in {"sha256", "blake2b"}
+    assert file_digests.fastest.__wrapped__() in {"sha256", "blake2b"}
 
 
 def test_an_array_counts_by_its_content_whatever_its_layout() -> None:

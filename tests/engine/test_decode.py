@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import block_kernel, growing
+from accelerate_tts.engine.stages import block_kernel, growing, inductor
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.decode import GrowingCacheStage
 from accelerate_tts.engine.stages.fused import FusedBlocksStage
@@ -364,6 +364,22 @@ def test_three_requests_at_once(stepping: tuple[Any, Any, Any]) -> None:
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda batch: by_hand(model, 25, batch), (2, 3, 4)))
     assert max(compare(a, b).error for a, b in zip(expected, found, strict=True)) < 1e-5
+
+
+def test_a_thread_that_does_not_compile_is_not_told_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or hidden states that it asks for would go where all threads find them, while some other one compiles."""
+    output_capturing = pytest.importorskip("transformers.utils.output_capturing")
+    inductor.compile_function(lambda x: x, "default", inductor.Counter("test"))
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling(), "torch's own answer has changed: is the mend still needed?"
+    assert not output_capturing.is_torchdynamo_compiling()
+    monkeypatch.undo()
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if output_capturing.is_torchdynamo_compiling() else x - 1
+
+    compiled = torch.compile(traced, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0)), "dynamo still sees that it traces"
 
 
 def test_a_padded_batch(stepping: tuple[Any, Any, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelerate_tts.engine import content
+from accelerate_tts.engine import file_digests
 from accelerate_tts.engine.embedding_files import EmbeddingFiles
 from accelerate_tts.engine.embedding_store import Kept
 from accelerate_tts.engine.pack_store import Pack, PackStore
@@ -482,7 +482,7 @@ def test_half_written_files_go_when_they_are_old_and_not_before(tmp_path: Path, 
 def test_a_file_that_seems_to_come_from_the_future_is_read_each_time(tmp_path: Path, clock: Clock) -> None:
     voice = tmp_path / "voice.wav"
     voice.write_bytes(b"one")
-    digests = content.FileDigests()
+    digests = file_digests.FileDigests()
     clock.now -= DAY
     first = digests.digest(str(voice))
     about = voice.stat()

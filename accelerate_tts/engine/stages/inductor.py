@@ -135,6 +135,7 @@ def compile_function(
     import torch
 
     _mend_workers()  # before inductor is imported, which may start them
+    _mend_collector()
     from torch._inductor import list_mode_options
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -167,6 +168,21 @@ def _mend_workers() -> None:
 
     if (Path(torch.__file__).parent.parent / "typing.py").exists():
         os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def _mend_collector() -> None:
+    """Let threads that ask for hidden states go on while another one compiles.
+
+    transformers 5 (to 5.23) keeps what a call collects of them in a variable of the context, and in one of the process
+    while something compiles; and torch.compiler.is_compiling(), by which it tells, is true in every thread then (torch
+    2.14). So a request of another thread gets none, or another one's. Only code that dynamo traces needs the second
+    variable, and `is_dynamo_compiling` is true of that code alone.
+    """
+    import torch
+
+    module: Any = sys.modules.get("transformers.utils.output_capturing")
+    if hasattr(module, "is_torchdynamo_compiling"):
+        module.is_torchdynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def _inductor() -> Any:
