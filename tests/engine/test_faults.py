@@ -481,7 +481,8 @@ def test_a_stage_that_costs_more_than_is_left_is_not_begun(seen: list[Event]) ->
     assert receipt.stages[0].reason.startswith("not tried: it takes about 100 s, and ")
     assert costly.log == []
     assert receipt.stages[1].kept
-    assert [event.stage for event in seen if isinstance(event, Trying)] == ["cheap"]
+    # Perhaps twice: on a busy machine the first verdict may be unsure.
+    assert {event.stage for event in seen if isinstance(event, Trying)} == {"cheap"}
     costly.cost = 30.0
     assert saved(run(Slow(), costly, budget=60.0)).stages[0].kept
 
