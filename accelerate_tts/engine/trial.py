@@ -44,8 +44,9 @@ _HOPELESS = 3.0
 _NOT_TWICE = 10.0
 # Bytes of weights that a slow machine makes copies of in other formats, in a second. They are made when first needed.
 _COPIED_A_SECOND = 2.5e8
-# Seconds of a replay up to which the first look is the better of two: of microseconds, a neighbour makes milliseconds.
-_CHEAP_LOOK = 0.05
+# Seconds of a replay up to which the first look is the better of two, and those up to which it decides nothing: of
+# microseconds a neighbour makes milliseconds, and pairs of so little are timed in no time.
+_CHEAP_LOOK, _CHEAP_PAIRS = 0.05, 0.01
 # An alternative that takes this many times as long as the one in force did when it was timed is not timed in pairs.
 _FAR_BEHIND = 1.3
 # Seconds of one replay from which a first look that shows no gain at all is enough: so much work varies by a few per
@@ -224,7 +225,7 @@ def _first_look(session: Session, part: Part, which: Which) -> float:
 
 def _hopeless(part: Part, before: float, after: float) -> str | None:
     """Why a change is not timed in pairs after one look."""
-    if after > _HOPELESS * before:
+    if after > max(_HOPELESS * before, _CHEAP_PAIRS):
         return "slower, at the first look"
     # Whole passes are long. What other libraries' threads are in the way of shows in one look, or is not worth it.
     return "no gain, at the first look" if part.kind == PROCESS and after > before / MARGIN else None
@@ -235,7 +236,7 @@ def _behind(session: Session, rival: Kept | None, seconds: float) -> str | None:
     if rival is None:
         return None
     known = next(r for r in session.results if r.kept and (r.part, r.stage) == (rival.part, rival.stage))
-    if known.after is not None and seconds > _FAR_BEHIND * known.after:
+    if known.after is not None and seconds > max(_FAR_BEHIND * known.after, _CHEAP_PAIRS):
         return f"slower than {rival.stage}, at the first look"
     return None
 

@@ -15,6 +15,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
@@ -121,6 +122,14 @@ class Alternative(Stage):
     """One of several ways to the same end."""
 
     group = "test"
+
+
+def test_a_disturbed_look_at_microseconds_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([1e-5, 0.009, 0.009])  # untouched; and twice with the change, while a neighbour is at work
+    monkeypatch.setattr(Session, "seconds", lambda *_args: next(looks))
+    monkeypatch.setattr(trial, "compare_speed", lambda *_args, **_kwargs: Timing(2e-5, 1e-5, 2.0, 1.9, 2.1, 25))
+    (result,) = run(Slow(), Stage(seconds=0.0)).receipt.stages
+    assert result.kept
 
 
 def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
