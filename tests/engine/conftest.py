@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine import capture, measure, session, trial, tune, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.stages import precision
 
@@ -20,3 +22,27 @@ def bf16_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trial, verdict, lambda *_args: None)
     monkeypatch.setattr(precision, "half_dtypes", lambda _device: (torch.bfloat16,))
     monkeypatch.setattr("accelerate_tts.engine.stages.half_dtypes", lambda _device: (torch.bfloat16,), raising=False)
+
+
+class SteadyClock:
+    """Stands in for the module `time`: it goes on when somebody sleeps, and by a microsecond when it is read."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        time.sleep(0)  # whoever interrupts it is another thread
+
+
+@pytest.fixture
+def steady_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SteadyClock:
+    """For the engine and for the test's module, only what sleeps takes time: neighbours' work decides no verdict."""
+    clock = SteadyClock()
+    for module in (capture, measure, session, trial, tune, whole, request.module):
+        monkeypatch.setattr(module, "time", clock)
+    return clock

@@ -25,6 +25,8 @@ from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack
 
+pytestmark = pytest.mark.usefixtures("steady_clock")
+
 
 @dataclass
 class Step(ModelOutput):

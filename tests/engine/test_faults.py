@@ -27,9 +27,11 @@ from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, Trying
 from accelerate_tts.settings import Precision
 
+pytestmark = pytest.mark.usefixtures("steady_clock")
+
 CPU = DeviceInfo("cpu", "test")
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-SLOW = 0.02  # seconds: so much more than what else happens that a busy machine does not hide it
+SLOW = 0.02  # seconds of the steady clock
 
 
 class Slow(nn.Module):

@@ -20,6 +20,8 @@ from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.models.named import Known
 
+pytestmark = pytest.mark.usefixtures("steady_clock")
+
 
 class Estimator(nn.Module):
     def __init__(self) -> None:

@@ -21,6 +21,8 @@ from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, Tuned, WarmupFailed
 
+pytestmark = pytest.mark.usefixtures("steady_clock")
+
 CPU = DeviceInfo("cpu", "test")
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 
