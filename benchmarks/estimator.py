@@ -26,6 +26,7 @@ from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import Stage
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.precision import HalfStage
+from accelerate_tts.engine.stages.sequence import FusedSequenceStage
 from accelerate_tts.engine.verify import compare
 
 CHANNELS = 80
@@ -35,6 +36,14 @@ WAYS: dict[str, tuple[Stage, ...]] = {
     "bf16 layers": (HalfStage(BF16, carried=False),),
     "bf16 part": (HalfStage(BF16, carried=True),),
     "bf16 part, compiled blocks": (HalfStage(BF16, carried=True), CompiledBlocksStage("default")),
+    "fused blocks": (FusedSequenceStage(),),
+    "fused blocks, bf16 layers": (FusedSequenceStage(), HalfStage(BF16, carried=False)),
+    "fused blocks, bf16 part": (FusedSequenceStage(), HalfStage(BF16, carried=True)),
+    "fused blocks, bf16 layers, compiled blocks": (
+        FusedSequenceStage(),
+        HalfStage(BF16, carried=False),
+        CompiledBlocksStage("default"),
+    ),
 }
 
 

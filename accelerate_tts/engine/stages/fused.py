@@ -22,10 +22,11 @@ from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
+from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import has_hooks, parameters_of, take_cache, token_layer
+from accelerate_tts.engine.stages.tokens import parameters_of, take_cache, token_layer
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class _Ready(NamedTuple):
 class _Fused:
     """One block and what the kernel needs of it, made when first needed and anew when its weights were written."""
 
+    only_tokens = True
+
     def __init__(self, block: nn.Module, what: str, weights: Weights) -> None:
         self._block: Any = block
         self._what = f"the fused blocks of {what}"
@@ -136,8 +139,7 @@ class _Fused:
         self.kind = (plain_class(block), self._dtype, self._cache_shape, self._hidden)
         self.row = Row(1, self._what)
         self.others: list[_Fused] = []
-        self._inner = [inner for inner in block.modules() if inner is not block]
-        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules() if inner._modules]
+        self._inside = Inside(block)
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
@@ -245,16 +247,10 @@ class _Fused:
 
     def _is_altered(self) -> bool:
         """Whether, since the change was made, something came into a block that the kernel would pass by."""
-        if has_hooks(*self._inner):
-            obstacle = "there are hooks on what is inside a block, and nothing inside it is called"
-        elif [1 for holder, before in self._places if list(holder.values()) != before] or [
-            1 for inner in self._inner if "forward" in inner.__dict__
-        ]:  # lists, since this is asked of each block at each token, and a generator costs more
-            obstacle = "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
-        else:
-            return False
-        emit(NotApplied(self._what, obstacle))
-        return True
+        obstacle = self._inside.altered()
+        if obstacle is not None:
+            emit(NotApplied(self._what, obstacle))
+        return obstacle is not None
 
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known

@@ -4,6 +4,7 @@
 + bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or
 (inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
 `decoder_blocks` (block.cpp) is one token through blocks of a decoder; block_kernel.py describes them to it.
+`sequence_block` (sequence.cpp) is a whole sequence through a block without a cache; see sequence_kernel.py.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decoder_blocks", "library_file", "skinny_linear"]
+__all__ = ["decoder_blocks", "library_file", "multiplies_in_bf16", "sequence_block", "skinny_linear"]
 
-_SOURCES = ("skinny.cpp", "block.cpp")
+_SOURCES = ("skinny.cpp", "block.cpp", "sequence.cpp")
 
 
 @cache
@@ -57,6 +58,30 @@ def decoder_blocks() -> Callable[..., None]:
     kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     kernel.restype = None
     return kernel  # type: ignore[no-any-return]
+
+
+@cache
+def sequence_block() -> Callable[..., None]:
+    """The kernel for a sequence through a block: `(block, call, threads)`, see sequence_kernel.py.
+
+    Raises:
+        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+    """
+    import ctypes
+
+    kernel: Any = _library().sequence_block
+    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    kernel.restype = None
+    return kernel  # type: ignore[no-any-return]
+
+
+def multiplies_in_bf16() -> bool:
+    """Whether `sequence_block` multiplies by AMX; without, it is right and slow.
+
+    Raises:
+        Exception: As for `sequence_block`.
+    """
+    return bool(_library().multiplies_in_bf16())
 
 
 @cache

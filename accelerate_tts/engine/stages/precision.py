@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import COPY, HALF, CarryingSwap, class_of, in_fused, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import (
+    COPY,
+    HALF,
+    CarryingSwap,
+    class_of,
+    fused_by,
+    in_fused,
+    is_fused,
+    plain_class,
+    subclass_with,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +60,8 @@ class HalfStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
-        if in_fused(part.module):  # a copy of all its weights, for the sake of the prompts
-            return "its blocks are fused"
+        if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
+            return "its blocks are fused"  # a copy of all their weights, for the sake of the prompts
         return None if _layers(part.module) else "no layer that computes in fp32"
 
     def prepare(self, part: Part) -> CarryingSwap:
@@ -61,10 +71,13 @@ class HalfStage(BaseStage):
         twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
         if not carried:
             return CarryingSwap(list(layers), lambda m: _layer_class(class_of(m), dtype, carried=False), HALF, twins)
-        islands = {module for module in part.module.modules() if _is_island(module, layers)}
+        fused = in_fused(part.module)  # each takes fp32, and is asked as a whole
+        outermost = {block for block in fused if is_fused(block)}
+        islands = {module for module in part.module.modules() if module not in fused and _is_island(module, layers)}
+        islands |= outermost
         outer = {part.module} - layers
         # What an island computes with its own weights has to meet fp32 from its layers too.
-        alone = {layer for island in islands for layer in island.children()} | {part.module}
+        alone = {layer for island in islands - outermost for layer in island.children()} | {part.module}
 
         def swapped(module: nn.Module) -> type:
             if module in twins:
@@ -94,10 +107,14 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
+    fused = in_fused(module)  # the kernel has copies of its own
     return [
         inner
         for inner in module.modules()
-        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
+        if isinstance(inner, kinds)
+        and inner not in fused
+        and _in_fp32(inner)
+        and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 

@@ -39,8 +39,9 @@ __all__ = [
 _PLAIN = "_accelerate_tts_plain"
 _COPIES = "_accelerate_tts_copies"
 FUSED = "_accelerate_tts_fused"
-"""An attribute of classes whose objects are served by one kernel for a token, which calls nothing inside them: what
-serves them."""
+"""An attribute of classes whose objects are served by one kernel, which calls nothing inside them: what serves them.
+Its `only_tokens` says whether what is inside such a block still sees the prompts; `copied()` is of which layers it has
+copies that could serve them."""
 COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
 """Attributes that a change may set on a module while it is on; copies and pickles of the module are without them."""
 
@@ -136,12 +137,12 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def fused_by(module: Any) -> Any:
-    """What serves a block's tokens by one kernel now, so that what is inside it sees the prompts only; or `None`."""
+    """What serves a block by one kernel now; or `None`."""
     return getattr(class_of(module), FUSED, None)
 
 
 def is_fused(module: Any) -> bool:
-    """Whether a block's tokens are served by one kernel now."""
+    """Whether a block is served by one kernel now."""
     return fused_by(module) is not None
 
 

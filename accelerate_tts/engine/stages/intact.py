@@ -1,0 +1,34 @@
+"""Whether what a kernel passes by, when it serves a whole block, is still what it was when the kernel learnt of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate_tts.engine.stages.tokens import has_hooks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Inside"]
+
+
+class Inside:
+    """What is inside a block.
+
+    Args:
+        block: The block, as it is served.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._inner = [inner for inner in block.modules() if inner is not block]
+        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules() if inner._modules]
+
+    def altered(self) -> str | None:
+        """What came into the block since that the kernel would pass by, as an obstacle; `None` if nothing did."""
+        if has_hooks(*self._inner):
+            return "there are hooks on what is inside a block, and nothing inside it is called"
+        if [1 for holder, before in self._places if list(holder.values()) != before] or [
+            1 for inner in self._inner if "forward" in inner.__dict__
+        ]:  # lists, since this is asked of each block at each token, and a generator costs more
+            return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
+        return None
