@@ -79,9 +79,9 @@ class _Fused:
 
     only_tokens = False
 
-    def __init__(self, block: nn.Module, what: str) -> None:
-        self._block: Any = block
-        self._attention: Any = self._block.attn1
+    def __init__(self, block: Any, what: str) -> None:
+        self._block = block
+        self._attention = block.attn1
         self._what = f"the fused blocks of {what}"
         self._names: list[str] = []
         self._inside = Inside(block)
