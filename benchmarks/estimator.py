@@ -26,24 +26,22 @@ from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import Stage
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.precision import HalfStage
+from accelerate_tts.engine.stages.residual_kernel import RESIDUAL
 from accelerate_tts.engine.stages.sequence import FusedSequenceStage
+from accelerate_tts.engine.stages.transformer_kernel import TRANSFORMER
 from accelerate_tts.engine.verify import compare
 
 CHANNELS = 80
 BF16 = torch.bfloat16
+FUSED = (FusedSequenceStage(TRANSFORMER), FusedSequenceStage(RESIDUAL))
 WAYS: dict[str, tuple[Stage, ...]] = {
     "compiled blocks": (CompiledBlocksStage("default"),),
     "bf16 layers": (HalfStage(BF16, carried=False),),
     "bf16 part": (HalfStage(BF16, carried=True),),
     "bf16 part, compiled blocks": (HalfStage(BF16, carried=True), CompiledBlocksStage("default")),
-    "fused blocks": (FusedSequenceStage(),),
-    "fused blocks, bf16 layers": (FusedSequenceStage(), HalfStage(BF16, carried=False)),
-    "fused blocks, bf16 part": (FusedSequenceStage(), HalfStage(BF16, carried=True)),
-    "fused blocks, bf16 layers, compiled blocks": (
-        FusedSequenceStage(),
-        HalfStage(BF16, carried=False),
-        CompiledBlocksStage("default"),
-    ),
+    "fused transformer blocks": (FusedSequenceStage(TRANSFORMER),),
+    "fused blocks": FUSED,
+    "fused blocks, bf16 layers": (*FUSED, HalfStage(BF16, carried=False)),
 }
 
 

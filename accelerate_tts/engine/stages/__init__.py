@@ -86,7 +86,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
     from accelerate_tts.engine.stages.prompts import PromptStage
     from accelerate_tts.engine.stages.quantize import quantize_stages
-    from accelerate_tts.engine.stages.sequence import FusedSequenceStage
+    from accelerate_tts.engine.stages.sequence import KERNELS, FusedSequenceStage
     from accelerate_tts.engine.stages.skinny import FORMATS, SkinnyStage
 
     on_cpu = device_type == "cpu"
@@ -97,7 +97,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     if on_cpu and compile_mode is not None:  # it needs the compiler too
         # Before all else that changes linear layers: what is inside fused blocks is not tried again.
         stages += map(FusedBlocksStage, formats)
-        stages += [PromptStage(), FusedSequenceStage()] if precision != "exact" else []
+        stages += [PromptStage(), *map(FusedSequenceStage, KERNELS)] if precision != "exact" else []
     # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager
     # PyTorch it gains a per cent or two, and to be sure of that takes a fifth of the budget. A GPU copies a cache in
     # less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it for brings it along.

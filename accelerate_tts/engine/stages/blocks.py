@@ -25,7 +25,7 @@ from accelerate_tts.engine.stages.inductor import (
     options,
     reason_of,
 )
-from accelerate_tts.engine.stages.swap import ClassSwap, is_fused, keeps_copies, make_copies, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, keeps_copies, make_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import cache_name, parameters_of, take_cache, token_layer
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
@@ -92,7 +92,8 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
                 others.setdefault(kind, []).extend(row)
     rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be in two places
     rows = [row for row in rows if len(row) > 1]
-    rows = [row for row in rows if not is_fused(row[0])]
+    fused = in_fused(module)
+    rows = [row for row in rows if row[0] not in fused]
     inside = {inner for row in rows for block in row for inner in block.modules() if inner is not block}
     outermost = [row for row in rows if row[0] not in inside]
     return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.tokens import has_hooks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
 __all__ = ["Inside"]
@@ -17,11 +19,14 @@ class Inside:
 
     Args:
         block: The block, as it is served.
+        watched: Places besides its modules, an object and an attribute each, that must hold what they hold now.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, watched: Iterable[tuple[Any, str]] = ()) -> None:
         self._inner = [inner for inner in block.modules() if inner is not block]
-        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules() if inner._modules]
+        # What has nothing in it, too: a linear layer may be given an adapter.
+        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules()]
+        self._watched = [(holder, name, getattr(holder, name, None)) for holder, name in watched]
 
     def altered(self) -> str | None:
         """What came into the block since that the kernel would pass by, as an obstacle; `None` if nothing did."""
@@ -31,4 +36,7 @@ class Inside:
             1 for inner in self._inner if "forward" in inner.__dict__
         ]:  # lists, since this is asked of each block at each token, and a generator costs more
             return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
+        for holder, name, before in self._watched:
+            if getattr(holder, name, None) is not before:
+                return f"the {name} inside a block was exchanged"
         return None

@@ -4,7 +4,8 @@
 + bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or
 (inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
 `decoder_blocks` (block.cpp) is one token through blocks of a decoder; block_kernel.py describes them to it.
-`sequence_block` (sequence.cpp) is a whole sequence through a block without a cache; see sequence_kernel.py.
+`transformer_block` (transformer.cpp) and `residual_block` (residual.cpp) are a whole sequence through a block without a
+cache; transformer_kernel.py and residual_kernel.py describe them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decoder_blocks", "library_file", "multiplies_in_bf16", "sequence_block", "skinny_linear"]
+__all__ = [
+    "decoder_blocks",
+    "library_file",
+    "multiplies_in_bf16",
+    "residual_block",
+    "skinny_linear",
+    "transformer_block",
+]
 
-_SOURCES = ("skinny.cpp", "block.cpp", "sequence.cpp")
+_SOURCES = ("skinny.cpp", "block.cpp", "tiles.cpp", "transformer.cpp", "residual.cpp")
 
 
 @cache
@@ -61,25 +69,38 @@ def decoder_blocks() -> Callable[..., None]:
 
 
 @cache
-def sequence_block() -> Callable[..., None]:
-    """The kernel for a sequence through a block: `(block, call, threads)`, see sequence_kernel.py.
+def transformer_block() -> Callable[..., None]:
+    """The kernel for a sequence through a transformer's block: `(block, call, threads)`, see transformer_kernel.py.
 
     Raises:
         Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
     """
+    return _of_block_and_call(_library().transformer_block)
+
+
+@cache
+def residual_block() -> Callable[..., None]:
+    """The kernel for a sequence through a residual block: `(block, call, threads)`, see residual_kernel.py.
+
+    Raises:
+        Exception: As for `transformer_block`.
+    """
+    return _of_block_and_call(_library().residual_block)
+
+
+def _of_block_and_call(kernel: Any) -> Callable[..., None]:
     import ctypes
 
-    kernel: Any = _library().sequence_block
     kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     kernel.restype = None
     return kernel  # type: ignore[no-any-return]
 
 
 def multiplies_in_bf16() -> bool:
-    """Whether `sequence_block` multiplies by AMX; without, it is right and slow.
+    """Whether `transformer_block` and `residual_block` multiply by AMX; without, they are right and slow.
 
     Raises:
-        Exception: As for `sequence_block`.
+        Exception: As for `transformer_block`.
     """
     return bool(_library().multiplies_in_bf16())
 
