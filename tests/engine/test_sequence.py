@@ -541,6 +541,22 @@ def test_the_estimators_blocks_and_what_is_around_them(estimator: Estimator, ser
     assert torch.equal(estimator.step(), expected)
 
 
+def test_the_little_that_is_left_is_not_tried() -> None:
+    """Each trial takes seconds, and of a twentieth of the work nothing would be gained."""
+    module = nn.ModuleList(block_of(192, 3) for _ in range(8))
+    module.append(nn.Linear(192, 128))
+    part, plain = Part("blocks", "estimator", module), nn.ModuleList([module[-1]])
+    others = [
+        HalfStage(torch.bfloat16, carried=False),
+        HalfStage(torch.bfloat16, carried=True),
+        QuantizeStage("onednn"),
+    ]
+    assert [stage.applies(part) for stage in others] == [None] * 3
+    fuse(module)
+    assert [stage.applies(part) for stage in others] == ["next to nothing is left beside its fused blocks"] * 3
+    assert [stage.applies(Part("layer", "estimator", plain)) for stage in others] == [None] * 3
+
+
 def test_what_is_inside_is_not_tried_again() -> None:
     module = nn.ModuleList(block_of() for _ in range(2))
     others = [HalfStage(torch.bfloat16, carried=False), FewRowsStage(), QuantizeStage("onednn"),

@@ -25,6 +25,7 @@ from accelerate_tts.engine.stages.swap import (
     COPY,
     HALF,
     CarryingSwap,
+    are_left_over,
     class_of,
     fused_by,
     in_fused,
@@ -62,7 +63,10 @@ class HalfStage(BaseStage):
         """See `Stage.applies`."""
         if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
             return "its blocks are fused"  # a copy of all their weights, for the sake of the prompts
-        return None if _layers(part.module) else "no layer that computes in fp32"
+        layers = _layers(part.module)
+        if not layers:
+            return "no layer that computes in fp32"
+        return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.swap import PACKED, CarryingSwap, class_of, in_fused, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import (
+    PACKED,
+    CarryingSwap,
+    are_left_over,
+    class_of,
+    in_fused,
+    plain_class,
+    subclass_with,
+)
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
@@ -53,7 +61,10 @@ class QuantizeStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
-        return None if _linears(part.module) else "no large linear layer in it"
+        layers = _linears(part.module)
+        if not layers:
+            return "no large linear layer in it"
+        return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
         """See `Stage.prepare`."""

@@ -10,7 +10,7 @@ import copy
 import copyreg
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.base import BaseChange
+from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,7 @@ __all__ = [
     "PACKED",
     "CarryingSwap",
     "ClassSwap",
+    "are_left_over",
     "class_of",
     "copies_of",
     "fused_by",
@@ -149,6 +150,16 @@ def is_fused(module: Any) -> bool:
 def in_fused(module: nn.Module) -> set[nn.Module]:
     """What of a module is inside blocks that one kernel serves."""
     return {inner for block in module.modules() if is_fused(block) for inner in block.modules()}
+
+
+def are_left_over(layers: list[nn.Module], module: nn.Module) -> bool:
+    """Whether layers are what is left beside fused blocks, with next to nothing of a module's weights in them.
+
+    A layer's work is its weights times what it is given: of so little, not even twice the speed would be a gain.
+    """
+    everything = sum(weight.numel() for weight in module.parameters())
+    some = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    return some < LEAST_FEW_ROWS * everything and bool(in_fused(module))
 
 
 def keeps_copies(module: nn.Module) -> bool:
