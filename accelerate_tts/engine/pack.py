@@ -172,10 +172,10 @@ class WarmPack:
 
     def _code_of(self, kept: Sequence[Kept]) -> bytes | None:
         """What was compiled for the changes in force: graphs, and our own kernels, which any of them may run."""
-        own = native.library_file()
-        if own is None and not any(entry.change.graphs for entry in kept):
+        own = native.library_files()
+        if not own and not any(entry.change.graphs for entry in kept):
             return None
-        return artifacts.pack(self._code, *(() if own is None else (own,)))
+        return artifacts.pack(self._code, *own)
 
 
 class _WarmupFailedError(Exception):

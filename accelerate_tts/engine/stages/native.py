@@ -19,25 +19,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "decoder_blocks",
-    "library_file",
+    "library_files",
     "multiplies_in_bf16",
     "residual_block",
     "skinny_linear",
     "transformer_block",
 ]
 
-_SOURCES = ("skinny.cpp", "block.cpp", "tiles.cpp", "transformer.cpp", "residual.cpp")
+_TOKENS = ("skinny.cpp", "block.cpp")
+# In a library of their own: they need a header of torch's inside, which some releases ship without what it includes.
+_SEQUENCES = (*_TOKENS, "tiles.cpp", "transformer.cpp", "residual.cpp")
+_loaded: dict[tuple[str, ...], Any] = {}
 
 
 @cache
-def _library() -> Any:
+def _library(sources: tuple[str, ...] = _TOKENS) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
     # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
     here = Path(__file__).parent
-    code = "\n".join((here / name).read_text(encoding="utf-8") for name in _SOURCES)
-    return CppCodeCache.load(code, extra_flags=_flags())
+    code = "\n".join((here / name).read_text(encoding="utf-8") for name in sources)
+    library = CppCodeCache.load(code, extra_flags=_flags())
+    _loaded[sources] = library
+    return library
 
 
 def _flags() -> tuple[str, ...]:
@@ -48,9 +53,9 @@ def _flags() -> tuple[str, ...]:
     return ("-ftree-loop-vectorize", "-ffp-contract=fast") if is_gcc() else ()
 
 
-def library_file() -> Path | None:
-    """Where what was built lies, if this process has loaded it."""
-    return Path(_library()._name) if _library.cache_info().currsize else None
+def library_files() -> list[Path]:
+    """Where what was built lies, of what this process has loaded."""
+    return [Path(library._name) for library in _loaded.values()]
 
 
 @cache
@@ -75,7 +80,7 @@ def transformer_block() -> Callable[..., None]:
     Raises:
         Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
     """
-    return _of_block_and_call(_library().transformer_block)
+    return _of_block_and_call(_library(_SEQUENCES).transformer_block)
 
 
 @cache
@@ -85,7 +90,7 @@ def residual_block() -> Callable[..., None]:
     Raises:
         Exception: As for `transformer_block`.
     """
-    return _of_block_and_call(_library().residual_block)
+    return _of_block_and_call(_library(_SEQUENCES).residual_block)
 
 
 def _of_block_and_call(kernel: Any) -> Callable[..., None]:
@@ -102,7 +107,7 @@ def multiplies_in_bf16() -> bool:
     Raises:
         Exception: As for `transformer_block`.
     """
-    return bool(_library().multiplies_in_bf16())
+    return bool(_library(_SEQUENCES).multiplies_in_bf16())
 
 
 @cache
