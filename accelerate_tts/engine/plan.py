@@ -37,11 +37,13 @@ class Head:
         codebooks: How many distributions lie side by side in its outputs.
         guidance: Where a loop runs a conditioned half of the rows beside an unconditioned one, the usual weight `w` of
             what it samples from, `conditioned + w * (conditioned - unconditioned)`; errors are then larger by as much.
+        reads_alone: Whether nothing else reads the hidden states: then what counts of them is the probabilities.
     """
 
     modules: tuple[nn.Module, ...]
     codebooks: int = 1
     guidance: float | None = None
+    reads_alone: bool = False
 
     def __call__(self, hidden: Any) -> Any:
         """Logits of shape (..., codebooks, vocabulary), or (..., vocabulary) of one codebook."""

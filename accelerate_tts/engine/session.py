@@ -16,6 +16,8 @@ from accelerate_tts.events import Event, FellBack, add_hook
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
 
+    from torch import nn
+
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.capture import Captured
     from accelerate_tts.engine.plan import ModelPlan, Part
@@ -31,6 +33,14 @@ CUDA_GRAPH_PASSES = 3
 """A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
 
 _BIT_EXACT = Tolerance(0.0, 0.0)
+
+
+def _depth_of(module: nn.Module) -> int:
+    """How many blocks lie one behind the other in it: the most in one of its lists."""
+    from torch import nn
+
+    lists = (len(holder) for holder in module.modules() if isinstance(holder, (nn.ModuleList, nn.Sequential)))
+    return max(lists, default=1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,9 @@ class Session:
 
     def objection(self, part: Part, difference: Difference) -> str:
         """Why what a changed part computes is not tolerated, or ""."""
-        objection = (_BIT_EXACT if part.decides else self.tolerance).objection(difference)
+        objection = (_BIT_EXACT if part.decides else self.tolerance).objection(
+            difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
+        )
         why = "; it must be bit-exact, since lengths hang on it" if part.decides else ""
         return f"wrong output: {objection}{why}" if objection else ""
 

@@ -35,8 +35,11 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 
 
 # A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
-# some ten layers, each of which rounds. Where the result is tokens, they are compared as well, and must be the same.
-_ROUNDINGS = 4
+# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0036). Where
+# the result is tokens, they are compared as well, and must be the same.
+_ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
+# What nothing reads but a head whose probabilities are compared themselves may be so many times as far off.
+_READ_BY_A_HEAD = 3.0
 _AUDIBLE = 60.0
 _FRAME = 1024
 _LEAST_SAMPLES, _MOST_CHANNELS = 4096, 16
@@ -58,18 +61,28 @@ class Tolerance:
     spectral: float
     divergence: float = math.inf
 
-    def objection(self, difference: Difference) -> str:
-        """Why a difference is not tolerated, or ""."""
+    def objection(self, difference: Difference, *, depth: int = 1, read_by_a_head: bool = False) -> str:
+        """Why a difference is not tolerated, or "".
+
+        Args:
+            difference: What was found.
+            depth: Blocks that lie one behind the other in what was compared: each of a half-precision model rounds.
+            read_by_a_head: Whether nothing reads it but the head whose probabilities are compared.
+        """
         if difference.reason:
             return difference.reason
+        deeper = math.sqrt(min(max(depth, _BLOCKS), _MOST_BLOCKS) / _BLOCKS)
+        # Exact means to rounding, whoever reads it.
+        inexact = read_by_a_head and difference.divergence is not None and self.error > EXACT_TOLERANCE
+        allowed = self.error * (_READ_BY_A_HEAD if inexact else 1.0)
         # A reference in half precision is as far from the truth as its own rounding takes it, and a candidate that is
         # right may be that far from it (triangle inequality). A relative error e of logits with a variance of s is a
         # divergence of s * e ** 2 / 2, and logits have a variance of a few.
         for rounding, error in difference.errors or ((difference.rounding, difference.error),):
-            limit = self.error + _ROUNDINGS * rounding
+            limit = allowed + _ROUNDINGS * deeper * rounding
             if not error <= limit:  # a NaN is not tolerated
                 return f"relative error {error:.1e}, allowed is {limit:.0e}"
-        divergence = self.divergence + (_ROUNDINGS * difference.rounding) ** 2
+        divergence = self.divergence + (_ROUNDINGS * deeper * difference.rounding) ** 2
         if difference.spectral is not None and not difference.spectral <= self.spectral:
             return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
         if difference.divergence is not None and not difference.divergence <= divergence:

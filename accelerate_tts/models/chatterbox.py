@@ -16,7 +16,9 @@ _RELEASES = "chatterbox-tts 0.1.1 to 0.1.7, chatterbox-light 1.0"
 # `T3.inference` and `inference_turbo` are loops of their own; both call the transformer as a module. The loop wraps it
 # in an object that it makes anew at every call, so the transformer itself is the outermost thing that stays.
 # The loop samples from two rows of logits with `cfg_weight`, 0.5 if nothing else is said.
-t3 = Known("Chatterbox's T3", _RELEASES, {"tfmr": "decoder"}, heads={"tfmr": ("speech_head",)}, guidance=0.5)
+t3 = Known(
+    "Chatterbox's T3", _RELEASES, {"tfmr": "decoder"}, heads={"tfmr": ("speech_head",)}, guidance=0.5, reads_alone=True
+)
 # The solver calls `estimator.forward` ten times, past its hooks; to time the solver as a whole would take ten
 # times as long. The vocoder is driven by `mel2wav.inference`.
 _PARTS: dict[str, Kind] = {"flow.encoder": "encoder", "flow.decoder.estimator": "estimator"}

@@ -8,7 +8,7 @@ __all__ = ["boson", "codec", "parts"]
 
 # The two heads are small beside the decoder, and `generate` calls the whole with ids that each step changes.
 parts = Known("Higgs Audio", "transformers 5.0 to 5.23", {"model": "decoder"}, heads={"model": ("audio_lm_head",)},
-    codebooks="config.num_codebooks",
+    codebooks="config.num_codebooks", reads_alone=True,
 )  # fmt: skip
 # `decode` of the codec is no call of a module; its decoder is.
 codec = Known("Higgs Audio's codec", "transformers 5.0 to 5.23", {"acoustic_decoder": "vocoder"})
@@ -16,4 +16,5 @@ codec = Known("Higgs Audio's codec", "transformers 5.0 to 5.23", {"acoustic_deco
 # source and from building it (`make releases`); nothing here was run with it.
 boson = Known("Higgs Audio", "boson-multimodal 0.1", {"": "decoder"}, needs=("layers", "embed_tokens"),
     heads={"": ("audio_decoder_proj.audio_lm_head",)}, codebooks="audio_num_codebooks",
+    reads_alone=True,
 )  # fmt: skip

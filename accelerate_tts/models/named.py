@@ -28,6 +28,7 @@ class Known:
         methods: Of those that the system does not call as modules (`part(...)`), the method that it calls instead.
         decide: Of them, those whose outputs become discrete.
         heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
+        reads_alone: See `Head`.
         guidance: See `Head`.
         codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one; a
             whole number.
@@ -40,6 +41,7 @@ class Known:
     decide: frozenset[str] = frozenset()
     methods: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads_alone: bool = False
     codebooks: str = ""
     guidance: float | None = None
     needs: tuple[str, ...] = ()
@@ -87,7 +89,8 @@ class Known:
         if not modules:
             return None
         codebooks = _at(module, self.codebooks) if self.codebooks else 1
-        return Head(tuple(modules), codebooks if isinstance(codebooks, int) else 1, self.guidance)
+        count = codebooks if isinstance(codebooks, int) else 1
+        return Head(tuple(modules), count, self.guidance, self.reads_alone)
 
 
 def _path(path: str, name: str, module: nn.Module) -> str:

@@ -7,7 +7,8 @@ from accelerate_tts.models.named import Known
 __all__ = ["parts"]
 
 # `gpt.gpt` is also `gpt.gpt_inference.transformer`: `generate` and the stream drive the latter, the pass for the
-# latents the former. `speaker_encoder` and the conditioning run once for a voice, and are left as they are.
+# latents the former, so that the vocoder reads the hidden states, too. `speaker_encoder` and the conditioning run once
+# for a voice, and are left as they are.
 parts = Known(
     "XTTS",
     "coqui-tts 0.27 to 0.28",

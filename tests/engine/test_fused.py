@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from accelerate_tts.engine.stages.linear import FewRowsStage
 from accelerate_tts.engine.stages.precision import HalfStage
 from accelerate_tts.engine.stages.quantize import QuantizeStage
 from accelerate_tts.engine.stages.skinny import SkinnyStage, Weights
-from accelerate_tts.engine.verify import EXACT_TOLERANCE
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.events import NotApplied
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
@@ -212,6 +213,27 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     change.on()
     assert error(truth, loop(model)) < LIMITS["int8"] + upstream
     assert len(served) == 28
+
+
+@pytest.mark.parametrize("layers", [4, 28])
+def test_a_deep_model_in_bf16_is_nearer_to_the_truth_than_upstream(layers: int, served: list[int]) -> None:
+    """And as far from upstream as both are from the truth: what the tolerance of half-precision models goes by."""
+    torch.manual_seed(0)
+    sizes = SMALL | {"num_hidden_layers": layers}
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, **sizes
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval().to(torch.bfloat16)
+    truth = copy.deepcopy(model).double()
+    expected, upstream = loop(truth, width=256), loop(model, width=256)
+    fuse(model).on()
+    ours = loop(model, width=256)
+    assert served
+    apart = compare([upstream.bfloat16()], [ours.bfloat16()])
+    assert error(expected, ours) < error(expected, upstream)
+    assert apart.error < 1.1 * (error(expected, ours) ** 2 + error(expected, upstream) ** 2) ** 0.5
+    assert not TOLERANCES["exact"].objection(apart, depth=layers)
+    assert apart.error < 0.02 * max(1.0, layers / 10) ** 0.5
 
 
 def test_written_weights_are_used_at_once() -> None:

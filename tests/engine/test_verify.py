@@ -370,3 +370,25 @@ def test_a_half_precision_tensor_loosens_no_other() -> None:
     assert not exact.objection(compare((wave, coarse), (wave * (1 + 1e-5), (cache * 1.005).to(torch.bfloat16))))
     assert "1.0e-02" in exact.objection(compare((wave, coarse), (wave * 1.01, coarse)))
     assert exact.objection(compare((wave, coarse), (wave, (cache * 1.1).to(torch.bfloat16))))
+
+
+def test_deep_models_in_half_precision_differ_by_the_root_of_their_depth_more() -> None:
+    """Rounding errors of blocks are independent of each other: decision 0036 has what was measured."""
+    exact, rounding = TOLERANCES["exact"], torch.finfo(torch.bfloat16).eps
+    limits = {depth: exact.error + 4 * rounding * factor for depth, factor in ((1, 1), (10, 1), (40, 2), (400, 2))}
+    for depth, limit in limits.items():
+        just, over = (Difference(limit * factor, rounding=rounding) for factor in (0.99, 1.01))
+        assert not exact.objection(just, depth=depth)
+        assert "relative error" in exact.objection(over, depth=depth)
+        assert exact.objection(Difference(2e-4), depth=depth), "an fp32 model's is its own"
+
+
+def test_what_only_a_head_reads_is_judged_by_its_probabilities() -> None:
+    right, diverged = (Difference(0.1, divergence=divergence) for divergence in (0.01, 0.06))
+    fast, exact = TOLERANCES["fast"], TOLERANCES["exact"]
+    assert "relative error" in fast.objection(right)
+    assert not fast.objection(right, read_by_a_head=True)
+    assert "nats" in fast.objection(diverged, read_by_a_head=True)
+    assert "relative error" in fast.objection(Difference(0.13, divergence=0.01), read_by_a_head=True)
+    assert "relative error" in fast.objection(Difference(0.1), read_by_a_head=True), "nothing was compared but itself"
+    assert "relative error" in exact.objection(Difference(2e-4, divergence=0.0), read_by_a_head=True)

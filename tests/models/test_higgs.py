@@ -76,6 +76,7 @@ def test_the_original_is_known_by_name(seen: list[Event]) -> None:
     (part,) = describe(model).parts
     assert (part.name, part.kind, part.module) == ("HiggsAudioModel", "decoder", model)
     assert part.head is not None
+    assert part.head.reads_alone
     assert part.head(torch.ones(1, 3, 2)).shape == (1, 3, 8, 5)
     assert seen == []
     assert [part.kind for part in describe(HiggsAudioModel("projector")).parts] == ["model"]
