@@ -2,7 +2,7 @@
 
     python benchmarks/examples.py [--tune-seconds S] [--layers N] [--tiny] [NAME ...]
 
-For a machine with nothing else to do: minutes each on a CPU, and 24 GB for Higgs without `--layers`. The exit status is
+For a machine with nothing else to do: minutes each on a CPU, and 16 GB for Higgs without `--layers`. The exit status is
 1 if one fails or writes no sound. `--tiny` is what the tests run of them, to see this script work.
 """
 
