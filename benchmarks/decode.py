@@ -30,7 +30,7 @@ from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 
 from accelerate_tts import Receipt, get_performance_optimizer, optimized_model, receipt_of
-from accelerate_tts.cli.bench.measure import bandwidth, device_type, held_bytes
+from accelerate_tts.cli.bench.measure import bandwidth, bytes_of_a_token, device_type, held_bytes
 from accelerate_tts.cli.tables import table
 from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import synchronize
@@ -198,8 +198,7 @@ def measure(name: str, precision: str, layers: int | None) -> dict[str, Any]:
         steps = [divergence([Step(a)], [Step(b)], plain.head) or 0.0 for a, b in zip(*states, strict=True)]
         drawn = [sampled(decoder, SAMPLED) for decoder in (plain, tuned)]
     size = sum(parameter.numel() * parameter.element_size() for parameter in plain.model.parameters())
-    tables = [module.weight for module in plain.model.modules() if isinstance(module, torch.nn.Embedding)]
-    read = size - sum(table.numel() * table.element_size() for table in tables)
+    read = bytes_of_a_token(plain.model)
     step = against(plain, tuned, timed_token, PAIRS)
     prompt = against(plain, tuned, timed_prompt, PAIRS)
     floor = read / bandwidth(device_type())

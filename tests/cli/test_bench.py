@@ -326,3 +326,12 @@ def test_ratios_are_of_pairs() -> None:
 def test_run_checks_its_names_before_it_builds_anything() -> None:
     with pytest.raises(SettingsError, match="'other' is not one of"):
         command.run(["mms", "other"], command.Options(size="tiny"))
+
+
+def test_the_floor_counts_what_a_token_reads() -> None:
+    """Not the feed-forwards of Higgs Audio's text, nor tables of which it takes a line."""
+    built = systems.SYSTEMS["higgs"].build("tiny", None, "cpu")
+    named = dict(built.decoder.named_parameters())
+    read = {name for name in named if ".mlp." not in name and "embed" not in name}
+    assert any(".audio_mlp." in name for name in read)
+    assert measure.bytes_of_a_token(built.decoder) == sum(named[name].numel() * 2 for name in read)
