@@ -101,18 +101,19 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager
     # PyTorch it gains a per cent or two, and to be sure of that takes a fifth of the budget. A GPU copies a cache in
     # less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it for brings it along.
-    stages += [] if device_type == "cuda" else [GrowingCacheStage()]
-    if precision != "exact":
-        for dtype in half_dtypes(device_type):
-            stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
+    halves = [] if precision == "exact" else half_dtypes(device_type)
+    if device_type == "cuda":
+        stages += [CapturedStepStage(), *(CapturedStepStage(inside=HalfStage(dtype, carried=True)) for dtype in halves)]
+    else:
+        stages.append(GrowingCacheStage())
+    for dtype in halves:
+        stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
     if on_cpu:
         if compile_mode is not None:
             stages += map(SkinnyStage, formats)
         stages.append(FewRowsStage())
         stages += quantize_stages() if precision == "fast" else ()
         stages += [] if compile_mode is None else [FrozenCompileStage()]
-    if device_type == "cuda":
-        stages.append(CapturedStepStage())
     if compile_mode is not None:
         # Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block.
         blocks = _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode)

@@ -5,6 +5,9 @@ Recorded once and replayed, it costs one start. The recording wants fixed addres
 served is one token for a growing cache (growing.py); prompts, attention weights asked for, arguments that were not
 there when it was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own forward on the
 same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+
+Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
+started; and a recording knows nothing of what is changed on the layers after it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
-from accelerate_tts.engine.stages.swap import ClassSwap, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import RECORDED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_of, has_hooks, parameters_of
 from accelerate_tts.events import FellBack, NotApplied, Recompiled, emit
 from accelerate_tts.locks import lock
@@ -30,10 +33,13 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.capture import Which
     from accelerate_tts.engine.plan import Part
+    from accelerate_tts.engine.stages import Change
+    from accelerate_tts.engine.stages.precision import HalfStage
     from accelerate_tts.engine.stages.static_step import Recording
 
 __all__ = ["CapturedStepStage"]
 
+_NAME = "captured decode step"
 _MOST_SLOTS = 4
 """Sequences of one decoder that are served in turn without being moved."""
 _MOST_BYTES = 2 << 30
@@ -47,16 +53,20 @@ class CapturedStepStage(BaseStage):
 
     Args:
         record: Makes a recording of a step; a CUDA graph. Tests that have no device give another.
+        inside: A half precision for what is recorded, and for the prompts.
     """
 
-    name = "captured decode step"
     group = "compilation"
     cost = 3.0
     # A replayed call brings a sequence of its own, which has to be moved in first: in a loop it lies there already.
     times: Which = "pass"
 
-    def __init__(self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording) -> None:
+    def __init__(
+        self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording, inside: HalfStage | None = None
+    ) -> None:
         self._record = record
+        self._inside = inside
+        self.name = _NAME if inside is None else f"{_NAME}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -64,20 +74,25 @@ class CapturedStepStage(BaseStage):
             return "no cache of transformers 4.56 or later is loaded"
         if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
             return "it is not on a CUDA device"
-        return None if decoders(part.module) else "no decoder with a cache in it"
+        if not decoders(part.module):
+            return "no decoder with a cache in it"
+        return None if self._inside is None else self._inside.applies(part)
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Records nothing yet."""
-        return _Captured(part, self._record)
+        return _Captured(part, self.name, self._record, None if self._inside is None else self._inside.prepare(part))
 
 
 class _Captured(BaseChange):
     """The change: each decoder's class gets a forward that looks for a recording first."""
 
-    def __init__(self, part: Part, record: Callable[[Callable[[], Any]], Recording]) -> None:
+    def __init__(
+        self, part: Part, name: str, record: Callable[[Callable[[], Any]], Recording], inside: Change | None
+    ) -> None:
         found = decoders(part.module)
+        self._inside = inside
         self._growing = growing_caches(part.module)
-        self._steps = {decoder: _Steps(decoder, part.name, record) for decoder in found}
+        self._steps = {decoder: _Steps(decoder, part.name, name, record) for decoder in found}
         self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
 
     @property
@@ -87,6 +102,8 @@ class _Captured(BaseChange):
 
     def on(self) -> None:
         """See `Change.on`."""
+        if self._inside is not None:
+            self._inside.on()
         self._growing.on()
         self._swap.on()
 
@@ -94,6 +111,8 @@ class _Captured(BaseChange):
         """See `Change.off`. The sequences that lie in slots stay served: by upstream's forward, where they lie."""
         self._swap.off()
         self._growing.off()
+        if self._inside is not None:
+            self._inside.off()
 
     def seal(self) -> None:
         """See `Change.seal`."""
@@ -104,9 +123,11 @@ class _Captured(BaseChange):
 class _Steps:
     """The recordings of one decoder."""
 
-    def __init__(self, decoder: nn.Module, what: str, record: Callable[[Callable[[], Any]], Recording]) -> None:
+    def __init__(
+        self, decoder: nn.Module, what: str, stage: str, record: Callable[[Callable[[], Any]], Recording]
+    ) -> None:
         self._decoder: Any = decoder
-        self._what = what
+        self._what, self._stage = what, stage
         self._record = record
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
@@ -126,7 +147,9 @@ class _Steps:
             return plain.forward(decoder, *args, **kwargs) if result is None else result
 
         vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
-        return subclass_with(plain, forward)
+        cls = subclass_with(plain, forward)
+        setattr(cls, RECORDED, True)
+        return cls
 
     def _is_token(self, named: dict[str, Any]) -> bool:
         import torch
@@ -176,7 +199,9 @@ class _Steps:
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
         past = cache_of(named)
         inputs = _tensors(named)
-        constants = {name: value for name, value in named.items() if name not in _OWN and name not in inputs}
+        # Positions given as None, as a head over the decoder passes them on, are the recording's own.
+        own = {*_OWN, *inputs, _POSITIONS}
+        constants = {name: value for name, value in named.items() if name not in own}
         mask = named.get("attention_mask")
         with self._lock:
             growing.adopt(past)
@@ -222,7 +247,7 @@ class _Steps:
         except (RuntimeError, TypeError, NotImplementedError) as error:
             # What a capture forbids, memory for it, or arguments that this decoder does not take beside a static cache.
             self._broken = True
-            emit(FellBack(self._what, CapturedStepStage.name, f"{type(error).__name__}: {error}".splitlines()[0]))
+            emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {error}".splitlines()[0]))
             return None
         self.recorded += 1
         if self.sealed:

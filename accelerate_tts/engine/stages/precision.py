@@ -30,6 +30,7 @@ from accelerate_tts.engine.stages.swap import (
     fused_by,
     in_fused,
     is_fused,
+    is_recorded,
     plain_class,
     subclass_with,
 )
@@ -63,6 +64,8 @@ class HalfStage(BaseStage):
         """See `Stage.applies`."""
         if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
             return "its blocks are fused"  # a copy of all their weights, for the sake of the prompts
+        if is_recorded(part.module):
+            return "its steps are recorded"
         layers = _layers(part.module)
         if not layers:
             return "no layer that computes in fp32"

@@ -120,11 +120,10 @@ class Slot:
         self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
         self._owner: weakref.ref[Any] | None = None
-        dtype = next(tensor.dtype for tensor in decoder.parameters() if tensor.is_floating_point())
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: others may be served in another mode
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             first = past.layers[0].keys
-            self.rows = first.shape[0]
+            self.rows, dtype = first.shape[0], first.dtype  # a mask is of the dtype that attention is computed in
             self.buffers = [
                 tuple(t.new_zeros((*t.shape[:-2], capacity, t.shape[-1])) for t in (layer.keys, layer.values))
                 for layer in past.layers

@@ -22,6 +22,7 @@ __all__ = [
     "FUSED",
     "HALF",
     "PACKED",
+    "RECORDED",
     "CarryingSwap",
     "ClassSwap",
     "are_left_over",
@@ -30,6 +31,7 @@ __all__ = [
     "fused_by",
     "in_fused",
     "is_fused",
+    "is_recorded",
     "keeps_copies",
     "make_copies",
     "plain_class",
@@ -43,6 +45,8 @@ FUSED = "_accelerate_tts_fused"
 """An attribute of classes whose objects are served by one kernel, which calls nothing inside them: what serves them.
 Its `only_tokens` says whether what is inside such a block still sees the prompts; `copied()` is of which layers it has
 copies that could serve them."""
+RECORDED = "_accelerate_tts_recorded"
+"""An attribute of classes whose objects replay a recording, which knows nothing of what is changed inside them."""
 COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
 """Attributes that a change may set on a module while it is on; copies and pickles of the module are without them."""
 
@@ -145,6 +149,11 @@ def fused_by(module: Any) -> Any:
 def is_fused(module: Any) -> bool:
     """Whether a block is served by one kernel now."""
     return fused_by(module) is not None
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a module, or one in it, is served by a recording now."""
+    return any(hasattr(class_of(inner), RECORDED) for inner in module.modules())
 
 
 def in_fused(module: nn.Module) -> set[nn.Module]:
