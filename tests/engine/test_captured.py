@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,11 +47,31 @@ class Rerun:
         fields = [{n: v for n, v in out.items() if n != "past_key_values"} for out in (self.outputs, self._step())]
         _pytree.tree_map(write, *fields)
 
-    def in_turn(self) -> AbstractContextManager[None]:
+    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[None]:
+        del for_the_last
         return nullcontext()
 
     def finish(self) -> None:
         pass
+
+
+class Stream:
+    """A stand-in for a CUDA stream that notes what it is told."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name = name
+        self._told = told
+
+    def wait_event(self, _event: object) -> None:
+        self._told.append(f"{self.name} waits")
+
+
+@contextmanager
+def on(stream: Stream, now: list[Stream]) -> Iterator[None]:
+    """As `torch.cuda.stream`."""
+    now.append(stream)
+    yield
+    now.pop()
 
 
 class OnStreams(CudaRecording):
@@ -59,6 +79,7 @@ class OnStreams(CudaRecording):
 
     def __init__(self, step: Callable[[], Any], told: list[str]) -> None:
         self._graph = Rerun(step)
+        self._last = torch.cuda.current_stream()
         self.outputs = self._graph.outputs
         self._done = SimpleNamespace(
             record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
@@ -68,8 +89,10 @@ class OnStreams(CudaRecording):
 def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs, buffers and results of a slot are one for all threads, and each thread has a stream."""
     told: list[str] = []
-    stream = SimpleNamespace(name="one", wait_event=lambda _event: told.append(f"{stream.name} waits"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    streams = {name: Stream(name, told) for name in ("one", "other")}
+    now = [streams["one"]]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream, now))
     own = static_step._own
     monkeypatch.setattr(static_step, "_own", lambda *args: (told.append("results are copied"), own(*args))[1])
     replay = Rerun.replay
@@ -80,17 +103,20 @@ def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         past = model(inputs_embeds=torch.randn(1, 4, WIDTH, generator=generator), use_cache=True).past_key_values
-        for stream.name in ("one", "other"):
+        for name in ("one", "other"):
             told.clear()
+            now[:] = [streams[name]]
             model(inputs_embeds=torch.randn(1, 1, WIDTH, generator=generator), past_key_values=past, use_cache=True)
             # The results are copied before anyone else may write.
-            assert told[0] == f"{stream.name} waits"
-            assert told[-3:] == ["replay", "results are copied", f"{stream.name} was used"]
+            assert told[0] == f"{name} waits"
+            assert told[-3:] == ["replay", "results are copied", f"{name} was used"]
         assert len(told) == 4
         told.clear()
+        now[:] = [streams["one"]]
         change.off()
         change._steps[model]._clear()
-    assert told == ["other waits", "other was used", "all is done"], "before its memory goes"
+    # Before its memory goes; and what the sequence gets in its place is of the stream that goes on with it.
+    assert told == ["other waits", "other was used", "all is done"]
 
 
 def llama(**options: Any) -> Any:
@@ -541,6 +567,7 @@ def test_half_precision_is_tried_inside_recordings_and_not_after_them(monkeypatc
     assert half.applies(part) is None
     change = capture(model)
     assert half.applies(part) == "its steps are recorded"
+    assert CapturedStepStage(Rerun, inside=half).applies(part) is None, "it competes with what is in force"
     change.off()
     assert half.applies(part) is None
 

@@ -76,7 +76,7 @@ class CapturedStepStage(BaseStage):
             return "it is not on a CUDA device"
         if not decoders(part.module):
             return "no decoder with a cache in it"
-        return None if self._inside is None else self._inside.applies(part)
+        return None if self._inside is None else self._inside.obstacle(part)
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Records nothing yet."""

@@ -62,10 +62,12 @@ class HalfStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        return "its steps are recorded" if is_recorded(part.module) else self.obstacle(part)
+
+    def obstacle(self, part: Part) -> str | None:
+        """Why there is nothing to halve in a part, whether or not its steps are recorded now."""
         if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
             return "its blocks are fused"  # a copy of all their weights, for the sake of the prompts
-        if is_recorded(part.module):
-            return "its steps are recorded"
         layers = _layers(part.module)
         if not layers:
             return "no layer that computes in fp32"

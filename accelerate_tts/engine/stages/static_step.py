@@ -39,8 +39,12 @@ class Recording(Protocol):
         """Run the step again on what is in its inputs now."""
         ...
 
-    def in_turn(self) -> AbstractContextManager[object]:
-        """While open, this thread's work on inputs, buffers and outputs is behind that of all others before it."""
+    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[object]:
+        """While open, this thread's work on inputs, buffers and outputs is behind that of all others before it.
+
+        Args:
+            for_the_last: It is done for whoever had the last turn, who may use and free what is made in it.
+        """
         ...
 
     def finish(self) -> None:
@@ -59,6 +63,7 @@ class CudaRecording:
         import torch
 
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._last = torch.cuda.current_stream()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -75,16 +80,22 @@ class CudaRecording:
         self._graph.replay()
 
     @contextmanager
-    def in_turn(self) -> Generator[None, None, None]:
-        """See `Recording.in_turn`. Each thread has a stream of its own, and streams wait for nobody by themselves."""
+    def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
+        """See `Recording.in_turn`. Each thread has a stream of its own, and streams wait for nobody by themselves.
+
+        Memory belongs to the stream that it was taken on: freed by whoever works on another one, it would be given out
+        again before that work is done.
+        """
         import torch
 
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
-        try:
-            yield
-        finally:
-            self._done.record(stream)
+        stream = self._last if for_the_last else torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+                self._last = stream
 
     def finish(self) -> None:
         """See `Recording.finish`. The allocator gives freed memory to the stream that it came from, at once."""
@@ -201,7 +212,7 @@ class Slot:
         """Give the sequence that lies here buffers of its own; nothing is left to be done on the slot's then."""
         owner = None if self._owner is None else self._owner()
         self._owner = None
-        with self._recording.in_turn():
+        with self._recording.in_turn(for_the_last=True):
             for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
                 # It may have left by itself: cropped, reordered, or grown out of its bucket.
                 if isinstance(layer, growing.growing_class()):
