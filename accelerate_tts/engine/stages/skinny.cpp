@@ -95,15 +95,22 @@ struct Shape {
 
 // For each format of weights: what x is turned into first, and ROWS rows of it with COUNT rows of weights.
 //
-// step: inputs at a time; the inputs behind the last whole step are added one by one. In fp32 the memory is what is waited
-// for, and several rows of weights at once keep more of it on the way; of fewer bytes the processor is, and one row after
-// the other lets it fetch ahead.
+// step: inputs at a time; the inputs behind the last whole step are added one by one.
+// together: how many rows of weights at once, for so many of x: several keep more of the memory on its way. 0: one after
+// the other, in several sums, which lets the processor fetch ahead. That was faster with fewer bytes than fp32's where
+// there are 16 registers; with 32 of them eight rows are (decision 0038).
+#if defined(__AVX512BW__)
+constexpr int NARROW_ROWS = 8;
+#else
+constexpr int NARROW_ROWS = 0;
+#endif
+
 struct Fp32 {
   typedef float weight;
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = LANES;
-  static constexpr bool in_turn = false;
+  static constexpr int together(int rows) { return rows <= 2 ? 4 : 2; }
   static void prepare(const float* x, input* to, float*, Shape of) {
     memcpy(to, x, of.rows * of.inputs * sizeof(float));
   }
@@ -126,7 +133,7 @@ struct Bf16 {
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = 2 * LANES;
-  static constexpr bool in_turn = true;
+  static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
   // The weights at even places are the low halves of 32 bits, those at odd places the high halves: x is sorted so too.
   static void prepare(const float* x, input* to, float*, Shape of) {
     for (int64_t m = 0; m < of.rows; m++)
@@ -154,7 +161,7 @@ struct Int8 {
   typedef int16_t input;
   typedef ints sum;
   static constexpr int64_t step = 2 * LANES;
-  static constexpr bool in_turn = true;
+  static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
@@ -274,13 +281,10 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
 // Not inlined: what calls it in a dozen places would take twice as long to compile.
 template <class F, int ROWS>
 __attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
-  if (F::in_turn) {
-    for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
-    return;
-  }
-  constexpr int COUNT = ROWS <= 2 ? 4 : 2;  // as many sums as there are registers for
-  for (; n + COUNT <= end; n += COUNT) dot<F, ROWS, COUNT>(work, m, n);
-  for (; n < end; n++) dot<F, ROWS, 1>(work, m, n);
+  constexpr int COUNT = F::together(ROWS);
+  if constexpr (COUNT > 0)
+    for (; n + COUNT <= end; n += COUNT) dot<F, ROWS, COUNT>(work, m, n);
+  for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
 }
 
 // w is [outputs, inputs], as nn.Linear has it.
@@ -308,25 +312,33 @@ void linear(const float* x, const typename F::weight* w, const float* scale, con
   }
 }
 
-// Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, four at a time, are
+// Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, several at a time, are
 // added to y [rows, outputs].
 __attribute__((noinline)) void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; k += 4) {
-    const float* rows[4];
-    for (int64_t j = 0; j < 4; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
+#if defined(__AVX512BW__)
+  constexpr int AT_ONCE = 8;  // and what is ahead is fetched by the processor itself: asking for it as well is slower
+  constexpr bool ask_ahead = false;
+#else
+  constexpr int AT_ONCE = 4;
+  constexpr bool ask_ahead = true;
+#endif
+  for (int64_t k = begin; k < end; k += AT_ONCE) {
+    const float* rows[AT_ONCE];
+    for (int64_t j = 0; j < AT_ONCE; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
     for (int64_t m = 0; m < of.rows; m++) {
-      float in[4];
-      for (int64_t j = 0; j < 4; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
+      float in[AT_ONCE];
+      for (int64_t j = 0; j < AT_ONCE; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
       float* ym = y + m * of.outputs;
       int64_t n = 0;
       for (; n + LANES <= of.outputs; n += LANES) {
-        if (m == 0)
-          for (int64_t j = 0; j < 4; j++) __builtin_prefetch(rows[j] + 4 * of.outputs + n);
-        store(ym + n, load(ym + n) + (in[0] * load(rows[0] + n) + in[1] * load(rows[1] + n)) +
-                          (in[2] * load(rows[2] + n) + in[3] * load(rows[3] + n)));
+        if (ask_ahead && m == 0)
+          for (int64_t j = 0; j < AT_ONCE; j++) __builtin_prefetch(rows[j] + AT_ONCE * of.outputs + n);
+        vec sum = load(ym + n);
+        for (int64_t j = 0; j < AT_ONCE; j += 2) sum += in[j] * load(rows[j] + n) + in[j + 1] * load(rows[j + 1] + n);
+        store(ym + n, sum);
       }
       for (; n < of.outputs; n++)
-        ym[n] += (in[0] * rows[0][n] + in[1] * rows[1][n]) + (in[2] * rows[2][n] + in[3] * rows[3][n]);
+        for (int64_t j = 0; j < AT_ONCE; j++) ym[n] += in[j] * rows[j][n];
     }
   }
 }
