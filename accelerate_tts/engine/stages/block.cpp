@@ -143,16 +143,7 @@ void part_of_linear(const Linear& l, const float* x, const void* prepared, const
   const Work<F> work = {x, static_cast<const typename F::input*>(prepared), row_scales,
                         static_cast<const typename F::weight*>(l.w), l.scale, l.bias, y,
                         {rows, l.outputs, l.inputs}, stride};
-  constexpr int64_t STRIP = 16;
-  for (int64_t n = mine.begin; n < mine.end; n += STRIP) {
-    const int64_t to = n + STRIP < mine.end ? n + STRIP : mine.end;
-    for (int64_t m = 0; m < rows; m += 4) switch (rows - m) {
-        case 1: dots<F, 1>(work, m, n, to); break;
-        case 2: dots<F, 2>(work, m, n, to); break;
-        case 3: dots<F, 3>(work, m, n, to); break;
-        default: dots<F, 4>(work, m, n, to);
-      }
-  }
+  all_dots(work, mine.begin, mine.end);
 }
 
 // How a format multiplies within a team: `ready` turns one row of x into what the format wants, by whoever made it.

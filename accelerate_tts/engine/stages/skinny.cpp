@@ -96,13 +96,18 @@ struct Shape {
 // For each format of weights: what x is turned into first, and ROWS rows of it with COUNT rows of weights.
 //
 // step: inputs at a time; the inputs behind the last whole step are added one by one.
-// together: how many rows of weights at once, for so many of x: several keep more of the memory on its way. 0: one after
-// the other, in several sums, which lets the processor fetch ahead. That was faster with fewer bytes than fp32's where
-// there are 16 registers; with 32 of them eight rows are (decision 0038).
+// together: how many rows of weights at once, for so many of x, each with a sum of its own in a register. 0: one after the
+// other, in several sums.
+//
+// With 32 registers it is eight rows that lie far from each other, each read from end to end: so many places of the memory
+// at once give 1.1 to 1.3 times as much as one (decision 0038). With 16 of them, where that was not measured, fp32 takes
+// neighbouring rows, and of fewer bytes one row after the other lets the processor fetch ahead.
 #if defined(__AVX512BW__)
-constexpr int NARROW_ROWS = 8;
+constexpr bool FAR_APART = true;
+constexpr int FP32_ROWS = 8, NARROW_ROWS = 8;
 #else
-constexpr int NARROW_ROWS = 0;
+constexpr bool FAR_APART = false;
+constexpr int FP32_ROWS = 4, NARROW_ROWS = 0;
 #endif
 
 struct Fp32 {
@@ -110,16 +115,16 @@ struct Fp32 {
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = LANES;
-  static constexpr int together(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int together(int rows) { return rows <= 2 ? FP32_ROWS : FP32_ROWS / 2; }
   static void prepare(const float* x, input* to, float*, Shape of) {
     memcpy(to, x, of.rows * of.inputs * sizeof(float));
   }
   template <int ROWS, int COUNT>
-  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     vec in[ROWS];
     for (int m = 0; m < ROWS; m++) in[m] = load(x + m * inputs + k);
     for (int r = 0; r < COUNT; r++) {
-      const vec weights = load(w + r * inputs + k);
+      const vec weights = load(w + r * apart + k);
       for (int m = 0; m < ROWS; m++) sums[m][r] += in[m] * weights;
     }
   }
@@ -144,9 +149,9 @@ struct Bf16 {
         }
   }
   template <int ROWS, int COUNT>
-  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     for (int r = 0; r < COUNT; r++) {
-      const ints pairs = load_bits(w + r * inputs + k);
+      const ints pairs = load_bits(w + r * apart + k);
       const vec even = even_bf16(pairs), odd = odd_bf16(pairs);
       for (int m = 0; m < ROWS; m++)
         sums[m][r] += load(x + m * inputs + k) * even + load(x + m * inputs + k + LANES) * odd;
@@ -188,9 +193,9 @@ struct Int8 {
     }
   }
   template <int ROWS, int COUNT>
-  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     for (int r = 0; r < COUNT; r++) {
-      const ints weights = load_int8(w + r * inputs + k);
+      const ints weights = load_int8(w + r * apart + k);
       for (int m = 0; m < ROWS; m++) sums[m][r] = add_products(sums[m][r], weights, load_bits(x + m * inputs + k));
     }
   }
@@ -204,10 +209,10 @@ template <class T>
 struct Plain : Fp32 {
   typedef T weight;
   template <int ROWS, int COUNT>
-  static void add(sum (&sums)[ROWS][COUNT], const input* x, const weight* w, int64_t k, int64_t inputs) {
+  static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     for (int r = 0; r < COUNT; r++) {
       float wide[LANES];
-      for (int i = 0; i < LANES; i++) wide[i] = widen(w[r * inputs + k + i]);
+      for (int i = 0; i < LANES; i++) wide[i] = widen(w[r * apart + k + i]);
       for (int m = 0; m < ROWS; m++) sums[m][r] += load(x + m * inputs + k) * load(wide);
     }
   }
@@ -232,24 +237,27 @@ struct Work {
   int64_t stride;  // of y's rows
 };
 
+// Outputs n, n + apart, ... of COUNT.
 template <class F, int ROWS, int COUNT>
-inline void dot(const Work<F>& work, int64_t m0, int64_t n) {
-  const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step;
+inline void dot(const Work<F>& work, int64_t m0, int64_t n, int64_t apart) {
+  constexpr int64_t AHEAD = 16 * 64 / sizeof(typename F::weight);
+  const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step, stride = apart * inputs;
   const typename F::input* x = work.prepared + m0 * inputs;
   const typename F::weight* w = work.w + n * inputs;
   typename F::sum sums[ROWS][COUNT] = {};
   for (int64_t k = 0; k < whole; k += F::step) {
-    // The next rows of weights: processors fetch ahead within a page, and a row may end with one.
-    for (int r = 0; r < COUNT; r++) __builtin_prefetch(w + (r + COUNT) * inputs + k);
-    F::template add<ROWS, COUNT>(sums, x, w, k, inputs);
+    // Of neighbours, the next rows: processors fetch ahead within a page, and a row may end with one.
+    for (int r = 0; r < COUNT; r++) __builtin_prefetch(w + r * stride + k + (FAR_APART ? AHEAD : COUNT * inputs));
+    F::template add<ROWS, COUNT>(sums, x, inputs, w, stride, k);
   }
   for (int m = 0; m < ROWS; m++)
     for (int r = 0; r < COUNT; r++) {
+      const int64_t to = n + r * apart;
       float sum = F::value(sums[m][r], work.row_scales[m0 + m]);
-      for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * inputs + k]);
-      if (work.scale) sum *= work.scale[n + r];
-      if (work.bias) sum += work.bias[n + r];
-      work.y[(m0 + m) * work.stride + n + r] = sum;
+      for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * stride + k]);
+      if (work.scale) sum *= work.scale[to];
+      if (work.bias) sum += work.bias[to];
+      work.y[(m0 + m) * work.stride + to] = sum;
     }
 }
 
@@ -265,9 +273,9 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
   int64_t k = 0;
   for (; k + SUMS * F::step <= whole; k += SUMS * F::step) {
     for (int64_t line = 0; line < SUMS * F::step; line += LINE) __builtin_prefetch(w + k + AHEAD + line, 0, 2);
-    for (int j = 0; j < SUMS; j++) F::template add<ROWS, 1>(sums[j], x, w, k + j * F::step, inputs);
+    for (int j = 0; j < SUMS; j++) F::template add<ROWS, 1>(sums[j], x, inputs, w, 0, k + j * F::step);
   }
-  for (; k < whole; k += F::step) F::template add<ROWS, 1>(sums[0], x, w, k, inputs);
+  for (; k < whole; k += F::step) F::template add<ROWS, 1>(sums[0], x, inputs, w, 0, k);
   for (int m = 0; m < ROWS; m++) {
     for (int j = 1; j < SUMS; j++) sums[0][m][0] = F::join(sums[0][m][0], sums[j][m][0]);
     float sum = F::value(sums[0][m][0], work.row_scales[m0 + m]);
@@ -282,9 +290,27 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
 template <class F, int ROWS>
 __attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, int64_t end) {
   constexpr int COUNT = F::together(ROWS);
-  if constexpr (COUNT > 0)
-    for (; n + COUNT <= end; n += COUNT) dot<F, ROWS, COUNT>(work, m, n);
+  if constexpr (COUNT > 0) {
+    const int64_t times = (end - n) / COUNT, apart = FAR_APART ? times : 1, next = FAR_APART ? 1 : COUNT;
+    for (int64_t i = 0; i < times; i++) dot<F, ROWS, COUNT>(work, m, n + i * next, apart);
+    n += times * COUNT;
+  }
   for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
+}
+
+// Outputs begin .. end of all rows of x. Of more than four, strips of w stay in the cache while all take their turn.
+template <class F>
+void all_dots(const Work<F>& work, int64_t begin, int64_t end) {
+  const int64_t rows = work.of.rows, strip = rows <= 4 ? end - begin : 16;
+  for (int64_t n = begin; n < end; n += strip) {
+    const int64_t to = n + strip < end ? n + strip : end;
+    for (int64_t m = 0; m < rows; m += 4) switch (rows - m) {
+        case 1: dots<F, 1>(work, m, n, to); break;
+        case 2: dots<F, 2>(work, m, n, to); break;
+        case 3: dots<F, 3>(work, m, n, to); break;
+        default: dots<F, 4>(work, m, n, to);
+      }
+  }
 }
 
 // w is [outputs, inputs], as nn.Linear has it.
@@ -295,44 +321,34 @@ void linear(const float* x, const typename F::weight* w, const float* scale, con
   std::vector<float> row_scales(of.rows);
   F::prepare(x, prepared.data(), row_scales.data(), of);
   const Work<F> work = {x, prepared.data(), row_scales.data(), w, scale, bias, y, of, of.outputs};
-  constexpr int64_t STRIP = 16;  // rows of w that stay in the cache while all rows of x take their turn
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    const int64_t end = of.outputs * (me + 1) / all;
-    for (int64_t n = of.outputs * me / all; n < end; n += STRIP) {
-      const int64_t to = n + STRIP < end ? n + STRIP : end;
-      for (int64_t m = 0; m < of.rows; m += 4) switch (of.rows - m) {
-          case 1: dots<F, 1>(work, m, n, to); break;
-          case 2: dots<F, 2>(work, m, n, to); break;
-          case 3: dots<F, 3>(work, m, n, to); break;
-          default: dots<F, 4>(work, m, n, to);
-        }
-    }
+    all_dots(work, of.outputs * me / all, of.outputs * (me + 1) / all);
   }
 }
 
 // Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, several at a time, are
-// added to y [rows, outputs].
+// added to y [rows, outputs]. With 32 registers they lie far apart, as above.
 __attribute__((noinline)) void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
-#if defined(__AVX512BW__)
-  constexpr int AT_ONCE = 8;  // and what is ahead is fetched by the processor itself: asking for it as well is slower
-  constexpr bool ask_ahead = false;
-#else
-  constexpr int AT_ONCE = 4;
-  constexpr bool ask_ahead = true;
-#endif
-  for (int64_t k = begin; k < end; k += AT_ONCE) {
+  constexpr int64_t AT_ONCE = FAR_APART ? 16 : 4;
+  const int64_t times = (end - begin + AT_ONCE - 1) / AT_ONCE, apart = FAR_APART ? times : 1;
+  const int64_t ahead = FAR_APART ? 8 * LANES : AT_ONCE * of.outputs;
+  for (int64_t i = 0; i < times; i++) {
     const float* rows[AT_ONCE];
-    for (int64_t j = 0; j < AT_ONCE; j++) rows[j] = w + (k + j < end ? k + j : k) * of.outputs;
+    int64_t at[AT_ONCE];
+    for (int64_t j = 0; j < AT_ONCE; j++) {
+      at[j] = begin + (FAR_APART ? i : i * AT_ONCE) + j * apart;
+      rows[j] = w + (at[j] < end ? at[j] : begin) * of.outputs;
+    }
     for (int64_t m = 0; m < of.rows; m++) {
       float in[AT_ONCE];
-      for (int64_t j = 0; j < AT_ONCE; j++) in[j] = k + j < end ? x[m * of.inputs + k + j] : 0;
+      for (int64_t j = 0; j < AT_ONCE; j++) in[j] = at[j] < end ? x[m * of.inputs + at[j]] : 0;
       float* ym = y + m * of.outputs;
       int64_t n = 0;
       for (; n + LANES <= of.outputs; n += LANES) {
-        if (ask_ahead && m == 0)
-          for (int64_t j = 0; j < AT_ONCE; j++) __builtin_prefetch(rows[j] + AT_ONCE * of.outputs + n);
+        if (m == 0)
+          for (int64_t j = 0; j < AT_ONCE; j++) __builtin_prefetch(rows[j] + n + ahead);
         vec sum = load(ym + n);
         for (int64_t j = 0; j < AT_ONCE; j += 2) sum += in[j] * load(rows[j] + n) + in[j + 1] * load(rows[j + 1] + n);
         store(ym + n, sum);
