@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.capture import Which, outputs_of
+from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import Tolerance, compare
@@ -167,6 +168,12 @@ class Session:
             known = Reference(first, compare(first, second), self.seconds(part))
             self._references[part.name] = known
         return known
+
+    def difference(self, part: Part, outputs: list[Any]) -> Difference:
+        """How far what a part computed is from its reference, by its head's probabilities too if it has one."""
+        reference = self.reference(part).outputs
+        found = compare(reference, outputs)
+        return replace(found, divergence=divergence(reference, outputs, part.head))
 
     def objection(self, part: Part, difference: Difference) -> str:
         """Why what a changed part computes is not tolerated, or ""."""

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate_tts.engine.compilers import compiling_within
-from accelerate_tts.engine.divergence import divergence
 from accelerate_tts.engine.measure import compare_speed
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.receipt import StageResult
 from accelerate_tts.engine.session import Kept, Session, fallbacks, switch_off
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, compare
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack, Trying, emit
 
@@ -187,8 +186,7 @@ def _judge(  # noqa: PLR0911, PLR0913, PLR0917 - what a trial consists of, and e
         clock = time.perf_counter()
         outputs = compiling_within(_left(session), result.stage, lambda: session.outputs(part))
         took = time.perf_counter() - clock
-        difference = compare(reference.outputs, outputs)
-        difference = replace(difference, divergence=divergence(reference.outputs, outputs, part.head))
+        difference = session.difference(part, outputs)
     for event in fallen:
         if (event.what, event.stage) == (part.name, result.stage):
             return replace(result, reason=f"failed: {event.reason}")

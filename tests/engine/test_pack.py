@@ -13,6 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,19 +23,21 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_tts import Event, Receipt, events, optimized_model, optimizer, receipt_of
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
-from accelerate_tts.engine.pack import WarmPack, pack_folder
+from accelerate_tts.engine.pack import WarmPack, _check, pack_folder
 from accelerate_tts.engine.pack_store import Pack, PackStore
-from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
+from accelerate_tts.engine.plan import Head, ModelPlan, Part, find_modules
 from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.stages.layout import ChannelsLastStage
 from accelerate_tts.engine.tune import Limits, tune
+from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.settings import Settings
@@ -775,6 +778,32 @@ def test_where_the_whole_cannot_be_compared_its_parts_are(stage: Stage, seen: li
     stage.attributes = {"offset": 0.5}
     assert kept(load(warmup=silent)) == []
     assert happened(seen) == {"PackIgnored": 1, "Trying": 1, "Tuned": 1}
+
+
+@pytest.mark.parametrize("reads_alone", [True, False])
+def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
+    """As tuning judges it: with weights in 8 bits its states may differ more, if only its head reads them (Higgs)."""
+    torch.manual_seed(0)
+    decoder, head = nn.Linear(16, 16), nn.Linear(16, 9)
+    with torch.no_grad():
+        head.weight.mul_(0.01)
+    x = torch.randn(1, 4, 16)
+
+    def speak() -> BaseModelOutputWithPast:
+        with torch.no_grad():
+            return BaseModelOutputWithPast(last_hidden_state=decoder(x))
+
+    part = Part("decoder", "decoder", decoder, head=Head((head,), reads_alone=reads_alone))
+    calls: Any = SimpleNamespace(main=[SimpleNamespace(run=speak)])
+    session = Session(ModelPlan("model", (decoder,), (part,)), calls, CPU, float("inf"), TOLERANCES["fast"])
+    session.reference(part)
+    with torch.no_grad():
+        decoder.weight.mul_(1.08)
+    if reads_alone:
+        _check(session, [part], None)
+    else:
+        with pytest.raises(ValueError, match="decoder: wrong output: relative error"):
+            _check(session, [part], None)
 
 
 @pytest.mark.parametrize("decides", [True, False])
