@@ -21,6 +21,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part
+from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages import Change, Stage, blocks, default_stages, inductor, prompts
 from accelerate_tts.engine.stages import compile as compile_stages
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
@@ -35,6 +36,7 @@ from accelerate_tts.engine.stages.prompts import PromptStage
 from accelerate_tts.engine.stages.quantize import quantize_stages
 from accelerate_tts.engine.stages.skinny import SkinnyStage
 from accelerate_tts.engine.tune import Limits, tune
+from accelerate_tts.engine.verify import Difference
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.runtime import watchdog
 from accelerate_tts.settings import Precision
@@ -388,7 +390,7 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
     before = Before(model)
     part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
     applicable = [stage for stage in STAGES if stage.applies(part) is None]
-    compared = trial.compare
+    compared = Session.difference
 
     @settings(max_examples=15, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
     @given(
@@ -399,11 +401,11 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
         hangs = isinstance(fault, EndlessError)
         faulty = Faulty(stage, point, fault, late, number)
 
-        def compare(reference: Any, outputs: Any) -> Any:
+        def difference(session: Session, part: Part, outputs: list[Any]) -> Difference:
             faulty.hit("verify", early=not late)
-            return compared(reference, outputs)
+            return compared(session, part, outputs)
 
-        monkeypatch.setattr(trial, "compare", compare)
+        monkeypatch.setattr(Session, "difference", difference)
         others = [other for other in applicable if other is not stage][:2]
         plan = ModelPlan("hangs" if hangs else "model", (model,), (part,))
         calls = warmup_calls(lambda loaded: spoken(loaded), Loaded(model), "inference")
