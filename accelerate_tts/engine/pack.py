@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate_tts._version import __version__
 from accelerate_tts.engine import artifacts
 from accelerate_tts.engine.capture import watch
-from accelerate_tts.engine.divergence import head_of
 from accelerate_tts.engine.fingerprint import fingerprint
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.pack_store import Pack, PackStore
@@ -248,7 +247,7 @@ def _apply(session: Session, entries: Sequence[tuple[Part, Stage]], receipt: Rec
         session.kept.append(Kept(part.name, stage.name, stage.group, change))
         change.on()
     if session.kept:
-        parts = [_with_head(session, part) for part in alone.values()]
+        parts = [session.with_head(part) for part in alone.values()]
         _check(session, parts, None if receipt.error is None else reference)
     finish(session)
     return replace(receipt, cold=cold)
@@ -265,14 +264,6 @@ def _reference(session: Session, parts: Sequence[Part]) -> tuple[list[Any], floa
     session.heard = listener.expected
     synchronize(session.device.type)
     return reference, time.perf_counter() - clock
-
-
-def _with_head(session: Session, part: Part) -> Part:
-    """The part with the head by whose probabilities tuning judged it, too."""
-    captured = session.captured.get(part.name)
-    if part.head is not None or captured is None or not captured.cached:
-        return part
-    return replace(part, head=head_of(part.module, session.plan.roots))
 
 
 def _check(session: Session, parts: Iterable[Part], reference: list[Any] | None) -> None:

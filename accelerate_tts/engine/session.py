@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.capture import Which, outputs_of
-from accelerate_tts.engine.divergence import divergence
+from accelerate_tts.engine.divergence import divergence, head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import Tolerance, compare
@@ -168,6 +168,13 @@ class Session:
             known = Reference(first, compare(first, second), self.seconds(part))
             self._references[part.name] = known
         return known
+
+    def with_head(self, part: Part) -> Part:
+        """A part with the head by whose probabilities it is judged, if it is a decoder in its loop and has one."""
+        captured = self.captured.get(part.name)
+        if part.head is not None or captured is None or not captured.cached:
+            return part
+        return replace(part, head=head_of(part.module, self.plan.roots))
 
     def difference(self, part: Part, outputs: list[Any]) -> Difference:
         """How far what a part computed is from its reference, by its head's probabilities too if it has one."""

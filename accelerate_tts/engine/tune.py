@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts._version import __version__
 from accelerate_tts.engine.capture import calls_of, time_modules, watch
-from accelerate_tts.engine.divergence import head_of
 from accelerate_tts.engine.measure import WORTH_A_SECOND_LOOK, synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
@@ -307,13 +306,11 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
     session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
     parts = tuple(
         replace(
-            part,
-            cached=cached,
-            head=part.head or (head_of(part.module, session.plan.roots) if cached else None),
+            session.with_head(part),
+            cached=session.captured[part.name].cached,
             few_rows=work.share_of_few(part.module),
         )
         for part in session.plan.parts
-        for cached in (session.captured[part.name].cached,)
     )
     session.plan = replace(session.plan, parts=parts)
     return cold, reference

@@ -606,6 +606,6 @@ def test_blocks_are_compiled_without_recordings_of_inductors() -> None:
 
 def test_a_cuda_recording_needs_cuda() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+        pytest.skip("there is a CUDA device, and this is about machines without one")
     with pytest.raises((RuntimeError, AssertionError)):
         static_step.CudaRecording(lambda: None)

@@ -90,6 +90,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.skinny import FORMATS, SkinnyStage
 
     on_cpu = device_type == "cpu"
+    halves = [] if precision == "exact" else half_dtypes(device_type)
     formats = FORMATS[{"fast": 0, "balanced": 1, "exact": 2}[precision] :]
     stages: list[Stage] = [FoldStage()]
     if on_cpu:
@@ -101,7 +102,6 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager
     # PyTorch it gains a per cent or two, and to be sure of that takes a fifth of the budget. A GPU copies a cache in
     # less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it for brings it along.
-    halves = [] if precision == "exact" else half_dtypes(device_type)
     if device_type == "cuda":
         stages += [CapturedStepStage(), *(CapturedStepStage(inside=HalfStage(dtype, carried=True)) for dtype in halves)]
     else:
