@@ -36,6 +36,7 @@ struct Token {
   int64_t key_row, key_head, key_position, value_row, value_head, value_position;  // strides, in elements
   int64_t is_bf16;  // the model: its cache, and what one block hands to the next
   int64_t length;  // positions in the cache before this token
+  float* attention;  // [rows, heads, length + 1], the attention weights; or null, where nobody asks for them
 };
 
 namespace {
@@ -266,6 +267,12 @@ __attribute__((noinline)) void attend(const Block& b, const Token& t, Scratch& s
     for (j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - most);
 #pragma omp simd reduction(+ : sum)
     for (j = 0; j < positions; j++) sum += scores[j];
+    if (t.attention) {
+      float* weights = t.attention + (row * b.heads + head) * positions;
+      const float factor = 1.0f / sum;
+#pragma omp simd
+      for (j = 0; j < positions; j++) weights[j] = scores[j] * factor;
+    }
     float* out = s.attended + (row * b.heads + head) * size;
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)

@@ -45,7 +45,7 @@ class _Token(ctypes.Structure):
         ("rotation_stride", _INTEGER), ("mask", _POINTER), ("mask_stride", _INTEGER), ("mask_is_bytes", _INTEGER),
         ("keys", _POINTER), ("values", _POINTER), ("key_row", _INTEGER), ("key_head", _INTEGER),
         ("key_position", _INTEGER), ("value_row", _INTEGER), ("value_head", _INTEGER), ("value_position", _INTEGER),
-        ("is_bf16", _INTEGER), ("length", _INTEGER),
+        ("is_bf16", _INTEGER), ("length", _INTEGER), ("attention", _POINTER),
     )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def run(
     given: Shared,
     buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     length: int,
+    attentions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token through blocks, one after the other; its keys and values are written behind the sequence.
 
@@ -140,6 +141,8 @@ def run(
         given: What they all are given.
         buffers: For each block, the keys and values so far and room behind them, (rows, heads, room, head size).
         length: Positions in them.
+        attentions: Where each block's attention weights go, (blocks, rows, heads, length + 1), in fp32 and contiguous;
+            `None` where nobody asks for them.
 
     Returns:
         What each block makes of it, (blocks, rows, 1, hidden) in fp32; of a bf16 model, rounded to that.
@@ -149,10 +152,11 @@ def run(
     y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # whatever the user's defaults are
     source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
     tokens: list[_Token] = []
-    for keys, values in buffers:
+    for number, (keys, values) in enumerate(buffers):
         token = _Token(
             source, target, *given.fields, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
             *values.stride()[:3], keys.dtype == torch.bfloat16, length,
+            None if attentions is None else attentions[number].data_ptr(),
         )  # fmt: skip
         tokens.append(token)
         source, target = target, target + size
