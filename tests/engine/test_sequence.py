@@ -21,7 +21,7 @@ from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import default_stages, native, residual_kernel, sequence, transformer_kernel
+from accelerate_tts.engine.stages import default_stages, residual_kernel, sequence, transformer_kernel
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.linear import FewRowsStage
 from accelerate_tts.engine.stages.precision import HalfStage
@@ -211,25 +211,6 @@ def test_undone_copied_and_pickled_it_is_upstreams_own() -> None:
     assert block.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
     assert torch.equal(run(block, x), expected)
-
-
-def test_without_amx_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are built on a processor that has none: what the other tests go by there."""
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_flags", lambda: [f"-U__{name}__" for name in ("AMX_BF16", "AVX512BF16", "AVX512BW")])
-    library = native._library.__wrapped__(native._SEQUENCES)
-    assert not library.multiplies_in_bf16()
-    block, residual = block_of(), residual_of()
-    x, frames = given_to(block, 2, 300), frames_of(residual, 2, 100, 7)
-    expected, resolved = run(block, x), resolve(residual, *frames)
-    for module, name in ((transformer_kernel, "transformer_block"), (residual_kernel, "residual_block")):
-        kernel = native._of_block_and_call(getattr(library, name))
-        monkeypatch.setattr(module, name, lambda kernel=kernel: kernel)
-    fuse(block)
-    fuse(residual, RESIDUAL)
-    assert 0 < error(expected, run(block, x), x) < LIMIT
-    found = resolve(residual, *frames)
-    assert 0 < float((resolved - found).norm() / resolved.norm()) < LIMIT
 
 
 # --- upstream's business ---------------------------------------------------------------------------------------------

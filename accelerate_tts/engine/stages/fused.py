@@ -1,4 +1,4 @@
-"""One token through a decoder's block by one kernel of ours (block.cpp). For CPUs. Exact to rounding.
+"""One token through a decoder's block by one kernel of ours (decoder_block.cpp). For CPUs. Exact to rounding.
 
 A decode step is a loop over blocks, each of which is some twenty operators: beside the time in which the memory gives
 the weights, eager PyTorch spends as much again on waking threads and on Python. Here a block is one call. In fp32 it
@@ -23,7 +23,7 @@ from accelerate_tts.engine.stages.block_kernel import Described, plain, run, sha
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
-from accelerate_tts.engine.stages.native import decoder_blocks
+from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import parameters_of, take_cache, token_layer
@@ -63,12 +63,14 @@ class FusedBlocksStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if (reason := missing()) is not None:
+            return reason
         if growing.cache_classes() is None:
             return "no cache of transformers 4.56 or later is loaded"
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
-        """See `Stage.prepare`. Builds the kernel."""
+        """See `Stage.prepare`."""
         decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
