@@ -34,9 +34,9 @@ NONE = "none"
 
 _PLACE = Path(__file__).with_name(library_name())
 _REBUILD = "install a wheel for this platform, or build it anew: python -m accelerate_tts.kernels.build"
-_NOT_BUILT = (
-    "accelerate_tts was built without kernels: install a wheel for this platform, or have a C++ compiler when it is"
-    " built (in a checkout: python -m accelerate_tts.kernels.build)"
+_BUILD = (
+    "install a wheel for this platform, or have a C++ compiler when it is built"
+    " (in a checkout: python -m accelerate_tts.kernels.build)"
 )
 
 _POINTER, _INTEGER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -44,7 +44,17 @@ _NO_MEMORY = 1
 
 
 class KernelError(RuntimeError):
-    """The kernels' library is not there, is not one to trust, or is of another description of its structs."""
+    """The kernels' library is not there, is not one to trust, or is of another description of its structs.
+
+    Attributes:
+        reason: What is wrong.
+        mend: What to do about it.
+    """
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(f"{reason}: {mend}")
+        self.reason = reason
+        self.mend = mend
 
 
 class _Field(ctypes.Structure):
@@ -121,15 +131,15 @@ def load(path: Path, limit: str = "") -> Library:
         SettingsError: There is no such instruction set.
     """
     if limit == NONE:
-        raise KernelError(f"the kernels are switched off by {VARIABLE}={NONE}")
+        raise KernelError(f"the kernels are switched off by {VARIABLE}={NONE}", "unset it to use them")
     if not path.exists():
-        raise KernelError(_NOT_BUILT)
+        raise KernelError("accelerate_tts was built without kernels", _BUILD)
     _distrust(path)
     try:
         dll = ctypes.CDLL(str(path))
         _compare(dll)
     except (OSError, AttributeError) as error:
-        raise KernelError(f"{path} cannot be loaded ({error}): {_REBUILD}") from error
+        raise KernelError(f"{path} cannot be loaded ({error})", _REBUILD) from error
     levels = _levels(dll)
     if limit and limit not in levels:
         raise SettingsError(f"{VARIABLE}={shown(limit)} is none of {', '.join(levels)}, {NONE}")
@@ -158,12 +168,13 @@ def _distrust(path: Path) -> None:
     for place in (path, path.parent):
         status = place.stat()
         if status.st_mode & stat.S_IWOTH:
-            raise KernelError(f"{place} is not loaded, since everybody may write it: chmod o-w {place}")
+            raise KernelError(f"{place} is not loaded, since everybody may write it", f"chmod o-w {place}")
         if status.st_uid not in trusted:
-            raise KernelError(
+            reason = (
                 f"{place} is not loaded, since it belongs to user {status.st_uid}, who is neither this user nor the"
-                " owner of this package: install the package anew"
+                " owner of this package"
             )
+            raise KernelError(reason, "install the package anew")
 
 
 def _compare(dll: ctypes.CDLL) -> None:
@@ -174,7 +185,7 @@ def _compare(dll: ctypes.CDLL) -> None:
     """
     version = dll.accelerate_tts_abi_version()
     if version != ABI_VERSION:
-        raise KernelError(f"{dll._name} has version {version} of the kernels, not {ABI_VERSION}: {_REBUILD}")
+        raise KernelError(f"{dll._name} has version {version} of the kernels, not {ABI_VERSION}", _REBUILD)
     fields = dll.accelerate_tts_fields
     fields.argtypes, fields.restype = [ctypes.POINTER(_INTEGER)], ctypes.POINTER(_Field)
     count = _INTEGER()
@@ -184,7 +195,7 @@ def _compare(dll: ctypes.CDLL) -> None:
     if theirs != ours:
         pairs = (pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1])
         first = next(pairs, (f"{len(theirs)} fields", f"{len(ours)} fields"))
-        raise KernelError(f"{dll._name} was built for other structs: {first[0]}, not {first[1]}: {_REBUILD}")
+        raise KernelError(f"{dll._name} was built for other structs: {first[0]}, not {first[1]}", _REBUILD)
 
 
 def _levels(dll: ctypes.CDLL) -> tuple[str, ...]:
@@ -201,7 +212,7 @@ def _function(function: Any, argtypes: Sequence[Any]) -> Callable[..., None]:
         if result == _NO_MEMORY:
             raise MemoryError("there is no memory for what a kernel works in")
         if result:
-            raise KernelError(f"{function.__name__} returned {result}")
+            raise KernelError(f"{function.__name__} returned {result}", _REBUILD)
 
     function.argtypes, function.restype, function.errcheck = list(argtypes), _INT, checked
     return function  # type: ignore[no-any-return]
