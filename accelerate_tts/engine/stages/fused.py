@@ -19,7 +19,7 @@ from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.ahead import Ahead, Row
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
+from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
@@ -213,14 +213,16 @@ class _Fused:
         if layer is None or self._is_altered():
             return None
         keys, values = layer.buffers()
-        if keys.dtype != self._dtype or values.shape != keys.shape or keys.device.type != "cpu":
+        if keys.dtype != self._dtype:
             return None
         if (keys.shape[1], keys.shape[3]) != self._cache_shape or hidden.shape[-1] != self._hidden:
             return None  # upstream's own error
-        if keys.stride(3) != 1 or values.stride(3) != 1:
+        if not holds(keys, values, hidden.shape[0], layer.length()):
             return None
         described = self._describe(of_text)
-        return None if described is None else _Ready(described, layer)
+        if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
+            return None  # weights of other sizes were put in
+        return _Ready(described, layer)
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         import torch
