@@ -40,7 +40,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchli
         # An editable install uses this folder itself.
         folder = None if version == "editable" else tempfile.mkdtemp()
         try:
-            library = build.build(None if folder is None else Path(folder) / build.library_name())
+            library = build.build(None if folder is None else Path(folder))
         except build.NoCompilerError as error:
             if os.environ.get(_PURE) == "0":
                 raise

@@ -7,7 +7,7 @@ checkout that is used without installing it::
 
 Each unit is compiled once for each instruction set, and all go into one library, which links neither torch nor Python
 nor an OpenMP: `library.py` hands it the one that torch has loaded. This file is run by itself while a wheel is built,
-where nothing of this package can be imported.
+where nothing of this package can be imported, and is no part of the wheel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BuildError", "NoCompilerError", "build", "library_name"]
+__all__ = ["BuildError", "NoCompilerError", "build"]
 
 _HERE = Path(__file__).parent
 _TOKENS = ("skinny_gemm", "decoder_block")
@@ -64,16 +64,11 @@ class NoCompilerError(BuildError):
     """No C++ compiler was found."""
 
 
-def library_name() -> str:
-    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
-    return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-
-
 def build(target: Path | None = None, *, machine: str = "", tests: bool = False) -> Path:
     """Compile and link the library.
 
     Args:
-        target: Where it goes; beside this file by default.
+        target: Where it goes: a folder, or a file's name. Beside this file by default.
         machine: The processor that it is for, as `platform.machine()` names it; this one by default. The compiler that
             `CXX` names must be one for it.
         tests: Make a program of `csrc/tests` and the kernels instead, which compares them with plain loops.
@@ -85,7 +80,8 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
         NoCompilerError: There is no C++ compiler: none of `CXX`, c++, g++ and clang++.
         BuildError: The compiler failed.
     """
-    target = target or _HERE / library_name()
+    target = target or _HERE
+    target = target / _structs().library_name() if target.is_dir() else target
     compiler = _compiler()
     _write_header()
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +191,7 @@ def _structs() -> Any:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m accelerate_tts.kernels.build", description="Build the kernels.")
-    parser.add_argument("--target", type=Path, help="where the result goes; beside build.py by default")
+    parser.add_argument("--target", type=Path, help="a folder or a file; beside build.py by default")
     parser.add_argument("--machine", default="", help="the processor it is for, if CXX is a cross compiler")
     parser.add_argument("--tests", action="store_true", help="a program that compares the kernels with plain loops")
     given = parser.parse_args()

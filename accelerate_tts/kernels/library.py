@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import FellBack, emit
-from accelerate_tts.kernels.build import library_name
-from accelerate_tts.kernels.structs import ABI_VERSION, expected
+from accelerate_tts.kernels.structs import ABI_VERSION, expected, library_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

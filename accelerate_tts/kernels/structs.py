@@ -8,9 +8,10 @@ first call: a library of another description is refused.
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
-__all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header"]
+__all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
 
 ABI_VERSION = 1
 """What counts beside the structs: the exported functions and what they mean."""
@@ -111,6 +112,11 @@ def _classes() -> dict[str, type[ctypes.Structure]]:
 
 STRUCTS: dict[str, type[ctypes.Structure]] = _classes()
 """Each struct's ctypes class, by its name."""
+
+
+def library_name() -> str:
+    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
+    return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
 def expected() -> list[tuple[str, int, int]]:
