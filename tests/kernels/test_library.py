@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from accelerate_tts import Event
-from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import FellBack
 from accelerate_tts.kernels import library, structs
 from accelerate_tts.kernels.library import KernelError, kernels, load
@@ -80,7 +79,7 @@ def test_a_limit_that_the_processor_lacks_takes_what_there_is() -> None:
 
 
 def test_an_unknown_limit_is_an_error_that_names_the_values() -> None:
-    with pytest.raises(SettingsError, match=r"ACCELERATE_TTS_KERNELS='avx9' is none of base, .*, none"):
+    with pytest.raises(KernelError, match=r"ACCELERATE_TTS_KERNELS='avx9' is none of base, .*, none"):
         load(HERE.path, "avx9")
 
 
