@@ -241,8 +241,7 @@ def _give_threads(dll: ctypes.CDLL) -> str:
 
 
 def _places_of_openmp() -> list[ctypes.CDLL]:
-    """Where torch's own calls of OpenMP end, in the order in which the system looks: what is loaded for all, then what
-    torch's library itself needs."""
+    """Where torch's own calls of OpenMP end, in the order of the system's look-up: what is loaded for all comes first."""
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
@@ -264,4 +263,3 @@ def _file_of(address: int | None) -> str:
     if look is None or not look(_POINTER(address), ctypes.byref(info)) or not info.file:
         return "OpenMP"
     return os.fsdecode(info.file)
-

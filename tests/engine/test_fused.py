@@ -360,7 +360,7 @@ def test_copies_are_made_only_where_they_were_asked_for() -> None:
     }
     fp32, bf16, int8 = (f"fused decoder blocks ({weights})" for weights in LIMITS)
     assert names == {"exact": [fp32], "balanced": [bf16, fp32], "fast": [int8, bf16, fp32]}, "the fewest bytes first"
-    assert [fp32] == [stage.name for stage in default_stages("cpu", None) if "fused" in stage.name], "without a compiler"
+    assert [fp32] == [stage.name for stage in default_stages("cpu", None) if "fused" in stage.name]  # no compiler
     assert LIMITS["fp32"] < EXACT_TOLERANCE
 
 
@@ -446,8 +446,18 @@ class Wrapped(torch.Tensor):
             weight=layer.self_attn.q_proj.weight.detach().as_subclass(Wrapped)
         ),
     ],
-    ids=["inner", "keys", "attended", "norm", "bias", "a bias of one number", "a bias without a dimension",
-         "a norm of one number", "a norm elsewhere", "subclass"],  # fmt: skip
+    ids=[
+        "inner",
+        "keys",
+        "attended",
+        "norm",
+        "bias",
+        "a bias of one number",
+        "a bias without a dimension",
+        "a norm of one number",
+        "a norm elsewhere",
+        "subclass",
+    ],
 )
 def test_shapes_that_do_not_fit_together_are_upstreams(spoil: Callable[[Any], Any]) -> None:
     block = of("Llama").layers[0]

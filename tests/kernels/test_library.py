@@ -23,7 +23,11 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 def run(code: str, *arguments: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=os.environ | variables, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -168,7 +172,9 @@ def test_a_failure_is_reported_once_and_remembered(
 
 def test_switched_off_is_no_fault() -> None:
     code = "from accelerate_tts.kernels.library import missing; print(missing())"
-    assert run(code, ACCELERATE_TTS_KERNELS="none") .startswith("the kernels are switched off by ACCELERATE_TTS_KERNELS=none: ")
+    assert run(code, ACCELERATE_TTS_KERNELS="none").startswith(
+        "the kernels are switched off by ACCELERATE_TTS_KERNELS=none: "
+    )
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
@@ -211,7 +217,8 @@ def test_no_memory_is_an_error_of_pythons() -> None:
     x, y = torch.randn(1), torch.empty(1)
     with pytest.raises(MemoryError, match="no memory for what a kernel works in"):
         HERE.skinny_linear(
-            structs.FORMATS.index("transposed"), x.data_ptr(), x.data_ptr(), None, None, y.data_ptr(), 2**30, 2**28, 1, 1
+            structs.FORMATS.index("transposed"), x.data_ptr(), x.data_ptr(), None, None, y.data_ptr(), 2**30, 2**28, 1,
+            1,
         )  # fmt: skip
 
 

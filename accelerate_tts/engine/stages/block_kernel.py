@@ -148,7 +148,7 @@ def run(
 
 
 def holds(keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> bool:
-    """Whether buffers have a place behind `length` for so many rows, (rows, heads, room, head size), and are on the CPU."""
+    """Whether buffers, (rows, heads, room, head size), have a place behind `length` for so many rows."""
     return bool(
         keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.shape == values.shape
         and keys.shape[0] == rows and keys.shape[2] > length and keys.stride(3) == values.stride(3) == 1

@@ -1,4 +1,4 @@
-"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and what is plain enough for them."""
+"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they can read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32"]
 
 PANEL = 64
 """What sizes must be multiples of: the kernels' products have so many columns."""
+
 
 @dataclass(frozen=True)
 class Kernel:
