@@ -1,9 +1,10 @@
-"""A decode step of a T3-shaped Llama (30 layers, 1,024 wide, 16 heads, 4,096 inner): ours, torch's, oneDNN's and ggml's.
+"""A decode step of a T3-shaped Llama (30 layers, 1,024 wide, 16 heads, 4,096 inner): ours, torch's, oneDNN's, ggml's.
 
     python benchmarks/against_others.py [--rows 2] [--layers 30] [--rounds 15] [--only steps|linears|prompt]
 
-Run nothing else meanwhile. Candidates take turns, each round one call of each; medians with quartiles. "linears" is what
-reads the weights: the 210 linear layers of a step, without attention and norms. "steps" is the whole step with Python around it.
+Run nothing else meanwhile. Candidates take turns, each round one call of each; medians with quartiles. "linears" is
+what reads the weights: the 210 linear layers of a step, without attention and norms. "steps" is the whole step with
+Python around it.
 
 ggml is measured as llama.cpp runs it, where `llama_cpp` and `gguf` can be imported (pip install llama-cpp-python gguf):
 a model of the same shape with random weights is written to a temporary folder (2 GB in F32). It runs in a process of
@@ -119,9 +120,9 @@ def steps(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float |
     model = t3(given.layers)
     yield "eager, fp32", stepping(model, given.rows)
     for weights in ("fp32", "bf16", "int8"):
-        change = FusedBlocksStage(weights).prepare(Part("t3", "decoder", model))
+        change, one = FusedBlocksStage(weights).prepare(Part("t3", "decoder", model)), stepping(model, given.rows)
 
-        def step(change: Any = change, inner: Any = stepping(model, given.rows)) -> None:
+        def step(change: Any = change, inner: Any = one) -> None:
             change.on()
             try:
                 inner()
