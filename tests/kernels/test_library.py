@@ -230,8 +230,9 @@ def test_what_is_called_has_its_arguments_types() -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="asks nm")
 def test_instruction_sets_share_no_code() -> None:
-    """Of a function that several objects have, linkers keep one: an AVX-512 one would end a program on a plainer CPU."""
-    symbols = subprocess.run(["nm", "-C", HERE.path], capture_output=True, text=True, check=True).stdout.splitlines()
+    """Of a function that several objects have, linkers keep one, which may need what a plainer processor lacks."""
+    nm = str(shutil.which("nm"))
+    symbols = subprocess.run([nm, "-C", HERE.path], capture_output=True, text=True, check=True).stdout.splitlines()
     shared = [line for line in symbols if line[17:18] in {"W", "V", "u"}]
     assert not shared
 
@@ -240,7 +241,8 @@ def test_instruction_sets_share_no_code() -> None:
 def test_it_needs_libc_alone() -> None:
     needed = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "_kernels" in line]
     assert needed, "it is loaded"
-    if shutil.which("readelf"):
-        text = subprocess.run(["readelf", "-d", HERE.path], capture_output=True, text=True, check=True).stdout
+    readelf = shutil.which("readelf")
+    if readelf is not None:
+        text = subprocess.run([readelf, "-d", HERE.path], capture_output=True, text=True, check=True).stdout
         needed = [line.split("[")[1].rstrip("]") for line in text.splitlines() if "(NEEDED)" in line]
         assert set(needed) <= {"libc.so.6", "libm.so.6"}
