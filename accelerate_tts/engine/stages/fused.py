@@ -302,7 +302,10 @@ class _Fused:
         if first is None:
             return None
         length = first.layer.length()
-        given = shared(rotated, named.get("attention_mask"), hidden.shape[0], self._cache_shape[1], length + 1)
+        mask = named.get("attention_mask")
+        if mask is not None and mask.dim() == 4:  # noqa: PLR2004
+            mask = mask[..., : length + 1]  # before 4.49 there is one position more in it, and attention cuts it, too
+        given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's business, and its own error
@@ -327,7 +330,7 @@ class _Fused:
         for place in self.row.together(self.number):
             theirs = past
             if isinstance(past, tuple):
-                if whole is None or len(whole) != len(self.blocks) or whole[self.number] is not past:
+                if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
                     break
                 theirs = whole[place]
             ready = self.blocks[place]._ready(hidden, theirs, of_text, named)
