@@ -1,4 +1,4 @@
-"""One token through a decoder's block by one kernel of ours (block.cpp). For CPUs. Exact to rounding.
+"""One token through a decoder's block by one kernel of ours (decoder_block.cpp). For CPUs. Exact to rounding.
 
 A decode step is a loop over blocks, each of which is some twenty operators: beside the time in which the memory gives
 the weights, eager PyTorch spends as much again on waking threads and on Python. Here a block is one call. In fp32 it
@@ -24,11 +24,11 @@ from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.ahead import Ahead, Made, Row
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
+from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
-from accelerate_tts.engine.stages.native import decoder_blocks
+from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import (
@@ -76,12 +76,14 @@ class FusedBlocksStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if (reason := missing()) is not None:
+            return reason
         if not growing.are_caches_loaded():
             return "no cache of transformers is loaded"
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
-        """See `Stage.prepare`. Builds the kernel."""
+        """See `Stage.prepare`."""
         decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
@@ -361,17 +363,14 @@ class _Fused:
         described = None
         if (
             keys.dtype == self._dtype
-            and values.shape[:2] == keys.shape[:2]
-            and keys.device.type == "cpu"
-            and (keys.shape[1], keys.shape[3], values.shape[3]) == (*self._cache_shape, self._cache_shape[1])
+            and (keys.shape[1], keys.shape[3]) == self._cache_shape
             and hidden.shape[-1] == self._hidden
-            and keys.stride(3) == 1
-            and values.stride(3) == 1
+            and holds(keys, values, hidden.shape[0], layer.length())
         ):  # or else it is upstream's, and its own error
             described = self._describe(of_text)
-        if described is None:
+        if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
-            return None
+            return None  # as where weights of other sizes were put in
         return _Ready(described, layer, read or (answer is not None and _WEIGHTS in answer))
 
     def _is_wanted(self) -> bool:

@@ -311,10 +311,13 @@ class PairLayer:
     def __init__(self, past: Any, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._past, self._number = past, number
         self._keys, self._values = keys, values
+        self._is_ours = False
 
     def buffers(self) -> tuple[Any, Any]:
-        """The tensors; what lies behind them by their strides is room."""
-        return self._keys, self._values
+        """The tensors, with the room behind them that was taken."""
+        if not self._is_ours:
+            return self.pair()
+        return tuple(_longer(tensor, _room(tensor) + 1) for tensor in self.pair())  # type: ignore[return-value]
 
     def length(self) -> int:
         """Positions so far."""
@@ -322,18 +325,20 @@ class PairLayer:
 
     def reserve(self, positions: int) -> bool:
         """Take the room behind the last position, for this token alone; False if there is none and none can be made."""
-        if _take(self._keys) and min(map(_room, self.buffers())) >= positions:
+        if _take(self._keys) and min(_room(self._keys), _room(self._values)) >= positions:
+            self._is_ours = True
             return True
         needed = self.length() + positions
         if self._past is None or needed > LARGEST:
             return False
         self._keys, self._values = _roomy_pair(self._keys, self._values, needed)
         self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
+        self._is_ours = True
         return True
 
     def advance(self, positions: int) -> None:
         """Count positions that were written behind the tensors."""
-        self._keys, self._values = (_longer(tensor, positions) for tensor in self.buffers())
+        self._keys, self._values = (_longer(tensor, positions) for tensor in self.pair())
         _offer(self._keys)
         if self._past is not None:
             self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
