@@ -90,7 +90,8 @@ class Check:
     """A system that is tuned and timed in an environment.
 
     Attributes:
-        system: A name that `accelerate-tts bench` takes; "describe" asks what `.ci/releases.py` asks of a package.
+        system: A name that `accelerate-tts bench` takes; "describe" asks what `.ci/releases.py` asks of the first
+            package of `upstream`.
         layers: So many layers in place of all, where it has some; upstream's own number at `--layers full`.
         tokens: About so many tokens a call, of a system that writes tokens.
         precision: What tuning may change.
@@ -170,20 +171,26 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """Whether it was installed, every test passed and every check gave figures."""
+        """Whether it was installed, every test passed and every check gave figures; in `exact`, the same tokens."""
         tests = self.tests is None or not (self.tests["failed"] or self.tests["errors"])
-        return self.failed is None and tests and all(check["failed"] is None for check in self.checks)
+        checks = all(check["failed"] is None and not other_tokens(check) for check in self.checks)
+        return self.failed is None and tests and checks
 
     def as_json(self) -> str:
         """The row as JSON text; times are seconds."""
         return json.dumps(finite(asdict(self)), indent=1) + "\n"
 
 
+def other_tokens(check: Mapping[str, Any]) -> bool:
+    """Whether a check gave tokens that it must not give."""
+    return check["precision"] == "exact" and check.get("same_tokens") is False
+
+
 def environments(text: str) -> list[Environment]:
     """The environments of a file.
 
     Args:
-        text: TOML; a table `[[environment]]` for each.
+        text: TOML; a table `[[environment]]` for each, and names for several paths of tests in `[tests]`.
 
     Raises:
         EnvironmentsError: A key, a value or a system that there is not; two environments of one name.
@@ -192,18 +199,20 @@ def environments(text: str) -> list[Environment]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise EnvironmentsError(f"{FILE.name} is no TOML: {error}") from error
-    found = [_environment(table) for table in content.get("environment", [])]
+    several = content.get("tests", {})
+    found = [_environment(table, several) for table in content.get("environment", [])]
     names = [one.name for one in found]
     if not names or len(names) != len(set(names)):
         raise EnvironmentsError(f"{FILE.name}: no environments, or two of one name: {', '.join(names)}")
     return found
 
 
-def _environment(table: Mapping[str, Any]) -> Environment:
+def _environment(table: Mapping[str, Any], several: Mapping[str, list[str]]) -> Environment:
     name = table.get("name", "an environment without a name")
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
         made["beside"] = tuple(Extra(**extra) for extra in table.get("beside", []))
+        made["tests"] = tuple(path for told in table.get("tests", []) for path in several.get(told, [told]))
         made["checks"] = tuple(Check(**check) for check in table.get("checks", []))
         one = Environment(**made)
     except TypeError as error:
@@ -257,7 +266,7 @@ def run(one: Environment, options: Options, folder: Path, say: Callable[[str], N
                 row.tests = _tests(one, python, folder, say)
         for number, check in enumerate(one.checks if options.checks else ()):
             with _timed(row, f"check {number + 1}"):
-                row.checks.append(_check(_with_layers(check, options.layers), python, folder, say))
+                row.checks.append(_check(one, _with_layers(check, options.layers), python, folder, say))
     except StepError as error:
         row.failed = str(error)
         say(f"FAILED: {error}")
@@ -368,12 +377,15 @@ def results(report: str) -> dict[str, Any]:
     return found
 
 
-def _check(check: Check, python: Path, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _check(
+    one: Environment, check: Check, python: Path, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """One check; what goes wrong in it is said in its place, and the next one is run all the same."""
     asked = {"system": check.system, "layers": check.layers, "tokens": check.tokens, "precision": check.precision}
     say(f"check: {check.system}, {'all' if check.layers is None else check.layers} layers, {check.precision}")
     try:
-        found = _described(python, folder) if check.system == "describe" else _benched(check, python, folder)
+        describe = check.system == "describe"
+        found = _described(one, python, folder) if describe else _benched(check, python, folder)
     except (VariantError, StepError) as error:
         say(f"  FAILED: {error}")
         return {**asked, "failed": str(error)}
@@ -399,9 +411,9 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _described(python: Path, folder: Path) -> dict[str, Any]:
+def _described(one: Environment, python: Path, folder: Path) -> dict[str, Any]:
     script = ROOT / ".ci" / "releases.py"
-    said = _step([str(python), str(script), "--here"], 300.0, _clean(folder))
+    said = _step([str(python), str(script), "--here", one.upstream[0]], 300.0, _clean(folder))
     return {"said": said.strip().splitlines()}
 
 
@@ -507,13 +519,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="", help="a number, or full, in place of the file's few layers")
     parser.add_argument("--keep", type=Path, help="keep the virtual environments in this folder")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where the rows go")
+    parser.add_argument("--file", type=Path, default=FILE, help="another file of environments")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="only the checks")
     parser.add_argument("--no-checks", dest="checks", action="store_false", help="only the tests")
     parser.add_argument("--list", action="store_true", help="only show the names")
     told = parser.parse_args(arguments)
     try:
         names = [name for text in told.names for name in text.split(",") if name]
-        wanted = chosen(environments(FILE.read_text("utf-8")), names)
+        wanted = chosen(environments(told.file.read_text("utf-8")), names)
         if told.list:
             sys.stdout.write("".join(f"{one.name}: {' '.join(one.requires)}\n" for one in wanted))
             return 0
@@ -541,7 +554,7 @@ def _run_and_write(one: Environment, options: Options) -> Row:
 def _wheel(told: Path | None) -> Path:
     found = [told] if told is not None else sorted((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
     if not found or not found[-1].is_file():
-        raise EnvironmentsError(f"there is no wheel at {told or ROOT / 'dist'}: make one by `make dist`")
+        raise EnvironmentsError(f"there is no wheel at {told or ROOT / 'dist'}: `make test` and `make environments` build one")
     return found[-1]
 
 
