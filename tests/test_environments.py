@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "environments"
+FILE = FOLDER / "environments.toml"
 ONE = """
 [[environment]]
 name = "one"
@@ -30,7 +31,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """The runner and what makes the page."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("run"), importlib.import_module("page")
-    for name in ("run", "page"):
+    for name in ("run", "page", "listed"):
         del sys.modules[name]
 
 
@@ -57,7 +58,7 @@ def check(**facts: Any) -> dict[str, Any]:
 
 def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
     run, page = scripts
-    found = run.environments(run.FILE.read_text("utf-8"))
+    found = run.environments(FILE.read_text("utf-8"))
     rows = page.read(run.ROWS)
     assert set(rows) <= {one.name for one in found}, "a row of an environment that the file does not have"
     assert all(row["environment"] == name for name, row in rows.items())
@@ -66,7 +67,7 @@ def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
 
 def test_every_upstream_that_is_claimed_is_there(scripts: tuple[Any, Any]) -> None:
     run, _ = scripts
-    wanted = " ".join(one for found in run.environments(run.FILE.read_text("utf-8")) for one in found.requires)
+    wanted = " ".join(one for found in run.environments(FILE.read_text("utf-8")) for one in found.requires)
     for name in ("chatterbox-tts==0.1.1", "chatterbox-tts==0.1.4", "chatterbox-tts==0.1.6", "chatterbox-tts==0.1.7",
                  "chatterbox-light==", "coqui-tts==0.27.0", "coqui-tts[codec]==", "transformers==4.46.3", "resemblyzer",
                  "boson-multimodal==", "torch==2.6.0", "torch==2.8.0", "torch==2.10.0", "torch==2.12.1"):  # fmt: skip
@@ -125,8 +126,8 @@ def test_a_command_that_hangs_or_fails_says_so(scripts: tuple[Any, Any]) -> None
     run, _ = scripts
     with pytest.raises(run.StepError, match=r"longer than 1 s"):
         run._step([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+    code = "import sys; print('ERROR: No matching distribution\\n[notice] a new pip', file=sys.stderr); sys.exit(1)"
     with pytest.raises(run.StepError, match="ERROR: No matching distribution"):
-        code = "import sys; print('ERROR: No matching distribution\\n[notice] a new pip', file=sys.stderr); sys.exit(1)"
         run._step([sys.executable, "-c", code], 10.0)
     with pytest.raises(run.StepError, match="could not be started"):
         run._step(["/nowhere/python"], 1.0)

@@ -82,10 +82,11 @@ def doctor(
 @app.command()
 def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     systems: Annotated[
-        list[str], typer.Argument(
+        list[str],
+        typer.Argument(
             help="chatterbox, higgs, voice-clone, mms, xtts; or all, one after the other."
             " Also decoders alone: t3, t3-multilingual, t3-turbo."
-        )
+        ),
     ],
     size: Annotated[str, typer.Option(help="full: the true sizes; tiny: the same classes, in seconds.")] = "full",
     precision: Annotated[
@@ -109,7 +110,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
     python: Annotated[
         Path | None,
-        typer.Option(help="The interpreter of another environment, which has this library and the systems: bench those."),
+        typer.Option(help="Bench the systems of another environment, by its interpreter; it needs this library, too."),
     ] = None,
 ) -> None:
     """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile.

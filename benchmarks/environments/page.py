@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from run import FILE, ROWS, environments, other_tokens
+from listed import FILE, environments
+from run import ROWS, other_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from run import Environment
+    from listed import Environment
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "ENVIRONMENTS.md"
@@ -21,7 +22,8 @@ _HEAD = """# Where it was run
 
 This page is made from files that runs have written; nobody writes figures here. `make environments` builds each
 environment below from its upstream's own pins in a virtual environment of its own, installs the wheel beside it without
-changing a package, runs the contract tests of that system and a check, and writes one file of `benchmarks/environments/rows/`.
+changing a package, runs the contract tests of that system and a check, and writes one file under
+`benchmarks/environments/rows/`.
 `make environments ONLY=name` runs one, `LAYERS=full` at upstream's full size, `make environments-page` makes this page.
 
 A check tunes a system that is built from its true configuration with seeded weights, with as many layers as the table

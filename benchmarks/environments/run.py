@@ -26,31 +26,24 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+from listed import FILE, HERE, ROOT, EnvironmentsError, chosen, environments
 
 from accelerate_tts.cli.bench import processes
 from accelerate_tts.cli.bench.processes import VariantError
-from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS
 from accelerate_tts.cli.bench.variant import Request, finite
 from accelerate_tts.device.cpu import usable_cpus
-from accelerate_tts.settings import check_precision
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # which pytest brings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
-    from accelerate_tts.settings import Precision
+    from listed import Check, Environment
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-FILE, ROWS = HERE / "environments.toml", HERE / "rows"
+ROWS = HERE / "rows"
 TOOLS = ("pytest>=8.2", "pytest-asyncio>=0.24", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 """What the tests need beside what they test."""
 
@@ -61,73 +54,8 @@ _MOST_NAMES = 40
 """Failed tests that a row names; it has the number of all."""
 
 
-class EnvironmentsError(Exception):
-    """The file, or a name that was asked for, is not right; the message says what to change."""
-
-
 class StepError(Exception):
     """A step of one environment went wrong; the message is what the row says."""
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A requirement that upstream does not state, and why it is needed.
-
-    Attributes:
-        requires: As pip takes it.
-        reason: Why nothing works without it.
-        build: Whether it is needed to build a package from its sources: it is installed first, and pip's own build
-            environments are left out.
-    """
-
-    requires: str
-    reason: str
-    build: bool = False
-
-
-@dataclass(frozen=True)
-class Check:
-    """A system that is tuned and timed in an environment.
-
-    Attributes:
-        system: A name that `accelerate-tts bench` takes; "describe" asks what `.ci/releases.py` asks of the first
-            package of `upstream`.
-        layers: So many layers in place of all, where it has some; upstream's own number at `--layers full`.
-        tokens: About so many tokens a call, of a system that writes tokens.
-        precision: What tuning may change.
-        tune_seconds: The budget of tuning.
-    """
-
-    system: str
-    layers: int | None = None
-    tokens: int | None = None
-    precision: Precision = "exact"
-    tune_seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Environment:
-    """An environment of the file.
-
-    Attributes:
-        name: As `ONLY=` takes it.
-        python: The version of Python, as "3.11".
-        requires: What a user would give pip, and nothing else.
-        beside: What does not work without, each with its reason.
-        upstream: The packages whose versions the page shows, next to those of torch and transformers.
-        tests: Files and folders of tests.
-        checks: What is tuned and timed.
-        note: What else the page says.
-    """
-
-    name: str
-    python: str
-    requires: tuple[str, ...]
-    beside: tuple[Extra, ...] = ()
-    upstream: tuple[str, ...] = ()
-    tests: tuple[str, ...] = ()
-    checks: tuple[Check, ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,60 +112,6 @@ class Row:
 def other_tokens(check: Mapping[str, Any]) -> bool:
     """Whether a check gave tokens that it must not give."""
     return check["precision"] == "exact" and check.get("same_tokens") is False
-
-
-def environments(text: str) -> list[Environment]:
-    """The environments of a file.
-
-    Args:
-        text: TOML; a table `[[environment]]` for each, and names for several paths of tests in `[tests]`.
-
-    Raises:
-        EnvironmentsError: A key, a value or a system that there is not; two environments of one name.
-    """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise EnvironmentsError(f"{FILE.name} is no TOML: {error}") from error
-    several = content.get("tests", {})
-    found = [_environment(table, several) for table in content.get("environment", [])]
-    names = [one.name for one in found]
-    if not names or len(names) != len(set(names)):
-        raise EnvironmentsError(f"{FILE.name}: no environments, or two of one name: {', '.join(names)}")
-    return found
-
-
-def _environment(table: Mapping[str, Any], several: Mapping[str, list[str]]) -> Environment:
-    name = table.get("name", "an environment without a name")
-    made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    try:
-        made["beside"] = tuple(Extra(**extra) for extra in table.get("beside", []))
-        made["tests"] = tuple(path for told in table.get("tests", []) for path in several.get(told, [told]))
-        made["checks"] = tuple(Check(**check) for check in table.get("checks", []))
-        one = Environment(**made)
-    except TypeError as error:
-        raise EnvironmentsError(f"{FILE.name}, {name}: {error}") from error
-    for check in one.checks:
-        check_precision(check.precision)
-        if check.system not in {*SYSTEMS, *PARTS, "describe"}:
-            raise EnvironmentsError(f"{FILE.name}, {name}: {check.system!r} is not one of {[*SYSTEMS, *PARTS]}")
-    missing = [path for path in one.tests if not (ROOT / path).exists()]
-    if missing or not one.requires or not all(extra.reason for extra in one.beside):
-        raise EnvironmentsError(f"{FILE.name}, {name}: {missing or 'requires or a reason is empty'}")
-    return one
-
-
-def chosen(all_of_them: Sequence[Environment], names: Sequence[str]) -> list[Environment]:
-    """Those of these names, in the file's order; all if there are no names.
-
-    Raises:
-        EnvironmentsError: A name that the file does not have.
-    """
-    unknown = [name for name in names if name not in {one.name for one in all_of_them}]
-    if unknown:
-        known = ", ".join(one.name for one in all_of_them)
-        raise EnvironmentsError(f"{', '.join(unknown)}: {FILE.name} has no such environment, but {known}")
-    return [one for one in all_of_them if not names or one.name in names]
 
 
 def run(one: Environment, options: Options, folder: Path, say: Callable[[str], None]) -> Row:
@@ -319,7 +193,7 @@ def interpreter_of(version: str) -> str:
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     found += [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python{version}"), reverse=True)]
     for candidate in filter(None, found):
-        done = subprocess.run(  # noqa: S603 - a constant program
+        done = subprocess.run(
             [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -377,9 +251,7 @@ def results(report: str) -> dict[str, Any]:
     return found
 
 
-def _check(
-    one: Environment, check: Check, python: Path, folder: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _check(one: Environment, check: Check, python: Path, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """One check; what goes wrong in it is said in its place, and the next one is run all the same."""
     asked = {"system": check.system, "layers": check.layers, "tokens": check.tokens, "precision": check.precision}
     say(f"check: {check.system}, {'all' if check.layers is None else check.layers} layers, {check.precision}")
@@ -439,7 +311,7 @@ def _step(
     where: Any = subprocess.PIPE if output is None else output
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         try:
-            process = subprocess.Popen(  # noqa: S603 - commands of this file, with what environments.toml names
+            process = subprocess.Popen(
                 command, cwd=ROOT, env=None if environment is None else dict(environment), text=True,
                 stdin=subprocess.DEVNULL, stdout=where, stderr=complaints, start_new_session=True,
             )  # fmt: skip
@@ -479,10 +351,10 @@ def machine() -> dict[str, Any]:
     name, flags = platform.processor(), set[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        told = dict(
-            (key.strip(), value.strip())
+        told = {
+            key.strip(): value.strip()
             for key, _, value in (line.partition(":") for line in cpuinfo.read_text("utf-8").splitlines())
-        )
+        }
         flags = set(told.get("flags", told.get("Features", "")).split())
         model = " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told)
         name = f"{told.get('model name', name)} ({model})" if model else told.get("model name", name)
@@ -495,10 +367,10 @@ def machine() -> dict[str, Any]:
 def _commit() -> str:
     """The commit of the working tree, with a plus where something in it is not committed."""
     git = ["git", "-C", str(ROOT)]
-    done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     if done.returncode:
         return "unknown"
-    changed = subprocess.run(  # noqa: S603
+    changed = subprocess.run(
         [*git, "status", "--porcelain", "--untracked-files=no", "--", "accelerate_tts"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -530,13 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told.list:
             sys.stdout.write("".join(f"{one.name}: {' '.join(one.requires)}\n" for one in wanted))
             return 0
-        if told.layers and told.layers != "full" and not told.layers.isdecimal():
-            raise EnvironmentsError(f"--layers {told.layers} must be a number, or full")
-        options = Options(_wheel(told.wheel), told.rows, told.layers, told.keep, told.tests, told.checks)
+        options = Options(_wheel(told.wheel), told.rows, _layers(told.layers), told.keep, told.tests, told.checks)
     except EnvironmentsError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    bad = [row.environment for row in map(lambda one: _run_and_write(one, options), wanted) if not row.good]
+    bad = [row.environment for row in (_run_and_write(one, options) for one in wanted) if not row.good]
     say(f"{len(wanted) - len(bad)} of {len(wanted)} environments are good" + (f"; not: {', '.join(bad)}" * bool(bad)))
     return bool(bad)
 
@@ -551,10 +421,16 @@ def _run_and_write(one: Environment, options: Options) -> Row:
     return row
 
 
+def _layers(told: str) -> str:
+    if told and told != "full" and not told.isdecimal():
+        raise EnvironmentsError(f"--layers {told} must be a number, or full")
+    return told
+
+
 def _wheel(told: Path | None) -> Path:
     found = [told] if told is not None else sorted((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
     if not found or not found[-1].is_file():
-        raise EnvironmentsError(f"there is no wheel at {told or ROOT / 'dist'}: `make test` and `make environments` build one")
+        raise EnvironmentsError(f"there is no wheel at {told or ROOT / 'dist'}; `make environments` builds one")
     return found[-1]
 
 
