@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,3 +176,12 @@ def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
     assert not made(checks=[check(same_tokens=False)]).good
     assert not made(tests={**row()["tests"], "failed": 1}).good
     assert json.loads(made(checks=[check(error=float("inf"))]).as_json())["checks"][0]["error"] is None
+
+
+def test_the_workflow_runs_each(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    workflow = Path(__file__).parents[1] / ".github" / "workflows" / "ci.yml"
+    if not workflow.exists():
+        pytest.skip("the source distribution has no .github")
+    named = re.findall(r"^ {10}- ([\w.-]+)$", workflow.read_text("utf-8"), re.MULTILINE)
+    assert named == [one.name for one in run.environments(FILE.read_text("utf-8"))]
