@@ -8,9 +8,9 @@ TEXT   ?= The quick brown fox jumps over the lazy dog, and every word of it is s
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
-SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed 2>/dev/null)
+SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo test lint format types imports docs dev check clean bench soak audit releases \
+.PHONY: help demo kernels kernels-test test lint format types imports docs dev check clean bench soak audit releases \
 	environments environments-page
 .DEFAULT_GOAL := help
 
@@ -95,6 +95,15 @@ releases: .venv/.wheel ## Are the parts of each upstream release where models/*.
 
 audit: .venv/.audit/.ready ## Known vulnerabilities of what is installed in .venv, by pip-audit; loud where that cannot be asked
 	@$(BIN)/python .ci/audit.py
+
+kernels: ## Build the kernels' library into this folder, for using it without installing it
+	@$(PYTHON) accelerate_tts/kernels/build.py
+
+# A program of its own, without torch and Python: under an emulator too, e.g.
+# make kernels-test CXX=aarch64-linux-gnu-g++ MACHINE=aarch64 RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+kernels-test: ## Compare the kernels with plain loops, at each instruction set of this processor
+	@CXX="$(CXX)" $(PYTHON) accelerate_tts/kernels/build.py --tests --target build/test_kernels --machine "$(MACHINE)"
+	@$(RUN) build/test_kernels
 
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true

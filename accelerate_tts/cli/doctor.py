@@ -77,7 +77,7 @@ _MARKS: dict[Verdict, str] = {"ok": "ok", "info": "", "warning": "!", "problem":
 def examine() -> Iterator[Finding]:
     """Look at everything, in the order of the report. A look that fails is itself a finding."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _versions, _settings, _device, _flags, _threads, _memory, _compiler, _cache, _extras,
+        _versions, _settings, _device, _flags, _threads, _memory, _kernels, _compiler, _cache, _extras,
     )  # fmt: skip
     for look in looks:
         try:
@@ -181,6 +181,27 @@ def _memory() -> Iterator[Finding]:
     yield Finding("memory", "warning" if tight else "ok", text, mend)
 
 
+def _kernels() -> Iterator[Finding]:
+    from accelerate_tts.kernels.library import KernelError, kernels
+
+    try:
+        library = kernels()
+    except KernelError as error:
+        text = f"none: {error.reason}; a CPU's decode steps and few-row layers are left to torch"
+        yield Finding("kernels", "warning", text, error.mend)
+        return
+    best = library.levels.index(library.level)
+    names = ", ".join(library.levels[: best + 1])
+    yield Finding("kernels", "ok", f"{library.level} (of {names}) in {library.path}")
+    if library.threads:
+        yield Finding("kernels' threads", "ok", f"torch's own: {library.threads}")
+    else:
+        yield Finding(
+            "kernels' threads", "warning", "one, since this torch has no OpenMP that was found",
+            "install torch from its own wheels, which bring an OpenMP",
+        )  # fmt: skip
+
+
 def _compiler() -> Iterator[Finding]:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     path = shutil.which(name)
@@ -211,6 +232,12 @@ def _cache() -> Iterator[Finding]:
         yield Finding(
             "cache folder", "warning", f"{text}: not writable ({error.strerror})",
             "set TORCHINDUCTOR_CACHE_DIR to a folder of your own; otherwise each process compiles anew",
+        )  # fmt: skip
+        return
+    if hasattr(os, "geteuid") and (owner := existing.stat().st_uid) not in {0, os.geteuid()}:
+        yield Finding(
+            "cache folder", "problem", f"{text}: it belongs to user {owner}, and torch loads the code that lies there",
+            "set TORCHINDUCTOR_CACHE_DIR to a folder of your own",
         )  # fmt: skip
         return
     little = free < _LITTLE_DISK

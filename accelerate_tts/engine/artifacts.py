@@ -47,20 +47,16 @@ def snapshot() -> Snapshot:
     return made
 
 
-def pack(before: frozenset[str], *also: Path) -> bytes | None:
+def pack(before: frozenset[str]) -> bytes | None:
     """The files that came since, as a compressed archive; `None` if there are none, or too many to keep.
 
     Args:
         before: What was there; of a `Snapshot`, what was used since is taken too.
-        also: Files that belong to it even if they were there, as far as they lie in the compiler's folder.
     """
     folder = _folder()
-    wanted = {path.relative_to(folder).as_posix() for path in also if path.is_relative_to(folder)}
     used = {_key(name) for name in before.opened} if isinstance(before, Snapshot) else set[str]()
     names = [
-        name
-        for name in sorted(_files())
-        if (name not in before or name in wanted or _key(name) in used) and not name.endswith(_PASSING)
+        name for name in sorted(_files()) if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
     ]
     buffer, size = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:

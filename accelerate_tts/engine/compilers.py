@@ -1,6 +1,6 @@
 """C++ compilers that do not return: an interruption ends them, since Python cannot leave the call that waits for one.
 
-`torch.compile` and our own kernels (`stages/native`) have inductor start a compiler, and wait for it in native code.
+`torch.compile` has inductor start a compiler, and waits for it in native code.
 One that hangs (a licence server, a dead network drive, a sick wrapper script) would hold a load for ever.
 """
 

@@ -23,7 +23,6 @@ from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
-from accelerate_tts.engine.stages import native
 from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.trial import OVER_BUDGET
 from accelerate_tts.engine.tune import Tuning, acts_in_training, recompile_counter, warn_of_training
@@ -171,11 +170,8 @@ class WarmPack:
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
 
     def _code_of(self, kept: Sequence[Kept]) -> bytes | None:
-        """What was compiled for the changes in force: graphs, and our own kernels, which any of them may run."""
-        own = native.library_files()
-        if not own and not any(entry.change.graphs for entry in kept):
-            return None
-        return artifacts.pack(self._code, *own)
+        """What was compiled for the changes in force."""
+        return artifacts.pack(self._code) if any(entry.change.graphs for entry in kept) else None
 
 
 class _WarmupFailedError(Exception):

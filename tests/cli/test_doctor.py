@@ -19,6 +19,7 @@ from accelerate_tts._version import __version__
 from accelerate_tts.cli import doctor
 from accelerate_tts.cli.app import app
 from accelerate_tts.engine.receipt import Receipt, StageResult
+from accelerate_tts.kernels.library import kernels
 
 Finding = dict[str, str]
 LOOKS = {"python", "torch", "settings", "device", "flags", "torch.compile", "threads", "memory", "packages"}
@@ -112,6 +113,36 @@ def test_a_compiler_that_is_there(tmp_path: Path) -> None:
     finding = findings()["C++ compiler"]
     assert finding["verdict"] == "ok"
     assert finding["found"].startswith(str(tmp_path / "bin"))
+
+
+def test_which_kernels_answer_and_on_whose_threads() -> None:
+    library = kernels()
+    found = findings()
+    assert found["kernels"]["verdict"] == found["kernels' threads"]["verdict"] == "ok"
+    assert found["kernels"]["found"].startswith(f"{library.level} (of base")
+    assert str(library.path) in found["kernels"]["found"]
+    assert library.threads in found["kernels' threads"]["found"]
+
+
+def test_a_wheel_without_kernels_says_what_it_lost() -> None:
+    code = "from accelerate_tts.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True, check=False,
+        env=os.environ | {"ACCELERATE_TTS_KERNELS": "none"},
+    )  # fmt: skip
+    (finding,) = [finding for finding in json.loads(done.stdout) if finding["name"] == "kernels"]
+    assert finding["verdict"] == "warning"
+    assert "a CPU's decode steps and few-row layers are left to torch" in finding["found"]
+    assert finding["mend"] == "unset it to use them"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives a folder away")
+def test_a_compiler_cache_of_somebody_else_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    os.chown(tmp_path / "cache", 4321, -1)
+    finding = findings(code=1)["cache folder"]
+    assert finding["verdict"] == "problem"
+    assert "it belongs to user 4321, and torch loads the code that lies there" in finding["found"]
 
 
 def test_no_compiler_on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,10 +21,8 @@ from accelerate_tts import Event
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.engine import compilers
 from accelerate_tts.engine.plan import ModelPlan, Part
-from accelerate_tts.engine.stages import native
 from accelerate_tts.engine.stages.compile import CompileStage
 from accelerate_tts.engine.stages.fold import FoldStage
-from accelerate_tts.engine.stages.skinny import SkinnyStage
 from accelerate_tts.engine.tune import Limits, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.errors import TimeLimitError
@@ -47,8 +45,6 @@ def processor_known() -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(watchdog, "_AGAIN", 0.2)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    native._library.cache_clear()
-    native.skinny_linear.cache_clear()
 
 
 @pytest.fixture
@@ -132,12 +128,11 @@ def sleepers(tmp_path: Path) -> list[psutil.Process]:
 @posix
 @pytest.mark.usefixtures("time_flies")
 @pytest.mark.parametrize("threads", [1, 2], ids=["in this thread", "in inductor's pool of threads"])
-@pytest.mark.parametrize("stage", [CompileStage("default"), SkinnyStage("fp32")], ids=["inductor", "our own kernels"])
 def test_a_compiler_that_never_returns_costs_its_stage(
-    stage: CompileStage | SkinnyStage, threads: int, hanging: Path, tmp_path: Path, seen: list[Event],
+    threads: int, hanging: Path, tmp_path: Path, seen: list[Event],
     own_child: subprocess.Popen[bytes],
 ) -> None:  # fmt: skip
-    model = Model()
+    model, stage = Model(), CompileStage("default")
     stage.cost_of = lambda _: 0.0  # type: ignore[method-assign]
     with torch.no_grad():
         expected = model(X)

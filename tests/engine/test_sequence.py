@@ -21,7 +21,7 @@ from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import default_stages, native, residual_kernel, sequence, transformer_kernel
+from accelerate_tts.engine.stages import default_stages, residual_kernel, sequence, transformer_kernel
 from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.engine.stages.linear import FewRowsStage
 from accelerate_tts.engine.stages.precision import HalfStage
@@ -213,25 +213,6 @@ def test_undone_copied_and_pickled_it_is_upstreams_own() -> None:
     assert torch.equal(run(block, x), expected)
 
 
-def test_without_amx_the_kernels_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are built on a processor that has none: what the other tests go by there."""
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_flags", lambda: [f"-U__{name}__" for name in ("AMX_BF16", "AVX512BF16", "AVX512BW")])
-    library = native._library.__wrapped__(native._SEQUENCES)
-    assert not library.multiplies_in_bf16()
-    block, residual = block_of(), residual_of()
-    x, frames = given_to(block, 2, 300), frames_of(residual, 2, 100, 7)
-    expected, resolved = run(block, x), resolve(residual, *frames)
-    for module, name in ((transformer_kernel, "transformer_block"), (residual_kernel, "residual_block")):
-        kernel = native._of_block_and_call(getattr(library, name))
-        monkeypatch.setattr(module, name, lambda kernel=kernel: kernel)
-    fuse(block)
-    fuse(residual, RESIDUAL)
-    assert 0 < error(expected, run(block, x), x) < LIMIT
-    found = resolve(residual, *frames)
-    assert 0 < float((resolved - found).norm() / resolved.norm()) < LIMIT
-
-
 # --- upstream's business ---------------------------------------------------------------------------------------------
 
 
@@ -252,7 +233,12 @@ def exchanged(block: Any) -> None:
     block.norm3 = nn.LayerNorm(128, elementwise_affine=False)
 
 
-@pytest.mark.parametrize("alter", [hook, processor, adapter, exchanged])
+def one_number(block: Any) -> None:
+    """A bias that torch broadcasts, and that the kernel would read past."""
+    block.ff.net[2].bias = nn.Parameter(torch.tensor([0.25]))
+
+
+@pytest.mark.parametrize("alter", [hook, processor, adapter, exchanged, one_number])
 def test_what_comes_into_a_block_later_is_used(
     alter: Callable[[Any], None], served: list[str], seen: list[Event]
 ) -> None:
@@ -500,7 +486,7 @@ def test_it_is_tried_where_it_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FusedSequenceStage(TRANSFORMER).applies(part) == "this processor has no AMX"
     monkeypatch.setattr(sequence, "has_matrix_unit", lambda: True)
     monkeypatch.setattr(sequence, "multiplies_in_bf16", lambda: False)
-    with pytest.raises(RuntimeError, match="ONEDNN_MAX_CPU_ISA"):
+    with pytest.raises(RuntimeError, match="ACCELERATE_TTS_KERNELS"):
         FusedSequenceStage(TRANSFORMER).prepare(part)
 
 
@@ -586,3 +572,13 @@ def test_what_is_inside_is_not_tried_again() -> None:
     assert None not in [stage.applies(part) for stage in others]
     change.off()
     assert [stage.applies(part) for stage in others] == [None] * 4
+
+
+@pytest.mark.parametrize("place", ["first", "beside", "norm"])
+def test_a_residual_blocks_bias_of_another_shape_is_upstreams(place: str) -> None:
+    block = residual_of()
+    assert RESIDUAL.parts_of(block) is not None
+    parts = RESIDUAL.parts_of(block)
+    layer = {"first": parts.first, "beside": parts.beside, "norm": parts.norm1}[place]
+    layer.bias = nn.Parameter(torch.tensor([0.25]))
+    assert RESIDUAL.parts_of(block) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from accelerate_tts import Event, optimized_model, receipt_of
+from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages import native
 from accelerate_tts.engine.stages.native import skinny_linear
 from accelerate_tts.engine.stages.skinny import MOST_ROWS, SkinnyStage, Weights
-from accelerate_tts.events import FellBack
+from accelerate_tts.kernels import library
 
 INPUTS, OUTPUTS = 130, 140  # no multiple of any vector's length
 LIMIT: dict[Weights, float] = {"fp32": 1e-6, "bf16": 4e-3, "int8": 1.2e-2}
@@ -243,13 +242,9 @@ def test_subclasses_small_and_half_layers_are_left_alone() -> None:
         assert SkinnyStage().applies(Part("model", "model", module)) is not None
 
 
-def test_without_a_compiler_the_model_stays_and_an_event_says_why(
-    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
-) -> None:
-    def missing() -> Callable[..., Any]:
-        raise RuntimeError("no C++ compiler was found")
-
-    monkeypatch.setattr("accelerate_tts.engine.stages.skinny.skinny_linear", missing)
+def test_without_kernels_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is reported once, where the library is loaded, and by the doctor: not by each stage of each load."""
+    monkeypatch.setattr("accelerate_tts.engine.stages.skinny.missing", lambda: "built without kernels")
     model = nn.Sequential(layer()).eval()
     expected = model(torch.ones(2, INPUTS))
 
@@ -260,11 +255,71 @@ def test_without_a_compiler_the_model_stays_and_an_event_says_why(
     load()
     receipt = receipt_of(model)
     assert receipt is not None
-    reasons = [result.reason for result in receipt.stages if result.stage.startswith("skinny")]
-    assert reasons == ["failed: RuntimeError: no C++ compiler was found"]
-    assert any(isinstance(event, FellBack) and "no C++ compiler" in event.reason for event in seen)
-    assert torch.equal(model(torch.ones(2, INPUTS)), expected)
-    assert type(model[0]) is nn.Linear
+    assert not [result for result in receipt.stages if result.stage.startswith("skinny")]
+    assert torch.allclose(model(torch.ones(2, INPUTS)), expected, atol=1e-5)
+
+
+# --- what the kernel is told -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.tensor([0.25]), torch.tensor(0.25), torch.randn(1, OUTPUTS), torch.randn(2, OUTPUTS),
+        torch.randn(2 * OUTPUTS)[::2], torch.randn(OUTPUTS).double(), torch.randn(OUTPUTS + 1),
+    ],
+    ids=lambda bias: f"{tuple(bias.shape)} {bias.dtype} {bias.stride()}",
+)  # fmt: skip
+def test_a_bias_of_another_shape_is_torchs_business(kind: str, weights: Weights, bias: torch.Tensor) -> None:
+    """torch adds whatever can be broadcast; a kernel that is given an address would read past its end."""
+    module, x = layer(kind), torch.randn(2, INPUTS)
+    changed(module, weights).on()
+    module.bias = nn.Parameter(bias)
+    plain = layer(kind)
+    plain.bias = nn.Parameter(bias)
+
+    def answer(one: Any) -> Any:
+        try:
+            with torch.inference_mode():
+                return one(x)
+        except RuntimeError as error:
+            return str(error)
+
+    expected, found = answer(plain), answer(module)
+    assert type(found) is type(expected)
+    assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_a_bias_of_one_number_in_a_bf16_layer(weights: Weights) -> None:
+    module = layer().bfloat16() if weights == "fp32" else layer()
+    changed(module, weights).on()
+    module.bias = nn.Parameter(torch.tensor([0.25], dtype=module.weight.dtype))
+    x = torch.randn(2, INPUTS, dtype=module.weight.dtype)
+    with torch.inference_mode():
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+X, WEIGHT, VECTOR = torch.randn(2, 16), torch.randn(8, 16), torch.randn(8)
+GOOD: dict[str, Any] = {"x": X, "weight": WEIGHT, "scale": None, "bias": VECTOR, "transposed": False}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.randn(2, 15)}, {"x": torch.randn(16)}, {"x": torch.randn(16, 2).t()}, {"x": X.double()},
+        {"x": X.to("meta")}, {"weight": torch.randn(16, 8).t()}, {"weight": WEIGHT.double()},
+        {"weight": WEIGHT.bfloat16(), "transposed": True, "x": torch.randn(2, 8)}, {"weight": WEIGHT.to("meta")},
+        {"bias": VECTOR[:1]}, {"bias": torch.randn(16)[::2]}, {"bias": VECTOR.bfloat16()}, {"bias": VECTOR.to("meta")},
+        {"scale": VECTOR[:7]}, {"scale": torch.tensor(1.0)}, {"scale": VECTOR.half()},
+    ],
+    ids=lambda wrong: " ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in wrong.items()),
+)  # fmt: skip
+def test_the_kernel_refuses_what_it_would_misread(wrong: dict[str, Any]) -> None:
+    skinny_linear()(**GOOD)
+    with pytest.raises(ValueError, match=r"skinny_linear was given .* It takes contiguous tensors on the CPU"):
+        skinny_linear()(**(GOOD | wrong))
 
 
 def test_it_is_built_once() -> None:
@@ -275,7 +330,7 @@ def test_the_operator_is_registered_once_though_the_kernel_is_loaded_again() -> 
     """As after an interruption in the middle of the first time."""
     x = torch.randn(2, 16)
     first = torch.ops.accelerate_tts.skinny_linear if native.skinny_linear() else None
-    native._library.cache_clear()
+    library._loaded.cache_clear()
     native.skinny_linear.cache_clear()
     weight = torch.randn(8, 16)
     again = native.skinny_linear()(x, weight, None, None, False)

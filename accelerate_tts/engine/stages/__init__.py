@@ -95,7 +95,6 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     stages: list[Stage] = [FoldStage()]
     if on_cpu:
         stages += [QuietBlasStage(), ChannelsLastStage()]
-    if on_cpu and compile_mode is not None:  # it needs the compiler too
         # Before all else that changes linear layers: what is inside fused blocks is not tried again.
         stages += map(FusedBlocksStage, formats)
         stages += [PromptStage(), *map(FusedSequenceStage, KERNELS)] if precision != "exact" else []
@@ -109,9 +108,7 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     for dtype in halves:
         stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
     if on_cpu:
-        if compile_mode is not None:
-            stages += map(SkinnyStage, formats)
-        stages.append(FewRowsStage())
+        stages += [*map(SkinnyStage, formats), FewRowsStage()]
         stages += quantize_stages() if precision == "fast" else ()
         stages += [] if compile_mode is None else [FrozenCompileStage()]
     if compile_mode is not None:

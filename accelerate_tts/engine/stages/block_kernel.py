@@ -1,4 +1,4 @@
-"""What block.cpp is told, field by field: the structs, and what of a user's tensors they point to."""
+"""What decoder_block.cpp is told, field by field, and what of a user's tensors it points to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.engine.stages.native import decoder_blocks
 from accelerate_tts.engine.stages.skinny import Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.kernels.structs import FORMATS, STRUCTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,41 +17,20 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.stages.anatomy import Anatomy
 
-__all__ = ["Described", "Shared", "plain", "run", "shared"]
+__all__ = ["Described", "Shared", "holds", "plain", "run", "shared"]
 
-_FP32, _BF16, _INT8, _TRANSPOSED = range(4)
-
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        ("w", _POINTER), ("scale", _POINTER), ("bias", _POINTER), ("outputs", _INTEGER), ("inputs", _INTEGER),
-    )  # fmt: skip
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, _INTEGER) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "format", "layer_norm",
-                                        "gated", "activation")),
-        *((name, ctypes.c_double) for name in ("eps1", "eps2", "scaling")),
-        *((name, _POINTER) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-    )  # fmt: skip
-
-
-class _Token(ctypes.Structure):
-    _fields_ = (
-        ("x", _POINTER), ("y", _POINTER), ("rows", _INTEGER), ("cos", _POINTER), ("sin", _POINTER),
-        ("rotation_stride", _INTEGER), ("mask", _POINTER), ("mask_stride", _INTEGER), ("mask_is_bytes", _INTEGER),
-        ("keys", _POINTER), ("values", _POINTER), ("key_row", _INTEGER), ("key_head", _INTEGER),
-        ("key_position", _INTEGER), ("value_row", _INTEGER), ("value_head", _INTEGER), ("value_position", _INTEGER),
-        ("is_bf16", _INTEGER), ("length", _INTEGER),
-    )  # fmt: skip
+_POINTER = ctypes.c_void_p
+_Linear, _Block, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Token"))
+_NO_ROWS = (None, None, None)  # all rows of a call share one cache
 
 
 class Described:
-    """A block's struct, and the tensors that it points to."""
+    """A block's struct, and the tensors that it points to.
+
+    Attributes:
+        copies: The copies of layers' weights, and their scales.
+        takes: The hidden size, and the heads of keys and their size, of what it is given.
+    """
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
         import torch
@@ -59,7 +39,7 @@ class Described:
         self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         layers = anatomy.layers()
         transposed = is_transposed(anatomy.q)
-        own = _TRANSPOSED if transposed else _BF16 if anatomy.q.weight.dtype == torch.bfloat16 else _FP32
+        own = "transposed" if transposed else "bf16" if anatomy.q.weight.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive the tuning's own mode
             norms = {
                 f"{name}{suffix}": self._pointer(getattr(norm, attribute, None), torch.float32)
@@ -70,10 +50,11 @@ class Described:
         self.struct = _Block(
             hidden=anatomy.norm1.weight.shape[0], heads=anatomy.heads, kv_heads=anatomy.kv_heads,
             head_dim=anatomy.head_dim, inner=linears["up"].outputs,
-            format={"fp32": own, "bf16": _BF16, "int8": _INT8}[weights],
+            format=FORMATS.index(own if weights == "fp32" else weights),
             layer_norm=hasattr(anatomy.norm1, "eps"), gated=anatomy.gate is not None, activation=anatomy.activation,
             eps1=_epsilon(anatomy.norm1), eps2=_epsilon(anatomy.norm2), scaling=anatomy.scaling, **norms, **linears,
         )  # fmt: skip
+        self.takes = (anatomy.norm1.weight.shape[0], anatomy.kv_heads, anatomy.head_dim)
         self.address = ctypes.addressof(self.struct)
 
     def _pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
@@ -83,7 +64,7 @@ class Described:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, layer: Any, weights: Weights) -> _Linear:
+    def _linear(self, layer: Any, weights: Weights) -> Any:
         import torch
 
         outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
@@ -131,6 +112,7 @@ def run(
     given: Shared,
     buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     length: int,
+    attentions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token through blocks, one after the other; its keys and values are written behind the sequence.
 
@@ -140,6 +122,8 @@ def run(
         given: What they all are given.
         buffers: For each block, the keys and values so far and room behind them, (rows, heads, room, head size).
         length: Positions in them.
+        attentions: Where each block's attention weights go, (blocks, rows, heads, length + 1), in fp32 and contiguous;
+            `None` where nobody asks for them.
 
     Returns:
         What each block makes of it, (blocks, rows, 1, hidden) in fp32; of a bf16 model, rounded to that.
@@ -148,11 +132,12 @@ def run(
 
     y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # whatever the user's defaults are
     source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
-    tokens: list[_Token] = []
-    for keys, values in buffers:
+    tokens: list[Any] = []
+    for number, (keys, values) in enumerate(buffers):
         token = _Token(
             source, target, *given.fields, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
             *values.stride()[:3], keys.dtype == torch.bfloat16, length,
+            None if attentions is None else attentions[number].data_ptr(), *_NO_ROWS,
         )  # fmt: skip
         tokens.append(token)
         source, target = target, target + size
@@ -160,6 +145,14 @@ def run(
     addresses = (_POINTER * count)(*(block.address for block in blocks))
     decoder_blocks()(addresses, (_Token * count)(*tokens), count, torch.get_num_threads())
     return y
+
+
+def holds(keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> bool:
+    """Whether buffers, (rows, heads, room, head size), have a place behind `length` for so many rows."""
+    return bool(
+        keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.shape == values.shape
+        and keys.shape[0] == rows and keys.shape[2] > length and keys.stride(3) == values.stride(3) == 1
+    )  # fmt: skip
 
 
 # The next two give three fields and the tensors behind them, or `None` for what is not of the kernel's kind.
@@ -172,6 +165,8 @@ def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
     shape = cos.shape
     if shape != sin.shape or len(shape) != 3 or shape[1:] != (1, size) or shape[0] not in {1, rows}:  # noqa: PLR2004
         return None
+    if not (cos.is_cpu and sin.is_cpu):
+        return None
     return cos.data_ptr(), sin.data_ptr(), 0 if shape[0] == 1 else size, cos, sin
 
 
@@ -180,7 +175,7 @@ def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
 
     if given is None:
         return None, 0, False
-    if given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
+    if not given.is_cpu or given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
         return None
     in_bytes = given.dtype == torch.bool
     mask = given.contiguous() if in_bytes else plain(given)

@@ -1,4 +1,4 @@
-"""One token through a decoder's block by one kernel of ours (block.cpp). For CPUs. Exact to rounding.
+"""One token through a decoder's block by one kernel of ours (decoder_block.cpp). For CPUs. Exact to rounding.
 
 A decode step is a loop over blocks, each of which is some twenty operators: beside the time in which the memory gives
 the weights, eager PyTorch spends as much again on waking threads and on Python. Here a block is one call. In fp32 it
@@ -19,11 +19,11 @@ from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.ahead import Ahead, Row
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
+from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
-from accelerate_tts.engine.stages.native import decoder_blocks
+from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import parameters_of, take_cache, token_layer
@@ -63,12 +63,14 @@ class FusedBlocksStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if (reason := missing()) is not None:
+            return reason
         if growing.cache_classes() is None:
             return "no cache of transformers 4.56 or later is loaded"
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
-        """See `Stage.prepare`. Builds the kernel."""
+        """See `Stage.prepare`."""
         decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
@@ -211,14 +213,16 @@ class _Fused:
         if layer is None or self._is_altered():
             return None
         keys, values = layer.buffers()
-        if keys.dtype != self._dtype or values.shape != keys.shape or keys.device.type != "cpu":
+        if keys.dtype != self._dtype:
             return None
         if (keys.shape[1], keys.shape[3]) != self._cache_shape or hidden.shape[-1] != self._hidden:
             return None  # upstream's own error
-        if keys.stride(3) != 1 or values.stride(3) != 1:
+        if not holds(keys, values, hidden.shape[0], layer.length()):
             return None
         described = self._describe(of_text)
-        return None if described is None else _Ready(described, layer)
+        if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
+            return None  # weights of other sizes were put in
+        return _Ready(described, layer)
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         import torch

@@ -38,13 +38,12 @@ class Weights:
     """The weights of a module, to know when they were written."""
 
     def __init__(self, module: nn.Module) -> None:
-        # By place, not by tensor: `load_state_dict(assign=True)` puts others there.
+        # By place, not by tensor: `load_state_dict(assign=True)` puts others there, and a bias may come where none was.
         self._places = [
             (holder, name)
             for inner in module.modules()
             for holder in (inner._parameters, inner._buffers)
-            for name, tensor in holder.items()
-            if tensor is not None
+            for name in holder
         ]
         self._state = self._now()
 

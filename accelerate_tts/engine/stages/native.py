@@ -1,152 +1,122 @@
-"""Our own C++ kernels: built with the compiler that torch.compile uses.
+"""Our own C++ kernels, as stages call them; `accelerate_tts/kernels` has the library.
 
-`torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` (skinny.cpp) computes `x @ weight.T * scale
-+ bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32, bf16 or int8, or
-(inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU; the callers see to it.
-`decoder_blocks` (block.cpp) is one token through blocks of a decoder; block_kernel.py describes them to it.
-`transformer_block` (transformer.cpp) and `residual_block` (residual.cpp) are a whole sequence through a block without a
-cache; transformer_kernel.py and residual_kernel.py describe them.
+`torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` (skinny_gemm.cpp) computes
+`x @ weight.T * scale + bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32,
+bf16 or int8, or (inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU.
+`decoder_blocks` (decoder_block.cpp) is one token through blocks of a decoder; block_kernel.py describes them to it.
+`transformer_block` and `residual_block` are a whole sequence through a block without a cache; transformer_kernel.py and
+residual_kernel.py describe them.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.kernels.library import kernels, missing
+from accelerate_tts.kernels.structs import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
     "decoder_blocks",
-    "library_files",
+    "missing",
     "multiplies_in_bf16",
     "residual_block",
     "skinny_linear",
     "transformer_block",
 ]
 
-_TOKENS = ("skinny.cpp", "block.cpp")
-# In a library of their own: they need a header of torch's inside, which some releases ship without what it includes.
-_SEQUENCES = (*_TOKENS, "tiles.cpp", "transformer.cpp", "residual.cpp")
-_loaded: dict[tuple[str, ...], Any] = {}
 
-
-@cache
-def _library(sources: tuple[str, ...] = _TOKENS) -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    # inductor knows the compiler, the flags for this processor and which OpenMP torch itself has loaded: a second one
-    # would have threads of its own, spinning on the same cores. It keeps what is built in its cache folder.
-    here = Path(__file__).parent
-    code = "\n".join((here / name).read_text(encoding="utf-8") for name in sources)
-    library = CppCodeCache.load(code, extra_flags=_flags())
-    _loaded[sources] = library
-    return library
-
-
-def _flags() -> tuple[str, ...]:
-    from torch._inductor import cpp_builder
-
-    # inductor (2.6 to 2.14) forbids GCC to vectorise loops, those marked `omp simd` too, and to fuse products and sums.
-    is_gcc = getattr(cpp_builder, "is_gcc", lambda: False)
-    return ("-ftree-loop-vectorize", "-ffp-contract=fast") if is_gcc() else ()
-
-
-def library_files() -> list[Path]:
-    """Where what was built lies, of what this process has loaded."""
-    return [Path(library._name) for library in _loaded.values()]
-
-
-@cache
 def decoder_blocks() -> Callable[..., None]:
     """The kernel for one token through blocks: `(blocks, tokens, count, threads)`, see block_kernel.py.
 
     Raises:
-        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+        KernelError: There are no kernels; stages ask `missing()` before.
     """
-    import ctypes
-
-    kernel: Any = _library().decoder_blocks
-    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    kernel.restype = None
-    return kernel  # type: ignore[no-any-return]
+    return kernels().decoder_blocks
 
 
-@cache
 def transformer_block() -> Callable[..., None]:
     """The kernel for a sequence through a transformer's block: `(block, call, threads)`, see transformer_kernel.py.
 
     Raises:
-        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+        KernelError: As for `decoder_blocks`.
     """
-    return _of_block_and_call(_library(_SEQUENCES).transformer_block)
+    return kernels().transformer_block
 
 
-@cache
 def residual_block() -> Callable[..., None]:
     """The kernel for a sequence through a residual block: `(block, call, threads)`, see residual_kernel.py.
 
     Raises:
-        Exception: As for `transformer_block`.
+        KernelError: As for `decoder_blocks`.
     """
-    return _of_block_and_call(_library(_SEQUENCES).residual_block)
-
-
-def _of_block_and_call(kernel: Any) -> Callable[..., None]:
-    import ctypes
-
-    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-    kernel.restype = None
-    return kernel  # type: ignore[no-any-return]
+    return kernels().residual_block
 
 
 def multiplies_in_bf16() -> bool:
     """Whether `transformer_block` and `residual_block` multiply by AMX; without, they are right and slow.
 
     Raises:
-        Exception: As for `transformer_block`.
+        KernelError: As for `decoder_blocks`.
     """
-    return bool(_library(_SEQUENCES).multiplies_in_bf16())
+    return kernels().has_tiles
 
 
 @cache
 def skinny_linear() -> Callable[..., Any]:
-    """The kernel as a Python function of the operator's arguments; built when first asked for, some seconds.
+    """The kernel as a Python function of the operator's arguments.
 
     For eager code: it saves the dispatcher's way. Traced code calls the operator, which is registered here too.
 
     Raises:
-        Exception: What inductor raises without a working compiler; callers let it become the stage's failure.
+        KernelError: As for `decoder_blocks`.
     """
-    import ctypes
-
     import torch
 
-    library = _library()
-    pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 3
-    kernels: dict[tuple[Any, bool], Any] = {
-        (torch.float32, False): library.skinny_f32,
-        (torch.bfloat16, False): library.skinny_bf16,
-        (torch.int8, False): library.skinny_i8,
-        (torch.float32, True): library.skinny_f32_transposed,
+    kernel = kernels().skinny_linear
+    formats = {
+        (torch.float32, False): FORMATS.index("fp32"),
+        (torch.bfloat16, False): FORMATS.index("bf16"),
+        (torch.int8, False): FORMATS.index("int8"),
+        (torch.float32, True): FORMATS.index("transposed"),
     }
-    for kernel in kernels.values():
-        kernel.argtypes = [*pointers, *sizes, ctypes.c_int]
-        kernel.restype = None
 
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
-        y = torch.empty(x.shape[0], outputs, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
-        kernels[weight.dtype, transposed](
-            x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
-            None if bias is None else bias.data_ptr(), y.data_ptr(), x.shape[0], outputs, inputs,
-            torch.get_num_threads(),
+        rows = x.shape[0]
+        y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+        kind = formats.get((weight.dtype, transposed))
+        fits = _is_plain(x) and _is_plain(weight, weight.dtype) and x.shape == (rows, inputs)
+        if kind is None or not (fits and _is_vector(scale, outputs) and _is_vector(bias, outputs)):
+            raise ValueError(_misfit(x, weight, scale, bias, transposed))
+        kernel(
+            kind, x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), rows, outputs, inputs, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
+    def _is_plain(tensor: Any, dtype: Any = torch.float32) -> bool:
+        return bool(tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous())
+
+    def _is_vector(tensor: Any, size: int) -> bool:
+        return tensor is None or (tensor.shape == (size,) and _is_plain(tensor))
+
     _operator()
     return run
+
+
+def _misfit(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> str:
+    given = {"x": x, "weight": weight, "scale": scale, "bias": bias}
+    said = [f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+            for name, tensor in given.items() if tensor is not None]  # fmt: skip
+    return (
+        f"skinny_linear was given {'; '.join(said)}; transposed={transposed}. It takes contiguous tensors on the CPU:"
+        " x (rows, inputs) in float32; weight (outputs, inputs) in float32, bfloat16 or int8, or (inputs, outputs) in"
+        " float32 if transposed; scale and bias (outputs,) in float32 or None"
+    )
 
 
 @cache

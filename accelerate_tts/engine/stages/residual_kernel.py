@@ -1,4 +1,4 @@
-"""What residual.cpp is told of a residual block of causal convolutions, and which blocks and calls it can serve."""
+"""The description of a residual block for residual_block.cpp, and which blocks and calls it can serve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.native import residual_block
 from accelerate_tts.engine.stages.swap import plain_class
-from accelerate_tts.engine.stages.tiles import INTEGER, PANEL, POINTER, Dense, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.engine.stages.tiles import PANEL, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.kernels.structs import STRUCTS
 
 if TYPE_CHECKING:
     import torch
@@ -17,19 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["RESIDUAL"]
 
 
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, INTEGER) for name in ("channels", "outputs")),
-        *((name, ctypes.c_double) for name in ("eps1", "eps2")),
-        *((name, POINTER) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
-        *((name, Dense) for name in ("first", "second", "beside")),
-    )
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, POINTER) for name in ("x", "y", "mask", "time")), ("batch", INTEGER), ("length", INTEGER),
-    )  # fmt: skip
+_Block, _Call = STRUCTS["ResidualBlock"], STRUCTS["ResidualCall"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +100,7 @@ class _Described(Kept):
         )  # fmt: skip
         self.address = ctypes.addressof(self._struct)
 
-    def _convolution(self, layer: Any) -> Dense:
+    def _convolution(self, layer: Any) -> ctypes.Structure:
         """With its frames one after the other, as they lie in memory."""
         return self.dense(layer.weight.permute(0, 2, 1).reshape(layer.weight.shape[0], -1), layer.bias)
 

@@ -1,4 +1,4 @@
-"""Blocks of a flow's estimator by one kernel of ours each (transformer.cpp, residual.cpp). In bf16, on CPUs with AMX.
+"""Blocks of a flow's estimator by one kernel of ours each, transformer_block.cpp or residual_block.cpp. In bf16, by AMX.
 
 An estimator (Chatterbox's S3Gen, CosyVoice, Matcha-TTS) has dozens of small blocks, and runs them at each step of its
 solver. At a few hundred frames a third of its time is attention, which torch does not multiply in AMX at these sizes,
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.intact import Inside
-from accelerate_tts.engine.stages.native import multiplies_in_bf16
+from accelerate_tts.engine.stages.native import missing, multiplies_in_bf16
 from accelerate_tts.engine.stages.precision import half_dtypes
 from accelerate_tts.engine.stages.residual_kernel import RESIDUAL
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, subclass_with
@@ -52,19 +52,21 @@ class FusedSequenceStage(BaseStage):
         """See `Stage.applies`."""
         if not has_matrix_unit():
             return "this processor has no AMX"
+        if (reason := missing()) is not None:
+            return reason
         return None if self._blocks(part) else f"no {self._kernel.name} that the kernel knows in it"
 
     def _blocks(self, part: Part) -> list[nn.Module]:
         return [inner for inner in part.module.modules() if self._kernel.parts_of(inner) is not None]
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`. Builds the kernel.
+        """See `Stage.prepare`.
 
         Raises:
-            RuntimeError: torch's oneDNN may not use AMX.
+            RuntimeError: The kernels may not use AMX.
         """
         if not multiplies_in_bf16():
-            raise RuntimeError("torch's oneDNN does not use AMX here: is ONEDNN_MAX_CPU_ISA set?")
+            raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
         fused = {block: _Fused(block, self._kernel, part.name) for block in self._blocks(part)}
         return ClassSwap(list(fused), lambda block: fused[block].class_for(type(block)))
 

@@ -2,8 +2,8 @@
 
 A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
 time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
-skinny.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's own
-weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
+skinny_gemm.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's
+own weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
 output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.engine.stages.derived import Derived
-from accelerate_tts.engine.stages.native import skinny_linear
+from accelerate_tts.engine.stages.native import missing, skinny_linear
 from accelerate_tts.engine.stages.swap import (
     COPY,
     CarryingSwap,
@@ -62,13 +62,15 @@ class SkinnyStage(BaseStage):
         """See `Stage.applies`."""
         if part.few_rows < LEAST_FEW_ROWS:
             return "next to nothing of its linear work has few rows"
+        if (reason := missing()) is not None:
+            return reason
         return None if self._layers(part) else "no large linear layer in fp32 (or bf16) in it"
 
     def _layers(self, part: Part) -> list[nn.Module]:
         return _layers(part.module, own=self._weights == "fp32")
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`. Builds the kernel."""
+        """See `Stage.prepare`."""
         skinny_linear()
         layers = self._layers(part)
         if self._weights == "fp32":
@@ -144,6 +146,9 @@ def _exact_class(plain: Any, transposed: bool) -> type:
     def forward(self: Any, x: Any) -> Any:
         weight, bias = self.weight, self.bias
         inputs = weight.shape[0 if transposed else 1]
+        outputs = weight.shape[1 if transposed else 0]
+        if not _is_bias(bias, outputs):
+            return plain.forward(self, x)
         if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
             # Sums in fp32, rounded once at the end, as bf16 hardware does it.
             wide = None if bias is None else bias.float()
@@ -153,6 +158,11 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         return _call(x, weight, None, bias, transposed)
 
     return subclass_with(plain, forward)
+
+
+def _is_bias(bias: Any, outputs: int) -> bool:
+    """Whether it has a number for each output; torch takes what can be broadcast, and the kernel's loops do not."""
+    return bias is None or tuple(bias.shape) == (outputs,)
 
 
 def _fits(tensor: Any, dtype: Any = None) -> bool:
@@ -170,7 +180,8 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
     def forward(self: Any, x: Any) -> Any:
         bias = self.bias
-        if not _takes(x, self.weight.shape[0 if transposed else 1]) or not _fits(bias):
+        outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
+        if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
             return plain.forward(self, x)
         copy = getattr(self, COPY, None)  # a thread may be in here while another one switches the change off
         if copy is None:

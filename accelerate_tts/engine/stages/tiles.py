@@ -1,29 +1,23 @@
-"""What kernels for whole sequences have in common (tiles.cpp): layers in panels, and what is plain enough for them."""
+"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they can read."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.kernels.structs import STRUCTS
+
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from torch import nn
 
-__all__ = ["INTEGER", "PANEL", "POINTER", "Dense", "Kept", "Kernel", "are_plain", "is_fp32"]
+__all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32"]
 
 PANEL = 64
 """What sizes must be multiples of: the kernels' products have so many columns."""
-
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
-
-
-class Dense(ctypes.Structure):
-    """A linear layer, as the kernels read it."""
-
-    _fields_ = (("w", POINTER), ("bias", POINTER), ("outputs", INTEGER), ("inputs", INTEGER))
 
 
 @dataclass(frozen=True)
@@ -58,23 +52,26 @@ class Kept:
         self._tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return self._tensors[-1].data_ptr()
 
-    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Dense:
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.Structure:
         """A layer's weight, (outputs, inputs), in bf16 and in panels of 64 outputs, each [inputs / 2][64][2]."""
         import torch
 
         outputs, inputs = weight.shape
         panels = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2).permute(0, 2, 1, 3)
         place = None if bias is None else self.pointer(bias)
-        return Dense(w=self.pointer(panels), bias=place, outputs=outputs, inputs=inputs)
+        return STRUCTS["Dense"](w=self.pointer(panels), bias=place, outputs=outputs, inputs=inputs)
 
 
 def are_plain(modules: Iterable[Any]) -> bool:
-    """Whether all weights of modules are fp32, on the CPU, with memory of their own to copy."""
+    """Whether all weights of modules are fp32, on the CPU, with memory of their own to copy, and biases of their size.
+
+    torch adds a bias of any shape that can be broadcast; a kernel reads one number for each output.
+    """
     import torch
     from torch import nn
 
-    plain = {torch.Tensor, nn.Parameter}  # not quantised or sharded
-    return all(
+    plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
+    return all(module.bias is None or module.bias.shape == module.weight.shape[:1] for module in modules) and all(
         type(tensor) in plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         for module in modules
         for tensor in (module.weight, module.bias)

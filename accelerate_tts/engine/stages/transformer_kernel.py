@@ -1,4 +1,4 @@
-"""What transformer.cpp is told of a transformer's block, and which blocks and calls it can serve."""
+"""What transformer_block.cpp is told of a transformer's block, and which blocks and calls it can serve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.native import transformer_block
 from accelerate_tts.engine.stages.swap import plain_class
-from accelerate_tts.engine.stages.tiles import INTEGER, PANEL, POINTER, Dense, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.engine.stages.tiles import PANEL, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.kernels.structs import STRUCTS
 
 if TYPE_CHECKING:
     import torch
@@ -17,17 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TRANSFORMER"]
 
 
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, INTEGER) for name in ("hidden", "heads", "inner")),
-        *((name, ctypes.c_double) for name in ("eps1", "eps2", "scaling")),
-        *((name, POINTER) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
-        *((name, Dense) for name in ("qkv", "o", "up", "down")),
-    )
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (("x", POINTER), ("y", POINTER), ("mask", POINTER), ("batch", INTEGER), ("length", INTEGER))
+_Block, _Call = STRUCTS["TransformerBlock"], STRUCTS["TransformerCall"]
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,12 @@
 // With time as rows and channels next to each other, three frames are one row of three times as many numbers, which
 // begins in the row before: a convolution is a product as it lies there, without a copy. Two zero rows before the first
 // are what a causal convolution sees of the past. Products are in bf16; norms, Mish and what is added up are in fp32.
-// Built behind tiles.cpp.
+#include <new>
 
-// Both structs are filled in by residual_kernel.py, field by field.
-struct ResidualBlock {
-  int64_t channels, outputs;  // multiples of 64
-  double eps1, eps2;
-  const float *norm1, *norm1_bias, *norm2, *norm2_bias;
-  Dense first, second;  // inputs: [3][channels], [3][outputs]
-  Dense beside;
-};
+#include "kernels.h"
+#include "packed_gemm.h"
 
-struct ResidualCall {
-  const float* x;     // [batch][channels][length]
-  float* y;           // [batch][outputs][length]
-  const float* mask;  // [batch][length], what frames are multiplied by
-  const float* time;  // [batch][outputs], what is added between the convolutions
-  int64_t batch, length;
-};
-
+namespace KERNELS_LEVEL {
 namespace {
 
 constexpr int64_t PAST = 2;  // frames that a causal convolution of three sees before a frame
@@ -30,18 +17,14 @@ constexpr int64_t PAST = 2;  // frames that a causal convolution of three sees b
 // What threads share, and what each has for itself; kept between calls. Rows behind a sequence's end are computed with,
 // and never read.
 struct Frames {
-  std::vector<bf16> given, between;  // [batch][past + length][channels] and [outputs], and room for a last piece
-  struct Own {
-    std::vector<float> wide;
-  };
-  std::vector<Own> own;
+  Buffer<bf16> given, between;  // [batch][past + length][channels] and [outputs], and room for a last piece
+  Buffer<float> wide;           // of each thread
+  int64_t wide_size;
 
-  void fit(const ResidualBlock& b, const ResidualCall& call, int threads) {
-    const size_t rows = size_t(call.batch * (PAST + call.length) + ROWS);
-    grow(given, rows * b.channels);
-    grow(between, rows * b.outputs);
-    if (own.size() < size_t(threads)) own.resize(threads);
-    for (Own& o : own) grow(o.wide, size_t(ROWS * std::max(b.channels, b.outputs)));
+  bool fit(const ResidualBlock& b, const ResidualCall& call, int threads) {
+    const int64_t rows = call.batch * (PAST + call.length) + ROWS;
+    wide_size = ROWS * most(b.channels, b.outputs);
+    return given.fit(rows * b.channels) && between.fit(rows * b.outputs) && wide.fit(threads * wide_size);
   }
 };
 
@@ -58,32 +41,29 @@ void convolve(const Dense& layer, const bf16* frames, int64_t channels, const fl
   multiply(layer, frames, channels, rows, c, [&](int64_t at, const float* added) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < PANEL; i += AT_ONCE)
-        write(wide + r * outputs + at + i, read(c + r * PANEL + i) + (added ? read(added + i) : floats{}));
+        store(wide + r * outputs + at + i, read(c + r * PANEL + i) + (added ? read(added + i) : floats{}));
   });
   for (int64_t r = 0; r < rows; r++) {
     float* line = wide + r * outputs;
     layer_norm(line, norm, bias, eps, outputs, line);
-    for (int64_t i = 0; i < outputs; i += AT_ONCE) write(line + i, mish(read(line + i)) * mask[r]);
+    for (int64_t i = 0; i < outputs; i += AT_ONCE) store(line + i, mish(read(line + i)) * mask[r]);
   }
 }
 
 }  // namespace
 
-extern "C" void residual_block(const ResidualBlock* block, const ResidualCall* given, int threads) {
-  static thread_local Frames kept;  // of the calling thread: two calls at once have two
-  Frames& s = kept;
-  const ResidualBlock& b = *block;
-  const ResidualCall& call = *given;
-  s.fit(b, call, threads);
+int residual_block(const ResidualBlock& b, const ResidualCall& call, int threads) {
+  Borrowed<Frames> borrowed;
+  if (!borrowed.get() || !borrowed.get()->fit(b, call, threads)) return NO_MEMORY;
+  Frames& s = *borrowed.get();
   const int64_t length = call.length, size = rows_of_a_piece(call.batch, length, threads);
   const int64_t pieces = (length + size - 1) / size, tasks = call.batch * pieces;
-#pragma omp parallel num_threads(threads)
-  {
-    Frames::Own& own = s.own[omp_get_thread_num()];
+  in_team(threads, [&](Team team) {
+    const Tiles tiles;
+    float* wide = s.wide.data() + team.me * s.wide_size;
     alignas(64) float c[ROWS * PANEL];
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t n = task / pieces, begin = task % pieces * size, rows = std::min(size, length - begin);
+    each(team, tasks, [&](int64_t task) {
+      const int64_t n = task / pieces, begin = task % pieces * size, rows = least(size, length - begin);
       bf16* to = s.given.data() + (n * (PAST + length) + PAST + begin) * b.channels;
       if (begin == 0) {
         memset(to - PAST * b.channels, 0, PAST * b.channels * sizeof(bf16));
@@ -91,25 +71,23 @@ extern "C" void residual_block(const ResidualBlock* block, const ResidualCall* g
       }
       const float *from = call.x + n * b.channels * length + begin, *mask = call.mask + n * length + begin;
       for (int64_t i = 0; i < b.channels; i++)  // along time as it lies there, and turned in the cache
-        for (int64_t r = 0; r < rows; r++) own.wide[r * b.channels + i] = from[i * length + r] * mask[r];
-      for (int64_t i = 0; i < rows * b.channels; i++) to[i] = narrow(own.wide[i]);
-    }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t n = task / pieces, begin = task % pieces * size, rows = std::min(size, length - begin);
+        for (int64_t r = 0; r < rows; r++) wide[r * b.channels + i] = from[i * length + r] * mask[r];
+      for (int64_t i = 0; i < rows * b.channels; i++) to[i] = narrow(wide[i]);
+    });
+    team.barrier();
+    each(team, tasks, [&](int64_t task) {
+      const int64_t n = task / pieces, begin = task % pieces * size, rows = least(size, length - begin);
       const float *mask = call.mask + n * length + begin, *time = call.time + n * b.outputs;
-      float* wide = own.wide.data();
       convolve(b.first, s.given.data() + (n * (PAST + length) + begin) * b.channels, b.channels, b.norm1, b.norm1_bias,
                float(b.eps1), mask, rows, b.outputs, wide, c);
       bf16* to = s.between.data() + (n * (PAST + length) + PAST + begin) * b.outputs;
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < b.outputs; i += AT_ONCE)
-          write(to + r * b.outputs + i, round_to_bf16((read(wide + r * b.outputs + i) + read(time + i)) * mask[r]));
-    }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t n = task / pieces, begin = task % pieces * size, rows = std::min(size, length - begin);
-      float* wide = own.wide.data();
+          store(to + r * b.outputs + i, round_to_bf16((read(wide + r * b.outputs + i) + read(time + i)) * mask[r]));
+    });
+    team.barrier();
+    each(team, tasks, [&](int64_t task) {
+      const int64_t n = task / pieces, begin = task % pieces * size, rows = least(size, length - begin);
       convolve(b.second, s.between.data() + (n * (PAST + length) + begin) * b.outputs, b.outputs, b.norm2,
                b.norm2_bias, float(b.eps2), call.mask + n * length + begin, rows, b.outputs, wide, c);
       const bf16* now = s.given.data() + (n * (PAST + length) + PAST + begin) * b.channels;
@@ -120,7 +98,9 @@ extern "C" void residual_block(const ResidualBlock* block, const ResidualCall* g
             to[r] = wide[r * b.outputs + at + i] + c[r * PANEL + i] + (added ? added[i] : 0.0f);
         }
       });
-    }
-    release();
-  }
+    });
+  });
+  return 0;
 }
+
+}  // namespace KERNELS_LEVEL

@@ -1,93 +1,14 @@
-// y = x @ w.T * scale + bias for a few rows of x, at the rate at which the memory gives w.
+// x @ w.T * scale for a few rows of x, at the rate at which the memory gives w: what skinny_gemm.cpp and
+// decoder_block.cpp have in common.
 //
 // Each weight is read once, in the order in which it lies in memory, and used for up to four rows of x. Weights are
 // fp32, bf16 or int8 with a scale for each output. Sums are kept in fp32; for int8 in integers, with x in 16 bits.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-#include <omp.h>
-#if defined(__AVX512BW__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#pragma once
+#include "common.h"
+#include "simd.h"
 
+namespace KERNELS_LEVEL {
 namespace {
-
-typedef uint16_t bf16;
-
-#if defined(__AVX512BW__)
-constexpr int LANES = 16;
-typedef __m512 vec;
-typedef __m512i ints;
-inline vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
-inline ints load_bits(const void* p) { return _mm512_loadu_si512(p); }
-inline vec even_bf16(ints pairs) { return (vec)_mm512_slli_epi32(pairs, 16); }
-inline vec odd_bf16(ints pairs) { return (vec)_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))); }
-inline ints load_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-inline ints add_integers(ints a, ints b) { return _mm512_add_epi32(a, b); }
-#if defined(__AVX512VNNI__)
-inline ints add_products(ints sum, ints a, ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
-#else
-inline ints add_products(ints sum, ints a, ints b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-#endif
-inline float total(vec v) { return _mm512_reduce_add_ps(v); }
-inline vec load(const bf16* p) {
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-}
-inline vec to_float(ints v) { return _mm512_cvtepi32_ps(v); }
-#define ACCELERATE_TTS_VECTORS
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-typedef __m256 vec;
-typedef __m256i ints;
-inline vec load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
-inline ints load_bits(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline vec even_bf16(ints pairs) { return (vec)_mm256_slli_epi32(pairs, 16); }
-inline vec odd_bf16(ints pairs) { return (vec)_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))); }
-inline ints load_int8(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-inline ints add_integers(ints a, ints b) { return _mm256_add_epi32(a, b); }
-inline ints add_products(ints sum, ints a, ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-inline float total(vec v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-inline vec to_float(ints v) { return _mm256_cvtepi32_ps(v); }
-inline vec load(const bf16* p) {
-  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-}
-#define ACCELERATE_TTS_VECTORS
-#else
-constexpr int LANES = 4;
-typedef float vec __attribute__((vector_size(LANES * 4)));
-inline vec load(const float* p) {
-  vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-inline float total(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
-inline vec load(const bf16* p) {
-  uint32_t wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = uint32_t(p[i]) << 16;
-  vec v;
-  memcpy(&v, wide, sizeof v);
-  return v;
-}
-#endif
-
-inline float widen(float value) { return value; }
-inline float widen(int8_t value) { return value; }
-inline float widen(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
 
 struct Shape {
   int64_t rows, outputs, inputs;
@@ -111,6 +32,7 @@ constexpr int FP32_ROWS = 4, NARROW_ROWS = 0;
 #endif
 
 struct Fp32 {
+  static constexpr bool as_is = true;  // x needs nothing done to it
   typedef float weight;
   typedef float input;
   typedef vec sum;
@@ -132,8 +54,8 @@ struct Fp32 {
   static float value(sum s, float) { return total(s); }
 };
 
-#if defined(ACCELERATE_TTS_VECTORS)
 struct Bf16 {
+  static constexpr bool as_is = false;
   typedef bf16 weight;
   typedef float input;
   typedef vec sum;
@@ -151,7 +73,7 @@ struct Bf16 {
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     for (int r = 0; r < COUNT; r++) {
-      const ints pairs = load_bits(w + r * apart + k);
+      const words pairs = load_as<words>(w + r * apart + k);
       const vec even = even_bf16(pairs), odd = odd_bf16(pairs);
       for (int m = 0; m < ROWS; m++)
         sums[m][r] += load(x + m * inputs + k) * even + load(x + m * inputs + k + LANES) * odd;
@@ -162,6 +84,7 @@ struct Bf16 {
 };
 
 struct Int8 {
+  static constexpr bool as_is = false;
   typedef int8_t weight;
   typedef int16_t input;
   typedef ints sum;
@@ -170,22 +93,22 @@ struct Int8 {
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
-    const float most = room < 32767.0 ? float(std::floor(room)) : 32767.0f;
+    const float limit = room < 32767.0 ? float(floor(room)) : 32767.0f;
     for (int64_t m = 0; m < of.rows; m++) {
       const float* row = x + m * of.inputs;
       float peak = 0, zero = 0;
 #pragma omp simd reduction(max : peak) reduction(+ : zero)
       for (int64_t k = 0; k < of.inputs; k++) {
-        const float size = std::fabs(row[k]);
+        const float size = fabsf(row[k]);
         peak = size > peak ? size : peak;
         zero += size * 0.0f;  // of an infinity or a NaN, a NaN
       }
       // What is not finite makes the whole row so, as it does in fp32.
       const bool finite = zero == 0.0f;
-      scales[m] = finite ? peak / most : NAN;
-      const float to_integer = finite && peak > 0 ? most / peak : 0;
+      scales[m] = finite ? peak / limit : NAN;
+      const float to_integer = finite && peak > 0 ? limit / peak : 0;
       int16_t* integers = to + m * of.inputs;
-      if (!finite) std::fill(integers, integers + of.inputs, int16_t(0));
+      if (!finite) memset(integers, 0, of.inputs * sizeof(int16_t));
       else {
 #pragma omp simd
         for (int64_t k = 0; k < of.inputs; k++) integers[k] = int16_t(int32_t(__builtin_rintf(row[k] * to_integer)));
@@ -195,34 +118,14 @@ struct Int8 {
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     for (int r = 0; r < COUNT; r++) {
-      const ints weights = load_int8(w + r * apart + k);
-      for (int m = 0; m < ROWS; m++) sums[m][r] = add_products(sums[m][r], weights, load_bits(x + m * inputs + k));
+      const shorts weights = load_int8(w + r * apart + k);
+      for (int m = 0; m < ROWS; m++)
+        sums[m][r] = add_products(sums[m][r], weights, load_as<shorts>(x + m * inputs + k));
     }
   }
-  static sum join(sum a, sum b) { return add_integers(a, b); }  // prepare() has left room for all of a lane
-  static float value(sum s, float scale) { return total(to_float(s)) * scale; }
+  static sum join(sum a, sum b) { return a + b; }  // prepare() has left room for all of a lane
+  static float value(sum s, float scale) { return total(__builtin_convertvector(s, vec)) * scale; }
 };
-#endif
-
-// Processors without such vectors: the same in fp32, one conversion for each weight.
-template <class T>
-struct Plain : Fp32 {
-  typedef T weight;
-  template <int ROWS, int COUNT>
-  static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
-    for (int r = 0; r < COUNT; r++) {
-      float wide[LANES];
-      for (int i = 0; i < LANES; i++) wide[i] = widen(w[r * apart + k + i]);
-      for (int m = 0; m < ROWS; m++) sums[m][r] += load(x + m * inputs + k) * load(wide);
-    }
-  }
-};
-
-#if !defined(ACCELERATE_TTS_VECTORS)
-typedef Plain<bf16> Bf16;
-typedef Plain<int8_t> Int8;
-#endif
-
 // What a call works on: x as it came, and as the format wants it with a scale for each row.
 template <class F>
 struct Work {
@@ -313,21 +216,6 @@ void all_dots(const Work<F>& work, int64_t begin, int64_t end) {
   }
 }
 
-// w is [outputs, inputs], as nn.Linear has it.
-template <class F>
-void linear(const float* x, const typename F::weight* w, const float* scale, const float* bias, float* y, Shape of,
-            int threads) {
-  std::vector<typename F::input> prepared(of.rows * of.inputs);
-  std::vector<float> row_scales(of.rows);
-  F::prepare(x, prepared.data(), row_scales.data(), of);
-  const Work<F> work = {x, prepared.data(), row_scales.data(), w, scale, bias, y, of, of.outputs};
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    all_dots(work, of.outputs * me / all, of.outputs * (me + 1) / all);
-  }
-}
-
 // Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, several at a time, are
 // added to y [rows, outputs]. With 32 registers they lie far apart, as above.
 __attribute__((noinline)) void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
@@ -359,42 +247,5 @@ __attribute__((noinline)) void add_transposed(const float* x, const float* w, fl
   }
 }
 
-// Threads share the inputs, not the outputs, so that each reads one piece of memory from end to end; their sums are
-// added last.
-void linear_transposed(const float* x, const float* w, const float* bias, float* y, Shape of, int threads) {
-  const int64_t size = of.rows * of.outputs;
-  std::vector<float> partial(size * threads, 0.0f);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    add_transposed(x, w, partial.data() + me * size, of, of.inputs * me / all, of.inputs * (me + 1) / all);
-#pragma omp barrier
-#pragma omp for
-    for (int64_t i = 0; i < size; i++) {
-      float sum = bias ? bias[i % of.outputs] : 0;
-      for (int64_t t = 0; t < all; t++) sum += partial[t * size + i];
-      y[i] = sum;
-    }
-  }
-}
-
 }  // namespace
-
-extern "C" {
-void skinny_f32(const float* x, const float* w, const float* scale, const float* bias, float* y, int64_t rows,
-                int64_t outputs, int64_t inputs, int threads) {
-  linear<Fp32>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
-}
-void skinny_bf16(const float* x, const uint16_t* w, const float* scale, const float* bias, float* y, int64_t rows,
-                 int64_t outputs, int64_t inputs, int threads) {
-  linear<Bf16>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
-}
-void skinny_i8(const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int64_t rows,
-               int64_t outputs, int64_t inputs, int threads) {
-  linear<Int8>(x, w, scale, bias, y, {rows, outputs, inputs}, threads);
-}
-void skinny_f32_transposed(const float* x, const float* w, const float*, const float* bias, float* y, int64_t rows,
-                           int64_t outputs, int64_t inputs, int threads) {
-  linear_transposed(x, w, bias, y, {rows, outputs, inputs}, threads);
-}
-}
+}  // namespace KERNELS_LEVEL

@@ -1,0 +1,204 @@
+"""The kernels' library, built from `csrc/` by the C++ compiler that is at hand.
+
+A platform wheel is built with it (hatch_build.py), so nobody compiles anything where the wheel is installed. In a
+checkout that is used without installing it::
+
+    python -m accelerate_tts.kernels.build
+
+Each unit is compiled once for each instruction set, and all go into one library, which links neither torch nor Python
+nor an OpenMP: `library.py` hands it the one that torch has loaded. This file is run by itself while a wheel is built,
+where nothing of this package can be imported, and is no part of the wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BuildError", "NoCompilerError", "build"]
+
+_HERE = Path(__file__).parent
+_TOKENS = ("skinny_gemm", "decoder_block")
+_SEQUENCES = ("packed_gemm", "transformer_block", "residual_block")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_VNNI = (*_AVX512, "-mavx512vnni")
+_BF16 = (*_VNNI, "-mavx512bf16")
+# The plainest first: of what several define alike, linkers keep the first, which every processor can run.
+_X86: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512vnni": _VNNI,
+    "avx512bf16": _BF16,
+    "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+# Instruction sets from which tokens, or sequences, gain nothing: they take the one below.
+_NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES = {"avx512bf16", "amx"}, {"avx512vnni"}
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fopenmp-simd",
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",
+    "-Wno-unknown-warning-option", "-Wno-ignored-attributes",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC's own headers (bug 105593)
+)  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """The compiler refused a unit; its own words are in the message."""
+
+
+class NoCompilerError(BuildError):
+    """No C++ compiler was found."""
+
+
+def build(target: Path | None = None, *, machine: str = "", tests: bool = False) -> Path:
+    """Compile and link the library.
+
+    Args:
+        target: Where it goes: a folder, or a file's name. Beside this file by default.
+        machine: The processor that it is for, as `platform.machine()` names it; this one by default. The compiler that
+            `CXX` names must be one for it.
+        tests: Make a program of `csrc/tests` and the kernels instead, which compares them with plain loops.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        NoCompilerError: There is no C++ compiler: none of `CXX`, c++, g++ and clang++.
+        BuildError: The compiler failed.
+    """
+    target = target or _HERE
+    target = target / _structs().library_name() if target.is_dir() else target
+    compiler = _compiler()
+    _write_header()
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(path) for path in _compiled(compiler, Path(folder), machine or platform.machine())]
+        made = Path(folder) / target.name
+        if tests:
+            source = str(_HERE / "csrc" / "tests" / "test_kernels.cpp")
+            _run([*compiler, "-std=c++17", "-O1", "-pthread", "-static-libstdc++", source, *objects, "-o", str(made)])
+        else:
+            _run([*compiler, *_linking(), "-o", str(made), *objects])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it and renamed: a process that has the old one mapped keeps it.
+        beside = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copyfile(made, beside)
+        beside.chmod(0o755)
+        beside.replace(target)
+    return target
+
+
+def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
+    """The objects of all units and instruction sets, in the order in which they are to be linked."""
+    levels = _levels(compiler, machine, folder)
+    tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
+    listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
+    jobs = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
+    for level, flags in levels.items():
+        units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
+        jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]
+
+    def compiled(job: tuple[str, str, list[str]]) -> Path:
+        unit, level, flags = job
+        made = folder / f"{unit}.{level}.o"
+        _run([*compiler, *_flags(), *flags, "-c", str(_HERE / "csrc" / f"{unit}.cpp"), "-o", str(made)])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(compiled, jobs))
+
+
+def _taken(levels: Iterable[str], without: set[str]) -> dict[str, str]:
+    """Whose kernels each instruction set takes: its own, or those of the one below."""
+    taken, last = dict[str, str](), ""
+    for level in levels:
+        last = last if level in without else level
+        taken[level] = last
+    return taken
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    looked = f"CXX={shlex.join(named)} is not there" if named else "neither c++, g++ nor clang++ is on PATH"
+    raise NoCompilerError(f"{looked}: install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)")
+
+
+def _flags() -> list[str]:
+    return [flag for flag in _FLAGS if not (sys.platform == "win32" and flag == "-fPIC")]
+
+
+def _linking() -> list[str]:
+    if sys.platform == "darwin":
+        return ["-dynamiclib", "-Wl,-dead_strip"]
+    if sys.platform == "win32":
+        return ["-shared"]
+    return ["-shared", "-Wl,--as-needed,--gc-sections,-z,noexecstack,-z,relro,-z,now", "-static-libgcc"]
+
+
+def _levels(compiler: list[str], machine: str, folder: Path) -> dict[str, tuple[str, ...]]:
+    """The instruction sets that the compiler knows, of this kind of processor."""
+    if machine.lower() not in {"x86_64", "amd64"}:
+        return {"base": ()}
+    probe = folder / "probe.cpp"
+    probe.write_text("#include <immintrin.h>\n", encoding="utf-8")
+
+    def known(flags: tuple[str, ...]) -> bool:
+        command = [*compiler, *flags, "-c", str(probe), "-o", str(folder / "probe.o")]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0  # noqa: S603
+
+    return {level: flags for level, flags in _X86.items() if known(flags)}
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the compiler
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
+    warnings = [line for line in done.stderr.splitlines() if ": warning:" in line]
+    if warnings:
+        sys.stderr.write("\n".join(warnings) + "\n")
+
+
+def _write_header() -> None:
+    file, text = _HERE / "csrc" / "abi.h", _structs().header()
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+
+
+def _structs() -> Any:
+    spec = importlib.util.spec_from_file_location("_accelerate_tts_structs", _HERE / "structs.py")
+    if spec is None or spec.loader is None:  # never, of a file that is there
+        raise BuildError("structs.py cannot be read")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m accelerate_tts.kernels.build", description="Build the kernels.")
+    parser.add_argument("--target", type=Path, help="a folder or a file; beside build.py by default")
+    parser.add_argument("--machine", default="", help="the processor it is for, if CXX is a cross compiler")
+    parser.add_argument("--tests", action="store_true", help="a program that compares the kernels with plain loops")
+    given = parser.parse_args()
+    if given.tests and given.target is None:
+        parser.error("--tests needs --target")
+    sys.stdout.write(f"{build(given.target, machine=given.machine, tests=given.tests)}\n")
+
+
+if __name__ == "__main__":
+    _main()

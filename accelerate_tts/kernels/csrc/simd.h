@@ -1,0 +1,122 @@
+// Vectors as wide as the instruction set has them, by GCC's and Clang's vector extensions: arithmetic, conversions and
+// shifts are the compiler's. By name are only what extensions cannot say (products of 16 bits summed in 32, sums of a
+// vector's numbers) and loads that become wider, which GCC 12 makes of two halves.
+#pragma once
+#include "common.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#include <arm_neon.h>
+#endif
+
+namespace KERNELS_LEVEL {
+namespace {
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+#if defined(__AVX512BW__) || defined(__aarch64__)
+constexpr bool MANY_REGISTERS = true;  // 32
+#else
+constexpr bool MANY_REGISTERS = false;  // 16
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef int16_t shorts __attribute__((vector_size(LANES * 4)));
+typedef bf16 halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t bytes __attribute__((vector_size(LANES * 2)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+inline vec load(const float* p) { return load_as<vec>(p); }
+inline vec load(const bf16* p) {
+#if defined(__AVX512BW__)
+  return (vec)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (vec)((words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
+  return (vec)(__builtin_convertvector(load_as<halves>(p), words) << 16);
+#endif
+}
+inline vec all_of(float value) { return vec{} + value; }
+
+// Two numbers in bf16 lie in 32 bits, the one at an even place in the low half.
+inline vec even_bf16(words pairs) { return (vec)(pairs << 16); }
+inline vec odd_bf16(words pairs) { return (vec)(pairs & 0xffff0000u); }
+
+inline shorts load_int8(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector(load_as<bytes>(p), shorts);
+#endif
+}
+
+// sum + a * b, two products to each of its numbers.
+inline ints add_products(ints sum, shorts a, shorts b) {
+#if defined(__AVX512VNNI__)
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sum + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (ints)vmlal_high_s16(vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b)),
+                              (int16x8_t)a, (int16x8_t)b);
+#else
+  for (int i = 0; i < LANES; i++) sum[i] += int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
+  return sum;
+#endif
+}
+
+inline float total(vec v) {
+#if defined(__AVX512BW__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
+}
+
+// exp to 2 units in the last place, without branches, so that compilers make vectors of it (Cephes' polynomial).
+inline float quick_exp(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = __builtin_rintf(x * 1.44269504088896341f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+}  // namespace
+}  // namespace KERNELS_LEVEL

@@ -1,0 +1,156 @@
+"""The structs that kernels are called with: one description, of which C++ gets a header and Python its ctypes classes.
+
+`csrc/abi.h` is written from here (`python -m accelerate_tts.kernels.build` does it) and is never edited. A library has
+the size and the place of every field compiled into it, and `library.py` compares them with these classes before the
+first call: a library of another description is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+__all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
+
+ABI_VERSION = 1
+"""What counts beside the structs: the exported functions and what they mean."""
+
+FORMATS = ("fp32", "bf16", "int8", "transposed")
+"""How a kernel for few rows finds weights stored: (outputs, inputs), or (inputs, outputs) in fp32 if transposed."""
+
+Field = tuple[str, str, str]
+"""A name, a C type, and what it is."""
+
+
+def _all(names: str, kind: str, what: str = "") -> list[Field]:
+    """Several fields of one type; what they are stands at the first."""
+    return [(name, kind, "" if number else what) for number, name in enumerate(names.split())]
+
+
+_FIELDS: dict[str, list[Field]] = {
+    "Linear": [
+        ("w", "const void*", "[outputs, inputs], or [inputs, outputs] if transposed"),
+        ("scale", "const float*", "[outputs] for int8, or null"),
+        ("bias", "const float*", "[outputs] or null"),
+        *_all("outputs inputs", "int64_t"),
+    ],
+    "DecoderBlock": [
+        *_all("hidden heads kv_heads head_dim inner", "int64_t"),
+        ("format", "int64_t", "of the weights, see Format"),
+        ("layer_norm", "int64_t", "1 LayerNorm, 0 RMSNorm"),
+        ("gated", "int64_t", "1: act(gate) * up, 0: act(up)"),
+        ("activation", "int64_t", "0 SiLU, 1 GELU by tanh"),
+        *_all("eps1 eps2 scaling", "double"),
+        *_all("norm1 norm1_bias norm2 norm2_bias", "const float*", "[hidden]; biases may be null"),
+        *_all("q k v o gate up down", "Linear", "k.w and v.w are null where q makes all three"),
+    ],
+    "Token": [
+        ("x", "const float*", "[rows, hidden]"),
+        ("y", "float*", "the same"),
+        ("rows", "int64_t", ""),
+        *_all("cos sin", "const float*", "[rows or 1, head_dim], or null"),
+        ("rotation_stride", "int64_t", "0 where all rows have one"),
+        ("mask", "const void*", "[rows or 1, positions] or null: bytes, 0 where nothing is seen, or added fp32"),
+        ("mask_stride", "int64_t", ""),
+        ("mask_is_bytes", "int64_t", ""),
+        ("keys", "void*", "[rows, kv_heads, room, head_dim]"),
+        ("values", "void*", ""),
+        *_all("key_row key_head key_position", "int64_t", "strides, in elements"),
+        *_all("value_row value_head value_position", "int64_t"),
+        ("is_bf16", "int64_t", "the model: its cache, and what one block hands to the next"),
+        ("length", "int64_t", "positions in the cache before this token; of the longest, where rows have their own"),
+        ("attention", "float*", "[rows, heads, length + 1], the attention weights; or null, where nobody asks"),
+        (
+            "row_keys",
+            "void* const*",
+            "[rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all",
+        ),
+        ("row_values", "void* const*", "the same for values; null where row_keys is"),
+        ("row_lengths", "const int64_t*", "[rows], positions in each row's cache; or null: `length` for all"),
+    ],
+    "Dense": [
+        ("w", "const uint16_t*", "bf16, in panels of 64 outputs, each [inputs / 2][64][2]"),
+        ("bias", "const float*", "[outputs] or null"),
+        *_all("outputs inputs", "int64_t"),
+    ],
+    "TransformerBlock": [
+        *_all("hidden heads inner", "int64_t", "multiples of 64; heads are 64 wide"),
+        *_all("eps1 eps2 scaling", "double"),
+        *_all("norm1 norm1_bias norm2 norm2_bias", "const float*", "[hidden]"),
+        *_all("qkv o up down", "Dense"),
+    ],
+    "TransformerCall": [
+        ("x", "const float*", "[batch][length][hidden]"),
+        ("y", "float*", "the same"),
+        ("mask", "const float*", "[batch][length], what is added for a key; or null"),
+        *_all("batch length", "int64_t"),
+    ],
+    "ResidualBlock": [
+        *_all("channels outputs", "int64_t", "multiples of 64"),
+        *_all("eps1 eps2", "double"),
+        *_all("norm1 norm1_bias norm2 norm2_bias", "const float*", "[outputs]"),
+        *_all("first second", "Dense", "inputs: [3][channels], [3][outputs]"),
+        ("beside", "Dense", ""),
+    ],
+    "ResidualCall": [
+        ("x", "const float*", "[batch][channels][length]"),
+        ("y", "float*", "[batch][outputs][length]"),
+        ("mask", "const float*", "[batch][length], what frames are multiplied by"),
+        ("time", "const float*", "[batch][outputs], what is added between the convolutions"),
+        *_all("batch length", "int64_t"),
+    ],
+}
+
+_NUMBERS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
+
+def _classes() -> dict[str, type[ctypes.Structure]]:
+    made: dict[str, type[ctypes.Structure]] = {}
+    for struct, fields in _FIELDS.items():
+        kinds = [(name, ctypes.c_void_p if kind[-1] == "*" else made.get(kind) or _NUMBERS[kind])
+                 for name, kind, _ in fields]  # fmt: skip
+        made[struct] = type(struct, (ctypes.Structure,), {"_fields_": kinds})
+    return made
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = _classes()
+"""Each struct's ctypes class, by its name."""
+
+
+def library_name() -> str:
+    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
+    return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+
+def expected() -> list[tuple[str, int, int]]:
+    """Every field, as a library must have it: its name, where it begins and how long it is, in bytes."""
+    return [
+        (f"{struct}.{name}", place.offset, place.size)
+        for struct, fields in _FIELDS.items()
+        for name, _, _ in fields
+        for place in (getattr(STRUCTS[struct], name),)
+    ]
+
+
+def header() -> str:
+    """The text of `csrc/abi.h`."""
+    lines = [
+        "// The structs that kernels are called with. Written from structs.py; never edited.",
+        "#pragma once",
+        "#include <cstddef>",
+        "#include <cstdint>",
+        "",
+        f"constexpr int ABI_VERSION = {ABI_VERSION};",
+        "",
+        f"enum Format : int64_t {{ {', '.join(name.upper() for name in FORMATS)} }};",
+    ]
+    for struct, fields in _FIELDS.items():
+        lines += ["", f"struct {struct} {{"]
+        lines += [f"  {kind} {name};" + (f"  // {what}" if what else "") for name, kind, what in fields]
+        lines += ["};"]
+    lines += ["", "struct Field {", "  const char* name;", "  int64_t offset, size;", "};", ""]
+    lines += ['#define KERNELS_FIELD(S, F) {#S "." #F, offsetof(S, F), sizeof(S::F)}']
+    lines += ["constexpr Field FIELDS[] = {"]
+    lines += [f"    KERNELS_FIELD({struct}, {name})," for struct, fields in _FIELDS.items() for name, _, _ in fields]
+    return "\n".join([*lines, "};", "#undef KERNELS_FIELD", ""])
