@@ -241,7 +241,7 @@ def _give_threads(dll: ctypes.CDLL) -> str:
 
 
 def _places_of_openmp() -> list[ctypes.CDLL]:
-    """Where torch's own calls of OpenMP end, in the order of the system's look-up: what is loaded for all comes first."""
+    """Where torch's own calls of OpenMP end, in the order of look-up: what is loaded for all comes first."""
     import torch
 
     folder = Path(torch.__file__).parent / "lib"

@@ -1,4 +1,4 @@
-"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they can read."""
+"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they read."""
 
 from __future__ import annotations
 
