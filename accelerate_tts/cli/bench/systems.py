@@ -215,10 +215,15 @@ class _Letters:
         return [1 + ord(letter) % 259 for letter in text]
 
 
+_HIGGS = "'transformers>=5.3'"
+
+
 def _higgs(size: Size, layers: int | None, device: str) -> Built:
     import torch
 
-    transformers = _module("transformers", "'transformers>=5.0'")
+    transformers = _module("transformers", _HIGGS)
+    if not hasattr(transformers, "HiggsAudioV2Config"):
+        raise MissingExtraError(f"transformers {transformers.__version__} has no Higgs Audio v2; pip install {_HIGGS}")
     sizes: dict[str, Any] = {"num_hidden_layers": 28 if layers is None else layers, "codebook_size": 1026}
     if size == "tiny":
         sizes |= {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
@@ -272,7 +277,7 @@ def _voice_clone(_size: Size, _layers: int | None, device: str) -> Built:
 
 SYSTEMS: dict[str, System] = {
     "chatterbox": System((1.5, 1.8), _CHATTERBOX, _chatterbox, 4.0, 1.0, 25.0),
-    "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6, 25.0),
+    "higgs": System((1.4, 1.6), _HIGGS, _higgs, 1.0, 0.6, 25.0),
     "voice-clone": System((1.3, 1.5), "resemblyzer", _voice_clone, 12.0, 12.0),
     "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
     "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0, 21.5),
