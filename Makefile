@@ -79,8 +79,8 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
-	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS)
-	@$(BIN)/python benchmarks/environments/page.py
+	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
+	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py

@@ -74,6 +74,7 @@ class Environment:
         python: The version of Python, as "3.11".
         requires: What a user would give pip, and nothing else.
         beside: What does not work without, each with its reason.
+        extra: The extra of ours that is installed with the wheel, as "demo"; "" for none.
         upstream: The packages whose versions the page shows, next to those of torch and transformers.
         tests: Files and folders of tests.
         checks: What is tuned and timed.
@@ -84,6 +85,7 @@ class Environment:
     python: str
     requires: tuple[str, ...]
     beside: tuple[Extra, ...] = ()
+    extra: str = ""
     upstream: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()

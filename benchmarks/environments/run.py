@@ -48,7 +48,7 @@ TOOLS = ("pytest>=8.2", "pytest-asyncio>=0.24", "pytest-timeout>=2.3", "pytest-x
 """What the tests need beside what they test."""
 
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
-_INSTALL_SECONDS, _TEST_SECONDS = 1500.0, 1500.0
+_INSTALL_SECONDS, _TEST_SECONDS, _CHECK_SECONDS = 1500.0, 1800.0, 600.0
 _PAIRS = 5
 _MOST_NAMES = 40
 """Failed tests that a row names; it has the number of all."""
@@ -179,7 +179,8 @@ def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], No
     listed = _step([str(python), "-m", "pip", "--disable-pip-version-check", "freeze", "--all"], _INSTALL_SECONDS)
     frozen.write_text("\n".join(line for line in listed.splitlines() if "==" in line), "utf-8")
     say(f"installing {wheel.name} and the tests' tools beside it")
-    _step([*pip, "--constraint", str(frozen), str(wheel), *TOOLS], _INSTALL_SECONDS)
+    ours = f"{wheel}[{one.extra}]" if one.extra else str(wheel)
+    _step([*pip, "--constraint", str(frozen), ours, *TOOLS], _INSTALL_SECONDS)
     return python
 
 
@@ -271,7 +272,7 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
         "tuned", check.system, "full", check.precision, check.layers, _PAIRS, check.tune_seconds, check.tokens
     )
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        found = processes.ask(request, Path(own), python)
+        found = processes.ask(request, Path(own), python, _CHECK_SECONDS + check.tune_seconds)
     receipt = found["receipt"]
     names = ("part", "stage", "kept", "reason", "ratio", "low", "error", "seconds")
     return {

@@ -126,6 +126,8 @@ def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch:
 def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that takes more memory than there is."""
     begin = subprocess.run
+    with pytest.raises(VariantError, match=r"/nowhere/python could not be started: .*No such file"):
+        processes.ask(Request("eager", "mms", "tiny", "exact", None, 1, 1.0, None), tmp_path, Path("/nowhere/python"))
     for code, said in (
         (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9; of memory, perhaps"),
         ("raise SystemExit('no such thing')", "no such thing"),
