@@ -66,7 +66,8 @@ class Options:
         wheel: Our wheel.
         rows: The folder of the rows.
         layers: "" for the file's own numbers, "full" for upstream's, or a number.
-        keep: Where the virtual environments are kept; removed with the run's folder if not given.
+        keep: Where the virtual environments are kept, and taken from the next time; with the run's folder they are
+            removed if not given.
         tests: Whether the tests are run.
         checks: Whether the checks are.
     """
@@ -164,23 +165,31 @@ def _with_layers(check: Check, layers: str) -> Check:
 
 def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], None]) -> Path:
     """Make the virtual environment; what upstream's own requirements brought stays as it is."""
-    interpreter = interpreter_of(one.python)
-    say(f"installing {' '.join(one.requires)} on Python {one.python}")
-    _step([interpreter, "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
     python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-input"]
-    _step([*pip, "--upgrade", "pip"], _INSTALL_SECONDS)  # whatever Python brought: an old one may resolve for hours
-    first = [extra.requires for extra in one.beside if extra.build]
-    if first:
-        _step([*pip, *first], _INSTALL_SECONDS)
-    others = [extra.requires for extra in one.beside if not extra.build]
-    _step([*pip, *(["--no-build-isolation"] if first else []), *one.requires, *others], _INSTALL_SECONDS)
-    frozen = place / "upstream.txt"
-    listed = _step([str(python), "-m", "pip", "--disable-pip-version-check", "freeze", "--all"], _INSTALL_SECONDS)
-    frozen.write_text("\n".join(line for line in listed.splitlines() if "==" in line), "utf-8")
+    frozen, made_of = place / "upstream.txt", place / "made-of.json"
+    wanted = json.dumps([one.python, one.requires, [asdict(extra) for extra in one.beside]])
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+    def install(*told: str) -> None:
+        _step([*pip, "install", "--quiet", *told], _INSTALL_SECONDS, _without_ours())
+
+    if made_of.exists() and made_of.read_text("utf-8") == wanted:  # kept by an earlier run
+        say(f"taking what {place} has of {' '.join(one.requires)}")
+        install("--force-reinstall", "--no-deps", str(wheel))
+    else:
+        say(f"installing {' '.join(one.requires)} on Python {one.python}")
+        _step([interpreter_of(one.python), "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
+        install("--upgrade", "pip")  # whatever Python brought: an old one may resolve for hours
+        first = [extra.requires for extra in one.beside if extra.build]
+        if first:
+            install(*first)
+        others = [extra.requires for extra in one.beside if not extra.build]
+        install(*(["--no-build-isolation"] if first else []), *one.requires, *others)
+        listed = _step([*pip, "freeze", "--all"], _INSTALL_SECONDS, _without_ours())
+        frozen.write_text("\n".join(line for line in listed.splitlines() if "==" in line), "utf-8")
+        made_of.write_text(wanted, "utf-8")
     say(f"installing {wheel.name} and the tests' tools beside it")
-    ours = f"{wheel}[{one.extra}]" if one.extra else str(wheel)
-    _step([*pip, "--constraint", str(frozen), ours, *TOOLS], _INSTALL_SECONDS)
+    install("--constraint", str(frozen), f"{wheel}[{one.extra}]" if one.extra else str(wheel), *TOOLS)
     return python
 
 
@@ -292,12 +301,15 @@ def _described(one: Environment, python: Path, folder: Path) -> dict[str, Any]:
 
 def _clean(folder: Path) -> dict[str, str]:
     """The variables of a user's shell, without ours, and with caches in the run's own folder."""
-    ours = ("ACCELERATE_TTS_", "TRANSLATOR_", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {
-        **kept, "XDG_CACHE_HOME": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
+        **_without_ours(), "XDG_CACHE_HOME": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
         "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
     }  # fmt: skip
+
+
+def _without_ours() -> dict[str, str]:
+    ours = ("ACCELERATE_TTS_", "TRANSLATOR_", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 def _step(

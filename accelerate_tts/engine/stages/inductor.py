@@ -85,7 +85,7 @@ class Counter:
 
 @cache
 def _settings_are_the_threads() -> bool:
-    """Whether what is set of dynamo's configuration is set for this thread alone (torch 2.14); or for the process."""
+    """Whether what is set of dynamo's configuration is set for this thread alone (torch 2.12), or for the process."""
     from torch._dynamo import config
 
     before = config.error_on_recompile
@@ -159,7 +159,7 @@ def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextMa
 
     All of it is this thread's own, and dynamo reads it while it traces, which may happen at any call. Without
     `fail_on_recompile_limit_hit`, dynamo answers its limit of 8 graphs by running the function uncompiled for ever,
-    without a word to us. Before torch 2.14 (and its names before 2.7 are others) all of that is the process's, and
+    without a word to us. Before torch 2.12 (and its names before 2.7 are others) all of that is the process's, and
     another thread's `torch.compile` would fail of it: then `compile_function` finds out by itself, without settings.
 
     Args:
@@ -234,7 +234,7 @@ def _run_uncompiled(counter: Counter) -> None:
 
     limit = getattr(config, "recompile_limit", None) or config.cache_size_limit  # before torch 2.7
     if _strictness.strict and not counter.left_out:
-        raise RecompileError("a call that no graph is for; torch before 2.14 does not say which guard failed")
+        raise RecompileError("a call that no graph is for; torch before 2.12 does not say which guard failed")
     if counter.graphs >= limit:
         raise FailOnRecompileLimitHit(f"it has {counter.graphs} graphs, and {limit} are the limit")
     counter.left_out = True  # dynamo compiles what the function calls, but not itself
