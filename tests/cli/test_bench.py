@@ -123,6 +123,19 @@ def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "the user's own").exists()
 
 
+def test_another_environment_is_benched_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Path | None] = []
+
+    def ask(_request: Request, _folder: Path, python: Path | None = None) -> dict[str, Any]:
+        told.append(python)
+        raise VariantError("this is enough")
+
+    monkeypatch.setattr(processes, "ask", ask)
+    for arguments in (["t3-turbo"], ["t3-turbo", "--python", "there/bin/python"]):
+        assert bench(*arguments).exit_code == 2
+    assert told == [None, Path("there/bin/python")]
+
+
 def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that takes more memory than there is."""
     begin = subprocess.run
