@@ -10,11 +10,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit releases
+.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit \
+	releases environments environments-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 .venv/.created:
 	@echo "==> creating .venv with $$($(PYTHON) --version)"
@@ -76,6 +77,13 @@ bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing el
 
 soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors grow (ARGS= goes to the script)
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
+environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
+	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
+	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
+
+environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
+	@$(BIN)/python benchmarks/environments/page.py
 
 releases: .venv/.wheel ## Are the parts of each upstream release where models/*.py says they are? (fetches the releases)
 	@$(BIN)/python .ci/releases.py $(ARGS)

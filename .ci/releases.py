@@ -5,6 +5,7 @@ Each release is fetched from PyPI without its dependencies into a folder of its 
 classes at full size beside what is installed, with memory that nothing is written to, and asks `describe`.
 
     python .ci/releases.py [NAME==VERSION ...]
+    python .ci/releases.py --here NAME     # the release that is installed beside this Python, with all that it asks for
 """
 
 from __future__ import annotations
@@ -132,8 +133,16 @@ def tried(name: str, version: str, folder: Path) -> tuple[bool, str]:
     return done.returncode == 0, lines[-1] if done.returncode else "; ".join(lines)
 
 
+def here(name: str) -> None:
+    """Look at the release that is installed, in this process; an AssertionError says what is not as we know it."""
+    exec(f"STUBS = ()\n{_CHECK}{_BUILD[name]}", {"__name__": "here"})  # noqa: S102 - ours
+
+
 def main() -> int:
     """Try each release; 1 if one of them is not as we know it."""
+    if sys.argv[1:2] == ["--here"]:
+        here(*sys.argv[2:])
+        return 0
     chosen = [tuple(text.split("==")) for text in sys.argv[1:]]
     chosen = chosen or [(name, version) for name, versions in RELEASES.items() for version in versions]
     bad = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
     t3, s3 = (small_t3(config), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
-    if tiny:
+    if tiny and "n_cfm_timesteps" in signature(s3.inference).parameters:  # since chatterbox-tts 0.1.6
         s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
     tokens = max(1, round(seconds * TOKENS_A_SECOND))
@@ -144,6 +145,10 @@ def small_t3(config: T3Config) -> T3:
              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     gpt2 = {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024}
     large = LLAMA_CONFIGS[config.llama_config_name]
+    # The multilingual one's analyzer looks at the fourteenth layer and the last of 16 heads; so does the English one's
+    # of releases before 0.1.3, which have no other, at the tenth layer.
+    if getattr(config, "is_multilingual", True):
+        llama |= {"num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 16}
     size = gpt2 if large["model_type"] == "gpt2" else llama
     config.llama_config_name, config.use_perceiver_resampler = "small", False
     with patch.dict(LLAMA_CONFIGS, small={**large, **size}):

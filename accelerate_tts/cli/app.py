@@ -82,7 +82,11 @@ def doctor(
 @app.command()
 def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     systems: Annotated[
-        list[str], typer.Argument(help="chatterbox, higgs, voice-clone, mms, xtts; or all, one after the other.")
+        list[str],
+        typer.Argument(
+            help="chatterbox, higgs, voice-clone, mms, xtts; or all, one after the other."
+            " Also decoders alone: t3, t3-multilingual, t3-turbo."
+        ),
     ],
     size: Annotated[str, typer.Option(help="full: the true sizes; tiny: the same classes, in seconds.")] = "full",
     precision: Annotated[
@@ -104,6 +108,10 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(help="Bench the systems of another environment, by its interpreter; it needs this library, too."),
+    ] = None,
 ) -> None:
     """Time the five systems with random weights, untouched against tuned. Run nothing else meanwhile.
 
@@ -123,6 +131,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
         options = Options(
             "tiny" if size == "tiny" else "full", tuple(cast("list[Precision]", chosen)), layers, pairs, tune_seconds,
             tokens, whole if warm_start is None else warm_start, whole if naive is None else naive, as_json, plot,
+            python,
         )  # fmt: skip
         run(systems, options)
     except (AccelerateTTSError, OSError) as error:

@@ -12,7 +12,7 @@ _DECIDE = frozenset({"text_encoder", "duration_predictor"})
 
 parts = Known(
     "VITS",
-    "transformers 4.48 to 5.23",
+    "transformers 4.46 to 5.23",
     {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "decoder": "vocoder"},
     _DECIDE,
 )

@@ -38,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """
     requests: list[Request] = []
 
-    def ask(request: Request, folder: Path) -> dict[str, Any]:
+    def ask(request: Request, folder: Path, _python: Path | None = None) -> dict[str, Any]:
         requests.append(request)
         for name, value in folders_of(request, folder).items():
             if name != "TORCHINDUCTOR_CACHE_DIR":  # our own kernels need not be built again
@@ -123,9 +123,24 @@ def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "the user's own").exists()
 
 
+def test_another_environment_is_benched_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Path | None] = []
+
+    def ask(_request: Request, _folder: Path, python: Path | None = None) -> dict[str, Any]:
+        told.append(python)
+        raise VariantError("this is enough")
+
+    monkeypatch.setattr(processes, "ask", ask)
+    for arguments in (["t3-turbo"], ["t3-turbo", "--python", "there/bin/python"]):
+        assert bench(*arguments).exit_code == 2
+    assert told == [None, Path("there/bin/python")]
+
+
 def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that takes more memory than there is."""
     begin = subprocess.run
+    with pytest.raises(VariantError, match=r"/nowhere/python could not be started: .*No such file"):
+        processes.ask(Request("eager", "mms", "tiny", "exact", None, 1, 1.0, None), tmp_path, Path("/nowhere/python"))
     for code, said in (
         (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9; of memory, perhaps"),
         ("raise SystemExit('no such thing')", "no such thing"),
@@ -167,7 +182,7 @@ def test_torch_compile_of_what_dynamo_leaves_out_is_no_success(
         naive(plain, 0.2, 1)
 
 
-@pytest.mark.parametrize("name", systems.SYSTEMS)
+@pytest.mark.parametrize("name", [*systems.SYSTEMS, *systems.PARTS])
 def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each system: what its users compile is what a call goes through, and it is put back."""
     runs: list[int] = []
@@ -176,14 +191,14 @@ def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch)
         return lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", counted)
-    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    built = systems.system_of(name).build("tiny", None, "cpu")
     with pytest.raises(AccelerateTTSError, match="no graph was compiled"):
         naive(built, 0.3, 1)
     assert runs
     assert "forward" not in vars(built.hot)
 
 
-@pytest.mark.parametrize("name", ["chatterbox", "xtts", "voice-clone"])
+@pytest.mark.parametrize("name", ["chatterbox", "xtts", "voice-clone", *systems.PARTS])
 def test_the_other_systems_speak_the_same_twice(name: str) -> None:
     """So that a difference between untouched and tuned is a difference."""
     import torch
@@ -192,7 +207,7 @@ def test_the_other_systems_speak_the_same_twice(name: str) -> None:
     from accelerate_tts.engine.verify import compare
 
     torch.manual_seed(0)
-    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    built = systems.system_of(name).build("tiny", None, "cpu")
     outputs = []
     for _ in range(2):
         with seeded("cpu"), torch.no_grad():
@@ -247,10 +262,10 @@ def test_tokens_are_for_systems_that_write_some(asked: list[Request]) -> None:
     assert measure.length_of("mms", "full", 300) == systems.SYSTEMS["mms"].seconds
 
 
-@pytest.mark.parametrize("name", ["chatterbox", "higgs", "xtts"])
+@pytest.mark.parametrize("name", ["chatterbox", "higgs", "xtts", *systems.PARTS])
 def test_so_many_tokens_are_written(name: str) -> None:
     torch.manual_seed(0)
-    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    built = systems.system_of(name).build("tiny", None, "cpu")
     loop = measure.Loop()
     measure.spoken(built, measure.length_of(name, "tiny", 40), loop)
     assert 34 <= len(loop.steps) <= 41  # XTTS keeps five back

@@ -203,4 +203,8 @@ def test_the_folder_is_the_one_that_inductor_takes(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(getpass, "getuser", user)
-    assert os.fspath(artifacts._folder()) == default_cache_dir()
+    try:
+        expected = default_cache_dir()
+    except KeyError:
+        pytest.skip("this release of inductor fails without a user's name (torch 2.6)")
+    assert os.fspath(artifacts._folder()) == expected

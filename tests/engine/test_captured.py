@@ -26,6 +26,7 @@ from accelerate_tts.engine.stages import captured, default_stages, static_step
 from accelerate_tts.engine.stages.captured import CapturedStepStage
 from accelerate_tts.engine.stages.precision import HalfStage
 from accelerate_tts.engine.stages.static_step import CudaRecording
+from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 from accelerate_tts.models import describe
 
@@ -472,7 +473,10 @@ def test_no_operator_depends_on_how_long_the_sequence_is(name: str) -> None:
 def test_a_systems_own_loop_is_served_by_one_recording(name: str) -> None:
     """Higgs gives neither ids nor embeddings, but a frame of audio ids, under a name of its own."""
     torch.manual_seed(0)
-    built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    try:
+        built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    except MissingExtraError as missing:
+        pytest.skip(str(missing))
 
     def speak() -> list[Any]:
         with seeded("cpu"), torch.no_grad():

@@ -289,7 +289,8 @@ def test_beyond_the_limit_known_inputs_stay_compiled(is_frozen: bool, traced: li
     expected = {steps: run(model, inputs, steps) for steps in range(1, 6)}
     call = CompiledCall(model, "model", "default", frozen=is_frozen)
     call.on()
-    with torch._dynamo.config.patch(recompile_limit=2):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 2}):
         for steps in (1, 2):
             torch.testing.assert_close(run(model, inputs, steps), expected[steps])
         assert call.graphs == 2

@@ -171,6 +171,8 @@ def test_left_padding_is_not_seen(name: str, served: list[int]) -> None:
 
 def higgs(**options: Any) -> Any:
     torch.manual_seed(0)
+    if not hasattr(transformers, "HiggsAudioV2Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no Higgs Audio v2; 5.3 brought it")
     config = transformers.HiggsAudioV2Config(
         hidden_size=32, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_codebooks=2,
         codebook_size=16, audio_token_id=40, audio_delay_token_id=41, **{**SMALL, "pad_token_id": 0}, **options,

@@ -74,7 +74,9 @@ def test_chatterbox(example: Any, fused: Callable[[Any], None], calls: list[int]
 
 
 def test_chatterbox_turbo(example: Any, fused: Callable[[Any], None], calls: list[int]) -> None:
-    model = example("chatterbox_backend").random(tiny=True, variant="turbo")
+    module = example("chatterbox_backend")
+    pytest.importorskip(module.VARIANTS["turbo"][0], reason="this release of Chatterbox has no turbo model")
+    model = module.random(tiny=True, variant="turbo")
     text = torch.arange(8)[None]
 
     def run(**numbers: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from accelerate_tts.models import describe
@@ -19,6 +20,7 @@ def test_contract(contract: Any, example: Any) -> None:
 
 def test_contract_of_coqui_s_class(contract: Any) -> None:
     """Its lengths hang on two parts, too, and its vocoder and flow carry weight norm of their own kind."""
+    pytest.importorskip("TTS")
     from TTS.tts.configs.vits_config import VitsConfig
     from TTS.tts.models.vits import Vits, VitsArgs
 

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from accelerate_tts import Event, optimized_model
@@ -19,8 +20,7 @@ from accelerate_tts.optimizer import get_performance_optimizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # webrtcvad's import of pkg_resources
-    import resemblyzer
-    from chatterbox.models import voice_encoder
+    resemblyzer = pytest.importorskip("resemblyzer")
 
 PARTS = [("VoiceEncoder", "encoder")]
 MELS = torch.rand(2, 160, 40, generator=torch.Generator().manual_seed(0))
@@ -34,6 +34,7 @@ def test_contract_of_resemblyzer(contract: Any) -> None:
 
 
 def test_contract_of_chatterbox(contract: Any) -> None:
+    voice_encoder = pytest.importorskip("chatterbox.models.voice_encoder")
     speak, other = (lambda encoder, mels=mels: encoder.inference(mels, [160, 160]) for mels in (MELS, MELS.cumsum(2)))
     contract(lambda: voice_encoder.VoiceEncoder().eval(), speak, PARTS, other)
 

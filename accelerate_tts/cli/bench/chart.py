@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
-from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.settings import Precision
 
@@ -43,7 +43,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
         runs = {run.precision: run for run in one.runs}
         bars += [(f"{one.system}, {p}", p, runs[p].whole.ratio) for p in get_args(Precision) if p in runs]
         if len(bars) > first:
-            spans.append((SYSTEMS[one.system].promised, first, len(bars) - 1))
+            spans.append((system_of(one.system).promised, first, len(bars) - 1))
     figure = pyplot().Figure(figsize=(8, 1 + 0.4 * len(bars)))
     axes = figure.add_subplot()
     axes.barh([name for name, _, _ in bars], [ratio for _, _, ratio in bars], color=[_COLOURS[v] for _, v, _ in bars])

@@ -16,7 +16,7 @@ from accelerate_tts.cli.bench.measure import Measured, Ratio
 from accelerate_tts.cli.bench.naive import Naive
 from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.report import Found
-from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS, system_of
 from accelerate_tts.cli.bench.variant import Request, finite
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
@@ -46,13 +46,14 @@ class Options:
     naive: bool = False
     json: Path | None = None
     plot: Path | None = None
+    python: Path | None = None
 
 
 def run(systems: Sequence[str], options: Options) -> None:
     """Bench systems, one after the other, each variant in a process of its own.
 
     Args:
-        systems: Names of `SYSTEMS`, or "all".
+        systems: Names of `SYSTEMS` or `PARTS`, or "all".
         options: How.
 
     Raises:
@@ -82,9 +83,9 @@ def run(systems: Sequence[str], options: Options) -> None:
 def _checked(systems: Sequence[str], options: Options) -> list[str]:
     names = list(dict.fromkeys(SYSTEMS if "all" in systems else systems))
     for name in names:
-        if name not in SYSTEMS:
-            raise SettingsError(f"{name!r} is not one of {', '.join(SYSTEMS)}, all")
-        if options.tokens is not None and SYSTEMS[name].rate is None and "all" not in systems:
+        if name not in SYSTEMS and name not in PARTS:
+            raise SettingsError(f"{name!r} is not one of {', '.join([*SYSTEMS, *PARTS])}, all")
+        if options.tokens is not None and system_of(name).rate is None and "all" not in systems:
             those = ", ".join(name for name, system in SYSTEMS.items() if system.rate is not None)
             raise SettingsError(f"--tokens {options.tokens}: {name} writes no tokens; {those} do")
     for precision in options.precisions:
@@ -141,7 +142,7 @@ class _Bench:
         request = Request(variant, name, o.size, precision, o.layers, o.pairs, o.tune_seconds, o.tokens)
         _say(f"{name}, {what}, {o.size} ...")
         try:
-            return processes.ask(request, self._folder / precision)
+            return processes.ask(request, self._folder / precision, o.python)
         except VariantError as error:
             self._found.failed[what] = str(error)
             _say(f"{name}, {what}: failed: {error}")

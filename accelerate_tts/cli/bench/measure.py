@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import compare
 from accelerate_tts.errors import AccelerateTTSError
+from accelerate_tts.events import FellBack, NotApplied, add_hook
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -78,6 +79,7 @@ class Measured:
         note: What is not as it would be with real weights.
         receipt: Everything that tuning tried, as the receipt's own JSON has it.
         device: torch's name for the type of the device.
+        events: What could not be used, and what had no effect: `FellBack` and `NotApplied`, each line once.
     """
 
     system: str
@@ -102,6 +104,7 @@ class Measured:
     divergence: float | None = None
     receipt: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    events: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -192,7 +195,7 @@ def peak_bytes(device: str = "cpu") -> int | None:
 
 def length_of(name: str, size: Size, tokens: int | None) -> float:
     """Seconds of speech of one measured call."""
-    system = SYSTEMS[name]
+    system = system_of(name)
     if tokens is not None and system.rate is not None:
         return tokens / system.rate
     return system.seconds if size == "full" else _TINY_SECONDS
@@ -203,12 +206,12 @@ def ordinary(name: str, size: Size, layers: int | None) -> Built:
     import torch
 
     torch.manual_seed(0)
-    return SYSTEMS[name].build(size, layers, device_type())
+    return system_of(name).build(size, layers, device_type())
 
 
 def warm_up(name: str, size: Size) -> float:
     """Seconds of speech of a warm-up call."""
-    return SYSTEMS[name].warm_up if size == "full" else _TINY_SECONDS / 2
+    return system_of(name).warm_up if size == "full" else _TINY_SECONDS / 2
 
 
 def spoken(built: Built, seconds: float, watched: Loop | None = None) -> tuple[float, Any]:
@@ -252,7 +255,7 @@ def bench(  # noqa: PLR0913 - the options of the command
     """Tune a system, then time whole calls of it untouched and tuned, in turn.
 
     Args:
-        name: One of `SYSTEMS`.
+        name: One of `SYSTEMS` or `PARTS`.
         size: "full" is the true architecture; "tiny" the same classes, to see the command work.
         precision: What tuning may change.
         layers: Fewer layers than it has, where memory is short.
@@ -267,6 +270,8 @@ def bench(  # noqa: PLR0913 - the options of the command
     from accelerate_tts.optimizer import get_performance_optimizer
 
     device = device_type()
+    said: dict[str, None] = {}
+    forget = add_hook(lambda event: said.setdefault(str(event)) if isinstance(event, (FellBack, NotApplied)) else None)
     built, receipt, held = tuned(name, size, precision, layers, seconds)
     after = held_bytes(device)
     optimizer = get_performance_optimizer()
@@ -283,6 +288,7 @@ def bench(  # noqa: PLR0913 - the options of the command
             first = spoken(built, length, plain)[0]
         whole.append((first, spoken(built, length, fast)[0]))
         loops.append((plain, fast))
+    forget()
     has_loop = bool(loops[0][0].steps)
     weights = 0 if built.decoder is None else bytes_of_a_token(built.decoder)
     error, same_tokens = difference(expected, found)
@@ -294,7 +300,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()), device,
+        json.loads(receipt.to_json()), device, list(said),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.settings import Precision
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def overview(found: Sequence[Found]) -> list[tuple[str, ...]]:
 def _row(one: Found) -> tuple[str, ...]:
     of_it = {run.precision: run for run in one.runs}
     runs = [of_it[precision] for precision in get_args(Precision) if precision in of_it]
-    low, high = SYSTEMS[one.system].promised
+    low, high = system_of(one.system).promised
     return (
         one.system, f"{low} to {high}x", _naive(one),
         *(f"{of_it[p].whole.ratio:.2f}x" if p in of_it else _gap(one, p) for p in get_args(Precision)),
@@ -147,7 +147,7 @@ def _of_naive(found: Naive) -> str:
 
 
 def _summary(system: Found, one: Measured) -> str:
-    low, high = SYSTEMS[one.system].promised
+    low, high = system_of(one.system).promised
     facts = [
         f"promised {low}x to {high}x, is {one.whole.ratio:.2f}x",
         f"tuned in {one.tuning:.0f} s",

@@ -6,7 +6,8 @@ vocabulary, a recorded voice) is replaced by seeded noise: it changes no shape, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from accelerate_tts.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SYSTEMS", "Built", "Size", "System"]
+__all__ = ["PARTS", "SYSTEMS", "Built", "Size", "System", "system_of"]
 
 Size = Literal["tiny", "full"]
 
@@ -76,22 +77,37 @@ def _letters(count: int, size: int, device: str) -> Any:
 _SECONDS_A_LETTER = 0.07
 
 
-def _chatterbox(size: Size, layers: int | None, device: str) -> Built:
+_CHATTERBOX = "chatterbox-light"
+_SOUNDS = 6561
+"""Upstream's own number of speech tokens. T3 can write more, which trained weights do not choose."""
+
+
+def _t3(size: Size, layers: int | None, device: str, variant: Literal["english", "multilingual", "turbo"]) -> Built:
+    """T3 of a variant, and how it writes its tokens; the configuration is upstream's own for that variant."""
     import torch
 
-    package = "chatterbox-light"
-    t3s = _module("chatterbox.models.t3", package)
-    s3 = _module("chatterbox.models.s3gen.s3gen", package)
-    conditions = _module("chatterbox.models.t3.modules.cond_enc", package)
-    config = _module("chatterbox.models.t3.modules.t3_config", package).T3Config()
-    known = _module("chatterbox.models.t3.llama_configs", package).LLAMA_CONFIGS
-    shape = dict(known["Llama_520M"])
+    t3s = _module("chatterbox.models.t3", _CHATTERBOX)
+    conditions = _module("chatterbox.models.t3.modules.cond_enc", _CHATTERBOX)
+    kind = _module("chatterbox.models.t3.modules.t3_config", _CHATTERBOX).T3Config
+    known = _module("chatterbox.models.t3.llama_configs", _CHATTERBOX).LLAMA_CONFIGS
+    turbo = variant == "turbo"
+    needed, since = {
+        "english": (True, ""), "multilingual": (hasattr(kind, "multilingual"), "chatterbox-tts 0.1.3"),
+        "turbo": ("GPT2_medium" in known, "chatterbox-tts 0.1.6"),
+    }[variant]  # fmt: skip
+    if not needed:
+        raise MissingExtraError(f"this release of Chatterbox has no {variant} model; there is one since {since}")
+    config = kind.multilingual() if variant == "multilingual" else kind()
+    if turbo:
+        config.text_tokens_dict_size, config.speech_tokens_dict_size = 50_276, 6563
+        config.input_pos_emb, config.speech_cond_prompt_len = None, 375
+        config.use_perceiver_resampler = config.emotion_adv = False
+    shape = dict(known["GPT2_medium" if turbo else config.llama_config_name])
     if size == "tiny":
-        shape |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-                  "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+        shape |= _SMALL[variant]
         config.use_perceiver_resampler = False  # which has one size only
     if layers is not None:
-        shape["num_hidden_layers"] = layers
+        shape["n_layer" if turbo else "num_hidden_layers"] = layers
     config.llama_config_name = "bench"
     known["bench"] = shape
     try:
@@ -99,30 +115,60 @@ def _chatterbox(size: Size, layers: int | None, device: str) -> Built:
     finally:
         del known["bench"]
     voice = conditions.T3Cond(
-        torch.rand(1, 256), None, torch.randint(0, 6561, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)
+        torch.rand(1, 256), None, torch.randint(0, _SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)
     ).to(device=device)
+    text = _letters(60, 255, device)
+    if turbo:
+        del t3.tfmr.wte  # as upstream does: its words are T3's own
+
+        def written(seconds: float) -> Any:
+            return t3.inference_turbo(t3_cond=voice, text_tokens=text, max_gen_len=max(4, round(25 * seconds)))
+    else:
+        text = text.repeat(2, 1)  # two rows: classifier-free guidance
+        start, stop = t3.hp.start_text_token, t3.hp.stop_text_token
+        text = torch.nn.functional.pad(torch.nn.functional.pad(text, (1, 0), value=start), (0, 1), value=stop)
+
+        def written(seconds: float) -> Any:
+            # The loop ends at a stop token, which random weights hardly ever choose before.
+            count = max(4, round(25 * seconds))
+            return t3.inference(t3_cond=voice, text_tokens=text, max_new_tokens=count, cfg_weight=0.5)
+
+    return Built({"t3": t3}, written, t3.tfmr, t3.tfmr, f"T3 alone, {variant}")
+
+
+_SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_SMALL: dict[str, dict[str, Any]] = {
+    "english": _SMALL_LLAMA,
+    # Upstream's analyzer looks at the last of sixteen heads, and at the fourteenth layer.
+    "multilingual": {**_SMALL_LLAMA, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 16},
+    "turbo": {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024},
+}
+
+
+def _chatterbox(size: Size, layers: int | None, device: str) -> Built:
+    import torch
+
+    decoder = _t3(size, layers, device, "english")
+    t3 = decoder.model["t3"]
+    if size == "tiny":
+        return replace(decoder, speak=lambda seconds: decoder.speak(seconds)[0],
+                       note="T3 alone: S3Gen's sizes are written into its constructor")  # fmt: skip
+    wave = _module("chatterbox.models.s3gen.s3gen", _CHATTERBOX).S3Token2Wav().eval().to(device)
     reference: dict[str, Any] = {
-        "prompt_token": torch.randint(0, 6561, (1, 50)), "prompt_token_len": torch.tensor([50]),
+        "prompt_token": torch.randint(0, _SOUNDS, (1, 50)), "prompt_token_len": torch.tensor([50]),
         "prompt_feat": torch.randn(1, 100, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
     }  # fmt: skip
     reference = {name: None if tensor is None else tensor.to(device) for name, tensor in reference.items()}
-    text = _letters(60, 255, device).repeat(2, 1)  # two rows: classifier-free guidance
-    start, stop = t3.hp.start_text_token, t3.hp.stop_text_token
-    text = torch.nn.functional.pad(torch.nn.functional.pad(text, (1, 0), value=start), (0, 1), value=stop)
-    wave = None if size == "tiny" else s3.S3Token2Wav().eval().to(device)
 
     def speak(seconds: float) -> Any:
-        count = max(4, round(25 * seconds))
-        # The loop ends at a stop token, which random weights hardly ever choose before.
-        tokens = t3.inference(t3_cond=voice, text_tokens=text, max_new_tokens=count, cfg_weight=0.5)[0]
-        if wave is None:
-            return tokens
-        tokens = tokens[tokens < 6561]  # noqa: PLR2004 - upstream's own number of speech tokens
+        tokens = decoder.speak(seconds)[0]
+        tokens = tokens[tokens < _SOUNDS]
         return tokens, wave.inference(speech_tokens=tokens, ref_dict=reference)[0]
 
-    model = {"t3": t3} if wave is None else {"t3": t3, "s3gen": wave}
-    note = "" if wave is not None else "T3 alone: S3Gen's sizes are written into its constructor"
-    return Built(model, speak, t3.tfmr, t3.tfmr, note)
+    return Built({"t3": t3, "s3gen": wave}, speak, t3.tfmr, t3.tfmr)
 
 
 def _xtts(size: Size, layers: int | None, device: str) -> Built:
@@ -169,10 +215,15 @@ class _Letters:
         return [1 + ord(letter) % 259 for letter in text]
 
 
+_HIGGS = "'transformers>=5.3'"
+
+
 def _higgs(size: Size, layers: int | None, device: str) -> Built:
     import torch
 
-    transformers = _module("transformers", "'transformers>=5.0'")
+    transformers = _module("transformers", _HIGGS)
+    if not hasattr(transformers, "HiggsAudioV2Config"):
+        raise MissingExtraError(f"transformers {transformers.__version__} has no Higgs Audio v2; pip install {_HIGGS}")
     sizes: dict[str, Any] = {"num_hidden_layers": 28 if layers is None else layers, "codebook_size": 1026}
     if size == "tiny":
         sizes |= {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
@@ -225,10 +276,26 @@ def _voice_clone(_size: Size, _layers: int | None, device: str) -> Built:
 
 
 SYSTEMS: dict[str, System] = {
-    "chatterbox": System((1.5, 1.8), "chatterbox-light", _chatterbox, 4.0, 1.0, 25.0),
-    "higgs": System((1.4, 1.6), "transformers", _higgs, 1.0, 0.6, 25.0),
+    "chatterbox": System((1.5, 1.8), _CHATTERBOX, _chatterbox, 4.0, 1.0, 25.0),
+    "higgs": System((1.4, 1.6), _HIGGS, _higgs, 1.0, 0.6, 25.0),
     "voice-clone": System((1.3, 1.5), "resemblyzer", _voice_clone, 12.0, 12.0),
     "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
     "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0, 21.5),
 }
 """By the name that the command takes."""
+
+PARTS: dict[str, System] = {
+    "t3": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="english"), 4.0, 1.0, 25.0),
+    "t3-multilingual": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="multilingual"), 4.0, 1.0, 25.0),
+    "t3-turbo": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="turbo"), 4.0, 1.0, 25.0),
+}
+"""Decoders that can be benched by themselves, by the name that the command takes. They are no part of "all"."""
+
+
+def system_of(name: str) -> System:
+    """One of `SYSTEMS` or `PARTS`.
+
+    Raises:
+        KeyError: There is none of that name.
+    """
+    return SYSTEMS[name] if name in SYSTEMS else PARTS[name]

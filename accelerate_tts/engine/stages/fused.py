@@ -316,7 +316,12 @@ class _Fused:
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
         made = run(
-            [one.described for one in asked], plain(hidden), given, [one.layer.buffers() for one in asked], length, weights
+            [one.described for one in asked],
+            plain(hidden),
+            given,
+            [one.layer.buffers() for one in asked],
+            length,
+            weights,
         ).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)

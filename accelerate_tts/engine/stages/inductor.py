@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import types
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import Context
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +73,7 @@ class Counter:
         self.what = what
         self.graphs = 0
         self.sealed = False
+        self.left_out = False
         self.guard = ""  # that failed last
 
     def count(self, shapes: str) -> None:
@@ -77,6 +81,43 @@ class Counter:
         self.graphs += 1
         if self.sealed:
             emit(Recompiled(self.what, self.graphs, shapes, self.guard))
+
+
+@cache
+def _settings_are_the_threads() -> bool:
+    """Whether what is set of dynamo's configuration is set for this thread alone (torch 2.12), or for the process."""
+    from torch._dynamo import config
+
+    before = config.error_on_recompile
+    Context().run(setattr, config, "error_on_recompile", not before)
+    if config.error_on_recompile == before:
+        return True
+    config.error_on_recompile = before
+    return False
+
+
+class _Strictness(threading.local):
+    """Whether this thread's call may compile, where dynamo's own setting would be every thread's."""
+
+    strict = False
+
+
+_strictness = _Strictness()
+
+
+class _Process:
+    """Stands in for `_Dynamo` where dynamo's settings are the process's: other threads' calls must not be told ours."""
+
+    __slots__ = ("_before", "_strict")
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def __enter__(self) -> None:
+        self._before, _strictness.strict = _strictness.strict, self._strict
+
+    def __exit__(self, *_exception: object) -> None:
+        _strictness.strict = self._before
 
 
 class _Dynamo:
@@ -106,17 +147,27 @@ def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
         yield
 
 
+@contextmanager
+def _frozen_in_process(frozen: Frozen) -> Generator[None]:
+    # Another thread that compiles meanwhile is told the same: while tuning, not in service, where calls are strict.
+    with _Process(strict=False), frozen.options():
+        yield
+
+
 def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextManager[None]:
     """What dynamo and inductor have to know during a call of something compiled.
 
     All of it is this thread's own, and dynamo reads it while it traces, which may happen at any call. Without
     `fail_on_recompile_limit_hit`, dynamo answers its limit of 8 graphs by running the function uncompiled for ever,
-    without a word to us.
+    without a word to us. Before torch 2.12 (and its names before 2.7 are others) all of that is the process's, and
+    another thread's `torch.compile` would fail of it: then `compile_function` finds out by itself, without settings.
 
     Args:
         frozen: The weights that become constants, if any.
         strict: Raise `RecompileError`, which names the guard that failed, instead of compiling once more.
     """
+    if not _settings_are_the_threads():
+        return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
     return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
 
 
@@ -140,7 +191,13 @@ def compile_function(
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():  # which dynamo takes for true: no graph has this branch
+            _run_uncompiled(counter)
+        return function(*args, **kwargs)
+
+    plain = call if _settings_are_the_threads() else watched
+    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager does.
     patches = {**list_mode_options(mode), "fallback_random": True}
     inductor = _inductor()
@@ -153,7 +210,34 @@ def compile_function(
         return compiled
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
-    return compiled
+    return compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
+
+
+def _never_compiling_if_strict(
+    own: Callable[..., Any], compiled: Callable[..., Any], counter: Counter
+) -> Callable[..., Any]:
+    """The compiled function; of a strict call only the graphs that there are, by dynamo's own mode for that."""
+    import torch
+
+    graphs_alone: Callable[..., Any] = torch._dynamo.run(own)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (graphs_alone if _strictness.strict and not counter.left_out else compiled)(*args, **kwargs)
+
+    return either
+
+
+def _run_uncompiled(counter: Counter) -> None:
+    """What a function has to do that dynamo runs as it is: say why, as newer releases of dynamo do."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError
+
+    limit = getattr(config, "recompile_limit", None) or config.cache_size_limit  # before torch 2.7
+    if _strictness.strict and not counter.left_out:
+        raise RecompileError("a call that no graph is for; torch before 2.12 does not say which guard failed")
+    if counter.graphs >= limit:
+        raise FailOnRecompileLimitHit(f"it has {counter.graphs} graphs, and {limit} are the limit")
+    counter.left_out = True  # dynamo compiles what the function calls, but not itself
 
 
 def _mend_workers() -> None:

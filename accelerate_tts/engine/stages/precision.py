@@ -216,9 +216,18 @@ def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
 def _raised(value: Any, dtype: torch.dtype) -> Any:
     """The same with its half-precision tensors in fp32."""
     import torch
+    from torch.nn.utils.rnn import PackedSequence
     from torch.utils import _pytree
 
-    return _pytree.tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == dtype else t, value)
+    # A packed sequence is a leaf of the tree in torch 2.6, and a branch of it in 2.14.
+    kinds = (torch.Tensor, PackedSequence)
+    return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
+
+
+def _dtype_of(value: Any) -> torch.dtype:
+    import torch
+
+    return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype  # type: ignore[no-any-return]
 
 
 @cache

@@ -1,0 +1,174 @@
+"""docs/ENVIRONMENTS.md from the rows: `make environments-page`. A test fails where the two differ."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from listed import FILE, environments
+from run import ROWS, other_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from listed import Environment
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "ENVIRONMENTS.md"
+
+_HEAD = """# Where it was run
+
+This page is made from files that runs have written; nobody writes figures here. `make environments` builds each
+environment below from its upstream's own pins in a virtual environment of its own, installs the wheel beside it without
+changing a package, runs the contract tests of that system and a check, and writes one file under
+`benchmarks/environments/rows/`.
+`make environments ONLY=name` runs one, `LAYERS=full` at upstream's full size, `make environments-page` makes this page.
+
+A check tunes a system that is built from its true configuration with seeded weights, with as many layers as the table
+says, then times it untouched and tuned in turn, five pairs. "One token" is a step of the decode loop; the floor is the
+time in which this machine's memory gives that step's weights once, as they were loaded. Ratios are medians, with the
+lowest and the highest of the pairs. Few layers show that everything applies; they are no speed-up of a whole system.
+"""
+
+
+def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+    """The page's text.
+
+    Args:
+        environments: Those of environments.toml, in its order.
+        rows: The rows by the environment's name, as `run.py` writes them; where there is none, the page says so.
+    """
+    found = [(one, rows.get(one.name)) for one in environments]
+    parts = [_HEAD, "## What was installed and tested\n", _table(_OVERVIEW, map(_overview, found))]
+    checks = [line for one, row in found if row is not None for line in _checks(one, row)]
+    if checks:
+        parts += ["## What it gave\n", _table(_CHECKS, checks)]
+    parts += ["## What was tried in each\n", *(_details(one, row) for one, row in found if row is not None)]
+    return "\n".join(parts)
+
+
+_OVERVIEW = ("environment", "Python", "torch", "transformers", "upstream", "tests", "result", "run on")
+_CHECKS = (
+    "environment", "system", "layers", "precision", "one token: eager, tuned", "ratio", "times the floor",
+    "whole call", "output", "kept",
+)  # fmt: skip
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(_cell(cell) for cell in row) + " |\n" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _overview(found: tuple[Environment, dict[str, Any] | None]) -> Sequence[str]:
+    one, row = found
+    if row is None:
+        return (one.name, one.python, "", "", ", ".join(one.requires), "", "never run", "")
+    versions = row["versions"]
+    upstream = ", ".join(f"{name} {versions[name]}" for name in one.upstream if name in versions)
+    tests = row["tests"]
+    told = "" if tests is None else f"{tests['passed']} passed, {tests['failed'] + tests['errors']} failed"
+    if tests is not None and tests["skipped"]:
+        told += f", {tests['skipped']} skipped"
+    return (
+        one.name, row["python"] or one.python, versions.get("torch", ""), versions.get("transformers", ""), upstream,
+        told, _result(row), f"{row['date']}, {row['commit']}",
+    )  # fmt: skip
+
+
+def _result(row: dict[str, Any]) -> str:
+    if row["failed"] is not None:
+        return f"**failed**: {row['failed']}"
+    tests = row["tests"]
+    bad = ["tests failed"] if tests is not None and tests["failed"] + tests["errors"] else []
+    bad += [f"{check['system']} failed" for check in row["checks"] if check["failed"] is not None]
+    bad += [f"{check['system']}: other tokens" for check in row["checks"] if other_tokens(check)]
+    return f"**{', '.join(bad)}**" if bad else "good"
+
+
+def _checks(one: Environment, row: dict[str, Any]) -> Iterator[Sequence[str]]:
+    for check in row["checks"]:
+        about = (one.name, check["system"], str(check["layers"] or "all"), check["precision"])
+        if check["failed"] is not None:
+            yield (*about, f"**failed**: {check['failed']}", "", "", "", "", "")
+        elif "whole" in check:
+            step, floor = check["step"], check["floor"]
+            yield (
+                *about,
+                "" if step is None else f"{_ms(step['before'])}, {_ms(step['after'])}",
+                "" if step is None else _ratio(step),
+                "" if step is None or not floor else f"{step['after'] / floor:.2f}",
+                _ratio(check["whole"]), _output(check), ", ".join(check["kept"]) or "nothing",
+            )  # fmt: skip
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['ratio']:.2f}x ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+
+
+def _output(check: dict[str, Any]) -> str:
+    if check["same_tokens"] is not None:
+        return "same tokens" if check["same_tokens"] else "**other tokens**" if other_tokens(check) else "other tokens"
+    error = check["error"]
+    return "differs" if error is None else "bit-exact" if error == 0.0 else f"error {error:.0e}"
+
+
+def _details(one: Environment, row: dict[str, Any]) -> str:
+    machine = row["machine"]
+    lines = [
+        f"### {one.name}\n",
+        f"- Installed: {_code(row['requires'])}"
+        + "".join(f"; beside it `{extra['requires']}`: {extra['reason']}" for extra in row["beside"]),
+        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}, "
+        + (", ".join(machine["isa"]) or "no instruction set that is known by name"),
+    ]
+    if one.note:
+        lines.append(f"- {one.note}")
+    if row["seconds"]:
+        lines.append("- Seconds: " + ", ".join(f"{what} {seconds:.0f}" for what, seconds in row["seconds"].items()))
+    if row["tests"] is not None:
+        lines += [f"- Skipped, {count}: {_cell(why)}" for why, count in row["tests"]["skips"].items()]
+        lines += [f"- Failed: `{name}`: {_cell(why)}" for name, why in row["tests"]["failures"].items()]
+    for check in row["checks"]:
+        lines += _of_check(check)
+    return "\n".join(lines) + "\n"
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _of_check(check: dict[str, Any]) -> Iterator[str]:
+    for line in check.get("said", []):
+        yield f"- {check['system']}: {_cell(line)}"
+    stages = check.get("stages", [])
+    kept = [f"{s['part']}: {s['stage']}" for s in stages if s["kept"]]
+    dropped = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
+    if stages:
+        yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Dropped: {'; '.join(dropped) or 'nothing'}"
+    for event in check.get("events", []):
+        yield f"- {check['system']}, event: {_cell(event)}"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(environments(FILE.read_text("utf-8")), read(ROWS)), "utf-8")
+    sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} is written\n")
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a folder, by their environment's name."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The environments as data: what the file may say, what a row says of a failure, and that the page is made of the rows.
+
+That an environment is built, tested and timed is shown by building two of them at each change (.ci/run).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "environments"
+FILE = FOLDER / "environments.toml"
+ONE = """
+[[environment]]
+name = "one"
+python = "9.9"
+requires = ["something==1.0"]
+"""
+NO_PYTHON = "there is no Python 9.9 on this machine: nothing was run"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """The runner and what makes the page."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("run"), importlib.import_module("page")
+    for name in ("run", "page", "listed"):
+        del sys.modules[name]
+
+
+def row(**facts: Any) -> dict[str, Any]:
+    return {
+        "environment": "one", "requires": ["something==1.0"], "beside": [], "date": "2026-11-28", "commit": "abc",
+        "machine": {"system": "Linux", "machine": "x86_64", "processor": "EPYC 9xx5", "cores": 2, "isa": ["avx2"]},
+        "python": "3.11.7", "versions": {"torch": "2.6.0"}, "seconds": {"install": 100.2}, "failed": None, "note": "",
+        "tests": {"passed": 5, "failed": 0, "errors": 0, "skipped": 1, "failures": {}, "skips": {"no TTS": 1}},
+        "checks": [],
+    } | facts  # fmt: skip
+
+
+def check(**facts: Any) -> dict[str, Any]:
+    ratio = {"before": 0.02, "after": 0.01, "ratio": 2.0, "lowest": 1.9, "highest": 2.1}
+    stage = {"part": "t3", "stage": "growing cache", "kept": True, "reason": "at least 1.5x"}
+    return {
+        "system": "t3", "layers": 4, "tokens": 60, "precision": "exact", "failed": None, "whole": ratio, "step": ratio,
+        "prompt": None, "error": None, "same_tokens": True, "floor": 0.008, "kept": ["t3: growing cache"],
+        "stages": [stage, {**stage, "stage": "torch.compile", "kept": False, "reason": "slower"}],
+        "events": ["t3: the hooks <pile> up"],
+    } | facts  # fmt: skip
+
+
+def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
+    run, page = scripts
+    found = run.environments(FILE.read_text("utf-8"))
+    rows = page.read(run.ROWS)
+    assert set(rows) <= {one.name for one in found}, "a row of an environment that the file does not have"
+    assert all(row["environment"] == name for name, row in rows.items())
+    assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make environments-page"
+
+
+def test_every_upstream_that_is_claimed_is_there(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    wanted = " ".join(one for found in run.environments(FILE.read_text("utf-8")) for one in found.requires)
+    for name in ("chatterbox-tts==0.1.1", "chatterbox-tts==0.1.4", "chatterbox-tts==0.1.6", "chatterbox-tts==0.1.7",
+                 "chatterbox-light==", "coqui-tts==0.27.0", "coqui-tts[codec]==", "transformers==4.46.3", "resemblyzer",
+                 "boson-multimodal==", "torch==2.6.0", "torch==2.8.0", "torch==2.10.0", "torch==2.12.1"):  # fmt: skip
+        assert name in wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[environment]", "is no TOML"),
+        ("", "no environments"),
+        (ONE + ONE, "two of one name: one, one"),
+        (ONE + "colour = 'red'", "one: .*colour"),
+        (ONE + "tests = ['tests/nonesuch.py']", "one: .*tests/nonesuch.py"),
+        (ONE + "checks = [{ system = 'nonesuch' }]", "one: 'nonesuch' is not one of"),
+        (ONE + "checks = [{ system = 'mms', precision = 'sloppy' }]", "precision='sloppy'"),
+        (ONE + "beside = [{ requires = 'six', reason = '' }]", "one: .*reason is empty"),
+    ],
+)
+def test_what_the_file_may_not_say(scripts: tuple[Any, Any], text: str, said: str) -> None:
+    run, _ = scripts
+    with pytest.raises(Exception, match=said) as caught:
+        run.environments(text)
+    assert type(caught.value).__name__ in {"EnvironmentsError", "SettingsError"}
+
+
+def test_names_of_several_paths(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    several = "[tests]\ncore = ['tests/device', 'tests/engine']\n"
+    (one,) = run.environments(several + ONE + "tests = ['core', 'tests/models/test_mms.py']")
+    assert one.tests == ("tests/device", "tests/engine", "tests/models/test_mms.py")
+
+
+def test_one_that_fails_has_a_row_and_stops_nothing(
+    scripts: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, page = scripts
+    file, wheel = tmp_path / "environments.toml", tmp_path / "ours.whl"
+    file.write_text(ONE + ONE.replace('"one"', '"two"'), "utf-8")
+    wheel.write_bytes(b"")
+    told = ["--file", str(file), "--wheel", str(wheel), "--rows", str(tmp_path / "rows")]
+    assert run.main(told) == 1
+    rows = page.read(tmp_path / "rows")
+    assert {name: found["failed"] for name, found in rows.items()} == {"one": NO_PYTHON, "two": NO_PYTHON}
+    assert rows["one"]["machine"]["cores"] >= 1
+    assert rows["one"]["requires"] == ["something==1.0"]
+    printed = capsys.readouterr().out
+    assert "0 of 2 environments are good; not: one, two" in printed
+    assert f"**failed**: {NO_PYTHON}" in page.page(run.environments(file.read_text("utf-8")), rows)
+    assert run.main([*told, "two,three"]) == 2
+    assert run.main([*told, "--layers", "few"]) == 2
+    assert run.main([*told, "--list"]) == 0
+
+
+def test_a_command_that_hangs_or_fails_says_so(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    with pytest.raises(run.StepError, match=r"longer than 1 s"):
+        run._step([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+    code = "import sys; print('ERROR: No matching distribution\\n[notice] a new pip', file=sys.stderr); sys.exit(1)"
+    with pytest.raises(run.StepError, match="ERROR: No matching distribution"):
+        run._step([sys.executable, "-c", code], 10.0)
+    with pytest.raises(run.StepError, match="could not be started"):
+        run._step(["/nowhere/python"], 1.0)
+
+
+def test_a_report_of_pytests_own_is_read(scripts: tuple[Any, Any], tmp_path: Path) -> None:
+    run, _ = scripts
+    (tmp_path / "test_four.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'one is not two'\n"
+        "def test_none(): pytest.skip('no TTS')\n@pytest.fixture\ndef broken(): raise OSError('gone')\n"
+        "def test_error(broken): pass\n", "utf-8",
+    )  # fmt: skip
+    report = tmp_path / "tests.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", f"--junitxml={report}",
+         "test_four.py"], cwd=tmp_path, check=False, capture_output=True,
+    )  # fmt: skip
+    found = run.results(report.read_text("utf-8"))
+    assert [found[name] for name in ("passed", "failed", "errors", "skipped")] == [1, 1, 1, 1]
+    assert found["skips"] == {"no TTS": 1}
+    assert found["failures"]["test_four::test_bad"].startswith("AssertionError: one is not two")
+    assert "gone" in found["failures"]["test_four::test_error"]
+
+
+def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any]) -> None:
+    run, page = scripts
+    several = run.environments(ONE + ONE.replace('"one"', '"two"') + "upstream = ['something']\n")
+    text = page.page(several, {"one": row(checks=[check(), check(system="xtts", failed="no memory")])})
+    for said in ("5 passed, 0 failed, 1 skipped", "2026-11-28, abc", "20.0 ms, 10.0 ms", "2.00x (1.90 to 2.10)", "1.25",
+                 "same tokens", "**failed**: no memory", "**xtts failed**", "never run", "EPYC 9xx5, 2 cores",
+                 "Dropped: t3: torch.compile (slower)", "the hooks &lt;pile> up", "Skipped, 1: no TTS"):  # fmt: skip
+        assert said in text, said
+    other = page.page(several, {"one": row(checks=[check(same_tokens=False, step=None, error=None)])})
+    assert "**t3: other tokens**" in other
+    assert "**other tokens**" in other
+
+
+def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    made = lambda **facts: run.Row(**{**row(), **facts})  # noqa: E731
+    assert made().good
+    assert made(checks=[check()]).good
+    assert not made(failed="no memory").good
+    assert not made(checks=[check(failed="no memory")]).good
+    assert not made(checks=[check(same_tokens=False)]).good
+    assert not made(tests={**row()["tests"], "failed": 1}).good
+    assert json.loads(made(checks=[check(error=float("inf"))]).as_json())["checks"][0]["error"] is None
+
+
+def test_the_workflow_runs_each(scripts: tuple[Any, Any]) -> None:
+    run, _ = scripts
+    workflow = Path(__file__).parents[1] / ".github" / "workflows" / "ci.yml"
+    if not workflow.exists():
+        pytest.skip("the source distribution has no .github")
+    named = re.findall(r"^ {10}- ([\w.-]+)$", workflow.read_text("utf-8"), re.MULTILINE)
+    assert named == [one.name for one in run.environments(FILE.read_text("utf-8"))]
