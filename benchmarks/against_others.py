@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -258,16 +259,20 @@ def write_gguf(path: Path, kind: str, layers: int) -> None:
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type({"F32": 0, "F16": 1, "Q8_0": 7}[kind])
 
+    @cache
+    def packed(*shape: int) -> Any:
+        """Numbers of a weight; layers may have the same ones, each in memory of its own."""
+        values = (generator.standard_normal(shape, np.float32) * 0.02).astype(np.float32)
+        if kind == "Q8_0":
+            return gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        return values.astype(np.float16) if kind == "F16" else values
+
     def add(name: str, *shape: int) -> None:
         if len(shape) == 1:
             writer.add_tensor(name, np.ones(shape, np.float32))
-            return
-        values = (generator.standard_normal(shape, np.float32) * 0.02).astype(np.float32)
-        if kind == "Q8_0":
-            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
-            writer.add_tensor(name, values.astype(np.float16) if kind == "F16" else values)
+            of = gguf.GGMLQuantizationType.Q8_0 if kind == "Q8_0" else None
+            writer.add_tensor(name, packed(*shape), raw_dtype=of)
 
     add("token_embd.weight", VOCABULARY, HIDDEN)
     add("output_norm.weight", HIDDEN)
