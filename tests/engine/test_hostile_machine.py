@@ -260,21 +260,22 @@ NO_COMPILER = """
     expected = (x @ first.weight.T + first.bias).relu() @ third.weight.T + third.bias
     torch.testing.assert_close(voice.speak(x), expected)
     (receipt,) = [receipt_of(voice)]
-    assert not receipt.kept and len(receipt.stages) == 2, str(receipt)
-    for stage in receipt.stages:
-        assert "ompiler" in stage.reason or "g++" in stage.reason, str(receipt)
-    assert [type(event).__name__ for event in seen].count("FellBack") == 2, seen
+    kernel, compiled = receipt.stages
+    assert "failed" not in kernel.reason, str(receipt)
+    assert not compiled.kept, str(receipt)
+    assert "ompiler" in compiled.reason or "g++" in compiled.reason, str(receipt)
+    assert [type(event).__name__ for event in seen].count("FellBack") == 1, seen
     print("right")
 """
 
 
 @posix
-def test_no_compiler_on_the_path_costs_two_stages_and_nothing_else(tmp_path: Path) -> None:
+def test_no_compiler_on_the_path_costs_one_stage_and_nothing_else(tmp_path: Path) -> None:
     """An empty folder as PATH: of no compiler's name anything is found, whatever was compiled before."""
     process = child(
         NO_COMPILER,
+        before=("/usr/bin/env", "-u", "CXX"),  # the library's own name, which an empty one is to torch 2.6, too
         PATH=str(tmp_path),
-        CXX="",
         ACCELERATE_TTS_TORCH_COMPILE="1",
         ACCELERATE_TTS_PACK_FOLDER=str(tmp_path / "packs"),
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
