@@ -317,7 +317,8 @@ def test_an_encoder_that_a_helper_or_a_method_finds_outside(monkeypatch: pytest.
 
     @cached_embedding
     def embed(wave: torch.Tensor) -> torch.Tensor:
-        return [helper(each) for each in (wave,)][0]
+        (answer,) = (helper(each) for each in (wave,))
+        return answer
 
     for call in (embed, Outside().embed):
         for change in (

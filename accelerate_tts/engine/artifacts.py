@@ -56,7 +56,8 @@ def pack(before: frozenset[str], *also: Path) -> bytes | None:
     """
     folder = _folder()
     wanted = {path.relative_to(folder).as_posix() for path in also if path.is_relative_to(folder)}
-    used = {_key(name) for name in before.opened} if isinstance(before, Snapshot) else set[str]()
+    # A copy, which is made in one step: other threads open files meanwhile.
+    used = {_key(name) for name in before.opened.copy()} if isinstance(before, Snapshot) else set[str]()
     names = [
         name
         for name in sorted(_files())

@@ -163,14 +163,21 @@ class Embeddings:
         if count:
             self._store.count(hit=True)
         result, attributes = kept.copy()
-        for name, value in attributes.items():
-            setattr(owner, name, value)
+        for name in self._options.sets:  # no others, whatever a file says
+            setattr(owner, name, attributes[name])
         return result
 
     def _stored(self, question: _Question) -> Kept | None:
         if self._files is None or not question.durable:
             return None
-        return self._files.read(question.key, question.packages)
+        return self._files.read(question.key, question.packages, self._is_answer)
+
+    def _is_answer(self, value: Any) -> bool:
+        """Whether a file holds a result and the attributes that are set, as one that we wrote does."""
+        if type(value) is not tuple or len(value) != 2:  # noqa: PLR2004 - a pair
+            return False
+        attributes = value[1]
+        return type(attributes) is dict and attributes.keys() == set(self._options.sets)
 
     def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
         """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
