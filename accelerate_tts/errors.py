@@ -17,6 +17,7 @@ __all__ = [
     "TimeLimitError",
     "WarmupError",
     "abridged",
+    "printable",
     "shown",
 ]
 
@@ -75,6 +76,16 @@ def shown(value: object) -> str:
         return repr(value)
     except Exception:  # the value is wrong already; the message must say so whatever its class does
         return f"<a {type(value).__name__} that cannot be shown>"
+
+
+def printable(value: object) -> str:
+    """A foreign text for a terminal, a log or a page: on one line, and without control characters.
+
+    Names and reasons come from users' objects and exceptions. An escape sequence among them must not reach a terminal,
+    half of a surrogate pair cannot be written as UTF-8, and a bidirectional override would turn the words after it.
+    """
+    text = (c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return " ".join("".join(text).split())
 
 
 _MOST_SHOWN = 200  # characters

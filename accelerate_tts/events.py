@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from accelerate_tts.errors import shown
+from accelerate_tts.errors import printable, shown
 from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
@@ -299,7 +299,8 @@ def emit(event: Event) -> None:
     level = logging.INFO
     if event.degraded:
         level = logging.WARNING if first else logging.DEBUG
-    logger.log(level, "%s", event)
+    if logger.isEnabledFor(level):  # names and reasons are others', and a log may be read in a terminal
+        logger.log(level, "%s", printable(event))
     for hook in hooks:
         try:
             hook(event)

@@ -128,7 +128,9 @@ def cached_embedding(
     it was not decorated, and an event says so. An exception is not remembered.
 
     A path, or a text that is one, counts with the file's bytes. The encoder counts with the modules that are found on
-    `self` (for a function, among the names it uses): writing, moving or replacing a weight makes all anew. Other
+    `self` and among the names that the function uses: with their weights, modes, hooks and plain attributes, and with
+    torch's switches for precision. Whatever of it changes, the embedding is computed anew. A write through `.data` is
+    seen where it changes one of some dozens of elements that are sampled of each weight in the CPU's memory. Other
     attributes that the method reads are no part of the key; name them in `encoder`.
 
     Args:
@@ -137,7 +139,8 @@ def cached_embedding(
         folder: Where embeddings are kept for the next process: results of tensors, NumPy arrays, numbers, texts, lists,
             tuples, dicts, and dataclasses of the packages that the function or the encoder is from (Chatterbox's
             `Conditionals`). Objects of other classes are kept in memory only. Weights are then read once to be told
-            by content, about half a second per gigabyte.
+            by content, about half a second per gigabyte. With more than 256 files in it, each process that writes may
+            exceed the limit by a sixteenth for a while.
         sets: Attributes of `self` that the method sets; they are remembered and set again. Calls for one object then
             take turns.
         encoder: What the embedding depends on beside the arguments, called with `self` (a function's with nothing): a

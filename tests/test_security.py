@@ -69,7 +69,7 @@ def test_nothing_in_the_package_runs_what_it_reads() -> None:
     assert not found, "\n".join(found)
     assert sources.keys() > STARTS_PROGRAMS
     loads = [name for name, path in sources.items() if "torch.load(" in path.read_text(encoding="utf-8")]
-    assert loads == ["engine/embedding_files.py"], "docs/SECURITY.md names who reads torch's files"
+    assert not loads, "docs/SECURITY.md says that nobody reads torch's files"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,249 @@ def test_a_change_of_the_weights_is_seen(service: Service, change: Callable[[Enc
     assert service.calls == 2
 
 
+def wide() -> Service:
+    service = Service()
+    service.encoder.linear.weight = nn.Parameter(torch.linspace(-1, 1, 12 * 1000).reshape(3000, 4).contiguous())
+    service.encoder.linear.bias = nn.Parameter(torch.zeros(3000))
+    service.encoder.gain = 1.5  # type: ignore[assignment]
+    service.encoder.sizes = [1, 2]  # type: ignore[assignment]
+    return service
+
+
+class Louder(Encoder):
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return super().forward(wave) * 2
+
+
+def hook(_module: nn.Module, _given: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def global_hook(encoder: Encoder) -> Callable[[], None]:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    return register_module_forward_hook(lambda module, _given, output: output + (module is encoder)).remove
+
+
+def autocast(_encoder: Encoder) -> Callable[[], None]:
+    scope = torch.autocast("cpu", torch.bfloat16)
+    scope.__enter__()
+    return lambda: scope.__exit__(None, None, None)
+
+
+def default_dtype(_encoder: Encoder) -> Callable[[], None]:
+    torch.set_default_dtype(torch.float64)
+    return lambda: torch.set_default_dtype(torch.float32)
+
+
+def matmul_precision(_encoder: Encoder) -> Callable[[], None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+def attribute(name: str, value: Any) -> Callable[[Encoder], Callable[[], None]]:
+    def change(encoder: Encoder) -> Callable[[], None]:
+        had, before = name in vars(encoder), vars(encoder).get(name)
+        vars(encoder)[name] = value
+        return lambda: vars(encoder).update({name: before}) if had else vars(encoder).pop(name)
+
+    return change
+
+
+def training(encoder: Encoder) -> Callable[[], Any]:
+    encoder.linear.eval()
+    return encoder.linear.train
+
+
+def in_place(encoder: Any) -> Callable[[], None]:
+    encoder.sizes.append(3)
+    return lambda: encoder.sizes.remove(3)
+
+
+def class_of_it(encoder: Encoder) -> Callable[[], None]:
+    encoder.__class__ = Louder
+    return lambda: setattr(encoder, "__class__", Encoder)
+
+
+def forward_of_its_class(_encoder: Encoder) -> Callable[[], None]:
+    before = Encoder.forward
+    Encoder.forward = lambda self, wave: self.linear(wave).sigmoid()  # type: ignore[method-assign]
+    return lambda: setattr(Encoder, "forward", before)
+
+
+STATES: dict[str, Callable[[Any], Callable[[], Any]]] = {
+    "training": training,
+    "hook": lambda encoder: encoder.linear.register_forward_hook(hook).remove,
+    "pre-hook": lambda encoder: encoder.register_forward_pre_hook(lambda _, given: (given[0] * 2,)).remove,
+    "global hook": global_hook,
+    "autocast": autocast,
+    "default dtype": default_dtype,
+    "matmul precision": matmul_precision,
+    "hyper-parameter": attribute("gain", 1.25),
+    "private attribute": attribute("_gain", 1.25),
+    "list": in_place,
+    "forward": attribute("forward", lambda wave: wave),
+    "class": class_of_it,
+    "forward of the class": forward_of_its_class,
+}
+
+
+@pytest.mark.parametrize("change", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_state_that_may_change_a_voice_has_a_voice_of_its_own(
+    change: Callable[[Encoder], Callable[[], Any]], stored: bool, tmp_path: Path, seen: list[events.Event]
+) -> None:
+    service = wide()
+    embed = cached_embedding(folder=tmp_path if stored else None)(service.compute)
+    # Written once, torch tells more of it than before: what is put back below is then what was there.
+    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
+    embed(WAVE, 1.0)
+    back = change(service.encoder)
+    try:
+        wanted = service.encoder(WAVE).detach()
+        assert torch.equal(embed(WAVE, 1.0), wanted)
+        assert torch.equal(embed(WAVE, 1.0), wanted)
+    finally:
+        back()
+    assert service.calls == 2
+    assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
+    assert service.calls == 2, "the state is as it was, and so is the voice"
+    assert not seen
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.add_(1),
+        lambda weight: weight.data.copy_(torch.ones(3000, 4)),
+        lambda weight: setattr(weight, "data", weight.data.clone().neg_()),
+        lambda weight: setattr(weight, "data", weight.data.reshape(4, 3000).t()),
+        lambda weight: weight.detach().numpy().__imul__(2),
+        lambda weight: weight.detach().numpy()[1000:2001].fill(7),
+    ],
+)
+def test_a_write_that_counts_no_version_is_seen(
+    stored: bool, change: Callable[[torch.Tensor], Any], tmp_path: Path
+) -> None:
+    service = wide()
+    embed = cached_embedding(folder=tmp_path if stored else None)(service.compute)
+    embed(WAVE, 1.0)
+    before = service.encoder.linear.weight._version
+    change(service.encoder.linear.weight)
+    assert service.encoder.linear.weight._version == before
+    assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
+    assert service.calls == 2
+
+
+def test_weights_made_in_inference_mode_are_sampled_too() -> None:
+    with torch.inference_mode():
+        service = wide()
+        embed = cached_embedding(service.compute)
+        embed(WAVE, 1.0)
+        service.encoder.linear.weight.mul_(2)
+        assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE))
+    assert service.calls == 2
+
+
+def test_a_hook_that_nothing_can_be_said_of_costs_the_cache(seen: list[events.Event]) -> None:
+    class Slots:
+        __slots__ = ()
+
+        def __call__(self, *_args: Any) -> None:
+            return None
+
+    service = wide()
+    embed = cached_embedding(service.compute)
+    handle = service.encoder.register_forward_hook(Slots())
+    embed(WAVE, 1.0)
+    embed(WAVE, 1.0)
+    assert service.calls == 2
+    assert "allows no weak references" in not_applied(seen)[0]
+    handle.remove()
+    embed(WAVE, 1.0)
+    embed(WAVE, 1.0)
+    assert service.calls == 3
+
+
+def test_hooks_with_the_same_code_and_another_constant(tmp_path: Path) -> None:
+    def hook_of(gain: float) -> Any:
+        return lambda _module, _given, output: output * gain
+
+    service = wide()
+    embed = cached_embedding(folder=tmp_path)(service.compute)
+    for gain in (2.0, 3.0, 2.0):
+        handle = service.encoder.register_forward_hook(hook_of(gain))
+        assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
+        handle.remove()
+    assert service.calls == 2
+
+
+ENCODER = Encoder(3)
+GAIN = 2.0
+
+
+def helper(wave: torch.Tensor) -> torch.Tensor:
+    return ENCODER(wave) * GAIN
+
+
+def test_an_encoder_that_a_helper_or_a_method_finds_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outside:
+        @cached_embedding
+        def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            return ENCODER(wave) * GAIN
+
+    @cached_embedding
+    def embed(wave: torch.Tensor) -> torch.Tensor:
+        (answer,) = (helper(each) for each in (wave,))
+        return answer
+
+    for call in (embed, Outside().embed):
+        for change in (
+            lambda: None,
+            lambda: ENCODER.linear.bias.data.add_(1),
+            lambda: monkeypatch.setitem(helper.__globals__, "GAIN", GAIN + 1),
+        ):
+            change()
+            wanted = (ENCODER(WAVE) * GAIN).detach()
+            assert torch.equal(call(WAVE), wanted)
+            assert torch.equal(call(WAVE), wanted)
+        assert call.cache_info().misses == 3
+
+
+def test_constants_around_a_function_count_and_counters_do_not(tmp_path: Path) -> None:
+    def made(gain: float) -> Any:
+        count = 0
+
+        @cached_embedding(folder=tmp_path, encoder=lambda: 1)
+        def embed(wave: torch.Tensor) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            return wave * gain
+
+        return embed
+
+    for gain in (2.0, 3.0):
+        embed = made(gain)
+        for _ in range(3):
+            assert torch.equal(embed(WAVE), WAVE * gain)
+        assert embed.cache_info().misses == 1
+
+
+def test_a_scripted_encoder(seen: list[events.Event]) -> None:
+    service = Service()
+    service.encoder = torch.jit.script(service.encoder)  # type: ignore[assignment]
+    embed = cached_embedding(service.compute)
+    embed(WAVE, 1.0)
+    embed(WAVE, 1.0)
+    assert service.calls == 1
+    with torch.no_grad():
+        service.encoder.linear.weight.add_(1)
+    assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
+    assert not seen
+
+
 def test_each_encoder_has_its_own_embeddings_even_where_memory_is_used_again() -> None:
     Service.embed.cache_clear()
     for seed in range(20):

@@ -5,7 +5,11 @@ Needs the `cli` extra; `--help` never imports torch.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 __all__ = ["main"]
 
@@ -19,4 +23,59 @@ def main() -> None:
             raise
         sys.stderr.write(f"accelerate-tts needs {error.name}: pip install 'accelerate_tts[cli]'\n")
         raise SystemExit(2) from None
-    app()
+    standard = sys.stdout
+    # Where it was closed before Python started there is none, and nobody waits for what is said.
+    stdout = _Stdout(standard if standard is not None else io.StringIO())
+    sys.stdout = stdout
+    status: Any = 0
+    try:
+        app()
+    except SystemExit as error:
+        status = error.code
+    except OSError as error:
+        if error is not stdout.error:
+            raise
+    finally:
+        stdout.flush_at_end()
+        sys.stdout = standard
+    if stdout.error is not None:
+        # Python would try to write the rest at its own end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(stdout.error, BrokenPipeError):
+            raise SystemExit(_PIPE_CLOSED)
+        sys.stderr.write(f"error: standard output cannot be written: {stdout.error.strerror or stdout.error}\n")
+        raise SystemExit(status or 2)
+    raise SystemExit(status)
+
+
+_PIPE_CLOSED = 141  # as a shell tells of a program that ended by SIGPIPE: whoever reads has seen enough
+
+
+class _Stdout:
+    """Standard output, which remembers its error: a full disk, or a reader that went away, is no fault of ours."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._file.write(text))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush_at_end(self) -> None:
+        """Flush, and note an error instead of raising it."""
+        with suppress(OSError):
+            self.flush()

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from accelerate_tts._version import __version__
-from accelerate_tts.errors import AccelerateTTSError, SettingsError
+from accelerate_tts.errors import AccelerateTTSError, SettingsError, printable
 
 if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
@@ -30,7 +30,7 @@ _errors = Console(stderr=True, highlight=False)
 
 
 def _fail(message: object) -> NoReturn:
-    _errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    _errors.print(f"error: {printable(message)}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

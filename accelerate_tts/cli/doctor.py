@@ -19,7 +19,7 @@ from rich.console import Console
 from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.device import cpu, detect, memory, setup
-from accelerate_tts.errors import SettingsError
+from accelerate_tts.errors import SettingsError, printable
 from accelerate_tts.settings import Settings, is_active
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def run(as_json: bool) -> int:
         console.print(table(rows, f"accelerate_tts {__version__}"))
         for finding in findings:
             if finding.mend:
-                console.print(f"{_MARKS[finding.verdict]} {finding.name}: {finding.mend}", markup=False, soft_wrap=True)
+                line = printable(f"{_MARKS[finding.verdict]} {finding.name}: {finding.mend}")
+                console.print(line, markup=False, soft_wrap=True)
     return int(any(finding.verdict == "problem" for finding in findings))
 
 

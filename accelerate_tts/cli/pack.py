@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.engine.pack import pack_folder, pack_store
-from accelerate_tts.errors import PackError
+from accelerate_tts.errors import PackError, printable
 from accelerate_tts.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def clear() -> None:
 
 
 def _say(text: str) -> None:
-    wide_console().print(text, markup=False, soft_wrap=True)
+    wide_console().print(printable(text), markup=False, soft_wrap=True)
 
 
 def _packs(count: int) -> str:

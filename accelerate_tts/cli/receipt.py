@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from accelerate_tts.cli.tables import table, wide_console
-from accelerate_tts.engine.receipt import Receipt, duration, printable
-from accelerate_tts.errors import AccelerateTTSError
+from accelerate_tts.engine.receipt import Receipt, duration
+from accelerate_tts.errors import AccelerateTTSError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path

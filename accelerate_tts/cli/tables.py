@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from accelerate_tts.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -35,12 +37,12 @@ def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = 
         else:
             result.add_column(name, overflow="fold")
     for row in body:
-        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        result.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     return result
 
 
 def _two_lines(name: str, verdict: str) -> Text:
-    return Text.assemble(name, "\n", (verdict, "dim"))
+    return Text.assemble(printable(name), "\n", (printable(verdict), "dim"))
 
 
 def print_receipt(receipt: Receipt, console: Console) -> None:
@@ -48,8 +50,8 @@ def print_receipt(receipt: Receipt, console: Console) -> None:
     rows: list[tuple[str | Text, ...]] = [("part: stage", "before", "after", "ratio", "error")]
     rows += [(_two_lines(f"{s.part}: {s.stage}", s.verdict), *s.figures()) for s in receipt.stages]
     rows.append((_two_lines("the whole", receipt.verdict), *receipt.figures()))
-    console.print(table(rows, f"Receipt: {receipt.what} on {receipt.device}"))
+    console.print(table(rows, printable(f"Receipt: {receipt.what} on {receipt.device}")))
     versions = ", ".join(f"{name} {version}" for name, version in receipt.versions.items())
-    console.print(f"tuning took {receipt.seconds:.1f} s ({versions})", style="dim", markup=False)
+    console.print(f"tuning took {receipt.seconds:.1f} s ({printable(versions)})", style="dim", markup=False)
     for note in receipt.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        console.print(printable(f"note: {note}"), style="yellow", markup=False)

@@ -14,6 +14,11 @@ __all__ = ["move_to_file"]
 
 _MAP_FIXED = 0x10  # mmap(2), Linux; Python's mmap does not place a mapping
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+# Of a page that cannot be read again, since a server or a helper process is away, this process would die by SIGBUS.
+_REMOTE = {
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
+    "ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "vboxsf", "vmhgfs", "wekafs",
+}  # fmt: skip
 
 
 def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
@@ -30,13 +35,19 @@ def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
         Bytes that were moved.
 
     Raises:
-        OSError: The system has no such thing, the folder lies in memory itself, or the disk is full. Nothing is moved.
+        OSError: The system has no such thing, the folder lies in memory itself or on another machine, or the disk is
+            full. Nothing is moved.
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"memory cannot be mapped in place on {sys.platform}")
     kind = _file_system(folder)
     if kind in _IN_MEMORY:
         raise OSError(f"{folder} lies in memory itself ({kind})")
+    if kind in _REMOTE or kind.startswith("fuse"):
+        raise OSError(
+            f"{folder} is on a file system ({kind}) that may be away when a weight is read, which would end the"
+            " process; set ACCELERATE_TTS_PACK_FOLDER to a folder on a disk of this machine"
+        )
     pages = [pair for pair in (_whole_pages(*region) for region in regions) if pair[1] > 0]
     with tempfile.TemporaryFile(dir=folder) as file:
         offsets = [_write(file.fileno(), start, size) for start, size in pages]  # all of it before anything is mapped

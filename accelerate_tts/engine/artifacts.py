@@ -54,7 +54,8 @@ def pack(before: frozenset[str]) -> bytes | None:
         before: What was there; of a `Snapshot`, what was used since is taken too.
     """
     folder = _folder()
-    used = {_key(name) for name in before.opened} if isinstance(before, Snapshot) else set[str]()
+    # A copy, which is made in one step: other threads open files meanwhile.
+    used = {_key(name) for name in before.opened.copy()} if isinstance(before, Snapshot) else set[str]()
     names = [
         name for name in sorted(_files()) if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
     ]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.content import Digest
 from accelerate_tts.engine.embedding_files import EmbeddingFiles
 from accelerate_tts.engine.embedding_store import CacheInfo, EmbeddingStore, Flight, Kept
+from accelerate_tts.engine.encoder_state import constants, function_words, outside
 from accelerate_tts.engine.file_digests import UnknownContentError
-from accelerate_tts.engine.fingerprint import code_of
 from accelerate_tts.engine.plan import reachable_modules
 from accelerate_tts.engine.random_state import warming
 from accelerate_tts.engine.verify import tensors_of
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 __all__ = ["Embeddings", "Options"]
+
+_MOST_SAID = 200  # characters of a foreign exception in an event
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class Embeddings:
         if not stored and self._files is not None and question.durable:
             try:
                 self._files.write(question.key, outcome, question.packages)
-            except (TypeError, ValueError, RecursionError) as error:
-                emit(NotApplied(f"{self._what}: folder=", f"{error}; it is kept in memory"))
+            except Exception as error:  # a result is of any class
+                emit(NotApplied(f"{self._what}: folder=", f"{_text_of(error)}; it is kept in memory"))
         # A copy for the first asker too: he gets what everybody gets after him.
         return self._handed_out(outcome, owner, count=stored)
 
@@ -161,14 +163,21 @@ class Embeddings:
         if count:
             self._store.count(hit=True)
         result, attributes = kept.copy()
-        for name, value in attributes.items():
-            setattr(owner, name, value)
+        for name in self._options.sets:  # no others, whatever a file says
+            setattr(owner, name, attributes[name])
         return result
 
     def _stored(self, question: _Question) -> Kept | None:
         if self._files is None or not question.durable:
             return None
-        return self._files.read(question.key, question.packages)
+        return self._files.read(question.key, question.packages, self._is_answer)
+
+    def _is_answer(self, value: Any) -> bool:
+        """Whether a file holds a result and the attributes that are set, as one that we wrote does."""
+        if type(value) is not tuple or len(value) != 2:  # noqa: PLR2004 - a pair
+            return False
+        attributes = value[1]
+        return type(attributes) is dict and attributes.keys() == set(self._options.sets)
 
     def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
         """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
@@ -177,11 +186,12 @@ class Embeddings:
             if not all(map(_is_finite, tensors_of(kept.copy()))):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
-            if not question.arguments.same_files():
-                return Flight.ALONE  # written while it was read: nobody knows which of both this is
+            if not question.arguments.same_files():  # nobody knows which of both contents was read
+                emit(NotApplied(self._what, "a file was written while it was read, and the result is not kept"))
+                return Flight.ALONE
             same = str(self._encoder(wrapped, owner)) == question.encoder
         except Exception as error:  # the user's classes decide how they are copied
-            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {error}"))
+            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {_text_of(error)}"))
             return Flight.ALONE
         if not same:
             emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
@@ -195,18 +205,25 @@ class Embeddings:
             bound = inspect.signature(wrapped).bind(*args, **kwargs)
         except (TypeError, ValueError):
             return None  # the call itself says best what is wrong
+        try:
+            return self._question(wrapped, owner, bound)
+        except UnknownContentError as error:
+            reason = str(error)
+        except Exception as error:  # arguments are of any class, and so is what `encoder=` looks at
+            reason = f"what the call is asked for cannot be told: {type(error).__name__}: {_text_of(error)}"
+        emit(NotApplied(self._what, reason))
+        return None
+
+    def _question(self, wrapped: Callable[..., Any], owner: Any, bound: inspect.BoundArguments) -> _Question:
         bound.apply_defaults()
         arguments = Digest(durable=self._files is not None)
-        try:
-            arguments.add(bound.arguments)
-            encoder = self._encoder(wrapped, owner)
-        except (UnknownContentError, RecursionError) as error:
-            emit(NotApplied(self._what, str(error)))
-            return None
+        arguments.add(dict(bound.arguments))
+        encoder = self._encoder(wrapped, owner)
         kind = owner if isinstance(owner, type) else type(owner)
         key = Digest()
         module = str(getattr(wrapped, "__module__", ""))
-        words = (module, str(getattr(wrapped, "__qualname__", "")), code_of(wrapped), _release_of(module))
+        words = (module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module))
+        words += tuple(constants(wrapped))
         for word in (
             *words, *self._options.sets, kind.__module__, kind.__qualname__, str(arguments), str(encoder)
         ):  # fmt: skip
@@ -216,11 +233,12 @@ class Embeddings:
 
     def _encoder(self, wrapped: Callable[..., Any], owner: Any) -> Digest:
         digest = Digest(durable=self._files is not None)
+        digest.circumstances()
         if self._options.encoder is not None:
             digest.add(self._options.encoder() if owner is None else self._options.encoder(owner))
             return digest
-        modules = reachable_modules(_used(wrapped) if owner is None else owner)
-        for module in modules.values():
+        modules = _modules(wrapped, owner)
+        for module in modules:
             digest.add(module)
             digest.word(_release_of(type(module).__module__))
         if not modules:
@@ -231,26 +249,21 @@ class Embeddings:
         return digest
 
 
-def _used(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function takes from its module and from the functions around it."""
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return {}
-    around = getattr(function, "__globals__", {})
-    found = {name: around[name] for name in code.co_names if name in around}
-    for name, cell in zip(code.co_freevars, getattr(function, "__closure__", None) or (), strict=False):
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    return found
+def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
+    """The modules that a function may use: on `self`, and by the names that it and its helpers know."""
+    from torch import nn
+
+    named = outside(wrapped)
+    if owner is None:
+        return list(reachable_modules(named).values())
+    found = {id(module): module for module in reachable_modules(owner).values()}
+    found.update((id(value), value) for value in named.values() if isinstance(value, nn.Module))
+    return list(found.values())
 
 
 def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:
     """The packages that the function and the classes of its encoder are from."""
-    modules = reachable_modules(_used(wrapped) if owner is None else owner).values()
-    names = (getattr(wrapped, "__module__", None), *(type(module).__module__ for module in modules))
+    names = (getattr(wrapped, "__module__", None), *(type(module).__module__ for module in _modules(wrapped, owner)))
     return frozenset(str(name).partition(".")[0] for name in names if name) - {"torch", "builtins"}
 
 
@@ -262,6 +275,14 @@ def _release_of(module: str | None) -> str:
         return f"{package} {metadata.version(package)}" if package else ""
     except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a package of another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        text = str(error)
+    except Exception:  # an exception of the user's class, too
+        return "(no message)"
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}..."
 
 
 def _is_finite(tensor: Any) -> bool:

@@ -8,7 +8,7 @@ import stat
 import time
 from collections import OrderedDict
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 from accelerate_tts.locks import lock
 
@@ -20,7 +20,9 @@ DURABLE = "sha256"
 _ALGORITHMS = ("sha256", "blake2b")
 # A file that was written twice within one tick of its file system's clock (2 s at worst, on FAT) shows one time.
 _SETTLED_NS = 2_000_000_000
-_FILES_KNOWN = 4096  # some hundred bytes each
+_FILES_KNOWN = 4096  # about a kilobyte each
+_BLOCK = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 8, 64
 
 
 class UnknownContentError(TypeError):
@@ -45,11 +47,14 @@ def fastest() -> str:
 
 
 class FileDigests:
-    """Digests of files; one that has not changed since it was read costs a look at its times."""
+    """Digests of files; one that has not changed since it was read costs a look at its times and at a sample of it.
+
+    The sample is for what changes no time: a file that is written through a mapping of it in memory.
+    """
 
     def __init__(self) -> None:
         self._lock = lock()
-        self._known: OrderedDict[tuple[Any, ...], str] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], tuple[bytes, str]] = OrderedDict()
 
     def digest(self, path: str, algorithm: str = DURABLE) -> str:
         """The hex digest of a regular file's bytes.
@@ -63,18 +68,20 @@ class FileDigests:
             OSError: It cannot be read.
         """
         about = os.stat(path)  # noqa: PTH116 - a text that may be no path at all
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(about.st_mode):  # before it is opened: opening a pipe would wait for its other end
             raise UnknownContentError(f"{path!r} is no regular file, whose content could be told")
-        with self._lock:
-            key = (algorithm, *_identity(path, about))
-            known = self._known.get(key)
-            if known is not None:
-                self._known.move_to_end(key)
-                return known
         digest = hashlib.new(algorithm)
-        with open(path, "rb") as file:  # noqa: PTH123 - as above
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
             before = os.fstat(file.fileno())
-            while block := file.read(1 << 20):
+            key = (algorithm, *_identity(path, before))
+            sample = _sample(file, before.st_size)
+            with self._lock:
+                known = self._known.get(key)
+                if known is not None and known[0] == sample:
+                    self._known.move_to_end(key)
+                    return known[1]
+            file.seek(0)
+            while block := file.read(_BLOCK):
                 digest.update(block)
             after = os.fstat(file.fileno())
         now = time.time_ns()
@@ -83,11 +90,21 @@ class FileDigests:
             now - _SETTLED_NS
         ):
             with self._lock:
-                key = (algorithm, *_identity(path, after))
-                self._known[key] = digest.hexdigest()
+                self._known[key] = sample, digest.hexdigest()
                 while len(self._known) > _FILES_KNOWN:
                     self._known.popitem(last=False)
         return digest.hexdigest()
+
+
+def _sample(file: IO[bytes], size: int) -> bytes:
+    """Bytes from all over a file; all of a small one."""
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        return file.read(size)
+    found: list[bytes] = []
+    for number in range(_SAMPLES):
+        file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+        found.append(file.read(_SAMPLE_BYTES))
+    return b"".join(found)
 
 
 def _identity(path: str, about: os.stat_result) -> tuple[Any, ...]:

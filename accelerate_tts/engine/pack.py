@@ -7,11 +7,9 @@ the same, costs one event and the usual tuning.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate_tts._version import __version__
@@ -22,6 +20,7 @@ from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.engine.plan import PROCESS, Part
 from accelerate_tts.engine.receipt import Receipt
+from accelerate_tts.engine.safe_files import own_folder
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
 from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.trial import OVER_BUDGET
@@ -34,6 +33,7 @@ from accelerate_tts.runtime.retry import listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -49,13 +49,7 @@ __all__ = ["WarmPack", "pack_folder", "pack_store"]
 
 def pack_folder(settings: Settings) -> Path:
     """Where warm packs are kept: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
-    if settings.pack_folder is not None:
-        return Path(settings.pack_folder).expanduser()
-    if sys.platform == "win32":  # Windows only
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "accelerate_tts" / "packs"
+    return own_folder("packs", settings.pack_folder)
 
 
 def pack_store(settings: Settings) -> PackStore:

@@ -138,8 +138,10 @@ class PackStore:
             How many packs it holds. A damaged pack costs an event and is not among them.
 
         Raises:
-            PackError: There is no pack of such a key, or the file cannot be written.
+            PackError: There is no pack of such a key, or the file cannot be written, or `path` is a device, a pipe or
+                a folder, which a file would replace.
         """
+        target = _replaceable(path)
         # The most recently used comes last, so that it is the most recently used where the file is loaded, too.
         wanted = [info.key for info in reversed(self.entries())] if keys is None else list(dict.fromkeys(keys))
         count = 0
@@ -165,8 +167,8 @@ class PackStore:
             yield _EXPORT_END
 
         try:
-            with temporary(Path(path).parent, parts()) as made:
-                made.replace(path)
+            with temporary(target.parent, parts()) as made:
+                made.replace(target)
         except OSError as error:
             raise PackError(f"{path} cannot be written: {error}") from error
         return count
@@ -307,6 +309,18 @@ class PackStore:
                 except OSError:  # a file system without hard links
                     made.rename(path)
             return found or fresh
+
+
+def _replaceable(path: Path) -> Path:
+    """Where a file of this name is or would be, links followed; it must not be anything but a file."""
+    try:
+        target = Path(path).resolve()
+        regular_or_none = not target.exists() or target.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a name that can be none
+        raise PackError(f"{path} cannot be written: {error}") from error
+    if not regular_or_none:
+        raise PackError(f"{path} cannot be written: it is no regular file and would be replaced by one; name a file")
+    return target
 
 
 def _ignored(key: str, reason: object) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from accelerate_tts.errors import printable
+
 __all__ = ["Receipt", "StageResult"]
 
 _FORMAT = 1
@@ -157,12 +159,13 @@ class Receipt:
         rows = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
         rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
         rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
+        rows = [tuple(map(printable, row)) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [f"{self.what} on {self.device}"]
+        lines = [printable(f"{self.what} on {self.device}")]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         cold = f"first pass {duration(self.cold)}, " if self.cold is not None else ""
         lines.append(f"{cold}tuning took {self.seconds:.1f} s")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [printable(f"note: {note}") for note in self.notes]
         return "\n".join(lines)
 
     def figures(self) -> tuple[str, str, str, str]:
@@ -200,16 +203,6 @@ def error_text(error: float | None, spectral: float | None = None, divergence: f
     if spectral is not None:
         text += f", {spectral:.2g} dB"
     return text if divergence is None else f"{text}, {divergence:.0e} nats"
-
-
-def printable(value: object) -> str:
-    """A receipt's text for a page or a terminal: on one line, and without control characters.
-
-    Names and reasons come from users' objects and exceptions. An escape sequence among them must not reach a terminal,
-    half of a surrogate pair cannot be written as UTF-8, and a bidirectional override would turn the words after it.
-    """
-    text = (c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return " ".join("".join(text).split())
 
 
 def _finite(text: str) -> float:

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.receipt import duration, printable, ratio_text
+from accelerate_tts.engine.receipt import duration, ratio_text
+from accelerate_tts.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

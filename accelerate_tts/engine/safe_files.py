@@ -12,7 +12,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["SECRET_BYTES", "TEMPORARY", "BadFileError", "alone", "read_secret", "regular", "temporary", "touch"]
+from accelerate_tts.events import NotApplied, emit
+
+__all__ = [
+    "SECRET_BYTES",
+    "TEMPORARY",
+    "BadFileError",
+    "alone",
+    "own_folder",
+    "read_secret",
+    "regular",
+    "temporary",
+    "touch",
+]
 
 SECRET_BYTES = 32
 TEMPORARY = ".tmp-"
@@ -23,6 +35,34 @@ _LATEST = 2**62  # ns since 1970, in the year 2116: a stamp in the far future mu
 
 class BadFileError(OSError):
     """A file is not what it should be. It is an OSError, for both have the same end: an event, and no file."""
+
+
+def own_folder(name: str, given: str | os.PathLike[str] | None = None) -> Path:
+    """A folder of this user's: the given one, or `accelerate_tts/NAME` in his cache folder.
+
+    A user without a home (a container's, with a number and no entry in passwd) has one in the temporary folder, with a
+    `NotApplied` event.
+    """
+    try:
+        if given is not None:
+            return Path(given).expanduser()
+        base = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME") or "")
+        if not base.is_absolute():
+            home = Path.home()
+            base = home / "AppData" / "Local" if sys.platform == "win32" else home / ".cache"
+    except RuntimeError:  # no home
+        base = Path()
+    if base.is_absolute():
+        return base / "accelerate_tts" / name
+    try:
+        temporary_folder = Path(tempfile.gettempdir())
+    except OSError:  # nothing can be written anywhere
+        temporary_folder = Path(os.sep, "tmp")
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = temporary_folder / f"accelerate_tts-{user}" / name
+    why = f"this user has no home folder; {folder} serves instead, for as long as it stays"
+    emit(NotApplied(f"the cache folder for {name}", f"{why}: set ACCELERATE_TTS_PACK_FOLDER, or HOME"))
+    return folder
 
 
 @contextmanager

@@ -112,3 +112,16 @@ def test_elsewhere_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mapped.sys, "platform", "darwin")
     with pytest.raises(OSError, match="darwin"):
         move_to_file([], tmp_path)
+
+
+@linux
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "fuse.sshfs", "fuse", "9p", "lustre"])
+def test_a_file_system_that_may_go_away_gets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A mapped page that cannot be read again ends the process by SIGBUS."""
+    monkeypatch.setattr(mapped, "_file_system", lambda _folder: kind)
+    tensor = torch.zeros(1 << 20)
+    with pytest.raises(OSError, match="ACCELERATE_TTS_PACK_FOLDER"):
+        move_to_file([region(tensor)], tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import os
 import tarfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -208,3 +209,23 @@ def test_the_folder_is_the_one_that_inductor_takes(monkeypatch: pytest.MonkeyPat
     except KeyError:
         pytest.skip("this release of inductor fails without a user's name (torch 2.6)")
     assert os.fspath(artifacts._folder()) == expected
+
+
+def test_files_that_other_threads_open_meanwhile_disturb_no_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    before = artifacts.snapshot()
+
+    class Growing(str):
+        """A name at which another thread opens the next file."""
+
+        __slots__ = ()
+
+        def rsplit(self, *args: Any, **kwargs: Any) -> list[str]:
+            before.opened.add(f"{len(before.opened)}.so")
+            return super().rsplit(*args, **kwargs)
+
+    before.opened.update(Growing(f"{number}.so") for number in range(100))
+    assert artifacts.pack(before) is None
+    assert len(before.opened) > 100

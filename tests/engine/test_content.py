@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import enum
 import io
+import itertools
 import os
 import time
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from accelerate_tts import cached_embedding, events
@@ -59,17 +66,53 @@ def test_a_file_that_has_long_been_the_same_is_not_read_again(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "voice.wav"
-    path.write_bytes(b"RIFFabcd")
+    path.write_bytes(b"RIFFabcd" * 10_000)
     later = time.time_ns() + 10_000_000_000
     monkeypatch.setattr(time, "time_ns", lambda: later)
     service.embed_file(path)
-    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("it was read again"))
+    monkeypatch.setattr(file_digests, "_BLOCK", "nobody reads a block")
     service.embed_file(path)
     monkeypatch.undo()
     assert service.calls == 1
-    path.write_bytes(b"XXXXabcd")
+    path.write_bytes(b"XXXXabcd" * 10_000)
     service.embed_file(path)
     assert service.calls == 2
+
+
+def test_a_file_that_is_written_without_a_sign_in_its_times(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As through a mapping on a file system in memory."""
+    path = tmp_path / "voice.wav"
+    path.write_bytes(b"RIFFabcd" * 10_000)
+    later = time.time_ns() + 10_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    monkeypatch.setattr(file_digests, "_identity", lambda path, _about: (path,))
+    service.embed_file(path)
+    path.write_bytes(b"XXXXabcd" * 10_000)
+    assert service.embed_file(path)[0] == ord("X")
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, np.str_, np.bytes_, Path, lambda p: np.array([p]), lambda p: [p]])
+def test_a_path_of_any_kind_counts_with_its_file(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calls: list[Any] = []
+
+    @cached_embedding
+    def embed(path: Any) -> int:
+        calls.append(path)
+        return len(calls)
+
+    file = tmp_path / "voice.wav"
+    for written in ("~/voice.wav", "$HOME/voice.wav", str(file)):
+        file.write_bytes(b"RIFFone!")
+        given = kind(written) if kind not in {os.fsencode, np.bytes_} else kind(os.fsencode(written))
+        first = embed(given)
+        assert embed(given) == first
+        about = file.stat()
+        file.write_bytes(b"RIFFtwo!")
+        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+        assert embed(given) != first
 
 
 def test_a_file_that_is_written_while_it_is_read_is_not_kept(tmp_path: Path) -> None:
@@ -177,3 +220,245 @@ def test_an_array_counts_by_its_content_whatever_its_layout() -> None:
     assert len(digests) == 1
     for odd in (np.float32(3.0), np.array(3.0), np.zeros((0, 3)), np.array(["a"]), np.array(["2026-01-01"], "M8[D]")):
         content.Digest().add(odd)
+
+
+class Mode(enum.Flag):
+    WARM = 1
+    LOUD = 2
+
+
+@dataclasses.dataclass
+class Reference:
+    wave: Any
+    rate: Any = 16_000
+
+
+@dataclasses.dataclass
+class Mapped(dict[str, Any]):
+    rate: int = 16_000
+
+
+@dataclasses.dataclass
+class Listed(list[Any]):
+    rate: int = 16_000
+
+
+class Named(str):
+    __slots__ = ()
+
+
+class Tagged(str):  # noqa: SLOT000 - it has room for attributes
+    pass
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+class MorePoint(Point):
+    pass
+
+
+def unset() -> Reference:
+    reference = Reference(b"a")
+    del reference.wave
+    return reference
+
+
+def with_items(kind: Any, *items: Any) -> Any:
+    made = kind()
+    made.update(*items) if isinstance(made, dict) else made.extend(items)
+    return made
+
+
+def answers(*values: Any) -> list[int]:
+    """What each of these values is answered with, by a function whose every run gives another number."""
+    count = itertools.count()
+
+    @cached_embedding
+    def embed(value: Any) -> int:
+        return next(count)
+
+    return [embed(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mode(0),
+        lambda: Mode.WARM,
+        lambda: Mode.WARM | Mode.LOUD,
+        unset,
+        lambda: Reference("x", rate=None),
+        lambda: with_items(Mapped, {"a": 1}),
+        lambda: 10**5000,
+        lambda: -(10**5000),
+        lambda: Named("x"),
+        lambda: Point(1, 2),
+        lambda: memoryview(b"abc"),
+        lambda: np.array(["a", "b"]),
+        lambda: io.BytesIO(b"abc"),
+    ],
+)
+def test_every_content_that_can_be_told_is_told(make: Any, seen: list[events.Event]) -> None:
+    one, again = answers(make(), make())
+    assert one == again
+    assert not seen
+
+
+def test_contents_that_differ_in_anything() -> None:
+    values = [
+        Mode(0), Mode.WARM, Mode.WARM | Mode.LOUD, 0, 1, 3, True, False, 10**5000, 10**5000 + 1, -(10**5000), 0.0, -0.0,
+        unset(), Reference(b"a"), Reference("a"), Reference(b"a", 1), with_items(Mapped, {"a": 1}),
+        with_items(Mapped, {"a": 2}), Mapped(), "x", Named("x"), b"x", bytearray(b"x"), memoryview(b"x"),
+        memoryview(b"xx").cast("H"), Point(1, 2), (1, 2), [1, 2], np.array(["a"]), np.array(["b"]), np.array([b"a"]),
+        np.str_("y"), np.float64(1.0), 1.0, np.int64(1), io.BytesIO(b"x"), {}, None,
+    ]  # fmt: skip
+    assert answers(*values) == list(range(len(values)))
+
+
+class Raises:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __fspath__(self) -> str:
+        raise RuntimeError("no path")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not equal to anything")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be shown")
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not to be pickled")
+
+
+class NoMessageError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("even this")
+
+
+class Odd:
+    def read(self) -> bytes:
+        raise NoMessageError
+
+    seek = tell = read
+
+
+def recursive() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def deep() -> Any:
+    found: Any = []
+    for _ in range(100_000):
+        found = [found]
+    return found
+
+
+def released() -> memoryview:
+    view = memoryview(b"abc")
+    view.release()
+    return view
+
+
+def closed() -> io.BytesIO:
+    file = io.BytesIO(b"a")
+    file.close()
+    return file
+
+
+def tagged() -> Tagged:
+    text = Tagged("x")
+    text.tag = 1  # type: ignore[attr-defined]
+    return text
+
+
+def more_point() -> MorePoint:
+    point = MorePoint(1, 2)
+    point.tag = 1  # type: ignore[attr-defined]
+    return point
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Raises,
+        Odd,
+        recursive,
+        deep,
+        released,
+        closed,
+        tagged,
+        more_point,
+        lambda: with_items(Listed, 1),
+        lambda: "file:/tmp/a.wav",
+        lambda: {Raises: 1},
+        lambda: np.zeros(2, dtype=[("a", "f4")]),
+        lambda: Mock(spec=Path),
+        lambda: torch.zeros(3, device="meta"),
+        lambda: torch.zeros(2).to_sparse(),
+        lambda: weakref.ref(Service),
+    ],
+)
+def test_no_argument_raises_out_of_the_call(make: Any, seen: list[events.Event]) -> None:
+    value = make()
+    assert answers(value, value) == [0, 1]
+    assert len(not_applied(seen)) == 2
+    assert len(set(not_applied(seen))) == 1
+    assert len(not_applied(seen)[0]) < 400
+
+
+def test_an_encoder_option_that_raises_costs_the_cache_and_not_the_call(seen: list[events.Event]) -> None:
+    @cached_embedding(encoder=lambda: nowhere)  # type: ignore[name-defined]  # noqa: F821
+    def embed(voice: int) -> int:
+        return voice
+
+    assert embed(1) == 1
+    assert "nowhere" in not_applied(seen)[0]
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6).filter(lambda text: not {".", os.sep} & set(text))  # such a text may be a folder
+    | st.binary(max_size=6).filter(lambda content: not set(b"./") & set(content)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.builds(Reference, inner, inner)
+        | st.builds(Point, inner, inner)
+    ),
+    max_leaves=8,
+)
+
+
+def exact(value: Any) -> Any:
+    """A text that is the same for values of the same types and content, and for no others."""
+    if dataclasses.is_dataclass(value):
+        return "R" + exact((value.wave, value.rate))
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({','.join(map(exact, value))})"
+    if isinstance(value, dict):
+        return f"d({','.join(exact(pair) for pair in value.items())})"
+    return f"{type(value).__name__}:{value!r}"
+
+
+@given(plain, plain)
+def test_digests_are_equal_exactly_where_contents_are(one: Any, two: Any) -> None:
+    digests = []
+    for value in (one, two, copy.deepcopy(one)):
+        digest = content.Digest()
+        digest.add(value)
+        digests.append(str(digest))
+    assert digests[0] == digests[2]
+    assert (digests[0] == digests[1]) == (exact(one) == exact(two))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import io
+import json
 import os
 import stat
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -368,29 +369,246 @@ def test_a_dataclass_is_stored_field_by_field_and_runs_nothing(tmp_path: Path, s
     assert not seen
 
 
+def planted(folder: Path, key: str, description: Any, blobs: bytes = b"") -> None:
+    """Write a file as somebody else may: the checksum has no key."""
+    text = description if isinstance(description, bytes) else json.dumps(description).encode()
+    rest = b"%d\n%s%s" % (len(text), text, blobs)
+    digest = hashlib.sha256(key.encode() + rest).hexdigest().encode()
+    folder.mkdir(exist_ok=True)
+    (folder / f"{key}.embedding").write_bytes(b"accelerate-tts embedding 3\n%s\n%s" % (digest, rest))
+
+
+KEY = "ab" * 16
+
+
 @pytest.mark.parametrize(
     "told",
     [
-        ["fields", "subprocess", "Popen", ["args", ["plain", "true"]]],  # no dataclass
+        ["fields", "subprocess", "Popen", ["args", ["str", 0]]],  # no dataclass
         ["fields", "json.decoder", "JSONDecoder"],
         ["fields", "not_imported", "Thing"],
         ["fields", "HERE", "Voice.ran"],
-        ["fields", "HERE", "Voice", ["name", ["plain", "one"]]],  # of another release: a field is missing
-        ["fields", "HERE", "Voice", ["name", ["plain", "one"]], ["vector", ["plain", 1]], ["more", ["plain", 1]]],
+        ["fields", "HERE", "Voice", ["name", ["str", 0]]],  # of another release: a field is missing
+        ["fields", "HERE", "Voice", ["name", ["str", 0]], ["vector", ["int", "1"]], ["more", ["int", "1"]]],
+        ["fields", "HERE", "Copying", ["name", ["str", 0]]],
     ],
 )
 def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
     tmp_path: Path, seen: list[Event], told: list[Any]
 ) -> None:
-    """As somebody else's file, or an older one's, may: the checksum has no key."""
-    files, key = EmbeddingFiles(tmp_path, 10**6), "ab" * 16
+    """As somebody else's file, or an older one's, may."""
+    files = EmbeddingFiles(tmp_path, 10**6)
     packages = {"subprocess", "json", "not_imported", Voice.__module__.partition(".")[0]}
-    told = [Voice.__module__ if word == "HERE" else word for word in told]
-    buffer = io.BytesIO()
-    torch.save(["list", told], buffer)
-    body = buffer.getvalue()
-    digest = hashlib.sha256(key.encode() + body).hexdigest().encode()
-    (tmp_path / f"{key}.embedding").write_bytes(b"accelerate-tts embedding 2\n%s\n%s" % (digest, body))
-    assert files.read(key, packages) is None
+    planted(tmp_path, KEY, ["list", [Voice.__module__ if word == "HERE" else word for word in told]])
+    assert files.read(KEY, packages) is None
     assert [type(event).__name__ for event in seen] == ["PackIgnored"]
     assert "is no dataclass of" in str(seen)
+
+
+@dataclass
+class Copying:
+    """It says itself how it is copied: not to be made from a file, since copies are handed out."""
+
+    name: str
+
+    def __deepcopy__(self, _memo: Any) -> Copying:
+        raise AssertionError("code of the class ran")
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        b"", b"[", b"null", b'"list"', b"{}", b"[]", b"3", b"[" * 100_000, b'["list",' * 1000 + b"0" + b"]" * 1000,
+        ["plain"], ["plain", 3], ["plain", "a"], ["nothing"], [["list"]], ["int", "x"], ["float", []], ["str", -1],
+        ["str", 5], ["bytes", True], ["bytes", "4"], ["dict", [["list"], ["plain", None]]], ["dict", ["plain"]],
+        ["dict", [["tensor", "float32", [1], "cpu", 4], ["plain", None]]],
+        ["tensor"], ["tensor", "float32", [1], "cpu", 8], ["tensor", "float32", [-1, -1], "cpu", 4],
+        ["tensor", "float32", [2**40], "cpu", 4], ["tensor", "float32", [2**70, 0], "cpu", 0],
+        ["tensor", "float32", [1.0], "cpu", 4], ["tensor", "float32", 1, "cpu", 4],
+        ["tensor", "load", [4], "cpu", 4], ["tensor", "float32", [1], "meta", 4], ["tensor", "qint8", [4], "cpu", 4],
+        ["tensor", "float32", [1], "cuda:999", 4], ["array", "|O", [1], 4], ["array", "<f4", [2], 4],
+        ["array", "<f3", [1], 3], ["array", "<U1", [1], 4], ["array", "<f4", [[1]], 4], ["plain", None],
+    ],
+)  # fmt: skip
+def test_a_file_that_says_anything_is_ignored_with_one_event(
+    tmp_path: Path, seen: list[Event], description: Any
+) -> None:
+    planted(tmp_path, KEY, description, b"abcd")
+    assert EmbeddingFiles(tmp_path, 10**6).read(KEY) is None
+    assert [type(event).__name__ for event in seen] == ["PackIgnored"]
+    assert len(str(seen[0])) < 400
+
+
+told = st.recursive(
+    st.sampled_from(["list", "tuple", "dict", "plain", "int", "float", "str", "bytes", "tensor", "array", "fields"])
+    | st.sampled_from(["float32", "bool", "cpu", "<f4", "|b1", "0x1", "0x1p3", Voice.__module__, "Voice", "name"])
+    | st.none()
+    | st.integers(-2, 9)
+    | st.floats(),
+    lambda inner: st.lists(inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(told, st.binary(max_size=16))
+def test_whatever_a_file_says_reading_it_raises_nothing(
+    tmp_path_factory: pytest.TempPathFactory, description: Any, blobs: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "told"
+    planted(folder, KEY, description, blobs)
+    Voice.ran.clear()
+    kept = EmbeddingFiles(folder, 10**6).read(KEY, {Voice.__module__.partition(".")[0]})
+    assert kept is None or kept.bytes <= 64 * (len(json.dumps(description)) + 1) + len(blobs)
+    assert not Voice.ran
+
+
+def exact(value: Any) -> Any:
+    """Nested tuples that are equal only where two values are equal in type and in every bit."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).tolist()
+    if isinstance(value, np.ndarray):
+        return "array", value.dtype.str, value.shape, value.tobytes(), value.flags.writeable
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *map(exact, value)
+    if isinstance(value, dict):
+        return "dict", *((exact(key), exact(item)) for key, item in value.items())
+    return type(value).__name__, repr(value)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool, torch.uint16]
+tensors = st.builds(
+    lambda dtype, shape: torch.arange(float(np.prod(shape, dtype=int))).to(dtype).reshape(shape),
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 3), max_size=3),
+)
+arrays = st.builds(
+    lambda dtype, shape: np.arange(np.prod(shape, dtype=int)).astype(dtype).reshape(shape),
+    st.sampled_from(["<f4", ">f8", "<i2", "|b1", "<c8", "|u1"]),
+    st.lists(st.integers(0, 3), max_size=3),
+)
+keys = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+values = st.recursive(
+    keys | tensors | arrays,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(keys.filter(lambda key: not isinstance(key, float)), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+def test_what_was_stored_comes_back_to_the_bit(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    files = EmbeddingFiles(tmp_path_factory.getbasetemp() / "bits", 10**6)
+    assert files.write(KEY, Kept(value))
+    kept = files.read(KEY)
+    assert kept is not None
+    assert exact(kept.copy()) == exact(value)
+
+
+def test_what_cannot_be_stored_stays_in_memory() -> None:
+    files = EmbeddingFiles(Path("nowhere"), 10**6)
+    odd = (
+        torch.zeros(2).to_sparse(), {(1, 2): 3}, np.array(["a"]), np.array(["2026"], "M8[s]"), {1}, 1j, [0] * 100_000,
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+    )  # fmt: skip
+    for value in odd:
+        with pytest.raises((TypeError, ValueError)):
+            files.write(KEY, Kept(value))
+    assert not Path("nowhere").exists()
+
+
+def stored_service(folder: Path, sets: tuple[str, ...] = ()) -> Any:
+    class Stored(Service):
+        hidden = "mine"
+
+        @cached_embedding(folder=folder, sets=sets, limit_mb=4)
+        def embed(self, wave: torch.Tensor) -> Any:
+            self.voice = wave * 2
+            return self.compute(wave, 1.0)
+
+    return Stored()
+
+
+TENSOR = ["tensor", "float32", [3], "cpu", 12]
+
+
+@pytest.mark.parametrize("sets", [(), ("voice",)])
+@pytest.mark.parametrize(
+    "description",
+    [
+        TENSOR,
+        ["tuple", TENSOR],
+        ["list", TENSOR, ["dict"]],
+        ["tuple", TENSOR, ["list"]],
+        ["tuple", TENSOR, ["dict", [["str", 6], ["plain", None]]]],
+        ["tuple", TENSOR, ["dict", [["str", 6], ["plain", None]], [["str", 5], ["plain", None]]]],
+    ],
+)
+def test_a_file_sets_only_what_the_decorator_says(
+    tmp_path: Path, seen: list[Event], sets: tuple[str, ...], description: Any
+) -> None:
+    wanted = stored_service(tmp_path, sets).embed(WAVE)
+    (file,) = tmp_path.iterdir()
+    planted(tmp_path, file.stem, description, bytes(12) + b"hiddenvoice"[: 11 if "voice" in str(description) else 6])
+    service = stored_service(tmp_path, sets)
+    assert torch.equal(service.embed(WAVE), wanted)
+    assert service.calls == 1
+    assert service.hidden == "mine"
+    assert [type(event).__name__ for event in seen] == ["PackIgnored"]
+    again = stored_service(tmp_path, sets)
+    again.embed(WAVE)
+    assert again.calls == 0, "the damaged file was replaced"
+
+
+def test_what_comes_out_of_a_file_is_bounded_by_the_limit(tmp_path: Path, seen: list[Event]) -> None:
+    limit = 1 << 22
+    files = EmbeddingFiles(tmp_path, limit)
+    bombs = [
+        (["list", *[["list"]] * 300_000], b""),
+        (["tensor", "float32", [75_000_000], "cpu", 300_000_000], b""),
+        (["tensor", "float32", [2**61], "cpu", 2**63], b""),
+        (["str", 2], bytes(limit)),
+    ]
+    tracemalloc.start()
+    for description, blobs in bombs:
+        planted(tmp_path, KEY, description, blobs)
+        tracemalloc.reset_peak()
+        assert files.read(KEY) is None
+        assert tracemalloc.get_traced_memory()[1] < 3 * limit
+    tracemalloc.stop()
+    assert len(seen) == len(bombs)
+
+
+def test_a_folder_of_many_voices_is_not_looked_through_at_each_hit_or_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4096
+    files = EmbeddingFiles(tmp_path, 2000 * size)
+    looks: list[Any] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looks.append(path) or scandir(path))
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("the folder was listed"))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk's time is not what this is about
+    for number in range(1, 2000):
+        (tmp_path / f"{number:032x}.embedding").write_bytes(bytes(size))
+        os.utime(tmp_path / f"{number:032x}.embedding", ns=(number, number))
+    for number in range(300):
+        assert files.write(f"{2**70 + number:032x}", Kept(torch.zeros(900)))
+        assert files.read(f"{2**70 + number:032x}") is not None
+    assert len(looks) <= 5
+    monkeypatch.undo()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sum(sizes.values()) <= 2000 * size * 17 // 16
+    assert all(f"{2**70 + number:032x}.embedding" in sizes for number in range(300)), "the oldest went"
+
+
+def test_what_a_crashed_writer_left_goes(tmp_path: Path) -> None:
+    left, fresh = tmp_path / ".tmp-left", tmp_path / ".tmp-fresh"
+    for path in (left, fresh):
+        path.write_bytes(b"half a voice")
+    os.utime(left, (1, 1))
+    assert EmbeddingFiles(tmp_path, 10**6).write(KEY, Kept(1))
+    assert not left.exists()
+    assert fresh.exists()

@@ -1215,3 +1215,37 @@ def in_time() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() <= before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes with names are POSIX's")
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a pipe", "folder", "link to itself"])
+def test_an_export_replaces_nothing_but_a_file(tmp_path: Path, kind: str) -> None:
+    """As root, a rename would put a file in the place of /dev/null."""
+    store = PackStore(tmp_path / "packs", 1 << 20, b"shared")
+    assert store.write(Pack("ab" * 16, {}))
+    target, name = tmp_path / "node", tmp_path / "name"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "device":
+        try:
+            os.mknod(target, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("NO DEVICE WAS TRIED: only root can make one")
+    elif kind != "link to itself":
+        os.mkfifo(target)
+    name.symlink_to({"link to itself": name, "link to a pipe": target}.get(kind, "nowhere"))
+    given = name if kind.startswith("link") else target
+    before = None if kind == "link to itself" else stat.S_IFMT(target.stat().st_mode)
+    with pytest.raises(PackError, match="cannot be written"):
+        store.export(None, given)
+    assert before is None or stat.S_IFMT(target.stat().st_mode) == before
+    assert name.is_symlink()
+
+
+def test_an_export_through_a_link_leaves_the_link(tmp_path: Path) -> None:
+    store = PackStore(tmp_path / "packs", 1 << 20, b"shared")
+    assert store.write(Pack("ab" * 16, {}))
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert store.export(None, tmp_path / "link") == 1
+    assert (tmp_path / "link").is_symlink()
+    assert store.load(tmp_path / "file") == 1

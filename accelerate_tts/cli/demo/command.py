@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.tables import print_receipt, table, wide_console
 from accelerate_tts.engine.receipt import duration, error_text
-from accelerate_tts.errors import AccelerateTTSError, MissingExtraError
+from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, printable
 from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
 
 if TYPE_CHECKING:
@@ -204,14 +204,18 @@ def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, c
 
     frames = 0
     rate = backend.voice.sampling_rate
-    with soundfile.SoundFile(str(output), "w", samplerate=rate, channels=1, subtype="PCM_16", format="WAV") as file:
-        for piece in _progress(pieces, console):
-            try:
-                waveform = backend.synthesize(piece)
-            except NothingToSayError:
-                continue  # a line of dashes in a long text; a text of nothing else was refused before
-            file.write(waveform.numpy())
-            frames += len(waveform)
+    try:
+        with soundfile.SoundFile(str(output), "w", samplerate=rate, channels=1, subtype="PCM_16", format="WAV") as file:
+            for piece in _progress(pieces, console):
+                try:
+                    waveform = backend.synthesize(piece)
+                except NothingToSayError:
+                    continue  # a line of dashes in a long text; a text of nothing else was refused before
+                file.write(waveform.numpy())
+                file.flush()
+                frames += len(waveform)
+    except soundfile.SoundFileError as error:  # the disk is full, perhaps
+        raise OutputError(f"{output} cannot be written: {error}") from error
     return frames
 
 
@@ -239,6 +243,8 @@ def _check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"there is no folder {path.parent}; make it first")
     existed = path.exists()
+    if existed and not (path.is_file() or path.is_char_device()):  # opening a pipe would wait for its other end
+        raise OutputError(f"{path} is no regular file; name a file")
     try:
         with path.open("ab"):
             pass
@@ -254,9 +260,9 @@ def _shown(console: Console) -> Generator[None, None, None]:
 
     def show(event: Event) -> None:
         if isinstance(event, Trying):
-            console.print(f"  {event}", style="dim", markup=False)
+            console.print(f"  {printable(event)}", style="dim", markup=False)
         elif isinstance(event, (FellBack, NotApplied, WarmupFailed)):
-            console.print(f"  {event}", style="yellow", markup=False)
+            console.print(f"  {printable(event)}", style="yellow", markup=False)
 
     remove = add_hook(show)
     try:

@@ -1,0 +1,115 @@
+"""The commands where standard output is full, closed or read no further: an error in a line, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accelerate_tts.cli.demo.command import OutputError, _check_writable
+from accelerate_tts.engine.receipt import Receipt, StageResult
+from accelerate_tts.errors import printable
+from accelerate_tts.events import NotApplied, emit
+
+posix = pytest.mark.skipif(os.name != "posix", reason="devices and pipes with names are POSIX's")
+RUN = "from accelerate_tts.cli import main; main()"
+
+
+def receipt() -> Receipt:
+    return Receipt(
+        "a model", "cpu", {"torch": "2"}, notes=tuple(f"note {number} " + "x" * 500 for number in range(300))
+    )
+
+
+@posix
+@pytest.mark.parametrize("words", [["pack", "list"], ["pack", "list", "--json"], ["--version"], ["receipt", "FILE"]])
+@pytest.mark.parametrize("where", ["/dev/full", "closed", "pipe"])
+def test_standard_output_that_cannot_be_written(words: list[str], where: str, tmp_path: Path) -> None:
+    receipt().save(tmp_path / "receipt.json")
+    command = " ".join([sys.executable, "-c", f"'{RUN}'", *words]).replace("FILE", str(tmp_path / "receipt.json"))
+    line = {"/dev/full": f"{command} > /dev/full", "closed": f"{command} >&-", "pipe": f"{command} | true"}[where]
+    done = subprocess.run(
+        ["/bin/sh", "-c", line],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ACCELERATE_TTS_PACK_FOLDER": str(tmp_path / "packs")},
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if where == "/dev/full":
+        assert done.returncode == 2
+        assert "error: standard output cannot be written: No space left on device" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+
+
+HOMELESS = """
+import os, sys
+sys.path.insert(0, os.environ["SOURCE"])
+os.setuid(54321)
+from accelerate_tts.cli import main
+sys.argv = ["accelerate-tts", "pack", *sys.argv[1:]]
+main()
+"""
+
+
+@posix
+@pytest.mark.parametrize("words", [["list"], ["clear"], ["export", "x"]])
+@pytest.mark.parametrize("given", [None, "~/packs"])
+def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str | None, tmp_path: Path) -> None:
+    """As containers have him, on OpenShift for one: a number, no entry in passwd, no HOME."""
+    if os.getuid() != 0:
+        pytest.skip("NO USER WITHOUT A HOME WAS TRIED: only root can become one")
+    import accelerate_tts
+
+    kept = {name: value for name, value in os.environ.items() if name not in {"HOME", "XDG_CACHE_HOME"}}
+    kept |= {"SOURCE": str(Path(accelerate_tts.__file__).parents[1])}
+    kept |= {} if given is None else {"ACCELERATE_TTS_PACK_FOLDER": given}
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *words], capture_output=True, text=True, check=False, env=kept, cwd="/"
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == (2 if words[0] == "export" else 0), done.stderr
+    assert "this user has no home folder" in done.stderr
+    assert "ACCELERATE_TTS_PACK_FOLDER" in done.stderr
+
+
+@posix
+def test_the_demo_s_file_is_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="name a file"):
+        _check_writable(tmp_path / "pipe")
+    _check_writable(Path("/dev/full"))  # what is written to it is told when it is written
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
+
+
+def test_no_escape_sequence_reaches_a_terminal(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Whoever wrote a pack, a receipt or a model's names: what is printed of them is printable."""
+    stage = StageResult(f"part{ESCAPE}", f"stage{ESCAPE}", kept=True, reason=f"why{ESCAPE}", before=1.0, after=0.5)
+    told = Receipt(
+        f"what{ESCAPE}", f"cpu{ESCAPE}", {f"torch{ESCAPE}": f"2{ESCAPE}"}, stages=(stage,), notes=(f"note{ESCAPE}",)
+    )
+    read = Receipt.from_json(told.to_json())
+    emit(NotApplied(f"what{ESCAPE}", f"why{ESCAPE}\nsecond line"))
+    from accelerate_tts.cli.receipt import show
+    from accelerate_tts.cli.tables import print_receipt, wide_console
+
+    print_receipt(read, wide_console())
+    show(read, wide_console())
+    sys.stdout.write(f"{read} {read!r}")
+    texts = [capsys.readouterr().out, caplog.text, str(read)]
+    for text in texts:
+        assert "why" in text
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    assert all(printable(line) == " ".join(line.split()) for line in str(read).splitlines())
+    assert "second line" in caplog.text
+    assert len(caplog.text.splitlines()) == 1
