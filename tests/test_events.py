@@ -21,8 +21,10 @@ from accelerate_tts.events import (
     Prepared,
     Recompiled,
     Restored,
+    Retuned,
     Trying,
     Tuned,
+    TunedUnderLoad,
     Undone,
     Warmed,
     WarmupFailed,
@@ -38,6 +40,9 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Tuned("Vits", 2, 5, 1.376, 41.26), ["Vits", "2 of 5", "1.38x", "41.3 s"]),
     (Undone("Vits"), ["Vits", "untouched"]),
     (Restored("Vits", 3, 2.34), ["Vits", "3 optimisations", "warm pack", "2.3 s"]),
+    (Retuned("Vits", 4, 1, 1.0, 2.345), ["Vits", "4 verdicts", "1 are still not sure", "1.00x before, 2.35x now"]),
+    (Retuned("Vits", 4, 0, 1.0, 2.345), ["Vits", "tried again; 1.00x before"]),
+    (TunedUnderLoad("Vits", "others worked", 3, 5), ["Vits", "3 of 5 verdicts are not sure", "others worked"]),
     (PackIgnored("a1b2c3", "it is truncated"), ["a1b2c3", "truncated"]),
     (Recompiled("Vits.decoder", 3, "(1, 80, 512)"), ["Vits.decoder", "recompiled", "(1, 80, 512)", "graph 3", "warm"]),
     (FellBack("Vits", "torch.compile", "no g++"), ["Vits", "torch.compile is off", "no g++"]),
@@ -47,7 +52,7 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
 ]
-DEGRADED = {BackedOff, FellBack, Guarded, NotApplied, PackIgnored, Recompiled, WarmupFailed}
+DEGRADED = {BackedOff, FellBack, Guarded, NotApplied, PackIgnored, Recompiled, TunedUnderLoad, WarmupFailed}
 
 
 @pytest.fixture

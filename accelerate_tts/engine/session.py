@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.capture import Captured
+    from accelerate_tts.engine.disturbance import Watcher
     from accelerate_tts.engine.plan import ModelPlan, Part
+    from accelerate_tts.engine.policy import TuningPolicy
     from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.stages import Change
     from accelerate_tts.engine.verify import Difference
@@ -52,11 +53,13 @@ class Reference:
         outputs: Of each call.
         repeats: How far a second run of the same was from the first.
         seconds: What a run of what is timed took.
+        quiet: Whether nothing disturbed the machine meanwhile.
     """
 
     outputs: list[Any]
     repeats: Difference
     seconds: float
+    quiet: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,13 @@ class Session:
         plan: The parts.
         calls: The warm-up calls, through the path that service calls take.
         device: Where it runs.
-        deadline: No stage is begun after it, in seconds of `time.perf_counter`.
+        deadline: No stage is begun after it, in seconds of the policy's clock.
         tolerance: What a candidate may differ by.
+        policy: How it is decided.
+        watcher: Tells how disturbed the machine is.
+        known: Verdicts of an earlier tuning that need not be timed again, by part and stage.
         pass_seconds: What a warm pass of the untouched object took.
+        pass_quiet: Whether nothing disturbed the machine meanwhile.
         reserved: Seconds of the budget that are kept for the check of the whole at the end.
         captured: What was seen of each part in a warm pass, by its name.
         called: The `id` of each module that this pass called.
@@ -95,7 +102,11 @@ class Session:
     device: DeviceInfo
     deadline: float
     tolerance: Tolerance
+    policy: TuningPolicy
+    watcher: Watcher
+    known: Mapping[tuple[str, str], StageResult] = field(default_factory=dict)
     pass_seconds: float = 0.0
+    pass_quiet: bool = True
     reserved: float = 0.0
     captured: dict[str, Captured] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
@@ -165,7 +176,9 @@ class Session:
         if known is None:
             first = self.outputs(part)
             second = self.outputs(part)
-            known = Reference(first, compare(first, second), self.seconds(part))
+            with self.watcher.window() as window:
+                seconds = self.seconds(part)
+            known = Reference(first, compare(first, second), seconds, window.disturbance.quiet)
             self._references[part.name] = known
         return known
 
@@ -193,10 +206,10 @@ class Session:
     def seconds(self, part: Part, which: Which = "loop") -> float:
         """What one replay takes now."""
         run = self.replay(part, which)
-        clock = time.perf_counter()
+        start = self.policy.clock()
         run()
         synchronize(self.device.type)
-        return time.perf_counter() - clock
+        return self.policy.clock() - start
 
     def known_seconds(self, part: Part) -> float:
         """What one replay of the untouched part takes, as far as that is known; otherwise 0.0."""
@@ -237,12 +250,14 @@ class Session:
             for change in above:
                 change.on()
 
-    def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
-        """Give up kept changes, all of them unless told which, and say why in their results."""
+    def drop(
+        self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True, *, sure: bool = True
+    ) -> None:
+        """Give up kept changes, all of them unless told which, and say why (and how sure) in their results."""
         self.off()
         for number, result in enumerate(self.results):
             if result.kept and unwanted(result):
-                self.results[number] = result.dropped(f"undone: {reason}")
+                self.results[number] = replace(result.dropped(f"undone: {reason}"), sure=sure and result.sure)
         names = {(result.part, result.stage) for result in self.results if result.kept}
         self.kept[:] = [kept for kept in self.kept if (kept.part, kept.stage) in names]
         self.on()
