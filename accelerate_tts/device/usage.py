@@ -1,7 +1,7 @@
 """Who used the processors: this process, others, a hypervisor, a quota; as counters that only grow, in seconds.
 
-Linux tells all of it (`/proc/stat`, `/proc/self/task/*/schedstat`, `cpu.stat` of the control group); macOS and Windows tell
-the time of all processes, by psutil. What a system does not tell is `None`, never a guess.
+Linux tells all of it (`/proc/stat`, `/proc/self/task/*/schedstat`, `cpu.stat` of the control group); macOS and Windows
+tell the time of all processes, by psutil. What a system does not tell is `None`, never a guess.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def waited(root: Path | str = "/") -> float | None:
     """
     nanoseconds, told = 0, False
     try:
-        threads = os.listdir(Path(root) / "proc/self/task")
+        threads = list((Path(root) / "proc/self/task").iterdir())
     except OSError:
         return None
     for thread in threads:
-        fields = (read(Path(root) / "proc/self/task" / thread / "schedstat") or "").split()
+        fields = (read(thread / "schedstat") or "").split()
         if len(fields) > 1 and fields[1].isdecimal():
             nanoseconds, told = nanoseconds + int(fields[1]), True
     return nanoseconds / 1e9 if told else None
@@ -97,7 +97,7 @@ def _from_psutil() -> float | None:
         import psutil
 
         times = psutil.cpu_times()
-    except Exception:  # noqa: BLE001 - a system that psutil knows nothing of; whoever asks says that it is not known
+    except Exception:
         return None
     return float(sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq")))
 

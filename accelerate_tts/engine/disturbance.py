@@ -1,8 +1,8 @@
 """How disturbed the machine is: what others took of the processors that a piece of work wanted.
 
-Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each layer
-take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes one
-(docs/decisions/0040-busy-machines.md). So tuning asks before it believes a figure.
+Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
+layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
+one (docs/decisions/0040-busy-machines.md). So tuning asks before it believes a figure.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def between(first: Usage, second: Usage, team: int) -> Disturbance:
         parts.append((stolen, f"the hypervisor took {stolen / wall:.1f} of {first.processors} processors", False))
     if first.throttled is not None and second.throttled is not None:
         held = max(0.0, second.throttled - first.throttled)
-        parts.append((held * min(team, first.processors), f"a quota held it back for {held / wall:.0%} of the time", True))
+        parts.append(
+            (held * min(team, first.processors), f"a quota held it back for {held / wall:.0%} of the time", True)
+        )
     worst, why, waits = max(parts, default=(0.0, "", False))
     share = min(1.0, worst / could)
     return Disturbance(share, why, waits) if share > _LIMIT else Disturbance(share)

@@ -10,8 +10,8 @@ times have two modes (threads of two libraries that now and then meet). Then as 
 least, and all of them are looked at once more, with 1.7 %: two looks together are wrong in 5 % of cases at most. Of 13
 pairs the third smallest ratio counts (1.1 %), so two disturbed ones do not decide.
 
-Where it can be told of each timing whether its threads had their processors, pairs of which one half was disturbed do not
-count, as soon as there are as many others as a verdict needs.
+Where it can be told of each timing whether its threads had their processors, pairs of which one half was disturbed do
+not count, as soon as there are as many others as a verdict needs.
 """
 
 from __future__ import annotations

@@ -133,11 +133,10 @@ class WarmPack:
             decided = receipt
             if pack.artifacts is not None:
                 artifacts.unpack(pack.artifacts)
-            if receipt.unsure and self.retune and session.watcher.look().quiet:
-                self._earlier = receipt
-                return None
-            receipt = _apply(session, entries, receipt)
-            if limits.stopped():
+            self._earlier = receipt if receipt.unsure and self.retune and session.watcher.look().quiet else None
+            if self._earlier is None:
+                receipt = _apply(session, entries, receipt)
+            if self._earlier is not None or limits.stopped():
                 session.off()
                 return None
         except _WarmupFailedError:
@@ -238,8 +237,8 @@ def _read(
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
         # One look on a busy machine could drop what is best, and left a verdict like any other.
-        stages = (replace(r, sure=r.sure and not _may_be_by_chance(r)) for r in receipt.stages)
-        receipt = replace(receipt, stages=tuple(stages))
+        verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
+        receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]
     if before < seconds and any(OVER_BUDGET in result.reason for result in receipt.stages):
         raise ValueError(f"its tuning ran out of its {before:g} s, and now there are {seconds:g} s")

@@ -141,7 +141,8 @@ class Trial:
         if part.kind == PROCESS and session.pass_seconds > self._policy.longest_pass:
             seconds = session.pass_seconds
             return f"not tried: it takes a dozen whole passes, and one takes {seconds:.0f} s", session.pass_quiet
-        if part.kind == PROCESS and not session.pass_quiet:  # how threads get on with each other is all that it is about
+        if part.kind == PROCESS and not session.pass_quiet:
+            # How threads get on with each other is all that it is about.
             return f"not tried: {session.watcher.worst.why}", False
         smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.spared_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
@@ -163,7 +164,7 @@ class Trial:
         return sum(weight.numel() * weight.element_size() for weight in self._part.module.parameters())
 
     def _left(self) -> float:
-        """Seconds until a stage that does not come back is interrupted; not while it is switched on or off, or timed."""
+        """Seconds until a stage that does not come back is interrupted; not while it is switched, or timed."""
         left = max(0.0, self._session.deadline - self._policy.clock())
         return min(self._policy.longest, left + self._policy.hangs)
 
@@ -174,7 +175,9 @@ class Trial:
 
     # --- whether it is right, and faster ------------------------------------------------------------------------
 
-    def _judge(self, change: Change, known: StageResult | None) -> StageResult:
+    def _judge(  # noqa: PLR0911 - each reason to end it
+        self, change: Change, known: StageResult | None
+    ) -> StageResult:
         """Run the part with the change: first for its outputs, then for its time, unless that is known."""
         session, part, result = self._session, self._part, self._result
         reference = session.reference(part)
@@ -351,6 +354,9 @@ class Trial:
             ready.clear()  # first: it has copies of what the part was given
             ready.append(session.replay(self._part, self._times))
 
+        def run() -> object:
+            return ready[0]()
+
         def before() -> None:
             change.off()
             if rival is not None:
@@ -363,7 +369,7 @@ class Trial:
             change.on()
             prepare()
 
-        return lambda: ready[0](), before, after
+        return run, before, after
 
 
 def _finite(figure: float | None) -> float | None:

@@ -264,6 +264,8 @@ def _look_again(session: Session, stages: Sequence[Stage], limits: Limits) -> No
     parts = {part.name: part for part in session.plan.parts}
     for result in [result for result in session.results if _is_undecided(result)]:
         part, stage = parts.get(result.part), named.get(result.stage)
+        if any(kept.part == result.part and kept.change.graphs for kept in session.kept):
+            continue  # what was compiled would be compiled anew, with this in it
         if part is None or stage is None or limits.stopped() or not (result.sure or session.watcher.look().quiet):
             continue
         session.results.remove(result)

@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -426,9 +425,7 @@ def test_a_stage_that_hangs_over_the_budget_is_given_up(point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["prepare", "run"])
-def test_a_stage_that_never_comes_back_is_interrupted(
-    point: str, decide: Any, seen: list[Event]
-) -> None:
+def test_a_stage_that_never_comes_back_is_interrupted(point: str, decide: Any, seen: list[Event]) -> None:
     def never() -> None:
         while True:
             time.sleep(0.01)

@@ -295,9 +295,7 @@ class CompiledWhereItMayBe(CompileStage):
         return "decides" if part.decides else super().applies(part)
 
 
-def test_no_length_of_service_compiles_again(
-    monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]
-) -> None:
+def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
     # What is compiled is kept here, however slow it is: this is about what happens to it afterwards.
     decide(compare=all_are_faster, hopeless=float("inf"))
     monkeypatch.setattr(stages, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))

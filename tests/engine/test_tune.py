@@ -176,9 +176,7 @@ def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(decide: Any) -> No
 
 
 @pytest.mark.parametrize("large", [True, False])
-def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(
-    large: bool, decide: Any
-) -> None:
+def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(large: bool, decide: Any) -> None:
     """Int8 weights of XTTS's GPT took 2.2 s to make, of a replay that took 0.2 s untouched, and were dropped for it."""
     if large:
         decide(copied_a_second=1.0)  # so that 4 kB of weights take over an hour

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,9 +113,7 @@ def kept(decide: Any) -> None:
         ([timing(0.94, 1.05, pairs=3)], False),
     ],
 )
-def test_a_total_below_one_is_undone(
-    timings: list[Timing], stays: bool, decide: Any, seen: list[Event]
-) -> None:
+def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide: Any, seen: list[Event]) -> None:
     last = timings[-1]
     timings = [GOOD, *timings]
     decide(compare=said(timings))
