@@ -3,17 +3,17 @@
     python benchmarks/busy.py [--model mlp|t3|xtts|demo] [--tries N] [--busy 0,2,4] [--tune-seconds S]
                               [--precision exact|balanced|fast] [--json FILE]
 
-Each try is two processes with a folder of warm packs of their own. The first loads the model while so many others compute
-in Python loops; the second loads it when they are gone, from the pack of the first, and times a call of it untouched
-and tuned, in turn. The others end by themselves. A try counts as
+Each try is two processes with a folder of warm packs of their own. The first loads the model while so many others
+compute in Python loops; the second loads it when they are gone, from the pack of the first, and times a call of it
+untouched and tuned, in turn. The others end by themselves. A try counts as
 
 - *equal* if the first process kept what the quiet machine keeps,
 - *again* if it did not, but said that it was not sure, and the second process kept it,
-- *as fast* if the second process has another set of changes, and at least 95 % of the quiet machine's ratio,
+- *as fast* if the second process has other changes, and at least 95 % of the quiet machine's ratio,
 - *lost* otherwise.
 
-What the quiet machine keeps is what a try with nobody else keeps; there are three of those, since verdicts on gains of a
-few per cent differ from one to the next. Run nothing else meanwhile.
+What the quiet machine keeps is what a try with nobody else keeps; there are three of those, since verdicts on gains of
+a few per cent differ from one to the next. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -198,8 +198,9 @@ def said(one: dict[str, Any], quiet: list[dict[str, Any]]) -> None:
     first, second = one["first"], one["second"]
     came = outcome(one, quiet) if quiet else ""
     print(
-        f"{one['busy']} others: tuned in {first['seconds']:.0f} s, {first['unsure']} not sure; then {second['ratio']:.2f}x"
-        f" ({second['low']:.2f} to {second['high']:.2f}), loaded in {second['seconds']:.0f} s: {came}",
+        f"{one['busy']} others: tuned in {first['seconds']:.0f} s, {first['unsure']} not sure; then"
+        f" {second['ratio']:.2f}x ({second['low']:.2f} to {second['high']:.2f}), loaded in {second['seconds']:.0f} s:"
+        f" {came}",
         *(f"  first:  {line}" for line in first["kept"]),
         *(f"  second: {line}" for line in second["kept"]),
         sep="\n",

@@ -133,23 +133,31 @@ class WarmPack:
             decided = receipt
             if pack.artifacts is not None:
                 artifacts.unpack(pack.artifacts)
-            self._earlier = receipt if receipt.unsure and self.retune and session.watcher.look().quiet else None
-            if self._earlier is None:
-                receipt = _apply(session, entries, receipt)
-            if self._earlier is not None or limits.stopped():
+            if receipt.unsure and self.retune and session.watcher.look().quiet:
+                self._earlier = receipt
+                return None
+            receipt = _apply(session, entries, receipt)
+            if limits.stopped():
                 session.off()
                 return None
-        except _WarmupFailedError:
-            return None  # tuning meets the same, and says so
         except Exception as error:  # see `of`
             session.off()
-            emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
+            if not isinstance(error, _WarmupFailedError):  # tuning meets the same, and says so
+                emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
             return None
         except BaseException:
             session.off()
             raise
+        tuning = self._restored(session, receipt, len(entries), time.perf_counter() - start)
+        tuning = replace(tuning, parts=tuple(part for part, _ in entries))
+        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
+            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
+            self.keep(replace(tuning, receipt=decided))
+        return tuning
+
+    def _restored(self, session: Session, receipt: Receipt, entries: int, seconds: float) -> Tuning:
+        """What is in force now, and said of it."""
         changes = tuple(kept.change for kept in session.kept)
-        seconds = time.perf_counter() - start
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
             note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
@@ -163,13 +171,8 @@ class WarmPack:
         )
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
-        emit(Restored(self.plan.what, len(entries), seconds))
-        parts = tuple(part for part, _ in entries)
-        tuning = Tuning(receipt, changes, complete=True, kept=tuple(session.kept), parts=parts, expected=session.heard)
-        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
-            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
-            self.keep(replace(tuning, receipt=decided))
-        return tuning
+        emit(Restored(self.plan.what, entries, seconds))
+        return Tuning(receipt, changes, complete=True, kept=tuple(session.kept), expected=session.heard)
 
     @property
     def known(self) -> tuple[StageResult, ...]:
