@@ -342,6 +342,8 @@ class Trial:
 
     def _can_be_alone(self, change: Change) -> bool:
         """Whether one thread's work says something of it. dynamo compiles anew for another number of threads."""
+        if self._part.kind == PROCESS:  # that is about what threads do to each other
+            return False
         compiled = [change, *(kept.change for kept in self._session.kept)]
         return self._session.device.type == "cpu" and all(one.graphs is None for one in compiled)
 
