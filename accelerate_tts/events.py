@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackedOff",
+    "BudgetTooSmall",
     "Event",
     "EventHook",
     "FellBack",
@@ -133,6 +134,28 @@ class TunedUnderLoad(Event):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.unsure} of {self.tried} verdicts are not sure, since {self.reason}"
+
+
+@dataclass(frozen=True)
+class BudgetTooSmall(Event):
+    """There was no time for what promised most.
+
+    Attributes:
+        what: The part of the tuned object.
+        stage: The optimisation that was not tried, or not timed.
+        seconds: The budget that there was (`tune_seconds`).
+        wants: About the budget that it would have been tried with.
+    """
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    stage: str
+    seconds: float
+    wants: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.stage} wants a tune_seconds of about {self.wants:.0f}, and had {self.seconds:g}"
 
 
 @dataclass(frozen=True)

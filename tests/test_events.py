@@ -13,6 +13,7 @@ import pytest
 from accelerate_tts import add_hook, events
 from accelerate_tts.events import (
     BackedOff,
+    BudgetTooSmall,
     Event,
     FellBack,
     Guarded,
@@ -40,6 +41,7 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Tuned("Vits", 2, 5, 1.376, 41.26), ["Vits", "2 of 5", "1.38x", "41.3 s"]),
     (Undone("Vits"), ["Vits", "untouched"]),
     (Restored("Vits", 3, 2.34), ["Vits", "3 optimisations", "warm pack", "2.3 s"]),
+    (BudgetTooSmall("Vits: flow", "fold", 20.0, 45.0), ["Vits: flow", "fold wants", "about 45", "had 20"]),
     (Retuned("Vits", 4, 1, 1.0, 2.345), ["Vits", "4 verdicts", "1 are still not sure", "1.00x before, 2.35x now"]),
     (Retuned("Vits", 4, 0, 1.0, 2.345), ["Vits", "tried again; 1.00x before"]),
     (TunedUnderLoad("Vits", "others worked", 3, 5), ["Vits", "3 of 5 verdicts are not sure", "others worked"]),
@@ -52,7 +54,17 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
 ]
-DEGRADED = {BackedOff, FellBack, Guarded, NotApplied, PackIgnored, Recompiled, TunedUnderLoad, WarmupFailed}
+DEGRADED = {
+    BackedOff,
+    BudgetTooSmall,
+    FellBack,
+    Guarded,
+    NotApplied,
+    PackIgnored,
+    Recompiled,
+    TunedUnderLoad,
+    WarmupFailed,
+}
 
 
 @pytest.fixture

@@ -59,6 +59,9 @@ class TuningPolicy:
         first_replays: Replays before the pairs: the outputs, and a look.
         pairs: Pairs of replays that a verdict needs.
         slack: Seconds over the budget that a verdict may take.
+        costly: Seconds from which a stage is tried after all that take less, on any part, and only if it may be hoped
+            to gain something.
+        thorough: A budget from which it is tried without hope, too.
         patience: Seconds that one tuning waits, in all, for a machine to become quiet.
     """
 
@@ -84,6 +87,8 @@ class TuningPolicy:
     first_replays: int = 2
     pairs: int = 5
     slack: float = 2.0
+    costly: float = 5.0
+    thorough: float = 600.0
     patience: float = 15.0
 
 

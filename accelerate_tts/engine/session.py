@@ -81,6 +81,7 @@ class Session:
         plan: The parts.
         calls: The warm-up calls, through the path that service calls take.
         device: Where it runs.
+        budget: Seconds from the start to the deadline.
         deadline: No stage is begun after it, in seconds of the policy's clock.
         tolerance: What a candidate may differ by.
         policy: How it is decided.
@@ -94,12 +95,15 @@ class Session:
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
         notes: Whatever else the user should know.
+        unmet: What there was no time for: what it may be hoped to gain of a pass, its part and stage, and the budget
+            that it wants.
         heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
     """
 
     plan: ModelPlan
     calls: WarmupCalls
     device: DeviceInfo
+    budget: float
     deadline: float
     tolerance: Tolerance
     policy: TuningPolicy
@@ -113,6 +117,7 @@ class Session:
     results: list[StageResult] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
     heard: Mapping[str, Expectation] = field(default_factory=dict)
     _references: dict[str, Reference] = field(default_factory=dict)
 
@@ -215,6 +220,23 @@ class Session:
         """What one replay of the untouched part takes, as far as that is known; otherwise 0.0."""
         known = self._references.get(part.name)
         return 0.0 if known is None else known.seconds
+
+    def share(self, part: Part) -> float:
+        """The share of the parts' time that a part took in a warm pass; 0.0 if it was not called."""
+        total = sum(seen.seconds for seen in self.captured.values())
+        seen = self.captured.get(part.name)
+        return seen.seconds / total if seen is not None and total > 0 else 0.0
+
+    def captured_seconds(self, part: Part) -> float:
+        """About what a replay of a part's captured calls takes: that many of all that it was given in the pass."""
+        seen = self.captured.get(part.name)
+        if seen is None:
+            return self.pass_seconds
+        return seen.seconds * len(seen.calls) / seen.count if seen.calls else self.pass_seconds
+
+    def kept_on(self, part: Part) -> list[str]:
+        """The names of the stages that are in force on a part."""
+        return [kept.stage for kept in self.kept if kept.part == part.name]
 
     def incumbent(self, part: Part, group: str) -> Kept | None:
         """The alternative of the same group that is in force on the part."""

@@ -11,6 +11,7 @@ from accelerate_tts.engine.compilers import compiling_within
 from accelerate_tts.engine.disturbance import one_thread
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.policy import OVER_BUDGET
+from accelerate_tts.engine.promises import promise
 from accelerate_tts.engine.receipt import StageResult
 from accelerate_tts.engine.session import Kept, Session, fallbacks, switch_off
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "try_stage"]
 
+# What a stage is hoped to gain of which nobody knows anything.
+_UNKNOWN = 1.05
 _LOOKS = 2  # comparisons on a machine that says that it is quiet, and is disturbed meanwhile
 
 
@@ -128,7 +131,7 @@ class Trial:
             reason, sure = self._not_worth_it()
         return None if reason is None else replace(self._result, reason=reason, sure=sure)
 
-    def _not_worth_it(self) -> tuple[str | None, bool]:
+    def _not_worth_it(self) -> tuple[str | None, bool]:  # noqa: PLR0911 - each reason
         """Why it is not begun, and whether that would be so on a quiet machine, too."""
         session, part, stage = self._session, self._part, self._stage
         captured = session.captured.get(part.name)
@@ -147,7 +150,25 @@ class Trial:
         smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.spared_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
             return f"not tried: {smaller} does the same from fewer bytes", True
-        return self._no_time_for_it(), session.watcher.worst.quiet
+        cost = stage.cost_of(part)
+        known = promise(stage.name, part.kind, session.kept_on(part)) if cost >= self._policy.costly else None
+        if known is not None and known.ratio <= 1.0 and session.budget < self._policy.thorough:
+            why = f"it takes {cost:.0f} s or more, and gained nothing on the like"
+            return f"not tried: {why}; a budget of {self._policy.thorough:.0f} s tries it", True
+        reason = self._no_time_for_it()
+        if reason is not None:
+            self._missed()
+        return reason, session.watcher.worst.quiet
+
+    def _missed(self) -> None:
+        """Note what there is no time for, and the budget that it would want."""
+        session, part, stage = self._session, self._part, self._stage
+        known = promise(stage.name, part.kind, session.kept_on(part))
+        ratio = _UNKNOWN if known is None else known.ratio
+        seconds = session.known_seconds(part) or session.captured_seconds(part)
+        wanted = self._policy.clock() - session.deadline + session.budget + session.reserved
+        wanted += stage.cost_of(part) + (self._policy.first_replays + 2 * self._policy.pairs) * seconds
+        session.unmet.append((session.share(part) * (1 - 1 / ratio), part.name, stage.name, wanted))
 
     def _no_time_for_it(self) -> str | None:
         session = self._session
@@ -250,6 +271,7 @@ class Trial:
         longest = seconds if self._times == "others" else max(seconds, self._untouched)
         no_time = self._no_time_for_pairs(longest)
         if no_time is not None:
+            self._missed()
             return replace(result, after=seconds, reason=no_time, sure=quiet and watcher.worst.quiet)
         return self._timed(change, result, quiet=quiet)
 

@@ -6,6 +6,7 @@ that raises, compiles nothing, is slower, cannot be told from noise or computes 
 
 from __future__ import annotations
 
+import math
 import platform
 import weakref
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from accelerate_tts.engine.session import Session, switch_off
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.whole import WHOLE_PASSES, check_whole, finish
-from accelerate_tts.events import FellBack, NotApplied, Tuned, TunedUnderLoad, WarmupFailed, emit
+from accelerate_tts.events import BudgetTooSmall, FellBack, NotApplied, Tuned, TunedUnderLoad, WarmupFailed, emit
 from accelerate_tts.runtime.retry import listening
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ def begin(
     watcher = Watcher(policy.machine(), torch.get_num_threads(), min(policy.patience, limits.seconds / 4))
     verdicts = {(result.part, result.stage): result for result in known}
     deadline = policy.clock() + limits.seconds
-    return Session(plan, calls, device, deadline, TOLERANCES[limits.precision], policy, watcher, verdicts)
+    return Session(
+        plan, calls, device, limits.seconds, deadline, TOLERANCES[limits.precision], policy, watcher, verdicts
+    )
 
 
 def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
@@ -182,7 +185,7 @@ def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         seconds = clock() - start
         return Tuning(replace(empty, notes=(f"the warm-up failed: {reason}",), seconds=seconds))
     try:
-        for part, stage in _in_order(session.plan, stages):
+        for part, stage in _in_order(session, stages):
             if limits.stopped():
                 return _given_up(session, empty, "the load was cancelled", start)
             try_stage(session, part, stage)
@@ -190,6 +193,7 @@ def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         timing, difference = check_whole(session, reference)
         finish(session)
         _say_how_sure(session)
+        _say_what_was_missed(session)
     except Exception as error:  # the user's model raised in a later pass; what was loaded is not thrown away
         return _given_up(session, empty, f"{type(error).__name__}: {error}", start)
     except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
@@ -239,19 +243,23 @@ def _is_number(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), (int, float))
 
 
-def _in_order(plan: ModelPlan, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
+def _in_order(session: Session, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
     """What is tried on the process as a whole comes first: it disturbs every later comparison.
 
-    Then stage by stage, not part by part: stages that compile come last, and the budget that a compilation of one part
-    takes must not be missing for the fold of another one.
+    Then all that is tried quickly, and then the rest: the budget that a compilation of one part takes must not be
+    missing for the fold of another one. Of each, parts come in the order of the time that is spent in them. On a part
+    the order of the stages stands, since what comes later is built on what was kept before.
     """
+    plan, costly = session.plan, session.policy.costly
     for stage in stages:
         if stage.process and plan.roots:
             yield Part(PROCESS, "process", plan.roots[0]), stage
-    for stage in stages:
-        for part in plan.parts:
-            if not stage.process:
-                yield part, stage
+    parts = sorted(plan.parts, key=session.share, reverse=True)
+    for late in (False, True):
+        for part in parts:
+            for stage in stages:
+                if not stage.process and (stage.cost_of(part) >= costly) is late:
+                    yield part, stage
 
 
 def _look_again(session: Session, stages: Sequence[Stage], limits: Limits) -> None:
@@ -295,6 +303,14 @@ def _say_how_sure(session: Session) -> None:
         why = f"{watcher.worst.why}; {unsure} of {len(session.results)} verdicts are not sure"
         session.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
         emit(TunedUnderLoad(session.plan.what, watcher.worst.why, unsure, len(session.results)))
+
+
+def _say_what_was_missed(session: Session) -> None:
+    """Name the budget that the most promising of what there was no time for would want."""
+    for gain, part, stage, wanted in sorted(session.unmet, reverse=True)[:1]:
+        if gain > 0:
+            emit(BudgetTooSmall(f"{session.plan.what}: {part}", stage, session.budget, float(math.ceil(wanted))))
+            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {wanted:.0f} s")
 
 
 def _by_part(session: Session) -> tuple[StageResult, ...]:

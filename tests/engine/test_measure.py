@@ -63,7 +63,8 @@ def test_a_disturbed_pair_does_not_decide() -> None:
 
 def test_no_second_look_where_the_median_says_little_or_all_is_said() -> None:
     assert _times([0.1, 0.104], [0.1]).pairs == 5
-    assert _times([0.1, 0.11], [0.05]).pairs == 6
+    assert _times([0.1, 0.11], [0.05]).pairs == 5, "the fewest say it clearly"
+    assert _times([0.1, 0.11], [0.098]).pairs == 5
 
 
 def test_a_real_difference_is_seen_and_switches_are_not_timed() -> None:
