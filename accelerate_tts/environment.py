@@ -83,6 +83,8 @@ _OPTIONS = (
     _own("mps_high_watermark_ratio", _number),
     _own("precision", _literal),
     _own("tune_seconds", _number),
+    _own("tune_patience", _number),
+    _own("retune", flag),
     _own("warmup_timeout", _number),
     _own("pack", flag),
     _own("pack_folder", _literal),

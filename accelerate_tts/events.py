@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackedOff",
+    "BudgetTooSmall",
     "Event",
     "EventHook",
     "FellBack",
@@ -31,8 +32,10 @@ __all__ = [
     "Recompiled",
     "Restored",
     "Tidied",
+    "Retuned",
     "Trying",
     "Tuned",
+    "TunedUnderLoad",
     "Undone",
     "Warmed",
     "WarmupFailed",
@@ -110,6 +113,76 @@ class Restored(Event):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.kept} optimisations from a warm pack, checked and ready in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class TunedUnderLoad(Event):
+    """An object was tuned while others used the machine, so some verdicts are not sure; a later load tries them again.
+
+    Attributes:
+        what: The tuned object.
+        reason: Who used what.
+        unsure: Verdicts that are not sure, on what was kept and on what was dropped.
+        tried: All verdicts.
+    """
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    reason: str
+    unsure: int
+    tried: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.unsure} of {self.tried} verdicts are not sure, since {self.reason}"
+
+
+@dataclass(frozen=True)
+class BudgetTooSmall(Event):
+    """There was no time for what promised most.
+
+    Attributes:
+        what: The part of the tuned object.
+        stage: The optimisation that was not tried, or not timed.
+        seconds: The budget that there was (`tune_seconds`).
+        wants: About the budget that it would have been tried with.
+    """
+
+    degraded: ClassVar[bool] = True
+
+    what: str
+    stage: str
+    seconds: float
+    wants: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.stage} wants a tune_seconds of about {self.wants:.0f}, and had {self.seconds:g}"
+
+
+@dataclass(frozen=True)
+class Retuned(Event):
+    """What an earlier process decided on a disturbed machine was tried again, and the warm pack renewed.
+
+    Attributes:
+        what: The tuned object.
+        tried: Verdicts that were not sure.
+        unsure: Those that still are not.
+        before: The ratio of the whole that the earlier process found.
+        ratio: The ratio of the whole now.
+    """
+
+    what: str
+    tried: int
+    unsure: int
+    before: float
+    ratio: float
+
+    def __str__(self) -> str:
+        again = f", {self.unsure} are still not sure" if self.unsure else ""
+        return (
+            f"{self.what}: {self.tried} verdicts of a busy machine tried again{again};"
+            f" {self.before:.2f}x before, {self.ratio:.2f}x now"
+        )
 
 
 @dataclass(frozen=True)

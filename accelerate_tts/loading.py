@@ -92,6 +92,7 @@ class LoadedObjects:
             return None
         from accelerate_tts.engine.fingerprint import outline
         from accelerate_tts.engine.pack import WarmPack
+        from accelerate_tts.engine.policy import current_policy
         from accelerate_tts.engine.stages import default_stages
         from accelerate_tts.engine.tune import Limits
         from accelerate_tts.engine.warmup import warmup_calls
@@ -106,7 +107,8 @@ class LoadedObjects:
         if settings.pack and calls.main and plan.parts:
             told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
             pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
-        limits = Limits(settings.tune_seconds, settings.precision, stopped)
+        policy = replace(current_policy(), patience=settings.tune_patience)
+        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy)
         tuning = _tune(plan, calls, stages, limits, pack, device)
         if tuning.changes:
             roots = {path: root for path, root in found.items() if id(root) not in tuned}
@@ -260,9 +262,9 @@ def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         keep(root)
     tuning = None if pack is None else pack.restore(calls, stages, device, limits)
     if tuning is None:
-        tuning = tune(plan, calls, stages, device, limits)
+        tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
         if pack is not None:
-            pack.keep(tuning)
+            pack.renew(tuning)
     return tuning
 
 

@@ -69,6 +69,10 @@ class Settings:
             half-precision weights where they are faster, an error of 2e-2 at most. "fast": 8-bit weights too, 4e-2.
         tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that
             has begun (one compilation, say) is finished; no other begins after the budget is spent.
+        tune_patience: Seconds that tuning one object waits, in all, for a machine on which others work to become quiet;
+            at most a quarter of `tune_seconds`. What is decided beside others' work is not final: see `retune`.
+        retune: Whether a load from a warm pack tries again what an earlier process decided on a busy machine, if the
+            machine is quiet now. Off, a load from a warm pack always takes the time of a few passes.
         warmup_timeout: Seconds that one warm-up call may take before it is given up, and the model is left as it was
             loaded; `None` is no limit. It is there for a call that never returns; 600 is far more than a cold call
             takes that compiles with "max-autotune".
@@ -100,6 +104,8 @@ class Settings:
     mps_high_watermark_ratio: float | None = 0.0
     precision: Precision = "exact"
     tune_seconds: float = 180.0
+    tune_patience: float = 15.0
+    retune: bool = True
     warmup_timeout: float | None = 600.0
     pack: bool = True
     pack_folder: str | None = None
@@ -112,7 +118,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.device is not None:
             _check_name("device", self.device, _DEVICES)
-        for name in ("compile", "cudnn_benchmark", "tf32", "pack", "guard"):
+        for name in ("compile", "cudnn_benchmark", "tf32", "retune", "pack", "guard"):
             if not _is_flag(getattr(self, name)):
                 raise SettingsError(f"{name}={shown(getattr(self, name))} must be True or False")
         if self.compile_mode is not None:
@@ -129,6 +135,7 @@ class Settings:
         check_precision(self.precision)
         _check_name("guard_weights", self.guard_weights, get_args(GuardWeights))
         check_tune_seconds(self.tune_seconds)
+        check_tune_seconds(self.tune_patience, "tune_patience")
         _check_warmup_timeout(self.warmup_timeout)
         if self.pack_folder is not None:
             check_folder("pack_folder", self.pack_folder)
@@ -203,10 +210,10 @@ def check_precision(precision: str) -> None:
     _check_name("precision", precision, get_args(Precision))
 
 
-def check_tune_seconds(seconds: float) -> None:
+def check_tune_seconds(seconds: float, name: str = "tune_seconds") -> None:
     """Raise `SettingsError` unless `seconds` is a budget: a number from 0 to 1e9."""
     if not (_is_number(seconds) and 0.0 <= seconds <= _LONGEST):
-        raise SettingsError(f"tune_seconds={shown(seconds)} must be a number of seconds, 0 or more, at most 1e9")
+        raise SettingsError(f"{name}={shown(seconds)} must be a number of seconds, 0 or more, at most 1e9")
 
 
 def _check_warmup_timeout(seconds: float | None) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
 from accelerate_tts import events, optimizer, settings
 from accelerate_tts.device import flags
+from accelerate_tts.device.usage import Usage
+from accelerate_tts.engine.policy import TuningPolicy, current_policy, tuning_policy
 
 # The machine that runs the tests must not decide what the settings are. Which kernels it runs may be chosen.
 for variable in [name for name in os.environ if name.startswith(("ACCELERATE_TTS_", "TRANSLATOR_"))]:
@@ -17,6 +22,39 @@ for variable in [name for name in os.environ if name.startswith(("ACCELERATE_TTS
         del os.environ[variable]
 # A warm pack of an earlier run would take the place of the tuning that a test is about.
 os.environ["ACCELERATE_TTS_PACK"] = "0"
+# In processes of its own a test meets the machine as it is: nobody waits there for others to be done.
+os.environ["ACCELERATE_TTS_TUNE_PATIENCE"] = os.environ["ACCELERATE_TTS_RETUNE"] = "0"
+
+
+class QuietMachine:
+    """A machine that nobody else uses."""
+
+    def usage(self) -> Usage:
+        return Usage(time.perf_counter(), 0.0)
+
+    def waited(self) -> float | None:
+        return None
+
+    def probe(self) -> float:
+        return 1.0
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+Decide = Callable[..., TuningPolicy]
+
+
+@pytest.fixture(autouse=True)
+def decide() -> Iterator[Decide]:
+    """Changes how tunings of this test decide. From the start the machine is quiet, whoever else uses it."""
+    with ExitStack() as scopes:
+
+        def changed(**changes: object) -> TuningPolicy:
+            return scopes.enter_context(tuning_policy(replace(current_policy(), **changes)))  # type: ignore[arg-type]
+
+        changed(machine=QuietMachine)
+        yield changed
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 from accelerate_tts import add_hook, events
 from accelerate_tts.events import (
     BackedOff,
+    BudgetTooSmall,
     Event,
     FellBack,
     Guarded,
@@ -21,9 +22,11 @@ from accelerate_tts.events import (
     Prepared,
     Recompiled,
     Restored,
+    Retuned,
     Trying,
     Tidied,
     Tuned,
+    TunedUnderLoad,
     Undone,
     Warmed,
     WarmupFailed,
@@ -39,6 +42,10 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Tuned("Vits", 2, 5, 1.376, 41.26), ["Vits", "2 of 5", "1.38x", "41.3 s"]),
     (Undone("Vits"), ["Vits", "untouched"]),
     (Restored("Vits", 3, 2.34), ["Vits", "3 optimisations", "warm pack", "2.3 s"]),
+    (BudgetTooSmall("Vits: flow", "fold", 20.0, 45.0), ["Vits: flow", "fold wants", "about 45", "had 20"]),
+    (Retuned("Vits", 4, 1, 1.0, 2.345), ["Vits", "4 verdicts", "1 are still not sure", "1.00x before, 2.35x now"]),
+    (Retuned("Vits", 4, 0, 1.0, 2.345), ["Vits", "tried again; 1.00x before"]),
+    (TunedUnderLoad("Vits", "others worked", 3, 5), ["Vits", "3 of 5 verdicts are not sure", "others worked"]),
     (PackIgnored("a1b2c3", "it is truncated"), ["a1b2c3", "truncated"]),
     (Recompiled("Vits.decoder", 3, "(1, 80, 512)"), ["Vits.decoder", "recompiled", "(1, 80, 512)", "graph 3", "warm"]),
     (FellBack("Vits", "torch.compile", "no g++"), ["Vits", "torch.compile is off", "no g++"]),
@@ -49,7 +56,17 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
 ]
-DEGRADED = {BackedOff, FellBack, Guarded, NotApplied, PackIgnored, Recompiled, WarmupFailed}
+DEGRADED = {
+    BackedOff,
+    BudgetTooSmall,
+    FellBack,
+    Guarded,
+    NotApplied,
+    PackIgnored,
+    Recompiled,
+    TunedUnderLoad,
+    WarmupFailed,
+}
 
 
 @pytest.fixture

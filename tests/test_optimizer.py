@@ -27,7 +27,6 @@ from accelerate_tts import (
 )
 from accelerate_tts.device import detect
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
@@ -208,7 +207,7 @@ def test_receipts_do_not_keep_objects_alive() -> None:
     assert receipt_of((1, 2)) is None
 
 
-def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[weakref.ref[Any]]:
+def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, decide: Any, model: nn.Module) -> list[weakref.ref[Any]]:
     """Tune a model by one change of its class; a reference to the change."""
     made: list[weakref.ref[Any]] = []
 
@@ -229,9 +228,7 @@ def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[
             run()
         return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
 
-    for module in (trial, whole):  # what is kept must not hang on this machine's noise
-        monkeypatch.setattr(module, "compare_speed", faster)
-    monkeypatch.setattr(trial, "_hopeless", lambda *_args: None)  # nor on one look at some microseconds
+    decide(compare=faster, looks=False)  # what is kept must not hang on this machine's noise
     monkeypatch.setattr("accelerate_tts.engine.stages.default_stages", lambda *_: (Copies(),))
     monkeypatch.setenv("ACCELERATE_TTS_PACK", "0")
     tuned = optimized_model(warmup=torch.ones(1, 4))(lambda: model)()
@@ -239,11 +236,11 @@ def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[
     return made
 
 
-def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Undoing is the documented cure for memory: copies of weights must go with it, and no trace stay on the model."""
     model = nn.Linear(4, 4).eval()
     before = dict(vars(model))
-    made = _tuned_by_a_swap(monkeypatch, model)
+    made = _tuned_by_a_swap(monkeypatch, decide, model)
     assert vars(model) != before
     assert get_performance_optimizer().undo(model)
     gc.collect()
@@ -253,10 +250,10 @@ def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("during", ["retire", "retry", "nothing"])
-def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, during: str, decide: Any) -> None:
     """What the guard has put back for good stays so after the scope; a retry inside it switches nothing on."""
     model = nn.Linear(4, 4).eval()
-    made = _tuned_by_a_swap(monkeypatch, model)
+    made = _tuned_by_a_swap(monkeypatch, decide, model)
     guard = retry.guard_of(model)
     assert guard is not None
     with get_performance_optimizer().untouched(model) as changed:

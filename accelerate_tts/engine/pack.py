@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate_tts._version import __version__
@@ -19,15 +19,15 @@ from accelerate_tts.engine.fingerprint import fingerprint
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.engine.plan import PROCESS, Part
+from accelerate_tts.engine.policy import OVER_BUDGET
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.safe_files import own_folder
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
 from accelerate_tts.engine.stages.progress import QuietBars
-from accelerate_tts.engine.trial import OVER_BUDGET
-from accelerate_tts.engine.tune import Tuning, acts_in_training, recompile_counter, warn_of_training
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.engine.tune import Tuning, acts_in_training, begin, recompile_counter, warn_of_training
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.engine.whole import finish
-from accelerate_tts.events import PackIgnored, Restored, emit
+from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.retry import listening
 
@@ -39,12 +39,16 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.plan import Kind, ModelPlan
+    from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.stages import Stage
     from accelerate_tts.engine.tune import Limits
     from accelerate_tts.engine.warmup import WarmupCalls
     from accelerate_tts.settings import Settings
 
 __all__ = ["WarmPack", "pack_folder", "pack_store"]
+
+# Of the decisions. Those of 1 do not say how sure they are.
+_FORMAT = 2
 
 
 def pack_folder(settings: Settings) -> Path:
@@ -68,6 +72,7 @@ class WarmPack:
         plan: The object's plan, before anything was changed.
         key: What the pack is for.
         seconds: The tuning budget of this process.
+        retune: Whether what an earlier process was not sure of may be tried again.
     """
 
     store: PackStore
@@ -75,6 +80,8 @@ class WarmPack:
     key: str
     seconds: float
     _code: artifacts.Snapshot
+    retune: bool = True
+    _earlier: Receipt | None = field(default=None, init=False)
 
     @classmethod
     def of(
@@ -100,39 +107,55 @@ class WarmPack:
         }
         try:
             key = fingerprint(plan.roots, circumstances)
-            return cls(pack_store(settings), plan, key, settings.tune_seconds, artifacts.snapshot())
+            return cls(pack_store(settings), plan, key, settings.tune_seconds, artifacts.snapshot(), settings.retune)
         except Exception as error:  # a pack is a convenience: whatever is wrong with it, tuning is still there
             emit(PackIgnored(f"the warm pack of {plan.what}", f"{type(error).__name__}: {error}"))
             return None
 
     def restore(self, calls: WarmupCalls, stages: Sequence[Stage], device: DeviceInfo, limits: Limits) -> Tuning | None:
-        """Put in force what the pack says; `None`, with everything as it was, if there is none or it does not fit."""
+        """Put in force what the pack says; `None`, with everything as it was, if there is none or it does not fit.
+
+        `None` as well if it says that it is not sure, and the machine is quiet now: the tuning that follows tries that
+        again, and takes the rest from `known`.
+        """
         pack = self.store.read(self.key) if calls.main else None
         if pack is None:
             return None
         start = time.perf_counter()
-        session = Session(self.plan, calls, device, start + limits.seconds, TOLERANCES[limits.precision])
+        session = begin(self.plan, calls, device, limits)
         try:
             receipt, entries = _read(pack.decisions, self.plan, stages, limits.seconds)
             decided = receipt
             if pack.artifacts is not None:
                 artifacts.unpack(pack.artifacts)
+            if receipt.unsure and self.retune and session.watcher.look().quiet:
+                self._earlier = receipt
+                return None
             receipt = _apply(session, entries, receipt)
             if limits.stopped():
                 session.off()
                 return None
-        except _WarmupFailedError:
-            return None  # tuning meets the same, and says so
         except Exception as error:  # see `of`
             session.off()
-            emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
+            if not isinstance(error, _WarmupFailedError):  # tuning meets the same, and says so
+                emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
             return None
         except BaseException:
             session.off()
             raise
+        tuning = self._restored(session, receipt, len(entries), time.perf_counter() - start)
+        tuning = replace(tuning, parts=tuple(part for part, _ in entries))
+        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
+            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
+            self.keep(replace(tuning, receipt=decided))
+        return tuning
+
+    def _restored(self, session: Session, receipt: Receipt, entries: int, seconds: float) -> Tuning:
+        """What is in force now, and said of it."""
         changes = tuple(kept.change for kept in session.kept)
-        seconds = time.perf_counter() - start
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
+        if receipt.unsure and self.retune:
+            note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
         receipt = replace(
             receipt,
             what=self.plan.what,
@@ -143,13 +166,27 @@ class WarmPack:
         )
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
-        emit(Restored(self.plan.what, len(entries), seconds))
-        parts = tuple(part for part, _ in entries)
-        tuning = Tuning(receipt, changes, complete=True, kept=tuple(session.kept), parts=parts, expected=session.heard)
-        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
-            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
-            self.keep(replace(tuning, receipt=decided))
-        return tuning
+        emit(Restored(self.plan.what, entries, seconds))
+        return Tuning(receipt, changes, complete=True, kept=tuple(session.kept), expected=session.heard)
+
+    @property
+    def known(self) -> tuple[StageResult, ...]:
+        """What an earlier process was sure of, of parts of which it was sure of everything."""
+        if self._earlier is None:
+            return ()
+        again = {result.part for result in self._earlier.unsure}
+        return tuple(result for result in self._earlier.stages if result.part not in again)
+
+    def renew(self, tuning: Tuning) -> None:
+        """Write the pack of a tuning that followed, unless the earlier process was surer. Says what came of it."""
+        before = self._earlier
+        if before is None or not tuning.complete:
+            self.keep(tuning)
+            return
+        left = len(tuning.receipt.unsure)
+        if left <= len(before.unsure):
+            self.keep(tuning)
+        emit(Retuned(self.plan.what, len(before.unsure), left, before.ratio, tuning.receipt.ratio))
 
     def keep(self, tuning: Tuning) -> None:
         """Write the pack of a complete tuning. What cannot be written costs one event."""
@@ -160,7 +197,9 @@ class WarmPack:
         if len(kept) < len(decided):
             return  # a part that cannot be found again by its path
         try:
-            decisions = {"kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds}
+            decisions = {
+                "format": _FORMAT, "kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds,
+            }  # fmt: skip
             self.store.write(Pack(self.key, decisions, self._code_of(tuning.kept)))
         except Exception as error:  # see `of`
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
@@ -191,6 +230,10 @@ def _read(
 ) -> tuple[Receipt, list[tuple[Part, Stage]]]:
     """The receipt, and what is to be put in force: all texts and numbers of a file that anybody may have written."""
     receipt = Receipt.from_json(decisions["receipt"])
+    if decisions.get("format", 1) < _FORMAT:
+        # One look on a busy machine could drop what is best, and left a verdict like any other.
+        verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
+        receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]
     if before < seconds and any(OVER_BUDGET in result.reason for result in receipt.stages):
         raise ValueError(f"its tuning ran out of its {before:g} s, and now there are {seconds:g} s")
@@ -212,6 +255,10 @@ def _read(
             raise ValueError(f"{part.name} is the name of two parts")
         entries.append((part, stage))
     return receipt, entries
+
+
+def _may_be_by_chance(result: StageResult) -> bool:
+    return not result.kept and ("at the first look" in result.reason or result.reason.startswith("undone: slower"))
 
 
 def _text(value: object) -> str:

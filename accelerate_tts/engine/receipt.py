@@ -34,6 +34,7 @@ class StageResult:
         graphs: Graphs compiled, `None` for a stage that compiles none.
         seconds: What trying it cost.
         divergence: Of a decoder, the largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
+        sure: False for a verdict that was made while others used the machine: a later load tries it again.
     """
 
     part: str
@@ -49,6 +50,7 @@ class StageResult:
     seconds: float = 0.0
     spectral: float | None = None
     divergence: float | None = None
+    sure: bool = True
 
     def dropped(self, reason: str) -> StageResult:
         """The same, not in force (any more), and why."""
@@ -62,7 +64,7 @@ class StageResult:
     @property
     def verdict(self) -> str:
         """Kept or dropped, and why."""
-        return f"{'kept' if self.kept else 'dropped'}: {self.reason}"
+        return f"{'kept' if self.kept else 'dropped'}: {self.reason}{'' if self.sure else ' (not sure)'}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Receipt:
     def kept(self) -> tuple[StageResult, ...]:
         """The stages that are in force."""
         return tuple(stage for stage in self.stages if stage.kept)
+
+    @property
+    def unsure(self) -> tuple[StageResult, ...]:
+        """The verdicts, on stages kept and dropped, that were made on a disturbed machine."""
+        return tuple(stage for stage in self.stages if not stage.sure)
 
     @property
     def recompiles(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.engine.capture import Captured
+    from accelerate_tts.engine.disturbance import Watcher
     from accelerate_tts.engine.plan import ModelPlan, Part
+    from accelerate_tts.engine.policy import TuningPolicy
     from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.stages import Change
     from accelerate_tts.engine.verify import Difference
@@ -52,11 +53,13 @@ class Reference:
         outputs: Of each call.
         repeats: How far a second run of the same was from the first.
         seconds: What a run of what is timed took.
+        quiet: Whether nothing disturbed the machine meanwhile.
     """
 
     outputs: list[Any]
     repeats: Difference
     seconds: float
+    quiet: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,30 +81,43 @@ class Session:
         plan: The parts.
         calls: The warm-up calls, through the path that service calls take.
         device: Where it runs.
-        deadline: No stage is begun after it, in seconds of `time.perf_counter`.
+        budget: Seconds from the start to the deadline.
+        deadline: No stage is begun after it, in seconds of the policy's clock.
         tolerance: What a candidate may differ by.
+        policy: How it is decided.
+        watcher: Tells how disturbed the machine is.
+        known: Verdicts of an earlier tuning that need not be timed again, by part and stage.
         pass_seconds: What a warm pass of the untouched object took.
+        pass_quiet: Whether nothing disturbed the machine meanwhile.
         reserved: Seconds of the budget that are kept for the check of the whole at the end.
         captured: What was seen of each part in a warm pass, by its name.
         called: The `id` of each module that this pass called.
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
         notes: Whatever else the user should know.
+        unmet: What there was no time for: what it may be hoped to gain of a pass, its part and stage, and the budget
+            that it wants.
         heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
     """
 
     plan: ModelPlan
     calls: WarmupCalls
     device: DeviceInfo
+    budget: float
     deadline: float
     tolerance: Tolerance
+    policy: TuningPolicy
+    watcher: Watcher
+    known: Mapping[tuple[str, str], StageResult] = field(default_factory=dict)
     pass_seconds: float = 0.0
+    pass_quiet: bool = True
     reserved: float = 0.0
     captured: dict[str, Captured] = field(default_factory=dict)
     called: set[int] = field(default_factory=set)
     results: list[StageResult] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
     heard: Mapping[str, Expectation] = field(default_factory=dict)
     _references: dict[str, Reference] = field(default_factory=dict)
 
@@ -165,7 +181,9 @@ class Session:
         if known is None:
             first = self.outputs(part)
             second = self.outputs(part)
-            known = Reference(first, compare(first, second), self.seconds(part))
+            with self.watcher.window() as window:
+                seconds = self.seconds(part)
+            known = Reference(first, compare(first, second), seconds, window.disturbance.quiet)
             self._references[part.name] = known
         return known
 
@@ -193,15 +211,32 @@ class Session:
     def seconds(self, part: Part, which: Which = "loop") -> float:
         """What one replay takes now."""
         run = self.replay(part, which)
-        clock = time.perf_counter()
+        start = self.policy.clock()
         run()
         synchronize(self.device.type)
-        return time.perf_counter() - clock
+        return self.policy.clock() - start
 
     def known_seconds(self, part: Part) -> float:
         """What one replay of the untouched part takes, as far as that is known; otherwise 0.0."""
         known = self._references.get(part.name)
         return 0.0 if known is None else known.seconds
+
+    def share(self, part: Part) -> float:
+        """The share of the parts' time that a part took in a warm pass; 0.0 if it was not called."""
+        total = sum(seen.seconds for seen in self.captured.values())
+        seen = self.captured.get(part.name)
+        return seen.seconds / total if seen is not None and total > 0 else 0.0
+
+    def captured_seconds(self, part: Part) -> float:
+        """About what a replay of a part's captured calls takes: that many of all that it was given in the pass."""
+        seen = self.captured.get(part.name)
+        if seen is None:
+            return self.pass_seconds
+        return seen.seconds * len(seen.calls) / seen.count if seen.calls else self.pass_seconds
+
+    def kept_on(self, part: Part) -> list[str]:
+        """The names of the stages that are in force on a part."""
+        return [kept.stage for kept in self.kept if kept.part == part.name]
 
     def incumbent(self, part: Part, group: str) -> Kept | None:
         """The alternative of the same group that is in force on the part."""
@@ -237,12 +272,14 @@ class Session:
             for change in above:
                 change.on()
 
-    def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
-        """Give up kept changes, all of them unless told which, and say why in their results."""
+    def drop(
+        self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True, *, sure: bool = True
+    ) -> None:
+        """Give up kept changes, all of them unless told which, and say why (and how sure) in their results."""
         self.off()
         for number, result in enumerate(self.results):
             if result.kept and unwanted(result):
-                self.results[number] = result.dropped(f"undone: {reason}")
+                self.results[number] = replace(result.dropped(f"undone: {reason}"), sure=sure and result.sure)
         names = {(result.part, result.stage) for result in self.results if result.kept}
         self.kept[:] = [kept for kept in self.kept if (kept.part, kept.stage) in names]
         self.on()

@@ -6,23 +6,25 @@ that raises, compiles nothing, is slower, cannot be told from noise or computes 
 
 from __future__ import annotations
 
+import math
 import platform
-import time
 import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts._version import __version__
 from accelerate_tts.engine.capture import calls_of, time_modules, watch
+from accelerate_tts.engine.disturbance import Watcher
 from accelerate_tts.engine.measure import WORTH_A_SECOND_LOOK, synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
+from accelerate_tts.engine.policy import TuningPolicy, current_policy
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.rows import linear_work
 from accelerate_tts.engine.session import Session, switch_off
 from accelerate_tts.engine.trial import try_stage
 from accelerate_tts.engine.verify import TOLERANCES
 from accelerate_tts.engine.whole import WHOLE_PASSES, check_whole, finish
-from accelerate_tts.events import FellBack, NotApplied, Tuned, WarmupFailed, emit
+from accelerate_tts.events import BudgetTooSmall, FellBack, NotApplied, Tuned, TunedUnderLoad, WarmupFailed, emit
 from accelerate_tts.runtime.retry import listening
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from accelerate_tts.runtime.guard import Expectation
     from accelerate_tts.settings import Precision
 
-__all__ = ["Limits", "Tuning", "acts_in_training", "recompile_counter", "tune", "versions", "warn_of_training"]
+__all__ = ["Limits", "Tuning", "acts_in_training", "begin", "recompile_counter", "tune", "versions", "warn_of_training"]
 
 
 @dataclass(frozen=True)
@@ -120,19 +122,37 @@ class Limits:
         seconds: The budget; no further stage is begun after it, and one that ran over it is given up.
         precision: What may be changed, and by how much.
         stopped: Asked before each stage; once it is true, everything is undone.
+        policy: How it is decided.
     """
 
     seconds: float
     precision: Precision = "exact"
     stopped: Callable[[], bool] = lambda: False
+    policy: TuningPolicy = field(default_factory=current_policy)
 
 
-def tune(
+def begin(
+    plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits, known: Sequence[StageResult] = ()
+) -> Session:
+    """A tuning that begins now; see `tune`."""
+    import torch
+
+    policy = limits.policy
+    watcher = Watcher(policy.machine(), torch.get_num_threads(), min(policy.patience, limits.seconds / 4))
+    verdicts = {(result.part, result.stage): result for result in known}
+    deadline = policy.clock() + limits.seconds
+    return Session(
+        plan, calls, device, limits.seconds, deadline, TOLERANCES[limits.precision], policy, watcher, verdicts
+    )
+
+
+def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     plan: ModelPlan,
     calls: WarmupCalls,
     stages: Sequence[Stage],
     device: DeviceInfo,
     limits: Limits,
+    known: Sequence[StageResult] = (),
 ) -> Tuning:
     """Optimise a loaded object in place.
 
@@ -142,17 +162,19 @@ def tune(
         stages: What to try, in order.
         device: Where it runs.
         limits: When to stop.
+        known: Verdicts of an earlier tuning that stand: these changes are compared, but not timed again.
 
     Returns:
         The receipt and the changes in force. An exception of a warm-up call becomes a `WarmupFailed` event and a
         receipt that says so; the object is then untouched.
     """
-    start = time.perf_counter()
+    clock = limits.policy.clock
+    start = clock()
     empty = Receipt(plan.what, f"{device.kind} ({device.name})", versions(), precision=limits.precision)
     if not calls.main:
         note = "no warmup= was given: nothing can be verified, so nothing was changed"
         return Tuning(replace(empty, notes=(note,)))
-    session = Session(plan, calls, device, start + limits.seconds, TOLERANCES[limits.precision])
+    session = begin(plan, calls, device, limits, known)
     if acts_in_training(plan):
         session.notes.append(warn_of_training(plan))
     try:
@@ -160,16 +182,18 @@ def tune(
     except Exception as error:  # the user's own warm-up; the model was loaded, and that is not thrown away
         reason = f"{type(error).__name__}: {error}"
         emit(WarmupFailed(plan.what, reason))
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         return Tuning(replace(empty, notes=(f"the warm-up failed: {reason}",), seconds=seconds))
     try:
-        for part, stage in _in_order(session.plan, stages):
+        for part, stage in _in_order(session, stages):
             if limits.stopped():
                 return _given_up(session, empty, "the load was cancelled", start)
             try_stage(session, part, stage)
         _look_again(session, stages, limits)
         timing, difference = check_whole(session, reference)
         finish(session)
+        _say_how_sure(session)
+        _say_what_was_missed(session)
     except Exception as error:  # the user's model raised in a later pass; what was loaded is not thrown away
         return _given_up(session, empty, f"{type(error).__name__}: {error}", start)
     except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
@@ -185,7 +209,7 @@ def tune(
         ratio=timing.ratio,
         error=None if difference is None else difference.error,
         spectral=None if difference is None else difference.spectral,
-        seconds=time.perf_counter() - start,
+        seconds=clock() - start,
         notes=tuple(session.notes),
         _live=recompile_counter(changes),
     )
@@ -219,23 +243,27 @@ def _is_number(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), (int, float))
 
 
-def _in_order(plan: ModelPlan, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
+def _in_order(session: Session, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
     """What is tried on the process as a whole comes first: it disturbs every later comparison.
 
-    Then stage by stage, not part by part: stages that compile come last, and the budget that a compilation of one part
-    takes must not be missing for the fold of another one.
+    Then all that is tried quickly, and then the rest: the budget that a compilation of one part takes must not be
+    missing for the fold of another one. Of each, parts come in the order of the time that is spent in them. On a part
+    the order of the stages stands, since what comes later is built on what was kept before.
     """
+    plan, costly = session.plan, session.policy.costly
     for stage in stages:
         if stage.process and plan.roots:
             yield Part(PROCESS, "process", plan.roots[0]), stage
-    for stage in stages:
-        for part in plan.parts:
-            if not stage.process:
-                yield part, stage
+    parts = sorted(plan.parts, key=session.share, reverse=True)
+    for late in (False, True):
+        for part in parts:
+            for stage in stages:
+                if not stage.process and (stage.cost_of(part) >= costly) is late:
+                    yield part, stage
 
 
 def _look_again(session: Session, stages: Sequence[Stage], limits: Limits) -> None:
-    """Try once more, on top of what was kept, what looked much faster and could not be told from noise.
+    """Try once more, on top of what was kept, what could not be told from noise, or was dropped beside others' work.
 
     On a machine with neighbours such verdicts come by chance, and may cost what is built on them: of a vocoder in half
     precision, over a layout that was not kept, half of the gain. What compiled is not compiled again.
@@ -244,7 +272,9 @@ def _look_again(session: Session, stages: Sequence[Stage], limits: Limits) -> No
     parts = {part.name: part for part in session.plan.parts}
     for result in [result for result in session.results if _is_undecided(result)]:
         part, stage = parts.get(result.part), named.get(result.stage)
-        if part is None or stage is None or limits.stopped():
+        if any(kept.part == result.part and kept.change.graphs for kept in session.kept):
+            continue  # what was compiled would be compiled anew, with this in it
+        if part is None or stage is None or limits.stopped() or not (result.sure or session.watcher.look().quiet):
             continue
         session.results.remove(result)
         before = len(session.results)
@@ -256,9 +286,31 @@ def _look_again(session: Session, stages: Sequence[Stage], limits: Limits) -> No
 
 
 def _is_undecided(result: StageResult) -> bool:
-    if result.kept or result.graphs is not None or result.ratio is None or result.low is None:
+    if result.kept or result.graphs is not None:
         return False
-    return result.ratio >= WORTH_A_SECOND_LOOK and result.low <= 1.0
+    if result.ratio is None or result.low is None:
+        return not result.sure
+    return not result.sure or (result.ratio >= WORTH_A_SECOND_LOOK and result.low <= 1.0)
+
+
+def _say_how_sure(session: Session) -> None:
+    """Say on the receipt, and in an event, what was decided beside others' work."""
+    watcher = session.watcher
+    unsure = sum(not result.sure for result in session.results)
+    if watcher.waited:
+        session.notes.append(f"waited {watcher.waited:.1f} s for a quiet machine")
+    if unsure:
+        why = f"{watcher.worst.why}; {unsure} of {len(session.results)} verdicts are not sure"
+        session.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
+        emit(TunedUnderLoad(session.plan.what, watcher.worst.why, unsure, len(session.results)))
+
+
+def _say_what_was_missed(session: Session) -> None:
+    """Name the budget that the most promising of what there was no time for would want."""
+    for gain, part, stage, wanted in sorted(session.unmet, reverse=True)[:1]:
+        if gain > 0:
+            emit(BudgetTooSmall(f"{session.plan.what}: {part}", stage, session.budget, float(math.ceil(wanted))))
+            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {wanted:.0f} s")
 
 
 def _by_part(session: Session) -> tuple[StageResult, ...]:
@@ -270,7 +322,7 @@ def _by_part(session: Session) -> tuple[StageResult, ...]:
 def _given_up(session: Session, empty: Receipt, reason: str, start: float) -> Tuning:
     session.drop(reason)
     emit(FellBack(session.plan.what, "everything", reason))
-    seconds = time.perf_counter() - start
+    seconds = session.policy.clock() - start
     return Tuning(replace(empty, stages=_by_part(session), notes=(f"tuning was given up: {reason}",), seconds=seconds))
 
 
@@ -283,7 +335,8 @@ def versions() -> dict[str, str]:
 
 def _first_passes(session: Session) -> tuple[float, list[Any]]:
     """The cold pass, and a warm one that is the reference and shows each part's inputs."""
-    clock = time.perf_counter()
+    clock = session.policy.clock
+    start = clock()
     if session.plan.refine is None:
         session.run()
     else:
@@ -291,18 +344,19 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
             session.run()
         session.plan = replace(session.plan, parts=session.plan.refine(seconds), refine=None)
     synchronize(session.device.type)
-    cold = time.perf_counter() - clock
-    clock = time.perf_counter()
+    cold = clock() - start
     with (
+        session.watcher.window() as window,
         watch(session.plan.parts, session.device.type) as session.captured,
         calls_of(session.plan.roots) as session.called,
         linear_work(session.plan.roots) as work,
         listening() as listener,
     ):
+        start = clock()
         reference = session.run()
-    session.heard = listener.expected
-    session.pass_seconds = time.perf_counter() - clock
-    left = max(0.0, session.deadline - time.perf_counter())
+        session.pass_seconds = clock() - start
+    session.heard, session.pass_quiet = listener.expected, window.disturbance.quiet
+    left = max(0.0, session.deadline - clock())
     session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
     parts = tuple(
         replace(

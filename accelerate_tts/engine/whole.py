@@ -6,11 +6,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.measure import Timing, compare_speed, synchronize
+from accelerate_tts.engine.disturbance import one_thread
+from accelerate_tts.engine.measure import Timing, synchronize
 from accelerate_tts.engine.plan import PROCESS
+from accelerate_tts.engine.policy import OVER_BUDGET
 from accelerate_tts.engine.session import Kept
 from accelerate_tts.engine.stages.progress import QuietBars
-from accelerate_tts.engine.trial import OVER_BUDGET
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.events import FellBack, emit
 
@@ -22,8 +23,6 @@ __all__ = ["WHOLE_PASSES", "check_whole", "finish"]
 
 # What a verdict of fewer pairs than five must find before all is undone: so much is no noise of two passes.
 _WORST_TOTAL = 0.95
-# Seconds for the comparison of the whole; compare_speed stretches them to at least five pairs.
-_COMPARISON = 6.0
 # Pairs of passes, most first: those are run that fit into what is left of the budget. One pair is always run, but only
 # from five on is its verdict one of 95 %.
 _PAIRS = (5, 3, 1)
@@ -61,29 +60,47 @@ def check_whole(session: Session, reference: list[Any]) -> tuple[Timing, Differe
         difference, lengths, tuned_seconds = _right(session, reference)
         if not session.kept:
             return _unchanged(_clocked(session)[1])
-    left = session.deadline - time.perf_counter()
+    left = session.deadline - session.policy.clock()
     fewest = next((pairs for pairs in _PAIRS if 2 * pairs * seconds <= left), _PAIRS[-1])
-
-    def timed() -> Timing:
-        timing = compare_speed(session.run, session.off, session.on, session.device.type, _COMPARISON, fewest=fewest)
-        return _for_the_same_length(timing, lengths)
-
     if fewest == _PAIRS[-1] and tuned_seconds and (ratio := seconds / tuned_seconds) * lengths > 1.0:
         # Long passes: the two that have just shown what comes of it are a pair already, and as good as another one.
-        timing = _for_the_same_length(Timing(seconds, tuned_seconds, ratio, ratio, ratio, 1), lengths)
+        timing, sure = Timing(seconds, tuned_seconds, ratio, ratio, ratio, 1), True
     else:
-        timing = timed()
-    if timing.ratio < 1.0 <= timing.high and timing.pairs >= _PAIRS[0]:
+        timing, sure = _timed(session, fewest)
+    timing = _for_the_same_length(timing, lengths)
+    if timing.ratio < 1.0 <= timing.high and timing.pairs >= _PAIRS[0] and sure:
         # A gain of 10 % on 5 % of the time drowns in the noise of the whole: a total that seems slower, but is not
         # beyond doubt, is timed once more, and that decides.
-        timing = timed()
+        timing, sure = _timed(session, fewest)
+        timing = _for_the_same_length(timing, lengths)
     if timing.pairs < _PAIRS[0]:
         session.notes.append(f"the total was timed in {timing.pairs} pairs only, for {OVER_BUDGET} allowed no more")
-    if timing.ratio < (1.0 if timing.pairs >= _PAIRS[0] else _WORST_TOTAL):
+    # What is slower beside others' work may well be faster without; its parts have been compared one by one.
+    if sure and timing.ratio < (1.0 if timing.pairs >= _PAIRS[0] else _WORST_TOTAL):
         _give_up(session, f"slower in total ({timing.ratio:.2f}x)", "everything")
         return _unchanged(timing.before)
     session.on()
     return timing, difference
+
+
+def _timed(session: Session, fewest: int) -> tuple[Timing, bool]:
+    """The total, and whether nothing disturbed it. If others are at work it is the processor time of one thread."""
+    watcher, policy = session.watcher, session.policy
+    states = (session.run, session.off, session.on, session.device.type, policy.total)
+    for last in (False, True):
+        with watcher.window() as window:
+            timing = policy.compare(*states, fewest=fewest, clean=watcher.clean)
+        if watcher.believes(timing, window.disturbance):
+            return timing, True
+        if last or fewest < _PAIRS[0] or not watcher.wait():
+            break
+    if session.device.type == "cpu" and all(kept.change.graphs is None for kept in session.kept):
+        with one_thread():
+            timing = policy.compare(*states, fewest=fewest, clock=time.process_time)
+        session.notes.append("the total is the processor time of one thread, since others were at work")
+    else:
+        session.notes.append("the total was timed while others were at work")
+    return timing, False
 
 
 def finish(session: Session) -> None:
@@ -193,10 +210,10 @@ def _give_up(session: Session, reason: str, what: str, only: StageResult | None 
 
 def _clocked(session: Session) -> tuple[list[Any], float]:
     """What comes of a pass, and the seconds that it takes."""
-    clock = time.perf_counter()
+    start = session.policy.clock()
     results = session.run()
     synchronize(session.device.type)
-    return results, time.perf_counter() - clock
+    return results, session.policy.clock() - start
 
 
 def _unchanged(seconds: float) -> tuple[Timing, Difference]:

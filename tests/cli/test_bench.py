@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from typer.testing import CliRunner
 from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError, optimizer
 from accelerate_tts.cli.app import app
 from accelerate_tts.cli.bench import chart, command, measure, processes, report, systems, variant
-from accelerate_tts.cli.bench.measure import Measured, Ratio
+from accelerate_tts.cli.bench.measure import Measured, Ratio, undisturbed
 from accelerate_tts.cli.bench.naive import Naive, naive
 from accelerate_tts.cli.bench.processes import VariantError, folders_of
-from accelerate_tts.cli.bench.report import Found
+from accelerate_tts.cli.bench.report import Found, summaries
 from accelerate_tts.cli.bench.variant import Request
+from accelerate_tts.device.usage import Usage
+from accelerate_tts.engine.disturbance import Watcher
 
 
 @pytest.fixture(autouse=True)
@@ -336,6 +339,57 @@ def test_the_chart_has_a_bar_for_each_variant(tmp_path: Path, monkeypatch: pytes
 def test_ratios_are_of_pairs() -> None:
     ratio = measure.Ratio.of([(4.0, 2.0), (9.0, 3.0), (5.0, 5.0)])
     assert (ratio.before, ratio.after, ratio.ratio, ratio.lowest, ratio.highest) == (5.0, 3.0, 2.0, 1.0, 3.0)
+
+
+class Neighbours:
+    """A machine on which others work for as long as a test wants: measurements, or waits."""
+
+    def __init__(self, measurements: int, waits: float) -> None:
+        self.measurements, self.waits, self.now, self.others = measurements, waits, 0.0, 0.0
+
+    def usage(self) -> Usage:
+        self.now += 1.0
+        self.others += 1.5 if self.measurements > 0 else 0.0
+        return Usage(self.now, self.now, self.now + self.others, processors=2)
+
+    def waited(self) -> float | None:
+        return None
+
+    def probe(self) -> float:
+        return 1.0
+
+    def sleep(self, _seconds: float) -> None:
+        self.waits -= 1
+        if self.waits <= 0:
+            self.measurements = 0
+
+
+@pytest.mark.parametrize(
+    ("measurements", "waits", "disturbed", "numbers"),
+    [(0, 0, 0, [0, 1, 2]), (1, 2, 0, [1, 2, 3]), (99, math.inf, 3, [0, 1, 2])],
+    ids=["quiet", "once", "always"],
+)
+def test_a_disturbed_measurement_is_repeated_or_counted(
+    measurements: int, waits: float, disturbed: int, numbers: list[int]
+) -> None:
+    found: tuple[list[int], list[str]] = ([], [])
+    done: list[int] = []
+
+    def measure() -> None:
+        found[0].append(len(done))
+        found[1].append(str(len(done)))
+        done.append(1)
+
+    watcher = Watcher(Neighbours(measurements, waits), 2, 1.0)
+    assert undisturbed(measure, found, 3, watcher) == disturbed
+    assert found == (numbers, [str(number) for number in numbers])
+
+
+def test_the_report_says_what_was_disturbed() -> None:
+    why = "other processes used 1.0 of 2 processors"
+    one = measured("mms", "exact", 1.0, bandwidths=[1e10, 9.5e9, 1.02e10], disturbed=2, disturbance=why)
+    (line,) = summaries(Found("mms", runs=[one]))
+    assert "memory gave 10.0, 9.5, 10.2 GB/s; 2 pairs were disturbed: other processes used 1.0 of 2 processors" in line
 
 
 def test_run_checks_its_names_before_it_builds_anything() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from accelerate_tts.device import blas
 from accelerate_tts.device.blas import BLAS_THREADS, busy_libraries
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.flags import hold, is_held
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
+from accelerate_tts.engine.policy import current_policy
 from accelerate_tts.engine.stages.blas import QuietBlasStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
@@ -248,7 +248,7 @@ def test_the_stage_is_switched_on_and_off(libraries: list[Library]) -> None:
     assert QuietBlasStage().applies(PART) == "no OpenBLAS with several threads is loaded"
 
 
-def tuned(monkeypatch: pytest.MonkeyPatch, ratio: float) -> Tuning:
+def tuned(ratio: float) -> Tuning:
     """Tuned with that stage alone, as if it had made the whole pass faster by a ratio."""
 
     def compare_speed(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
@@ -257,20 +257,18 @@ def tuned(monkeypatch: pytest.MonkeyPatch, ratio: float) -> Tuning:
             run()
         return Timing(1.0, 1.0 / ratio, ratio, ratio, ratio, 5)
 
-    monkeypatch.setattr(trial, "compare_speed", compare_speed)
-    monkeypatch.setattr(whole, "compare_speed", compare_speed)
-    monkeypatch.setattr(trial, "_hopeless", lambda *_args: None)
     plan = ModelPlan("model", (MODEL,), (Part("model", "model", MODEL),))
     calls = warmup_calls(X, Loaded(MODEL), "inference")
-    return tune(plan, calls, [QuietBlasStage()], DeviceInfo("cpu", "test"), Limits(60.0))
+    policy = replace(current_policy(), compare=compare_speed, looks=False)
+    return tune(plan, calls, [QuietBlasStage()], DeviceInfo("cpu", "test"), Limits(60.0, policy=policy))
 
 
 def test_kept_by_tuning_and_undone(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning = tuned(monkeypatch, 1.5)
+    tuning = tuned(1.5)
     (result,) = tuning.receipt.stages
     assert (result.part, result.stage, result.kept, result.error) == (PROCESS, "one OpenBLAS thread", True, 0.0)
     assert threads(libraries) == [1, 1]
-    other = tuned(monkeypatch, 1.5)  # of a second model: there is nothing left to do
+    other = tuned(1.5)  # of a second model: there is nothing left to do
     assert other.receipt.stages == ()
     tuning.undo()
     tuning.undo()
@@ -278,7 +276,7 @@ def test_kept_by_tuning_and_undone(libraries: list[Library], monkeypatch: pytest
 
 
 def test_dropped_by_tuning(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning = tuned(monkeypatch, 0.9)
+    tuning = tuned(0.9)
     (result,) = tuning.receipt.stages
     assert not result.kept
     assert "slower" in result.reason
@@ -287,12 +285,12 @@ def test_dropped_by_tuning(libraries: list[Library], monkeypatch: pytest.MonkeyP
 
 
 def test_two_models_hold_the_real_library(real: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tuned(monkeypatch, 1.5)
+    first = tuned(1.5)
     assert outside(real) == 1
     library = blas._opened(real)
     assert library is not None
     library.threads = 2  # somebody else's doing: a second model tuned now finds it busy
-    second = tuned(monkeypatch, 1.5)
+    second = tuned(1.5)
     assert [result.kept for result in second.receipt.stages] == [True]
     first.undo()
     assert outside(real) == 1

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from accelerate_tts.engine import capture, measure, session, trial, tune, whole
-from accelerate_tts.engine.measure import Timing
+from accelerate_tts.engine import capture
+from accelerate_tts.engine.measure import Timing, compare_speed
 from accelerate_tts.engine.stages import precision
 
 
 @pytest.fixture
-def bf16_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def bf16_is_faster(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """A machine (a stand-in) that computes in bf16, and on which every stage pays off."""
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
-    for verdict in ("_hopeless", "_not_worth_it"):
-        monkeypatch.setattr(trial, verdict, lambda *_args: None)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
     monkeypatch.setattr(precision, "half_dtypes", lambda _device: (torch.bfloat16,))
     monkeypatch.setattr("accelerate_tts.engine.stages.half_dtypes", lambda _device: (torch.bfloat16,), raising=False)
 
@@ -40,9 +39,10 @@ class SteadyClock:
 
 
 @pytest.fixture
-def steady_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SteadyClock:
+def steady_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, decide: Any) -> SteadyClock:
     """For the engine and for the test's module, only what sleeps takes time: neighbours' work decides no verdict."""
     clock = SteadyClock()
-    for module in (capture, measure, session, trial, tune, whole, request.module):
+    decide(clock=clock.perf_counter, compare=partial(compare_speed, clock=clock.perf_counter))
+    for module in (capture, request.module):
         monkeypatch.setattr(module, "time", clock)
     return clock

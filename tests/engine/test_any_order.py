@@ -7,6 +7,7 @@ import errno
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part
+from accelerate_tts.engine.policy import current_policy
 from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages import Change, Stage, blocks, default_stages, inductor, prompts
 from accelerate_tts.engine.stages import compile as compile_stages
@@ -372,15 +373,10 @@ def pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timing:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """A machine on which every stage pays off, and a budget that has passed when something hangs."""
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", pays_off)
-    for name in ("_HOPELESS", "_FAR_BEHIND", "_NOT_TWICE"):
-        monkeypatch.setattr(trial, name, float("inf"))
+    decide(compare=pays_off, looks=False)
     monkeypatch.setattr(watchdog, "_AGAIN", 0.05)
-    left = trial._left
-    monkeypatch.setattr(trial, "_left", lambda session: 0.3 if session.plan.what == "hangs" else left(session))
 
 
 @pytest.mark.usefixtures("quick")
@@ -410,7 +406,8 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
         plan = ModelPlan("hangs" if hangs else "model", (model,), (part,))
         calls = warmup_calls(lambda loaded: spoken(loaded), Loaded(model), "inference")
         stages: list[Any] = [*others, faulty] if last else [faulty, *others]
-        tuning = tune(plan, calls, stages, DeviceInfo("cpu", "test"), Limits(60.0, "fast"))
+        policy = replace(current_policy(), longest=0.3) if hangs else current_policy()
+        tuning = tune(plan, calls, stages, DeviceInfo("cpu", "test"), Limits(60.0, "fast", policy=policy))
         receipt = tuning.receipt
         fired, finite = faulty.fired, all(bool(tensor.isfinite().all()) for tensor in spoken(model))
         with contextlib.suppress(type(fault)):  # it may be the first time that it is switched off

@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from torch._dynamo.exc import TorchDynamoException
 
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.compile import CompileStage
@@ -112,10 +110,9 @@ class _Change(BaseChange):
 
 
 @pytest.fixture(autouse=True)
-def five_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def five_pairs(decide: Any) -> Iterator[None]:
     """As few comparisons as the engine makes; and one thread, since on a busy machine two wait for each other."""
-    monkeypatch.setattr(trial, "_COMPARISON", 0.05)
-    monkeypatch.setattr(whole, "_COMPARISON", 0.05)
+    decide(comparison=0.05, total=0.05)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -428,14 +425,12 @@ def test_a_stage_that_hangs_over_the_budget_is_given_up(point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["prepare", "run"])
-def test_a_stage_that_never_comes_back_is_interrupted(
-    point: str, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
-) -> None:
+def test_a_stage_that_never_comes_back_is_interrupted(point: str, decide: Any, seen: list[Event]) -> None:
     def never() -> None:
         while True:
             time.sleep(0.01)
 
-    monkeypatch.setattr(trial, "_HANGS", 0.1)
+    decide(hangs=0.1)
     model = Slow()
     before = Before(model)
     receipt = saved(run(model, Stage("endless", {point: never}, seconds=0.0), budget=0.5))
@@ -489,7 +484,7 @@ def test_a_stage_that_costs_more_than_is_left_is_not_begun(seen: list[Event]) ->
     assert saved(run(Slow(), costly, budget=60.0)).stages[0].kept
 
 
-def test_what_is_cheap_is_tried_on_every_part_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_cheap_is_tried_on_every_part_before_anything_is_compiled(steady_clock: Any) -> None:
     """A budget that is just enough for it: the first compilation takes all that is left."""
 
     class Both(nn.Module):
@@ -501,7 +496,7 @@ def test_what_is_cheap_is_tried_on_every_part_before_anything_is_compiled(monkey
             return self.vocoder(self.estimator(x))
 
     def spend() -> None:
-        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000.0))
+        steady_clock.now += 1000.0
 
     model = Both().eval()
     parts = (Part("estimator", "estimator", model.estimator), Part("vocoder", "vocoder", model.vocoder))
@@ -556,8 +551,8 @@ CHALLENGERS: list[tuple[Stage, str]] = [
 ]
 
 
-def test_any_other_challenger_leaves_the_incumbent_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_FAR_BEHIND", float("inf"))  # what that drops is in test_tune
+def test_any_other_challenger_leaves_the_incumbent_on(decide: Any) -> None:
+    decide(far_behind=float("inf"))  # what that drops is in test_tune
 
     class Look(Stage):
         """Tries nothing, and notes what the part is when its turn comes."""

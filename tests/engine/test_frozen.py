@@ -16,7 +16,6 @@ from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part
 from accelerate_tts.engine.stages import inductor
@@ -360,16 +359,14 @@ def test_what_the_user_has_compiled_is_left_alone(traced: list[Any]) -> None:
     assert model._compiled_call_impl is call
 
 
-def test_kept_by_tuning_and_undone(traced: list[Any], monkeypatch: pytest.MonkeyPatch, seen: list[Event]) -> None:
+def test_kept_by_tuning_and_undone(traced: list[Any], decide: Any, seen: list[Event]) -> None:
     def faster(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
         for switch in (before, after):
             switch()
             run()
         return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
 
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", faster)
-    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
+    decide(compare=faster, hopeless=float("inf"))
     model = build()
     reference = run(model, x())
     plan = ModelPlan("model", (model,), (part_of(model),))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel, VitsConfig, VitsModel
 
 from accelerate_tts import Event, WarmupError, optimized_model, receipt_of
-from accelerate_tts.engine import stages, trial, whole
+from accelerate_tts.engine import stages
 from accelerate_tts.engine.lengths import at_length, ladder
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import Part
@@ -295,11 +295,9 @@ class CompiledWhereItMayBe(CompileStage):
         return "decides" if part.decides else super().applies(part)
 
 
-def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, seen: list[Event]) -> None:
+def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
     # What is compiled is kept here, however slow it is: this is about what happens to it afterwards.
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", all_are_faster)
-    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
+    decide(compare=all_are_faster, hopeless=float("inf"))
     monkeypatch.setattr(stages, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))
     ids = torch.randint(1, 38, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -382,13 +380,10 @@ class Decoder(nn.Module):
     ids=["a model that no plan knows", "a speaker encoder", "a decoder"],
 )
 def test_no_length_of_service_compiles_again_in_other_models(
-    make: Callable[[], nn.Module], stage: Any, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+    make: Callable[[], nn.Module], stage: Any, monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]
 ) -> None:
     """dynamo's guards decide, and which those are is shown here; what its graphs are compiled to is left as it is."""
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", all_are_faster)
-    for name in ("_HOPELESS", "_NOT_TWICE"):
-        monkeypatch.setattr(trial, name, float("inf"))
+    decide(compare=all_are_faster, looks=False)
     monkeypatch.setattr(stage, "least_share", 0.0)
     monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
     monkeypatch.setattr(stages, "default_stages", lambda *_args: (stage,))

@@ -27,7 +27,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_tts import Event, Receipt, events, optimized_model, optimizer, receipt_of
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.pack import WarmPack, _check, pack_folder
 from accelerate_tts.engine.pack_store import Pack, PackStore
@@ -36,8 +35,7 @@ from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.stages.layout import ChannelsLastStage
-from accelerate_tts.engine.tune import Limits, tune
-from accelerate_tts.engine.verify import TOLERANCES
+from accelerate_tts.engine.tune import Limits, begin, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.settings import Settings
@@ -126,9 +124,8 @@ def all_pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timin
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", all_pays_off)
+def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Iterator[None]:
+    decide(compare=all_pays_off)
     monkeypatch.setattr(Session, "seconds", lambda self, part, *_: 0.1 if part.name in self._references else 0.2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine two wait for each other
@@ -337,7 +334,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from accelerate_tts import add_hook, optimized_model, optimizer, receipt_of
-from accelerate_tts.engine import artifacts, session, trial, whole
+from accelerate_tts.engine import artifacts, policy, session
 from accelerate_tts.engine.measure import Timing
 
 # Stand-in for a machine on which every stage pays off.
@@ -345,7 +342,8 @@ def pays_off(run, before, after, *_, **__):
     for switch in (before, after):
         switch(), run()
     return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
-trial.compare_speed = whole.compare_speed = pays_off
+scope = policy.tuning_policy(policy.TuningPolicy(compare=pays_off))
+scope.__enter__()
 session.Session.seconds = lambda self, part, *_: 0.1 if part.name in self._references else 0.2
 
 unpacked = []
@@ -797,7 +795,7 @@ def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
 
     part = Part("decoder", "decoder", decoder, head=Head((head,), reads_alone=reads_alone))
     calls: Any = SimpleNamespace(main=[SimpleNamespace(run=speak)])
-    session = Session(ModelPlan("model", (decoder,), (part,)), calls, CPU, float("inf"), TOLERANCES["fast"])
+    session = begin(ModelPlan("model", (decoder,), (part,)), calls, CPU, Limits(float("inf"), "fast"))
     session.reference(part)
     with torch.no_grad():
         decoder.weight.mul_(1.08)

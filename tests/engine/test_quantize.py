@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.utils import rnn
 
 from accelerate_tts import optimized_model, receipt_of
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.quantize import QuantizeRecurrentStage, QuantizeStage, quantize_stages
@@ -374,7 +373,7 @@ def test_other_recurrent_layers_are_left_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:pkg_resources is deprecated")  # at their import
-def test_a_real_speaker_encoder_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_speaker_encoder_keeps_its_embeddings(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Its LSTM does not survive 8 bits, and is refused for it, however much faster it may be."""
     resemblyzer = pytest.importorskip("resemblyzer", exc_type=ImportError)
     s3tokenizer = pytest.importorskip("s3tokenizer", exc_type=ImportError)
@@ -391,9 +390,7 @@ def test_a_real_speaker_encoder_keeps_its_embeddings(monkeypatch: pytest.MonkeyP
             run()
         return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
 
-    monkeypatch.setattr(trial, "compare_speed", all_are_faster)
-    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
-    monkeypatch.setattr(whole, "compare_speed", all_are_faster)
+    decide(compare=all_are_faster, hopeless=float("inf"))
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     # Where there are bf16 units the LSTM is in bf16 by then, and nobody asks for it in 8 bits.
     monkeypatch.setattr("accelerate_tts.engine.stages.precision.half_dtypes", lambda _device: ())

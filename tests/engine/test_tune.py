@@ -12,14 +12,13 @@ from torch import nn
 
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
 from accelerate_tts.engine.session import Session
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.tune import Limits, Tuning, tune
 from accelerate_tts.engine.warmup import Loaded, warmup_calls
-from accelerate_tts.events import FellBack, Tuned, WarmupFailed
+from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, add_hook
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -126,10 +125,10 @@ class Alternative(Stage):
     group = "test"
 
 
-def test_a_disturbed_look_at_microseconds_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_look_at_microseconds_decides_nothing(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     looks = iter([1e-5, 0.009, 0.009])  # untouched; and twice with the change, while a neighbour is at work
     monkeypatch.setattr(Session, "seconds", lambda *_args: next(looks))
-    monkeypatch.setattr(trial, "compare_speed", lambda *_args, **_kwargs: Timing(2e-5, 1e-5, 2.0, 1.9, 2.1, 25))
+    decide(compare=lambda *_args, **_kwargs: Timing(2e-5, 1e-5, 2.0, 1.9, 2.1, 25))
     (result,) = run(Slow(), Stage(seconds=0.0)).receipt.stages
     assert result.kept
 
@@ -148,10 +147,10 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copies(
-    large: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+    large: bool, kept: bool, decide: Any
 ) -> None:
     """A decoder's bf16 copy beside its int8 one, while the two compete, is what a process would need the memory for."""
-    monkeypatch.setattr(trial, "_FROM_MEMORY", 1 if large else 2**30)
+    decide(from_memory=1 if large else 2**30)
     fewer, more = Alternative(seconds=0.0), Alternative(seconds=0.0 if kept else 0.001)
     fewer.name, more.name, more.spared_by = "int8", "bf16", ("int8",)
     if not kept:
@@ -164,8 +163,8 @@ def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copie
     assert second.kept is not kept
 
 
-def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_LONG_REPLAY", 0.03)
+def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(decide: Any) -> None:
+    decide(long_replay=0.03)
     model = Slow(0.04)
     first, second, third = Stage(seconds=0.032), Stage(seconds=0.036), Stage(seconds=0.0)
     first.name, second.name, third.name = "first", "second", "third"
@@ -177,12 +176,10 @@ def test_a_long_part_that_gains_nothing_is_not_timed_in_pairs(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("large", [True, False])
-def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(
-    large: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(large: bool, decide: Any) -> None:
     """Int8 weights of XTTS's GPT took 2.2 s to make, of a replay that took 0.2 s untouched, and were dropped for it."""
     if large:
-        monkeypatch.setattr(trial, "_COPIED_A_SECOND", 1.0)  # so that 4 kB of weights take over an hour
+        decide(copied_a_second=1.0)  # so that 4 kB of weights take over an hour
 
     class Copying(Stage):
         made = False
@@ -206,7 +203,7 @@ def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(
 
 
 @pytest.mark.parametrize("then", ["faster", "no gain", "no time"])
-def test_what_looked_much_faster_and_was_not_sure_is_tried_again(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looked_much_faster_and_was_not_sure_is_tried_again(then: str, decide: Any, steady_clock: Any) -> None:
     """On a busy machine: a change that everything later would be built on."""
     unsure, sure = Timing(2.0, 1.5, 1.3, 0.9, 1.6, 13), Timing(2.0, 1.0, 2.0, 1.5, 2.5, 5)
     nothing = Timing(2.0, 2.0, 1.0, 0.9, 1.1, 5)
@@ -216,22 +213,24 @@ def test_what_looked_much_faster_and_was_not_sure_is_tried_again(then: str, monk
     for stage, name in zip(stages, answers, strict=True):
         stage.name = name
 
-    judge = trial._judge
+    def begun(event: Event) -> None:
+        if isinstance(event, Trying):
+            tried.append(event.stage)
+            if then == "no time" and len(tried) == 4:  # the rest of the budget is spent meanwhile
+                steady_clock.now += 1000.0
 
-    def judged(session: Any, part: Any, change: Any, rival: Any, result: Any, which: Any) -> Any:
-        tried.append(result.stage)
-        monkeypatch.setattr(trial, "compare_speed", lambda *_args, **_kwargs: answers[result.stage].pop(0))
-        if then == "no time" and len(tried) == 3:  # the rest of the budget is spent meanwhile
-            session.deadline = 0.0
-        return judge(session, part, change, rival, result, which)
+    def compare(*_args: Any, **_kwargs: Any) -> Timing:
+        return answers[tried[-1]].pop(0) if answers[tried[-1]] else sure  # and of the whole
 
-    monkeypatch.setattr(trial, "_judge", judged)
+    decide(compare=compare)
     model = Slow()
+    remove = add_hook(begun)
     receipt = run(model, *stages).receipt
+    remove()
     kept = {stage.stage for stage in receipt.stages if stage.kept}
     assert sorted(stage.stage for stage in receipt.stages) == ["first", "second", "third"], "one line each"
     if then == "no time":
-        assert tried == ["first", "second", "third"]
+        assert tried == ["first", "second", "third", "first"]
         first = next(stage for stage in receipt.stages if stage.stage == "first")
         assert first.ratio == 1.3
         assert first.reason.startswith("no gain beyond doubt")

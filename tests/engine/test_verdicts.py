@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import ModelPlan, Part
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
@@ -33,10 +31,12 @@ class Model(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
         self.then: Callable[[], object] = int
+        self.on_call: Callable[[], object] = int
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.then()
+        self.on_call()
         return x * self.weight
 
 
@@ -65,8 +65,8 @@ class Stage(BaseStage):
         return Change()
 
 
-def run(stage: Stage, budget: float = 60.0) -> tuple[Model, Receipt]:
-    model = Model()
+def run(stage: Stage, budget: float = 60.0, model: Model | None = None) -> tuple[Model, Receipt]:
+    model = model or Model()
     plan = ModelPlan("model", (model,), (Part("part", "model", model),))
     tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [stage], DeviceInfo("cpu", "x"), Limits(budget))
     return model, tuning.receipt
@@ -92,10 +92,9 @@ GOOD = Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
 
 
 @pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def kept(decide: Any) -> None:
     """The stage is found right and twice as fast."""
-    monkeypatch.setattr(trial, "compare_speed", said([GOOD]))
-    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
+    decide(compare=said([GOOD, GOOD]), hopeless=float("inf"))
 
 
 # --- the total -----------------------------------------------------------------------------------------------------
@@ -114,11 +113,10 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
         ([timing(0.94, 1.05, pairs=3)], False),
     ],
 )
-def test_a_total_below_one_is_undone(
-    timings: list[Timing], stays: bool, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
-) -> None:
+def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide: Any, seen: list[Event]) -> None:
     last = timings[-1]
-    monkeypatch.setattr(whole, "compare_speed", said(timings))
+    timings = [GOOD, *timings]
+    decide(compare=said(timings))
     model, receipt = run(Stage())
     (result,) = receipt.stages
     assert not timings, "each was asked for"
@@ -133,7 +131,7 @@ def test_a_total_below_one_is_undone(
     [(0.0, 0.0, 5), (7.0, 3.5, 3), (12.0, 6.0, None), (12.0, 12.5, 1), (1000.0, 500.0, None), (1000.0, 1100.0, 1)],
 )
 def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
-    untouched: float, tuned: float, asked: int | None, monkeypatch: pytest.MonkeyPatch
+    untouched: float, tuned: float, asked: int | None, decide: Any
 ) -> None:
     """Of a budget of 60 s; passes are made to seem that long, and a pair is one of each.
 
@@ -142,15 +140,19 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
     """
     pairs: list[int] = []
 
-    def compare_speed(*given: Any, fewest: int) -> Timing:
-        pairs.append(fewest)
+    offset = [0.0]
+
+    def compare(*given: Any, fewest: int | None = None, **_: Any) -> Timing:
+        if fewest is None:  # of the part: the two passes of the whole come next
+            passes = iter([untouched, tuned])
+            model.on_call = lambda: offset.__setitem__(0, offset[0] + next(passes, 0.0))
+        else:
+            pairs.append(fewest)
         return GOOD
 
-    offsets = iter([0.0, untouched, untouched, untouched + tuned])  # before and after each of the two passes
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + next(offsets, 0.0))
-    monkeypatch.setattr(whole, "time", clock)
-    monkeypatch.setattr(whole, "compare_speed", compare_speed)
-    model, receipt = run(Stage())
+    decide(compare=compare, clock=lambda: time.perf_counter() + offset[0])
+    model = Model()
+    _, receipt = run(Stage(), model=model, budget=60.0)
     assert pairs == ([] if asked is None else [asked])
     assert model.then is str
     if asked is None:
@@ -163,31 +165,33 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
 # --- the budget ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seconds", "left", "tried"), [(1.0, 9.0, True), (1.0, 7.0, False), (0.1, 0.0, True)])
-def test_no_verdict_is_begun_that_the_budget_does_not_allow(seconds: float, left: float, tried: bool) -> None:
-    """Five pairs of two replays each, and two seconds of slack."""
-    session: Any = SimpleNamespace(deadline=time.perf_counter() + left)
-    reason = trial._no_time_for_pairs(session, seconds)
-    assert (reason is None) is tried
-    if reason is not None:
-        assert reason.startswith("not timed: it takes 10 s, and 7 s of the tuning budget are left")
+@pytest.mark.parametrize(("seconds", "slack", "tried"), [(0.0, 2.0, True), (6.0, 2.0, False), (6.0, 60.0, True)])
+def test_no_verdict_is_begun_that_the_budget_does_not_allow(
+    seconds: float, slack: float, tried: bool, decide: Any
+) -> None:
+    """Five pairs of two replays each that take so long, of a budget of 60 s, and a slack."""
+    offset = [0.0]
 
+    def slow() -> None:
+        offset[0] += seconds
 
-def test_a_stage_without_time_for_its_verdict_is_dropped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_no_time_for_pairs", lambda _session, seconds: f"not timed: {seconds > 0}")
-    model, receipt = run(Stage())
+    decide(slack=slack, clock=lambda: time.perf_counter() + offset[0], not_twice=float("inf"))
+    model, receipt = run(Stage(slow))
     (result,) = receipt.stages
-    assert (result.kept, result.reason, result.ratio) == (False, "not timed: True", None)
-    assert result.before is not None
-    assert result.after is not None
-    assert model.then is int
+    assert (result.kept, result.ratio is None) == (tried, not tried)
+    if not tried:
+        assert result.reason.startswith("not timed: it takes 60 s, and 4")
+        assert result.reason.endswith("s of the tuning budget are left")
+        assert result.before is not None
+        assert result.after is not None
+        assert model.then is int
 
 
 # --- not twice -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("graphs", [None, 1])
-def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decide: Any) -> None:
     """Unless it compiled in that time: the first run says nothing then."""
     calls: list[int] = []
     clock = [0.0]
@@ -196,10 +200,7 @@ def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, monke
         calls.append(1)
         clock[0] += 11.0
 
-    monkeypatch.setattr(
-        trial, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + clock[0])
-    )  # a run of the changed part seems to take 11 s
-    monkeypatch.setattr(whole, "compare_speed", said([GOOD]))
+    decide(clock=lambda: time.perf_counter() + clock[0])  # a run of the changed part seems to take 11 s
     _, receipt = run(Stage(slow, graphs), budget=1000.0)
     (result,) = receipt.stages
     if graphs is None:

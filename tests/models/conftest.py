@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from accelerate_tts import Event, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.stages import inductor
@@ -67,22 +66,17 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
+def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Whatever is right is kept, on every part and without being timed; nothing is compiled."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/engine does
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
-    for verdict in ("_hopeless", "_behind", "_not_worth_it"):
-        monkeypatch.setattr(trial, verdict, lambda *_args: None)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
 
 
 @pytest.fixture
-def only_growing(clockless: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def only_growing(clockless: None, decide: Any) -> None:
     """Of what is right only the growing cache is tried: for what must hold of any tuning, and need not wait for all."""
-    monkeypatch.setattr(
-        trial, "_not_worth_it", lambda *given: None if given[-1].name == "growing cache" else "not in this test"
-    )
+    decide(unworthy=lambda *given: None if given[-1].name == "growing cache" else "not in this test")
 
 
 class Wrong(BaseChange):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import VitsConfig, VitsModel
 
 from accelerate_tts import Event, Settings, inference, optimized_model
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied, Recompiled
@@ -63,15 +64,12 @@ def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Even
     assert any(isinstance(event, NotApplied) and "has no flow" in event.reason for event in seen)
 
 
-def test_tuned_speaks_the_same_and_undo_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
     """Compiling included: what is right counts as faster, so that it is in force on any machine."""
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
-    monkeypatch.setattr(trial, "_hopeless", lambda *_args: None)
     # One part is compiled: half a minute of compiling the duration predictor would be for nothing.
     refused = lambda _session, part, stage: "refused here" if stage.cost and part.name != "decoder" else None  # noqa: E731
-    monkeypatch.setattr(trial, "_not_worth_it", refused)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=refused)
     reference, model = small(), small()
     keys = list(model.state_dict())
 

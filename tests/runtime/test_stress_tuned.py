@@ -18,7 +18,6 @@ import torch
 import transformers
 
 from accelerate_tts import Event, inference, optimized_model, receipt_of
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.events import Guarded
 from accelerate_tts.runtime import retry
@@ -86,10 +85,9 @@ def folded(model: Any) -> bool:
 
 
 @pytest.fixture
-def voice(monkeypatch: pytest.MonkeyPatch) -> Voice:
+def voice(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Voice:
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    decide(compare=lambda *_args, **_kwargs: faster)
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     made = Voice()
     made.load()
@@ -181,13 +179,13 @@ import os
 os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = "0"  # a fork server may be older than what the test has set
 import torch
 from accelerate_tts import inference, optimized_model, receipt_of
-from accelerate_tts.engine import trial, whole
+from accelerate_tts.engine import policy
 from accelerate_tts.engine.measure import Timing
 
-for module in (trial, whole):  # what is kept is no matter of this machine's noise
-    module.compare_speed = lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5)
-for name in ("_HOPELESS", "_FAR_BEHIND", "_NOT_TWICE"):
-    setattr(trial, name, float("inf"))
+# What is kept is no matter of this machine's noise.
+faster = policy.TuningPolicy(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5), looks=False)
+scope = policy.tuning_policy(faster)
+scope.__enter__()
 
 
 class Voice:
@@ -227,15 +225,12 @@ def test_worker_processes_with_tuned_models_answer_like_this_one(
     (tmp_path / "tuned_worker.py").write_text(WORKER, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", module.compare_speed)  # the worker's import changes it here, too
-    for name in ("_HOPELESS", "_FAR_BEHIND", "_NOT_TWICE"):
-        monkeypatch.setattr(trial, name, getattr(trial, name))
     monkeypatch.delitem(sys.modules, "tuned_worker", raising=False)
     worker = importlib.import_module("tuned_worker")
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
         found = list(pool.map(worker.speak, range(64), chunksize=4))
     here = [worker.speak(number) for number in range(64)]
+    worker.scope.__exit__(None, None, None)  # importing it has opened that here, too
     # What else is kept may hang on the first look at it, on a busy machine.
     assert all("fold weight norm" in kept for _, kept, _ in (*found, *here))
     for (wave, _, inside), (expected, _, _) in zip(found, here, strict=True):

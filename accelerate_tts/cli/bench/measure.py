@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
+from accelerate_tts.engine.disturbance import Watcher
 from accelerate_tts.engine.measure import synchronize
+from accelerate_tts.engine.policy import current_policy
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.verify import compare
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from torch import nn
 
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Measured", "Ratio", "bandwidth", "bench", "bytes_of_a_token", "device_type", "difference", "held_bytes",
-    "length_of", "ordinary", "peak_bytes", "spoken", "tuned", "warm_up",
+    "length_of", "ordinary", "peak_bytes", "spoken", "tuned", "undisturbed", "warm_up",
 ]  # fmt: skip
 
 _TINY_SECONDS = 0.8
+_PATIENCE = 30.0  # seconds that a measurement waits, in all, for others to be done
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Measured:
         error: Relative error of the tuned output to the untouched one, infinite if their shapes differ; `None` where
             the output is tokens only.
         same_tokens: Whether all whole numbers in the output (tokens) are the same; `None` if there are none.
-        floor: Seconds in which the memory gives the weights that a token reads once, as they are loaded.
+        floor: Seconds in which the memory gives the weights that a token reads once, as they are loaded; at the best of
+            `bandwidths`.
         cold: Seconds of the first call of all.
         tuning: Seconds that tuning took.
         warm_start: Seconds that a second process took in its place, with the warm pack; `None` if not asked for.
@@ -80,6 +84,9 @@ class Measured:
         receipt: Everything that tuning tried, as the receipt's own JSON has it.
         device: torch's name for the type of the device.
         events: What could not be used, and what had no effect: `FellBack` and `NotApplied`, each line once.
+        bandwidths: Bytes a second that memory gave before the pairs, between them and after them.
+        disturbed: Pairs that are counted though others used the machine meanwhile; those that could be were repeated.
+        disturbance: Who used it, in words; "" if nobody did.
     """
 
     system: str
@@ -105,6 +112,9 @@ class Measured:
     receipt: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     events: list[str] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
+    disturbed: int = 0
+    disturbance: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -267,6 +277,8 @@ def bench(  # noqa: PLR0913 - the options of the command
         AccelerateTTSError: Nothing was tuned.
         MissingExtraError: The system's package is not installed.
     """
+    import torch
+
     from accelerate_tts.optimizer import get_performance_optimizer
 
     device = device_type()
@@ -280,14 +292,22 @@ def bench(  # noqa: PLR0913 - the options of the command
     peak = peak_bytes(device)  # before anything that a service would not do
     with optimizer.untouched(built.model):
         expected = spoken(built, length)[1]
+    watcher = Watcher(current_policy().machine(), torch.get_num_threads(), _PATIENCE)
     whole: list[tuple[float, float]] = []
     loops: list[tuple[Loop, Loop]] = []
-    for _ in range(pairs):
+    bandwidths = [bandwidth(device)]
+
+    def pair() -> None:
         plain, fast = Loop(), Loop()
         with optimizer.untouched(built.model):
             first = spoken(built, length, plain)[0]
         whole.append((first, spoken(built, length, fast)[0]))
         loops.append((plain, fast))
+        if len(whole) == (pairs + 1) // 2:
+            bandwidths.append(bandwidth(device))
+
+    disturbed = undisturbed(pair, (whole, loops), pairs, watcher)
+    bandwidths.append(bandwidth(device))
     forget()
     has_loop = bool(loops[0][0].steps)
     weights = 0 if built.decoder is None else bytes_of_a_token(built.decoder)
@@ -296,12 +316,39 @@ def bench(  # noqa: PLR0913 - the options of the command
         name, size, precision, layers, Ratio.of(whole),
         Ratio.of([(a.step, b.step) for a, b in loops]) if has_loop else None,
         Ratio.of([(a.prompt, b.prompt) for a, b in loops]) if has_loop else None,
-        error, same_tokens, weights / bandwidth(device) if has_loop else None, receipt.cold, receipt.seconds, None,
+        error, same_tokens, weights / max(bandwidths) if has_loop else None, receipt.cold, receipt.seconds, None,
         after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()), device, list(said),
+        json.loads(receipt.to_json()), device, list(said), bandwidths, disturbed, watcher.worst.why,
     )  # fmt: skip
+
+
+def undisturbed(measure: Callable[[], object], found: Sequence[list[Any]], count: int, watcher: Watcher) -> int:
+    """Measure so many times, and again what others disturbed: as often at most, and if the machine becomes quiet.
+
+    Args:
+        measure: Adds one measurement to each of `found`.
+        found: What is measured; the last one is taken off again if it was disturbed.
+        count: How many are wanted.
+        watcher: Tells, and waits.
+
+    Returns:
+        How many of them were disturbed, and count all the same.
+    """
+    disturbed, again = 0, count
+    while len(found[0]) < count:
+        with watcher.window() as window:
+            measure()
+        if window.disturbance.quiet:
+            continue
+        if again and watcher.wait():
+            again -= 1
+            for figures in found:
+                figures.pop()
+        else:
+            disturbed += 1
+    return disturbed
 
 
 class Loop:

@@ -162,6 +162,10 @@ def _summary(system: Found, one: Measured) -> str:
         facts.append(f"with a warm pack {one.warm_start:.1f} s ({one.warm_start / one.tuning:.0%})")
     if one.error is not None:
         facts.append(f"error {one.error:.0e}")
+    if one.bandwidths:
+        facts.append(f"memory gave {', '.join(f'{rate / 1e9:.1f}' for rate in one.bandwidths)} GB/s")
+    if one.disturbed:
+        facts.append(f"{one.disturbed} pairs were disturbed: {one.disturbance}")
     facts.append(f"kept: {', '.join(one.kept) or 'nothing'}")
     if one.note:
         facts.append(one.note)
