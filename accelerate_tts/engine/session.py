@@ -11,6 +11,7 @@ from accelerate_tts.engine.capture import Which, outputs_of
 from accelerate_tts.engine.divergence import divergence, head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
+from accelerate_tts.engine.stages.constants import KeptConstants
 from accelerate_tts.engine.verify import Tolerance, compare
 from accelerate_tts.events import Event, FellBack, add_hook
 
@@ -88,6 +89,7 @@ class Session:
         kept: The changes in force, in the order in which they were made.
         notes: Whatever else the user should know.
         heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
+        constants: What upstream was seen to compute anew in a warm pass though it never changes.
     """
 
     plan: ModelPlan
@@ -103,6 +105,7 @@ class Session:
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     heard: Mapping[str, Expectation] = field(default_factory=dict)
+    constants: KeptConstants = field(default_factory=KeptConstants)
     _references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> list[Any]:
