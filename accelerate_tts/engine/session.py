@@ -12,7 +12,8 @@ from accelerate_tts.engine.divergence import divergence, head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.stages.constants import KeptConstants
-from accelerate_tts.engine.verify import Tolerance, compare
+from accelerate_tts.engine.stages.margin import is_checked
+from accelerate_tts.engine.verify import TOLERANCES, Tolerance, compare
 from accelerate_tts.events import Event, FellBack, add_hook
 
 if TYPE_CHECKING:
@@ -187,10 +188,12 @@ class Session:
 
     def objection(self, part: Part, difference: Difference) -> str:
         """Why what a changed part computes is not tolerated, or ""."""
-        objection = (_BIT_EXACT if part.decides else self.tolerance).objection(
+        bit_exact = part.decides and not is_checked(part.module)
+        tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
+        objection = (_BIT_EXACT if bit_exact else tolerance).objection(
             difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
         )
-        why = "; it must be bit-exact, since lengths hang on it" if part.decides else ""
+        why = "; it must be bit-exact, since lengths hang on it" if bit_exact else ""
         return f"wrong output: {objection}{why}" if objection else ""
 
     def seconds(self, part: Part, which: Which = "loop") -> float:
