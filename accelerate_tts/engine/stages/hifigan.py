@@ -14,7 +14,7 @@ What it knows is transformers' `VitsHifiGan`, with residual blocks of both of Hi
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.engine.stages.swap import plain_class
 from accelerate_tts.engine.stages.tiles import Kernel, are_plain, is_fp32
@@ -23,13 +23,27 @@ from accelerate_tts.engine.stages.vits_parts import Convolution
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hifigan"]
+__all__ = ["PIECE", "Piece", "hifigan"]
 
 _GENERATOR, _PAIRS, _SINGLES = "VitsHifiGan", "HifiGanResidualBlock", "TwoConvolutionBlock"
 _LAST_SLOPE = 0.01
 """Of the activation before the last convolution: torch's default."""
-_PIECE, _LEAST_FRAMES = 4 << 20, 1024
-"""Bytes of one tensor of a piece of a level, and the least frames of one: its ends are computed twice."""
+
+
+class Piece(NamedTuple):
+    """The size of what is computed at once of a level.
+
+    Attributes:
+        size: Bytes of one tensor of it.
+        frames: The least frames of it: its ends are computed twice.
+    """
+
+    size: int
+    frames: int
+
+
+PIECE = Piece(4 << 20, 1024)
+"""Two cores with 2 MB of cache each were fastest with it (decision 0041)."""
 
 
 def hifigan(dtype: Any = None) -> Kernel:
@@ -126,7 +140,7 @@ def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor
     from torch.nn import functional
 
     length = image.shape[3]
-    frames = max(_LEAST_FRAMES, _PIECE // (image.element_size() * image.shape[0] * image.shape[1]))
+    frames = max(PIECE.frames, PIECE.size // (image.element_size() * image.shape[0] * image.shape[1]))
     pieces = max(1, round(length / frames))
     frames, reach = -(-length // pieces), max(block.reach for block in blocks)
     whole = torch.empty_like(image) if pieces > 1 else None
