@@ -23,10 +23,9 @@ from accelerate_tts.engine.policy import OVER_BUDGET
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.safe_files import own_folder
 from accelerate_tts.engine.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
-from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.tune import Tuning, acts_in_training, begin, recompile_counter, warn_of_training
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
-from accelerate_tts.engine.whole import finish
+from accelerate_tts.engine.whole import IN_ANY_CASE, finish
 from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.retry import listening
@@ -192,7 +191,7 @@ class WarmPack:
         """Write the pack of a complete tuning. What cannot be written costs one event."""
         if not tuning.complete:
             return
-        decided = [entry for entry in tuning.kept if entry.stage != QuietBars.name]  # that is done in any case
+        decided = [entry for entry in tuning.kept if entry.stage not in IN_ANY_CASE]
         kept = [found for entry in decided if (found := _described(self.plan, tuning, entry)) is not None]
         if len(kept) < len(decided):
             return  # a part that cannot be found again by its path
@@ -296,7 +295,11 @@ def _reference(session: Session, parts: Sequence[Part]) -> tuple[list[Any], floa
     """What the untouched object computes, which also is its cold pass, and what the parts are given in it."""
     clock = time.perf_counter()
     try:
-        with watch(tuple(parts), session.device.type) as session.captured, listening() as listener:
+        with (
+            watch(tuple(parts), session.device.type) as session.captured,
+            listening() as listener,
+            session.constants.watching(),
+        ):
             reference = session.run()
     except Exception as error:
         raise _WarmupFailedError from error

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["CALL", "PROCESS", "Head", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
+__all__ = ["CALL", "PROCESS", "Decision", "Head", "Kind", "ModelPlan", "Part", "find_modules", "reachable_modules"]
 
 Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
 """An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one.
@@ -53,6 +53,25 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """Where a continuous value becomes a discrete one, so that a part on which it hangs can be checked by its margin.
+
+    Attributes:
+        owner: The module whose `forward` calls the parts and decides.
+        parts: Names of the owner's attributes that compute the value, in the order in which they are called; the last
+            one's output is what is decided by.
+        edges: From the owner, the arguments of its call by name, and that output, to the values that are rounded up.
+        probe: From the owner and a number, to the arguments of a call as service may bring it, another one for each
+            number.
+    """
+
+    owner: nn.Module
+    parts: tuple[str, ...]
+    edges: Callable[[Any, Mapping[str, Any], Any], Any]
+    probe: Callable[[Any, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Part:
     """A module that is optimised as one piece.
 
@@ -61,7 +80,9 @@ class Part:
         kind: What sort of computation it is.
         module: The module itself, inside the user's object.
         decides: Whether a discrete choice hangs on its output (a duration that is rounded up, a token): then even a
-            rounding error can change the length of the result, and only bit-exact changes are allowed.
+            rounding error can change the length of the result, and only bit-exact changes are allowed, and those that
+            check each decision by its margin.
+        decision: How it can be checked, if that is known.
         cached: Whether it was seen to be called with a key/value cache.
         head: What makes logits of what it computes, if it is a decoder whose head is known.
         method: What the system calls to run it, if not the module itself: "forward" where it goes past the hooks, or a
@@ -77,6 +98,7 @@ class Part:
     head: Head | None = None
     method: str = CALL
     few_rows: float = 1.0
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from accelerate_tts.engine.capture import Which, outputs_of
 from accelerate_tts.engine.divergence import divergence, head_of
 from accelerate_tts.engine.measure import synchronize
 from accelerate_tts.engine.random_state import seeded
-from accelerate_tts.engine.verify import Tolerance, compare
+from accelerate_tts.engine.stages.constants import KeptConstants
+from accelerate_tts.engine.stages.margin import is_checked
+from accelerate_tts.engine.verify import TOLERANCES, Tolerance, compare
 from accelerate_tts.events import Event, FellBack, add_hook
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ class Session:
         unmet: What there was no time for: what it may be hoped to gain of a pass, its part and stage, and the budget
             that it wants.
         heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
+        constants: What upstream was seen to compute anew in a warm pass though it never changes.
     """
 
     plan: ModelPlan
@@ -119,6 +122,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
     heard: Mapping[str, Expectation] = field(default_factory=dict)
+    constants: KeptConstants = field(default_factory=KeptConstants)
     _references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> list[Any]:
@@ -202,10 +206,12 @@ class Session:
 
     def objection(self, part: Part, difference: Difference) -> str:
         """Why what a changed part computes is not tolerated, or ""."""
-        objection = (_BIT_EXACT if part.decides else self.tolerance).objection(
+        bit_exact = part.decides and not is_checked(part.module)
+        tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
+        objection = (_BIT_EXACT if bit_exact else tolerance).objection(
             difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
         )
-        why = "; it must be bit-exact, since lengths hang on it" if part.decides else ""
+        why = "; it must be bit-exact, since lengths hang on it" if bit_exact else ""
         return f"wrong output: {objection}{why}" if objection else ""
 
     def seconds(self, part: Part, which: Which = "loop") -> float:

@@ -351,6 +351,7 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
         calls_of(session.plan.roots) as session.called,
         linear_work(session.plan.roots) as work,
         listening() as listener,
+        session.constants.watching(),
     ):
         start = clock()
         reference = session.run()

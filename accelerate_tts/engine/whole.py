@@ -11,6 +11,7 @@ from accelerate_tts.engine.measure import Timing, synchronize
 from accelerate_tts.engine.plan import PROCESS
 from accelerate_tts.engine.policy import OVER_BUDGET
 from accelerate_tts.engine.session import Kept
+from accelerate_tts.engine.stages.constants import KeptConstants
 from accelerate_tts.engine.stages.progress import QuietBars
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.events import FellBack, emit
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.receipt import StageResult
     from accelerate_tts.engine.session import Session
 
-__all__ = ["WHOLE_PASSES", "check_whole", "finish"]
+__all__ = ["IN_ANY_CASE", "WHOLE_PASSES", "check_whole", "finish"]
+
+IN_ANY_CASE = frozenset({KeptConstants.name, QuietBars.name})
+"""Changes that `finish` makes without a trial; a warm pack has nothing to say of them."""
 
 # What a verdict of fewer pairs than five must find before all is undone: so much is no noise of two passes.
 _WORST_TOTAL = 0.95
@@ -109,6 +113,10 @@ def finish(session: Session) -> None:
     for kept in session.kept:
         kept.change.seal()
     bars = QuietBars(session.plan.roots)
+    if session.constants.found:
+        session.constants.on()
+        session.kept.append(Kept(PROCESS, KeptConstants.name, "", session.constants))
+        session.notes.append(f"kept, bit for bit, in place of computing it at each call: {session.constants}")
     if bars.modules:
         bars.on()
         session.kept.append(Kept(PROCESS, bars.name, "", bars))

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.engine.plan import Decision
 from accelerate_tts.models.named import Known
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from accelerate_tts.engine.plan import Part
 
 __all__ = ["coqui", "parts"]
 
@@ -10,7 +21,7 @@ __all__ = ["coqui", "parts"]
 # the flow and the vocoder; `posterior_encoder` is for training.
 _DECIDE = frozenset({"text_encoder", "duration_predictor"})
 
-parts = Known(
+_VITS = Known(
     "VITS",
     "transformers 4.46 to 5.23",
     {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "decoder": "vocoder"},
@@ -22,3 +33,26 @@ coqui = Known(
     {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "waveform_decoder": "vocoder"},
     _DECIDE,
 )
+
+
+def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
+    """The parts of a `VitsModel`, with how its durations become lengths."""
+    decision = Decision(module, ("text_encoder", "duration_predictor"), _frames, _text)
+    return tuple(replace(part, decision=decision if part.decides else None) for part in _VITS(path, module))
+
+
+def _frames(model: Any, named: Mapping[str, Any], log_duration: Any) -> Any:
+    """Frames of each token before they are rounded up, as `VitsModel.forward` computes them without a mask."""
+    import torch
+
+    rate = named.get("speaking_rate")
+    return torch.exp(log_duration) * (1.0 / (model.speaking_rate if rate is None else rate))
+
+
+def _text(model: Any, number: int) -> dict[str, Any]:
+    """A text of random tokens, some dozens of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(number)
+    tokens, length = int(model.text_encoder.embed_tokens.num_embeddings), 24 + 37 * (number % 4)
+    return {"input_ids": torch.randint(tokens, (1, length), generator=generator)}

@@ -81,20 +81,27 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     from accelerate_tts.engine.stages.decode import GrowingCacheStage
     from accelerate_tts.engine.stages.fold import FoldStage
     from accelerate_tts.engine.stages.fused import FusedBlocksStage
+    from accelerate_tts.engine.stages.hifigan import hifigan
     from accelerate_tts.engine.stages.layout import ChannelsLastStage
     from accelerate_tts.engine.stages.linear import FewRowsStage
+    from accelerate_tts.engine.stages.margin import CheckedStage
+    from accelerate_tts.engine.stages.operators import FewerOperatorsStage
     from accelerate_tts.engine.stages.precision import HalfStage, half_dtypes
     from accelerate_tts.engine.stages.prompts import PromptStage
     from accelerate_tts.engine.stages.quantize import quantize_stages
     from accelerate_tts.engine.stages.sequence import KERNELS, FusedSequenceStage
     from accelerate_tts.engine.stages.skinny import FORMATS, SkinnyStage
+    from accelerate_tts.engine.stages.vits_parts import DURATIONS, FLOW, TEXT
 
     on_cpu = device_type == "cpu"
     halves = [] if precision == "exact" else half_dtypes(device_type)
     formats = FORMATS[{"fast": 0, "balanced": 1, "exact": 2}[precision] :]
     stages: list[Stage] = [FoldStage()]
     if on_cpu:
-        stages += [QuietBlasStage(), ChannelsLastStage()]
+        # Before all else that changes parts: what is served as a whole is not tried again piece by piece.
+        stages += [QuietBlasStage(), FewerOperatorsStage((FLOW, hifigan()))]
+        stages += [FewerOperatorsStage((hifigan(dtype),), str(dtype)[6:]) for dtype in halves]
+        stages += [CheckedStage(DURATIONS), CheckedStage(TEXT), ChannelsLastStage()]
         # Before all else that changes linear layers: what is inside fused blocks is not tried again.
         stages += map(FusedBlocksStage, formats)
         stages += [PromptStage(), *map(FusedSequenceStage, KERNELS)] if precision != "exact" else []

@@ -24,7 +24,7 @@ from accelerate_tts.engine.stages.inductor import (
     options,
     reason_of,
 )
-from accelerate_tts.engine.stages.swap import keeps_copies, make_copies
+from accelerate_tts.engine.stages.swap import is_fused, keeps_copies, make_copies
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.owner import graph_owner
@@ -66,6 +66,8 @@ class CompileStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
+        if is_fused(part.module):
+            return "it is served as a whole"
         if part.method != CALL:
             return f"it is run by .{part.method}(), for which torch.compile does not stand in"
         if part.cached:
@@ -95,6 +97,8 @@ class FrozenCompileStage(BaseStage):
         """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
+        if is_fused(part.module):
+            return "it is served as a whole"
         if part.method != CALL:
             return f"it is run by .{part.method}(), for which torch.compile does not stand in"
         if part.cached:

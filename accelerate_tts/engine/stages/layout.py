@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,10 +51,12 @@ class ChannelsLastStage(BaseStage):
 def _convolutions(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
+    fused = in_fused(module)
     return [
         inner
         for inner in module.modules()
         if isinstance(inner, (nn.Conv1d, nn.ConvTranspose1d))
+        and inner not in fused
         # Depthwise convolutions are bound by memory, not by their layout; a subclass with a forward of its own does
         # something that we do not know.
         and inner.groups == 1

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.plan import Part
     from accelerate_tts.engine.stages.tiles import Kernel
 
-__all__ = ["KERNELS", "FusedSequenceStage"]
+__all__ = ["KERNELS", "FusedSequenceStage", "Served"]
 
 KERNELS = (TRANSFORMER, RESIDUAL)
 """Each is a stage of its own."""
@@ -67,7 +67,7 @@ class FusedSequenceStage(BaseStage):
         """
         if not multiplies_in_bf16():
             raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
-        fused = {block: _Fused(block, self._kernel, part.name) for block in self._blocks(part)}
+        fused = {block: Served(block, self._kernel, part.name) for block in self._blocks(part)}
         return ClassSwap(list(fused), lambda block: fused[block].class_for(type(block)))
 
 
@@ -79,13 +79,21 @@ def has_matrix_unit() -> bool:
     return known is not None and bool(known()) and bool(half_dtypes("cpu"))
 
 
-class _Fused:
-    """One block and what the kernel needs of it, made when first needed and anew when its weights were written."""
+class Served:
+    """One block and what the kernel needs of it, made when first needed and anew when its weights were written.
+
+    Args:
+        block: The block.
+        kernel: What serves it.
+        what: The part that it is in, for people.
+        copies: In what the kernel has copies of its weights.
+    """
 
     only_tokens = False
 
-    def __init__(self, block: nn.Module, kernel: Kernel, what: str) -> None:
+    def __init__(self, block: nn.Module, kernel: Kernel, what: str, copies: str = "bf16") -> None:
         self._block: Any = block
+        self._copies = copies
         self._kernel = kernel
         self._what = f"the fused {kernel.name} of {what}"
         self._inside = Inside(block, kernel.watched(block))
@@ -98,11 +106,11 @@ class _Fused:
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             named = {**dict(zip(names, args, strict=False)), **kwargs}
-            result = self._sequence(named) if len(args) <= len(names) else None
+            result = self.serve(named) if len(args) <= len(names) else None
             return plain.forward(self._block, *args, **kwargs) if result is None else result
 
         vars(forward)["__signature__"] = inspect.signature(plain.forward)
-        cls = subclass_with(plain, forward, copies="bf16")
+        cls = subclass_with(plain, forward, copies=self._copies)
         setattr(cls, FUSED, self)
         return cls
 
@@ -110,8 +118,13 @@ class _Fused:
         """The layers whose copies could serve them by themselves: none, as the kernels' are in panels."""
         return []
 
-    def _sequence(self, named: dict[str, Any]) -> torch.Tensor | None:
-        """What the block makes of a sequence, or `None` if this call is upstream's business."""
+    @property
+    def described(self) -> Any:
+        """What the kernel was told last."""
+        return self._known[1]
+
+    def serve(self, named: dict[str, Any]) -> Any:
+        """What the block makes of a call's arguments, or `None` if this call is upstream's business."""
         import torch
 
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
