@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -23,6 +24,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchli
     """Called by hatchling before it packs a wheel."""
 
     PLUGIN_NAME = "custom"
+    _folder = ""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build the library, and say which platform the wheel is for.
@@ -38,18 +40,30 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchli
             return
         build = _module(Path(self.root) / "accelerate_tts" / "kernels" / "build.py")
         # An editable install uses this folder itself.
-        folder = None if version == "editable" else tempfile.mkdtemp()
+        self._folder = "" if version == "editable" else tempfile.mkdtemp()
         try:
-            library = build.build(None if folder is None else Path(folder))
+            library = build.build(Path(self._folder) if self._folder else None)
         except build.NoCompilerError as error:
             if os.environ.get(_PURE) == "0":
                 raise
             self.app.display_warning(f"accelerate_tts is built without its kernels: {error}")
             return
-        if folder is not None:
+        if self._folder:
             build_data["force_include"][str(library)] = f"accelerate_tts/kernels/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform()}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Tidy up when the wheel is packed.
+
+        Args:
+            version: As for `initialize`.
+            build_data: As for `initialize`.
+            artifact_path: The wheel.
+        """
+        del version, build_data, artifact_path
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _platform() -> str:

@@ -96,7 +96,7 @@ def linears(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
 
     yield "F.linear, fp32", each(lambda i, x: functional.linear(x, weights[i]))
     for name, tensors, inputs in (("fp32", weights, xs), ("bf16", bf16, narrow)):
-        packed = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), given.rows) for w in tensors]
+        packed = [torch.ops.mkldnn._reorder_linear_weight(w, given.rows) for w in tensors]
         yield (
             f"oneDNN, packed, {name}",
             each(lambda i, x, p=packed: torch.ops.mkldnn._linear_pointwise(x, p[i], None, "none", [], ""), inputs),
@@ -115,32 +115,55 @@ def linears(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
 
 
 def steps(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float | None]]]:
-    from accelerate_tts.engine.plan import Part
-    from accelerate_tts.engine.stages.fused import FusedBlocksStage
-
     model = t3(given.layers)
     yield "eager, fp32", stepping(model, given.rows)
     for weights in ("fp32", "bf16", "int8"):
-        change, one = FusedBlocksStage(weights).prepare(Part("t3", "decoder", model)), stepping(model, given.rows)
-
-        def step(change: Any = change, inner: Any = one) -> None:
-            change.on()
-            try:
-                inner()
-            finally:
-                change.off()
-
-        yield f"ours, fused, {weights}", step
+        yield f"ours, fused, {weights}", within(fused(model, weights), stepping(model, given.rows))
     yield from ggml(given, "step")
 
 
 def prompts(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float | None]]]:
     import torch
 
+    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.engine.stages.prompts import PromptStage
+
     model = t3(given.layers)
     x = torch.randn(given.rows, PROMPT, HIDDEN)
-    yield "eager, fp32", lambda: model(inputs_embeds=x, use_cache=True) and None
+
+    def prompt() -> None:
+        model(inputs_embeds=x, use_cache=True)
+
+    yield "eager, fp32 (exact)", prompt
+    for weights in ("bf16", "int8"):
+        blocks = fused(model, weights)
+        blocks.on()
+        change = PromptStage().prepare(Part("t3", "decoder", model))
+        blocks.off()
+        yield f"ours, bf16 prompts, {weights}", within(blocks, within(change, prompt))
     yield from ggml(given, "prompt")
+
+
+def fused(model: Any, weights: Any) -> Any:
+    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.engine.stages.fused import FusedBlocksStage
+
+    return FusedBlocksStage(weights).prepare(Part("t3", "decoder", model))
+
+
+def within(change: Any, call: Callable[[], None]) -> Callable[[], float]:
+    """The call while a change is on: seconds of the call alone."""
+
+    def timed() -> float:
+        change.on()
+        try:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        finally:
+            change.off()
+
+    return timed
 
 
 def t3(layers: int) -> Any:
