@@ -136,14 +136,14 @@ def _put_in_rows(blocks: list[_Fused], what: str) -> None:
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
-_Form = tuple[str, ...] | None
+Form = tuple[str, ...] | None
 
 
 class _Forms:
     """What blocks, or their attention layers, return behind the hidden states; `None` for the states alone."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], _Form] = {}
+        self._found: dict[tuple[Any, ...], Form] = {}
 
     def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
         """See what upstream returns."""
@@ -152,7 +152,7 @@ class _Forms:
             if form is None or "" not in form:
                 self._found[key] = form
 
-    def of(self, key: tuple[Any, ...]) -> _Form | Literal[False]:
+    def of(self, key: tuple[Any, ...]) -> Form | Literal[False]:
         """What upstream returned; `False` where it was not seen yet."""
         return self._found.get(key, False)
 
@@ -288,10 +288,9 @@ class _Fused:
             past = made.layer.pair()
         given = {_WEIGHTS: weights, _CACHE: past, _NOTHING: None}
         if weights is not None and is_read(self.attention):
-            form = self.forms.of(self._key("attention", named)) or ()
-            self.attention(_Answer((made.hidden, *(given[kind] for kind in form))))
-        form = self.forms.of(self._key("block", named))
-        return (made.hidden, *(given[kind] for kind in form)) if form or form == () else made.hidden
+            shown = self.forms.of(self._key("attention", named)) or ()
+            self.attention(_Answer((made.hidden, *(given[kind] for kind in shown))))
+        return made.hidden if made.form is None else (made.hidden, *(given[kind] for kind in made.form))
 
     def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
         import torch
@@ -300,7 +299,10 @@ class _Fused:
         if of_text is None or self._is_unknown(named):
             return None
         rotated = self._rotation(hidden, named)
-        first = self._ready(hidden, past, of_text, named)
+        form = self.forms.of(self._key("block", named))
+        if form is False:
+            return None  # upstream's, which shows it
+        first = self._ready(hidden, past, of_text, named, form)
         if first is None:
             return None
         length = first.layer.length()
@@ -311,7 +313,7 @@ class _Fused:
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's business, and its own error
-        asked = [first, *self._others(hidden, past, of_text, named, length)]
+        asked = [first, *self._others(hidden, past, of_text, named, form, length)]
         weights = None
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
@@ -325,11 +327,11 @@ class _Fused:
         ).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)
-        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights))
-        return Made(made[0].clone(), None if weights is None else weights[0], first.layer)
+        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))
+        return Made(made[0].clone(), None if weights is None else weights[0], first.layer, form)
 
-    def _others(
-        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], length: int
+    def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
     ) -> list[_Ready]:
         """The blocks behind this one that are computed with it: up to the first that something is in the way of."""
         whole = growing.whole_tuple.get()
@@ -340,7 +342,7 @@ class _Fused:
                 if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
                     break
                 theirs = whole[place]
-            ready = self.blocks[place]._ready(hidden, theirs, of_text, named)
+            ready = self.blocks[place]._ready(hidden, theirs, of_text, named, form)
             if ready is None:
                 break
             if ready.layer.length() != length:
@@ -349,18 +351,18 @@ class _Fused:
             found.append(ready)
         return found
 
-    def _ready(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> _Ready | None:
+    def _ready(  # noqa: PLR0913, PLR0917 - what the call consists of
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
+    ) -> _Ready | None:
         """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
         if self._is_altered():
             return None
-        answer, read = self.forms.of(self._key("block", named)), False
-        if answer is False:
-            return None  # upstream's, which shows it
+        wanted = form is not None and _WEIGHTS in form
         if is_read(self.attention):
-            form = self.forms.of(self._key("attention", named))
-            if form is False or form is None:
+            shown = self.forms.of(self._key("attention", named))
+            if shown is False or shown is None:
                 return None
-            read = _WEIGHTS in form and self._is_wanted()
+            wanted = wanted or (_WEIGHTS in shown and self._is_wanted())
         layer = token_layer(self._told, past, self.number, named)
         if layer is None:
             return None
@@ -376,7 +378,7 @@ class _Fused:
         if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
             return None  # as where weights of other sizes were put in
-        return _Ready(described, layer, read or (answer is not None and _WEIGHTS in answer))
+        return _Ready(described, layer, wanted)
 
     def _is_wanted(self) -> bool:
         """Whether those who may read the attention layer's weights do so in this call."""
