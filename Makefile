@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test test lint format types imports docs dev check clean bench soak audit releases \
+.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit releases \
 	environments environments-page
 .DEFAULT_GOAL := help
 
@@ -104,6 +104,10 @@ kernels: ## Build the kernels' library into this folder, for using it without in
 kernels-test: ## Compare the kernels with plain loops, at each instruction set of this processor
 	@CXX="$(CXX)" $(PYTHON) accelerate_tts/kernels/build.py --tests --target build/test_kernels --machine "$(MACHINE)"
 	@$(RUN) build/test_kernels
+
+kernels-tidy: ## clang-tidy over each unit of the kernels
+	@$(PYTHON) accelerate_tts/kernels/build.py --commands >/dev/null
+	@cd accelerate_tts/kernels/csrc && clang-tidy -p . --quiet *.cpp
 
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true

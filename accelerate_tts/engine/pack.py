@@ -29,6 +29,7 @@ from accelerate_tts.engine.tune import Tuning, acts_in_training, recompile_count
 from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.engine.whole import finish
 from accelerate_tts.events import PackIgnored, Restored, emit
+from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.retry import listening
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class WarmPack:
             "torch": torch.__version__,
             "python": sys.version_info[:2],
             "device": (device.kind, device.name, torch.backends.cpu.get_cpu_capability()),
+            "kernels": level() if device.kind == "cpu" else "",  # what was tuned without them may gain by them
             "threads": torch.get_num_threads(),
             "flags": (settings.compile_mode, settings.tf32, settings.cudnn_benchmark),
             "training": acts_in_training(plan),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BuildError", "NoCompilerError", "build"]
+__all__ = ["BuildError", "NoCompilerError", "build", "write_commands"]
 
 _HERE = Path(__file__).parent
 _TOKENS = ("skinny_gemm", "decoder_block")
@@ -103,13 +104,6 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
 
 def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
     """The objects of all units and instruction sets, in the order in which they are to be linked."""
-    levels = _levels(compiler, machine, folder)
-    tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
-    listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
-    jobs = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
-    for level, flags in levels.items():
-        units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
-        jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]
 
     def compiled(job: tuple[str, str, list[str]]) -> Path:
         unit, level, flags = job
@@ -117,8 +111,45 @@ def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
         _run([*compiler, *_flags(), *flags, "-c", str(_HERE / "csrc" / f"{unit}.cpp"), "-o", str(made)])
         return made
 
+    jobs = _jobs(_levels(compiler, machine, folder))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(compiled, jobs))
+
+
+def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]]:
+    """What is compiled: a unit, the instruction set that it is for, and the flags that say so."""
+    tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
+    listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
+    jobs = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
+    for level, flags in levels.items():
+        units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
+        jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]
+    return jobs
+
+
+def write_commands() -> Path:
+    """Write `csrc/compile_commands.json`, by which clangd and clang-tidy read each unit at each instruction set.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        NoCompilerError: As for `build`.
+    """
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        levels = _levels(compiler, platform.machine(), Path(folder))
+    commands = [
+        {
+            "directory": str(_HERE / "csrc"),
+            "file": f"{unit}.cpp",
+            "arguments": [*compiler, *_flags(), *flags, f"{unit}.cpp"],
+        }
+        for unit, _, flags in reversed(_jobs(levels))  # clangd takes the first: the best
+    ]
+    target = _HERE / "csrc" / "compile_commands.json"
+    target.write_text(json.dumps(commands, indent=1), encoding="utf-8")
+    return target
 
 
 def _taken(levels: Iterable[str], without: set[str]) -> dict[str, str]:
@@ -194,7 +225,11 @@ def _main() -> None:
     parser.add_argument("--target", type=Path, help="a folder or a file; beside build.py by default")
     parser.add_argument("--machine", default="", help="the processor it is for, if CXX is a cross compiler")
     parser.add_argument("--tests", action="store_true", help="a program that compares the kernels with plain loops")
+    parser.add_argument("--commands", action="store_true", help="write csrc/compile_commands.json, and build nothing")
     given = parser.parse_args()
+    if given.commands:
+        sys.stdout.write(f"{write_commands()}\n")
+        return
     if given.tests and given.target is None:
         parser.error("--tests needs --target")
     sys.stdout.write(f"{build(given.target, machine=given.machine, tests=given.tests)}\n")

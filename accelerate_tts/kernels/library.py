@@ -26,7 +26,7 @@ from accelerate_tts.kernels.structs import ABI_VERSION, expected, library_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["KernelError", "Library", "kernels", "load", "missing"]
+__all__ = ["KernelError", "Library", "kernels", "level", "load", "missing"]
 
 VARIABLE = "ACCELERATE_TTS_KERNELS"
 NONE = "none"
@@ -106,6 +106,12 @@ def missing() -> str | None:
     """Why there are no kernels, for a stage that would use them; `None` if there are."""
     found = _loaded()
     return str(found) if isinstance(found, KernelError) else None
+
+
+def level() -> str:
+    """The instruction set that answers, or "none"."""
+    found = _loaded()
+    return NONE if isinstance(found, KernelError) else found.level
 
 
 @cache

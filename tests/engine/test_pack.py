@@ -499,7 +499,7 @@ def test_another_model_or_option_is_tuned_for_itself(
     assert happened(seen)["Restored"] == 2
 
 
-@pytest.mark.parametrize("what", ["torch", "ours", "threads", "processor", "stages", "compile mode", "TF32"])
+@pytest.mark.parametrize("what", ["torch", "ours", "threads", "processor", "kernels", "stages", "compile mode", "TF32"])
 def test_another_machine_or_version_is_tuned_for_itself(
     what: str, monkeypatch: pytest.MonkeyPatch, stage: Stage, seen: list[Event], packs: Path
 ) -> None:
@@ -513,6 +513,8 @@ def test_another_machine_or_version_is_tuned_for_itself(
         torch.set_num_threads(threads + 1)
     elif what == "processor":  # stand-in for another one
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    elif what == "kernels":  # the first load was in a wheel without them
+        monkeypatch.setattr("accelerate_tts.engine.pack.level", lambda: "none")
     elif what == "stages":
         use(monkeypatch, stage, Stage("another"))
     else:

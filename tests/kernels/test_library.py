@@ -226,3 +226,23 @@ def test_what_is_called_has_its_arguments_types() -> None:
     for function in (HERE.skinny_linear, HERE.decoder_blocks, HERE.transformer_block, HERE.residual_block):
         assert isinstance(function, ctypes._CFuncPtr)  # type: ignore[attr-defined]
         assert function.argtypes
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="asks nm")
+def test_instruction_sets_share_no_code() -> None:
+    """Of a function that several objects have, linkers keep one, which may need what a plainer processor lacks."""
+    nm = str(shutil.which("nm"))
+    symbols = subprocess.run([nm, "-C", HERE.path], capture_output=True, text=True, check=True).stdout.splitlines()
+    shared = [line for line in symbols if line[17:18] in {"W", "V", "u"}]
+    assert not shared
+
+
+@LINUX
+def test_it_needs_libc_alone() -> None:
+    needed = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "_kernels" in line]
+    assert needed, "it is loaded"
+    readelf = shutil.which("readelf")
+    if readelf is not None:
+        text = subprocess.run([readelf, "-d", HERE.path], capture_output=True, text=True, check=True).stdout
+        needed = [line.split("[")[1].rstrip("]") for line in text.splitlines() if "(NEEDED)" in line]
+        assert set(needed) <= {"libc.so.6", "libm.so.6"}

@@ -64,6 +64,25 @@ void barrier() {
 int thread_number() { return number; }
 int thread_count() { return team.size; }
 
+// The same as LLVM's runtime has it.
+int asked_for = 1;
+int32_t global_number(const void*) { return number; }
+void push_threads(const void*, int32_t, int32_t threads) { asked_for = threads; }
+void fork_call(const void*, int32_t, void (*work)(int32_t*, int32_t*, void*, void*), void* first, void* second) {
+  struct Call {
+    void (*work)(int32_t*, int32_t*, void*, void*);
+    void *first, *second;
+  } call = {work, first, second};
+  parallel(
+      [](void* data) {
+        const Call& call = *static_cast<Call*>(data);
+        int32_t own = number;
+        call.work(&own, &own, call.first, call.second);
+      },
+      &call, unsigned(asked_for), 0);
+}
+void llvm_barrier(const void*, int32_t) { barrier(); }
+
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
 std::mt19937 generator(1);
@@ -457,9 +476,11 @@ void residual(const std::string& level, int64_t batch, int64_t length, int64_t c
 }  // namespace
 
 int main(int count, char** named) {
-  void* functions[] = {reinterpret_cast<void*>(parallel), reinterpret_cast<void*>(barrier),
-                       reinterpret_cast<void*>(thread_number), reinterpret_cast<void*>(thread_count)};
-  accelerate_tts_use_threads(1, functions);
+  void* of_gcc[] = {reinterpret_cast<void*>(parallel), reinterpret_cast<void*>(barrier),
+                    reinterpret_cast<void*>(thread_number), reinterpret_cast<void*>(thread_count)};
+  void* of_llvm[] = {reinterpret_cast<void*>(global_number), reinterpret_cast<void*>(push_threads),
+                     reinterpret_cast<void*>(fork_call),     reinterpret_cast<void*>(llvm_barrier),
+                     reinterpret_cast<void*>(thread_number), reinterpret_cast<void*>(thread_count)};
   for (int i = 0; const char* name = accelerate_tts_level(i); i++) {
     if (count > 1 && std::find_if(named + 1, named + count, [&](char* one) { return !strcmp(one, name); }) == named + count)
       continue;
@@ -469,6 +490,11 @@ int main(int count, char** named) {
       continue;
     }
     const int before = failures;
+    accelerate_tts_use_threads(0, of_gcc);  // without an OpenMP
+    residual(level, 1, 40, 64, 64, 3);
+    accelerate_tts_use_threads(2, of_llvm);
+    tokens(level);
+    accelerate_tts_use_threads(1, of_gcc);
     few_rows(level);
     tokens(level);
     for (int64_t length : {1, 15, 33, 64, 70, 129, 300}) {
