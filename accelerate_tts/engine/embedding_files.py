@@ -86,7 +86,7 @@ class EmbeddingFiles:
         try:
             with regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
-                refused = size > self._limit and f"its {size} bytes are more than the limit of {self._limit}"
+                refused = _too_large(size, self._limit) if size > self._limit else None
                 value = None if refused else _unpacked(key, file.read(size), packages, self._most_described())
             if not refused and not fits(value):
                 refused = "it holds something else than an answer of this function"
@@ -118,6 +118,7 @@ class EmbeddingFiles:
         parts = _packed(key, kept.copy(), packages, self._most_described())
         size = sum(map(len, parts))
         if size > self._limit:
+            emit(PackIgnored(f"embedding {key[:12]}", _too_large(size, self._limit)))
             return False
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,6 +184,10 @@ class EmbeddingFiles:
             touch(self._folder, max(self._last_use(), found[-1][0]))
         with self._lock:
             self._room, self._writes = self._limit - total, len(found) // _SLACK if many else 0
+
+
+def _too_large(size: int, limit: int) -> str:
+    return f"its {size} bytes are more than the limit of {limit}"
 
 
 def _is_embedding(name: str) -> bool:
