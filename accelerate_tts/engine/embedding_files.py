@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.embedding_store import Kept
 from accelerate_tts.engine.safe_files import TEMPORARY, regular, temporary, touch
+from accelerate_tts.errors import message_of
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.locks import lock
 
@@ -94,7 +95,7 @@ class EmbeddingFiles:
         except FileNotFoundError:
             return None
         except Exception as error:  # whoever wrote it, it is a file that cannot be used
-            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {error}"))
+            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {message_of(error)}"))
             return None
         if refused:
             emit(PackIgnored(f"embedding {key[:12]}", refused))
