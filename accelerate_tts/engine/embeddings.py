@@ -221,11 +221,9 @@ class Embeddings:
         kind = owner if isinstance(owner, type) else type(owner)
         key = Digest()
         module = str(getattr(wrapped, "__module__", ""))
-        words = (module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module))
-        words += tuple(constants(wrapped))
-        for word in (
-            *words, *self._options.sets, kind.__module__, kind.__qualname__, str(arguments), str(encoder)
-        ):  # fmt: skip
+        words = [module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module)]
+        words += [*constants(wrapped), *self._options.sets, kind.__module__, kind.__qualname__]
+        for word in (*words, str(arguments), str(encoder)):
             key.word(word)
         packages = _packages(wrapped, owner) if self._files is not None else frozenset[str]()
         return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder), packages)
