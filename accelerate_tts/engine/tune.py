@@ -313,7 +313,7 @@ def _say_what_was_missed(session: Session) -> None:
     for gain, part, stage, wanted in sorted(session.unmet, reverse=True)[:1]:
         if gain > 0:
             emit(BudgetTooSmall(f"{session.plan.what}: {part}", stage, session.budget, float(math.ceil(wanted))))
-            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {wanted:.0f} s")
+            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {math.ceil(wanted)} s")
 
 
 def _by_part(session: Session) -> tuple[StageResult, ...]:
