@@ -13,8 +13,8 @@ import librosa
 import numpy as np
 import pytest
 import torch
-import torchaudio.compliance.kaldi as kaldi
 from torch import nn
+from torchaudio.compliance import kaldi
 
 from accelerate_tts import get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.engine.stages.constants import KeptConstants
@@ -53,7 +53,15 @@ def test_what_is_watched_is_found_and_put_back(constants: KeptConstants) -> None
 
 @pytest.mark.parametrize(
     "other",
-    [{"n_mels": 41}, {"n_mels": 40.0}, {"fmin": -0.0}, {"fmin": 0.0}, {"htk": True}, {"dtype": np.float64}, {"sr": 16e3}],
+    [
+        {"n_mels": 41},
+        {"n_mels": 40.0},
+        {"fmin": -0.0},
+        {"fmin": 0.0},
+        {"htk": True},
+        {"dtype": np.float64},
+        {"sr": 16e3},
+    ],
 )
 def test_every_argument_counts(constants: KeptConstants, other: dict[str, Any]) -> None:
     del constants
@@ -66,7 +74,11 @@ def test_every_argument_counts(constants: KeptConstants, other: dict[str, Any]) 
             continue
         for _ in range(2):
             found = librosa.filters.mel(**arguments)
-            assert (found.dtype, found.strides, found.tobytes()) == (expected.dtype, expected.strides, expected.tobytes())
+            assert (found.dtype, found.strides, found.tobytes()) == (
+                expected.dtype,
+                expected.strides,
+                expected.tobytes(),
+            )
             found.fill(7.0)  # whoever is given it may write into it
 
 

@@ -19,7 +19,7 @@ import inspect
 import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.random_state import seeded, warming
@@ -32,6 +32,7 @@ from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     import torch
     from torch import nn
 
@@ -119,8 +120,7 @@ class CheckedStage(BaseStage):
 
     def prepare(self, part: Part) -> _Checked:
         """See `Stage.prepare`."""
-        decision = part.decision
-        assert decision is not None
+        decision = cast("Decision", part.decision)
         last = getattr(decision.owner, decision.parts[-1])
         served = Served(part.module, self._kernel, part.name, "fp32")
         guard = _Guard(decision, served) if last is part.module else getattr(type(last), _CHECKED)
@@ -136,7 +136,8 @@ class _Checked(BaseChange):
         make = _deciding_class if decides else _leading_class
         modules = [module, guard.decision.owner] if decides else [module]
         self._swap = ClassSwap(
-            modules, lambda m: _owner_class(type(m), guard) if m is guard.decision.owner else make(type(m), served, guard)
+            modules,
+            lambda m: _owner_class(type(m), guard) if m is guard.decision.owner else make(type(m), served, guard),
         )
         self._is_measured = False
 
