@@ -267,8 +267,8 @@ class _Coupling:
         net = layer.wavenet
         self.width = int(net.hidden_size)
         self.steps = [
-            (Convolution.of(inner), _dense(skip))
-            for inner, skip in zip(net.in_layers, net.res_skip_layers, strict=True)
+            (_gated(inner, self.width), (2 * weight, bias))
+            for inner, (weight, bias) in zip(net.in_layers, map(_dense, net.res_skip_layers), strict=True)
         ]
 
     def __call__(self, half: torch.Tensor) -> torch.Tensor:
@@ -278,13 +278,27 @@ class _Coupling:
         total = torch.zeros_like(hidden)
         for convolution, (weight, bias) in self.steps:
             both = narrow(convolution(wide(hidden)))
-            gated = torch.tanh(both[:, :width]).mul_(torch.sigmoid(both[:, width:]))
+            both.sigmoid_()
+            gated = both[:, :width].sub_(0.5).mul_(both[:, width:])
             result = torch.addmm(bias, gated, weight)
             if result.shape[1] != width:
                 hidden = hidden + result[:, :width]
                 result = result[:, width:]
             total.add_(result)
         return torch.addmm(self.after[1], total, self.after[0])
+
+
+def _gated(layer: Any, width: int) -> Convolution:
+    """A gate's convolution, with `2 * sigmoid(2 * x) - 1` in place of `tanh(x)`, which takes five times as long.
+
+    The inner two is here, the outer one in the weights of what comes behind it: powers of two round nothing.
+    """
+    import torch
+
+    twice = torch.ones(layer.out_channels)
+    twice[:width] = 2
+    bias = None if layer.bias is None else layer.bias * twice
+    return Convolution(layer.weight * twice[:, None, None], bias, layer.padding[0], layer.dilation[0])
 
 
 def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
