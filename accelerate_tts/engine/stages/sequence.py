@@ -25,7 +25,6 @@ from accelerate_tts.engine.stages.transformer_kernel import TRANSFORMER
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from accelerate_tts.engine.plan import Part
