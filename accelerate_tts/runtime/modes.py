@@ -18,10 +18,11 @@ import inspect
 import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate_tts.errors import shown
+from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,16 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INFERENCE_MARK",
-    "Owning",
     "adopt",
     "call",
     "carry_mode",
-    "drive_async_generator",
-    "first_step",
     "in_inference_mode",
     "mode_factory",
-    "named_like",
-    "steps",
 ]
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -132,133 +128,22 @@ def carry_mode(function: F) -> F:
     return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type cannot say
 
 
-def steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
-    """Drive `body` (anything with send, throw and close) to its end, each step inside the mode."""
-    value: Any = None
-    error: BaseException | None = None
-    while True:
-        try:
-            with enter():
-                item = body.send(value) if error is None else body.throw(error)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            value = error = None  # kept across a suspension, they would keep tensors (in a traceback) alive
-        try:
-            value = yield item
-        except GeneratorExit:
-            with enter():
-                body.close()
-            raise
-        except BaseException as thrown:  # whatever the caller throws belongs to the body
-            error = thrown
-        finally:
-            del item
-
-
-class _Stepping:
-    """Makes `steps` awaitable."""
-
-    __slots__ = ("body", "enter")
-
-    def __init__(self, body: Any, enter: Enter) -> None:
-        self.body = body
-        self.enter = enter
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return steps(self.body, self.enter)
-
-
-class Owning(_Stepping):
-    """Makes a coroutine awaitable inside a mode, and closes it with itself.
-
-    A task that is cancelled before its first step never runs its coroutine; without this the body would complain
-    that it "was never awaited". On a body that has ended, closing does nothing.
-    """
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        self.body.close()
-
-
-async def _drive_coroutine(stepping: Owning) -> Any:
-    return await stepping
-
-
-_NO_TURN: AbstractAsyncContextManager[object] = nullcontext()
-
-
-async def drive_async_generator(
-    body: Any, enter: Enter, turn: AbstractAsyncContextManager[object] = _NO_TURN
-) -> AsyncGenerator[Any, Any]:
-    """Drive an async generator to its end: each step inside the mode, and the whole of it inside `turn`."""
-    async with turn:
-        value: Any = None
-        error: BaseException | None = None
-        first = True
-        try:
-            while True:
-                step = first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
-                value = error = None
-                first = False
-                try:
-                    item = await _Stepping(step, enter)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    del step
-                try:
-                    value = yield item
-                except GeneratorExit:
-                    raise
-                except BaseException as thrown:  # whatever the caller throws belongs to the body
-                    error = thrown
-                finally:
-                    del item
-        finally:
-            # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
-            await _Stepping(body.aclose(), enter)
-
-
-def first_step(body: Any) -> Any:
-    """The first step of an async generator that another one drives, which is the one that its event loop knows."""
-    # An async generator registers with its event loop at its first step, to be closed at the loop's shutdown. The
-    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside. Nor
-    # by the collector, which finalises both when it finds them in a cycle, the body first: without a finalizer it would
-    # be closed on the spot, and an await in its clean-up would be an error.
-    hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_driver)
-    try:
-        return body.asend(None)
-    finally:
-        sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_driver(_body: Any) -> None:
-    pass
-
-
-def named_like(body: Any, driver: Any) -> Any:
-    """`driver`, named like the body that it drives."""
-    for name in ("__name__", "__qualname__"):  # what a warning or a task's repr shows
-        if hasattr(body, name):
-            setattr(driver, name, getattr(body, name))
-    return driver
+async def _drive_coroutine(owning: Owning) -> Any:
+    return await owning
 
 
 def _coroutine(body: Any, enter: Enter) -> Any:
-    return named_like(body, _drive_coroutine(Owning(body, enter)))
+    return named_like(body, _drive_coroutine(Owning(body, Scoped(enter))))
 
 
 def _generator(body: Any, enter: Enter) -> Any:
     if body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE:  # made by types.coroutine: awaited, not iterated
         return _coroutine(body, enter)
-    return named_like(body, steps(body, enter))
+    return named_like(body, drive(body, Scoped(enter)))
 
 
 def _async_generator(body: Any, enter: Enter) -> Any:
-    return named_like(body, drive_async_generator(body, enter))
+    return named_like(body, drive_async(body, Scoped(enter)))
 
 
 _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
@@ -268,7 +153,7 @@ _WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
 }
 # For objects of other classes, such as those of compiled extensions.
 _PROTOCOLS: tuple[tuple[type, Callable[[Any, Enter], Any]], ...] = (
-    (Generator, lambda body, enter: named_like(body, steps(body, enter))),
+    (Generator, lambda body, enter: named_like(body, drive(body, Scoped(enter)))),
     (AsyncGenerator, _async_generator),
     (Coroutine, _coroutine),
 )
