@@ -17,6 +17,7 @@ from accelerate_tts.engine.random_state import loading_again
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import attempt, modes, turns
 from accelerate_tts.runtime import retry as retries
+from accelerate_tts.runtime.mode_choice import ModeChoice
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class _RunInMode:
         if not self.retry:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
         if self.concurrency is None:
+            if modes.is_on(self.mode) and not retries.is_watched():
+                # Inside another call that is in this mode: recursion has a limit, so no frame more than need be.
+                result = wrapped(*args, **kwargs)
+                return modes.adopt(result, self.mode) if modes.is_suspended(result) else result
             return self._run(wrapped, instance, args, kwargs)
         # A bound method that was read from the object anew has the same object behind it, or the same function.
         function = getattr(wrapped, "__func__", wrapped)
@@ -125,18 +130,22 @@ class _RunInMode:
         return turns.call(turns.room_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        choice = None
+        if self.mode != "none":
+            choice = ModeChoice(
+                self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
+            )
+        mode = self.mode if choice is None else choice.mode
         watcher = retries.watcher_of(instance, args, kwargs)
         if watcher is None:
-            return modes.call(wrapped, args, kwargs, self.mode)
-        return attempt.call(watcher, wrapped, args, kwargs, self.mode, instance=instance, retry=self.retry)
+            return modes.call(wrapped, args, kwargs, mode, choice)
+        return attempt.call(watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice)
 
 
 @overload
 def inference(function: F, /) -> F: ...
 @overload
-def inference(
-    *, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True
-) -> Callable[[F], F]: ...
+def inference(*, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True) -> Callable[[F], F]: ...
 def inference(
     function: Any = None,
     /,

@@ -120,11 +120,13 @@ class Limits:
         seconds: The budget; no further stage is begun after it, and one that ran over it is given up.
         precision: What may be changed, and by how much.
         stopped: Asked before each stage; once it is true, everything is undone.
+        began: Told what is being tuned, before anything is changed.
     """
 
     seconds: float
     precision: Precision = "exact"
     stopped: Callable[[], bool] = lambda: False
+    began: Callable[[Session], object] = bool
 
 
 def tune(
@@ -153,6 +155,7 @@ def tune(
         note = "no warmup= was given: nothing can be verified, so nothing was changed"
         return Tuning(replace(empty, notes=(note,)))
     session = Session(plan, calls, device, start + limits.seconds, TOLERANCES[limits.precision])
+    limits.began(session)
     if acts_in_training(plan):
         session.notes.append(warn_of_training(plan))
     try:

@@ -24,6 +24,7 @@ from accelerate_tts.runtime.retry import Guarding, Holds, Listener, Watcher, ret
 from accelerate_tts.runtime.rooms import running_loop
 
 if TYPE_CHECKING:
+    from accelerate_tts.runtime.mode_choice import ModeChoice
     from accelerate_tts.settings import Mode
 
 __all__ = ["call"]
@@ -41,6 +42,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
     *,
     instance: object = None,
     retry: bool = True,
+    choice: ModeChoice | None = None,
 ) -> Any:
     """`modes.call`, and a look at what comes of it: of a plain call at once, of the other kinds as they are stepped.
 
@@ -52,9 +54,10 @@ def call(  # noqa: PLR0913 - a call, and how it is made
         mode: What it runs in.
         instance: The object whose method it is.
         retry: Whether it may be made again.
+        choice: See `modes.call`.
     """
     attempt = _Attempt(watcher, function, args, kwargs, mode)
-    attempt.instance, attempt.once = instance, not retry
+    attempt.instance, attempt.once, attempt.choice = instance, not retry, choice
     attempt.keep_random()
     with attempt.inside():
         result = attempt.make()
@@ -85,7 +88,9 @@ class _Attempt:
         self.watcher = watcher
         self.guarding = watcher if isinstance(watcher, Guarding) else None
         self.name = str(getattr(function, "__qualname__", type(function).__qualname__))
-        self._call = function, args, kwargs, mode
+        self._call = function, args, kwargs
+        self._mode = mode
+        self.choice: ModeChoice | None = None
         self.units = guard.units_of(args, kwargs, function)
         self._given = (*args, *kwargs.values())
         self._random: Callable[[], None] | None = None
@@ -96,7 +101,8 @@ class _Attempt:
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
-        return modes.call(*self._call)
+        mode = self._mode if self.choice is None else self.choice.mode
+        return modes.call(*self._call, mode, self.choice)
 
     @contextmanager
     def inside(self, *, wait: bool = True) -> Generator[None, None, None]:
@@ -351,8 +357,7 @@ class _Stream(Hooks):
         return self.attempt.watcher.judge(self.attempt.name, Units(), heard, whole=False)
 
     def _is_empty(self) -> bool:
-        """Whether nothing came, though there was something to say, and it may be made again; tells what else is wrong.
-        """
+        """Whether nothing came, there was something to say, and it may be made again; tells what else is wrong."""
         if self._hold is not None:
             if self._pending:
                 self._settle(same=self._pieces == 0 and self.attempt.fault == "silent")

@@ -102,7 +102,7 @@ class Scoped(Hooks):
         self.scope = enter  # type: ignore[method-assign]  # the slot is this method, without another call in between
 
 
-def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:
+def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, PLR0912 - a loop with all its exits
     """Drive a body that has `send`, `throw` and `close` to its end, and return what it returns.
 
     Args:
@@ -187,7 +187,9 @@ class Owning(_Stepping):
         self.body.close()
 
 
-async def drive_async(body: Any, hooks: Hooks) -> AsyncGenerator[Any, Any]:
+async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exits
+    body: Any, hooks: Hooks
+) -> AsyncGenerator[Any, Any]:
     """Drive an async generator to its end.
 
     Args:
@@ -197,7 +199,6 @@ async def drive_async(body: Any, hooks: Hooks) -> AsyncGenerator[Any, Any]:
     value: Any = None
     error: BaseException | None = None
     first = True
-    inside = Scoped(hooks.scope)
     try:
         while True:
             closing = isinstance(error, GeneratorExit)
@@ -209,7 +210,7 @@ async def drive_async(body: Any, hooks: Hooks) -> AsyncGenerator[Any, Any]:
                     value = error = None
                     first = False
                     try:
-                        item = await _Stepping(step, inside)
+                        item = await _Stepping(step, Scoped(hooks.scope))
                     finally:
                         del step
             except StopAsyncIteration:
@@ -245,7 +246,7 @@ async def drive_async(body: Any, hooks: Hooks) -> AsyncGenerator[Any, Any]:
         # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
         try:
             with hooks.span(closing=True):
-                await _Stepping(body.aclose(), inside)
+                await _Stepping(body.aclose(), Scoped(hooks.scope))
         finally:
             hooks.closed()
 

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.rooms import running_loop
@@ -309,5 +309,5 @@ class _Waits:
     def __enter__(self) -> None:
         self._gate.wait_more(1)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._gate.wait_more(-1)

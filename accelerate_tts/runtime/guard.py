@@ -44,12 +44,15 @@ _LEAST_SAMPLES = 4096
 """Of a call whose text is not known, less than this may well be nothing to say."""
 _LEAST_LETTERS = 3
 _TEXTS = ("text", "texts", "sentence", "sentences", "input", "inputs", "prompt", "input_ids")
-_SPEAK_OF_TEXT = frozenset({"text", "texts", "sentence", "sentences", "transcript", "script", "utterance", "say", "words"})
-# "prompt_text" is what a reference says, "style_text" how, "text_language" in what language.
-_OTHERS = frozenset(
-    "prompt ref reference speaker voice voices style description instruct instruction negative lang language locale"
-    " accent dialect emotion path file filename wav audio url uri format model device name id key mode split".split()
+_SPEAK_OF_TEXT = frozenset(
+    {"text", "texts", "sentence", "sentences", "transcript", "script", "utterance", "say", "words"}
 )
+# "prompt_text" is what a reference says, "style_text" how, "text_language" in what language.
+_OTHERS = frozenset({
+    "prompt", "ref", "reference", "speaker", "voice", "voices", "style", "description", "instruct", "instruction",
+    "negative", "lang", "language", "locale", "accent", "dialect", "emotion", "path", "file", "filename", "wav",
+    "audio", "url", "uri", "format", "model", "device", "name", "id", "key", "mode", "split",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +181,10 @@ def _has_much_to_say(heard: Heard, units: Units) -> bool:
 def units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Callable[..., Any] | None = None) -> Units:
     """How much a call with these arguments is asked to say.
 
-    Each argument goes by the name of its parameter. The text is the one that is named `text` or the like; else one whose
-    name speaks of a text, and not of a reference, a style or a language; else the longest text that is neither a path
-    nor named after something else. A request object or a mapping is looked into. Without any text, whole numbers in
-    a tensor or array are token ids.
+    Each argument goes by the name of its parameter. The text is the one that is named `text` or the like; else one
+    whose name speaks of a text, and not of a reference, a style or a language; else the longest text that is neither
+    a path nor named after something else. A request object or a mapping is looked into. Without any text, whole
+    numbers in a tensor or array are token ids.
 
     Args:
         args: Positional arguments.

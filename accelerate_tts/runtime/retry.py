@@ -9,7 +9,7 @@ which is slower and as right.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ __all__ = [
     "Switch",
     "Watcher",
     "guard_of",
+    "is_watched",
     "listening",
     "not_again",
     "protect",
@@ -352,9 +353,16 @@ def guard_of(item: object) -> Guard | None:
     return guards[-1] if guards else None
 
 
+def is_watched() -> bool:
+    """Whether calls in this context may have somebody who watches them."""
+    if _retrying.get() or len(WITHIN.get()) >= _DEEPEST:
+        return False
+    return bool(_guards) or _listener.get() is not None
+
+
 def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
     """Who watches a call: the guard of the object whose method it is, of an argument, or of what the object holds."""
-    if _guards and not _retrying.get() and len(WITHIN.get()) < _DEEPEST:
+    if _guards and is_watched():
         items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:

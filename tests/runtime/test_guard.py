@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import random
 import threading
@@ -472,6 +473,48 @@ def test_a_generator_given_as_an_argument_has_its_state_back(guarded: Any) -> No
     assert torch.equal(wave, torch.randn(5000, generator=torch.Generator().manual_seed(5)))
 
 
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(5),
+    "NumPy": lambda: np.random.default_rng(5),
+    "NumPy's old": lambda: np.random.RandomState(5),
+    "Python": lambda: random.Random(5),
+}
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
+@pytest.mark.parametrize("place", ["attribute", "of an attribute", "in a list", "of a module", "argument"])
+def test_a_generator_that_is_kept_has_its_state_back(place: str, make: Any, seen: list[Event]) -> None:
+    def drawn(generator: Any) -> list[float]:
+        if isinstance(generator, torch.Generator):
+            return torch.rand(5000, generator=generator).tolist()
+        return [generator.random() if hasattr(generator, "random") else generator.random_sample() for _ in range(5000)]
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.generator = make()
+
+    class Seeded(Backend):
+        @inference
+        def speak(self, text: str, sampler: Any = None) -> torch.Tensor:
+            found: Any = {
+                "attribute": lambda: self.sampler,
+                "of an attribute": lambda: self.sampler.generator,
+                "in a list": lambda: self.sampler[0],
+                "of a module": lambda: self.voice.generator,
+                "argument": lambda: sampler["generator"],
+            }[place]()
+            wave = torch.tensor(drawn(found))
+            return nan(wave) if self.voice.fault else wave
+
+    backend = Seeded(nan)
+    backend.sampler = {"attribute": make, "in a list": lambda: [make()]}.get(place, Sampler)()  # type: ignore[attr-defined]
+    backend.voice.generator = make()
+    retry.protect(backend, retry.Guard("Voice", backend.tuning, {}, 3))
+    wave = backend.speak(TEXT, sampler={"generator": make()})
+    assert wave.tolist() == torch.tensor(drawn(make())).tolist()
+    assert len(told(seen)) == 1
+
+
 def test_decorated_functions_inside_a_second_attempt_are_left_alone(seen: list[Event]) -> None:
     class Nested(Backend):
         @inference
@@ -789,6 +832,78 @@ def test_no_false_alarm() -> None:
 )
 def test_how_much_there_is_to_say(args: Any, kwargs: Any, units: Units) -> None:
     assert units_of(args, kwargs) == units
+
+
+@dataclasses.dataclass
+class Request:
+    language: str
+    text: str
+
+
+GOOD = "Good morning, everybody."
+NAMED: dict[str, Callable[..., Any]] = {
+    "a language first": lambda language, text: (language, text),
+    "a path first": lambda ref_audio, gen_text: (ref_audio, gen_text),
+    "a reference's text": lambda ref_wav_path, prompt_text, prompt_language, text, text_language: None,
+    "cosy": lambda tts_text, prompt_text, prompt_speech: None,
+    "names that say nothing": lambda a, b: None,
+    "any": lambda *args: None,
+    "a default": lambda text=None, voice="af_heart": None,
+    "keywords only": lambda *, text, speaker: None,
+}
+LONG_PATH = "/srv/voices/of/somebody/whose/name/is/very/long/reference.wav"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("a language first", ("en", GOOD), {}),
+        ("a language first", (GOOD * 3,), {"text": GOOD}),
+        ("a path first", (LONG_PATH, GOOD), {}),
+        ("a path first", (), {"gen_text": GOOD, "ref_audio": LONG_PATH}),
+        ("a reference's text", (LONG_PATH, GOOD * 4, "en", GOOD, "en"), {}),
+        ("a reference's text", (LONG_PATH, GOOD * 4, "en"), {"text": GOOD, "text_language": "en"}),
+        ("cosy", (GOOD, GOOD * 2, torch.zeros(16000)), {}),
+        ("names that say nothing", ("en", GOOD), {}),
+        ("names that say nothing", (GOOD, "en"), {}),
+        ("names that say nothing", (LONG_PATH, GOOD), {}),
+        ("names that say nothing", ("https://example.com/a/very/long/address/of/a/voice", GOOD), {}),
+        ("any", ("en-us", "voice.wav", GOOD), {}),
+        ("a default", (GOOD,), {"voice": "a-very-long-name-of-a-voice-that-is-no-text"}),
+        ("keywords only", (), {"speaker": "a-very-long-name-of-a-speaker", "text": GOOD}),
+        ("any", (Request("en", GOOD),), {}),
+        ("any", ({"text": GOOD, "language": "en"},), {}),
+    ],
+)
+def test_the_text_is_found_by_the_names_of_parameters(name: str, args: Any, kwargs: Any) -> None:
+    function = NAMED[name]
+    assert units_of(args, kwargs, function) == units_of((GOOD,), {})
+    assert units_of(args, kwargs, functools.partial(function)) == units_of((GOOD,), {})
+
+
+def test_a_method_is_asked_for_its_text_without_its_object(seen: list[Event]) -> None:
+    class InAnyOrder(Backend):
+        @inference
+        def speak(self, language: str, text: str) -> torch.Tensor:  # type: ignore[override]
+            return self.voice(SAMPLES * len(text))
+
+    ways: list[Callable[[Any], torch.Tensor]] = [
+        lambda b: b.speak("en", TEXT),
+        lambda b: b.speak(text=TEXT, language="en"),
+        lambda b: type(b).speak(b, "en", TEXT),
+    ]
+    for speak in ways:
+        backend = InAnyOrder(torch.zeros_like)
+        name = f"{InAnyOrder.__qualname__}.speak"
+        expected = {name: Expectation.of([(Units(24, 20), hear(untouched("speak")))])}
+        retry.protect(backend, retry.Guard("Voice", backend.tuning, expected, 3))
+        assert speak(backend).any(), "two letters of a language are nothing to say, so silence was right"
+        assert told(seen)[-1].fault == "silent"
+        backend = InAnyOrder(lambda wave: wave)
+        retry.protect(backend, retry.Guard("Voice", backend.tuning, expected, 3))
+        before = len(told(seen))
+        backend.speak("en", TEXT * 20)
+        assert len(told(seen)) == before, "good speech was too long for two letters"
 
 
 def test_what_can_be_cut() -> None:

@@ -12,14 +12,14 @@ do; the innermost such module of a part is taken. The class of the cache that th
 from __future__ import annotations
 
 import inspect
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.capture import READY
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import call_normally
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, per_class, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import cache_name, cache_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _parameters(cls: Any) -> list[str]:
     return [parameter.name for parameter in parameters]
 
 
-@cache
+@per_class
 def _decoding_class(plain: Any) -> type:
     import torch
 
