@@ -9,6 +9,7 @@ import operator
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
@@ -17,7 +18,7 @@ from accelerate_tts.engine.random_state import loading_again
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import attempt, modes, turns
 from accelerate_tts.runtime import retry as retries
-from accelerate_tts.runtime.mode_choice import ModeChoice
+from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
     def __new__(cls, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> Any:
         if rest or named:
             return super().__new__(cls, wrapped, instance, *rest, **named)
-        return wrapped.__get__(instance, type(instance))
+        of_class = isinstance(wrapped.__wrapped__, classmethod)
+        return wrapped.__get__(None, instance) if of_class else wrapped.__get__(instance, type(instance))
 
     def __init__(self, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> None:
         if rest or named:  # else it is a method of `__new__`, and ready
@@ -116,8 +118,11 @@ class _RunInMode:
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
             return wrapped(*args, **kwargs)
+        if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)`: as a method, too
+            wrapped = MethodType(wrapped.__wrapped__, instance)
         if not self.retry:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
+            made_once()
         if self.concurrency is None:
             if modes.is_on(self.mode) and not retries.is_watched():
                 # Inside another call that is in this mode: recursion has a limit, so no frame more than need be.

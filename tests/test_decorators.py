@@ -776,15 +776,14 @@ async def test_a_cancelled_async_load_leaves_an_untouched_model() -> None:
 
 
 class Callbacks:
-    """Undecorated and decorated twins of each kind."""
+    """Methods of each kind."""
 
     def __init__(self) -> None:
         self.depth = 0
 
-    def plain(self, value: int = 1) -> int:
+    @inference
+    def decorated(self, value: int = 1) -> int:
         return value + 1
-
-    decorated = inference(plain)
 
     @inference
     @classmethod
@@ -924,7 +923,7 @@ ENDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("body", kinds_of_end(), ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", list(kinds_of_end()), ids=lambda body: body.__name__)
 def test_a_generator_ends_as_it_does_undecorated(body: Any, end: Any) -> None:
     """Closing one gives what it returns, from Python 3.13 on."""
     plain, driven = body(), inference(body)()

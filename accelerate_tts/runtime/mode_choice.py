@@ -25,12 +25,12 @@ from accelerate_tts.runtime.random_states import random_states
 if TYPE_CHECKING:
     from accelerate_tts.settings import Mode
 
-__all__ = ["ModeChoice", "mode_of"]
+__all__ = ["ModeChoice", "made_once", "mode_of"]
 
 _OF_INFERENCE = re.compile(r"inference ?tensor|inference ?mode", re.IGNORECASE)
 _OF_GRADIENTS = re.compile(r"does not require grad|requires_grad=True on inference|saved for backward", re.IGNORECASE)
 _CAUSES = 8  # an error of a thread may have been wrapped on its way
-_MOST = 200_000  # objects that are looked through for inference tensors
+_MOST, _LONGEST = 200_000, 50_000  # what is looked through for inference tensors: objects, items of a container
 
 
 class _Known:
@@ -42,6 +42,15 @@ class _Known:
         self.owner = owner
         self.mode: Mode | None = None
         self.gave_up = False
+
+
+# Calls so far of functions with retry=False. Whatever was under way meanwhile may have made one of them.
+_made_once = [0]
+
+
+def made_once() -> None:
+    """Say that a function with side effects is called: what calls it is not made again."""
+    _made_once[0] += 1
 
 
 # By the identity of objects, without keeping them.
@@ -94,10 +103,13 @@ class ModeChoice:
         self.mode = mode_of(self.owner, mode)
         self._function, self._args, self._kwargs = function, args, kwargs
         self._again = again
+        self._before = _made_once[0]
         self._first: Exception | None = None
         # Of the first call only: once one went well, another kind of call may still fail, under other numbers.
         fresh = mode == "inference" and _known_of(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
+        # torch writes into an inference tensor, and raises then: what a call was given must be as it was.
+        self._given = _contents(owner, args, kwargs) if fresh else None
 
     def milder(self, error: Exception, *, given: bool = False) -> bool:
         """Whether the call is to be made again, in `mode`, which then is another one.
@@ -116,11 +128,15 @@ class ModeChoice:
         # Under `no_grad`, what an earlier call made in inference mode may be in the way: `_make_normal` mends that.
         self.mode = "none" if kind == "gradients" else "no_grad"
         once = any(isinstance(value, (Iterator, AsyncIterator)) for value in (*self._args, *self._kwargs.values()))
-        if given or once or not self._again:
+        if given or once or not self._again or self._before != _made_once[0]:
             self.settle(error)
             return False
+        if self._given is not None:
+            _put_back(self._given)
+        if _make_normal(self.owner, self._args, self._kwargs) and self._given is None:
+            self.settle(error)  # the call may have written into these, so it would not be the same call
+            return False
         self._first = error
-        _make_normal(self.owner, self._args, self._kwargs)
         return True
 
     def make(self) -> Any:
@@ -137,7 +153,8 @@ class ModeChoice:
 
     def settle(self, error: Exception | None = None) -> None:
         """The call went well: if that was in a milder mode, the object's calls are made in it from now on."""
-        error = error or self._first
+        # Not kept: its traceback has the failed attempt's tensors, and this object.
+        error, self._first = error or self._first, None
         known = _known_of(self.owner) or self._entry()
         if error is None or known.mode == self.mode:
             return
@@ -198,10 +215,42 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _make_normal(*roots: Any) -> None:  # noqa: C901 - a walk
-    """Replace what was made in inference mode by normal tensors, in attributes and containers that can be reached."""
+def _contents(*roots: Any) -> list[tuple[Any, Any]]:
+    """What was made in inference mode and can be reached, with copies of it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    with torch.inference_mode():
+        return [(tensor, tensor.clone()) for tensor in _inference_tensors(roots)]
+
+
+def _put_back(contents: list[tuple[Any, Any]]) -> None:
+    torch = sys.modules["torch"]
+    with torch.inference_mode():
+        for tensor, copy in contents:
+            tensor.copy_(copy)
+
+
+def _inference_tensors(roots: tuple[Any, ...]) -> list[Any]:
+    found: dict[int, Any] = {}
+    for _, places in _reachable(roots):
+        found.update((id(value), value) for _, value in places if _is_inference(value))
+    return list(found.values())
+
+
+def _is_inference(value: Any) -> bool:
+    return issubclass(type(value), sys.modules["torch"].Tensor) and bool(value.is_inference())
+
+
+def _make_normal(*roots: Any) -> int:
+    """Replace what was made in inference mode by normal tensors, in attributes and containers that can be reached.
+
+    Returns:
+        How many there were, with those that are in no such place.
+    """
     import torch
 
+    count = len(_inference_tensors(roots))
     made: dict[int, tuple[Any, Any]] = {}  # with the replaced one, whose id no other object must get
 
     def normal(tensor: Any) -> Any:
@@ -213,30 +262,39 @@ def _make_normal(*roots: Any) -> None:  # noqa: C901 - a walk
             made[id(tensor)] = (copy, tensor)
         return made[id(tensor)][0]
 
+    for holder, places in _reachable(roots):
+        for place, value in places if isinstance(holder, (dict, list)) else ():
+            if _is_inference(value):
+                with suppress(TypeError):  # a dictionary that does not take it
+                    holder[place] = normal(value)
+            elif issubclass(type(value), tuple) and (whole := _with_normal(value, normal)) is not value:
+                holder[place] = whole
+    return count
+
+
+def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+    """Containers and dictionaries of attributes that can be reached, with what each holds."""
+    torch = sys.modules["torch"]
     seen: set[int] = set()
-    queue = deque(roots)
+    queue: deque[Any] = deque(roots)
     while queue and len(seen) < _MOST:
         item = queue.popleft()
-        if isinstance(item, (*_PLAIN, torch.Tensor)) or id(item) in seen:
+        kind = type(item)  # not isinstance, which asks a proxy, that may be bound to nothing and raise
+        if issubclass(kind, (*_PLAIN, torch.Tensor)) or id(item) in seen:
             continue
         seen.add(id(item))
-        inner: Any = item
-        if not isinstance(item, (dict, list, tuple, set)):
+        holder: Any = item
+        if issubclass(kind, (dict, list, tuple)):
+            if len(item) > _LONGEST:
+                continue
+        else:
             try:
-                inner = object.__getattribute__(item, "__dict__")
+                holder = object.__getattribute__(item, "__dict__")
             except (AttributeError, TypeError):  # slots, or a class of an extension
                 continue
-        places = list(inner.items()) if isinstance(inner, dict) else list(enumerate(inner))
-        for place, value in places:
-            if isinstance(value, torch.Tensor) and value.is_inference():
-                if isinstance(inner, (dict, list)):
-                    with suppress(TypeError):  # a dictionary that does not take it
-                        inner[place] = normal(value)
-                continue
-            whole = _with_normal(value, normal) if isinstance(value, tuple) else value
-            if whole is not value and isinstance(inner, (dict, list)):
-                inner[place] = whole
-            queue.append(whole)
+        places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
+        queue.extend(value for _, value in places)
+        yield holder, places
 
 
 def _with_normal(value: Any, normal: Callable[[Any], Any]) -> Any:

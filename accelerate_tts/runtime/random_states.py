@@ -6,7 +6,6 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 __all__ = ["random_states"]
@@ -53,17 +52,18 @@ def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[Calla
     for _ in range(_DEEPEST):
         inner: list[Any] = []
         for item in level:
-            if isinstance(item, _PLAIN) or id(item) in seen or len(seen) >= _MOST_LOOKED_AT:
+            kind = type(item)  # not isinstance, which asks a proxy, that may be bound to nothing and raise
+            if issubclass(kind, _PLAIN) or id(item) in seen or len(seen) >= _MOST_LOOKED_AT:
                 continue
             seen.add(id(item))
-            kept = _of_generator(item, numpy, torch)
+            kept = _of_generator(item, kind, numpy, torch)
             if kept is not None:
                 found.append(kept)
-            elif isinstance(item, (list, tuple)):
+            elif issubclass(kind, (list, tuple)):
                 inner += item[:_MOST_LOOKED_AT]
-            elif isinstance(item, dict):
-                inner += islice(item.values(), _MOST_LOOKED_AT)
-            elif torch is None or not isinstance(item, torch.Tensor):
+            elif issubclass(kind, dict):
+                inner += list(item.values())[:_MOST_LOOKED_AT]
+            elif torch is None or not issubclass(kind, torch.Tensor):
                 inner += _attributes_of(item)
         level = inner
     return found
@@ -81,15 +81,15 @@ def _attributes_of(item: Any) -> Iterable[Any]:
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
-def _of_generator(item: Any, numpy: Any, torch: Any) -> Callable[[], object] | None:
+def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> Callable[[], object] | None:
     """What puts a generator back; `None` for anything else."""
-    if isinstance(item, random.Random):
-        return None if isinstance(item, random.SystemRandom) else _kept(item.getstate, item.setstate)
-    if torch is not None and isinstance(item, torch.Generator):
+    if issubclass(kind, random.Random):
+        return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
+    if torch is not None and issubclass(kind, torch.Generator):
         return _kept(item.get_state, item.set_state)
-    if numpy is not None and isinstance(item, numpy.random.RandomState):
+    if numpy is not None and issubclass(kind, numpy.random.RandomState):
         return _kept(item.get_state, item.set_state)
-    if numpy is not None and isinstance(item, numpy.random.Generator):
+    if numpy is not None and issubclass(kind, numpy.random.Generator):
         bits = item.bit_generator
         state = bits.state
         return lambda: setattr(bits, "state", state)

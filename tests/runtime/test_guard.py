@@ -967,6 +967,13 @@ def test_no_output_makes_the_guard_raise(output: Any, whole: bool) -> None:
     size_of(output)
 
 
+def test_a_proxy_that_is_bound_to_nothing_costs_no_call(guarded: Any) -> None:
+    backend = guarded(nan)
+    backend.request = Broken()
+    backend.requests = [{"a": Broken()}]
+    assert backend.speak(TEXT).isfinite().all()
+
+
 def test_an_output_that_holds_itself_is_looked_at_to_a_depth() -> None:
     ring: list[Any] = [nan(WAVE)]
     ring.append(ring)
