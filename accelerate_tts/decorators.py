@@ -115,7 +115,8 @@ class _RunInMode:
         self.concurrency = concurrency
         self.retry = retry
 
-    def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    def call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call; a method and not `__call__`, which would take a frame more of what recursion may have."""
         if not is_active():
             return wrapped(*args, **kwargs)
         if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)`: as a method, too
@@ -200,7 +201,7 @@ def inference(
 
 def _decorate_inference(function: Any, *, mode: Mode, concurrency: int | None, retry: bool) -> Any:
     _check_function("inference", function)
-    return _InferenceShell(function, _RunInMode(mode, concurrency, retry=retry))
+    return _InferenceShell(function, _RunInMode(mode, concurrency, retry=retry).call)
 
 
 @overload

@@ -866,8 +866,8 @@ def test_a_weak_method_is_one() -> None:
 
 @pytest.mark.parametrize("name", ["recursive", "walked", "awaited"])
 def test_recursion(name: str) -> None:
-    """Python's limit is a thousand frames in all: a wrapper takes some of them, but not four of five."""
-    backend, depth = Callbacks(), 225
+    """Python's limit is a thousand frames in all, of which a wrapper takes some: two of three, or three of four."""
+    backend, depth = Callbacks(), 220 if name == "awaited" else 300
     result = getattr(backend, name)(depth)
     if name == "walked":
         assert sum(1 for _ in result) == depth + 1

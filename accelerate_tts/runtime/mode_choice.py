@@ -188,10 +188,9 @@ def _kind_of(error: BaseException | None) -> str:
     for _ in range(_CAUSES):
         if error is None:
             return ""
-        text = str(error) if isinstance(error, (RuntimeError, Exception)) else ""
-        if _OF_GRADIENTS.search(text):
+        if _OF_GRADIENTS.search(_text(error)):
             return "gradients"
-        if _OF_INFERENCE.search(text):
+        if _OF_INFERENCE.search(_text(error)):
             return "inference"
         error = error.__cause__ or error.__context__
     return ""
@@ -203,8 +202,21 @@ def _is_callers() -> bool:
     return torch is None or torch.is_inference_mode_enabled()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a class of the user's own; his error is what he gets
+        return ""
+
+
+def _first_line(error: BaseException) -> str:
+    """What was found in it, or in what it came of."""
+    found: BaseException | None = error
+    for _ in range(_CAUSES):
+        if found is None or _OF_GRADIENTS.search(_text(found)) or _OF_INFERENCE.search(_text(found)):
+            break
+        found = found.__cause__ or found.__context__
+    return (_text(found or error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 # --- what was made in inference mode ----------------------------------------------------------------------------------

@@ -277,6 +277,19 @@ def test_an_error_of_the_users_own_is_raised_as_it_is(kind: str, seen: list[Even
     assert not told(seen)
 
 
+def test_an_error_that_cannot_be_printed_is_raised_as_it_is() -> None:
+    class OwnError(RuntimeError):
+        def __str__(self) -> str:
+            raise LookupError
+
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise OwnError
+
+    with pytest.raises(OwnError):
+        Service(Fails()).plain(X)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_that_no_mode_mends_is_raised_and_not_tried_again(kind: str, seen: list[Event]) -> None:
     class Fails(nn.Module):
