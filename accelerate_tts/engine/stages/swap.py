@@ -88,7 +88,9 @@ class ClassSwap(BaseChange):
         # The same class each time: a compiler guards on it, and would compile again at every switch.
         key = (module, type(module))
         if key not in self._made:
-            self._made[key] = self._swapped(module)
+            cls = self._made[key] = self._swapped(module)
+            if _PLAIN in vars(cls) and _MEMBERS not in vars(cls):  # here, since a stage may add some after it is made
+                setattr(cls, _MEMBERS, frozenset({*vars(cls), _MEMBERS}))
         return self._made[key]
 
     def off(self) -> None:
@@ -292,7 +294,6 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     maker = ABCMeta if issubclass(kind, ABCMeta) else type
     made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
     made.__bases__ = (plain,)
-    setattr(made, _MEMBERS, frozenset({*vars(made), _MEMBERS}))
     return made  # type: ignore[no-any-return]
 
 
