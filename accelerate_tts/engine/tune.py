@@ -126,12 +126,14 @@ class Limits:
         precision: What may be changed, and by how much.
         stopped: Asked before each stage; once it is true, everything is undone.
         policy: How it is decided.
+        began: Told what is being tuned, before anything is changed.
     """
 
     seconds: float
     precision: Precision = "exact"
     stopped: Callable[[], bool] = lambda: False
     policy: TuningPolicy = field(default_factory=current_policy)
+    began: Callable[[Session], object] = bool
 
 
 def begin(
@@ -144,9 +146,11 @@ def begin(
     watcher = Watcher(policy.machine(), torch.get_num_threads(), min(policy.patience, limits.seconds / 4))
     verdicts = {(result.part, result.stage): result for result in known}
     deadline = policy.clock() + limits.seconds
-    return Session(
+    session = Session(
         plan, calls, device, limits.seconds, deadline, TOLERANCES[limits.precision], policy, watcher, verdicts
     )
+    limits.began(session)
+    return session
 
 
 def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.swap import per_class, unannounced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,7 +202,7 @@ def _refold(module: nn.Module, _incompatible: object) -> None:
     module._buffers[fold.name] = fold.compute()
 
 
-@lru_cache(maxsize=256)
+@per_class
 def _folded_class(plain: type) -> type:
     def untouched(self: Any) -> Any:
         fold, _ = vars(self)[_FOLD]
@@ -223,6 +223,4 @@ def _folded_class(plain: type) -> type:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(untouched(self), memo)
 
-    # Under the plain class's own names: whoever prints or names the type finds what was there.
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**names, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})
+    return unannounced(plain, {"__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})

@@ -8,11 +8,10 @@ a matrix-vector product either way, and from about ten rows on `F.linear` is rig
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, per_class, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +52,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-@cache
+@per_class
 def _few_rows_class(plain: Any) -> type:
     import torch
     from torch.nn import functional

@@ -31,6 +31,7 @@ from accelerate_tts.engine.stages.swap import (
     in_fused,
     is_fused,
     is_recorded,
+    per_class,
     plain_class,
     subclass_with,
 )
@@ -176,7 +177,7 @@ def _twin(module: Any, dtype: torch.dtype) -> Any:
     return twin
 
 
-@cache
+@per_class
 def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     import torch
 
@@ -193,7 +194,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     return subclass_with(plain, forward, copies=str(dtype))
 
 
-@cache
+@per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))

@@ -14,7 +14,6 @@ and has to pass the same comparison: of one speaker encoder only a cosine of 0.5
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from accelerate_tts.engine.stages.swap import (
     are_left_over,
     class_of,
     in_fused,
+    per_class,
     plain_class,
     subclass_with,
 )
@@ -131,7 +131,7 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-@cache
+@per_class
 def _quantized_class(plain: Any, least: int) -> type:
     import torch
 

@@ -9,7 +9,6 @@ output; both are only stored so, sums stay in fp32, and more than a few rows tak
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
@@ -21,6 +20,7 @@ from accelerate_tts.engine.stages.swap import (
     ClassSwap,
     class_of,
     in_fused,
+    per_class,
     plain_class,
     subclass_with,
 )
@@ -139,7 +139,7 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-@cache
+@per_class
 def _exact_class(plain: Any, transposed: bool) -> type:
     import torch
 
@@ -176,7 +176,7 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
     )
 
 
-@cache
+@per_class
 def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
     def forward(self: Any, x: Any) -> Any:
         bias = self.bias
