@@ -81,25 +81,26 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
         NoCompilerError: There is no C++ compiler: none of `CXX`, c++, g++ and clang++.
         BuildError: The compiler failed.
     """
-    target = target or _HERE
-    target = target / _structs().library_name() if target.is_dir() else target
+    place: Path = target or _HERE
+    name: str = _structs().library_name()
+    place = place / name if place.is_dir() else place
     compiler = _compiler()
     _write_header()
     with tempfile.TemporaryDirectory() as folder:
         objects = [str(path) for path in _compiled(compiler, Path(folder), machine or platform.machine())]
-        made = Path(folder) / target.name
+        made = Path(folder) / place.name
         if tests:
             source = str(_HERE / "csrc" / "tests" / "test_kernels.cpp")
             _run([*compiler, "-std=c++17", "-O1", "-pthread", "-static-libstdc++", source, *objects, "-o", str(made)])
         else:
             _run([*compiler, *_linking(), "-o", str(made), *objects])
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Beside it and renamed: a process that has the old one mapped keeps it.
-        beside = target.with_name(f"{target.name}.{os.getpid()}")
+        beside = place.with_name(f"{place.name}.{os.getpid()}")
         shutil.copyfile(made, beside)
         beside.chmod(0o755)
-        beside.replace(target)
-    return target
+        beside.replace(place)
+    return place
 
 
 def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
