@@ -106,7 +106,7 @@ def shared(rotated: Any, mask: Any, rows: int, head_size: int, positions: int) -
     return Shared((rows, *rotation[:3], *seen[:3]), (rotation[3:], seen[3:]))
 
 
-def run(
+def run(  # noqa: PLR0913, PLR0917 - what a call consists of
     blocks: Sequence[Described],
     x: torch.Tensor,
     given: Shared,
