@@ -1,4 +1,4 @@
-"""Caches of tensors alone, as before transformers 4.54: each is a value, whoever goes on from it, and grows in place."""
+"""Caches of tensors alone, as before transformers 4.54: each is a value, however often one goes on from it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def holder(length: int = 3, seed: int = 0) -> Any:
     """A layer of a cache: something with keys and values."""
     generator = torch.Generator().manual_seed(seed)
     shape = (ROWS, HEADS, length, SIZE)
-    return SimpleNamespace(
-        keys=torch.randn(shape, generator=generator), values=torch.randn(shape, generator=generator)
-    )
+    return SimpleNamespace(keys=torch.randn(shape, generator=generator), values=torch.randn(shape, generator=generator))
 
 
 def write(place: Any, number: float) -> bool:
@@ -45,7 +43,9 @@ def longer(tensor: torch.Tensor, number: float) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(["write", "branch", "crop", "reorder", "give up"]), st.integers(0, 4)), max_size=25)
+    st.lists(
+        st.tuples(st.sampled_from(["write", "branch", "crop", "reorder", "give up"]), st.integers(0, 4)), max_size=25
+    )
 )
 def test_any_order_of_writing_and_branching(steps: list[tuple[str, int]]) -> None:
     """Each of several sequences, which share beginnings, stays what it would be if nothing grew in place."""

@@ -4,7 +4,8 @@ On a GPU a step of one token is hundreds of kernels of a few microseconds each, 
 Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
 served is one token for a growing cache (growing.py), with the attention weights if upstream gives them; prompts,
 arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
-upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least
+recently goes.
 
 Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
 started; and a recording knows nothing of what is changed on the layers after it.
@@ -71,7 +72,7 @@ class CapturedStepStage(BaseStage):
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
-            return "no cache of transformers 4.56 or later is loaded"
+            return "no cache of transformers 4.54 or later is loaded"
         if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
             return "it is not on a CUDA device"
         if not decoders(part.module):

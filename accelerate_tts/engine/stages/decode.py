@@ -134,7 +134,7 @@ def _decoding_class(plain: Any) -> type:
 
 
 def _captures_by_patching() -> bool:
-    """Whether transformers puts a `forward` over modules to collect their outputs (4.54 to 4.57), and leaves another."""
+    """Whether transformers puts a `forward` over modules to collect outputs (4.54 to 4.57), and leaves another."""
     generic: Any = sys.modules.get("transformers.utils.generic")
     return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
 

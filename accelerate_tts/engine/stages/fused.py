@@ -190,9 +190,10 @@ class _Fused:
         self._told = told
         self._weights: Weights = weights
         self._names = parameters_of(plain_class(block))
-        self.attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
-        self.number = self.attention.layer_idx
-        self._config = self.attention.config
+        attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+        self.attention = attention
+        self.number = attention.layer_idx
+        self._config = attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
         self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
@@ -202,7 +203,7 @@ class _Fused:
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
-        rotation = getattr(getattr(self.attention, "rotary_emb", None), "inv_freq", None)
+        rotation = getattr(getattr(attention, "rotary_emb", None), "inv_freq", None)
         rotation = None if rotation is None else tuple(rotation.tolist())
         self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
         self.row = Row(1, told.what)
@@ -351,7 +352,7 @@ class _Fused:
             found.append(ready)
         return found
 
-    def _ready(  # noqa: PLR0913, PLR0917 - what the call consists of
+    def _ready(
         self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
     ) -> _Ready | None:
         """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
