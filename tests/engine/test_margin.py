@@ -18,6 +18,7 @@ from accelerate_tts import Event
 from accelerate_tts.engine.random_state import seeded
 from accelerate_tts.engine.stages.margin import CheckedStage, holds, is_checked
 from accelerate_tts.engine.stages.vits_parts import DURATIONS, TEXT, Amplified
+from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 
@@ -67,7 +68,7 @@ class Checked:
         (expected, *draws), (found, *others) = (speak(m, tokens, seed, **named) for m in (self.plain, self.model))
         assert found.shape == expected.shape
         assert draws == others, "the random generators are where they would be"
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert compare(expected, found).error < EXACT_TOLERANCE
 
 
 @pytest.fixture(scope="module")
