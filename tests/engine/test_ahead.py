@@ -92,16 +92,20 @@ def test_one_call_for_each_token_and_the_states_of_every_layer(pair: tuple[Any, 
         assert close(one.values, other.values)
 
 
+def _own_positions(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "position_ids": kwargs["position_ids"].clone()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bit_for_bit_what_the_blocks_make_one_by_one(
-    dtype: torch.dtype, calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bit_for_bit_what_the_blocks_make_one_by_one(dtype: torch.dtype, calls: list[int]) -> None:
     model = llama(dtype)
     FusedBlocksStage().prepare(Part("model", "decoder", model)).on()
     together = run(model)
     assert calls == [LAYERS] * 5
+    for layer in model.layers:
+        layer.register_forward_pre_hook(_own_positions, with_kwargs=True)
+    run(model, 3)
     calls.clear()
-    monkeypatch.setattr("accelerate_tts.engine.stages.ahead._MOST_MISSES", 0)
     assert torch.equal(run(model), together)
     assert calls == [1] * LAYERS * 5
 
@@ -122,10 +126,25 @@ def test_what_comes_between_two_blocks_is_seen(
         model.layers[1].register_forward_hook(hook)
     assert close(*(run(model, 6) for model in pair))
     # Three tokens for which two blocks were made in vain, and from then on none.
-    assert calls == [LAYERS, 1, 1] * 3 + [1] * LAYERS * 3
+    assert calls == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
     assert [event.reason for event in seen if isinstance(event, NotApplied) and "in one call" in event.what] == [
-        "the decoder does something between its blocks, which are computed one by one from here on"
+        "the decoder does something before block 2, where another call begins from here on"
     ]
+
+
+def test_it_goes_on_in_one_call_once_nothing_comes_between(
+    pair: tuple[Any, Any], calls: list[int], seen: list[Event]
+) -> None:
+    handles = [model.layers[1].register_forward_hook(_in_place) for model in pair]
+    run(pair[1], 6)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    assert close(*(run(model, 6) for model in pair))
+    assert calls == [2, LAYERS - 2] * 3 + [LAYERS] * 3
+    pair[1].layers[0].register_forward_hook(_in_place)
+    run(pair[1], 4)
+    assert len([event for event in seen if isinstance(event, NotApplied)]) == 2, "one for each time"
 
 
 def test_a_mask_of_its_own_for_a_block_is_seen(pair: tuple[Any, Any]) -> None:

@@ -3,16 +3,17 @@
 Between two blocks there is Python, a tenth of a millisecond of it, and threads that fall asleep and are woken. So when
 the first block is asked, all that follow are computed too; each is then asked in turn, and answers with what was made,
 if it is asked for exactly that: the same bits, the same cache at the same length, the same mask and rotation. Only then
-does its cache count the token. A decoder that does something between its blocks gets each block's own answer as before,
-and after three tokens in a row no more is computed ahead for it.
+does its cache count the token. Where a decoder does something between two of its blocks, the second is soon no longer
+computed with the first; once it was asked three times in a row for just what the first had made, it is again.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from accelerate_tts.engine.stages import growing
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -20,55 +21,80 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Ahead", "Row"]
+__all__ = ["Ahead", "Made", "Row"]
 
-_MOST_MISSES = 3
+_SURE = 3
+"""Tokens in a row after which a place between two blocks counts as disturbed, or as undisturbed again."""
+
+
+class Made(NamedTuple):
+    """What a block makes of a token."""
+
+    hidden: torch.Tensor
+    """(rows, 1, hidden), in memory of its own."""
+    weights: torch.Tensor | None
+    """Its attention weights, (rows, heads, 1, positions), if they were asked for."""
+    layer: Any
+    """Its layer of the cache, which does not count the token yet."""
 
 
 class Ahead:
-    """What the blocks of a row make of one token, and what they must be asked for it.
+    """What some blocks of a row, one behind the other, make of one token, and what they must be asked for it.
 
     Args:
-        past: The cache.
+        first: The place of the first of them in the row; it was asked already.
+        past: The cache; of a tuple of pairs, the first block's pair.
         layers: The blocks' layers of it.
         named: What the first block was given beside its input.
         made: What each block makes of it, (blocks, rows, 1, hidden).
+        weights: Their attention weights, (blocks, rows, heads, 1, positions), if they were asked for.
     """
 
-    def __init__(self, past: Any, layers: Sequence[Any], named: dict[str, Any], made: torch.Tensor) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
+        self,
+        first: int,
+        past: Any,
+        layers: Sequence[Any],
+        named: dict[str, Any],
+        made: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> None:
         # Weakly: a loop that breaks off leaves this behind, and not a whole cache.
-        self._past: Callable[[], Any] = weakref.ref(past)
-        self._state = [_state(layer) for layer in layers]
+        self._past: Callable[[], Any] | None = None if isinstance(past, tuple) else weakref.ref(past)
+        self._marks = [layer.mark() for layer in layers]
         self._named = [(name, value) for name, value in named.items() if name != "hidden_states"]
         self._made = made.unbind()
-        self.next = 1
+        self._weights = weights
+        self._first = first
+        self.next = first + 1
 
-    def foresaw(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
-        """Whether this is what the next block would be asked, had it been asked before."""
-        state = self._state[self.next]
-        if self._past() is not past:
-            return False
-        layer: Any = past.layers[self.next]
-        if id(layer) != state[0] or _state(layer) != state:
+    def expects(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
+        """Whether this is the input that the next block would have been given, had it been asked before."""
+        if self._past is not None and self._past() is not past:
             return False
         if len(named) != len(self._named) + 1 or any(named.get(name, self) is not value for name, value in self._named):
             return False
-        return _same_bits(hidden, self._made[self.next - 1])
+        return _same_bits(hidden, self._made[self.next - 1 - self._first])
 
-    def take(self) -> torch.Tensor:
+    def layer_of(self, past: Any) -> Any:
+        """The next block's layer, if its cache is as it was; `None` otherwise."""
+        layer = growing.growing_layer(past, self.next)
+        return layer if layer is not None and layer.is_at(self._marks[self.next - self._first]) else None
+
+    def take(self, layer: Any) -> Made:
         """The next block's answer, in memory of its own."""
-        made = self._made[self.next].clone()
+        place = self.next - self._first
         self.next += 1
-        return made
+        return Made(self._made[place].clone(), None if self._weights is None else self._weights[place], layer)
 
     def is_done(self) -> bool:
-        """Whether all blocks were asked."""
-        return self.next == len(self._state)
+        """Whether all blocks that were computed have answered."""
+        return self.next == self._first + len(self._marks)
 
-
-def _state(layer: Any) -> tuple[Any, ...]:
-    keys, values = layer.buffers()
-    return id(layer), layer.length(), keys.data_ptr(), values.data_ptr()
+    def release(self) -> None:
+        """Nobody will ask for the rest: the room behind these caches may be used by others."""
+        for mark in self._marks[self.next - self._first :]:
+            growing.release(mark)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -85,41 +111,65 @@ class Row:
 
     Args:
         size: How many.
-        what: For the event that says why nothing is computed ahead any more.
+        what: For the event that says why not all are computed in one call.
     """
 
     def __init__(self, size: int, what: str) -> None:
         self._size = size
         self._what = what
         self._mine = threading.local()  # calls on other threads have other caches
-        self._misses = 0
+        self._surprises: dict[int, int] = {}  # place: how often in a row it was asked for something else
+        self._calm: dict[int, int] = {}  # a disturbed place: how often in a row it was asked for what was foreseen
 
-    def starts_at(self, place: int) -> bool:
-        """Whether the blocks behind this one are worth computing with it."""
-        return place == 0 and self._size > 1 and self._misses < _MOST_MISSES
+    def together(self, place: int) -> range:
+        """The places behind this one that are worth computing with it."""
+        end = self._size
+        if self._calm:
+            end = min((other for other in self._calm if other > place), default=end)
+        return range(place + 1, end)
 
     def remember(self, ahead: Ahead) -> None:
         """Keep what was computed until it is asked for, on this thread."""
-        self._mine.ahead = ahead
+        if ahead.next < self._size:
+            self._mine.ahead = ahead
 
-    def take(self, place: int, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Any:
+    def take(self, place: int, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
         """What was made for this block before it was asked; `None` if nothing was, or something else."""
         ahead: Ahead | None = getattr(self._mine, "ahead", None)
         if ahead is None:
             return None
-        if place != ahead.next or not ahead.foresaw(hidden, past, named):
+        expected = place == ahead.next and ahead.expects(hidden, past, named)
+        if ahead.is_done():  # it was not computed, for something disturbs it, or did
             self._mine.ahead = None
-            if place > 0:  # or else a loop broke off, and another begins
-                self._miss()
+            self._note(place, expected=expected)
             return None
-        made = ahead.take()
-        if ahead.is_done():
+        layer = ahead.layer_of(past) if expected else None
+        if layer is None:
             self._mine.ahead = None
-            self._misses = 0
+            ahead.release()
+            self._note(place, expected=False)
+            return None
+        made = ahead.take(layer)
+        if ahead.next == self._size:
+            self._mine.ahead = None
+        if self._surprises:
+            self._note(place, expected=True)
         return made
 
-    def _miss(self) -> None:
-        self._misses += 1
-        if self._misses == _MOST_MISSES:
-            reason = "the decoder does something between its blocks, which are computed one by one from here on"
-            emit(NotApplied(f"all blocks of {self._what} in one call", reason))
+    def _note(self, place: int, *, expected: bool) -> None:
+        if place == 0:  # a loop broke off, and another begins
+            return
+        if place not in self._calm:
+            if expected:
+                self._surprises.pop(place, None)
+                return
+            self._surprises[place] = self._surprises.get(place, 0) + 1
+            if self._surprises[place] == _SURE:
+                if not self._calm:
+                    reason = f"the decoder does something before block {place}, where another call begins from here on"
+                    emit(NotApplied(f"all blocks of {self._what} in one call", reason))
+                self._calm[place] = 0
+        else:
+            self._calm[place] = self._calm[place] + 1 if expected else 0
+            if self._calm[place] == _SURE:
+                del self._calm[place], self._surprises[place]

@@ -55,7 +55,7 @@ def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
     """The block as the kernel needs it, by whether its tokens are of text; empty if it is no block that is known."""
     cls = plain_class(block)
     known = cls.__name__ in _LLAMA | _HIGGS | _GPT2 and cls.__module__.startswith("transformers.models.")
-    if not known or not _returns_a_tensor(cls) or hasattr(block, "crossattention"):
+    if not known or hasattr(block, "crossattention"):
         return {}
     try:
         if cls.__name__ in _GPT2:
@@ -69,18 +69,27 @@ def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
     return found if all(_can_be_served(anatomy, weights) for anatomy in found.values()) else {}
 
 
-def _returns_a_tensor(cls: Any) -> bool:
-    # Blocks of older releases returned tuples of one to three things.
-    return (
-        "Tensor" in str(returned := cls.forward.__annotations__.get("return")) and "tuple" not in str(returned).lower()
-    )
+def _scaling(attention: Any) -> float:
+    """What products of queries and keys are multiplied by; before 4.48 it was not an attribute of the layer.
+
+    Raises:
+        AttributeError: It depends on more than the size of a head.
+    """
+    if hasattr(attention, "scaling"):
+        return float(attention.scaling)
+    odd = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+    if any(getattr(attention, name, False) for name in odd) or not getattr(attention, "scale_attn_weights", True):
+        raise AttributeError("scaling")
+    return float(attention.head_dim**-0.5)
 
 
 def _of_llama(block: Any, of: str = "") -> Anatomy:
     attention, feed = block.self_attn, getattr(block, f"{of}mlp")
+    if getattr(attention.config, "pretraining_tp", 1) > 1:
+        raise AttributeError("in pieces")  # before 4.48, products were then made piece by piece
     size = attention.head_dim
     return Anatomy(
-        attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, float(attention.scaling),
+        attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, _scaling(attention),
         _ACTIVATIONS.get(type(feed.act_fn).__name__, -1),
         getattr(block, f"{of}input_layernorm"), getattr(block, f"{of}post_attention_layernorm"),
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
@@ -91,7 +100,7 @@ def _of_llama(block: Any, of: str = "") -> Anatomy:
 def _of_gpt2(block: Any) -> Anatomy:
     attention, feed = block.attn, block.mlp
     return Anatomy(
-        attention.num_heads, attention.num_heads, attention.head_dim, float(attention.scaling),
+        attention.num_heads, attention.num_heads, attention.head_dim, _scaling(attention),
         _ACTIVATIONS.get(type(feed.act).__name__, -1), block.ln_1, block.ln_2,
         attention.c_attn, None, None, attention.c_proj, None, feed.c_fc, feed.c_proj,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from accelerate_tts.engine.stages.inductor import (
     reason_of,
 )
 from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, keeps_copies, make_copies, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import cache_name, parameters_of, take_cache, token_layer
+from accelerate_tts.engine.stages.tokens import Told, cache_name, parameters_of, take_cache, token_layer
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
 
@@ -152,6 +152,7 @@ class _Row:
     def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
         self.blocks = {block: _place(block, number) for number, block in enumerate(blocks)}
         self._what = what
+        self._told = Told(f"the compiled blocks of {what}")
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
@@ -188,9 +189,21 @@ class _Row:
             if past is None:
                 done, result = self._run(block, plain, None, (), named)
             else:
-                layer = token_layer(f"the compiled blocks of {self._what}", past, self.blocks[block], named)
+                layer = self._layer(past, self.blocks[block], named)
                 done, result = (False, None) if layer is None else self._run(block, plain, layer, (), named)
         return result if done else plain.forward(block, *args, **kwargs)
+
+    def _layer(self, past: Any, number: int, named: dict[str, Any]) -> Any:
+        """The layer of the cache that a token goes to; `None` for a call that is upstream's business."""
+        if growing.cache_classes() is None:
+            return None
+        if named.get("output_attentions") or growing.attentions_wanted.get():
+            self._told.tell("attention weights are asked for", number)
+            return None
+        layer = token_layer(self._told, past, number, named)
+        if layer is not None:
+            self._told.is_served(number)
+        return layer
 
     def _run(
         self, block: Any, plain: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,6 +12,7 @@ do; the innermost such module of a part is taken. The class of the cache that th
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from accelerate_tts.engine.capture import READY
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import call_normally
+from accelerate_tts.engine.stages.skinny import MOST_ROWS
 from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import cache_name, cache_of
+from accelerate_tts.engine.stages.tokens import cache_name, cache_of, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +44,7 @@ class GrowingCacheStage(BaseStage):
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
-            return "no cache of transformers 4.56 or later is loaded"
+            return "no cache of transformers 4.54 or later is loaded"
         found = decoders(part.module)
         if found and all(getattr(class_of(decoder), READY, None) is _make_ready for decoder in found):
             return "its caches grow in place already, as fused blocks need them to"
@@ -97,17 +99,24 @@ def _decoding_class(plain: Any) -> type:
             return plain.forward(self, *args, **kwargs)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         past = cache_of(named)
-        if growing.is_growable(past):
+        if growing.is_tuple(past):
+            if past[0][0].shape[0] <= MOST_ROWS and _is_token(named):
+                past = growing.with_room(past)
+                args, kwargs = _with_cache(names, args, kwargs, past)
+        elif growing.is_growable(past):
             growing.adopt(past)
-        wanted = named.get("output_attentions")
-        told = growing.attentions_wanted.set(
-            bool(getattr(self.config, "output_attentions", False) if wanted is None else wanted)
-        )
+        asked = named.get("output_attentions")
+        asked = bool(getattr(self.config, "output_attentions", False) if asked is None else asked)
+        told = growing.attentions_wanted.set(asked), growing.whole_tuple.set(past if isinstance(past, tuple) else None)
         try:
             # All of its blocks then meet normal tensors, and none has to make them so for itself.
             result = call_normally(partial(plain.forward, self), args, kwargs)
         finally:
-            growing.attentions_wanted.reset(told)
+            growing.attentions_wanted.reset(told[0])
+            growing.whole_tuple.reset(told[1])
+            if _captures_by_patching():
+                for inner in self.modules():
+                    tidy(inner)
         after = cache_of(result)
         if after is not past and growing.is_growable(after):
             growing.adopt(after)
@@ -119,9 +128,34 @@ def _decoding_class(plain: Any) -> type:
     return cls
 
 
+def _captures_by_patching() -> bool:
+    """Whether transformers puts a `forward` over modules to collect their outputs (4.54 to 4.57), and leaves another."""
+    generic: Any = sys.modules.get("transformers.utils.generic")
+    return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
+
+
+def _is_token(named: dict[str, Any]) -> bool:
+    given = named.get("inputs_embeds")
+    given = named.get("input_ids") if given is None else given
+    return given is not None and given.dim() > 1 and given.shape[1] == 1
+
+
+def _with_cache(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], past: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with another cache in them."""
+    name = cache_name(kwargs)
+    if name is not None and kwargs[name] is not None:
+        return args, {**kwargs, name: past}
+    place = names.index(cache_name(names) or "")
+    return (*args[:place], past, *args[place + 1 :]), kwargs
+
+
 def _make_ready(arguments: Iterable[Any]) -> None:
     """Put the caches among a replayed call's arguments into the state that they have in the middle of a loop."""
     for value in arguments:
         if growing.is_growable(value):
             growing.adopt(value)
             growing.room_for(value, 1)
+        elif growing.is_tuple(value) or growing.is_listed(value):
+            growing.give_room(value)

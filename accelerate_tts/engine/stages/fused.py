@@ -8,15 +8,20 @@ scale for each output. Norms, attention, softmax and sums stay in fp32, and so d
 What is served: Llama's block and its likes (Chatterbox's T3, Mistral, Qwen2), Higgs Audio's with its two feed-forwards,
 and GPT-2's (XTTS), with one token for up to eight rows, and a growing cache (growing.py). Everything else takes
 upstream's own forward and the same cache.
+
+What a block and its attention layer return, beside what is computed, differs by release, by implementation of
+attention and by what was asked for: nothing, the attention weights, the cache. It is seen in upstream's own calls, the
+prompts, and a token is then answered in the same form (`_Forms`). Whoever reads an attention layer's weights by a hook
+has them from a call of that layer, which returns what the kernel made.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from accelerate_tts.engine.stages import growing
-from accelerate_tts.engine.stages.ahead import Ahead, Row
+from accelerate_tts.engine.stages.ahead import Ahead, Made, Row
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
@@ -26,8 +31,16 @@ from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import parameters_of, take_cache, token_layer
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.engine.stages.tokens import (
+    Told,
+    cache_of,
+    is_read,
+    is_spied,
+    parameters_of,
+    take_cache,
+    tidy,
+    token_layer,
+)
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -65,8 +78,8 @@ class FusedBlocksStage(BaseStage):
         """See `Stage.applies`."""
         if (reason := missing()) is not None:
             return reason
-        if growing.cache_classes() is None:
-            return "no cache of transformers 4.56 or later is loaded"
+        if not growing.are_caches_loaded():
+            return "no cache of transformers is loaded"
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
@@ -86,19 +99,29 @@ class _FusedBlocks(BaseChange):
         blocks = _blocks(part.module, weights)
         # Caches have to grow in place for it, also where that alone was not worth keeping.
         self._growing = growing_caches(part.module)
-        self._fused = {block: _Fused(block, part.name, weights) for block in blocks}
+        told = Told(f"the fused blocks of {part.name}")
+        self._fused = {block: _Fused(block, told, weights) for block in blocks}
         for decoder in decoders(part.module):
-            _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], part.name)
-        self._swap = ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block)))
+            _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], told.what)
+        attentions: dict[nn.Module, _Fused] = {fused.attention: fused for fused in self._fused.values()}
+        self._swaps = (
+            ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block))),
+            ClassSwap(list(attentions), lambda attention: attentions[attention].attention_class(type(attention))),
+        )
 
     def on(self) -> None:
         """See `Change.on`."""
+        for block, fused in self._fused.items():
+            tidy(block)
+            tidy(fused.attention)
         self._growing.on()
-        self._swap.on()
+        for swap in self._swaps:
+            swap.on()
 
     def off(self) -> None:
         """See `Change.off`."""
-        self._swap.off()
+        for swap in reversed(self._swaps):
+            swap.off()
         self._growing.off()
 
 
@@ -107,14 +130,54 @@ def _put_in_rows(blocks: list[_Fused], what: str) -> None:
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
-        row = Row(len(blocks), what)
+        row, forms = Row(len(blocks), what), _Forms()
         for block in blocks:
-            block.row, block.others = row, blocks[1:]
+            block.row, block.blocks, block.forms = row, blocks, forms
+
+
+_WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
+_Form = tuple[str, ...] | None
+
+
+class _Forms:
+    """What blocks, or their attention layers, return behind the hidden states; `None` for the states alone."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], _Form] = {}
+
+    def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
+        """See what upstream returns."""
+        if key not in self._found:
+            form = tuple(_kind(item, past) for item in result[1:]) if isinstance(result, tuple) else None
+            if form is None or "" not in form:
+                self._found[key] = form
+
+    def of(self, key: tuple[Any, ...]) -> _Form | Literal[False]:
+        """What upstream returned; `False` where it was not seen yet."""
+        return self._found.get(key, False)
+
+
+def _kind(item: Any, past: Any) -> str:
+    import torch
+
+    if item is None:
+        return _NOTHING
+    if item is past or isinstance(item, tuple):
+        return _CACHE
+    return _WEIGHTS if isinstance(item, torch.Tensor) and item.dim() == 4 else ""  # noqa: PLR2004
 
 
 class _Ready(NamedTuple):
     described: Described
     layer: Any
+    weights: bool
+    """Whether somebody wants its attention weights."""
+
+
+class _Answer(NamedTuple):
+    """What an attention layer is called with to return it, in place of its input."""
+
+    result: tuple[Any, ...]
 
 
 class _Fused:
@@ -122,38 +185,70 @@ class _Fused:
 
     only_tokens = True
 
-    def __init__(self, block: nn.Module, what: str, weights: Weights) -> None:
+    def __init__(self, block: nn.Module, told: Told, weights: Weights) -> None:
         self._block: Any = block
-        self._what = f"the fused blocks of {what}"
+        self._told = told
         self._weights: Weights = weights
         self._names = parameters_of(plain_class(block))
-        attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
-        self.number = attention.layer_idx
-        self._config = attention.config
+        self.attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+        self.number = self.attention.layer_idx
+        self._config = self.attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
         self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
+        self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
-        self.kind = (plain_class(block), self._dtype, self._cache_shape, self._hidden)
-        self.row = Row(1, self._what)
-        self.others: list[_Fused] = []
-        self._inside = Inside(block)
+        rotation = getattr(getattr(self.attention, "rotary_emb", None), "inv_freq", None)
+        rotation = None if rotation is None else tuple(rotation.tolist())
+        self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
+        self.row = Row(1, told.what)
+        self.blocks: list[_Fused] = [self]
+        self.forms = _Forms()
+        self._inside = Inside(block, read=self.attention)
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
+        import torch
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             result = self._token(args, kwargs)
-            return plain.forward(self._block, *args, **kwargs) if result is None else result
+            if result is not None:
+                return result[0]
+            result = plain.forward(self._block, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return result
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            self.forms.learn(self._key("block", named), result, cache_of(named))
+            return result
 
         vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies="" if self._weights == "fp32" else self._weights)
         setattr(cls, FUSED, self)
         return cls
+
+    def attention_class(self, plain: Any) -> type:
+        """The class of the block's attention layer while the change is on."""
+        import torch
+
+        def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
+            if args and type(args[0]) is _Answer:
+                return args[0].result
+            result = plain.forward(attention, *args, **kwargs)
+            if not torch.compiler.is_compiling():
+                self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
+            return result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)
+        return subclass_with(plain, forward)
+
+    def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:
+        """What the form of an answer depends on."""
+        how = getattr(self._config, "_attn_implementation", None)
+        return what, how, bool(named.get("output_attentions")), bool(named.get("use_cache"))
 
     def copied(self) -> list[nn.Module]:
         """The linear layers of which the kernel has copies."""
@@ -167,8 +262,8 @@ class _Fused:
         described = (self._describe(of_text) for of_text in self._kinds)
         return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
 
-    def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the block makes of one token, or `None` if this call is upstream's business."""
+    def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
         import torch
 
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
@@ -177,50 +272,117 @@ class _Fused:
         past, hidden = take_cache(named), named.get("hidden_states")
         if past is None or not self._fits(hidden):
             return None
-        foreseen = self.row.take(self.number, hidden, past, named)
-        if foreseen is not None:
-            past.layers[self.number].advance(1)
-            return foreseen
+        made = self.row.take(self.number, hidden, past, named) or self._run(hidden, past, named)
+        if made is None:
+            return None
+        made.layer.advance(1)
+        self._told.is_served(self.number)
+        return (self._answered(made, past, named),)
+
+    def _answered(self, made: Made, past: Any, named: dict[str, Any]) -> Any:
+        """The token as upstream returns it, shown to those who read the attention layer's weights."""
+        weights = made.weights
+        if weights is not None and weights.dtype != self._dtype:
+            weights = weights.to(self._dtype)
+        if isinstance(past, tuple):
+            past = made.layer.pair()
+        given = {_WEIGHTS: weights, _CACHE: past, _NOTHING: None}
+        if weights is not None and is_read(self.attention):
+            form = self.forms.of(self._key("attention", named)) or ()
+            self.attention(_Answer((made.hidden, *(given[kind] for kind in form))))
+        form = self.forms.of(self._key("block", named))
+        return (made.hidden, *(given[kind] for kind in form)) if form or form == () else made.hidden
+
+    def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
+        import torch
+
         of_text = _of_text(named.get("audio_token_mask"), self._names)
         if of_text is None or self._is_unknown(named):
             return None
-        return self._run(hidden, past, of_text, named)
-
-    def _run(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> Any:
+        rotated = self._rotation(hidden, named)
         first = self._ready(hidden, past, of_text, named)
-        rotated = named.get("position_embeddings")
-        if first is None or (rotated is None and "position_embeddings" in self._names):
-            return None  # upstream's business, and its own error
+        if first is None:
+            return None
         length = first.layer.length()
         given = shared(rotated, named.get("attention_mask"), hidden.shape[0], self._cache_shape[1], length + 1)
-        if given is None:
-            return None
-        asked = [first]
-        if self.row.starts_at(self.number):
-            others = [block._ready(hidden, past, of_text, named) for block in self.others]
-            known = [other for other in others if other is not None and other.layer.length() == length]
-            asked += known if len(known) == len(others) else []
-        buffers = [one.layer.buffers() for one in asked]
-        made = run([one.described for one in asked], plain(hidden), given, buffers, length).to(hidden.dtype)
-        if len(asked) > 1:
-            self.row.remember(Ahead(past, [one.layer for one in asked], named, made))
-        first.layer.advance(1)
-        return made[0].clone() if len(asked) > 1 else made[0]
+        if given is None or (rotated is None and "position_embeddings" in self._names):
+            first.layer.release()
+            return None  # upstream's business, and its own error
+        asked = [first, *self._others(hidden, past, of_text, named, length)]
+        weights = None
+        if any(one.weights for one in asked):
+            weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
+        made = run(
+            [one.described for one in asked], plain(hidden), given, [one.layer.buffers() for one in asked], length, weights
+        ).to(hidden.dtype)
+        if weights is not None:
+            weights = weights.unsqueeze(3)
+        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights))
+        return Made(made[0].clone(), None if weights is None else weights[0], first.layer)
+
+    def _others(
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], length: int
+    ) -> list[_Ready]:
+        """The blocks behind this one that are computed with it: up to the first that something is in the way of."""
+        whole = growing.whole_tuple.get()
+        found = []
+        for place in self.row.together(self.number):
+            theirs = past
+            if isinstance(past, tuple):
+                if whole is None or len(whole) != len(self.blocks) or whole[self.number] is not past:
+                    break
+                theirs = whole[place]
+            ready = self.blocks[place]._ready(hidden, theirs, of_text, named)
+            if ready is None:
+                break
+            if ready.layer.length() != length:
+                ready.layer.release()
+                break
+            found.append(ready)
+        return found
 
     def _ready(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> _Ready | None:
         """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
-        layer = token_layer(self._what, past, self.number, named)
-        if layer is None or self._is_altered():
+        if self._is_altered():
+            return None
+        answer, read = self.forms.of(self._key("block", named)), False
+        if answer is False:
+            return None  # upstream's, which shows it
+        if is_read(self.attention):
+            form = self.forms.of(self._key("attention", named))
+            if form is False or form is None:
+                return None
+            read = _WEIGHTS in form and self._is_wanted()
+        layer = token_layer(self._told, past, self.number, named)
+        if layer is None:
             return None
         keys, values = layer.buffers()
-        if keys.dtype != self._dtype or values.shape != keys.shape or keys.device.type != "cpu":
+        described = None
+        if (
+            keys.dtype == self._dtype
+            and values.shape[:2] == keys.shape[:2]
+            and keys.device.type == "cpu"
+            and (keys.shape[1], keys.shape[3], values.shape[3]) == (*self._cache_shape, self._cache_shape[1])
+            and hidden.shape[-1] == self._hidden
+            and keys.stride(3) == 1
+            and values.stride(3) == 1
+        ):  # or else it is upstream's, and its own error
+            described = self._describe(of_text)
+        if described is None:
+            layer.release()
             return None
-        if (keys.shape[1], keys.shape[3]) != self._cache_shape or hidden.shape[-1] != self._hidden:
-            return None  # upstream's own error
-        if keys.stride(3) != 1 or values.stride(3) != 1:
-            return None
-        described = self._describe(of_text)
-        return None if described is None else _Ready(described, layer)
+        return _Ready(described, layer, read or (answer is not None and _WEIGHTS in answer))
+
+    def _is_wanted(self) -> bool:
+        """Whether those who may read the attention layer's weights do so in this call."""
+        collected = growing.attentions_wanted.get() or "forward" in self.attention.__dict__
+        return collected or is_spied(self.attention)
+
+    def _rotation(self, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
+        """Cosines and sines of the token's position; before 4.48 some attention layers compute them for themselves."""
+        given = named.get("position_embeddings")
+        own = getattr(self.attention, "rotary_emb", None)
+        return own(hidden, named["position_ids"]) if given is None and own is not None else given
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         import torch
@@ -244,14 +406,14 @@ class _Fused:
             obstacle = f"attention is made by {how!r}"
         else:
             return False
-        emit(NotApplied(self._what, obstacle))
+        self._told.tell(obstacle, self.number)
         return True
 
     def _is_altered(self) -> bool:
         """Whether, since the change was made, something came into a block that the kernel would pass by."""
         obstacle = self._inside.altered()
         if obstacle is not None:
-            emit(NotApplied(self._what, obstacle))
+            self._told.tell(obstacle, self.number)
         return obstacle is not None
 
     def _describe(self, of_text: bool) -> Described | None:
@@ -263,7 +425,7 @@ class _Fused:
         if described is None:
             anatomy = anatomies(self._block, self._weights).get(of_text)
             if anatomy is None:
-                emit(NotApplied(self._what, "weights were exchanged for others, which the kernel does not know"))
+                self._told.tell("weights were exchanged for others, which the kernel does not know", self.number)
                 return None
             described = known[of_text] = Described(anatomy, self._weights)
         return described

@@ -1,9 +1,16 @@
-"""A key/value cache layer that grows in place, for caches of transformers (4.56 and later, which have `.layers`).
+"""Key/value caches of transformers that grow in place.
 
-`DynamicLayer` makes a new tensor of the whole cache at every token, by `torch.cat`: with 30 layers and 500 positions a
+Upstream makes a new tensor of the whole cache at every token, by `torch.cat`: with 30 layers and 500 positions a
 quarter of a gigabyte is written for each token. Here keys and values lie in buffers with room to spare, and a token is
-written behind the last one. `keys` and `values` are what they are upstream, the tensors of the positions so far, and
-may be assigned to; so cropping, reordering for beams, repeating, selecting and copying work by upstream's own code.
+written behind the last one.
+
+A cache with `.layers` (transformers 4.54 and later) is given layers of another class. Their `keys` and `values` are
+what they are upstream, the tensors of the positions so far, and may be assigned to; so cropping, reordering for beams,
+repeating, selecting and copying work by upstream's own code.
+
+Before, a cache was two lists of tensors, or a tuple of pairs of them that nobody changes. There a tensor itself may
+have room behind it: it is a view of a buffer, and the newest one of it. Whatever is made of it by others is a plain
+tensor, and an older view is left alone: a sequence that goes on from it is copied first.
 
 transformers is not imported here unless the user's model has already done so.
 """
@@ -11,26 +18,39 @@ transformers is not imported here unless the user's model has already done so.
 from __future__ import annotations
 
 import sys
+import weakref
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = [
     "LARGEST",
+    "PairLayer",
     "adopt",
+    "are_caches_loaded",
     "attentions_wanted",
+    "give_room",
     "growing_layer",
     "is_growable",
+    "is_listed",
+    "is_tuple",
+    "release",
     "room_for",
     "step_cache",
     "step_classes",
+    "whole_tuple",
+    "with_room",
 ]
 
 attentions_wanted: ContextVar[bool] = ContextVar("attentions_wanted", default=False)
 """Whether the decoder that runs was asked for its attention weights, which its blocks are not always told."""
+whole_tuple: ContextVar[tuple[Any, ...] | None] = ContextVar("whole_tuple", default=None)
+"""The tuple of pairs that the decoder was called with which runs; a block of GPT-2 was given its own pair only."""
 
 _BUCKET = 128
 _MOST_ROOM = 4 << 20
@@ -45,6 +65,11 @@ def cache_classes() -> Any:
     return module if module is not None and hasattr(module, "DynamicLayer") else None
 
 
+def are_caches_loaded() -> bool:
+    """Whether caches of transformers are there to grow."""
+    return hasattr(sys.modules.get("transformers.cache_utils"), "DynamicCache")
+
+
 def is_growable(past: Any) -> bool:
     """Whether this is a plain dynamic cache with a sequence in it, each layer of which can be a growing one.
 
@@ -52,6 +77,8 @@ def is_growable(past: Any) -> bool:
     """
     classes = cache_classes()
     if classes is None or type(past) is not classes.DynamicCache or getattr(past, "offloading", False):
+        return False
+    if getattr(past, "cache_processor", None) is not None:  # of 4.54 and 4.55
         return False
     plain: Any = classes.DynamicLayer
     growing: Any = growing_class()
@@ -61,7 +88,7 @@ def is_growable(past: Any) -> bool:
 
 
 def _holds(layer: Any) -> bool:
-    return bool(layer.is_initialized) and _fit(layer.keys, layer.values)
+    return bool(getattr(layer, "is_initialized", True)) and _fit(layer.keys, layer.values)
 
 
 def _fit(keys: Any, values: Any) -> bool:
@@ -142,7 +169,11 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
 
         def holds(self) -> bool:
             """Whether there is a sequence in it; without making a view, for each layer is asked at each token."""
-            return bool(self.is_initialized) and self._lengths[0] == self._lengths[1] and _fit(*self._store)
+            return bool(
+                getattr(self, "is_initialized", True)  # 4.54 and 4.55 know nothing of it
+                and self._lengths[0] == self._lengths[1]
+                and _fit(*self._store)
+            )
 
         def reserve(self, positions: int) -> bool:
             """Room behind the last position for some more; False if that would be too long."""
@@ -190,6 +221,17 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             """Count positions that were written into the buffers."""
             self._lengths = [length + positions for length in self._lengths]
 
+        def mark(self) -> tuple[Any, ...]:
+            """Something to recognise the layer's present state by."""
+            return id(self), self._lengths[0], *(stored.data_ptr() for stored in self._store)
+
+        def is_at(self, mark: Any) -> bool:
+            """Whether the state is still that of a mark."""
+            return bool(self.mark() == mark)
+
+        def release(self) -> None:
+            """Nothing was taken for a token that is not to be written after all."""
+
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             count = key_states.shape[-2]
             if not self.holds() or torch.is_grad_enabled() or not self.reserve(count):
@@ -236,12 +278,196 @@ def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
 
 
 def growing_layer(past: Any, number: int) -> Any:
-    """The layer of a cache that a block's token goes to, if it grows and holds a sequence; `None` otherwise."""
+    """The layer of a cache that a block's token goes to, if it grows and holds a sequence; `None` otherwise.
+
+    Args:
+        past: The cache, or the block's own pair of tensors.
+        number: The block's place in the cache.
+    """
+    if isinstance(past, tuple):
+        return PairLayer(None, number, *past) if _is_pair(past) else None
     classes = cache_classes()
-    if classes is None or type(past) is not classes.DynamicCache or number >= len(past.layers):
+    if classes is None:
+        return _listed_layer(past, number)
+    if type(past) is not classes.DynamicCache or number >= len(past.layers):
         return None
     layer = past.layers[number]
     return layer if type(layer) is growing_class() and layer.holds() else None
+
+
+# --- caches without layers -----------------------------------------------------------------------------------
+
+
+class PairLayer:
+    """Keys and values of one layer of a cache that is two lists, or a tuple of pairs; made for one token of a block.
+
+    Args:
+        past: The cache with the lists; `None` for a pair.
+        number: Which layer.
+        keys: Of the positions so far, (rows, heads, positions, head size).
+        values: Likewise.
+    """
+
+    def __init__(self, past: Any, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._past, self._number = past, number
+        self._keys, self._values = keys, values
+
+    def buffers(self) -> tuple[Any, Any]:
+        """The tensors; what lies behind them by their strides is room."""
+        return self._keys, self._values
+
+    def length(self) -> int:
+        """Positions so far."""
+        return int(self._keys.shape[2])
+
+    def reserve(self, positions: int) -> bool:
+        """Take the room behind the last position, for this token alone; False if there is none and none can be made."""
+        if _take(self._keys) and min(map(_room, self.buffers())) >= positions:
+            return True
+        needed = self.length() + positions
+        if self._past is None or needed > LARGEST:
+            return False
+        self._keys, self._values = _roomy_pair(self._keys, self._values, needed)
+        self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
+        return True
+
+    def advance(self, positions: int) -> None:
+        """Count positions that were written behind the tensors."""
+        self._keys, self._values = (_longer(tensor, positions) for tensor in self.buffers())
+        _offer(self._keys)
+        if self._past is not None:
+            self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
+            if self._number == 0 and hasattr(self._past, "_seen_tokens"):
+                self._past._seen_tokens += positions
+
+    def pair(self) -> tuple[Any, Any]:
+        """The keys and values so far, as the next call is given them."""
+        return self._keys, self._values
+
+    def mark(self) -> _Mark:
+        """Something to recognise the layer's present state by."""
+        return _Mark(weakref.ref(self._keys), weakref.ref(self._values))
+
+    def is_at(self, mark: Any) -> bool:
+        """Whether the state is still that of a mark."""
+        return isinstance(mark, _Mark) and mark.keys() is self._keys and mark.values() is self._values
+
+    def release(self) -> None:
+        """Give back the room that was taken for a token that is not to be written after all."""
+        _offer(self._keys)
+
+
+class _Mark(NamedTuple):
+    keys: Callable[[], Any]
+    values: Callable[[], Any]
+
+
+def release(mark: Any) -> None:
+    """Give back what a layer took for a token, which was marked since, if the layer is still in use."""
+    if isinstance(mark, _Mark) and (keys := mark.keys()) is not None:
+        _offer(keys)
+
+
+# Keys that are the newest view of a buffer with room, which nobody is about to write into. A tuple may be used twice,
+# by two threads at once, too: who takes a view out of here is the only one to write behind it.
+_open: dict[int, weakref.ref[Any]] = {}
+
+
+def _offer(keys: torch.Tensor) -> None:
+    place = id(keys)
+
+    def forget(gone: Any) -> None:
+        if _open.get(place) is gone:
+            del _open[place]
+
+    _open[place] = weakref.ref(keys, forget)
+
+
+def _take(keys: torch.Tensor) -> bool:
+    found = _open.pop(id(keys), None)
+    return found is not None and found() is keys
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Positions behind a view of a buffer. One always stays free, as in a growing layer."""
+    return tensor.stride(1) // max(1, tensor.stride(2)) - tensor.shape[2] - 1
+
+
+def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
+    rows, heads, length, size = tensor.shape
+    return tensor.as_strided((rows, heads, length + positions, size), tensor.stride())
+
+
+def _roomy_pair(keys: torch.Tensor, values: torch.Tensor, needed: int) -> tuple[Any, Any]:
+    """The same keys and values with room behind them."""
+    import torch
+
+    capacity = min(_capacity(needed, tensor) for tensor in (keys, values))
+    made = []
+    for tensor in (keys, values):
+        rows, heads, length, size = tensor.shape
+        with torch.inference_mode(mode=False):  # a sequence may be continued outside the mode it began in
+            buffer = torch.zeros((rows, heads, capacity, size), dtype=tensor.dtype, device=tensor.device)
+        buffer[:, :, :length] = tensor
+        made.append(buffer[:, :, :length])
+    return made[0], made[1]
+
+
+def _is_pair(past: tuple[Any, ...]) -> bool:
+    import torch
+
+    return len(past) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in past) and _fit(*past)  # noqa: PLR2004
+
+
+def _listed_layer(past: Any, number: int) -> Any:
+    classes = sys.modules.get("transformers.cache_utils")
+    if classes is None or type(past) is not classes.DynamicCache or number >= len(past.key_cache):
+        return None
+    pair = (past.key_cache[number], past.value_cache[number])
+    return PairLayer(past, number, *pair) if _is_pair(pair) else None  # a layer that was skipped is an empty list
+
+
+def is_tuple(past: Any) -> bool:
+    """Whether this is a cache as it was once: a tuple of a pair of tensors for each layer."""
+    return isinstance(past, tuple) and bool(past) and all(isinstance(pair, tuple) and _is_pair(pair) for pair in past)
+
+
+def is_listed(past: Any) -> bool:
+    """Whether this is a cache with two lists, each item of which is a tensor."""
+    count = len(getattr(past, "key_cache", ())) if cache_classes() is None else 0
+    return count > 0 and all(_listed_layer(past, number) is not None for number in range(count))
+
+
+def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A tuple of pairs of the same content, each with room for a token behind it; itself, if that is there."""
+    found = []
+    for keys, values in past:
+        there = _open.get(id(keys))
+        if there is None or there() is not keys or min(_room(keys), _room(values)) < 1:
+            if keys.shape[2] + 1 > LARGEST:
+                return past
+            found.append(_roomy_pair(keys, values, keys.shape[2] + 1))
+            _offer(found[-1][0])
+        else:
+            found.append((keys, values))
+    return tuple(found)
+
+
+def give_room(past: Any) -> None:
+    """Give the tensors of a replayed call's cache, which nobody else has, room behind them, as in the middle of a loop.
+
+    Args:
+        past: A cache with two lists, or a tuple of pairs.
+    """
+    import torch
+
+    pairs = past if isinstance(past, tuple) else tuple(zip(past.key_cache, past.value_cache, strict=True))
+    for pair in pairs:
+        grown = _roomy_pair(*pair, pair[0].shape[2] + 1)
+        for tensor, roomy in zip(pair, grown, strict=True):
+            with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
+                tensor.set_(roomy)
+        _offer(pair[0])
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:

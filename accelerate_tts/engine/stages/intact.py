@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.tokens import has_hooks
+from accelerate_tts.engine.stages.tokens import has_hooks, is_capture
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,9 +20,13 @@ class Inside:
     Args:
         block: The block, as it is served.
         watched: Places besides its modules, an object and an attribute each, that must hold what they hold now.
+        read: A module in it whose outputs transformers may collect; who serves the block sees to that.
     """
 
-    def __init__(self, block: nn.Module, watched: Iterable[tuple[Any, str]] = ()) -> None:
+    def __init__(
+        self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
+    ) -> None:
+        self._read = read
         self._inner = [inner for inner in block.modules() if inner is not block]
         # What has nothing in it, too: a linear layer may be given an adapter.
         self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules()]
@@ -33,7 +37,9 @@ class Inside:
         if has_hooks(*self._inner):
             return "there are hooks on what is inside a block, and nothing inside it is called"
         if [1 for holder, before in self._places if list(holder.values()) != before] or [
-            1 for inner in self._inner if "forward" in inner.__dict__
+            1
+            for inner in self._inner
+            if "forward" in inner.__dict__ and not (inner is self._read and is_capture(inner.__dict__["forward"]))
         ]:  # lists, since this is asked of each block at each token, and a generator costs more
             return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
         for holder, name, before in self._watched:

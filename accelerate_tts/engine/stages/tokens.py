@@ -11,7 +11,20 @@ from accelerate_tts.events import NotApplied, emit
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["CACHE_NAMES", "cache_name", "cache_of", "has_hooks", "parameters_of", "take_cache", "token_layer"]
+__all__ = [
+    "CACHE_NAMES",
+    "Told",
+    "cache_name",
+    "cache_of",
+    "has_hooks",
+    "is_capture",
+    "is_read",
+    "is_spied",
+    "parameters_of",
+    "take_cache",
+    "tidy",
+    "token_layer",
+]
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What decoders and blocks of transformers have called their cache, newest name first.
@@ -52,12 +65,38 @@ def parameters_of(cls: Any) -> list[str]:
     ]
 
 
-def token_layer(what: str, past: Any, number: int, named: dict[str, Any]) -> Any:
+class Told:
+    """Obstacles that somebody was told of: one event when the first block of a part meets one, until none does.
+
+    Args:
+        what: What would serve the blocks, for the events that say why it does not.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._blocks: dict[str, set[int]] = {}
+
+    def tell(self, obstacle: str, block: int) -> None:
+        """A block was not served, for a reason."""
+        known = self._blocks.setdefault(obstacle, set())
+        if not known:
+            emit(NotApplied(self.what, obstacle))
+        known.add(block)
+
+    def is_served(self, block: int) -> None:
+        """A block was served: whatever was in its way is gone."""
+        if self._blocks:
+            for known in self._blocks.values():
+                known.discard(block)
+            self._blocks = {obstacle: known for obstacle, known in self._blocks.items() if known}
+
+
+def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> Any:
     """The growing layer that one token of a block goes to, with room for it; `None` for any other kind of call.
 
     Args:
-        what: What would serve the call, for the event that says why it does not.
-        past: The cache.
+        told: Who is told why it is not served.
+        past: The cache, or the block's own pair of tensors.
         number: The block's place in it.
         named: The call's other arguments; `hidden_states` of shape (rows, positions, width).
     """
@@ -65,27 +104,60 @@ def token_layer(what: str, past: Any, number: int, named: dict[str, Any]) -> Any
     hidden = named.get("hidden_states")
     if layer is None or hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:  # noqa: PLR2004
         return None
-    if named.get("output_attentions") or growing.attentions_wanted.get():
-        emit(NotApplied(what, "attention weights are asked for"))
-        return None
     if hidden.shape[0] != layer.buffers()[0].shape[0]:
         return None  # upstream's own error
     if not layer.reserve(1):
-        emit(NotApplied(what, f"the sequence is longer than {growing.LARGEST} positions"))
+        if layer.length() >= growing.LARGEST:
+            told.tell(f"the sequence is longer than {growing.LARGEST} positions", number)
         return None
     return layer
+
+
+# Hooks that look at nothing of a block but its attention weights, and change nothing.
+_READERS = ("transformers.", "accelerate_tts.")  # transformers' own collect what was asked for, and ours only watch
+_ANALYZER = ".alignment_stream_analyzer"  # Chatterbox's multilingual model looks where in its text it is
 
 
 def has_hooks(*modules: Any) -> bool:
     """Whether a user's hooks wait for calls of some modules, which then must be called.
 
-    transformers' own only collect attention weights, and ours only watch.
+    transformers' own and Chatterbox's only read attention weights (`readers`), and ours only watch.
     """
     return any(map(_is_foreign, [m for m in modules if m._forward_hooks or m._forward_pre_hooks]))
 
 
+def is_read(attention: Any) -> bool:
+    """Whether somebody waits for calls of an attention layer to read the weights that it returns."""
+    return bool(attention._forward_hooks) or "forward" in attention.__dict__
+
+
+def is_spied(attention: Any) -> bool:
+    """Whether Chatterbox's alignment analyzer reads the weights of an attention layer, who else may or may not."""
+    return any(_module_of(hook).endswith(_ANALYZER) for hook in attention._forward_hooks.values())
+
+
+def is_capture(forward: Any) -> bool:
+    """Whether a `forward` that was put over a module's own is transformers' way of collecting outputs (4.54 to 4.57).
+
+    It is put there for a call, and what was found there before, the module's own method, is put back afterwards.
+    """
+    module = getattr(forward, "__globals__", {}).get("__name__", "")  # it is named as what it wraps
+    return str(module).startswith("transformers.utils.")
+
+
+def tidy(module: Any) -> None:
+    """Take away what `is_capture` left behind: a module's own method, of a class that it may no longer have."""
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__self__", None) is module and forward.__name__ == "forward":
+        plain = {vars(cls).get("forward") for cls in type(module).__mro__}
+        if forward.__func__ in plain or _module_of(forward).startswith("accelerate_tts."):
+            del module.__dict__["forward"]
+
+
 def _is_foreign(module: Any) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate_tts.")) for hook in hooks
-    )
+    return any(not (name := _module_of(hook)).startswith(_READERS) and not name.endswith(_ANALYZER) for hook in hooks)
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", ""))
