@@ -104,7 +104,7 @@ def compile_all(compiler: list[str], folder: Path, machine: str | None = None) -
         for excepted in (_NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES)
     )
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
-    jobs = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
+    jobs: list[tuple[str, str, list[str]]] = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"]), ("weight_digests", "", [])]
     for level, flags in levels.items():
         units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
         jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]

@@ -26,7 +26,6 @@ from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
-from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
@@ -41,6 +40,7 @@ from accelerate_tts.engine.stages.tokens import (
     tidy,
     token_layer,
 )
+from accelerate_tts.engine.weight_versions import Weights as Watched
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -194,11 +194,11 @@ class _Fused:
         self.number = self.attention.layer_idx
         self._config = self.attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
-        self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
+        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
@@ -416,11 +416,15 @@ class _Fused:
             self._told.tell(obstacle, self.number)
         return obstacle is not None
 
+    def _watched(self) -> Watched:
+        # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
+        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known
         if watched.outdated():
             known = {}
-            self._known = (Watched(self._block), known)  # before: what is written meanwhile is seen next time
+            self._known = (self._watched(), known)  # before: what is written meanwhile is seen next time
         described = known.get(of_text)
         if described is None:
             anatomy = anatomies(self._block, self._weights).get(of_text)

@@ -14,7 +14,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import missing, multiplies_in_bf16
 from accelerate_tts.engine.stages.precision import half_dtypes
@@ -22,6 +21,7 @@ from accelerate_tts.engine.stages.residual_kernel import RESIDUAL
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.engine.stages.tokens import parameters_of
 from accelerate_tts.engine.stages.transformer_kernel import TRANSFORMER
+from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
