@@ -10,11 +10,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels test lint format types imports docs dev check clean bench soak audit releases
+.PHONY: help demo kernels kernels-test test lint format types imports docs dev check clean bench soak audit releases
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .venv/.created:
 	@echo "==> creating .venv with $$($(PYTHON) --version)"
@@ -90,6 +90,12 @@ audit: .venv/.audit/.ready ## Known vulnerabilities of what is installed in .ven
 
 kernels: ## Build the kernels' library into this folder, for using it without installing it
 	@$(PYTHON) accelerate_tts/kernels/build.py
+
+# A program of its own, without torch and Python: under an emulator too, e.g.
+# make kernels-test CXX=aarch64-linux-gnu-g++ MACHINE=aarch64 RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+kernels-test: ## Compare the kernels with plain loops, at each instruction set of this processor
+	@CXX="$(CXX)" $(PYTHON) accelerate_tts/kernels/build.py --tests --target build/test_kernels --machine "$(MACHINE)"
+	@$(RUN) build/test_kernels
 
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true

@@ -1,4 +1,4 @@
-"""Builds the kernels' library into the wheel, which is then for this platform and for every Python 3: py3-none-<platform>.
+"""Builds the kernels' library into the wheel, which is then for a platform and for every Python 3: py3-none-<platform>.
 
 Without a C++ compiler, or with ACCELERATE_TTS_PURE=1, the wheel is a pure one: it works, without our kernels, and the
 first load that would have used them says so. ACCELERATE_TTS_PURE=0 makes a missing compiler an error instead.
@@ -40,7 +40,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchli
         # An editable install uses this folder itself.
         folder = None if version == "editable" else tempfile.mkdtemp()
         try:
-            library = build.build(None if folder is None else Path(folder) / build.library_name())
+            library = build.build(None if folder is None else Path(folder))
         except build.NoCompilerError as error:
             if os.environ.get(_PURE) == "0":
                 raise

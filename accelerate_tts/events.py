@@ -30,6 +30,7 @@ __all__ = [
     "Prepared",
     "Recompiled",
     "Restored",
+    "Tidied",
     "Trying",
     "Tuned",
     "Undone",
@@ -213,6 +214,17 @@ class PackIgnored(Event):
 
     def __str__(self) -> str:
         return f"{self.what} was ignored: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Tidied(Event):
+    """Something that upstream leaves behind at each call was taken away, and is from here on."""
+
+    what: str
+    left: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: taken away at each request: {self.left}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [chatterbox] [xtts] [higgs] [--precision exact|balanced|fast] [--layers N] [--json FILE]
 
-Run nothing else meanwhile. The true classes of chatterbox-light, coqui-tts and transformers (Higgs Audio v2, in bf16 as
+Run nothing else meanwhile. The true classes of Chatterbox (the package that is installed), coqui-tts and transformers (Higgs Audio v2, in bf16 as
 it is shipped) with random weights and seed 0. Two copies of the model are loaded, one is tuned by `@optimized_model` on
 a short sequence; then prompts and single tokens of the two are run in turn. `floor` is the time in which the memory, as
 measured here, gives once the loaded weights that a token needs: all but the tables of embeddings. `sampled` is how many
@@ -15,6 +15,7 @@ steps: the largest and the mean, in nats. Higgs needs
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import os
@@ -77,9 +78,12 @@ def chatterbox(layers: int | None) -> Decoder:
     if layers is not None:
         t3.tfmr.layers = t3.tfmr.layers[:layers]
         t3.tfmr.config.num_hidden_layers = layers
-    # Classifier-free guidance is two rows; the loop asks for all hidden states at every step.
+    # Classifier-free guidance is two rows; the loop asks for all hidden states at every step, and in the released
+    # packages (0.1.1 to 0.1.7) for the attention weights, at which nobody looks.
     head = Head((t3.speech_head.eval(),), guidance=0.5)
-    return Decoder(t3.tfmr, head, 2, t3.cfg.hidden_size, output_hidden_states=True, return_dict=True)
+    weights = "output_attentions=True" in inspect.getsource(T3.inference)
+    asked = {"output_hidden_states": True, "output_attentions": weights, "return_dict": True}
+    return Decoder(t3.tfmr, head, 2, t3.cfg.hidden_size, **asked)
 
 
 def xtts(layers: int | None) -> Decoder:

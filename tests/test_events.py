@@ -22,6 +22,7 @@ from accelerate_tts.events import (
     Recompiled,
     Restored,
     Trying,
+    Tidied,
     Tuned,
     Undone,
     Warmed,
@@ -44,6 +45,7 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Guarded("Vits", "B.speak", "silent", "made again", 2), ["Vits", "B.speak was silent", "fault 2", "made again"]),
     (Guarded("Vits", "B.speak", "silent", "given"), ["Vits", "B.speak was silent; given"]),
     (BackedOff("Vits.speak", 8, 4), ["Vits.speak", "batch of 8", "out of memory", "with 4"]),
+    (Tidied("LlamaModel", "hooks of earlier requests"), ["LlamaModel", "at each request", "hooks of earlier requests"]),
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
 ]

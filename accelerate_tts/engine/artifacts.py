@@ -56,9 +56,7 @@ def pack(before: frozenset[str]) -> bytes | None:
     folder = _folder()
     used = {_key(name) for name in before.opened} if isinstance(before, Snapshot) else set[str]()
     names = [
-        name
-        for name in sorted(_files())
-        if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
+        name for name in sorted(_files()) if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
     ]
     buffer, size = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:

@@ -48,19 +48,41 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
 
 
 def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
-    """The head of a decoder inside a model of transformers' kind, which tells it by `get_output_embeddings()`."""
+    """The head of a decoder inside a model of transformers' kind, which tells it by `get_output_embeddings()`.
+
+    Of all models around the decoder, the innermost counts that has a head, or generates by itself: the depth decoder of
+    CSM lies inside a model with a head, which is not its own. A head of another width than the decoder's is none.
+    """
+    around: dict[int, list[Any]] = {}
     for root in roots:
         for outer in root.modules():
-            ask: Any = getattr(outer, "get_output_embeddings", None)
-            if outer is decoder or not callable(ask) or decoder not in set(outer.modules()):
-                continue
-            try:
-                head: Any = ask()
-            except (AttributeError, NotImplementedError):  # transformers' way of saying that it has none
-                continue
+            inside = set(outer.modules())
+            if outer is not decoder and decoder in inside and callable(getattr(outer, "get_output_embeddings", None)):
+                around.setdefault(len(inside), []).append(outer)
+    for _, owners in sorted(around.items()):
+        for owner in owners:
+            head = _own_head(owner)
             if head is not None and head not in set(decoder.modules()):
-                return Head((head,))
+                return Head((head,)) if _reads(head, decoder) else None
+            generates = getattr(owner, "can_generate", None)
+            if callable(generates) and generates():
+                return None
     return None
+
+
+def _own_head(owner: Any) -> nn.Module | None:
+    try:
+        head: nn.Module | None = owner.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers' way of saying that it has none
+        return None
+    return head
+
+
+def _reads(head: Any, decoder: Any) -> bool:
+    """Whether a head is as wide as a decoder's hidden states, as far as either tells."""
+    width = getattr(getattr(decoder, "config", None), "hidden_size", None)
+    inputs = getattr(head, "in_features", None)
+    return width is None or inputs is None or bool(width == inputs)
 
 
 def _pairs(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> Iterator[tuple[Any, Any]]:

@@ -2,6 +2,6 @@
 
 - `csrc/`: the kernels; each unit compiles alone, and once for each instruction set.
 - `structs.py`: the structs that they are called with, described once.
-- `build.py`: compiles the library, when a wheel is built or in a checkout.
+- `build.py`: compiles the library, when a wheel is built or in a checkout; wheels do not carry it.
 - `library.py`: loads it, checks it, and hands it torch's threads.
 """

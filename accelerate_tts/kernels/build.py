@@ -7,11 +7,12 @@ checkout that is used without installing it::
 
 Each unit is compiled once for each instruction set, and all go into one library, which links neither torch nor Python
 nor an OpenMP: `library.py` hands it the one that torch has loaded. This file is run by itself while a wheel is built,
-where nothing of this package can be imported.
+where nothing of this package can be imported, and is no part of the wheel.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -22,9 +23,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BuildError", "NoCompilerError", "build", "library_name"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BuildError", "NoCompilerError", "build"]
 
 _HERE = Path(__file__).parent
 _TOKENS = ("skinny_gemm", "decoder_block")
@@ -60,18 +64,14 @@ class NoCompilerError(BuildError):
     """No C++ compiler was found."""
 
 
-def library_name() -> str:
-    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
-    return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-
-
-def build(target: Path | None = None, *, machine: str | None = None) -> Path:
+def build(target: Path | None = None, *, machine: str = "", tests: bool = False) -> Path:
     """Compile and link the library.
 
     Args:
-        target: Where it goes; beside this file by default.
+        target: Where it goes: a folder, or a file's name. Beside this file by default.
         machine: The processor that it is for, as `platform.machine()` names it; this one by default. The compiler that
             `CXX` names must be one for it.
+        tests: Make a program of `csrc/tests` and the kernels instead, which compares them with plain loops.
 
     Returns:
         Where it lies.
@@ -80,13 +80,18 @@ def build(target: Path | None = None, *, machine: str | None = None) -> Path:
         NoCompilerError: There is no C++ compiler: none of `CXX`, c++, g++ and clang++.
         BuildError: The compiler failed.
     """
-    target = target or _HERE / library_name()
+    target = target or _HERE
+    target = target / _structs().library_name() if target.is_dir() else target
     compiler = _compiler()
     _write_header()
     with tempfile.TemporaryDirectory() as folder:
-        objects = compile_all(compiler, Path(folder), machine)
+        objects = [str(path) for path in _compiled(compiler, Path(folder), machine or platform.machine())]
         made = Path(folder) / target.name
-        _run([*compiler, *_linking(), "-o", str(made), *map(str, objects)])
+        if tests:
+            source = str(_HERE / "csrc" / "tests" / "test_kernels.cpp")
+            _run([*compiler, "-std=c++17", "-O1", "-pthread", "-static-libstdc++", source, *objects, "-o", str(made)])
+        else:
+            _run([*compiler, *_linking(), "-o", str(made), *objects])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside it and renamed: a process that has the old one mapped keeps it.
         beside = target.with_name(f"{target.name}.{os.getpid()}")
@@ -96,13 +101,10 @@ def build(target: Path | None = None, *, machine: str | None = None) -> Path:
     return target
 
 
-def compile_all(compiler: list[str], folder: Path, machine: str | None = None) -> list[Path]:
+def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
     """The objects of all units and instruction sets, in the order in which they are to be linked."""
     levels = _levels(compiler, machine, folder)
-    tokens, sequences = (
-        {level: [name for name in list(levels)[: number + 1] if name not in excepted][-1] for number, level in enumerate(levels)}
-        for excepted in (_NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES)
-    )
+    tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
     jobs: list[tuple[str, str, list[str]]] = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"]), ("weight_digests", "", [])]
     for level, flags in levels.items():
@@ -117,6 +119,15 @@ def compile_all(compiler: list[str], folder: Path, machine: str | None = None) -
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(compiled, jobs))
+
+
+def _taken(levels: Iterable[str], without: set[str]) -> dict[str, str]:
+    """Whose kernels each instruction set takes: its own, or those of the one below."""
+    taken, last = dict[str, str](), ""
+    for level in levels:
+        last = last if level in without else level
+        taken[level] = last
+    return taken
 
 
 def _compiler() -> list[str]:
@@ -140,9 +151,9 @@ def _linking() -> list[str]:
     return ["-shared", "-Wl,--as-needed,--gc-sections,-z,noexecstack,-z,relro,-z,now", "-static-libgcc"]
 
 
-def _levels(compiler: list[str], machine: str | None, folder: Path) -> dict[str, tuple[str, ...]]:
+def _levels(compiler: list[str], machine: str, folder: Path) -> dict[str, tuple[str, ...]]:
     """The instruction sets that the compiler knows, of this kind of processor."""
-    if (machine or platform.machine()).lower() not in {"x86_64", "amd64"}:
+    if machine.lower() not in {"x86_64", "amd64"}:
         return {"base": ()}
     probe = folder / "probe.cpp"
     probe.write_text("#include <immintrin.h>\n", encoding="utf-8")
@@ -178,5 +189,16 @@ def _structs() -> Any:
     return module
 
 
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m accelerate_tts.kernels.build", description="Build the kernels.")
+    parser.add_argument("--target", type=Path, help="a folder or a file; beside build.py by default")
+    parser.add_argument("--machine", default="", help="the processor it is for, if CXX is a cross compiler")
+    parser.add_argument("--tests", action="store_true", help="a program that compares the kernels with plain loops")
+    given = parser.parse_args()
+    if given.tests and given.target is None:
+        parser.error("--tests needs --target")
+    sys.stdout.write(f"{build(given.target, machine=given.machine, tests=given.tests)}\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{build()}\n")
+    _main()

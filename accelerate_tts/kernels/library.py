@@ -19,10 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.errors import shown
 from accelerate_tts.events import FellBack, emit
-from accelerate_tts.kernels.build import library_name
-from accelerate_tts.kernels.structs import ABI_VERSION, expected
+from accelerate_tts.kernels.structs import ABI_VERSION, expected, library_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,8 +130,8 @@ def load(path: Path, limit: str = "") -> Library:
         limit: The best instruction set to use, by its name; "" for the best that the processor has.
 
     Raises:
-        KernelError: It is not there, not one to trust, or of another description of its structs.
-        SettingsError: There is no such instruction set.
+        KernelError: It is not there, not one to trust, or of another description of its structs; or there is no such
+            instruction set.
     """
     if limit == NONE:
         raise KernelError(f"the kernels are switched off by {VARIABLE}={NONE}", "unset it to use them")
@@ -146,7 +145,7 @@ def load(path: Path, limit: str = "") -> Library:
         raise KernelError(f"{path} cannot be loaded ({error})", _REBUILD) from error
     levels = _levels(dll)
     if limit and limit not in levels:
-        raise SettingsError(f"{VARIABLE}={shown(limit)} is none of {', '.join(levels)}, {NONE}")
+        raise KernelError(f"{VARIABLE}={shown(limit)} is none of {', '.join(levels)}, {NONE}", "correct or unset it")
     choose = dll.accelerate_tts_choose
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     level = choose(limit.encode() if limit else None).decode()
@@ -256,8 +255,7 @@ def _give_threads(dll: ctypes.CDLL) -> str:
 
 
 def _places_of_openmp() -> list[ctypes.CDLL]:
-    """Where torch's own calls of OpenMP end, in the order in which the system looks: what is loaded for all, then what
-    torch's library itself needs."""
+    """Where torch's own calls of OpenMP end, in the order of look-up: what is loaded for all comes first."""
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
@@ -279,4 +277,3 @@ def _file_of(address: int | None) -> str:
     if look is None or not look(_POINTER(address), ctypes.byref(info)) or not info.file:
         return "OpenMP"
     return os.fsdecode(info.file)
-

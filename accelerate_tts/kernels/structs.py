@@ -8,9 +8,10 @@ first call: a library of another description is refused.
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
-__all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header"]
+__all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
 
 ABI_VERSION = 2
 """What counts beside the structs: the exported functions and what they mean."""
@@ -60,7 +61,11 @@ _FIELDS: dict[str, list[Field]] = {
         ("is_bf16", "int64_t", "the model: its cache, and what one block hands to the next"),
         ("length", "int64_t", "positions in the cache before this token; of the longest, where rows have their own"),
         ("attention", "float*", "[rows, heads, length + 1], the attention weights; or null, where nobody asks"),
-        ("row_keys", "void* const*", "[rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all"),
+        (
+            "row_keys",
+            "void* const*",
+            "[rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all",
+        ),
         ("row_values", "void* const*", "the same for values; null where row_keys is"),
         ("row_lengths", "const int64_t*", "[rows], positions in each row's cache; or null: `length` for all"),
     ],
@@ -113,6 +118,11 @@ STRUCTS: dict[str, type[ctypes.Structure]] = _classes()
 """Each struct's ctypes class, by its name."""
 
 
+def library_name() -> str:
+    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
+    return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+
 def expected() -> list[tuple[str, int, int]]:
     """Every field, as a library must have it: its name, where it begins and how long it is, in bytes."""
     return [
@@ -140,7 +150,7 @@ def header() -> str:
         lines += [f"  {kind} {name};" + (f"  // {what}" if what else "") for name, kind, what in fields]
         lines += ["};"]
     lines += ["", "struct Field {", "  const char* name;", "  int64_t offset, size;", "};", ""]
-    lines += ["#define KERNELS_FIELD(S, F) {#S \".\" #F, offsetof(S, F), sizeof(S::F)}"]
+    lines += ['#define KERNELS_FIELD(S, F) {#S "." #F, offsetof(S, F), sizeof(S::F)}']
     lines += ["constexpr Field FIELDS[] = {"]
     lines += [f"    KERNELS_FIELD({struct}, {name})," for struct, fields in _FIELDS.items() for name, _, _ in fields]
     return "\n".join([*lines, "};", "#undef KERNELS_FIELD", ""])

@@ -352,7 +352,6 @@ def test_recordings_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"output_attentions": True}, "attention weights"),
         ({"attention_mask": torch.zeros(2, 1, 1, 7)}, "4 dimensions"),
         ({"something": torch.ones(1)}, "something"),
     ],
@@ -367,6 +366,27 @@ def test_what_a_recording_cannot_serve_is_upstreams_with_an_event(
         model(inputs_embeds=torch.ones(2, 1, WIDTH), past_key_values=past, use_cache=True, **asked)
     assert any(isinstance(event, NotApplied) and reason in event.reason for event in seen)
     assert change.graphs == 0
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_attention_weights_are_served(make: Callable[..., Any], how: str, seen: list[Event]) -> None:
+    untouched, model = make(attn_implementation=how), make(attn_implementation=how)
+    change = capture(model)
+    found = []
+    with torch.inference_mode():
+        for candidate in (untouched, model):
+            past = candidate(inputs_embeds=torch.ones(2, 5, WIDTH), use_cache=True).past_key_values
+            x = torch.ones(2, 1, WIDTH)
+            found.append([])
+            for asked in (True, False, True):
+                out = candidate(inputs_embeds=x, past_key_values=past, use_cache=True, output_attentions=asked)
+                found[-1].append(out.attentions or ())
+    assert change.graphs == 2
+    assert not seen
+    for one, other in zip(*found, strict=True):
+        assert [weights.shape for weights in one] == [weights.shape for weights in other]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, other, strict=True))
 
 
 def test_hooks_inside_are_called(seen: list[Event]) -> None:

@@ -112,6 +112,51 @@ def test_the_head_of_a_model_of_transformers() -> None:
     assert head_of(nn.Linear(1, 1), [holder]) is None
 
 
+class Inner(nn.Module):
+    """A decoder with a head of its own kind, which generates by itself, inside a model with another one."""
+
+    def __init__(self, decoder: nn.Module, head: nn.Module | None, *, generates: bool) -> None:
+        super().__init__()
+        self.decoder, self.head, self._generates = decoder, head, generates
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head
+
+    def can_generate(self) -> bool:
+        return self._generates
+
+
+def test_the_head_is_that_of_the_nearest_owner() -> None:
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=9)  # fmt: skip
+    decoder, own, other = transformers.LlamaModel(config), nn.Linear(8, 5), nn.Linear(8, 9)
+
+    def found(head: nn.Module | None, *, generates: bool) -> Head | None:
+        return head_of(decoder, [Inner(Inner(decoder, head, generates=generates), other, generates=True)])
+
+    assert found(own, generates=True) == Head((own,))
+    assert found(None, generates=True) is None, "its head is of another kind, and the outer one is not its own"
+    assert found(None, generates=False) == Head((other,)), "a model around it without a head"
+    assert found(nn.Linear(7, 5), generates=True) is None, "of another width"
+
+
+def test_the_depth_decoder_of_csm_has_no_head_of_the_backbone() -> None:
+    csm = pytest.importorskip("transformers.models.csm.modeling_csm", reason="this release has no CSM")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "vocab_size": 9, "num_codebooks": 4, "head_dim": 8}  # fmt: skip
+    depth = {**sizes, "backbone_hidden_size": 16}
+    small = {"upsampling_ratios": [2], "num_filters": 4, "hidden_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 8, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8,
+             "head_dim": 4, "num_key_value_heads": 2}  # fmt: skip
+    config = transformers.CsmConfig(
+        **sizes, text_vocab_size=11, depth_decoder_config=depth,
+        codec_config={"model_type": "mimi", **small}, pad_token_id=0, codebook_eos_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    model = csm.CsmForConditionalGeneration(config)
+    assert head_of(model.depth_decoder.model, [model]) is None
+    assert head_of(model.backbone_model, [model]) == Head((model.lm_head,))
+
+
 # --- tuning --------------------------------------------------------------------------------------------------------
 
 COUNT = 40

@@ -233,7 +233,12 @@ def exchanged(block: Any) -> None:
     block.norm3 = nn.LayerNorm(128, elementwise_affine=False)
 
 
-@pytest.mark.parametrize("alter", [hook, processor, adapter, exchanged])
+def one_number(block: Any) -> None:
+    """A bias that torch broadcasts, and that the kernel would read past."""
+    block.ff.net[2].bias = nn.Parameter(torch.tensor([0.25]))
+
+
+@pytest.mark.parametrize("alter", [hook, processor, adapter, exchanged, one_number])
 def test_what_comes_into_a_block_later_is_used(
     alter: Callable[[Any], None], served: list[str], seen: list[Event]
 ) -> None:
@@ -481,7 +486,7 @@ def test_it_is_tried_where_it_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FusedSequenceStage(TRANSFORMER).applies(part) == "this processor has no AMX"
     monkeypatch.setattr(sequence, "has_matrix_unit", lambda: True)
     monkeypatch.setattr(sequence, "multiplies_in_bf16", lambda: False)
-    with pytest.raises(RuntimeError, match="ONEDNN_MAX_CPU_ISA"):
+    with pytest.raises(RuntimeError, match="ACCELERATE_TTS_KERNELS"):
         FusedSequenceStage(TRANSFORMER).prepare(part)
 
 
@@ -567,3 +572,13 @@ def test_what_is_inside_is_not_tried_again() -> None:
     assert None not in [stage.applies(part) for stage in others]
     change.off()
     assert [stage.applies(part) for stage in others] == [None] * 4
+
+
+@pytest.mark.parametrize("place", ["first", "beside", "norm"])
+def test_a_residual_blocks_bias_of_another_shape_is_upstreams(place: str) -> None:
+    block = residual_of()
+    assert RESIDUAL.parts_of(block) is not None
+    parts = RESIDUAL.parts_of(block)
+    layer = {"first": parts.first, "beside": parts.beside, "norm": parts.norm1}[place]
+    layer.bias = nn.Parameter(torch.tensor([0.25]))
+    assert RESIDUAL.parts_of(block) is None

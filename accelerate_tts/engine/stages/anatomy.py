@@ -124,7 +124,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
     layers = list(anatomy.layers().values())
     plain = {torch.Tensor, nn.Parameter}  # a quantised or sharded weight has no memory of its own to point to
     tensors = [getattr(m, name, None) for m in (*layers, anatomy.norm1, anatomy.norm2) for name in ("weight", "bias")]
-    if not all(type(tensor) in plain for tensor in tensors if tensor is not None):
+    if not all(type(tensor) in plain and tensor.is_cpu for tensor in tensors if tensor is not None):
         return False
     if anatomy.activation < 0 or anatomy.heads % anatomy.kv_heads or not all(map(is_linear, layers)):
         return False
@@ -133,7 +133,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
     return (
         is_norm(anatomy.norm1) and is_norm(anatomy.norm2)
         and len(dtypes) == 1 and dtypes <= stored
-        and all(layer.weight.device.type == "cpu" and layer.weight.is_contiguous() for layer in layers)
+        and all(layer.weight.is_contiguous() for layer in layers)
         and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
         and _fits_together(anatomy)
     )  # fmt: skip

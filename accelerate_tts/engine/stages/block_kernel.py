@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.stages.anatomy import Anatomy
 
-__all__ = ["Described", "Shared", "plain", "run", "shared"]
+__all__ = ["Described", "Shared", "holds", "plain", "run", "shared"]
 
 _POINTER = ctypes.c_void_p
 _Linear, _Block, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Token"))
@@ -25,7 +25,12 @@ _NO_ROWS = (None, None, None)  # all rows of a call share one cache
 
 
 class Described:
-    """A block's struct, and the tensors that it points to."""
+    """A block's struct, and the tensors that it points to.
+
+    Attributes:
+        copies: The copies of layers' weights, and their scales.
+        takes: The hidden size, and the heads of keys and their size, of what it is given.
+    """
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
         import torch
@@ -49,6 +54,7 @@ class Described:
             layer_norm=hasattr(anatomy.norm1, "eps"), gated=anatomy.gate is not None, activation=anatomy.activation,
             eps1=_epsilon(anatomy.norm1), eps2=_epsilon(anatomy.norm2), scaling=anatomy.scaling, **norms, **linears,
         )  # fmt: skip
+        self.takes = (anatomy.norm1.weight.shape[0], anatomy.kv_heads, anatomy.head_dim)
         self.address = ctypes.addressof(self.struct)
 
     def _pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
@@ -141,6 +147,14 @@ def run(
     return y
 
 
+def holds(keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> bool:
+    """Whether buffers, (rows, heads, room, head size), have a place behind `length` for so many rows."""
+    return bool(
+        keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.shape == values.shape
+        and keys.shape[0] == rows and keys.shape[2] > length and keys.stride(3) == values.stride(3) == 1
+    )  # fmt: skip
+
+
 # The next two give three fields and the tensors behind them, or `None` for what is not of the kernel's kind.
 
 
@@ -151,6 +165,8 @@ def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
     shape = cos.shape
     if shape != sin.shape or len(shape) != 3 or shape[1:] != (1, size) or shape[0] not in {1, rows}:  # noqa: PLR2004
         return None
+    if not (cos.is_cpu and sin.is_cpu):
+        return None
     return cos.data_ptr(), sin.data_ptr(), 0 if shape[0] == 1 else size, cos, sin
 
 
@@ -159,7 +175,7 @@ def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
 
     if given is None:
         return None, 0, False
-    if given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
+    if not given.is_cpu or given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
         return None
     in_bytes = given.dtype == torch.bool
     mask = given.contiguous() if in_bytes else plain(given)

@@ -2,9 +2,9 @@
 
 On a GPU a step of one token is hundreds of kernels of a few microseconds each, and the time goes into starting them.
 Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
-served is one token for a growing cache (growing.py); prompts, attention weights asked for, arguments that were not
-there when it was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own forward on the
-same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+served is one token for a growing cache (growing.py), with the attention weights if upstream gives them; prompts,
+arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
+upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
 
 Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
 started; and a recording knows nothing of what is changed on the layers after it.
@@ -20,9 +20,9 @@ from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
 from accelerate_tts.engine.stages.swap import RECORDED, ClassSwap, keeps_copies, plain_class, subclass_with
-from accelerate_tts.engine.stages.tokens import CACHE_NAMES, cache_of, has_hooks, parameters_of
+from accelerate_tts.engine.stages.tokens import CACHE_NAMES, Told, cache_of, has_hooks, is_spied, parameters_of
 from accelerate_tts.engine.weight_versions import Weights
-from accelerate_tts.events import FellBack, NotApplied, Recompiled, emit
+from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class _Steps:
     ) -> None:
         self._decoder: Any = decoder
         self._what, self._stage = what, stage
+        self._told = Told(f"the captured step of {what}")
         self._record = record
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
@@ -190,17 +191,15 @@ class _Steps:
         ]
         if odd:
             obstacle = f"it is called with {', '.join(sorted(odd))}"
-        elif named.get("output_attentions") or getattr(self._decoder.config, "output_attentions", False):
-            obstacle = "attention weights are asked for"
         elif how not in {"eager", "sdpa", None}:
             obstacle = f"attention is made by {how!r}"
         elif mask is not None and mask.dim() != 2:  # noqa: PLR2004
             obstacle = f"its mask has {mask.dim()} dimensions"
-        elif has_hooks(*self._inner):
+        elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
             obstacle = "there are hooks inside it, which a replay does not call"
         else:
             return False
-        emit(NotApplied(f"the captured step of {self._what}", obstacle))
+        self._told.tell(obstacle, 0)
         return True
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
@@ -219,17 +218,23 @@ class _Steps:
                 self._weights = Weights(self._decoder, content=self._copies)
                 self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
-            return None if slot is None else slot.run(past, inputs, mask)
+            if slot is None:
+                return None
+            self._told.is_served(0)
+            return slot.run(past, inputs, mask)
 
     def _slot_for(
         self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
     ) -> Slot | None:
         capacity = next((size for size in CAPACITIES if size > length), None)
         if capacity is None or bytes_of(past, capacity) > _MOST_BYTES:
-            emit(NotApplied(f"the captured step of {self._what}", f"the sequence has {length} positions"))
+            self._told.tell(f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory", 0)
             return None
         kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
-        key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())))
+        config = self._decoder.config
+        asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
+        how = (*asked, getattr(config, "_attn_implementation", None))
+        key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
         slots = self._slots.pop(key, [])
         self._slots[key] = slots
         # Where it lies already; or where nothing does any more; or where there is no room for one more.

@@ -15,11 +15,13 @@ import inspect
 import sys
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from accelerate_tts.engine.capture import READY
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import call_normally
+from accelerate_tts.engine.stages.leftovers import Leftovers
 from accelerate_tts.engine.stages.skinny import MOST_ROWS
 from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import cache_name, cache_of, tidy
@@ -93,12 +95,15 @@ def _decoding_class(plain: Any) -> type:
     import torch
 
     names = _parameters(plain)
+    left: WeakKeyDictionary[Any, Leftovers] = WeakKeyDictionary()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         past = cache_of(named)
+        if past is None:
+            left.setdefault(self, Leftovers()).tidy(self)
         if growing.is_tuple(past):
             if past[0][0].shape[0] <= MOST_ROWS and _is_token(named):
                 past = growing.with_room(past)

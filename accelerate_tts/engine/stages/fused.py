@@ -24,7 +24,7 @@ from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.ahead import Ahead, Made, Row
 from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.block_kernel import Described, plain, run, shared
+from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks, missing
@@ -304,7 +304,10 @@ class _Fused:
         if first is None:
             return None
         length = first.layer.length()
-        given = shared(rotated, named.get("attention_mask"), hidden.shape[0], self._cache_shape[1], length + 1)
+        mask = named.get("attention_mask")
+        if mask is not None and mask.dim() == 4:  # noqa: PLR2004
+            mask = mask[..., : length + 1]  # before 4.49 there is one position more in it, and attention cuts it, too
+        given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's business, and its own error
@@ -329,7 +332,7 @@ class _Fused:
         for place in self.row.together(self.number):
             theirs = past
             if isinstance(past, tuple):
-                if whole is None or len(whole) != len(self.blocks) or whole[self.number] is not past:
+                if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
                     break
                 theirs = whole[place]
             ready = self.blocks[place]._ready(hidden, theirs, of_text, named)
@@ -360,17 +363,14 @@ class _Fused:
         described = None
         if (
             keys.dtype == self._dtype
-            and values.shape[:2] == keys.shape[:2]
-            and keys.device.type == "cpu"
-            and (keys.shape[1], keys.shape[3], values.shape[3]) == (*self._cache_shape, self._cache_shape[1])
+            and (keys.shape[1], keys.shape[3]) == self._cache_shape
             and hidden.shape[-1] == self._hidden
-            and keys.stride(3) == 1
-            and values.stride(3) == 1
+            and holds(keys, values, hidden.shape[0], layer.length())
         ):  # or else it is upstream's, and its own error
             described = self._describe(of_text)
-        if described is None:
+        if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
-            return None
+            return None  # as where weights of other sizes were put in
         return _Ready(described, layer, read or (answer is not None and _WEIGHTS in answer))
 
     def _is_wanted(self) -> bool:

@@ -76,9 +76,7 @@ def is_growable(past: Any) -> bool:
     Sliding windows, quantised, offloaded and static layers, and caches of other classes, are upstream's business.
     """
     classes = cache_classes()
-    if classes is None or type(past) is not classes.DynamicCache or getattr(past, "offloading", False):
-        return False
-    if getattr(past, "cache_processor", None) is not None:  # of 4.54 and 4.55
+    if classes is None or type(past) is not classes.DynamicCache or _is_processed(past):
         return False
     plain: Any = classes.DynamicLayer
     growing: Any = growing_class()
@@ -285,36 +283,47 @@ def growing_layer(past: Any, number: int) -> Any:
         number: The block's place in the cache.
     """
     if isinstance(past, tuple):
-        return PairLayer(None, number, *past) if _is_pair(past) else None
+        return PairLayer(*past) if _is_pair(past) else None
     classes = cache_classes()
     if classes is None:
         return _listed_layer(past, number)
     if type(past) is not classes.DynamicCache or number >= len(past.layers):
         return None
     layer = past.layers[number]
-    return layer if type(layer) is growing_class() and layer.holds() else None
+    if type(layer) is growing_class():
+        return layer if layer.holds() else None
+    # Made of a tuple for this call (4.54 to 4.57 take one, and some decoders still give one).
+    is_plain = type(layer) is classes.DynamicLayer and _holds(layer) and not _is_processed(past)
+    return PairLayer(layer.keys, layer.values, layer) if is_plain else None
+
+
+def _is_processed(past: Any) -> bool:
+    """Whether something is done to a cache around each update: it is moved elsewhere, or (4.54, 4.55) quantised."""
+    return bool(getattr(past, "offloading", False)) or getattr(past, "cache_processor", None) is not None
 
 
 # --- caches without layers -----------------------------------------------------------------------------------
 
 
 class PairLayer:
-    """Keys and values of one layer of a cache that is two lists, or a tuple of pairs; made for one token of a block.
+    """Keys and values of one layer of a cache without growing layers; made for one token of a block.
 
     Args:
-        past: The cache with the lists; `None` for a pair.
-        number: Which layer.
         keys: Of the positions so far, (rows, heads, positions, head size).
         values: Likewise.
+        holder: What has the two, as its `keys` and `values`; `None` for a pair, which nobody changes.
     """
 
-    def __init__(self, past: Any, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._past, self._number = past, number
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, holder: Any = None) -> None:
         self._keys, self._values = keys, values
+        self._holder = holder
+        self._is_ours = False
 
     def buffers(self) -> tuple[Any, Any]:
-        """The tensors; what lies behind them by their strides is room."""
-        return self._keys, self._values
+        """The tensors, with the room behind them that was taken."""
+        if not self._is_ours:
+            return self.pair()
+        return tuple(_longer(tensor, _room(tensor) + 1) for tensor in self.pair())  # type: ignore[return-value]
 
     def length(self) -> int:
         """Positions so far."""
@@ -322,23 +331,25 @@ class PairLayer:
 
     def reserve(self, positions: int) -> bool:
         """Take the room behind the last position, for this token alone; False if there is none and none can be made."""
-        if _take(self._keys) and min(map(_room, self.buffers())) >= positions:
+        if _take(self._keys) and min(_room(self._keys), _room(self._values)) >= positions:
+            self._is_ours = True
             return True
         needed = self.length() + positions
-        if self._past is None or needed > LARGEST:
+        if self._holder is None or needed > LARGEST:
             return False
         self._keys, self._values = _roomy_pair(self._keys, self._values, needed)
-        self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
+        self._holder.keys, self._holder.values = self._keys, self._values
+        self._is_ours = True
         return True
 
     def advance(self, positions: int) -> None:
         """Count positions that were written behind the tensors."""
-        self._keys, self._values = (_longer(tensor, positions) for tensor in self.buffers())
+        self._keys, self._values = (_longer(tensor, positions) for tensor in self.pair())
         _offer(self._keys)
-        if self._past is not None:
-            self._past.key_cache[self._number], self._past.value_cache[self._number] = self._keys, self._values
-            if self._number == 0 and hasattr(self._past, "_seen_tokens"):
-                self._past._seen_tokens += positions
+        if self._holder is not None:
+            self._holder.keys, self._holder.values = self._keys, self._values
+        if isinstance(self._holder, _Listed):
+            self._holder.count(positions)
 
     def pair(self) -> tuple[Any, Any]:
         """The keys and values so far, as the next call is given them."""
@@ -355,6 +366,34 @@ class PairLayer:
     def release(self) -> None:
         """Give back the room that was taken for a token that is not to be written after all."""
         _offer(self._keys)
+
+
+class _Listed:
+    """One layer of a cache that is two lists (before 4.54)."""
+
+    def __init__(self, past: Any, number: int) -> None:
+        self._past, self._number = past, number
+
+    @property
+    def keys(self) -> Any:
+        return self._past.key_cache[self._number]
+
+    @keys.setter
+    def keys(self, tensor: Any) -> None:
+        self._past.key_cache[self._number] = tensor
+
+    @property
+    def values(self) -> Any:
+        return self._past.value_cache[self._number]
+
+    @values.setter
+    def values(self, tensor: Any) -> None:
+        self._past.value_cache[self._number] = tensor
+
+    def count(self, positions: int) -> None:
+        """Count positions that came; the first layer's are the cache's."""
+        if self._number == 0 and hasattr(self._past, "_seen_tokens"):
+            self._past._seen_tokens += positions
 
 
 class _Mark(NamedTuple):
@@ -423,8 +462,9 @@ def _listed_layer(past: Any, number: int) -> Any:
     classes = sys.modules.get("transformers.cache_utils")
     if classes is None or type(past) is not classes.DynamicCache or number >= len(past.key_cache):
         return None
-    pair = (past.key_cache[number], past.value_cache[number])
-    return PairLayer(past, number, *pair) if _is_pair(pair) else None  # a layer that was skipped is an empty list
+    holder = _Listed(past, number)
+    pair = (holder.keys, holder.values)
+    return PairLayer(*pair, holder) if _is_pair(pair) else None  # a layer that was skipped is an empty list
 
 
 def is_tuple(past: Any) -> bool:
@@ -440,6 +480,8 @@ def is_listed(past: Any) -> bool:
 
 def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
     """A tuple of pairs of the same content, each with room for a token behind it; itself, if that is there."""
+    if hasattr(getattr(cache_classes(), "DynamicLayer", None), "lazy_initialization"):
+        return past  # from 4.56 on a cache is made of it by copying
     found = []
     for keys, values in past:
         there = _open.get(id(keys))

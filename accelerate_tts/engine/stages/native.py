@@ -89,9 +89,8 @@ def skinny_linear() -> Callable[..., Any]:
         rows = x.shape[0]
         y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
         kind = formats.get((weight.dtype, transposed))
-        if kind is None or x.shape != (rows, inputs) or not (
-            _is_plain(x) and _is_plain(weight, weight.dtype) and _is_vector(scale, outputs) and _is_vector(bias, outputs)
-        ):  # fmt: skip
+        fits = _is_plain(x) and _is_plain(weight, weight.dtype) and x.shape == (rows, inputs)
+        if kind is None or not (fits and _is_vector(scale, outputs) and _is_vector(bias, outputs)):
             raise ValueError(_misfit(x, weight, scale, bias, transposed))
         kernel(
             kind, x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),

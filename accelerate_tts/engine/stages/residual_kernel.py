@@ -1,4 +1,4 @@
-"""What residual_block.cpp is told of a residual block of causal convolutions, and which blocks and calls it can serve."""
+"""The description of a residual block for residual_block.cpp, and which blocks and calls it can serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of a flow's estimator by one kernel of ours each (transformer_block.cpp, residual_block.cpp). In bf16, on CPUs with AMX.
+"""Blocks of a flow's estimator by one kernel each, transformer_block.cpp or residual_block.cpp. In bf16, by AMX.
 
 An estimator (Chatterbox's S3Gen, CosyVoice, Matcha-TTS) has dozens of small blocks, and runs them at each step of its
 solver. At a few hundred frames a third of its time is attention, which torch does not multiply in AMX at these sizes,

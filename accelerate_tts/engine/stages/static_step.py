@@ -187,7 +187,7 @@ class Slot:
             self._recording.replay()
             for layer in past.layers:
                 layer.advance(1)
-            return _own(self._recording.outputs, past)
+            return _own(self._recording.outputs, past, length + 1)
 
     def holds(self, past: Any) -> bool:
         """Whether a cache's sequence lies in this slot's buffers."""
@@ -229,13 +229,18 @@ def bytes_of(past: Any, capacity: int) -> int:
     return sum(t.numel() // max(1, t.shape[-2]) * capacity * t.element_size() for t in each)
 
 
-def _own(result: Any, past: Any) -> Any:
-    """A result in tensors that the next replay does not write to, with the caller's own cache."""
+def _own(result: Any, past: Any, positions: int) -> Any:
+    """A result in tensors that the next replay does not write to, with the caller's own cache.
+
+    Attention weights are over the whole capacity there; of the positions beyond the sequence they are zero.
+    """
     import torch
     from torch.utils import _pytree
 
     cache = cache_name(result.keys()) or CACHE_NAMES[0]
     fields = {name: value for name, value in result.items() if name != cache}
+    if "attentions" in fields:
+        fields["attentions"] = tuple(weights[..., :positions] for weights in fields["attentions"])
     fields = _pytree.tree_map_only(torch.Tensor, torch.clone, fields)
     return type(result)(**fields, **{cache: past})
 

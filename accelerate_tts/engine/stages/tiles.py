@@ -1,4 +1,4 @@
-"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and what is plain enough for them."""
+"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32"]
 
 PANEL = 64
 """What sizes must be multiples of: the kernels' products have so many columns."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -62,12 +63,15 @@ class Kept:
 
 
 def are_plain(modules: Iterable[Any]) -> bool:
-    """Whether all weights of modules are fp32, on the CPU, with memory of their own to copy."""
+    """Whether all weights of modules are fp32, on the CPU, with memory of their own to copy, and biases of their size.
+
+    torch adds a bias of any shape that can be broadcast; a kernel reads one number for each output.
+    """
     import torch
     from torch import nn
 
-    plain = {torch.Tensor, nn.Parameter}  # not quantised or sharded
-    return all(
+    plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
+    return all(module.bias is None or module.bias.shape == module.weight.shape[:1] for module in modules) and all(
         type(tensor) in plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         for module in modules
         for tensor in (module.weight, module.bias)

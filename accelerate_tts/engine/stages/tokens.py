@@ -17,6 +17,7 @@ __all__ = [
     "cache_name",
     "cache_of",
     "has_hooks",
+    "is_analyzer",
     "is_capture",
     "is_read",
     "is_spied",
@@ -133,7 +134,12 @@ def is_read(attention: Any) -> bool:
 
 def is_spied(attention: Any) -> bool:
     """Whether Chatterbox's alignment analyzer reads the weights of an attention layer, who else may or may not."""
-    return any(_module_of(hook).endswith(_ANALYZER) for hook in attention._forward_hooks.values())
+    return any(map(is_analyzer, attention._forward_hooks.values()))
+
+
+def is_analyzer(hook: Any) -> bool:
+    """Whether a hook is of Chatterbox's alignment analyzer, which only looks at attention weights."""
+    return _module_of(hook).endswith(_ANALYZER)
 
 
 def is_capture(forward: Any) -> bool:
@@ -156,7 +162,7 @@ def tidy(module: Any) -> None:
 
 def _is_foreign(module: Any) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not (name := _module_of(hook)).startswith(_READERS) and not name.endswith(_ANALYZER) for hook in hooks)
+    return any(not _module_of(hook).startswith(_READERS) and not is_analyzer(hook) for hook in hooks)
 
 
 def _module_of(hook: Any) -> str:

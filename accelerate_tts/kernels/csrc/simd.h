@@ -1,6 +1,6 @@
 // Vectors as wide as the instruction set has them, by GCC's and Clang's vector extensions: arithmetic, conversions and
-// shifts are the compiler's. By name are only what extensions cannot say: products of 16 bits summed in 32, and sums of
-// a vector's numbers.
+// shifts are the compiler's. By name are only what extensions cannot say (products of 16 bits summed in 32, sums of a
+// vector's numbers) and loads that become wider, which GCC 12 makes of two halves.
 #pragma once
 #include "common.h"
 
@@ -44,14 +44,30 @@ inline void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 inline vec load(const float* p) { return load_as<vec>(p); }
-inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(load_as<halves>(p), words) << 16); }
+inline vec load(const bf16* p) {
+#if defined(__AVX512BW__)
+  return (vec)((words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (vec)((words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
+  return (vec)(__builtin_convertvector(load_as<halves>(p), words) << 16);
+#endif
+}
 inline vec all_of(float value) { return vec{} + value; }
 
 // Two numbers in bf16 lie in 32 bits, the one at an even place in the low half.
 inline vec even_bf16(words pairs) { return (vec)(pairs << 16); }
 inline vec odd_bf16(words pairs) { return (vec)(pairs & 0xffff0000u); }
 
-inline shorts load_int8(const int8_t* p) { return __builtin_convertvector(load_as<bytes>(p), shorts); }
+inline shorts load_int8(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector(load_as<bytes>(p), shorts);
+#endif
+}
 
 // sum + a * b, two products to each of its numbers.
 inline ints add_products(ints sum, shorts a, shorts b) {
