@@ -73,7 +73,7 @@ class Weights:
         self._places = [
             (number, _Places(t))
             for number, t in enumerate(tensors)
-            if content and id(t) not in known and any(t is other for other in readable)
+            if content and id(t) not in known and not t.is_quantized and any(t is other for other in readable)
         ]  # fmt: skip
 
     def _tensors(self) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from accelerate_tts.engine.stages.inductor import (
 )
 from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, keeps_copies, make_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import Told, cache_name, parameters_of, take_cache, token_layer
+from accelerate_tts.engine.stages.traced import is_traced
 from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
@@ -180,7 +181,7 @@ class _Row:
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         import torch
 
-        if self._broken or torch.is_grad_enabled() or block.training or torch.compiler.is_compiling():
+        if self._broken or torch.is_grad_enabled() or block.training or is_traced():
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)

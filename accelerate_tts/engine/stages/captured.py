@@ -21,6 +21,7 @@ from accelerate_tts.engine.stages.decode import decoders, growing_caches
 from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
 from accelerate_tts.engine.stages.swap import RECORDED, ClassSwap, keeps_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, Told, cache_of, has_hooks, is_spied, parameters_of
+from accelerate_tts.engine.stages.traced import is_traced
 from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.locks import lock
@@ -174,7 +175,7 @@ class _Steps:
             and all(tensor.device == keys.device for tensor in given)
             and named.get("use_cache") is not False
             and named.get("return_dict") is not False
-            and not (torch.is_grad_enabled() or decoder.training or torch.compiler.is_compiling())
+            and not (torch.is_grad_enabled() or decoder.training or is_traced())
             and not torch.is_autocast_enabled(keys.device.type)
             and not self._is_odd(named, keys.shape[0])
         )

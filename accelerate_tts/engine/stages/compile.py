@@ -25,6 +25,7 @@ from accelerate_tts.engine.stages.inductor import (
     reason_of,
 )
 from accelerate_tts.engine.stages.swap import keeps_copies, make_copies
+from accelerate_tts.engine.stages.traced import is_traced
 from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
@@ -152,6 +153,8 @@ class CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled while that works."""
+        if is_traced():
+            return self._untouched(*args, **kwargs)
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # three simultaneous first calls would compile three times

@@ -40,6 +40,7 @@ from accelerate_tts.engine.stages.tokens import (
     tidy,
     token_layer,
 )
+from accelerate_tts.engine.stages.traced import is_traced
 from accelerate_tts.engine.weight_versions import Weights as Watched
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class _Fused:
         self.row = Row(1, told.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
-        self._inside = Inside(block, read=self.attention)
+        self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
@@ -219,7 +220,7 @@ class _Fused:
             if result is not None:
                 return result[0]
             result = plain.forward(self._block, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return result
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             self.forms.learn(self._key("block", named), result, cache_of(named))
@@ -238,7 +239,7 @@ class _Fused:
             if args and type(args[0]) is _Answer:
                 return args[0].result
             result = plain.forward(attention, *args, **kwargs)
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
             return result
 
@@ -266,7 +267,7 @@ class _Fused:
         """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
         import torch
 
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
+        if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past, hidden = take_cache(named), named.get("hidden_states")

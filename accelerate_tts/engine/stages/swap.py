@@ -11,6 +11,7 @@ import copyreg
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseChange
+from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,5 +230,17 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     }
     if copies:
         names[_COPIES] = copies
-    members = {**names, method: forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
+    def prepare_scriptable(self: Any) -> Any:
+        # torch.jit.script compiles the source of a forward, and replaces modules in place by what is returned here.
+        emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
+        for attribute in (COPY, HALF, PACKED):
+            vars(self).pop(attribute, None)
+        self.__class__ = plain_class(self)
+        return self
+
+    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # what torch.fx and signatures go by
+    members = {
+        **names, method: forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy,
+        "__prepare_scriptable__": prepare_scriptable,
+    }  # fmt: skip
     return type(plain.__name__, (plain,), members)
