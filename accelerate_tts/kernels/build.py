@@ -106,7 +106,8 @@ def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
     levels = _levels(compiler, machine, folder)
     tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
-    jobs: list[tuple[str, str, list[str]]] = [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"]), ("weight_digests", "", [])]
+    jobs: list[tuple[str, str, list[str]]] = [("weight_digests", "", [])]
+    jobs += [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
     for level, flags in levels.items():
         units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
         jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]

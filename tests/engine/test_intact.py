@@ -81,7 +81,11 @@ def global_pre_hook(_model: Any) -> Iterator[None]:
 
 def class_forward(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def changed(model: Any) -> Any:
-        cls = next(c for c in type(of(model)).__mro__ if "forward" in vars(c) and c.__module__.startswith(("transformers", "torch")))
+        cls = next(
+            c
+            for c in type(of(model)).__mro__
+            if "forward" in vars(c) and c.__module__.startswith(("transformers", "torch"))
+        )
         return attribute(cls, "forward", doubled(cls.forward))
 
     return changed
@@ -105,7 +109,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward of a class": class_forward(lambda model: model.layers[0].mlp),
     "forward of nn.Linear": class_forward(lambda model: model.layers[0].mlp.up_proj),
     "another class": other_class,
-    "a bias that is broadcast": lambda model: attribute(model.layers[0].mlp.up_proj, "bias", nn.Parameter(torch.tensor([0.25]))),
+    "a bias that is broadcast": lambda model: attribute(
+        model.layers[0].mlp.up_proj, "bias", nn.Parameter(torch.tensor([0.25]))
+    ),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from accelerate_tts.engine.stages.quantize import QuantizeStage
 from accelerate_tts.engine.stages.skinny import SkinnyStage
 from accelerate_tts.events import NotApplied
 
+ENGINE = next(name for name in ("x86", "qnnpack") if name in torch.backends.quantized.supported_engines)
 STAGES: dict[str, Callable[[], Any]] = {
     "skinny fp32": lambda: SkinnyStage("fp32"),
     "skinny bf16": lambda: SkinnyStage("bf16"),
@@ -28,7 +29,7 @@ STAGES: dict[str, Callable[[], Any]] = {
     "few rows": FewRowsStage,
     "half layers": lambda: HalfStage(torch.bfloat16, carried=False),
     "half part": lambda: HalfStage(torch.bfloat16, carried=True),
-    "quantised": lambda: QuantizeStage(next(e for e in ("x86", "qnnpack") if e in torch.backends.quantized.supported_engines)),
+    "quantised": lambda: QuantizeStage(ENGINE),
     "fold": FoldStage,
 }  # fmt: skip
 each = pytest.mark.parametrize("name", STAGES)

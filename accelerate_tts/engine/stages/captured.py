@@ -4,7 +4,8 @@ On a GPU a step of one token is hundreds of kernels of a few microseconds each, 
 Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
 served is one token for a growing cache (growing.py), with the attention weights if upstream gives them; prompts,
 arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
-upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least
+recently goes.
 
 Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
 started; and a recording knows nothing of what is changed on the layers after it.
@@ -93,7 +94,9 @@ class _Captured(BaseChange):
         found = decoders(part.module)
         self._inside = inside
         self._growing = growing_caches(part.module)
-        self._steps = {decoder: _Steps(decoder, part.name, name, record, copies=inside is not None) for decoder in found}
+        self._steps = {
+            decoder: _Steps(decoder, part.name, name, record, copies=inside is not None) for decoder in found
+        }
         self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
 
     @property

@@ -213,7 +213,6 @@ class _Fused:
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
-        import torch
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             result = self._token(args, kwargs)
@@ -233,7 +232,6 @@ class _Fused:
 
     def attention_class(self, plain: Any) -> type:
         """The class of the block's attention layer while the change is on."""
-        import torch
 
         def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
             if args and type(args[0]) is _Answer:
@@ -317,7 +315,12 @@ class _Fused:
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
         made = run(
-            [one.described for one in asked], plain(hidden), given, [one.layer.buffers() for one in asked], length, weights
+            [one.described for one in asked],
+            plain(hidden),
+            given,
+            [one.layer.buffers() for one in asked],
+            length,
+            weights,
         ).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)

@@ -52,10 +52,16 @@ class Inside:
 
     def altered(self) -> str | None:
         """What came into the block since that the kernel would pass by, as an obstacle; `None` if nothing did."""
+        return self._hooked() or self._exchanged() or self._rewritten()
+
+    def _hooked(self) -> str | None:
         if has_hooks(*self._inner):
             return "there are hooks on what is inside a block, and nothing inside it is called"
         if self._global_hooks[0] or self._global_hooks[1]:
             return "there are hooks on the calls of all modules, and nothing inside a block is called"
+        return None
+
+    def _exchanged(self) -> str | None:
         if [1 for holder, before in self._places if list(holder.values()) != before] or [
             1
             for inner in self._inner
@@ -66,6 +72,9 @@ class Inside:
             if self._classes != list(map(plain_class, self._inner)):
                 return "a module inside a block was given another class"
             self._types = types  # another stage's
+        return None
+
+    def _rewritten(self) -> str | None:
         for cls, before in self._forwards:
             if cls.forward is not before:
                 return f"{cls.__name__} was given another forward"

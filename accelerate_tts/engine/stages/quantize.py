@@ -139,8 +139,10 @@ def _quantized_class(plain: Any, least: int) -> type:
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
         packed = getattr(self, PACKED, None)  # a thread may be in here while another one switches the change off
         is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
-        if packed is None or is_watched(*(() if is_sequence else (input,))) or not is_sequence and (
-            input.dim() < least or input.numel() == 0 or not input.is_floating_point()
+        if (
+            packed is None
+            or is_watched(*(() if is_sequence else (input,)))
+            or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
         ):
             return plain.forward(self, input, *args, **kwargs)
         return packed.get()(input, *args, **kwargs)

@@ -230,6 +230,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     }
     if copies:
         names[_COPIES] = copies
+
     def prepare_scriptable(self: Any) -> Any:
         # torch.jit.script compiles the source of a forward, and replaces modules in place by what is returned here.
         emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
