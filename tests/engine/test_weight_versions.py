@@ -275,7 +275,7 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], A
     "half layers": (linear, (2, 128), lambda: HalfStage(torch.bfloat16, carried=False), 0.03),
     "half part": (linear, (2, 128), lambda: HalfStage(torch.bfloat16, carried=True), 0.03),
     "half, folded": (lambda: normed(new=True), SEQUENCE, lambda: HalfStage(torch.bfloat16, carried=True), 0.03),
-    "recurrent": (Recurrent, (1, 5, 16), QuantizeRecurrentStage, 0.08),
+    "recurrent": (Recurrent, (1, 5, 16), QuantizeRecurrentStage, 0.25),
     **{
         stage.name: (linear, (2, 128), lambda stage=stage: stage, 0.08)
         for stage in quantize_stages()

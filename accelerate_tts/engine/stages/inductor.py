@@ -125,9 +125,7 @@ def compile_function(
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    # Globals of its own, too: dynamo puts what it compiled, with the weights, into them, and they go with the function.
-    globals_ = {name: call.__globals__[name] for name in ("__builtins__", "__name__")}
-    own = types.FunctionType(call.__code__.replace(), globals_, "call", None, call.__closure__)
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager does.
     patches = {**list_mode_options(mode), "fallback_random": True}
     inductor = _inductor()
