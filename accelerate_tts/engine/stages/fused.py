@@ -26,7 +26,6 @@ from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
-from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
@@ -41,6 +40,8 @@ from accelerate_tts.engine.stages.tokens import (
     tidy,
     token_layer,
 )
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights as Watched
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -195,11 +196,11 @@ class _Fused:
         self.number = attention.layer_idx
         self._config = attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
-        self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
+        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
@@ -209,18 +210,17 @@ class _Fused:
         self.row = Row(1, told.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
-        self._inside = Inside(block, read=self.attention)
+        self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
-        import torch
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             result = self._token(args, kwargs)
             if result is not None:
                 return result[0]
             result = plain.forward(self._block, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return result
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             self.forms.learn(self._key("block", named), result, cache_of(named))
@@ -233,13 +233,12 @@ class _Fused:
 
     def attention_class(self, plain: Any) -> type:
         """The class of the block's attention layer while the change is on."""
-        import torch
 
         def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
             if args and type(args[0]) is _Answer:
                 return args[0].result
             result = plain.forward(attention, *args, **kwargs)
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
             return result
 
@@ -267,7 +266,7 @@ class _Fused:
         """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
         import torch
 
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
+        if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past, hidden = take_cache(named), named.get("hidden_states")
@@ -424,11 +423,15 @@ class _Fused:
             self._told.tell(obstacle, self.number)
         return obstacle is not None
 
+    def _watched(self) -> Watched:
+        # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
+        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known
         if watched.outdated():
             known = {}
-            self._known = (Watched(self._block), known)  # before: what is written meanwhile is seen next time
+            self._known = (self._watched(), known)  # before: what is written meanwhile is seen next time
         described = known.get(of_text)
         if described is None:
             anatomy = anatomies(self._block, self._weights).get(of_text)

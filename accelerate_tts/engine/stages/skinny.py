@@ -24,6 +24,7 @@ from accelerate_tts.engine.stages.swap import (
     plain_class,
     subclass_with,
 )
+from accelerate_tts.engine.stages.traced import is_watched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,6 +126,7 @@ def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not is_watched()
     )
 
 

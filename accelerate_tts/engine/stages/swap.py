@@ -14,7 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseChange
-from accelerate_tts.events import FellBack, emit
+from accelerate_tts.events import FellBack, NotApplied, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,9 +237,20 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     names: dict[str, Any] = {_PLAIN: plain, "__init_subclass__": classmethod(_derive)}
     if copies:
         names[_COPIES] = copies
+
+    def prepare_scriptable(self: Any) -> Any:
+        # torch.jit.script compiles the source of a forward, and replaces modules in place by what is returned here.
+        emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
+        for attribute in (COPY, HALF, PACKED):
+            vars(self).pop(attribute, None)
+        self.__class__ = plain_class(self)
+        return self
+
+    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # what torch.fx and signatures go by
+    names |= {method: forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable}
     if hasattr(plain, "__deepcopy__"):  # else the reduction does it; torch asks whether a class has one
         names["__deepcopy__"] = deepcopy
-    return unannounced(plain, {**names, method: forward, "__reduce_ex__": reduce_ex})
+    return unannounced(plain, names)
 
 
 # Classes that others have derived from ours: nobody has looked at what they compute.
