@@ -10,8 +10,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit \
-	releases environments environments-page
+.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit releases \
+	environments environments-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list

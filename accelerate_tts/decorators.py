@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import operator
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
 
 from accelerate_tts.engine.random_state import loading_again
-from accelerate_tts.errors import shown
-from accelerate_tts.runtime import attempt, modes, retry, turns
+from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.runtime import attempt, modes, turns
+from accelerate_tts.runtime import retry as retries
+from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
@@ -52,13 +57,39 @@ class _InferenceShell(_Shell):
 
 
 class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
-    """A decorated method of an instance; pickled and copied as such, by the instance and the method's name."""
+    """A decorated function that was read from an instance or a class.
+
+    It is pickled and copied as a method is: by its object and its name. `weakref.WeakMethod` takes a method apart, into
+    its function and its object, and calls the method's class with these two; so that works here, too.
+    """
+
+    def __new__(cls, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> Any:
+        if rest or named:
+            return super().__new__(cls, wrapped, instance, *rest, **named)
+        of_class = isinstance(wrapped.__wrapped__, classmethod)
+        return wrapped.__get__(None, instance) if of_class else wrapped.__get__(instance, type(instance))
+
+    def __init__(self, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> None:
+        if rest or named:  # else it is a method of `__new__`, and ready
+            super().__init__(wrapped, instance, *rest, **named)
+
+    @property
+    def __func__(self) -> Any:
+        return self._self_parent
+
+    def __copy__(self) -> Any:
+        return self.__reduce_ex__(2)[0](*self.__reduce_ex__(2)[1])
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        return getattr, (self._self_instance, self.__wrapped__.__name__)
+        wrapped = self.__wrapped__
+        owner = wrapped.__self__ if inspect.ismethod(wrapped) else self._self_instance
+        if owner is None:  # a static method, or a function that was read from its class
+            return _found, (wrapped.__module__, wrapped.__qualname__)
+        return getattr, (owner, wrapped.__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return getattr(copy.deepcopy(self._self_instance, memo), self.__wrapped__.__name__)
+        found, (owner, name) = self.__reduce_ex__(2)
+        return found(copy.deepcopy(owner, memo), name)
 
 
 setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt declares it an instance variable
@@ -71,17 +102,33 @@ def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
     return shell(wrapped, wrapper)
 
 
+def _found(module: str, name: str) -> Any:
+    """What is called so in a module: how a function of a class is pickled, which is another object at each look."""
+    return operator.attrgetter(name)(importlib.import_module(module))
+
+
 class _RunInMode:
     """What an @inference shell does at a call. A class, so that it can be pickled."""
 
-    def __init__(self, mode: Mode, concurrency: int | None) -> None:
+    def __init__(self, mode: Mode, concurrency: int | None, *, retry: bool) -> None:
         self.mode: Mode = mode
         self.concurrency = concurrency
+        self.retry = retry
 
-    def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    def call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call; a method and not `__call__`, which would take a frame more of what recursion may have."""
         if not is_active():
             return wrapped(*args, **kwargs)
+        if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)`: as a method, too
+            wrapped = MethodType(wrapped.__wrapped__, instance)
+        if not self.retry:
+            retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
+            made_once()
         if self.concurrency is None:
+            if modes.is_on(self.mode) and not retries.is_watched():
+                # Inside another call that is in this mode: recursion has a limit, so no frame more than need be.
+                result = wrapped(*args, **kwargs)
+                return modes.adopt(result, self.mode) if modes.is_suspended(result) else result
             return self._run(wrapped, instance, args, kwargs)
         # A bound method that was read from the object anew has the same object behind it, or the same function.
         function = getattr(wrapped, "__func__", wrapped)
@@ -89,18 +136,36 @@ class _RunInMode:
         return turns.call(turns.room_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        watcher = retry.watcher_of(instance, args, kwargs)
+        choice = None
+        if self.mode != "none":
+            choice = ModeChoice(
+                self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
+            )
+        mode = self.mode if choice is None else choice.mode
+        watcher = retries.watcher_of(instance, args, kwargs)
         if watcher is None:
-            return modes.call(wrapped, args, kwargs, self.mode)
-        return attempt.call(watcher, wrapped, args, kwargs, self.mode)
+            return modes.call(wrapped, args, kwargs, mode, choice)
+        return attempt.call(watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice)
 
 
 @overload
 def inference(function: F, /) -> F: ...
 @overload
-def inference(*, mode: Mode = "inference", concurrency: int | None = None) -> Callable[[F], F]: ...
-def inference(function: Any = None, /, *, mode: Mode = "inference", concurrency: int | None = None) -> Any:
+def inference(*, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True) -> Callable[[F], F]: ...
+def inference(
+    function: Any = None,
+    /,
+    *,
+    mode: Mode = "inference",
+    concurrency: int | None = None,
+    retry: bool = True,
+) -> Any:
     """Run a synthesis function without autograd, whatever kind of function it is.
+
+    A call of a tuned object whose output is faulty (NaN or Inf, silence, flat clipping, runaway length) is **made
+    again** on the untouched model, and its caller gets that. So whatever else the function does, such as charging or
+    writing to a database, is done twice then. Give such a function `retry=False`, or keep what it computes in a
+    decorated function of its own.
 
     Plain, `async`, generator and async generator functions, methods, class and static methods. The mode is on while
     the body runs and off at every suspension, so other tasks and callers never see it. Threads and tasks that the body
@@ -115,22 +180,28 @@ def inference(function: Any = None, /, *, mode: Mode = "inference", concurrency:
             its turn from its first item until it ends, is closed or collected, so 1 keeps the chunks of two requests
             apart. Methods with `concurrency=` of one object share its turns. What a call calls itself is a part
             of it; so is what it awaits through `asyncio.to_thread`, but not a thread that it starts otherwise.
+        retry: Whether a call whose output is faulty may be made again. With False the output is given as it is, with
+            a `Guarded` event, and a decorated function that called this one is not made again either. A call that
+            raises is never made again for a fault, nor is one whose own output is good.
 
     Raises:
-        SettingsError: An unknown mode, or a `concurrency` that is no whole number of at least 1.
+        SettingsError: An unknown mode, a `concurrency` that is no whole number of at least 1, or a `retry` that is not
+            True or False.
         ConcurrencyError: At a call: it would wait for ever for a call that waits for it.
         TypeError: What is decorated is no function.
     """
     check_mode(mode)
     turns.check_concurrency(concurrency)
+    if not isinstance(retry, bool):
+        raise SettingsError(f"retry={shown(retry)} must be True or False: whether a faulty call may be made again")
     if function is None:
-        return partial(_decorate_inference, mode=mode, concurrency=concurrency)
-    return _decorate_inference(function, mode=mode, concurrency=concurrency)
+        return partial(_decorate_inference, mode=mode, concurrency=concurrency, retry=retry)
+    return _decorate_inference(function, mode=mode, concurrency=concurrency, retry=retry)
 
 
-def _decorate_inference(function: Any, *, mode: Mode, concurrency: int | None) -> Any:
+def _decorate_inference(function: Any, *, mode: Mode, concurrency: int | None, retry: bool) -> Any:
     _check_function("inference", function)
-    return _InferenceShell(function, _RunInMode(mode, concurrency))
+    return _InferenceShell(function, _RunInMode(mode, concurrency, retry=retry).call)
 
 
 @overload

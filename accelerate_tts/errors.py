@@ -17,6 +17,7 @@ __all__ = [
     "TimeLimitError",
     "WarmupError",
     "abridged",
+    "message_of",
     "printable",
     "shown",
 ]
@@ -106,6 +107,15 @@ def abridged(value: object) -> str:
         except Exception:  # see `shown`
             text = f"<a {type(value).__name__} that cannot be shown>"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]}...{text[-_MOST_SHOWN // 2 :]}"
+
+
+def message_of(error: BaseException) -> str:
+    """The message of somebody else's exception, for an event: its beginning, whatever its class does."""
+    try:
+        text = str(error)
+    except Exception:  # see `shown`
+        return "(no message)"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _is_small(value: object) -> bool:

@@ -12,10 +12,9 @@ from accelerate_tts.device import setup
 from accelerate_tts.device.detect import DEVICES, detect
 from accelerate_tts.engine.flight import Flight
 from accelerate_tts.engine.options import TuneOptions
-from accelerate_tts.engine.registry import TuningMap, keep, keeper_of
+from accelerate_tts.engine.registry import TuningMap, drop_keeper, keep, keeper_of
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
-from accelerate_tts.locks import lock
 from accelerate_tts.runtime import retry
 from accelerate_tts.settings import Mode, Settings
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.pack import WarmPack
     from accelerate_tts.engine.plan import ModelPlan
     from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.engine.session import Session
     from accelerate_tts.engine.stages import Stage
     from accelerate_tts.engine.tune import Limits, Tuning
     from accelerate_tts.engine.warmup import Loaded, WarmupCalls
@@ -56,22 +56,17 @@ class LoadedObjects:
         self._settings = settings
         self._ready = ready
         self._tidy = tidy
-        self._lock = lock()
         self._tunings = TuningMap()
 
     def optimize(
         self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
     ) -> Receipt | None:
         """See `PerformanceOptimizer.optimize`."""
-        if not _flight.begin(loaded.loop):
-            emit(
-                NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand")
-            )
-            return None
-        try:
-            return self._optimize(loaded, warmup, mode, stopped, options)
-        finally:
-            _flight.end()
+        with _flight.turn(loaded.loop) as mine:
+            if mine:
+                return self._optimize(loaded, warmup, mode, stopped, options)
+        emit(NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand"))
+        return None
 
     def _optimize(
         self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
@@ -108,16 +103,34 @@ class LoadedObjects:
             told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
             pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
         policy = replace(current_policy(), patience=settings.tune_patience)
-        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy)
-        tuning = _tune(plan, calls, stages, limits, pack, device)
-        if tuning.changes:
-            roots = {path: root for path, root in found.items() if id(root) not in tuned}
-            tuning = self._told(plan, tuning, loaded, roots, calls)
-        for root in plan.roots:
-            keeper_of(root).tuning = tuning
+        begun: list[Session] = []
+        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy, begun.append)
+        tuning = None
+        try:
+            tuning = _tune(plan, calls, stages, limits, pack, device)
+            if tuning.changes:
+                roots = {path: root for path, root in found.items() if id(root) not in tuned}
+                tuning = self._told(plan, tuning, loaded, roots, calls)
+            for root in plan.roots:
+                keeper_of(root).tuning = tuning
+            self._remember(loaded, tuning, *plan.roots)
+        except BaseException:  # Ctrl-C: whoever has a tuned model has its receipt, its guard and its way back
+            self._take_back(plan, begun, tuning)
+            raise
         self._tidy()  # captured inputs and rejected copies were made in between what stays
-        self._remember(loaded, tuning, *plan.roots)
         return tuning.receipt
+
+    def _take_back(self, plan: ModelPlan, begun: list[Session], tuning: Tuning | None) -> None:
+        for session in begun:
+            session.off()
+        if tuning is not None:
+            guarding = retry.guard_of(tuning)
+            if guarding is not None:
+                guarding.retire()
+            tuning.undo()
+            self._tunings.forget(tuning)
+        for root in plan.roots:
+            drop_keeper(root)
 
     def _told(
         self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
@@ -229,17 +242,20 @@ class LoadedObjects:
 
     def undo(self, tuned: object) -> bool:
         """See `PerformanceOptimizer.undo`."""
-        with self._lock:
-            tunings = self._tunings_in(tuned)
-            for tuning in tunings:
-                tuning.keep_loaded()  # of all, before anything is undone: it may fail
-            for tuning in reversed(tunings):
-                guarding = retry.guard_of(tuning)
-                if guarding is not None:
-                    guarding.retire()  # a retry that runs at this moment must not put the changes in force again
-                tuning.undo()
-                self._tunings.forget(tuning)
+        # Without a lock: it may load weights again, whose events may have a hook that calls this. So every step may be
+        # taken twice, and who takes the last one tells of it.
+        tunings = self._tunings_in(tuned)
         for tuning in tunings:
+            tuning.keep_loaded()  # of all, before anything is undone: it may fail
+        undone = []
+        for tuning in reversed(tunings):
+            guarding = retry.guard_of(tuning)
+            if guarding is not None:
+                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
+            tuning.undo()
+            if self._tunings.forget(tuning):
+                undone.append(tuning)
+        for tuning in reversed(undone):
             emit(Undone(tuning.receipt.what))
         return bool(tunings)
 
@@ -260,12 +276,18 @@ def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     # Before tuning: dynamo may guard on which attributes a module has.
     for root in plan.roots:
         keep(root)
-    tuning = None if pack is None else pack.restore(calls, stages, device, limits)
-    if tuning is None:
-        tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
-        if pack is not None:
-            pack.renew(tuning)
-    return tuning
+    tuning = None
+    try:
+        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
+        if tuning is None:
+            tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
+            if pack is not None:
+                pack.renew(tuning)
+        return tuning  # noqa: TRY300 - in here: Ctrl-C may come at this line, too
+    except BaseException:
+        if tuning is not None:
+            tuning.undo()
+        raise
 
 
 def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:

@@ -2,14 +2,14 @@
 
     python benchmarks/decode.py [chatterbox] [xtts] [higgs] [--precision exact|balanced|fast] [--layers N] [--json FILE]
 
-Run nothing else meanwhile. The true classes of Chatterbox (the package that is installed), coqui-tts and transformers (Higgs Audio v2, in bf16 as
-it is shipped) with random weights and seed 0. Two copies of the model are loaded, one is tuned by `@optimized_model` on
-a short sequence; then prompts and single tokens of the two are run in turn. `floor` is the time in which the memory, as
-measured here, gives once the loaded weights that a token needs: all but the tables of embeddings. `sampled` is how many
-of 300 tokens, sampled with one seed from what the two make of them (with guidance where the system has it), are the
-same up to the first that is not. `divergence` is that of the next token's probabilities, given the same past, over 40
-steps: the largest and the mean, in nats. Higgs needs
-`--layers 8` or so on a machine of 24 GB.
+Run nothing else meanwhile. The true classes of Chatterbox (the package that is installed), coqui-tts and transformers
+(Higgs Audio v2, in bf16 as it is shipped) with random weights and seed 0. Two copies of the model are loaded, one is
+tuned by `@optimized_model` on a short sequence; then prompts and single tokens of the two are run in turn. `floor` is
+the time in which the memory, as measured here, gives once the loaded weights that a token needs: all but the tables
+of embeddings. `sampled` is how many of 300 tokens, sampled with one seed from what the two make of them (with
+guidance where the system has it), are the same up to the first that is not. `divergence` is that of the next token's
+probabilities, given the same past, over 40 steps: the largest and the mean, in nats. Higgs needs `--layers 8` or so
+on a machine of 24 GB.
 """
 
 from __future__ import annotations

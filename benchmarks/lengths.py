@@ -3,9 +3,10 @@
     python benchmarks/lengths.py [--texts N] [--first N] [--json FILE]
 
 The demo's voice with its real weights speaks random texts (its own phonemes, blanks between them as its tokenizer puts
-them, 12 to 120 of them), each at a random rate and with a seed of its own. Compared are the durations of each token,
+them, 14 to 120 of them), each at a random rate and with a seed of its own. Compared are the durations of each token,
 what the random generators are at afterwards, and how far the log durations are from the untouched ones, against the
-bound that was assumed of each. Only text encoder and durations are run. Fails if a duration differs or a bound is passed.
+bound that was assumed of each. Only text encoder and durations are run. Fails if a duration differs or a bound is
+passed.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 Run nothing else meanwhile. `resemblyzer` embeds the speech files that the `s3tokenizer` package ships, so many seconds
 of them, another piece at each call: every voice is a new one. Two encoders run in turn in one process. One of them is
-tuned exactly, and once more under `fast`, where the 8-bit LSTM has to be refused. What holds for the process (OpenBLAS's
-threads, kept constants) is switched with the encoder. Of both it is shown where the time of a call goes: the encoder,
-the mel spectrogram, and the rest.
+tuned exactly, and once more under `fast`, where the 8-bit LSTM has to be refused. What holds for the process (threads
+of OpenBLAS, kept constants) is switched with the encoder. Of both it is shown where the time of a call goes: encoder,
+mel spectrogram, and the rest.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from resemblyzer import VoiceEncoder, audio, preprocess_wav
 
 from accelerate_tts import Receipt, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.engine.measure import compare_speed
+
 
 def speech(seconds: float = 12) -> Any:
     files = sorted(Path(s3tokenizer.__file__).parent.rglob("*.wav"))

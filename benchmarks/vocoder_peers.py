@@ -1,6 +1,7 @@
 """The demo's voice and MMS against ONNX Runtime and OpenVINO: one run, interleaved, equal threads, equal lengths.
 
-    python benchmarks/vocoder_peers.py [--rounds N] [--threads N] [--model demo|mms] [--precision exact balanced] [--json FILE]
+    python benchmarks/vocoder_peers.py [--model demo|mms] [--precision exact balanced] [--rounds N] [--threads N]
+        [--json FILE]
 
 Run nothing else meanwhile. Needs `onnxruntime`, and `openvino` for its rows. The demo's voice is the `.onnx` file that
 its package ships; MMS is exported here from transformers' class at full size, with random weights. All noise is off
@@ -177,8 +178,8 @@ def main() -> None:
                   "low": min(ratios), "high": max(ratios)}  # fmt: skip
         same = "other length" if found["error"] is None else f"error {found['error']:.0e}"
         print(
-            f"{name:14} {1e3 * found['seconds']:6.0f} ms  {found['ratio']:.2f}x ({found['low']:.2f} .. {found['high']:.2f})"
-            f"  {found['samples']} samples, {same}"
+            f"{name:14} {1e3 * found['seconds']:6.0f} ms  {found['ratio']:.2f}x"
+            f" ({found['low']:.2f} .. {found['high']:.2f})  {found['samples']} samples, {same}"
         )
     for dtype, (before, after) in rates.items():
         print(

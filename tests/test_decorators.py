@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -769,3 +770,189 @@ async def test_a_cancelled_async_load_leaves_an_untouched_model() -> None:
             break
     assert receipt is not None
     assert not receipt.kept
+
+
+# --- what Python's own methods and generators do ----------------------------------------------------------------
+
+
+class Callbacks:
+    """Methods of each kind."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    @inference
+    def decorated(self, value: int = 1) -> int:
+        return value + 1
+
+    @inference
+    @classmethod
+    def above_class(cls, value: int = 1) -> tuple[str, int]:
+        return cls.__name__, value
+
+    @classmethod
+    @inference
+    def below_class(cls, value: int = 1) -> tuple[str, int]:
+        return cls.__name__, value
+
+    @inference
+    @staticmethod
+    def above_static(value: int = 1) -> int:
+        return value
+
+    @staticmethod
+    @inference
+    def below_static(value: int = 1) -> int:
+        return value
+
+    @inference
+    def recursive(self, depth: int) -> int:
+        self.depth = max(self.depth, depth)
+        return 0 if depth == 0 else 1 + self.recursive(depth - 1)
+
+    @inference
+    def walked(self, depth: int) -> Iterator[int]:
+        yield depth
+        if depth:
+            yield from self.walked(depth - 1)
+
+    @inference
+    async def awaited(self, depth: int) -> int:
+        return 0 if depth == 0 else 1 + await self.awaited(depth - 1)
+
+
+class Louder(Callbacks):
+    @inference
+    def decorated(self, value: int = 1) -> int:
+        return 10 * super().decorated(value)
+
+
+METHODS = ["decorated", "above_class", "below_class", "above_static", "below_static"]
+
+
+@pytest.mark.parametrize("kind", [Callbacks, Louder])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("from_class", [False, True])
+def test_methods_are_copied_and_pickled_as_python_does_it(kind: Any, name: str, from_class: bool) -> None:
+    owner = kind if from_class else kind()
+    method = getattr(owner, name)
+    args = (kind(),) if from_class and name == "decorated" else ()
+    expected = method(*args)
+    for again in (
+        copy.copy(method),
+        copy.deepcopy(method),
+        *(pickle.loads(pickle.dumps(method, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)),
+    ):
+        assert again(*args) == expected
+        assert type(again) is type(method)
+    if not from_class and name == "decorated":
+        assert copy.copy(method).__self__ is owner
+        assert copy.deepcopy(method).__self__ is not owner
+
+
+def test_a_weak_method_is_one() -> None:
+    backend = Louder()
+    reference = weakref.WeakMethod(backend.decorated)
+    assert reference()(3) == 40  # type: ignore[misc]
+    assert reference() == backend.decorated
+    assert reference == weakref.WeakMethod(backend.decorated)
+    assert hash(backend.decorated) == hash(backend.decorated)
+    assert [backend.decorated].index(backend.decorated) == 0
+    assert backend.decorated.__func__(backend, 3) == 40
+    del backend
+    assert reference() is None
+    assert weakref.WeakMethod(Callbacks.above_class)()() == ("Callbacks", 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["recursive", "walked", "awaited"])
+def test_recursion(name: str) -> None:
+    """Python's limit is a thousand frames in all, of which a wrapper takes some: two of three, or three of four."""
+    backend, depth = Callbacks(), 220 if name == "awaited" else 300
+    result = getattr(backend, name)(depth)
+    if name == "walked":
+        assert sum(1 for _ in result) == depth + 1
+    else:
+        assert (asyncio.run(result) if name == "awaited" else result) == depth
+
+
+def kinds_of_end() -> Iterator[Any]:
+    def returns() -> Any:
+        try:
+            yield 1
+            yield 2
+        except GeneratorExit:
+            return "closed"
+        return "ended"
+
+    def ignores() -> Any:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    def cleans() -> Any:
+        try:
+            yield 1
+        finally:
+            raise LookupError
+
+    def catches() -> Any:
+        for _ in range(3):
+            try:
+                yield 1
+            except ValueError as error:
+                yield str(error)
+
+    yield from (returns, ignores, cleans, catches)
+
+
+def outcome(work: Any) -> Any:
+    try:
+        return work()
+    except BaseException as error:
+        return type(error), str(error), getattr(error, "value", None)
+
+
+ENDS: dict[str, Any] = {
+    "close": lambda body: body.close(),
+    "thrown exit": lambda body: body.throw(GeneratorExit()),
+    "thrown": lambda body: body.throw(ValueError("x")),
+    "sent": lambda body: body.send(3),
+    "exhausted": lambda body: list(body),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("body", list(kinds_of_end()), ids=lambda body: body.__name__)
+def test_a_generator_ends_as_it_does_undecorated(body: Any, end: Any) -> None:
+    """Closing one gives what it returns, from Python 3.13 on."""
+    plain, driven = body(), inference(body)()
+    assert next(plain) == next(driven)
+    assert outcome(lambda: end(driven)) == outcome(lambda: end(plain))
+    assert outcome(lambda: end(driven)) == outcome(lambda: end(plain))
+
+
+async def test_an_async_generator_ends_as_it_does_undecorated() -> None:
+    async def returns() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        except GeneratorExit:
+            return
+
+    async def ignores() -> AsyncIterator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    async def ended(body: Any, end: str) -> Any:
+        await body.__anext__()
+        try:
+            return await (body.aclose() if end == "close" else body.athrow(GeneratorExit()))
+        except BaseException as error:
+            return type(error), str(error)
+
+    for body in (returns, ignores):
+        for end in ("close", "throw"):
+            assert await ended(inference(body)(), end) == await ended(body(), end)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,8 +16,17 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from accelerate_tts import Event, get_performance_optimizer, inference, optimized_model, receipt_of
-from accelerate_tts.events import WarmupFailed
+from accelerate_tts import (
+    Event,
+    PerformanceOptimizer,
+    get_performance_optimizer,
+    inference,
+    optimized_model,
+    receipt_of,
+)
+from accelerate_tts.engine.session import fallbacks
+from accelerate_tts.events import FellBack, WarmupFailed, emit
+from accelerate_tts.runtime.retry import guard_of
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -166,3 +177,144 @@ def test_after_a_load_that_raised_no_other_thread_waits_for_its_turn() -> None:
     thread.join(60)
     assert done
     assert receipt_of(done[0]) is not None
+
+
+# --- Ctrl-C at every line of the end of a load ---------------------------------------------------------------------
+
+
+WALKED = {"loading.py", "flight.py", "registry.py", "retry.py"}
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt at the n-th line of the files that end a load, once there is something to lose."""
+
+    def __init__(self, when: int) -> None:
+        self.when, self.lines = when, 0
+        self.where = ""
+
+    def __call__(self, frame: Any, event: str, _argument: object) -> Any:
+        path = frame.f_code.co_filename
+        if "accelerate_tts" not in path or path.rsplit("/", 1)[-1] not in WALKED:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.when:
+                self.where = f"{path}:{frame.f_lineno}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(when: int) -> tuple[Backend, Interrupting]:
+    backend, tracer = Backend(None, 0), Interrupting(when)
+    sys.settrace(tracer)
+    try:
+        backend.load()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return backend, tracer
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage that is always kept, and no collection of garbage."""
+    from accelerate_tts.device import memory
+    from accelerate_tts.engine import stages, trial, whole
+    from accelerate_tts.engine.measure import Timing
+    from accelerate_tts.engine.stages.fold import FoldStage
+
+    monkeypatch.setattr(stages, "default_stages", lambda *_args: [FoldStage()])
+    monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
+    for module in (trial, whole):
+        timing = Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5)
+        monkeypatch.setattr(module, "compare_speed", lambda *_a, _timing=timing, **_k: _timing)
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing() -> None:
+    whole, tracer = interrupted(0)
+    receipt = receipt_of(whole)
+    assert receipt is not None
+    assert receipt.kept, "nothing is tuned, so nothing can be lost"
+    expected = Scarce(None, 0)(X)
+    optimizer = get_performance_optimizer()
+    for when in range(1, tracer.lines + 1):
+        backend, at = interrupted(when)
+        if not hasattr(backend, "model"):
+            continue  # before it was loaded at all
+        tuned = type(backend.model.conv) is type(whole.model.conv)
+        receipt = receipt_of(backend)
+        assert (receipt is not None and bool(receipt.kept)) == tuned, at.where
+        guard = guard_of(backend)
+        assert (guard is not None and guard.in_force) == tuned, at.where
+        torch.testing.assert_close(backend.speak(X), expected)
+        assert optimizer.undo(backend) == tuned, at.where
+        assert not backend.model.conv._buffers, at.where
+        assert torch.equal(backend.speak(X), expected), at.where
+    done: list[Any] = []  # nobody has kept the turn
+    thread = threading.Thread(target=lambda: done.append(optimized_model(warmup=X)(lambda: Scarce(None, 0))()))
+    thread.start()
+    thread.join(60)
+    assert done
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_in_the_tidying_that_ends_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tidy(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PerformanceOptimizer, "cleanup_memory", tidy)
+    backend = Backend(None, 0)
+    with pytest.raises(KeyboardInterrupt):
+        backend.load()
+    receipt = receipt_of(backend)
+    assert receipt is not None
+    assert receipt.kept
+    assert guard_of(backend) is not None
+    assert get_performance_optimizer().undo(backend)
+    assert torch.equal(backend.speak(X), Scarce(None, 0)(X))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_hook_may_undo_what_an_undo_reloads() -> None:
+    """It used to wait for the lock of the undo that it was called in."""
+    backend = Backend(None, 0)
+    backend.load()
+    optimizer, undone = get_performance_optimizer(), []
+    tuning = optimizer._tuning_of(backend)
+    assert tuning is not None
+
+    class Reloading:
+        def stay(self) -> None:
+            if not undone:
+                undone.append(1)
+                undone.append(optimizer.undo(backend))
+
+        def at_hand(self) -> None:
+            return None
+
+    object.__setattr__(tuning, "let_go", Reloading())
+    thread = threading.Thread(target=lambda: undone.append(optimizer.undo(backend)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert undone == [1, True, True]
+    assert receipt_of(backend) is None
+    assert torch.equal(backend.speak(X), Scarce(None, 0)(X))
+
+
+def test_fallbacks_of_another_thread_are_not_this_tunings() -> None:
+    with fallbacks() as noted, fallbacks() as inner:
+        thread = threading.Thread(target=lambda: emit(FellBack("another object", "everything", "elsewhere")))
+        thread.start()
+        thread.join(20)
+        assert noted == inner == []
+        emit(FellBack("this one", "a stage", "here"))
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: context.run(emit, FellBack("this one", "a stage", "in its thread")))
+        thread.start()
+        thread.join(20)
+    assert [event.reason for event in noted] == [event.reason for event in inner] == ["here", "in its thread"]
+    emit(FellBack("this one", "a stage", "later"))
+    assert len(noted) == 2

@@ -116,12 +116,12 @@ def test_a_model_that_was_replaced_is_forgotten() -> None:
 
 def test_a_nested_load_leaves_the_outer_one_as_it_was() -> None:
     flight, loop = Flight(), object()
-    assert flight.begin(loop)
-    assert flight.begin(None)  # the same thread: a warm-up loads something itself
-    flight.end()
-    assert flight._loop is loop, "a coroutine of this loop would now wait for a tuning that waits for it"
-    assert flight._inside.get()
-    flight.end()
+    with flight.turn(loop) as mine:
+        assert mine
+        with flight.turn(None) as inner:  # the same thread: a warm-up loads something itself
+            assert inner
+        assert flight._loop is loop, "a coroutine of this loop would now wait for a tuning that waits for it"
+        assert flight._inside.get()
     assert flight._loop is None
     assert not flight._inside.get()
 

@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(2) from None
     standard = sys.stdout
     # Where it was closed before Python started there is none, and nobody waits for what is said.
-    stdout = _Stdout(standard if standard is not None else io.StringIO())
+    stdout: Any = _Stdout(standard if standard is not None else io.StringIO())
     sys.stdout = stdout
     status: Any = 0
     try:

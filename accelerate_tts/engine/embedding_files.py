@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.embedding_store import Kept
 from accelerate_tts.engine.safe_files import TEMPORARY, regular, temporary, touch
+from accelerate_tts.errors import message_of
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.locks import lock
 
@@ -86,7 +87,7 @@ class EmbeddingFiles:
         try:
             with regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
-                refused = size > self._limit and f"its {size} bytes are more than the limit of {self._limit}"
+                refused = _too_large(size, self._limit) if size > self._limit else None
                 value = None if refused else _unpacked(key, file.read(size), packages, self._most_described())
             if not refused and not fits(value):
                 refused = "it holds something else than an answer of this function"
@@ -94,7 +95,7 @@ class EmbeddingFiles:
         except FileNotFoundError:
             return None
         except Exception as error:  # whoever wrote it, it is a file that cannot be used
-            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {error}"))
+            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {message_of(error)}"))
             return None
         if refused:
             emit(PackIgnored(f"embedding {key[:12]}", refused))
@@ -118,6 +119,7 @@ class EmbeddingFiles:
         parts = _packed(key, kept.copy(), packages, self._most_described())
         size = sum(map(len, parts))
         if size > self._limit:
+            emit(PackIgnored(f"embedding {key[:12]}", _too_large(size, self._limit)))
             return False
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,6 +185,10 @@ class EmbeddingFiles:
             touch(self._folder, max(self._last_use(), found[-1][0]))
         with self._lock:
             self._room, self._writes = self._limit - total, len(found) // _SLACK if many else 0
+
+
+def _too_large(size: int, limit: int) -> str:
+    return f"its {size} bytes are more than the limit of {limit}"
 
 
 def _is_embedding(name: str) -> bool:

@@ -22,6 +22,7 @@ from accelerate_tts.engine.file_digests import UnknownContentError
 from accelerate_tts.engine.plan import reachable_modules
 from accelerate_tts.engine.random_state import warming
 from accelerate_tts.engine.verify import tensors_of
+from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import lock
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 __all__ = ["Embeddings", "Options"]
-
-_MOST_SAID = 200  # characters of a foreign exception in an event
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class Embeddings:
             try:
                 self._files.write(question.key, outcome, question.packages)
             except Exception as error:  # a result is of any class
-                emit(NotApplied(f"{self._what}: folder=", f"{_text_of(error)}; it is kept in memory"))
+                emit(NotApplied(f"{self._what}: folder=", f"{message_of(error)}; it is kept in memory"))
         # A copy for the first asker too: he gets what everybody gets after him.
         return self._handed_out(outcome, owner, count=stored)
 
@@ -191,7 +190,7 @@ class Embeddings:
                 return Flight.ALONE
             same = str(self._encoder(wrapped, owner)) == question.encoder
         except Exception as error:  # the user's classes decide how they are copied
-            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {_text_of(error)}"))
+            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {message_of(error)}"))
             return Flight.ALONE
         if not same:
             emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
@@ -210,7 +209,7 @@ class Embeddings:
         except UnknownContentError as error:
             reason = str(error)
         except Exception as error:  # arguments are of any class, and so is what `encoder=` looks at
-            reason = f"what the call is asked for cannot be told: {type(error).__name__}: {_text_of(error)}"
+            reason = f"what the call is asked for cannot be told: {type(error).__name__}: {message_of(error)}"
         emit(NotApplied(self._what, reason))
         return None
 
@@ -222,11 +221,9 @@ class Embeddings:
         kind = owner if isinstance(owner, type) else type(owner)
         key = Digest()
         module = str(getattr(wrapped, "__module__", ""))
-        words = (module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module))
-        words += tuple(constants(wrapped))
-        for word in (
-            *words, *self._options.sets, kind.__module__, kind.__qualname__, str(arguments), str(encoder)
-        ):  # fmt: skip
+        words = [module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module)]
+        words += [*constants(wrapped), *self._options.sets, kind.__module__, kind.__qualname__]
+        for word in (*words, str(arguments), str(encoder)):
             key.word(word)
         packages = _packages(wrapped, owner) if self._files is not None else frozenset[str]()
         return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder), packages)
@@ -275,14 +272,6 @@ def _release_of(module: str | None) -> str:
         return f"{package} {metadata.version(package)}" if package else ""
     except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a package of another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
-
-
-def _text_of(error: Exception) -> str:
-    try:
-        text = str(error)
-    except Exception:  # an exception of the user's class, too
-        return "(no message)"
-    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}..."
 
 
 def _is_finite(tensor: Any) -> bool:

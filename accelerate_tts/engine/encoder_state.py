@@ -15,6 +15,7 @@ import itertools
 import sys
 import threading
 import weakref
+from collections.abc import Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 def _own(module: nn.Module) -> list[torch.Tensor]:
     # Weights that are away (`Absent`) were not written, and a look at them would have them loaded again.
-    parameters = () if type(module._parameters) is Absent else module._parameters.values()
+    parameters: Iterable[Any] = () if type(module._parameters) is Absent else module._parameters.values()
     return [tensor for tensor in (*parameters, *module._buffers.values()) if tensor is not None]
 
 

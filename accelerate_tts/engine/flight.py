@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from accelerate_tts.locks import rlock
@@ -21,25 +23,34 @@ class Flight:
         self._lock = rlock()
         self._inside: ContextVar[bool] = ContextVar("accelerate_tts_tuning", default=False)
         self._loop: object = None
-        self._outer: list[tuple[bool, object]] = []  # what `end` goes back to: a warm-up may load something else
 
-    def begin(self, loop: object) -> bool:
-        """Wait for the turn; False where waiting would never end."""
-        if not self._lock.acquire(blocking=False):
-            if self._inside.get() or (self._loop is not None and self._loop is _running_loop()):
-                return False
-            self._lock.acquire()
-        self._outer.append((self._inside.get(), self._loop))
-        if loop is not None:
-            self._loop = loop
-        self._inside.set(True)
-        return True
+    @contextmanager
+    def turn(self, loop: object) -> Generator[bool, None, None]:
+        """Wait for the turn, and have it while open; False where waiting would never end.
 
-    def end(self) -> None:
-        """Give the turn up."""
-        inside, self._loop = self._outer.pop()
-        self._inside.set(inside)
-        self._lock.release()
+        Args:
+            loop: The event loop that the caller's warm-up runs coroutines on, if any.
+        """
+        held = False
+        inside = self._inside.get()
+        outer = self._loop  # a warm-up may load something else
+        try:
+            held = self._lock.acquire(blocking=False)
+            if not held and (inside or (self._loop is not None and self._loop is _running_loop())):
+                yield False
+                return
+            if not held:
+                held = self._lock.acquire()
+            outer = self._loop
+            if loop is not None:
+                self._loop = loop
+            self._inside.set(True)
+            yield True
+        finally:  # also of what comes between two lines of the above
+            self._inside.set(inside)
+            if held:
+                self._loop = outer
+                self._lock.release()
 
 
 def _running_loop() -> object:

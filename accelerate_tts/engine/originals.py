@@ -13,6 +13,7 @@ from accelerate_tts.device.mapped import move_to_file
 from accelerate_tts.engine.absent import LetGo, layers_of
 from accelerate_tts.engine.stages.derived import Derived
 from accelerate_tts.engine.stages.swap import COPY, HALF, PACKED, make_copies, serves_copies
+from accelerate_tts.engine.weight_versions import lie_in_files
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
 
@@ -46,10 +47,12 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
         return 0
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return move_to_file(storages.items(), folder)
+        moved = move_to_file(storages.items(), folder)
     except OSError as error:
         emit(NotApplied(f"weights of {what} in a file", str(error)))
         return 0
+    lie_in_files(storages.items())
+    return moved
 
 
 def let_go_of(

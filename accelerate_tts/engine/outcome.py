@@ -52,7 +52,7 @@ def settled(output: Any, given: tuple[Any, ...]) -> Any:
     Returns:
         An output of the same kind; `output` itself where there is no such cache.
     """
-    before = next((tensors for value in given if is_cache(value) and (tensors := _tensors(value))), None)
+    before = next((tensors for value in given if (tensors := _tensors(value))), None)
     if before is None:
         return output
     if isinstance(output, Mapping):
@@ -64,21 +64,32 @@ def settled(output: Any, given: tuple[Any, ...]) -> Any:
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:
-    """The tensors of a cache that has layers, each with positions in its last dimension but one; none of another."""
+    """The tensors of a cache, each with positions in its last dimension but one; none of another thing.
+
+    A cache has layers (transformers 4.54 and later), or two lists of tensors, or is a tuple of pairs of them.
+    """
     import torch
 
-    found: list[torch.Tensor] = []
-    for tensor in (getattr(layer, name, None) for layer in getattr(cache, "layers", None) or () for name in _PAIR):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:  # noqa: PLR2004
-            return []
-        found.append(tensor)
+    pairs: list[tuple[Any, ...]] = []
+    if type(cache) is tuple:
+        pairs = [pair for pair in cache if isinstance(pair, tuple) and len(pair) == len(_PAIR)]
+        pairs = pairs if len(pairs) == len(cache) else []
+    elif is_cache(cache):
+        layers = getattr(cache, "layers", None)
+        if layers is not None:
+            pairs = [tuple(getattr(layer, name, None) for name in _PAIR) for layer in layers]
+        else:
+            pairs = list(zip(getattr(cache, "key_cache", ()), getattr(cache, "value_cache", ()), strict=False))
+    found = [tensor for pair in pairs for tensor in pair]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 for tensor in found):  # noqa: PLR2004
+        return []
     return found
 
 
 def _added(value: Any, before: list[torch.Tensor]) -> Any:
     import torch
 
-    after = _tensors(value) if is_cache(value) else []
+    after = _tensors(value)
     if len(after) != len(before) or not all(_goes_on(a, b) for a, b in zip(after, before, strict=True)):
         return value
     tensors, worst = [], 0.0

@@ -38,7 +38,7 @@ class Promise:
 
 
 _MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that nobody told it about"
-_BUSY = "docs/decisions/0045-less-patience.md"
+_PATIENCE = "docs/decisions/0045-less-patience.md"
 
 PROMISES = (
     Promise("fused decoder blocks (int8)", "decoder", "", 4.0, "docs/decisions/0030-the-budget-of-long-passes.md"),
@@ -46,10 +46,12 @@ PROMISES = (
     Promise("fused decoder blocks (fp32)", "decoder", "", 1.2, _MODELS),
     Promise("channels-last convolutions", "vocoder", "", 1.14, _MODELS),
     Promise("fold weight norm", "", "", 1.02, _MODELS),
-    Promise("torch.compile, frozen", "", "skinny linear layers", 1.0, _BUSY),
+    Promise("torch.compile, frozen", "", "skinny linear layers", 1.0, _PATIENCE),
     Promise("torch.compile, frozen", "model", "", 1.1, _MODELS),
     Promise("torch.compile, frozen", "encoder", "", 1.1, _MODELS),
-    Promise("torch.compile", "vocoder", "channels-last convolutions", 1.0, _BUSY),
+    Promise("torch.compile", "vocoder", "channels-last convolutions", 1.0, _PATIENCE),
+    Promise("torch.compile", "flow", "", 1.0, _PATIENCE),
+    Promise("compiled blocks", "flow", "", 1.0, _PATIENCE),
     Promise("torch.compile", "model", "", 1.2, _MODELS),
 )
 """The first row that fits counts."""

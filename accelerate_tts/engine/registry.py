@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.engine.tune import Tuning
 
-__all__ = ["Keeper", "TuningMap", "keep", "keeper_of"]
+__all__ = ["Keeper", "TuningMap", "drop_keeper", "keep", "keeper_of"]
 
 
 _KEEPER = "_accelerate_tts_tuning"
@@ -45,6 +45,11 @@ def keep(module: nn.Module) -> Keeper:
 def keeper_of(module: nn.Module) -> Keeper:
     """The keeper that hangs on a module."""
     return vars(module)[_KEEPER]  # type: ignore[no-any-return]
+
+
+def drop_keeper(module: nn.Module) -> None:
+    """Take the keeper off a module. Harmless a second time."""
+    vars(module).pop(_KEEPER, None)
 
 
 class TuningMap:
@@ -86,13 +91,19 @@ class TuningMap:
             known = (*(weakref.ref(other) for other in others if other is not tuning), weakref.ref(tuning))
             self._entries[number] = (reference, known)
 
-    def forget(self, tuning: Tuning) -> None:
-        """Forget a tuning for every object, and take it off the modules that kept it alive with all its copies."""
+    def forget(self, tuning: Tuning) -> bool:
+        """Forget a tuning for every object, and take it off the modules that kept it alive with all its copies.
+
+        Returns:
+            Whether it was known.
+        """
+        known = False
         with self._lock:
             for number, (item, references) in list(self._entries.items()):
                 others = tuple(reference for reference in references if reference() is not tuning)
                 if len(others) == len(references):
                     continue
+                known = True
                 if others:
                     self._entries[number] = (item, others)
                 else:
@@ -101,3 +112,4 @@ class TuningMap:
                 keeper = own.get(_KEEPER)
                 if isinstance(keeper, Keeper) and keeper.tuning is tuning:
                     del own[_KEEPER]
+        return known

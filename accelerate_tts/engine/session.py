@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -313,15 +314,25 @@ def switch_off(changes: Iterable[Change]) -> None:
 
 @contextmanager
 def fallbacks() -> Generator[list[FellBack], None, None]:
-    """While open, note each `FellBack` event: a change that gave up by itself computes the right thing untouched."""
+    """While open, note each `FellBack` event: a change that gave up by itself computes the right thing untouched.
+
+    Those of this context only, and of what it begins: another object may fall back in service meanwhile.
+    """
     found: list[FellBack] = []
+    outer = _noting.get()
+    here = (*outer, found)
 
     def note(event: Event) -> None:
-        if isinstance(event, FellBack):
+        if isinstance(event, FellBack) and any(noted is found for noted in _noting.get()):
             found.append(event)
 
     remove = add_hook(note)
+    _noting.set(here)
     try:
         yield found
     finally:
+        _noting.set(outer)
         remove()
+
+
+_noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_noting", default=())

@@ -263,8 +263,9 @@ class Trial:
             hopeless = self._hopeless(seconds) if self._policy.looks and calm else None
             if hopeless is None:
                 break
-            # No single look drops a change, unless another one takes as long as a part of the budget.
-            if window.disturbance.quiet and (again or seconds > self._policy.long_replay):
+            # No single look drops a change, unless another one takes long; but what was compiled took longer.
+            enough = again or (seconds > self._policy.long_replay and change.graphs is None)
+            if window.disturbance.quiet and enough:
                 return replace(result, after=seconds, reason=hopeless)
             if not quiet:
                 break

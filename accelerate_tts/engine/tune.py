@@ -17,7 +17,7 @@ from accelerate_tts.engine.capture import calls_of, time_modules, watch
 from accelerate_tts.engine.disturbance import Watcher
 from accelerate_tts.engine.measure import WORTH_A_SECOND_LOOK, synchronize
 from accelerate_tts.engine.plan import PROCESS, Part
-from accelerate_tts.engine.policy import TuningPolicy, current_policy
+from accelerate_tts.engine.policy import OVER_BUDGET, TuningPolicy, current_policy
 from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.rows import linear_work
 from accelerate_tts.engine.session import Session, switch_off
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from accelerate_tts.engine.warmup import WarmupCalls
     from accelerate_tts.runtime.guard import Expectation
     from accelerate_tts.settings import Precision
+
+# Passes of a budget that two at the start leave room for: to try something, and to check the whole.
+_FIRST_PASSES = 4
 
 __all__ = ["Limits", "Tuning", "acts_in_training", "begin", "recompile_counter", "tune", "versions", "warn_of_training"]
 
@@ -123,12 +126,14 @@ class Limits:
         precision: What may be changed, and by how much.
         stopped: Asked before each stage; once it is true, everything is undone.
         policy: How it is decided.
+        began: Told what is being tuned, before anything is changed.
     """
 
     seconds: float
     precision: Precision = "exact"
     stopped: Callable[[], bool] = lambda: False
     policy: TuningPolicy = field(default_factory=current_policy)
+    began: Callable[[Session], object] = bool
 
 
 def begin(
@@ -141,9 +146,11 @@ def begin(
     watcher = Watcher(policy.machine(), torch.get_num_threads(), min(policy.patience, limits.seconds / 4))
     verdicts = {(result.part, result.stage): result for result in known}
     deadline = policy.clock() + limits.seconds
-    return Session(
+    session = Session(
         plan, calls, device, limits.seconds, deadline, TOLERANCES[limits.precision], policy, watcher, verdicts
     )
+    limits.began(session)
+    return session
 
 
 def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
@@ -310,7 +317,7 @@ def _say_what_was_missed(session: Session) -> None:
     for gain, part, stage, wanted in sorted(session.unmet, reverse=True)[:1]:
         if gain > 0:
             emit(BudgetTooSmall(f"{session.plan.what}: {part}", stage, session.budget, float(math.ceil(wanted))))
-            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {wanted:.0f} s")
+            session.notes.append(f"{stage} of {part} is promising, and wants a budget of about {math.ceil(wanted)} s")
 
 
 def _by_part(session: Session) -> tuple[StageResult, ...]:
@@ -334,17 +341,34 @@ def versions() -> dict[str, str]:
 
 
 def _first_passes(session: Session) -> tuple[float, list[Any]]:
-    """The cold pass, and a warm one that is the reference and shows each part's inputs."""
+    """The cold pass, and a warm one that is the reference and shows each part's inputs.
+
+    Where passes take so long that nothing could be tried after two of them, the cold one is the reference, too.
+    """
     clock = session.policy.clock
     start = clock()
+    reference: list[Any] | None = None
     if session.plan.refine is None:
-        session.run()
+        reference = _recorded_pass(session)
     else:
         with time_modules(session.plan.roots, session.device.type) as seconds:
             session.run()
         session.plan = replace(session.plan, parts=session.plan.refine(seconds), refine=None)
     synchronize(session.device.type)
     cold = clock() - start
+    if reference is None or _FIRST_PASSES * cold <= session.budget:
+        session.captured = {}  # first: it has copies of what the parts were given
+        reference = _recorded_pass(session)
+    else:
+        session.notes.append(f"the first pass is what all is compared with, for {OVER_BUDGET} allows no other")
+    left = max(0.0, session.deadline - clock())
+    session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
+    return cold, reference
+
+
+def _recorded_pass(session: Session) -> list[Any]:
+    """A pass that shows each part's inputs, and what is to come of them."""
+    clock = session.policy.clock
     with (
         session.watcher.window() as window,
         watch(session.plan.parts, session.device.type) as session.captured,
@@ -357,8 +381,6 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
         reference = session.run()
         session.pass_seconds = clock() - start
     session.heard, session.pass_quiet = listener.expected, window.disturbance.quiet
-    left = max(0.0, session.deadline - clock())
-    session.reserved = min(WHOLE_PASSES * session.pass_seconds, left / 3)
     parts = tuple(
         replace(
             session.with_head(part),
@@ -368,7 +390,7 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
         for part in session.plan.parts
     )
     session.plan = replace(session.plan, parts=parts)
-    return cold, reference
+    return reference
 
 
 def recompile_counter(changes: Sequence[Change]) -> Callable[[], int]:

@@ -16,6 +16,7 @@ from accelerate_tts.engine.lengths import at_length, first_tensor, ladder
 from accelerate_tts.engine.plan import find_modules
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
 from accelerate_tts.runtime import modes, watchdog
+from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
 from accelerate_tts.settings import Mode
 
 if TYPE_CHECKING:
@@ -244,7 +245,9 @@ def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
 
 def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
     def run() -> Any:
-        return complete(modes.call(target, args, kwargs, mode), loaded.loop)
+        choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
+        now = mode if choice is None else choice.mode
+        return complete(modes.call(target, args, kwargs, now, choice), loaded.loop)
 
     return run if loaded.timeout is None else lambda: _limited(run, loaded.timeout)
 
@@ -284,7 +287,8 @@ def _varied(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[st
     def call() -> Any:
         return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
 
-    return _finished(loaded, call, (), {}, "inference")
+    run = _finished(loaded, call, (), {}, "inference")
+    return lambda: run() if mode_of(loaded.subject, "inference") == "inference" else None
 
 
 def _is_tensor(value: Any) -> bool:

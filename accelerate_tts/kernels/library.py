@@ -73,6 +73,8 @@ class Library:
         transformer_block: `(address of a block, address of a call, threads)`, see transformer_kernel.py.
         residual_block: The same for a residual block, see residual_kernel.py.
         skinny_linear: `(format, x, weight, scale, bias, y, rows, outputs, inputs, threads)`, addresses and sizes.
+        digests: `(address, bytes, digests)`, see weight_versions.py; it keeps Python's lock.
+        changed: `(addresses, bytes, digests, places, steps, count)`, likewise.
     """
 
     path: Path
@@ -83,6 +85,8 @@ class Library:
     transformer_block: Callable[..., None]
     residual_block: Callable[..., None]
     skinny_linear: Callable[..., None]
+    digests: Callable[..., None]
+    changed: Callable[..., int]
 
     @property
     def has_tiles(self) -> bool:
@@ -158,7 +162,17 @@ def load(path: Path, limit: str = "") -> Library:
         _function(dll.accelerate_tts_transformer_block, block_and_call),
         _function(dll.accelerate_tts_residual_block, block_and_call),
         _function(dll.accelerate_tts_skinny_linear, [_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 3, _INT]),
+        *_digests(path),
     )  # fmt: skip
+
+
+def _digests(path: Path) -> tuple[Callable[..., None], Callable[..., int]]:
+    """The functions that read weights. No other thread may free them meanwhile, so Python's lock is kept."""
+    dll = ctypes.PyDLL(str(path))
+    digests, changed = dll.accelerate_tts_digests, dll.accelerate_tts_changed
+    digests.argtypes, digests.restype = [_POINTER, _INTEGER, _POINTER], None
+    changed.argtypes, changed.restype = [*[_POINTER] * 5, _INTEGER], _INT
+    return digests, changed
 
 
 def _distrust(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """What counts beside the structs: the exported functions and what they mean."""
 
 FORMATS = ("fp32", "bf16", "int8", "transposed")

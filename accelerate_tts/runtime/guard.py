@@ -11,9 +11,14 @@ for the warm-up (`Expectation`); where that is not known, the limits are those o
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 __all__ = ["UNKNOWN", "Expectation", "Heard", "Units", "cut", "fault_of", "hear", "size_of", "units_of"]
@@ -39,6 +44,15 @@ _LEAST_SAMPLES = 4096
 """Of a call whose text is not known, less than this may well be nothing to say."""
 _LEAST_LETTERS = 3
 _TEXTS = ("text", "texts", "sentence", "sentences", "input", "inputs", "prompt", "input_ids")
+_SPEAK_OF_TEXT = frozenset(
+    {"text", "texts", "sentence", "sentences", "transcript", "script", "utterance", "say", "words"}
+)
+# "prompt_text" is what a reference says, "style_text" how, "text_language" in what language.
+_OTHERS = frozenset({
+    "prompt", "ref", "reference", "speaker", "voice", "voices", "style", "description", "instruct", "instruction",
+    "negative", "lang", "language", "locale", "accent", "dialect", "emotion", "path", "file", "filename", "wav",
+    "audio", "url", "uri", "format", "model", "device", "name", "id", "key", "mode", "split",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,31 +178,92 @@ def _has_much_to_say(heard: Heard, units: Units) -> bool:
     return heard.samples >= _LEAST_SAMPLES if units.letters is None else units.letters >= _LEAST_LETTERS
 
 
-def units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Units:
+def units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Callable[..., Any] | None = None) -> Units:
     """How much a call with these arguments is asked to say.
 
-    The text is the argument that is named like one, else the first text (or list of texts), else the longest text among
-    the named arguments. Without any, the first tensor or array of whole numbers is its token ids.
+    Each argument goes by the name of its parameter. The text is the one that is named `text` or the like; else one
+    whose name speaks of a text, and not of a reference, a style or a language; else the longest text that is neither
+    a path nor named after something else. A request object or a mapping is looked into. Without any text, whole
+    numbers in a tensor or array are token ids.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        function: What is called with them; without it, positional arguments have no name.
     """
     try:
-        return _units_of(args, kwargs)
+        names = () if function is None or not args else _parameters_of(function)
+        given = [*zip_longest(names[: len(args)], args, fillvalue=""), *kwargs.items()]
+        return _units_of(given)
     except Exception:  # a proxy that is bound to nothing, say, raises when it is asked what it is
         return Units()
 
 
-def _units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Units:
-    named = [kwargs[name] for name in _TEXTS if name in kwargs]
-    rest = sorted((value for value in kwargs.values() if isinstance(value, str)), key=len, reverse=True)
-    for value in (*named, *args, *rest):
-        texts = value if isinstance(value, (list, tuple)) else [value]
-        if texts and all(isinstance(text, str) for text in texts[:_MOST_TENSORS]):
-            whole = "".join(str(text) for text in texts)
-            return Units(len(whole), sum(map(str.isalnum, whole)))
-    for value in (*named, *args, *kwargs.values()):
+def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's positional parameters, without that of a bound object."""
+    plain = getattr(function, "__func__", function)
+    bound = plain is not function
+    try:
+        names = _parameters.get(plain)
+    except TypeError:  # not hashable, or takes no weak reference
+        return _asked_of(function)
+    if names is None:
+        names = _asked_of(plain)
+        with suppress(TypeError):
+            _parameters[plain] = names
+    return names[1:] if bound else names
+
+
+def _asked_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a built-in without a signature
+        return ()
+    return tuple(p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD})
+
+
+# Asking takes 20 us; by function, without keeping it.
+_parameters: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def _rank(name: str, value: Any) -> tuple[int, int] | None:
+    """How likely an argument is the text, the least first; `None` where it cannot be."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts[:_MOST_TENSORS]):
+        return None
+    if name in _TEXTS:
+        return 0, _TEXTS.index(name)
+    words = set(name.lower().split("_"))
+    if words & _OTHERS:
+        return None
+    if words & _SPEAK_OF_TEXT:
+        return 1, 0
+    if all(map(_is_no_speech, texts[:_MOST_TENSORS])):
+        return None
+    return 2, -sum(map(len, texts))
+
+
+def _is_no_speech(text: str) -> bool:
+    """Whether it looks like a path or an address rather than like something to say."""
+    return "://" in text or (" " not in text and bool(re.search(r"[/\\]|\.\w{1,5}$", text)) and len(text) > 1)
+
+
+def _units_of(given: list[tuple[str, Any]]) -> Units:
+    ranked = [(rank, number) for number, (name, value) in enumerate(given) if (rank := _rank(name, value)) is not None]
+    if ranked:
+        value = given[min(ranked)[1]][1]
+        whole = "".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        return Units(len(whole), sum(map(str.isalnum, whole)))
+    ids = [value for name, value in given if name in _TEXTS] + [value for _, value in given]
+    for value in ids:
         kind = str(getattr(value, "dtype", ""))
         shape = getattr(value, "shape", ())
         if kind.endswith(("int64", "int32")) and isinstance(shape, tuple) and len(shape) > 0:
             return Units(math.prod(int(size) for size in shape))
+    for _, value in given:  # a request: a mapping, a dataclass, a model of pydantic's
+        inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+        if isinstance(inner, Mapping) and any(isinstance(inner.get(name), str) for name in _TEXTS):
+            return _units_of([(name, inner[name]) for name in _TEXTS if name in inner])
     return Units()
 
 

@@ -18,31 +18,30 @@ import inspect
 import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate_tts.errors import shown
+from accelerate_tts.runtime.drive import Again, Hooks, Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from accelerate_tts.runtime.mode_choice import ModeChoice
     from accelerate_tts.settings import Mode
 
     Enter = Callable[[], AbstractContextManager[Any]]
 
 __all__ = [
     "INFERENCE_MARK",
-    "Owning",
     "adopt",
     "call",
     "carry_mode",
-    "drive_async_generator",
-    "first_step",
     "in_inference_mode",
+    "is_on",
+    "is_suspended",
     "mode_factory",
-    "named_like",
-    "steps",
 ]
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -69,18 +68,85 @@ def mode_factory(mode: Mode | Literal["outside"]) -> Enter:
 
 
 def call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode | Literal["outside"]
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: Mode | Literal["outside"],
+    choice: ModeChoice | None = None,
 ) -> Any:
-    """Call `function` inside `mode`; what it returns is stepped inside `mode` too, if it is a kind that is stepped."""
+    """Call `function` inside `mode`; what it returns is stepped inside `mode` too, if it is a kind that is stepped.
+
+    Args:
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        mode: The mode.
+        choice: Chooses a milder mode, if the call fails by this one.
+    """
     enter = mode_factory(mode)
-    with enter():
-        result = function(*args, **kwargs)
+    try:
+        with enter():
+            result = function(*args, **kwargs)
+    except Exception as error:
+        if choice is None or not choice.milder(error):
+            raise
+        result, enter = _called_again(choice, error)
     kind = type(result)
     # Tensors and arrays, the usual answers, are told from the three suspended kinds by one dictionary look-up.
     wrap = _WRAPPERS.get(kind)
     if wrap is not None:
-        return wrap(result, enter)
+        return wrap(result, Scoped(enter) if choice is None else _Choosing(enter, choice, delivers=_delivers(result)))
+    if choice is not None:
+        choice.settle()
     return adopt(result, mode) if hasattr(kind, "send") or hasattr(kind, "asend") else result
+
+
+def _called_again(choice: ModeChoice, error: Exception) -> tuple[Any, Enter]:
+    enter = mode_factory(choice.mode)
+    try:
+        with enter():
+            return choice.make(), enter
+    except Exception as second:
+        choice.milder(second)  # which notes that it was in vain
+        raise error from None
+
+
+class _Choosing(Scoped):
+    """Has a suspended body begin again in a milder mode."""
+
+    __slots__ = ("choice", "delivered", "delivers")
+
+    def __init__(self, enter: Enter, choice: ModeChoice, *, delivers: bool) -> None:
+        super().__init__(enter)
+        self.choice = choice
+        self.delivers, self.delivered = delivers, False
+
+    def got(self, item: Any) -> Any:
+        if self.delivers and not self.delivered:
+            self.delivered = True
+            self.choice.settle()
+        return item
+
+    def ended(self) -> None:
+        if not self.delivered:
+            self.choice.settle()
+
+    def failed(self, error: Exception) -> Again | None:
+        first = self.choice.raised
+        if self.choice.milder(error, given=self.delivered):
+            self.scope = mode_factory(self.choice.mode)
+            with self.scope():
+                return Again(self.choice.make())
+        if first is not None and not self.delivered:
+            raise first from None  # the milder mode did not mend it
+        return None
+
+
+def _delivers(body: Any) -> bool:
+    """Whether what it yields is for the caller, and not for an event loop."""
+    if isinstance(body, types.GeneratorType):
+        return not body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE
+    return isinstance(body, types.AsyncGeneratorType)
 
 
 def adopt(result: Any, mode: Mode | Literal["outside"]) -> Any:
@@ -88,8 +154,19 @@ def adopt(result: Any, mode: Mode | Literal["outside"]) -> Any:
     enter = mode_factory(mode)
     for kind, wrap in _PROTOCOLS:
         if isinstance(result, kind):
-            return wrap(result, enter)
+            return wrap(result, Scoped(enter))
     return result
+
+
+def is_suspended(result: Any) -> bool:
+    """Whether what a call returned is still to be stepped."""
+    kind = type(result)
+    return kind in _WRAPPERS or hasattr(kind, "send") or hasattr(kind, "asend")
+
+
+def is_on(mode: Mode) -> bool:
+    """Whether the caller is in the inference mode that is asked for."""
+    return mode == "inference" and in_inference_mode()
 
 
 def in_inference_mode() -> bool:
@@ -132,143 +209,32 @@ def carry_mode(function: F) -> F:
     return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type cannot say
 
 
-def steps(body: Any, enter: Enter) -> Generator[Any, Any, Any]:
-    """Drive `body` (anything with send, throw and close) to its end, each step inside the mode."""
-    value: Any = None
-    error: BaseException | None = None
-    while True:
-        try:
-            with enter():
-                item = body.send(value) if error is None else body.throw(error)
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            value = error = None  # kept across a suspension, they would keep tensors (in a traceback) alive
-        try:
-            value = yield item
-        except GeneratorExit:
-            with enter():
-                body.close()
-            raise
-        except BaseException as thrown:  # whatever the caller throws belongs to the body
-            error = thrown
-        finally:
-            del item
+async def _drive_coroutine(owning: Owning) -> Any:
+    return await owning
 
 
-class _Stepping:
-    """Makes `steps` awaitable."""
-
-    __slots__ = ("body", "enter")
-
-    def __init__(self, body: Any, enter: Enter) -> None:
-        self.body = body
-        self.enter = enter
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return steps(self.body, self.enter)
+def _coroutine(body: Any, hooks: Hooks) -> Any:
+    return named_like(body, _drive_coroutine(Owning(body, hooks)))
 
 
-class Owning(_Stepping):
-    """Makes a coroutine awaitable inside a mode, and closes it with itself.
-
-    A task that is cancelled before its first step never runs its coroutine; without this the body would complain
-    that it "was never awaited". On a body that has ended, closing does nothing.
-    """
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        self.body.close()
-
-
-async def _drive_coroutine(stepping: Owning) -> Any:
-    return await stepping
-
-
-_NO_TURN: AbstractAsyncContextManager[object] = nullcontext()
-
-
-async def drive_async_generator(
-    body: Any, enter: Enter, turn: AbstractAsyncContextManager[object] = _NO_TURN
-) -> AsyncGenerator[Any, Any]:
-    """Drive an async generator to its end: each step inside the mode, and the whole of it inside `turn`."""
-    async with turn:
-        value: Any = None
-        error: BaseException | None = None
-        first = True
-        try:
-            while True:
-                step = first_step(body) if first else body.asend(value) if error is None else body.athrow(error)
-                value = error = None
-                first = False
-                try:
-                    item = await _Stepping(step, enter)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    del step
-                try:
-                    value = yield item
-                except GeneratorExit:
-                    raise
-                except BaseException as thrown:  # whatever the caller throws belongs to the body
-                    error = thrown
-                finally:
-                    del item
-        finally:
-            # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
-            await _Stepping(body.aclose(), enter)
-
-
-def first_step(body: Any) -> Any:
-    """The first step of an async generator that another one drives, which is the one that its event loop knows."""
-    # An async generator registers with its event loop at its first step, to be closed at the loop's shutdown. The
-    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside. Nor
-    # by the collector, which finalises both when it finds them in a cycle, the body first: without a finalizer it would
-    # be closed on the spot, and an await in its clean-up would be an error.
-    hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_driver)
-    try:
-        return body.asend(None)
-    finally:
-        sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_driver(_body: Any) -> None:
-    pass
-
-
-def named_like(body: Any, driver: Any) -> Any:
-    """`driver`, named like the body that it drives."""
-    for name in ("__name__", "__qualname__"):  # what a warning or a task's repr shows
-        if hasattr(body, name):
-            setattr(driver, name, getattr(body, name))
-    return driver
-
-
-def _coroutine(body: Any, enter: Enter) -> Any:
-    return named_like(body, _drive_coroutine(Owning(body, enter)))
-
-
-def _generator(body: Any, enter: Enter) -> Any:
+def _generator(body: Any, hooks: Hooks) -> Any:
     if body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE:  # made by types.coroutine: awaited, not iterated
-        return _coroutine(body, enter)
-    return named_like(body, steps(body, enter))
+        return _coroutine(body, hooks)
+    return named_like(body, drive(body, hooks))
 
 
-def _async_generator(body: Any, enter: Enter) -> Any:
-    return named_like(body, drive_async_generator(body, enter))
+def _async_generator(body: Any, hooks: Hooks) -> Any:
+    return named_like(body, drive_async(body, hooks))
 
 
-_WRAPPERS: dict[type, Callable[[Any, Enter], Any]] = {
+_WRAPPERS: dict[type, Callable[[Any, Hooks], Any]] = {
     types.CoroutineType: _coroutine,
     types.GeneratorType: _generator,
     types.AsyncGeneratorType: _async_generator,
 }
 # For objects of other classes, such as those of compiled extensions.
-_PROTOCOLS: tuple[tuple[type, Callable[[Any, Enter], Any]], ...] = (
-    (Generator, lambda body, enter: named_like(body, steps(body, enter))),
+_PROTOCOLS: tuple[tuple[type, Callable[[Any, Hooks], Any]], ...] = (
+    (Generator, lambda body, hooks: named_like(body, drive(body, hooks))),
     (AsyncGenerator, _async_generator),
     (Coroutine, _coroutine),
 )

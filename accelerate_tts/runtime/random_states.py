@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = ["random_states"]
 
 
 def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
-    """A function that puts every random state back to what it is now."""
+    """A function that puts every random state back to what it is now.
+
+    Args:
+        given: What a call was given, and its object: generators among these, and in their attributes, count too.
+    """
     python = random.getstate()
     restore: list[Callable[[], object]] = [lambda: random.setstate(python)]
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
@@ -26,13 +31,69 @@ def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
             restore.append(_kept(torch.mps.get_rng_state, torch.mps.set_rng_state))
         if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # an Intel GPU only
             restore.append(_kept(torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
-        restore += [_kept(item.get_state, item.set_state) for item in given if type(item) is torch.Generator]
+    restore += _generators_in(given, numpy, torch)
 
     def put_back() -> None:
         for one in restore:
             one()
 
     return put_back
+
+
+_MOST_LOOKED_AT, _DEEPEST = 256, 3
+_PLAIN = (str, bytes, int, float, complex, type, types.FunctionType, types.ModuleType, type(None))
+
+
+def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[Callable[[], object]]:
+    """What puts the states of generators back that a call can reach: arguments, attributes, and theirs."""
+    found: list[Callable[[], object]] = []
+    seen: set[int] = set()
+    level = list(given)
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)  # not isinstance, which asks a proxy, that may be bound to nothing and raise
+            if issubclass(kind, _PLAIN) or id(item) in seen or len(seen) >= _MOST_LOOKED_AT:
+                continue
+            seen.add(id(item))
+            kept = _of_generator(item, kind, numpy, torch)
+            if kept is not None:
+                found.append(kept)
+            elif issubclass(kind, (list, tuple)):
+                inner += item[:_MOST_LOOKED_AT]
+            elif issubclass(kind, dict):
+                inner += list(item.values())[:_MOST_LOOKED_AT]
+            elif torch is None or not issubclass(kind, torch.Tensor):
+                inner += _attributes_of(item)
+        level = inner
+    return found
+
+
+def _attributes_of(item: Any) -> Iterable[Any]:
+    try:
+        attributes = object.__getattribute__(item, "__dict__")
+    except (AttributeError, TypeError):  # slots, or a class of an extension
+        return ()
+    # A module's tensors and inner modules are in dictionaries of their own, which hold no generator.
+    return [value for name, value in list(attributes.items()) if name not in _OF_MODULES]
+
+
+_OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> Callable[[], object] | None:
+    """What puts a generator back; `None` for anything else."""
+    if issubclass(kind, random.Random):
+        return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
+    if torch is not None and issubclass(kind, torch.Generator):
+        return _kept(item.get_state, item.set_state)
+    if numpy is not None and issubclass(kind, numpy.random.RandomState):
+        return _kept(item.get_state, item.set_state)
+    if numpy is not None and issubclass(kind, numpy.random.Generator):
+        bits = item.bit_generator
+        state = bits.state
+        return lambda: setattr(bits, "state", state)
+    return None
 
 
 def _kept(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:

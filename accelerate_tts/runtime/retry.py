@@ -2,15 +2,15 @@
 
 Tuning changes a model in place and in such a way that it can be switched back, and the loaded weights stay where they
 are. So the untouched model is reached by switching the changes off for as long as the second attempt runs, and no
-second copy is held. A call of another thread that was within the model when they were switched is made again,
-untouched; one that begins meanwhile runs untouched, which is slower and as right.
+second copy is held. They are switched while no other call is inside (`gate`); one that begins meanwhile runs untouched,
+which is slower and as right.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -18,18 +18,23 @@ from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime import guard
+from accelerate_tts.runtime.gate import PATIENCE, WITHIN, Gate, Hold, Step
 from accelerate_tts.runtime.guard import Expectation, Heard, Units
 
 __all__ = [
     "Guard",
     "Guarding",
     "Guards",
+    "Holds",
     "Listener",
     "Switch",
     "Watcher",
     "guard_of",
+    "is_watched",
     "listening",
+    "not_again",
     "protect",
+    "retrying",
     "watcher_of",
 ]
 
@@ -89,93 +94,114 @@ class Guard:
         switch: Its tuning. Referred to weakly, since it refers to the model.
         expected: What the untouched object gave for the warm-up, by function.
         limit: Faults after which the tuning is put back for good.
+        patience: Seconds that a switch waits for calls that are under way, and calls for a switch.
     """
 
-    def __init__(self, what: str, switch: Switch, expected: Mapping[str, Expectation], limit: int) -> None:
+    def __init__(
+        self,
+        what: str,
+        switch: Switch,
+        expected: Mapping[str, Expectation],
+        limit: int,
+        patience: float = PATIENCE,
+    ) -> None:
         self._what = what
         self._switch = weakref.ref(switch)
         self._expected = expected
         self._limit = limit
-        # Taken again by the same thread where the collector closes an abandoned stream while changes are switched.
         self._lock = rlock()
-        self._held = 0
-        self.switched = 0
+        self._gate = Gate(self._on, self._off, patience, self._stays_off)
         self._faults = 0
         self._own: dict[tuple[str, str], int] = {}
-        self.retired = False
 
     @property
     def in_force(self) -> bool:
         """Whether there is anything to guard against."""
         return not self.retired and self._switch() is not None
 
+    @property
+    def retired(self) -> bool:
+        """Whether the object was put back for good."""
+        return self._gate.over
+
+    @property
+    def held(self) -> int:
+        """How many second attempts need the object untouched now."""
+        return self._gate.held
+
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
         """See `Watcher.judge`. A fault that the untouched model was seen to have too, `limit` times, is not told."""
         fault = guard.fault_of(heard, units, self._expected.get(name, guard.UNKNOWN), whole=whole)
         return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
 
-    @contextmanager
-    def untouched(self) -> Generator[None, None, None]:
-        """Switch the changes off while open: the first of several threads does, the last one switches them on.
+    def enter(self, step: Step, *, wait: bool) -> None:
+        """A call is about to be inside the object. While that is being switched, it waits."""
+        self._gate.enter(step, wait=wait)
+
+    async def ready(self) -> None:
+        """Wait as a coroutine until the object is not being switched."""
+        await self._gate.ready()
+
+    def leave(self, step: Step) -> None:
+        """The call is not inside any more. Harmless a second time."""
+        self._gate.leave(step)
+
+    def hold(self, *, force: bool = False) -> Hold:
+        """Have the object untouched until what is returned is released or collected.
+
+        Args:
+            force: After `patience`, switch it under the feet of the calls that are under way.
 
         Raises:
             ReloadError: The loaded weights were let go, and cannot be loaded again; nothing is switched then.
+            BusyError: There was no gap between other calls, and `force` is off; likewise.
         """
-        _pin = self.at_hand()  # held; and before the lock, since it may take as long as a load
-        self._hold(1)
-        nested = _retrying.get()
-        _retrying.set(True)
-        try:
-            yield
-        finally:
-            _retrying.set(nested)  # not by its token: a generator may be closed in another context
-            self._hold(-1)
+        return self._gate.hold(self._at_hand(), force=force)  # before its lock, since it may take as long as a load
 
-    def at_hand(self) -> object:
-        """Have the loaded weights for as long as what is returned lives.
+    async def hold_later(self) -> Hold:
+        """`hold`, as a coroutine."""
+        return await self._gate.hold_later(self._at_hand())
+
+    @contextmanager
+    def untouched(self) -> Generator[None, None, None]:
+        """Switch the changes off while open, whoever calls meanwhile: the first of several does, the last one back on.
 
         Raises:
-            ReloadError: As for `untouched`.
+            ReloadError: As for `hold`.
         """
+        with self.hold(force=True), retrying():
+            yield
+
+    def _at_hand(self) -> object:
         switch = self._switch()
         return None if switch is None else switch.at_hand()
 
-    def _hold(self, more: int) -> None:
-        with self._lock:
-            before, self._held = self._held, self._held + more
-            switch = self._switch()
-            if switch is None or self.retired:
-                return
-            try:
-                if before == 0:
-                    self._turn(switch.off)
-                elif self._held == 0:
-                    self._turn(switch.on)
-            except BaseException:
-                self._held -= more
-                raise
+    def _on(self) -> None:
+        switch = self._switch()
+        if switch is not None:
+            switch.on()
 
-    def _turn(self, switch: Callable[[], None]) -> None:
-        # Before and after: a call that begins in the middle of it has seen half of the changes, too.
-        self.switched += 1
-        try:
-            switch()
-        finally:
-            self.switched += 1
+    def _off(self) -> None:
+        switch = self._switch()
+        if switch is not None:
+            switch.off()
 
-    def retire(self) -> None:
+    def _stays_off(self, why: str) -> None:
+        emit(FellBack(self._what, "everything", why))
+
+    def retire(self, *, wait: bool = True) -> None:
         """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again.
 
+        Args:
+            wait: Wait for calls that are under way, for `patience` at most; else it is done as soon as there are none.
+
         Raises:
-            ReloadError: As for `untouched`.
+            ReloadError: As for `hold`.
         """
         switch = self._switch()
         if switch is not None:
             switch.keep_loaded()
-        with self._lock:
-            self.retired = True
-            if switch is not None:
-                self._turn(switch.off)
+        self._gate.end(wait=wait)
 
     def own(self, name: str, fault: str) -> None:
         """The untouched model has this fault, too."""
@@ -191,7 +217,7 @@ class Guard:
         emit(Guarded(self._what, name, fault, outcome, faults))
         if faults == self._limit:
             try:
-                self.retire()
+                self.retire(wait=False)
             except ReloadError as error:
                 emit(NotApplied(f"putting {self._what} back after {faults} faults", str(error)))
                 return
@@ -207,27 +233,33 @@ class Guards:
     def __init__(self, guards: tuple[Guard, ...]) -> None:
         self._guards = guards
 
-    @property
-    def switched(self) -> int:
-        """How often the changes of any were switched."""
-        return sum(guarding.switched for guarding in self._guards)
-
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
         """See `Watcher.judge`."""
         judged = (guarding.judge(name, units, heard, whole=whole) for guarding in self._guards)
         return next((fault for fault in judged if fault is not None), None)
 
-    @contextmanager
-    def untouched(self) -> Generator[None, None, None]:
-        """See `Guard.untouched`."""
-        with ExitStack() as scopes:
-            for guarding in self._guards:
-                scopes.enter_context(guarding.untouched())
-            yield
+    def enter(self, step: Step, *, wait: bool) -> None:
+        """See `Guard.enter`."""
+        for guarding in self._guards:
+            guarding.enter(step, wait=wait)
 
-    def at_hand(self) -> object:
-        """See `Guard.at_hand`."""
-        return [guarding.at_hand() for guarding in self._guards]
+    async def ready(self) -> None:
+        """See `Guard.ready`."""
+        for guarding in self._guards:
+            await guarding.ready()
+
+    def leave(self, step: Step) -> None:
+        """See `Guard.leave`."""
+        for guarding in self._guards:
+            guarding.leave(step)
+
+    def hold(self) -> Holds:
+        """See `Guard.hold`."""
+        return Holds([guarding.hold() for guarding in self._guards])  # one that raises has those before it collected
+
+    async def hold_later(self) -> Holds:
+        """See `Guard.hold_later`."""
+        return Holds([await guarding.hold_later() for guarding in self._guards])
 
     def own(self, name: str, fault: str) -> None:
         """See `Guard.own`."""
@@ -240,6 +272,18 @@ class Guards:
             guarding.count(name, fault, outcome)
 
 
+class Holds:
+    """Several objects, untouched until this is released."""
+
+    def __init__(self, holds: list[Hold]) -> None:
+        self._holds = holds
+
+    def release(self) -> None:
+        """See `Hold.release`."""
+        for hold in self._holds:
+            hold.release()
+
+
 Guarding = Guard | Guards
 
 # By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
@@ -248,6 +292,25 @@ _guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
 _listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
 # A function inside a second attempt is not made again by itself; the whole attempt is untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
+# What is called more deeply is looked at as a part of what called it: recursion has a limit.
+_DEEPEST = 16
+
+
+@contextmanager
+def retrying() -> Generator[None, None, None]:
+    """While open, nothing that is called in this context is guarded by itself."""
+    before = _retrying.get()
+    _retrying.set(True)
+    try:
+        yield
+    finally:
+        _retrying.set(before)  # not by a token: a generator may be closed in another context
+
+
+def not_again(name: str) -> None:
+    """Say that the calls which the present code is a part of must not be made again: a function has side effects."""
+    for step in WITHIN.get():
+        step.obstacle = f"it called {name}, which has retry=False"
 
 
 def protect(item: object, guarding: Guard) -> None:
@@ -290,9 +353,16 @@ def guard_of(item: object) -> Guard | None:
     return guards[-1] if guards else None
 
 
+def is_watched() -> bool:
+    """Whether calls in this context may have somebody who watches them."""
+    if _retrying.get() or len(WITHIN.get()) >= _DEEPEST:
+        return False
+    return bool(_guards) or _listener.get() is not None
+
+
 def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
     """Who watches a call: the guard of the object whose method it is, of an argument, or of what the object holds."""
-    if _guards and not _retrying.get():
+    if _guards and is_watched():
         items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:

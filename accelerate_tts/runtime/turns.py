@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
-from accelerate_tts.runtime import modes
+from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 from accelerate_tts.runtime.rooms import INSIDE, STREAMS, Room, Ticket, consumer, room_of, running_loop
 
 if TYPE_CHECKING:
@@ -177,23 +177,42 @@ def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[]
             result = make()
     kind = type(result)
     if kind is types.CoroutineType:
-        return modes.named_like(result, _coroutine(turn, modes.Owning(result, turn.inside)))
+        return named_like(result, _coroutine(turn, Owning(result, Scoped(turn.inside))))
     if kind is types.GeneratorType:
-        return modes.named_like(result, _generator(turn, result))
+        return named_like(result, _generator(turn, result))
     if kind is types.AsyncGeneratorType:
-        return modes.named_like(result, modes.drive_async_generator(result, turn.inside, turn))
+        return named_like(result, drive_async(result, _InTurn(turn)))
     turn.end()
     return result
 
 
-async def _coroutine(turn: Turn, body: modes.Owning) -> Any:
+class _InTurn(Scoped):
+    """Has the turn from the first step of an async generator until it ends."""
+
+    __slots__ = ("turn",)
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn.inside)
+        self.turn: Turn | None = turn
+
+    async def ready(self) -> None:
+        if self.turn is not None:
+            await self.turn.__aenter__()
+
+    def closed(self) -> None:
+        if self.turn is not None:
+            self.turn.end()
+            self.turn = None
+
+
+async def _coroutine(turn: Turn, body: Owning) -> Any:
     async with turn:
         return await body
 
 
 def _generator(turn: Turn, body: Any) -> Generator[Any, Any, Any]:
     with turn:
-        return (yield from modes.steps(body, turn.inside))
+        return (yield from drive(body, Scoped(turn.inside)))
 
 
 def _flags(function: Any) -> int:

@@ -49,12 +49,26 @@ def test_standard_output_that_cannot_be_written(words: list[str], where: str, tm
 
 
 HOMELESS = """
-import os, sys
+import os, sys, tempfile
 sys.path.insert(0, os.environ["SOURCE"])
-os.setuid(54321)
 from accelerate_tts.cli import main
-sys.argv = ["accelerate-tts", "pack", *sys.argv[1:]]
-main()
+words, given = sys.argv[1:], os.environ.pop("GIVEN", None)
+
+def run(*words):
+    sys.argv = ["accelerate-tts", "pack", *words]
+    try:
+        main()
+    except SystemExit as error:
+        return error.code
+
+os.environ["ACCELERATE_TTS_PACK_FOLDER"] = tempfile.mkdtemp()
+run("list"), run("clear"), run("export", "x")  # he may not read the modules, which lie in another user's home
+del os.environ["ACCELERATE_TTS_PACK_FOLDER"]
+if given:
+    os.environ["ACCELERATE_TTS_PACK_FOLDER"] = given
+os.setuid(54321)
+sys.stderr.write("homeless\\n")
+sys.exit(run(*words))
 """
 
 
@@ -69,11 +83,12 @@ def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str |
 
     kept = {name: value for name, value in os.environ.items() if name not in {"HOME", "XDG_CACHE_HOME"}}
     kept |= {"SOURCE": str(Path(accelerate_tts.__file__).parents[1])}
-    kept |= {} if given is None else {"ACCELERATE_TTS_PACK_FOLDER": given}
+    kept |= {} if given is None else {"GIVEN": given}
     done = subprocess.run(
         [sys.executable, "-c", HOMELESS, *words], capture_output=True, text=True, check=False, env=kept, cwd="/"
     )
     assert "Traceback" not in done.stderr, done.stderr
+    assert "homeless" in done.stderr
     assert done.returncode == (2 if words[0] == "export" else 0), done.stderr
     assert "this user has no home folder" in done.stderr
     assert "ACCELERATE_TTS_PACK_FOLDER" in done.stderr

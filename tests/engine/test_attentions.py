@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from accelerate_tts import Event
 from accelerate_tts.engine.plan import Part
@@ -158,7 +157,7 @@ def test_a_users_hook_on_attention_is_called_by_upstream(
     """It may look at anything and change anything: that block is upstream's, and all others go on in two calls."""
     models = [decoder("Llama", "eager"), fused(decoder("Llama", "eager"))]
 
-    def halve(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def halve(_module: Any, _args: Any, output: Any) -> Any:
         return output[0] * 0.5, *output[1:]
 
     handles = [model.layers[1].self_attn.register_forward_hook(halve) for model in models]

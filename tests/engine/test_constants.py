@@ -13,14 +13,14 @@ import librosa
 import numpy as np
 import pytest
 import torch
-import torchaudio.compliance.kaldi as kaldi
 from torch import nn
+from torchaudio.compliance import kaldi
 
 from accelerate_tts import get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.engine.stages.constants import KeptConstants
 
 librosa.feature.melspectrogram(y=np.zeros(400, np.float32))  # it loads its modules when they are asked for
-MEL = {"sr": 16_000, "n_fft": 400, "n_mels": 40}
+MEL: Any = {"sr": 16_000, "n_fft": 400, "n_mels": 40}
 # Not as names of this module, which would be replaced like all others.
 UPSTREAM = types.SimpleNamespace(mel=librosa.filters.mel, get_window=librosa.filters.get_window)
 
@@ -53,7 +53,15 @@ def test_what_is_watched_is_found_and_put_back(constants: KeptConstants) -> None
 
 @pytest.mark.parametrize(
     "other",
-    [{"n_mels": 41}, {"n_mels": 40.0}, {"fmin": -0.0}, {"fmin": 0.0}, {"htk": True}, {"dtype": np.float64}, {"sr": 16e3}],
+    [
+        {"n_mels": 41},
+        {"n_mels": 40.0},
+        {"fmin": -0.0},
+        {"fmin": 0.0},
+        {"htk": True},
+        {"dtype": np.float64},
+        {"sr": 16e3},
+    ],
 )
 def test_every_argument_counts(constants: KeptConstants, other: dict[str, Any]) -> None:
     del constants
@@ -66,7 +74,11 @@ def test_every_argument_counts(constants: KeptConstants, other: dict[str, Any]) 
             continue
         for _ in range(2):
             found = librosa.filters.mel(**arguments)
-            assert (found.dtype, found.strides, found.tobytes()) == (expected.dtype, expected.strides, expected.tobytes())
+            assert (found.dtype, found.strides, found.tobytes()) == (
+                expected.dtype,
+                expected.strides,
+                expected.tobytes(),
+            )
             found.fill(7.0)  # whoever is given it may write into it
 
 
@@ -158,7 +170,7 @@ def test_threads_get_the_right_ones(constants: KeptConstants) -> None:
 
 
 def test_torchs_compilers_see_upstreams_function() -> None:
-    import torchaudio.functional as audio
+    from torchaudio import functional as audio
 
     change = KeptConstants()
     with change.watching():
@@ -167,7 +179,7 @@ def test_torchs_compilers_see_upstreams_function() -> None:
     change.on()
     try:
         wave = torch.randn(1, 4410)
-        scripted = torch.jit.script(audio.functional._get_sinc_resample_kernel)
+        scripted = torch.jit.script(vars(audio.functional)["_get_sinc_resample_kernel"])
         assert isinstance(scripted, torch.jit.ScriptFunction)
         first, second = (audio.resample(wave, 44_100, 16_000) for _ in range(2))
     finally:
@@ -201,4 +213,4 @@ def test_a_tuned_object_keeps_them_until_it_is_undone() -> None:
     assert librosa.filters.mel is not UPSTREAM.mel, "the other one still has them"
     get_performance_optimizer().undo(other)
     assert librosa.filters.mel is UPSTREAM.mel
-    assert librosa.core.spectrum.get_window is UPSTREAM.get_window
+    assert vars(librosa.core.spectrum)["get_window"] is UPSTREAM.get_window

@@ -20,6 +20,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.usage import Usage, usage, waited
 from accelerate_tts.engine.disturbance import QUIET, ThisMachine, Watcher, between, one_thread
 from accelerate_tts.engine.measure import Timing, compare_speed
+from accelerate_tts.engine.pack_store import Pack, PackStore
 from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.engine.policy import current_policy
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
@@ -438,6 +439,30 @@ def test_retuning_can_be_switched_off(machine: tuple[Busy, list[Stage]], monkeyp
     busy.busy = False
     _, receipt = load()
     assert len(receipt.unsure) == 2
+
+
+@pytest.mark.parametrize(
+    "reason", ["far slower, at the first look", "undone: slower in total (0.83x)", "wrong output: x"]
+)
+def test_what_an_older_pack_dropped_at_a_look_is_tried_again(
+    reason: str, machine: tuple[Busy, list[Stage]], tmp_path: Path, seen: list[Event]
+) -> None:
+    """Its verdicts do not say how sure they are."""
+    machine[0].busy = False
+    load()
+    store = PackStore(tmp_path, 2**30)
+    (info,) = store.entries()
+    pack = store.read(info.key)
+    assert pack is not None
+    receipt = Receipt.from_json(pack.decisions["receipt"])
+    stages = tuple(result.dropped(reason) for result in receipt.stages)
+    old = {"kept": [], "receipt": replace(receipt, stages=stages).to_json(), "tune_seconds": 180.0}
+    store.write(Pack(info.key, old))
+    seen.clear()
+    _, receipt = load()
+    again = not reason.startswith("wrong")
+    assert [type(event) for event in seen if isinstance(event, (Restored, Retuned))] == [Retuned if again else Restored]
+    assert bool(receipt.kept) is again
 
 
 def test_what_was_sure_on_another_part_is_put_in_force_without_being_timed() -> None:

@@ -14,6 +14,7 @@ from accelerate_tts import optimizer as optimizer_module
 from accelerate_tts.device import mapped
 from accelerate_tts.engine import originals
 from accelerate_tts.engine.originals import originals_to_file
+from accelerate_tts.engine.pack import pack_folder
 from accelerate_tts.engine.plan import Part
 from accelerate_tts.engine.stages.precision import HalfStage
 from accelerate_tts.events import NotApplied
@@ -91,3 +92,19 @@ def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
         optimizer.close()
     assert "MiB of memory less" not in notes["memory"]
     assert "MiB of memory less" in notes["disk"]
+
+
+def test_a_user_without_a_home_has_a_folder_for_weights_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert pack_folder(Settings()).is_absolute()
+    assert "no home folder" in str(seen[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert pack_folder(Settings()) == Path("/somewhere/accelerate_tts/packs")
+    assert pack_folder(Settings(pack_folder="/else")) == Path("/else")
+    assert len(seen) == 1

@@ -105,7 +105,7 @@ def test_hooks_do_not_pile_up(make: Any, seen: list[Event]) -> None:
 
 
 def test_an_end_that_is_forced_and_one_that_is_forbidden(make: Any) -> None:
-    """With logits that would do otherwise: the analyzer suppresses the end early on, and forces it after repetitions."""
+    """Against the logits: the analyzer suppresses the end early on, and forces it after repetitions."""
     lengths = set()
     for favoured, value in (("stop_speech_token", 30.0), ("start_speech_token", 60.0)):
         pair = make(), make()

@@ -65,7 +65,7 @@ def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Even
 
 
 def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
-    """Compiling included: what is right counts as faster, so that it is in force on any machine."""
+    """What is right counts as faster, so that it is in force on any machine."""
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
     # One part is compiled: half a minute of compiling the duration predictor would be for nothing.
     refused = lambda _session, part, stage: "refused here" if stage.cost and part.name != "decoder" else None  # noqa: E731
@@ -88,8 +88,8 @@ def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
     optimizer = get_performance_optimizer()
     receipt = optimizer.receipt(backend)
     assert receipt is not None
-    assert {stage.stage for stage in receipt.kept} > {"fold weight norm", "torch.compile"}
-    assert not [stage for stage in receipt.kept if stage.part.endswith(("encoder", "predictor")) and stage.error]
+    checked = {f"{part} in fewer operators, checked by margin" for part in ("durations", "text encoder")}
+    assert {stage.stage for stage in receipt.kept} >= {"fold weight norm", "fewer operators"} | checked
     assert receipt.error < 1e-4
     assert list(model.state_dict()) == keys
     for length in range(10, 110, 6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import random
 import threading
@@ -27,6 +28,7 @@ from accelerate_tts.engine.receipt import Receipt
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.fold import FoldStage
 from accelerate_tts.engine.tune import Tuning
+from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Event, FellBack, Guarded, emit
 from accelerate_tts.runtime import retry
 from accelerate_tts.runtime.guard import Expectation, Heard, Units, fault_of, hear, size_of, units_of
@@ -213,11 +215,13 @@ def test_a_stream_that_turns_bad_goes_on_where_it_was(
     assert not any(backend.voice.passes[faulty_from + 1 :])
 
 
-def test_changes_are_in_force_while_the_consumer_has_a_piece(guarded: Any) -> None:
+def test_a_second_attempt_of_a_stream_is_untouched_until_it_ends(guarded: Any) -> None:
+    """Its body may be in the middle of a sentence: half of it with the changes would be neither model's."""
     backend = guarded(nan)
-    other = [backend.voice.fault is not None for _ in backend.stream(TEXT)]
+    other = [backend.voice.fault is None for _ in backend.stream(TEXT)]
     assert len(other) == len(TEXT) * SAMPLES // PIECE
     assert all(other)
+    assert backend.voice.fault is not None
 
 
 @pytest.mark.parametrize("kind", ["stream", "stream_later"])
@@ -369,7 +373,7 @@ def test_threads_at_once(guarded: Any, seen: list[Event]) -> None:
     assert backend.voice.fault is not None
     guard = retry.guard_of(backend.voice)
     assert guard is not None
-    assert guard._held == 0
+    assert guard.held == 0
 
 
 def test_undone_while_a_retry_runs_it_stays_undone(guarded: Any) -> None:
@@ -467,6 +471,48 @@ def test_a_generator_given_as_an_argument_has_its_state_back(guarded: Any) -> No
     retry.protect(backend, retry.Guard("Voice", backend.tuning, {}, 3))
     wave = backend.speak(TEXT, generator=torch.Generator().manual_seed(5))
     assert torch.equal(wave, torch.randn(5000, generator=torch.Generator().manual_seed(5)))
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(5),
+    "NumPy": lambda: np.random.default_rng(5),
+    "NumPy's old": lambda: np.random.RandomState(5),
+    "Python": lambda: random.Random(5),
+}
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
+@pytest.mark.parametrize("place", ["attribute", "of an attribute", "in a list", "of a module", "argument"])
+def test_a_generator_that_is_kept_has_its_state_back(place: str, make: Any, seen: list[Event]) -> None:
+    def drawn(generator: Any) -> list[float]:
+        if isinstance(generator, torch.Generator):
+            return torch.rand(5000, generator=generator).tolist()
+        return [generator.random() if hasattr(generator, "random") else generator.random_sample() for _ in range(5000)]
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.generator = make()
+
+    class Seeded(Backend):
+        @inference
+        def speak(self, text: str, sampler: Any = None) -> torch.Tensor:
+            found: Any = {
+                "attribute": lambda: self.sampler,
+                "of an attribute": lambda: self.sampler.generator,
+                "in a list": lambda: self.sampler[0],
+                "of a module": lambda: self.voice.generator,
+                "argument": lambda: sampler["generator"],
+            }[place]()
+            wave = torch.tensor(drawn(found))
+            return nan(wave) if self.voice.fault else wave
+
+    backend = Seeded(nan)
+    backend.sampler = {"attribute": make, "in a list": lambda: [make()]}.get(place, Sampler)()  # type: ignore[attr-defined]
+    backend.voice.generator = make()
+    retry.protect(backend, retry.Guard("Voice", backend.tuning, {}, 3))
+    wave = backend.speak(TEXT, sampler={"generator": make()})
+    assert wave.tolist() == torch.tensor(drawn(make())).tolist()
+    assert len(told(seen)) == 1
 
 
 def test_decorated_functions_inside_a_second_attempt_are_left_alone(seen: list[Event]) -> None:
@@ -788,6 +834,78 @@ def test_how_much_there_is_to_say(args: Any, kwargs: Any, units: Units) -> None:
     assert units_of(args, kwargs) == units
 
 
+@dataclasses.dataclass
+class Request:
+    language: str
+    text: str
+
+
+GOOD = "Good morning, everybody."
+NAMED: dict[str, Callable[..., Any]] = {
+    "a language first": lambda language, text: (language, text),
+    "a path first": lambda ref_audio, gen_text: (ref_audio, gen_text),
+    "a reference's text": lambda ref_wav_path, prompt_text, prompt_language, text, text_language: None,
+    "cosy": lambda tts_text, prompt_text, prompt_speech: None,
+    "names that say nothing": lambda a, b: None,
+    "any": lambda *args: None,
+    "a default": lambda text=None, voice="af_heart": None,
+    "keywords only": lambda *, text, speaker: None,
+}
+LONG_PATH = "/srv/voices/of/somebody/whose/name/is/very/long/reference.wav"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("a language first", ("en", GOOD), {}),
+        ("a language first", (GOOD * 3,), {"text": GOOD}),
+        ("a path first", (LONG_PATH, GOOD), {}),
+        ("a path first", (), {"gen_text": GOOD, "ref_audio": LONG_PATH}),
+        ("a reference's text", (LONG_PATH, GOOD * 4, "en", GOOD, "en"), {}),
+        ("a reference's text", (LONG_PATH, GOOD * 4, "en"), {"text": GOOD, "text_language": "en"}),
+        ("cosy", (GOOD, GOOD * 2, torch.zeros(16000)), {}),
+        ("names that say nothing", ("en", GOOD), {}),
+        ("names that say nothing", (GOOD, "en"), {}),
+        ("names that say nothing", (LONG_PATH, GOOD), {}),
+        ("names that say nothing", ("https://example.com/a/very/long/address/of/a/voice", GOOD), {}),
+        ("any", ("en-us", "voice.wav", GOOD), {}),
+        ("a default", (GOOD,), {"voice": "a-very-long-name-of-a-voice-that-is-no-text"}),
+        ("keywords only", (), {"speaker": "a-very-long-name-of-a-speaker", "text": GOOD}),
+        ("any", (Request("en", GOOD),), {}),
+        ("any", ({"text": GOOD, "language": "en"},), {}),
+    ],
+)
+def test_the_text_is_found_by_the_names_of_parameters(name: str, args: Any, kwargs: Any) -> None:
+    function = NAMED[name]
+    assert units_of(args, kwargs, function) == units_of((GOOD,), {})
+    assert units_of(args, kwargs, functools.partial(function)) == units_of((GOOD,), {})
+
+
+def test_a_method_is_asked_for_its_text_without_its_object(seen: list[Event]) -> None:
+    class InAnyOrder(Backend):
+        @inference
+        def speak(self, language: str, text: str) -> torch.Tensor:  # type: ignore[override]
+            return self.voice(SAMPLES * len(text))
+
+    ways: list[Callable[[Any], torch.Tensor]] = [
+        lambda b: b.speak("en", TEXT),
+        lambda b: b.speak(text=TEXT, language="en"),
+        lambda b: type(b).speak(b, "en", TEXT),
+    ]
+    for speak in ways:
+        backend = InAnyOrder(torch.zeros_like)
+        name = f"{InAnyOrder.__qualname__}.speak"
+        expected = {name: Expectation.of([(Units(24, 20), hear(untouched("speak")))])}
+        retry.protect(backend, retry.Guard("Voice", backend.tuning, expected, 3))
+        assert speak(backend).any(), "two letters of a language are nothing to say, so silence was right"
+        assert told(seen)[-1].fault == "silent"
+        backend = InAnyOrder(lambda wave: wave)
+        retry.protect(backend, retry.Guard("Voice", backend.tuning, expected, 3))
+        before = len(told(seen))
+        backend.speak("en", TEXT * 20)
+        assert len(told(seen)) == before, "good speech was too long for two letters"
+
+
 def test_what_can_be_cut() -> None:
     assert size_of(torch.zeros(1, 7)) == 7
     assert size_of(np.zeros(7)) == 7
@@ -849,6 +967,13 @@ def test_no_output_makes_the_guard_raise(output: Any, whole: bool) -> None:
     size_of(output)
 
 
+def test_a_proxy_that_is_bound_to_nothing_costs_no_call(guarded: Any) -> None:
+    backend = guarded(nan)
+    backend.request = Broken()
+    backend.requests = [{"a": Broken()}]
+    assert backend.speak(TEXT).isfinite().all()
+
+
 def test_an_output_that_holds_itself_is_looked_at_to_a_depth() -> None:
     ring: list[Any] = [nan(WAVE)]
     ring.append(ring)
@@ -892,100 +1017,436 @@ def test_of_two_tuned_objects_either_is_guarded(order: tuple[int, int], seen: li
     assert {event.what for event in told(seen)} == {"Voice", "Vocoder"}, "nobody knows whose fault it was"
     assert all(guard.retired for guard in guards)
     assert backend.voice.fault is None
-    assert all(guard._held == 0 for guard in guards)
+    assert all(guard.held == 0 for guard in guards)
     assert bool(backend.speak(TEXT).isfinite().all())
 
 
-@pytest.mark.parametrize("raises", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_call_within_which_anothers_retry_switched_is_made_again(
-    kind: str, raises: bool, guarded: Any, seen: list[Event]
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, results
+
+
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("kind", ["speak", "stream_later"])
+def test_a_healthy_call_is_not_made_again_for_anothers_fault(
+    kind: str, other: str, guarded: Any, seen: list[Event]
 ) -> None:
-    """As half-precision activations meet a layer which has just been put back to fp32: it raises, or they are mixed."""
+    """The second attempt waits until the healthy call is out, which sees one model from its beginning to its end."""
     backend = guarded(lambda wave: wave)
-    guard = retry.guard_of(backend.voice)
-    assert guard is not None
-    calls = []
-    when = 2 if kind.startswith("stream") else 1  # one piece has been delivered
+    inside, seen_states = threading.Event(), []
 
     def own(wave: torch.Tensor) -> torch.Tensor:
-        calls.append(backend.voice.fault is not None)
-        if len(calls) == when:  # in the middle of it another thread's second attempt begins and ends
-            with guard.untouched():
-                pass
-            if raises:
-                raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float")
-            return wave.to(torch.bfloat16)
-        return wave
-
-    backend.voice.own = own
-    seed()
-    assert torch.equal(call(backend, kind), untouched(kind))
-    assert calls[:when] == [True] * when
-    assert calls[when:], "it was not made again"
-    assert not any(calls[when:]), "it was made again, but not untouched"
-    assert backend.voice.fault is not None
-    assert guard._held == 0
-    assert not [event for event in seen if isinstance(event, Guarded)], "it is nobody's fault"
-
-
-def test_a_call_that_begins_in_the_middle_of_anothers_switching_is_made_again(
-    guarded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the changes are off, and half are on: it may take both."""
-    backend = guarded(lambda wave: wave)
-    guard = retry.guard_of(backend.voice)
-    assert guard is not None
-    half, begun, off_now, ended = (threading.Event() for _ in range(4))
-    off = Change.off
-
-    def slowly(change: Change) -> None:
-        if not half.is_set():
-            half.set()
-            assert begun.wait(20)
-        off(change)
-
-    calls = []
-
-    def own(wave: torch.Tensor) -> torch.Tensor:
-        calls.append(backend.voice.fault is not None)
-        if len(calls) == 1:
-            begun.set()
-            assert off_now.wait(20)
-        return wave
-
-    def switch() -> None:
-        with guard.untouched():
-            off_now.set()
-            assert ended.wait(20)
-
-    monkeypatch.setattr(Change, "off", slowly)
-    backend.voice.own = own
-    switching = threading.Thread(target=switch)
-    switching.start()
-    assert half.wait(20)
-    backend.speak(TEXT)
-    ended.set()
-    switching.join(20)
-    assert calls == [True, False]
-
-
-def test_a_stream_that_was_sent_values_is_not_made_again_for_anothers_retry(guarded: Any) -> None:
-    backend = guarded(lambda wave: wave)
-    guard = retry.guard_of(backend.voice)
-    assert guard is not None
-    stream = backend.stream(TEXT)
-    next(stream)
-    calls = []
-
-    def own(wave: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        with guard.untouched():
+        if threading.current_thread() is not threading.main_thread():
+            seen_states.append(backend.voice.fault is not None)
+            inside.set()
+            time.sleep(0.05)
+            seen_states.append(backend.voice.fault is not None)
             return wave
+        return nan(wave) if backend.voice.fault else wave
 
     backend.voice.own = own
-    stream.send("louder")
-    assert len(calls) == 1
+
+    class Healthy(Backend):
+        def __init__(self) -> None:
+            self.voice, self.tuning = backend.voice, backend.tuning
+
+        async def work(self) -> torch.Tensor:
+            return self.voice(SAMPLES * len(TEXT))
+
+        @inference
+        async def speak_later(self, text: str) -> torch.Tensor:
+            await asyncio.sleep(0)
+            return await self.work()
+
+    thread, results = in_thread(lambda: call(Healthy(), other))
+    assert inside.wait(20)
+    assert call(backend, kind).isfinite().all()
+    thread.join(20)
+    assert isinstance(results[0], torch.Tensor)
+    assert len(seen_states) == (2 if "speak" in other else 2 * (len(TEXT) * SAMPLES // PIECE)), "it was made again"
+    assert seen_states[::2] == seen_states[1::2], "it was switched under a call's feet"
+    assert [event.count for event in told(seen)] == [1]
+    assert backend.voice.fault is not None
+    assert retry.guard_of(backend.voice).held == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_of_anothers_own_is_not_made_again(kind: str, guarded: Any) -> None:
+    backend = guarded(lambda wave: wave)
+    inside, calls = threading.Event(), []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread().name == "failing":
+            calls.append(1)
+            inside.set()
+            time.sleep(0.05)
+            raise ValueError("no such voice")
+        return nan(wave) if backend.voice.fault else wave
+
+    class Failing(Backend):
+        @inference
+        def speak(self, text: str) -> torch.Tensor:
+            threading.current_thread().name = "failing"
+            return self.voice(SAMPLES * len(text))
+
+    failing = Failing(nan)
+    failing.voice, failing.tuning = backend.voice, backend.tuning
+    backend.voice.own = own
+    thread, results = in_thread(lambda: failing.speak(TEXT))
+    assert inside.wait(20)
+    assert call(backend, kind).isfinite().all()
+    thread.join(20)
+    assert isinstance(results[0], ValueError)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_there_is_no_gap_a_faulty_output_is_given_as_it_is(kind: str, seen: list[Event]) -> None:
+    backend = Backend(nan)
+    guard = retry.Guard("Voice", backend.tuning, {}, 10, patience=0.1)
+    retry.protect(backend, guard)
+    go_on, inside = threading.Event(), threading.Event()
+
+    class Long(Backend):
+        @inference
+        def speak(self, text: str) -> torch.Tensor:
+            inside.set()
+            assert go_on.wait(20)
+            return torch.ones(5000)
+
+    long = Long(nan)
+    retry.protect(long, guard)
+    thread, _ = in_thread(lambda: long.speak(TEXT))
+    assert inside.wait(20)
+    assert call(backend, kind).isnan().any()
+    (event,) = told(seen)
+    assert "other calls of the object were under way" in event.outcome
+    assert event.count == 1
+    # A call that comes now is not kept waiting for long, either.
+    go_on.set()
+    thread.join(20)
+    assert call(backend, kind).isfinite().all()
+
+
+def test_calls_that_come_while_a_switch_waits_wait_at_the_door(guarded: Any) -> None:
+    """Or else there might never be a gap in a busy service."""
+    backend = guarded(lambda wave: wave, limit=1000)
+    stop, passes = threading.Event(), []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        before = backend.voice.fault
+        time.sleep(0.01)
+        passes.append(before is backend.voice.fault)
+        return nan(wave) if threading.current_thread() is threading.main_thread() and before else wave
+
+    def busy() -> int:
+        made = 0
+        while not stop.is_set():
+            backend.speak(TEXT)
+            made += 1
+        return made
+
+    backend.voice.own = own
+    threads = [in_thread(busy) for _ in range(3)]
+    time.sleep(0.05)
+    for _ in range(2):
+        assert backend.speak(TEXT).isfinite().all()
+    stop.set()
+    for thread, results in threads:
+        thread.join(20)
+        assert results[0] > 1
+    assert all(passes)
+    backend.speak(TEXT)
+    assert backend.voice.fault is not None, "the changes are in force again once there is a gap"
+
+
+async def test_coroutines_of_one_loop_do_not_wait_for_each_other_for_ever(guarded: Any) -> None:
+    backend = guarded(nan, limit=1000)
+    waves = await asyncio.gather(*(backend.speak_later(TEXT) for _ in range(5)))
+    assert all(bool(wave.isfinite().all()) for wave in waves)
+
+    class Mixed(Backend):
+        @inference
+        async def slow(self, text: str) -> torch.Tensor:
+            await asyncio.sleep(0.05)
+            return torch.ones(5000)
+
+    mixed = Mixed(nan)
+    retry.protect(mixed, retry.Guard("Voice", mixed.tuning, {}, 10))
+    task = asyncio.create_task(mixed.slow(TEXT))
+    await asyncio.sleep(0)
+    start = time.monotonic()
+    assert mixed.speak(TEXT).isnan().any()  # a plain call that blocks the loop on which the other one runs
+    assert time.monotonic() - start < 5, "it waited in vain"
+    await task
+
+
+def test_a_call_inside_another_may_be_made_again(guarded: Any, seen: list[Event]) -> None:
+    class Nested(Backend):
+        @inference
+        def outer(self, text: str) -> torch.Tensor:
+            return self.speak(text)
+
+        @inference
+        def stream(self, text: str) -> Iterator[torch.Tensor]:
+            yield self.speak(text)
+
+        @inference
+        async def gathered(self, text: str) -> torch.Tensor:
+            return torch.cat(await asyncio.gather(*(self.speak_later(text) for _ in range(3))), -1)
+
+    for name in ("outer", "stream", "gathered"):
+        backend = Nested(nan)
+        retry.protect(backend, retry.Guard("Voice", backend.tuning, {}, 10))
+        result = getattr(backend, name)(TEXT)
+        wave = asyncio.run(result) if name == "gathered" else torch.cat(list(result), -1)
+        assert wave.isfinite().all()
+        assert backend.voice.fault is not None
+
+
+# --- functions that do more than compute ----------------------------------------------------------------------------
+
+
+class Charging(Backend):
+    """Charges for each call."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.charged = 0
+        self.guard = retry.Guard("Voice", self.tuning, {}, 10)
+        retry.protect(self, self.guard)
+
+    @inference(retry=False)
+    def speak(self, text: str) -> torch.Tensor:
+        self.charged += 1
+        return self.voice(SAMPLES * len(text))
+
+    @inference(retry=False)
+    async def speak_later(self, text: str) -> torch.Tensor:
+        self.charged += 1
+        return await asyncio.to_thread(self.voice, SAMPLES * len(text))
+
+    @inference(retry=False)
+    def stream(self, text: str) -> Iterator[torch.Tensor]:
+        self.charged += 1
+        for number in range(len(text) * SAMPLES // PIECE):
+            yield self.voice(PIECE, number)
+
+    @inference(retry=False)
+    async def stream_later(self, text: str) -> AsyncIterator[torch.Tensor]:
+        self.charged += 1
+        for number in range(len(text) * SAMPLES // PIECE):
+            yield self.voice(PIECE, number)
+
+    @inference
+    def around(self, text: str) -> torch.Tensor:
+        return self.speak(text) * 1.0
+
+    @inference(retry=False)
+    def beside(self, text: str) -> torch.Tensor:
+        self.charged += 1
+        return self.computed(text)
+
+    @inference
+    def computed(self, text: str) -> torch.Tensor:
+        return self.voice(SAMPLES * len(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_with_retry_off_is_never_made_again(kind: str, seen: list[Event]) -> None:
+    backend = Charging(nan)
+    assert call(backend, kind).isnan().any()
+    assert backend.charged == 1
+    (event,) = told(seen)
+    assert (event.fault, event.count) == ("NaN or Inf", 1)
+    assert "as it is: the function has retry=False" in event.outcome
+
+
+def test_what_calls_it_is_not_made_again_either(seen: list[Event]) -> None:
+    backend = Charging(nan)
+    assert backend.around(TEXT).isnan().any()
+    assert backend.charged == 1
+    assert "which has retry=False" in told(seen)[-1].outcome
+    seen.clear()
+    assert backend.beside(TEXT).isfinite().all(), "what only computes inside it is made again"
+    assert backend.charged == 2
+    assert [event.count for event in told(seen)] == [3]
+
+
+def test_after_some_faults_of_such_a_function_the_object_is_put_back(seen: list[Event]) -> None:
+    backend = Charging(nan)
+    backend.guard = retry.Guard("Voice", backend.tuning, {}, 2)
+    retry._guards.clear()
+    retry.protect(backend, backend.guard)
+    for _ in range(3):
+        backend.speak(TEXT)
+    assert backend.guard.retired
+    assert backend.voice.fault is None
+    assert backend.charged == 3
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "no"])
+def test_a_retry_that_means_nothing(value: Any) -> None:
+    with pytest.raises(SettingsError, match="retry=.* must be True or False"):
+        inference(retry=value)
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseChange):
+    """Ctrl-C comes in the middle of the n-th switch."""
+
+    def __init__(self, switches: list[str], when: int) -> None:
+        self.switches, self.when = switches, when
+        self.is_on = False
+
+    def _switch(self, way: str) -> None:
+        self.switches.append(way)
+        if len(self.switches) == self.when:
+            raise KeyboardInterrupt
+
+    def on(self) -> None:
+        self._switch("on")
+        self.is_on = True
+
+    def off(self) -> None:
+        self._switch("off")
+        self.is_on = False
+
+
+@pytest.mark.parametrize("when", range(1, 7))
+@pytest.mark.parametrize("kind", ["speak", "stream"])
+def test_an_interrupted_switch_is_not_left_half_done(kind: str, when: int) -> None:
+    switches: list[str] = []
+    changes = [Interrupted(switches, 0) for _ in range(3)]
+    backend = Backend(nan)
+    tuning = Tuning(Receipt("Voice", "cpu", {}), (*changes, *backend.tuning.changes))
+    tuning.on()
+    switches.clear()
+    for change in changes:
+        change.when = when
+    retry.protect(backend, retry.Guard("Voice", tuning, {}, 10))
+    with pytest.raises(KeyboardInterrupt):
+        call(backend, kind)
+    states: list[bool] = []
+
+    def own(wave: torch.Tensor) -> torch.Tensor:
+        states.append(all(change.is_on for change in changes))
+        backend.voice.fault = None  # healthy from here on
+        return wave
+
+    backend.voice.own = own
+    call(backend, kind)
+    assert states[0]
+    assert all(change.is_on for change in changes)
+    assert retry.guard_of(backend).held == 0  # type: ignore[union-attr]
+
+
+# --- calls, threads and faults in any order -------------------------------------------------------------------------
+
+
+_plans = st.lists(
+    st.tuples(
+        st.sampled_from([*KINDS, "around", "beside", "closed", "retire"]),
+        st.sampled_from(["healthy", "faulty", "raises"]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+class Watched(Charging):
+    """Notices whether it is switched within one step, and counts how often each call's body is run."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda wave: wave)
+        self.behaviour = threading.local()
+        self.mixed = 0
+        self.voice.own = self.checked
+
+    def checked(self, wave: torch.Tensor) -> torch.Tensor:
+        before = self.voice.fault
+        time.sleep(0.0005)
+        self.mixed += before is not self.voice.fault
+        kind = getattr(self.behaviour, "kind", "healthy")
+        self.behaviour.bodies = getattr(self.behaviour, "bodies", 0) + 1
+        if kind == "raises":
+            raise LookupError
+        return nan(wave) if kind == "faulty" and before is not None else wave
+
+    @inference
+    def speak(self, text: str) -> torch.Tensor:
+        return self.voice(SAMPLES * len(text))
+
+    @inference
+    def stream(self, text: str) -> Iterator[torch.Tensor]:
+        for number in range(3):
+            yield self.voice(PIECE, number)
+
+    @inference
+    async def speak_later(self, text: str) -> torch.Tensor:
+        await asyncio.sleep(0)
+        return self.voice(SAMPLES * len(text))
+
+    @inference
+    async def stream_later(self, text: str) -> AsyncIterator[torch.Tensor]:
+        for number in range(3):
+            await asyncio.sleep(0)
+            yield self.voice(PIECE, number)
+
+
+def run_plan(backend: Watched, plan: list[tuple[str, str]]) -> list[str]:
+    wrong = []
+    for kind, behaviour in plan:
+        backend.behaviour.kind, backend.behaviour.bodies = behaviour, 0
+        most = {"stream": 3, "stream_later": 3, "closed": 1}.get(kind, 1)
+        try:
+            if kind == "retire":
+                backend.guard.retire()
+                continue
+            if kind == "closed":
+                stream = backend.stream(TEXT)
+                next(stream)
+                stream.close()
+            elif kind in {"around", "beside"}:
+                getattr(backend, kind)(TEXT)
+            else:
+                wave = call(backend, kind)
+                if behaviour == "raises" or not wave.isfinite().all():
+                    wrong.append(f"{kind} {behaviour}: {wave}")
+        except LookupError:
+            if behaviour != "raises" or backend.behaviour.bodies != 1:
+                wrong.append(f"{kind} {behaviour} raised after {backend.behaviour.bodies} bodies")
+            continue
+        if backend.behaviour.bodies > (most if behaviour == "healthy" else 2 * most):
+            wrong.append(f"{kind} {behaviour}: {backend.behaviour.bodies} bodies")
+    return wrong
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(_plans, min_size=1, max_size=4))
+def test_in_any_order_nothing_is_switched_under_a_calls_feet(plans: list[list[tuple[str, str]]]) -> None:
+    backend = Watched()
+    threads = [in_thread(lambda plan=plan: run_plan(backend, plan)) for plan in plans]  # type: ignore[misc]
+    for thread, _ in threads:
+        thread.join(30)
+    assert [results for _, results in threads] == [[[]] for _ in plans]
+    assert backend.mixed == 0
+    assert backend.guard.held == 0
+    backend.behaviour.kind = "healthy"
+    backend.speak(TEXT)
+    retired = any(kind == "retire" for plan in plans for kind, _ in plan) or backend.guard.retired
+    assert (backend.voice.fault is None) == retired
 
 
 @pytest.mark.parametrize("kind", ["speak", "speak_later"])
@@ -1015,7 +1476,7 @@ def test_a_switch_that_fails_holds_nothing(guarded: Any, monkeypatch: pytest.Mon
         patched.setattr(Change, "off", fails)
         with pytest.raises(OSError), guard.untouched():
             pass
-    assert guard._held == 0
+    assert guard.held == 0
     with guard.untouched():
         assert backend.voice.fault is None
     assert backend.voice.fault is not None
@@ -1039,4 +1500,4 @@ def test_the_collector_may_close_a_stream_while_changes_are_switched(guarded: An
     thread.start()
     thread.join(20)
     assert done
-    assert guard._held == 0
+    assert guard.held == 0

@@ -168,7 +168,7 @@ def test_faults_in_some_threads_change_no_answer_in_others(
         # While one is made again, the others run untouched, and have no fault.
         assert len([event for event in seen if isinstance(event, Guarded)]) >= rounds
         assert folded(voice.model)
-        assert guard._held == 0
+        assert guard.held == 0
 
 
 # --- processes --------------------------------------------------------------------------------------------------

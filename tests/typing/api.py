@@ -28,7 +28,7 @@ def stream(text: str) -> Iterator[bytes]:
     yield text.encode()
 
 
-@tts.inference(concurrency=1)
+@tts.inference(concurrency=1, retry=False)
 async def stream_async(text: str) -> AsyncIterator[bytes]:
     yield text.encode()
 

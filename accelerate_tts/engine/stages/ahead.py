@@ -36,6 +36,8 @@ class Made(NamedTuple):
     """Its attention weights, (rows, heads, 1, positions), if they were asked for."""
     layer: Any
     """Its layer of the cache, which does not count the token yet."""
+    form: tuple[str, ...] | None
+    """What upstream returns behind the hidden states; `None` for the states alone."""
 
 
 class Ahead:
@@ -48,6 +50,7 @@ class Ahead:
         named: What the first block was given beside its input.
         made: What each block makes of it, (blocks, rows, 1, hidden).
         weights: Their attention weights, (blocks, rows, heads, 1, positions), if they were asked for.
+        form: What they return; see `Made`.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
@@ -58,13 +61,14 @@ class Ahead:
         named: dict[str, Any],
         made: torch.Tensor,
         weights: torch.Tensor | None,
+        form: tuple[str, ...] | None,
     ) -> None:
         # Weakly: a loop that breaks off leaves this behind, and not a whole cache.
         self._past: Callable[[], Any] | None = None if isinstance(past, tuple) else weakref.ref(past)
         self._marks = [layer.mark() for layer in layers]
         self._named = [(name, value) for name, value in named.items() if name != "hidden_states"]
         self._made = made.unbind()
-        self._weights = weights
+        self._weights, self._form = weights, form
         self._first = first
         self.next = first + 1
 
@@ -85,7 +89,8 @@ class Ahead:
         """The next block's answer, in memory of its own."""
         place = self.next - self._first
         self.next += 1
-        return Made(self._made[place].clone(), None if self._weights is None else self._weights[place], layer)
+        weights = None if self._weights is None else self._weights[place]
+        return Made(self._made[place].clone(), weights, layer, self._form)
 
     def is_done(self) -> bool:
         """Whether all blocks that were computed have answered."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.decode import growing_caches
+from accelerate_tts.engine.stages.fold import has_folds
 from accelerate_tts.engine.stages.inductor import (
     Counter,
-    Weights,
     call_normally,
     compile_function,
     guard_of,
@@ -27,6 +27,8 @@ from accelerate_tts.engine.stages.inductor import (
 )
 from accelerate_tts.engine.stages.swap import ClassSwap, in_fused, keeps_copies, make_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import Told, cache_name, parameters_of, take_cache, token_layer
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
 
@@ -158,7 +160,7 @@ class _Row:
         self._names = parameters_of(plain_class(blocks[0]))
         self._cache = cache_name(self._names)
         # A graph does not see when weights are written of which a stage has copies.
-        self._copies = {block: Weights(block) for block in blocks if keeps_copies(block)}
+        self._copies = {block: Weights(block) for block in blocks if keeps_copies(block) or has_folds(block)}
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
         self._classes: dict[type, type] = {}
@@ -179,7 +181,7 @@ class _Row:
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         import torch
 
-        if self._broken or torch.is_grad_enabled() or block.training or torch.compiler.is_compiling():
+        if self._broken or torch.is_grad_enabled() or block.training or is_traced():
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)

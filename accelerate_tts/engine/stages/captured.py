@@ -4,7 +4,8 @@ On a GPU a step of one token is hundreds of kernels of a few microseconds each, 
 Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
 served is one token for a growing cache (growing.py), with the attention weights if upstream gives them; prompts,
 arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
-upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least recently goes.
+upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least
+recently goes.
 
 Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
 started; and a recording knows nothing of what is changed on the layers after it.
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.engine.stages import growing
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
-from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
-from accelerate_tts.engine.stages.swap import RECORDED, ClassSwap, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import RECORDED, ClassSwap, keeps_copies, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import CACHE_NAMES, Told, cache_of, has_hooks, is_spied, parameters_of
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.locks import lock
 
@@ -71,7 +73,7 @@ class CapturedStepStage(BaseStage):
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
         if growing.cache_classes() is None:
-            return "no cache of transformers 4.56 or later is loaded"
+            return "no cache of transformers 4.54 or later is loaded"
         if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
             return "it is not on a CUDA device"
         if not decoders(part.module):
@@ -92,7 +94,9 @@ class _Captured(BaseChange):
         found = decoders(part.module)
         self._inside = inside
         self._growing = growing_caches(part.module)
-        self._steps = {decoder: _Steps(decoder, part.name, name, record) for decoder in found}
+        self._steps = {
+            decoder: _Steps(decoder, part.name, name, record, copies=inside is not None) for decoder in found
+        }
         self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
 
     @property
@@ -124,7 +128,13 @@ class _Steps:
     """The recordings of one decoder."""
 
     def __init__(
-        self, decoder: nn.Module, what: str, stage: str, record: Callable[[Callable[[], Any]], Recording]
+        self,
+        decoder: nn.Module,
+        what: str,
+        stage: str,
+        record: Callable[[Callable[[], Any]], Recording],
+        *,
+        copies: bool,
     ) -> None:
         self._decoder: Any = decoder
         self._what, self._stage = what, stage
@@ -132,7 +142,8 @@ class _Steps:
         self._record = record
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
-        self._weights = Weights(decoder)
+        self._copies = copies or keeps_copies(decoder)
+        self._weights = Weights(decoder, content=self._copies)
         self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
         self._lock = lock()
         self._broken = False
@@ -167,7 +178,7 @@ class _Steps:
             and all(tensor.device == keys.device for tensor in given)
             and named.get("use_cache") is not False
             and named.get("return_dict") is not False
-            and not (torch.is_grad_enabled() or decoder.training or torch.compiler.is_compiling())
+            and not (torch.is_grad_enabled() or decoder.training or is_traced())
             and not torch.is_autocast_enabled(keys.device.type)
             and not self._is_odd(named, keys.shape[0])
         )
@@ -207,8 +218,8 @@ class _Steps:
             length = past.layers[0].length()
             if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
                 return None  # upstream's own answer to it
-            if self._weights.outdated():  # perhaps elsewhere now, and a recording knows addresses
-                self._weights = Weights(self._decoder)
+            if self._weights.outdated():  # a recording knows addresses, and copies
+                self._weights = Weights(self._decoder, content=self._copies)
                 self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
             if slot is None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
+from accelerate_tts.engine.stages.fold import has_folds
 from accelerate_tts.engine.stages.inductor import (
     Counter,
     Frozen,
-    Weights,
     call_normally,
     clone_outputs,
     compile_function,
@@ -25,6 +25,8 @@ from accelerate_tts.engine.stages.inductor import (
     reason_of,
 )
 from accelerate_tts.engine.stages.swap import is_fused, keeps_copies, make_copies
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.owner import graph_owner
@@ -121,7 +123,9 @@ class CompiledCall:
         self._module = module
         self._frozen = Frozen(module) if frozen else None
         # A graph does not see when weights are written that are constants in it, or of which a stage has copies.
-        self._weights = self._frozen or (Weights(module) if keeps_copies(module) else None)
+        self._weights = self._frozen or (
+            Weights(module) if keeps_copies(module) or has_folds(module) else None
+        )
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
         self._counter = Counter(what)
@@ -153,6 +157,8 @@ class CompiledCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled while that works."""
+        if is_traced():
+            return self._untouched(*args, **kwargs)
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # three simultaneous first calls would compile three times

@@ -1,7 +1,7 @@
 """Constants that upstream computes anew at each call: mel filter banks, windows, resampling kernels. Bit for bit.
 
-librosa makes its mel filter bank at every call, torchaudio's Kaldi features theirs, and `torchaudio.functional.resample`
-its kernel. Each is a pure function of a few numbers. During the reference pass these functions are watched: one that is
+librosa makes its mel filter bank at every call, torchaudio's Kaldi features theirs, and its `functional.resample` a
+kernel. Each is a pure function of a few numbers. During the reference pass these functions are watched: one that is
 called, that takes long enough to be worth a dictionary, whose second result is the first one bit for bit and that warns
 of nothing is kept by its arguments. Callers get a copy, for they may write into what they are given.
 
@@ -247,7 +247,9 @@ def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
         return
     for module in list(sys.modules.values()):
         try:
-            names = object.__getattribute__(module, "__dict__")  # one that is loaded when it is looked at stays unloaded
+            names = object.__getattribute__(
+                module, "__dict__"
+            )  # one that is loaded when it is looked at stays unloaded
         except AttributeError:
             continue
         for name, value in list(names.items()):

@@ -23,7 +23,7 @@ from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.inductor import call_normally
 from accelerate_tts.engine.stages.leftovers import Leftovers
 from accelerate_tts.engine.stages.skinny import MOST_ROWS
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, plain_class, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, per_class, plain_class, subclass_with
 from accelerate_tts.engine.stages.tokens import cache_name, cache_of, tidy
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _parameters(cls: Any) -> list[str]:
     return [parameter.name for parameter in parameters]
 
 
-@cache
+@per_class
 def _decoding_class(plain: Any) -> type:
     import torch
 
@@ -134,7 +134,7 @@ def _decoding_class(plain: Any) -> type:
 
 
 def _captures_by_patching() -> bool:
-    """Whether transformers puts a `forward` over modules to collect their outputs (4.54 to 4.57), and leaves another."""
+    """Whether transformers puts a `forward` over modules to collect outputs (4.54 to 4.57), and leaves another."""
     generic: Any = sys.modules.get("transformers.utils.generic")
     return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
 

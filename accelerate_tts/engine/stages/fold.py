@@ -4,31 +4,33 @@ Both of torch's interfaces are folded: `torch.nn.utils.weight_norm` (a pre-forwa
 `torch.nn.utils.parametrizations.weight_norm` (a property of a class made for that module).
 
 Removing the norm for good, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay
-where they are, and the product is a buffer that is not saved: `state_dict`, `load_state_dict` (which folds anew),
-`.to()` and `named_parameters` work as before, and a pickled or copied module is an untouched one. Editing `g` or `v`
-in place by hand is not seen until the fold is switched off and on again: undo a tuning before training the model or
-removing its norm.
+where they are, and the product is a buffer that is not saved: `state_dict`, `load_state_dict`, `.to()` and
+`named_parameters` work as before, and a pickled or copied module is an untouched one. Whoever reads the weight has the
+factors looked at (weight_versions.py), and the product made anew where they were written. With gradients on, and for
+whatever traces the module, the weight is computed at each call, as upstream does it.
 """
 
 from __future__ import annotations
 
 import copy
 import copyreg
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
+from accelerate_tts.engine.stages.swap import per_class, unannounced
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights
 
 if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.engine.plan import Part
 
-__all__ = ["FoldStage"]
+__all__ = ["FoldStage", "has_folds"]
 
 _FOLD = "_accelerate_tts_fold"
 # The containers in a module's __dict__ that a fold changes.
-_EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set", "_load_state_dict_post_hooks"}
+_EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set"}
 
 
 class FoldStage(BaseStage):
@@ -59,6 +61,11 @@ class _Folds(BaseChange):
             fold.off()
 
 
+def has_folds(module: nn.Module) -> bool:
+    """Whether a weight inside a module is folded now, which a graph takes for a weight like others."""
+    return any(_FOLD in vars(inner) for inner in module.modules())
+
+
 def _foldable(module: nn.Module) -> list[_Fold]:
     folds: list[_Fold] = []
     for inner in module.modules():
@@ -84,14 +91,15 @@ class _Fold:
         self.name = name
         self.own_class = type(module)
         self._on = False
-        self._computed: tuple[object, Any] = (None, None)
+        # The product, and the factors as they were before it was made: one pair, for threads.
+        self._made: tuple[Weights, Any] | None = None
 
     def weight(self) -> Any:
         """The folded tensor, computed by torch's own operation."""
         raise NotImplementedError
 
-    def factors(self) -> list[Any]:
-        """The parameters that it is the product of."""
+    def factors(self) -> list[dict[str, Any]]:
+        """Dictionaries of what it is the product of, by name."""
         raise NotImplementedError
 
     def plain_class(self) -> type:
@@ -109,13 +117,12 @@ class _Fold:
             return
         module = self.module
         self.own_class = type(module)  # as it is now: a change that was in force when this one was made may be gone
-        weight = self.compute()
+        weight = self.product()
         self.detach(module)
-        module.__class__ = _folded_class(self.plain_class())
+        module.__class__ = _folded_class(self.plain_class(), self.name)
         module._buffers[self.name] = weight
         module._non_persistent_buffers_set.add(self.name)
-        handle = module.register_load_state_dict_post_hook(_refold)  # type: ignore[no-untyped-call]  # torch's own gap
-        vars(module)[_FOLD] = (self, handle.id)
+        vars(module)[_FOLD] = self
         self._on = True
 
     def off(self) -> None:
@@ -125,25 +132,36 @@ class _Fold:
 
     def unfold(self, module: nn.Module) -> None:
         """Undo on `module`: the folded one itself, or a shallow twin of it."""
-        _, hook = vars(module).pop(_FOLD)
-        del module._load_state_dict_post_hooks[hook]
+        del vars(module)[_FOLD]
         del module._buffers[self.name]
         module._non_persistent_buffers_set.discard(self.name)
         module.__class__ = self.own_class
         self.attach(module)
 
-    def compute(self) -> Any:
-        """The folded tensor; the one computed before if no factor of it has been written since."""
+    def product(self) -> Any:
+        """The folded tensor; the one that was made before, if no factor of it is another since."""
         import torch
 
-        factors = self.factors()
-        # An inference tensor (a model that was built in that mode) counts no versions; it is computed anew.
-        state = None if any(f.is_inference() for f in factors) else [(f._version, f.data_ptr()) for f in factors]
-        if state is None or self._computed[0] != state:
+        made = self._made
+        if made is None or made[0].outdated():
             # A normal tensor even when tuning runs in inference mode: it outlives that scope.
             with torch.inference_mode(mode=False), torch.no_grad():
-                self._computed = (state, self.weight().detach().clone())
-        return self._computed[1]
+                made = self._made = (Weights.at(self.factors()), self.weight().detach().clone())
+        return made[1]
+
+    def current(self) -> Any:
+        """What whoever reads the weight is given."""
+        import torch
+
+        buffers = self.module._buffers
+        if torch.compiler.is_compiling():  # who compiles asks at each call (`has_folds`)
+            return buffers[self.name]
+        if torch.is_grad_enabled() or is_traced():
+            return self.weight()
+        weight = self.product()
+        if buffers.get(self.name) is not weight:
+            buffers[self.name] = weight
+        return weight
 
 
 class _HookFold(_Fold):
@@ -159,8 +177,8 @@ class _HookFold(_Fold):
     def weight(self) -> Any:
         return self._hook.compute_weight(self.module)
 
-    def factors(self) -> list[Any]:
-        return [getattr(self.module, self.name + suffix) for suffix in ("_g", "_v")]
+    def factors(self) -> list[dict[str, Any]]:
+        return [self.module._parameters]
 
     def plain_class(self) -> type:
         return self.own_class
@@ -184,8 +202,8 @@ class _ParametrizationFold(_Fold):
     def weight(self) -> Any:
         return self._parametrization()
 
-    def factors(self) -> list[Any]:
-        return list(self._parametrization.parameters())
+    def factors(self) -> list[dict[str, Any]]:
+        return [inner._parameters for inner in self._parametrization.modules()]
 
     def plain_class(self) -> type:
         return self.own_class.__bases__[0]
@@ -196,16 +214,16 @@ class _ParametrizationFold(_Fold):
         return lists[self.name]
 
 
-def _refold(module: nn.Module, _incompatible: object) -> None:
-    """After `load_state_dict`: the parameters are new, so is their product."""
-    fold, _ = vars(module)[_FOLD]
-    module._buffers[fold.name] = fold.compute()
+@per_class
+def _folded_class(plain: type, name: str) -> type:
+    def weight(self: Any) -> Any:
+        fold = vars(self).get(_FOLD)
+        # A half-precision twin shares the fold with its module; a weight of the user's own may stand here, too.
+        is_own = fold is not None and fold.module is self and name in self._buffers
+        return fold.current() if is_own else self.__getattr__(name)
 
-
-@lru_cache(maxsize=256)
-def _folded_class(plain: type) -> type:
     def untouched(self: Any) -> Any:
-        fold, _ = vars(self)[_FOLD]
+        fold = vars(self)[_FOLD]
         twin = fold.own_class.__new__(fold.own_class)
         twin.__dict__ = {
             # The containers that unfold() edits must be the twin's own; all else is shared.
@@ -223,6 +241,6 @@ def _folded_class(plain: type) -> type:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(untouched(self), memo)
 
-    # Under the plain class's own names: whoever prints or names the type finds what was there.
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**names, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})
+    return unannounced(
+        plain, {name: property(weight), "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
+    )

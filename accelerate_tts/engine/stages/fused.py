@@ -26,7 +26,6 @@ from accelerate_tts.engine.stages.anatomy import anatomies
 from accelerate_tts.engine.stages.base import BaseChange, BaseStage
 from accelerate_tts.engine.stages.block_kernel import Described, holds, plain, run, shared
 from accelerate_tts.engine.stages.decode import decoders, growing_caches
-from accelerate_tts.engine.stages.inductor import Weights as Watched
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import decoder_blocks, missing
 from accelerate_tts.engine.stages.skinny import FORMATS, MOST_ROWS, Weights
@@ -41,6 +40,8 @@ from accelerate_tts.engine.stages.tokens import (
     tidy,
     token_layer,
 )
+from accelerate_tts.engine.stages.traced import is_traced
+from accelerate_tts.engine.weight_versions import Weights as Watched
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -136,14 +137,14 @@ def _put_in_rows(blocks: list[_Fused], what: str) -> None:
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
-_Form = tuple[str, ...] | None
+Form = tuple[str, ...] | None
 
 
 class _Forms:
     """What blocks, or their attention layers, return behind the hidden states; `None` for the states alone."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], _Form] = {}
+        self._found: dict[tuple[Any, ...], Form] = {}
 
     def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
         """See what upstream returns."""
@@ -152,7 +153,7 @@ class _Forms:
             if form is None or "" not in form:
                 self._found[key] = form
 
-    def of(self, key: tuple[Any, ...]) -> _Form | Literal[False]:
+    def of(self, key: tuple[Any, ...]) -> Form | Literal[False]:
         """What upstream returned; `False` where it was not seen yet."""
         return self._found.get(key, False)
 
@@ -190,36 +191,36 @@ class _Fused:
         self._told = told
         self._weights: Weights = weights
         self._names = parameters_of(plain_class(block))
-        self.attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
-        self.number = self.attention.layer_idx
-        self._config = self.attention.config
+        attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+        self.attention = attention
+        self.number = attention.layer_idx
+        self._config = attention.config
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
-        self._known: tuple[Watched, dict[bool, Described]] = (Watched(block), {})
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
+        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
-        rotation = getattr(getattr(self.attention, "rotary_emb", None), "inv_freq", None)
+        rotation = getattr(getattr(attention, "rotary_emb", None), "inv_freq", None)
         rotation = None if rotation is None else tuple(rotation.tolist())
         self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
         self.row = Row(1, told.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
-        self._inside = Inside(block, read=self.attention)
+        self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
 
     def class_for(self, plain: Any) -> type:
         """The block's class while the change is on."""
-        import torch
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             result = self._token(args, kwargs)
             if result is not None:
                 return result[0]
             result = plain.forward(self._block, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return result
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             self.forms.learn(self._key("block", named), result, cache_of(named))
@@ -232,13 +233,12 @@ class _Fused:
 
     def attention_class(self, plain: Any) -> type:
         """The class of the block's attention layer while the change is on."""
-        import torch
 
         def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
             if args and type(args[0]) is _Answer:
                 return args[0].result
             result = plain.forward(attention, *args, **kwargs)
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
             return result
 
@@ -266,7 +266,7 @@ class _Fused:
         """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
         import torch
 
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
+        if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past, hidden = take_cache(named), named.get("hidden_states")
@@ -288,10 +288,9 @@ class _Fused:
             past = made.layer.pair()
         given = {_WEIGHTS: weights, _CACHE: past, _NOTHING: None}
         if weights is not None and is_read(self.attention):
-            form = self.forms.of(self._key("attention", named)) or ()
-            self.attention(_Answer((made.hidden, *(given[kind] for kind in form))))
-        form = self.forms.of(self._key("block", named))
-        return (made.hidden, *(given[kind] for kind in form)) if form or form == () else made.hidden
+            shown = self.forms.of(self._key("attention", named)) or ()
+            self.attention(_Answer((made.hidden, *(given[kind] for kind in shown))))
+        return made.hidden if made.form is None else (made.hidden, *(given[kind] for kind in made.form))
 
     def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
         import torch
@@ -300,7 +299,10 @@ class _Fused:
         if of_text is None or self._is_unknown(named):
             return None
         rotated = self._rotation(hidden, named)
-        first = self._ready(hidden, past, of_text, named)
+        form = self.forms.of(self._key("block", named))
+        if form is False:
+            return None  # upstream's, which shows it
+        first = self._ready(hidden, past, of_text, named, form)
         if first is None:
             return None
         length = first.layer.length()
@@ -311,7 +313,7 @@ class _Fused:
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's business, and its own error
-        asked = [first, *self._others(hidden, past, of_text, named, length)]
+        asked = [first, *self._others(hidden, past, of_text, named, form, length)]
         weights = None
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
@@ -325,11 +327,11 @@ class _Fused:
         ).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)
-        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights))
-        return Made(made[0].clone(), None if weights is None else weights[0], first.layer)
+        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))
+        return Made(made[0].clone(), None if weights is None else weights[0], first.layer, form)
 
-    def _others(
-        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], length: int
+    def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
     ) -> list[_Ready]:
         """The blocks behind this one that are computed with it: up to the first that something is in the way of."""
         whole = growing.whole_tuple.get()
@@ -340,7 +342,7 @@ class _Fused:
                 if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
                     break
                 theirs = whole[place]
-            ready = self.blocks[place]._ready(hidden, theirs, of_text, named)
+            ready = self.blocks[place]._ready(hidden, theirs, of_text, named, form)
             if ready is None:
                 break
             if ready.layer.length() != length:
@@ -349,18 +351,18 @@ class _Fused:
             found.append(ready)
         return found
 
-    def _ready(self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any]) -> _Ready | None:
+    def _ready(
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
+    ) -> _Ready | None:
         """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
         if self._is_altered():
             return None
-        answer, read = self.forms.of(self._key("block", named)), False
-        if answer is False:
-            return None  # upstream's, which shows it
+        wanted = form is not None and _WEIGHTS in form
         if is_read(self.attention):
-            form = self.forms.of(self._key("attention", named))
-            if form is False or form is None:
+            shown = self.forms.of(self._key("attention", named))
+            if shown is False or shown is None:
                 return None
-            read = _WEIGHTS in form and self._is_wanted()
+            wanted = wanted or (_WEIGHTS in shown and self._is_wanted())
         layer = token_layer(self._told, past, self.number, named)
         if layer is None:
             return None
@@ -376,7 +378,7 @@ class _Fused:
         if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
             return None  # as where weights of other sizes were put in
-        return _Ready(described, layer, read or (answer is not None and _WEIGHTS in answer))
+        return _Ready(described, layer, wanted)
 
     def _is_wanted(self) -> bool:
         """Whether those who may read the attention layer's weights do so in this call."""
@@ -421,11 +423,15 @@ class _Fused:
             self._told.tell(obstacle, self.number)
         return obstacle is not None
 
+    def _watched(self) -> Watched:
+        # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
+        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known
         if watched.outdated():
             known = {}
-            self._known = (Watched(self._block), known)  # before: what is written meanwhile is seen next time
+            self._known = (self._watched(), known)  # before: what is written meanwhile is seen next time
         described = known.get(of_text)
         if described is None:
             anatomy = anatomies(self._block, self._weights).get(of_text)

@@ -482,7 +482,7 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
     """A tuple of pairs of the same content, each with room for a token behind it; itself, if that is there."""
     if hasattr(getattr(cache_classes(), "DynamicLayer", None), "lazy_initialization"):
         return past  # from 4.56 on a cache is made of it by copying
-    found = []
+    found: list[tuple[Any, Any]] = []
     for keys, values in past:
         there = _open.get(id(keys))
         if there is None or there() is not keys or min(_room(keys), _room(values)) < 1:
@@ -505,11 +505,12 @@ def give_room(past: Any) -> None:
 
     pairs = past if isinstance(past, tuple) else tuple(zip(past.key_cache, past.value_cache, strict=True))
     for pair in pairs:
-        grown = _roomy_pair(*pair, pair[0].shape[2] + 1)
+        keys, values = pair
+        grown = _roomy_pair(keys, values, keys.shape[2] + 1)
         for tensor, roomy in zip(pair, grown, strict=True):
             with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
                 tensor.set_(roomy)
-        _offer(pair[0])
+        _offer(keys)
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:

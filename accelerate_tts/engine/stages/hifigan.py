@@ -92,7 +92,7 @@ class _Upsampling:
         taps = -(-self.frames // self.stride)
         weight = torch.nn.functional.pad(layer.weight.detach() * scale, (0, taps * self.stride - self.frames))
         # (inputs, outputs, taps * stride) to (stride * outputs, inputs, taps), the last tap first
-        weight = weight.unflatten(2, (taps, self.stride)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
+        weight = weight.reshape(*weight.shape[:2], taps, self.stride).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
         bias = None if layer.bias is None else layer.bias.repeat(self.stride)
         self.convolution = Convolution(weight, bias, taps - 1, dtype=dtype)
 
@@ -143,23 +143,25 @@ def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor
     frames = max(PIECE.frames, PIECE.size // (image.element_size() * image.shape[0] * image.shape[1]))
     pieces = max(1, round(length / frames))
     frames, reach = -(-length // pieces), max(block.reach for block in blocks)
-    whole = torch.empty_like(image) if pieces > 1 else None
+    if pieces == 1:
+        return functional.leaky_relu_(_sum(image, blocks), slope)
+    whole = torch.empty_like(image)
     for start in range(0, length, frames):
         first, end = max(0, start - reach), min(length, start + frames)
-        piece = image[..., first : min(length, end + reach)]
-        bent: dict[float, torch.Tensor] = {}
-        total: torch.Tensor | None = None
-        for block in blocks:
-            if block.slope not in bent:
-                bent[block.slope] = functional.leaky_relu(piece, block.slope)
-            result = block(piece, bent[block.slope])
-            total = result if total is None else total.add_(result)
-        assert total is not None
-        if whole is None:
-            return functional.leaky_relu_(total, slope)
+        total = _sum(image[..., first : min(length, end + reach)], blocks)
         torch.ops.aten.leaky_relu.out(total[..., start - first : end - first], slope, out=whole[..., start:end])
-    assert whole is not None
     return whole
+
+
+def _sum(image: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
+    """The sum of what blocks make of an image, of memory of its own."""
+    from torch.nn import functional
+
+    bent = {slope: functional.leaky_relu(image, slope) for slope in {block.slope for block in blocks}}
+    total = blocks[0](image, bent[blocks[0].slope])
+    for block in blocks[1:]:
+        total.add_(block(image, bent[block.slope]))
+    return total  # type: ignore[no-any-return]
 
 
 def _block(block: Any, dtype: Any) -> _Pairs | _Singles:
@@ -181,11 +183,11 @@ class _Pairs:
         """The result, of memory of its own. `bent` is the image behind the activation."""
         from torch.nn import functional
 
-        result: torch.Tensor | None = None
-        for first, second in self.pairs:
-            inner = first(bent if result is None else functional.leaky_relu(result, self.slope), "leaky_relu", self.slope)
-            result = second.plus(inner, image) if result is None else second.onto(result, inner)
-        assert result is not None
+        first, second = self.pairs[0]
+        result = second.plus(first(bent, "leaky_relu", self.slope), image)
+        for first, second in self.pairs[1:]:
+            inner = first(functional.leaky_relu(result, self.slope), "leaky_relu", self.slope)
+            result = second.onto(result, inner)
         return result
 
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.stages.derived import State, weights_state
+from accelerate_tts.engine.weight_versions import Weights
 from accelerate_tts.events import Recompiled, emit
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Counter",
     "Frozen",
-    "Weights",
     "call_normally",
     "clone_outputs",
     "compile_function",
@@ -34,30 +33,16 @@ __all__ = [
 ]
 
 
-class Weights:
-    """The weights of a module, to know when they were written."""
+class Frozen(Weights):
+    """What a call with frozen weights needs: inductor's options, and to know when the weights are others."""
 
     def __init__(self, module: nn.Module) -> None:
-        # By place, not by tensor: `load_state_dict(assign=True)` puts others there, and a bias may come where none was.
-        self._places = [
-            (holder, name)
-            for inner in module.modules()
-            for holder in (inner._parameters, inner._buffers)
-            for name in holder
-        ]
-        self._state = self._now()
-
-    def _now(self) -> State:
-        return weights_state([t for holder, name in self._places if (t := holder.get(name)) is not None])
+        super().__init__(module)
+        self._modules = [(inner._modules, list(inner._modules.values())) for inner in module.modules()]
 
     def outdated(self) -> bool:
-        """Whether a weight was written or replaced since."""
-        # Far less than a millisecond for a hundred weights; serving the old ones without a word is not an option.
-        return self._now() != self._state
-
-
-class Frozen(Weights):
-    """What a call with frozen weights needs: inductor's options, and to know when the weights were written."""
+        """See `Weights.outdated`; or a module inside was exchanged."""
+        return [1 for holder, before in self._modules if list(holder.values()) != before] != [] or super().outdated()
 
     def options(self) -> Any:
         """The options, for this thread: dynamo reads one of them while it traces, which may happen at any call."""

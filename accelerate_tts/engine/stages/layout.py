@@ -11,12 +11,11 @@ usual order again: its callers may count on it.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, per_class, subclass_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +77,7 @@ def _is_plain(convolution: Any) -> bool:
     )
 
 
-@cache
+@per_class
 def _border_class(plain: Any, method: str) -> type:
     """The part's own class: what leaves the part is in the order that its callers know, and may call `.view()` on."""
     run = getattr(plain, method)
@@ -107,7 +106,7 @@ def _in_usual_order(result: Any) -> Any:
     return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
 
 
-@cache
+@per_class
 def _channels_last_class(plain: Any) -> type:
     from torch import channels_last, nn
     from torch.nn import functional

@@ -8,11 +8,11 @@ a matrix-vector product either way, and from about ten rows on `F.linear` is rig
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, subclass_with
+from accelerate_tts.engine.stages.swap import ClassSwap, class_of, in_fused, per_class, subclass_with
+from accelerate_tts.engine.stages.traced import is_watched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,12 +53,14 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-@cache
+@per_class
 def _few_rows_class(plain: Any) -> type:
     import torch
     from torch.nn import functional
 
     def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        if is_watched(input):
+            return plain.forward(self, input)
         weight = self.weight
         features = weight.shape[1]
         rows = input.numel() // max(1, features)

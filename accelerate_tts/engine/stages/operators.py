@@ -6,7 +6,7 @@ What is known of each class is in `vits_parts` and `hifigan`. A part on which le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accelerate_tts.engine.plan import CALL
 from accelerate_tts.engine.stages.base import BaseStage
@@ -44,7 +44,5 @@ class FewerOperatorsStage(BaseStage):
 
     def prepare(self, part: Part) -> ClassSwap:
         """See `Stage.prepare`."""
-        kernel = self._kernel(part)
-        assert kernel is not None
-        served = Served(part.module, kernel, part.name, self._copies)
+        served = Served(part.module, cast("Kernel", self._kernel(part)), part.name, self._copies)
         return ClassSwap([part.module], lambda module: served.class_for(type(module)))

@@ -31,9 +31,11 @@ from accelerate_tts.engine.stages.swap import (
     in_fused,
     is_fused,
     is_recorded,
+    per_class,
     plain_class,
     subclass_with,
 )
+from accelerate_tts.engine.stages.traced import is_watched
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +178,7 @@ def _twin(module: Any, dtype: torch.dtype) -> Any:
     return twin
 
 
-@cache
+@per_class
 def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     import torch
 
@@ -185,7 +187,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
         half = getattr(self, HALF, None)  # a thread may be in here while another one switches the change off
         # torch's own error for it, or a layer that was moved to another dtype since; or that was given an adapter
-        if half is None or input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
+        if half is None or is_watched(input) or input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
@@ -193,7 +195,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     return subclass_with(plain, forward, copies=str(dtype))
 
 
-@cache
+@per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))

@@ -14,6 +14,7 @@ from accelerate_tts.engine.stages.base import BaseStage
 from accelerate_tts.engine.stages.precision import half_dtypes
 from accelerate_tts.engine.stages.skinny import MOST_ROWS
 from accelerate_tts.engine.stages.swap import ClassSwap, fused_by, subclass_with
+from accelerate_tts.engine.stages.traced import is_traced
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -90,5 +91,5 @@ def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not is_traced()
     )

@@ -14,7 +14,6 @@ and has to pass the same comparison: of one speaker encoder only a cosine of 0.5
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,11 @@ from accelerate_tts.engine.stages.swap import (
     are_left_over,
     class_of,
     in_fused,
+    per_class,
     plain_class,
     subclass_with,
 )
+from accelerate_tts.engine.stages.traced import is_watched
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
@@ -131,15 +132,17 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-@cache
+@per_class
 def _quantized_class(plain: Any, least: int) -> type:
     import torch
 
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
         packed = getattr(self, PACKED, None)  # a thread may be in here while another one switches the change off
-        if packed is None or (
-            isinstance(input, torch.Tensor)  # otherwise it is a packed sequence
-            and (input.dim() < least or input.numel() == 0 or not input.is_floating_point())
+        is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
+        if (
+            packed is None
+            or is_watched(*(() if is_sequence else (input,)))
+            or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
         ):
             return plain.forward(self, input, *args, **kwargs)
         return packed.get()(input, *args, **kwargs)
@@ -205,7 +208,7 @@ def _quantized_recurrent(module: Any) -> Any:
 
     plain = plain_class(module)
     twin: Any = object.__new__(plain)  # the converter goes by the class, and would put the user's own module into eval
-    twin.__dict__ = dict(vars(module))
+    twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # which it will copy
     holder = torch.nn.ModuleDict({"inner": twin})
     with warnings.catch_warnings():
         # torch 2.10 announced the removal of its eager quantisation in favour of torchao's, which has no LSTM.

@@ -14,18 +14,17 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.stages.inductor import Weights
 from accelerate_tts.engine.stages.intact import Inside
 from accelerate_tts.engine.stages.native import missing, multiplies_in_bf16
 from accelerate_tts.engine.stages.precision import half_dtypes
 from accelerate_tts.engine.stages.residual_kernel import RESIDUAL
 from accelerate_tts.engine.stages.swap import FUSED, ClassSwap, subclass_with
-from accelerate_tts.engine.stages.tokens import parameters_of
+from accelerate_tts.engine.stages.tokens import Told, parameters_of
+from accelerate_tts.engine.stages.traced import is_traced
 from accelerate_tts.engine.stages.transformer_kernel import TRANSFORMER
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.engine.weight_versions import Weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from accelerate_tts.engine.plan import Part
@@ -67,7 +66,11 @@ class FusedSequenceStage(BaseStage):
         """
         if not multiplies_in_bf16():
             raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
-        fused = {block: Served(block, self._kernel, part.name) for block in self._blocks(part)}
+        told = Told(f"the fused {self._kernel.name} of {part.name}")
+        fused = {
+            block: Served(block, self._kernel, part.name, told=told, number=number)
+            for number, block in enumerate(self._blocks(part))
+        }
         return ClassSwap(list(fused), lambda block: fused[block].class_for(type(block)))
 
 
@@ -87,15 +90,19 @@ class Served:
         kernel: What serves it.
         what: The part that it is in, for people.
         copies: In what the kernel has copies of its weights.
+        told: Who is told why it is not served; shared by the blocks of a part.
+        number: The block's place among them.
     """
 
     only_tokens = False
 
-    def __init__(self, block: nn.Module, kernel: Kernel, what: str, copies: str = "bf16") -> None:
+    def __init__(  # noqa: PLR0913 - what serves, what is served, and who is told of it
+        self, block: nn.Module, kernel: Kernel, what: str, copies: str = "bf16", *, told: Told | None = None, number: int = 0
+    ) -> None:
         self._block: Any = block
         self._copies = copies
         self._kernel = kernel
-        self._what = f"the fused {kernel.name} of {what}"
+        self._told, self._number = told or Told(f"the fused {kernel.name} of {what}"), number
         self._inside = Inside(block, kernel.watched(block))
         # What was computed from the weights, and what tells when they were written: one pair, for threads.
         self._known: tuple[Weights, Any] = (Weights(block), None)
@@ -127,16 +134,19 @@ class Served:
         """What the block makes of a call's arguments, or `None` if this call is upstream's business."""
         import torch
 
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._block.training:
+        if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         if torch.is_autocast_enabled("cpu"):
             return None
         obstacle = self._inside.altered()
         if obstacle is not None:
-            emit(NotApplied(self._what, obstacle))
+            self._told.tell(obstacle, self._number)
             return None
         described = self._describe()
-        return None if described is None else self._kernel.serve(described, named)
+        if described is None:
+            return None
+        self._told.is_served(self._number)
+        return self._kernel.serve(described, named)
 
     def _describe(self) -> Any:
         import torch
@@ -146,7 +156,7 @@ class Served:
             watched = Weights(self._block)  # before: what is written meanwhile is seen next time
             parts = self._kernel.parts_of(self._block)
             if parts is None:
-                emit(NotApplied(self._what, "weights were exchanged for others, which the kernel does not know"))
+                self._told.tell("weights were exchanged for others, which the kernel does not know", self._number)
                 return None
             with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive this call's mode
                 described = self._kernel.described(parts)

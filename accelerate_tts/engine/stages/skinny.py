@@ -9,7 +9,6 @@ output; both are only stored so, sums stay in fp32, and more than a few rows tak
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseStage
@@ -21,9 +20,11 @@ from accelerate_tts.engine.stages.swap import (
     ClassSwap,
     class_of,
     in_fused,
+    per_class,
     plain_class,
     subclass_with,
 )
+from accelerate_tts.engine.stages.traced import is_watched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,6 +126,7 @@ def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not is_watched()
     )
 
 
@@ -139,7 +141,7 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-@cache
+@per_class
 def _exact_class(plain: Any, transposed: bool) -> type:
     import torch
 
@@ -176,7 +178,7 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
     )
 
 
-@cache
+@per_class
 def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
     def forward(self: Any, x: Any) -> Any:
         bias = self.bias

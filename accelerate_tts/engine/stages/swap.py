@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from typing import TYPE_CHECKING, Any
+import weakref
+from abc import ABCMeta
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseChange
+from accelerate_tts.events import FellBack, NotApplied, emit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,13 +38,18 @@ __all__ = [
     "is_recorded",
     "keeps_copies",
     "make_copies",
+    "per_class",
     "plain_class",
     "serves_copies",
     "subclass_with",
+    "unannounced",
 ]
+
+P = ParamSpec("P")
 
 _PLAIN = "_accelerate_tts_plain"
 _COPIES = "_accelerate_tts_copies"
+_MEMBERS = "_accelerate_tts_members"
 FUSED = "_accelerate_tts_fused"
 """An attribute of classes whose objects are served by one kernel, which calls nothing inside them: what serves them.
 Its `only_tokens` says whether what is inside such a block still sees the prompts; `copied()` is of which layers it has
@@ -63,30 +72,34 @@ class ClassSwap(BaseChange):
     def __init__(self, modules: list[nn.Module], swapped: Callable[[nn.Module], type]) -> None:
         self._modules = modules
         self._swapped = swapped
-        self._before: list[type] = []
+        self._changed: list[tuple[nn.Module, type, type]] = []
         self._made: dict[tuple[nn.Module, type], type] = {}
 
     def on(self) -> None:
-        """See `Change.on`."""
-        if not self._before:
-            swapped = [self._class_for(module) for module in self._modules]  # before any is changed: one may fail
-            self._before = [type(module) for module in self._modules]
-            for module, cls in zip(self._modules, swapped, strict=True):
+        """See `Change.on`. A module whose class somebody else has derived from ours since is left as it is."""
+        if not self._changed:
+            modules = [module for module in self._modules if type(module) not in _derived]
+            # Before any is changed: one may fail.
+            self._changed = [(module, type(module), self._class_for(module)) for module in modules]
+            for module, _, cls in self._changed:
                 module.__class__ = cls
 
     def _class_for(self, module: nn.Module) -> type:
         # The same class each time: a compiler guards on it, and would compile again at every switch.
         key = (module, type(module))
         if key not in self._made:
-            self._made[key] = self._swapped(module)
+            cls = self._made[key] = self._swapped(module)
+            if _PLAIN in vars(cls) and _MEMBERS not in vars(cls):  # here, since a stage may add some after it is made
+                setattr(cls, _MEMBERS, frozenset({*vars(cls), _MEMBERS}))
         return self._made[key]
 
     def off(self) -> None:
-        """See `Change.off`."""
-        if self._before:
-            for module, plain in zip(self._modules, self._before, strict=True):
-                module.__class__ = plain
-            self._before = []
+        """See `Change.off`. A class that somebody else gave a module meanwhile stays."""
+        for module, before, cls in self._changed:
+            if cls in type(module).__mro__:
+                module.__class__ = before
+                _hand_down(cls, before)
+        self._changed = []
 
 
 class CarryingSwap(ClassSwap):
@@ -221,13 +234,96 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(twin(self), memo)
 
-    names: dict[str, Any] = {
-        _PLAIN: plain,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
-    }
+    names: dict[str, Any] = {_PLAIN: plain, "__init_subclass__": classmethod(_derive)}
     if copies:
         names[_COPIES] = copies
-    members = {**names, method: forward, "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
-    return type(plain.__name__, (plain,), members)
+
+    def prepare_scriptable(self: Any) -> Any:
+        # torch.jit.script compiles the source of a forward, and replaces modules in place by what is returned here.
+        emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
+        for attribute in (COPY, HALF, PACKED):
+            vars(self).pop(attribute, None)
+        self.__class__ = plain_class(self)
+        return self
+
+    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # what torch.fx and signatures go by
+    names |= {method: forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable}
+    if hasattr(plain, "__deepcopy__"):  # else the reduction does it; torch asks whether a class has one
+        names["__deepcopy__"] = deepcopy
+    return unannounced(plain, names)
+
+
+# Classes that others have derived from ours: nobody has looked at what they compute.
+_derived: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _derive(cls: type, **kwargs: Any) -> None:
+    """Somebody derives a class from ours, for a module perhaps (a parametrization, FSDP): it gets the plain one.
+
+    What has that class computes as it was loaded, and is what it would be without us, also once a change is undone.
+    """
+    bases = cls.__bases__
+    cls.__bases__ = tuple(_without_ours(base) for base in bases)
+    _derived.add(cls)
+    super(cls, cls).__init_subclass__(**kwargs)  # type: ignore[misc]  # the plain class's own, which was to be called
+    emit(
+        FellBack(
+            f"a {cls.__bases__[-1].__qualname__}",
+            "its tuning",
+            f"{cls.__qualname__} was derived from its class after tuning, and what has that class computes as loaded",
+        )
+    )
+
+
+def _hand_down(cls: type, before: type) -> None:
+    """Give what somebody has put onto a class of ours (torch: a property for a parametrized bias) its place."""
+    members = vars(cls)
+    for name in set(members) - members.get(_MEMBERS, members.keys()) if before is not cls else ():
+        setattr(before, name, members[name])
+        delattr(cls, name)
+
+
+def _without_ours(cls: type) -> type:
+    while _PLAIN in vars(cls):
+        cls = vars(cls)[_PLAIN]
+    return cls
+
+
+class _Unannounced:
+    def __init_subclass__(cls) -> None:
+        """Ends the announcement."""
+
+
+def unannounced(plain: type, members: dict[str, Any]) -> type:
+    """A subclass under the plain class's own names of which no registry is told.
+
+    Whoever prints or names the type finds what was there. Neither an `__init_subclass__` nor a metaclass of the user's
+    own is called, which may keep every class that it hears of.
+    """
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    kind = type(plain)
+    maker = ABCMeta if issubclass(kind, ABCMeta) else type
+    made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
+    made.__bases__ = (plain,)
+    return made  # type: ignore[no-any-return]
+
+
+def per_class(make: Callable[P, type]) -> Callable[P, type]:
+    """Make a subclass of a class once for as long as anybody has it: a cache that keeps neither of the two alive.
+
+    A class may be one module's own (torch makes one for each parametrized module), and keep that with all its weights.
+    """
+    known: weakref.WeakKeyDictionary[Any, dict[Any, weakref.ref[type]]] = weakref.WeakKeyDictionary()
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> type:
+        entries = known.setdefault(args[0], {})
+        key = (args[1:], tuple(sorted(kwargs.items())))
+        reference = entries.get(key)
+        cls = None if reference is None else reference()
+        if cls is None:
+            cls = make(*args, **kwargs)
+            entries[key] = weakref.ref(cls)
+        return cls
+
+    return made

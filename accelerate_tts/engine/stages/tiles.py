@@ -35,7 +35,7 @@ class Kernel:
     name: str
     parts_of: Callable[[nn.Module], Any]
     described: Callable[[Any], Any]
-    serve: Callable[[Any, dict[str, Any]], torch.Tensor | None]
+    serve: Callable[[Any, dict[str, Any]], Any]
     watched: Callable[[Any], Iterable[tuple[Any, str]]] = field(default=lambda _block: ())
 
 

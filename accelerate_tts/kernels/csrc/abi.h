@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 enum Format : int64_t { FP32, BF16, INT8, TRANSPOSED };
 
