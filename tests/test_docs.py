@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.environment import VARIABLES
 
@@ -49,12 +48,11 @@ def run(name: str, **names: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def example(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Callable[[str], ModuleType]:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; compiling has tests of its own
     # Nothing is timed, and whatever is right is kept: the pages are to run with all of it.
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     warnings.simplefilter("ignore", FutureWarning)  # of the upstream packages' own imports
     return importlib.import_module

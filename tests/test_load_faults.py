@@ -218,18 +218,16 @@ def interrupted(when: int) -> tuple[Backend, Interrupting]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """One stage that is always kept, and no collection of garbage."""
     from accelerate_tts.device import memory
-    from accelerate_tts.engine import stages, trial, whole
+    from accelerate_tts.engine import stages
     from accelerate_tts.engine.measure import Timing
     from accelerate_tts.engine.stages.fold import FoldStage
 
     monkeypatch.setattr(stages, "default_stages", lambda *_args: [FoldStage()])
     monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
-    for module in (trial, whole):
-        timing = Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5)
-        monkeypatch.setattr(module, "compare_speed", lambda *_a, _timing=timing, **_k: _timing)
+    decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5), looks=False)
 
 
 @pytest.mark.usefixtures("quick")

@@ -17,7 +17,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from accelerate_tts import fast_inference, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts import locks as lock_module
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.flight import Flight
 from accelerate_tts.engine.measure import Timing
 from accelerate_tts.runtime import retry
@@ -28,11 +27,10 @@ MEL = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)
-def _folds_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def _folds_are_faster(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module in (trial, whole):
-        monkeypatch.setattr(module, "compare_speed", lambda *_args, **_kwargs: faster)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False)
 
 
 class Conv(nn.Module):

@@ -121,8 +121,9 @@ def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]
     """What is compiled: a unit, the instruction set that it is for, and the flags that say so."""
     tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
-    jobs: list[tuple[str, str, list[str]]] = [("weight_digests", "", [])]
-    jobs += [("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"])]
+    jobs: list[tuple[str, str, list[str]]] = [
+        ("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"]), ("weight_digests", "", []),
+    ]  # fmt: skip
     for level, flags in levels.items():
         units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
         jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]

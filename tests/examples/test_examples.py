@@ -14,7 +14,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from accelerate_tts.engine import trial, whole
 from accelerate_tts.engine.measure import Timing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,12 +32,11 @@ def plain(source: str) -> str:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ModuleType]:
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decide: Any) -> Callable[[str], ModuleType]:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     # Whatever is right is kept, and not timed: that nothing of it is heard is what counts here.
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    for module_of_tuning in (trial, whole):
-        monkeypatch.setattr(module_of_tuning, "compare_speed", lambda *_args, **_kwargs: faster)
+    decide(compare=lambda *_args, **_kwargs: faster, looks=False)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.syspath_prepend(str(tmp_path))
 

@@ -71,7 +71,11 @@ def are_plain(modules: Iterable[Any]) -> bool:
     from torch import nn
 
     plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
-    return all(module.bias is None or module.bias.shape == module.weight.shape[:1] for module in modules) and all(
+
+    def outputs(module: Any) -> int:  # a transposed convolution has them in the second place
+        return int(module.out_channels if isinstance(module, nn.ConvTranspose1d) else module.weight.shape[0])
+
+    return all(module.bias is None or tuple(module.bias.shape) == (outputs(module),) for module in modules) and all(
         type(tensor) in plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         for module in modules
         for tensor in (module.weight, module.bias)
