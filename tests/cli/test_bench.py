@@ -285,7 +285,7 @@ def measured(system: str, precision: str, after: float, **facts: Any) -> Measure
 def test_a_variant_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of an hour's bench, what ran out of memory is a cell that says so, and the rest is there."""
 
-    def ask(request: Request, _folder: Path) -> dict[str, Any]:
+    def ask(request: Request, _folder: Path, _python: Path | None = None) -> dict[str, Any]:
         if request.system == "xtts" or request.precision == "fast" or request.variant in {"naive", "restored"}:
             raise VariantError("MemoryError: not enough")
         return {"seconds": 1.0, "peak": 2**30} if request.variant == "eager" else measured(

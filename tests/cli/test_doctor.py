@@ -184,7 +184,8 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(monkeypatch: pytest.Monke
 
 
 def test_settings_that_differ_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ACCELERATE_TTS_PACK")
+    for name in ("PACK", "RETUNE", "TUNE_PATIENCE"):  # what the tests themselves set
+        monkeypatch.delenv(f"ACCELERATE_TTS_{name}", raising=False)
     assert "all defaults" in findings()["settings"]["found"]
     monkeypatch.setenv("ACCELERATE_TTS_WORKERS", "2")
     monkeypatch.setenv("TRANSLATOR_TORCH_COMPILE", "0")

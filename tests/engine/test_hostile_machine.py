@@ -213,7 +213,7 @@ def test_a_read_only_folder_costs_events_and_nothing_else(tmp_path: Path) -> Non
 def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path, seen: list[Event]) -> None:
     """Each byte of its head and end, a sample of those between, in one bit; and lengths that it may be cut to."""
     files = EmbeddingFiles(tmp_path, MEGABYTE)
-    assert files.write(key(1), Kept([torch.arange(4.0), "a", 1.5]))
+    assert files.write(key(1), Kept([torch.arange(100.0), "a", 1.5]))
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     assert len(whole) > 500
@@ -228,7 +228,7 @@ def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path,
     file.write_bytes(whole)
     kept = files.read(key(1))
     assert kept is not None
-    assert torch.equal(kept.copy()[0], torch.arange(4.0))
+    assert torch.equal(kept.copy()[0], torch.arange(100.0))
 
 
 # --- no compiler ----------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ class CompiledWhereItMayBe(CompileStage):
 
 def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
     # What is compiled is kept here, however slow it is: this is about what happens to it afterwards.
-    decide(compare=all_are_faster, hopeless=float("inf"))
+    decide(compare=all_are_faster, hopeless=float("inf"), unworthy=lambda *_given: None)
     monkeypatch.setattr(stages, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))
     ids = torch.randint(1, 38, (1, 20), generator=torch.Generator().manual_seed(0))
 
