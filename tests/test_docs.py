@@ -52,7 +52,7 @@ def example(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Callable[[str], Mod
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; compiling has tests of its own
     # Nothing is timed, and whatever is right is kept: the pages are to run with all of it.
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster, looks=False)
+    decide(compare=lambda *_args, **_kwargs: faster)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     warnings.simplefilter("ignore", FutureWarning)  # of the upstream packages' own imports
     return importlib.import_module

@@ -227,7 +227,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
 
     monkeypatch.setattr(stages, "default_stages", lambda *_args: [FoldStage()])
     monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
-    decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5), looks=False)
+    decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
 
 
 @pytest.mark.usefixtures("quick")

@@ -36,7 +36,7 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decide: Any) -> Callab
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     # Whatever is right is kept, and not timed: that nothing of it is heard is what counts here.
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster, looks=False)
+    decide(compare=lambda *_args, **_kwargs: faster)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.syspath_prepend(str(tmp_path))
 
