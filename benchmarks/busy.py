@@ -5,8 +5,8 @@
 
 Each try is two processes with a folder of warm packs of their own. The first loads the model while so many others
 compute in Python loops; the second loads it when they are gone, from the pack of the first, and times a call of it
-untouched and tuned, in turn. If that is not sure either, there is a third, and a fourth. The others end by themselves. A
-try counts as
+untouched and tuned, in turn. If that is not sure either, there is a third, and a fourth. The others end by themselves.
+A try counts as
 
 - *equal* if the first process kept what the quiet machine keeps,
 - *again* if it did not, but said that it was not sure, and the second process kept it,
@@ -161,7 +161,7 @@ def one_try(arguments: argparse.Namespace, busy: int) -> dict[str, Any]:
 
 
 def wait_for_quiet() -> None:
-    """Wait, a minute at most, until nobody else is at work: a machine has other neighbours than those of this command."""
+    """Wait, a minute at most, until nobody else is at work: a machine has other neighbours than this command's."""
     watcher = Watcher(ThisMachine(), torch.get_num_threads(), 60.0)
     while not (watcher.wait() and watcher.look().quiet) and watcher.patience > 0:
         pass

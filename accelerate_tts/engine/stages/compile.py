@@ -123,9 +123,7 @@ class CompiledCall:
         self._module = module
         self._frozen = Frozen(module) if frozen else None
         # A graph does not see when weights are written that are constants in it, or of which a stage has copies.
-        self._weights = self._frozen or (
-            Weights(module) if keeps_copies(module) or has_folds(module) else None
-        )
+        self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
         self._counter = Counter(what)

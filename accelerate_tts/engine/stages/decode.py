@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 

@@ -241,6 +241,4 @@ def _folded_class(plain: type, name: str) -> type:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(untouched(self), memo)
 
-    return unannounced(
-        plain, {name: property(weight), "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy}
-    )
+    return unannounced(plain, {name: property(weight), "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})

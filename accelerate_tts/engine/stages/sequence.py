@@ -97,7 +97,14 @@ class Served:
     only_tokens = False
 
     def __init__(  # noqa: PLR0913 - what serves, what is served, and who is told of it
-        self, block: nn.Module, kernel: Kernel, what: str, copies: str = "bf16", *, told: Told | None = None, number: int = 0
+        self,
+        block: nn.Module,
+        kernel: Kernel,
+        what: str,
+        copies: str = "bf16",
+        *,
+        told: Told | None = None,
+        number: int = 0,
     ) -> None:
         self._block: Any = block
         self._copies = copies
