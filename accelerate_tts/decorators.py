@@ -71,7 +71,7 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
 
     def __init__(self, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> None:
         if rest or named:  # else it is a method of `__new__`, and ready
-            super().__init__(wrapped, instance, *rest, **named)
+            super().__init__(wrapped, instance, *rest, **named)  # type: ignore[call-arg]  # wrapt's stub names one
 
     @property
     def __func__(self) -> Any:

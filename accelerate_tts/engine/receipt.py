@@ -163,7 +163,7 @@ class Receipt:
         path.write_text(self.to_html() if is_page else self.to_json(), encoding="utf-8")
 
     def __str__(self) -> str:
-        rows = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
+        rows: list[tuple[str, ...]] = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
         rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
         rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
         rows = [tuple(map(printable, row)) for row in rows]

@@ -48,7 +48,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
         found = [(inner._parameters, inner._buffers) for inner in module.modules()]
-        self._watch([*found[0], *(holder for holder in chain(*found[1:]) if holder)], content=content)
+        self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
 
     @classmethod
     def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
@@ -154,7 +154,7 @@ class _Digests:
         self._moved = 0
         self._tables = (
             (ctypes.c_void_p * count)(*starts), (ctypes.c_int64 * count)(*sizes),
-            (ctypes.c_void_p * count)(*map(ctypes.addressof, self._kept)), (ctypes.c_int64 * count)(),
+            (ctypes.c_void_p * count)(*(ctypes.addressof(kept) for kept in self._kept)), (ctypes.c_int64 * count)(),
         )  # fmt: skip
         self._asked = (*map(ctypes.addressof, (*self._tables, self._steps)), count)
 

@@ -134,7 +134,7 @@ class _Choosing(Scoped):
     def failed(self, error: Exception) -> Again | None:
         first = self.choice.raised
         if self.choice.milder(error, given=self.delivered):
-            self.scope = mode_factory(self.choice.mode)
+            self.scope = mode_factory(self.choice.mode)  # type: ignore[method-assign]  # see `Scoped`
             with self.scope():
                 return Again(self.choice.make())
         if first is not None and not self.delivered:

@@ -485,7 +485,8 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
     found: list[tuple[Any, Any]] = []
     for keys, values in past:
         there = _open.get(id(keys))
-        if there is None or there() is not keys or min(_room(keys), _room(values)) < 1:
+        is_ours = there is not None and there() is keys
+        if not is_ours or min(_room(keys), _room(values)) < 1:
             if keys.shape[2] + 1 > LARGEST:
                 return past
             found.append(_roomy_pair(keys, values, keys.shape[2] + 1))

@@ -229,7 +229,7 @@ def _raised(value: Any, dtype: torch.dtype) -> Any:
 def _dtype_of(value: Any) -> torch.dtype:
     import torch
 
-    return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype  # type: ignore[no-any-return]
+    return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
 
 
 @cache

@@ -11,7 +11,7 @@ import copyreg
 import weakref
 from abc import ABCMeta
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from accelerate_tts.engine.stages.base import LEAST_FEW_ROWS, BaseChange
 from accelerate_tts.events import FellBack, NotApplied, emit
@@ -234,7 +234,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(twin(self), memo)
 
-    names: dict[str, Any] = {_PLAIN: plain, "__init_subclass__": classmethod(_derive)}
+    names: dict[str, Any] = {_PLAIN: plain, "__init_subclass__": classmethod(cast("Any", _derive))}
     if copies:
         names[_COPIES] = copies
 
@@ -265,7 +265,8 @@ def _derive(cls: type, **kwargs: Any) -> None:
     bases = cls.__bases__
     cls.__bases__ = tuple(_without_ours(base) for base in bases)
     _derived.add(cls)
-    super(cls, cls).__init_subclass__(**kwargs)  # type: ignore[misc]  # the plain class's own, which was to be called
+    plain: Any = super(cls, cast("Any", cls))
+    plain.__init_subclass__(**kwargs)  # which was to be called
     emit(
         FellBack(
             f"a {cls.__bases__[-1].__qualname__}",
