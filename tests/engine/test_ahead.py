@@ -78,6 +78,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5))
 
 
+@pytest.mark.usefixtures("layered_caches")
 def test_one_call_for_each_token_and_the_states_of_every_layer(pair: tuple[Any, Any], calls: list[int]) -> None:
     plain, tuned = pair
     pasts = prompt(plain), prompt(tuned)
@@ -118,6 +119,7 @@ def _in_place(_m: Any, _a: Any, out: torch.Tensor) -> None:
     out.mul_(1.25)
 
 
+@pytest.mark.usefixtures("layered_caches")
 @pytest.mark.parametrize("hook", [_out_of_place, _in_place])
 def test_what_comes_between_two_blocks_is_seen(
     hook: Callable[..., Any], pair: tuple[Any, Any], calls: list[int], seen: list[Event]
@@ -132,6 +134,7 @@ def test_what_comes_between_two_blocks_is_seen(
     ]
 
 
+@pytest.mark.usefixtures("layered_caches")
 def test_it_goes_on_in_one_call_once_nothing_comes_between(
     pair: tuple[Any, Any], calls: list[int], seen: list[Event]
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_mask_of_its_own_for_a_block_is_seen(pair: tuple[Any, Any]) -> None:
     assert not close(found[0], run(pair[0], 1)[0])
 
 
+@pytest.mark.usefixtures("layered_caches")
 def test_a_loop_that_breaks_off_leaves_no_trace(pair: tuple[Any, Any], calls: list[int]) -> None:
     plain, tuned = pair
 
@@ -195,6 +199,7 @@ def test_what_is_not_a_number_is_no_surprise(pair: tuple[Any, Any], calls: list[
     assert calls == [LAYERS] * 5
 
 
+@pytest.mark.usefixtures("layered_caches")
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["token", "crop", "break off", "copy"])), max_size=14))
 @settings(max_examples=12, deadline=None)
 def test_sequences_in_any_order(steps: list[tuple[int, str]]) -> None:

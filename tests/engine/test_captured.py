@@ -30,6 +30,8 @@ from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 from accelerate_tts.models import describe
 
+pytestmark = pytest.mark.usefixtures("layered_caches")
+
 WIDTH = 32
 
 

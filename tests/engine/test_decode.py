@@ -30,6 +30,9 @@ from accelerate_tts.events import FellBack, NotApplied, Recompiled
 HIDDEN, HEADS, LAYERS = 32, 4, 2
 
 
+pytestmark = pytest.mark.usefixtures("layered_caches")
+
+
 def llama(**options: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
