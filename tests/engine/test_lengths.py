@@ -380,9 +380,16 @@ class Decoder(nn.Module):
     ids=["a model that no plan knows", "a speaker encoder", "a decoder"],
 )
 def test_no_length_of_service_compiles_again_in_other_models(
-    make: Callable[[], nn.Module], stage: Any, monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]
+    make: Callable[[], nn.Module],
+    stage: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    decide: Any,
+    seen: list[Event],
+    request: pytest.FixtureRequest,
 ) -> None:
     """dynamo's guards decide, and which those are is shown here; what its graphs are compiled to is left as it is."""
+    if make is Decoder:
+        request.getfixturevalue("layered_caches")
     decide(compare=all_are_faster, looks=False)
     monkeypatch.setattr(stage, "least_share", 0.0)
     monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)

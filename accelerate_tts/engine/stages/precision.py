@@ -187,7 +187,12 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
         half = getattr(self, HALF, None)  # a thread may be in here while another one switches the change off
         # torch's own error for it, or a layer that was moved to another dtype since; or that was given an adapter
-        if half is None or is_watched(input) or input.dtype not in taken or self._modules.keys() - {"parametrizations"}:
+        if (
+            half is None
+            or is_watched(input)
+            or input.dtype not in taken
+            or [name for name in self._modules if name != "parametrizations"]
+        ):
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
