@@ -64,6 +64,8 @@ def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
     assert set(rows) <= {one.name for one in found}, "a row of an environment that the file does not have"
     assert all(row["environment"] == name for name, row in rows.items())
     assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make environments-page"
+    readme = page.README.read_text("utf-8")
+    assert readme == page.with_table(readme, found, rows), "run make environments-page"
 
 
 def test_every_upstream_that_is_claimed_is_there(scripts: tuple[Any, Any]) -> None:

@@ -1,4 +1,4 @@
-"""docs/ENVIRONMENTS.md from the rows: `make environments-page`. A test fails where the two differ."""
+"""docs/ENVIRONMENTS.md, and README's table, from the rows: `make environments-page`. A test fails where they differ."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "ENVIRONMENTS.md"
+README = HERE.parents[1] / "README.md"
+_BEGIN, _END = "<!-- environments: ", "<!-- environments: end -->"
 
 _HEAD = """# Where it was run
 
@@ -49,6 +51,22 @@ def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -
     return "\n".join(parts)
 
 
+def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+    """README's text with the table of what the checks gave, between its two marks.
+
+    Args:
+        readme: The text.
+        environments: As for `page`.
+        rows: As for `page`.
+    """
+    checks = [line for one in environments if one.name in rows for line in _checks(one, rows[one.name])]
+    shown = [[line[number] for number in _SHOWN] for line in checks]
+    table = _table([_CHECKS[number] for number in _SHOWN], shown) if shown else "No row was written in this state.\n"
+    head = readme.index("\n", readme.index(_BEGIN)) + 1
+    return f"{readme[:head]}\n{table}\n{readme[readme.index(_END) :]}"
+
+
+_SHOWN = (0, 1, 2, 3, 5, 6, 7, 8)  # of `_CHECKS`: all but the milliseconds and the stages
 _OVERVIEW = ("environment", "Python", "torch", "transformers", "upstream", "tests", "result", "run on")
 _CHECKS = (
     "environment", "system", "layers", "precision", "one token: eager, tuned", "ratio", "times the floor",
@@ -161,8 +179,10 @@ def _of_check(check: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(environments(FILE.read_text("utf-8")), read(ROWS)), "utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} is written\n")
+    found, rows = environments(FILE.read_text("utf-8")), read(ROWS)
+    PAGE.write_text(page(found, rows), "utf-8")
+    README.write_text(with_table(README.read_text("utf-8"), found, rows), "utf-8")
+    sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} and README's table are written\n")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
