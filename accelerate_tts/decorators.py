@@ -192,7 +192,7 @@ def inference(
     """
     check_mode(mode)
     turns.check_concurrency(concurrency)
-    if not isinstance(retry, bool):
+    if retry not in {True, False}:
         raise SettingsError(f"retry={shown(retry)} must be True or False: whether a faulty call may be made again")
     if function is None:
         return partial(_decorate_inference, mode=mode, concurrency=concurrency, retry=retry)

@@ -47,7 +47,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
-        found = [(inner._parameters, inner._buffers) for inner in module.modules()]
+        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in module.modules()]
         self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
 
     @classmethod
@@ -156,7 +156,8 @@ class _Digests:
             (ctypes.c_void_p * count)(*starts), (ctypes.c_int64 * count)(*sizes),
             (ctypes.c_void_p * count)(*(ctypes.addressof(kept) for kept in self._kept)), (ctypes.c_int64 * count)(),
         )  # fmt: skip
-        self._asked = (*map(ctypes.addressof, (*self._tables, self._steps)), count)
+        told: tuple[Any, ...] = (*self._tables, self._steps)
+        self._asked = (*map(ctypes.addressof, told), count)
 
     def differ(self) -> bool:
         """Whether a piece is another now. The tensors must be where they were, and held by the caller."""

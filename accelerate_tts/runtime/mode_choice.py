@@ -100,7 +100,7 @@ class ModeChoice:
         again: bool = True,
     ) -> None:
         self.owner = owner if _is_referable(owner) else type(owner)
-        self.mode = mode_of(self.owner, mode)
+        self.mode: Mode = mode_of(self.owner, mode)
         self._function, self._args, self._kwargs = function, args, kwargs
         self._again = again
         self._before = _made_once[0]

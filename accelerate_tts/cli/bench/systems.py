@@ -154,8 +154,11 @@ def _chatterbox(size: Size, layers: int | None, device: str) -> Built:
     decoder = _t3(size, layers, device, "english")
     t3 = decoder.model["t3"]
     if size == "tiny":
-        return replace(decoder, speak=lambda seconds: decoder.speak(seconds)[0],
-                       note="T3 alone: S3Gen's sizes are written into its constructor")  # fmt: skip
+
+        def tokens(seconds: float) -> Any:
+            return decoder.speak(seconds)[0]
+
+        return replace(decoder, speak=tokens, note="T3 alone: S3Gen's sizes are written into its constructor")
     wave = _module("chatterbox.models.s3gen.s3gen", _CHATTERBOX).S3Token2Wav().eval().to(device)
     reference: dict[str, Any] = {
         "prompt_token": torch.randint(0, _SOUNDS, (1, 50)), "prompt_token_len": torch.tensor([50]),

@@ -288,10 +288,11 @@ def _copied(value: Any) -> Any:
     import torch
 
     numpy: Any = sys.modules.get("numpy")
+    array: Any = value
     if type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad:
         return value.clone()
-    if numpy is not None and type(value) is numpy.ndarray and not value.dtype.hasobject and value.flags.writeable:
-        return value.copy(order="K")
+    if numpy is not None and type(value) is numpy.ndarray and not array.dtype.hasobject and array.flags.writeable:
+        return array.copy(order="K")
     if type(value) is tuple:
         return tuple(_copied(item) for item in value)
     if value is None or type(value) in {int, float, bool, str}:

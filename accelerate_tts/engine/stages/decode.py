@@ -104,7 +104,7 @@ def _decoding_class(plain: Any) -> type:
         past = cache_of(named)
         if past is None:
             left.setdefault(self, Leftovers()).tidy(self)
-        if growing.is_tuple(past):
+        elif growing.is_tuple(past):
             if past[0][0].shape[0] <= MOST_ROWS and _is_token(named):
                 past = growing.with_room(past)
                 args, kwargs = _with_cache(names, args, kwargs, past)
