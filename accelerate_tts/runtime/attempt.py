@@ -101,7 +101,7 @@ class _Attempt:
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
-        mode = self._mode if self.choice is None else self.choice.mode
+        mode: Any = self._mode if self.choice is None else self.choice.mode
         return modes.call(*self._call, mode, self.choice)
 
     @contextmanager

@@ -219,8 +219,9 @@ def _folded_class(plain: type, name: str) -> type:
     def weight(self: Any) -> Any:
         fold: Any = vars(self).get(_FOLD)
         # A half-precision twin shares the fold with its module; a weight of the user's own may stand here, too.
-        is_own = fold is not None and fold.module is self and name in self._buffers
-        return fold.current() if is_own else self.__getattr__(name)
+        if fold is not None and fold.module is self and name in self._buffers:
+            return fold.current()
+        return self.__getattr__(name)
 
     def untouched(self: Any) -> Any:
         fold = vars(self)[_FOLD]
