@@ -192,7 +192,7 @@ def inference(
     """
     check_mode(mode)
     turns.check_concurrency(concurrency)
-    if retry not in {True, False}:
+    if not isinstance(retry, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise SettingsError(f"retry={shown(retry)} must be True or False: whether a faulty call may be made again")
     if function is None:
         return partial(_decorate_inference, mode=mode, concurrency=concurrency, retry=retry)

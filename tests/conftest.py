@@ -45,6 +45,10 @@ class QuietMachine:
 Decide = Callable[..., TuningPolicy]
 
 
+# Processes that tests start import the wheel, too, and not this folder, which has no kernels (Python 3.11 and later).
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 @pytest.fixture(autouse=True)
 def decide() -> Iterator[Decide]:
     """Changes how tunings of this test decide. From the start the machine is quiet, whoever else uses it."""
