@@ -233,7 +233,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
 
 
-_ALONE = "ACCELERATE_TTS_TEST_ALONE"
+_ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
 
 
 def test_ctrl_c_at_the_end_of_a_load() -> None:
