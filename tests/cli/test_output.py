@@ -50,7 +50,7 @@ def test_standard_output_that_cannot_be_written(words: list[str], where: str, tm
 
 HOMELESS = """
 import os, sys, tempfile
-sys.path.insert(0, os.environ["SOURCE"])
+sys.path.append(os.environ["SOURCE"])  # at the end: PyPI's `typing` 3.7 (of resemblyzer) must not hide the own one
 from accelerate_tts.cli import main
 words, given = sys.argv[1:], os.environ.pop("GIVEN", None)
 
