@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from accelerate_tts._version import __version__
     from accelerate_tts.context import fast_inference
     from accelerate_tts.decorators import inference, optimized_model
-    from accelerate_tts.engine.receipt import Receipt, StageResult
     from accelerate_tts.errors import (
         AccelerateTTSError,
         ConcurrencyError,
@@ -31,10 +30,11 @@ if TYPE_CHECKING:
         get_performance_optimizer,
         receipt_of,
     )
+    from accelerate_tts.receipts.receipt import Receipt, StageResult
     from accelerate_tts.runtime.batching import batched
-    from accelerate_tts.runtime.modes import carry_mode
+    from accelerate_tts.runtime.inference_mode import carry_mode
     from accelerate_tts.settings import Settings, is_active, is_testing, set_active, testing
-    from accelerate_tts.voices import cached_embedding
+    from accelerate_tts.voices.decorator import cached_embedding
 
 __all__ = [
     "AccelerateTTSError",

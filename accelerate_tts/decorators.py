@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import wrapt
 
-from accelerate_tts.engine.random_state import loading_again
 from accelerate_tts.errors import SettingsError, shown
-from accelerate_tts.runtime import attempt, modes, turns
-from accelerate_tts.runtime import retry as retries
+from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.concurrency import limiter
+from accelerate_tts.runtime.guard import guard as retries
+from accelerate_tts.runtime.guard import guarded_call
 from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
+from accelerate_tts.runtime.seeding import loading_again
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
     import asyncio
 
-    from accelerate_tts.engine.again import Again
-    from accelerate_tts.engine.options import TuneOptions
-    from accelerate_tts.engine.warmup import Loaded
+    from accelerate_tts.tuning.options import TuneOptions
+    from accelerate_tts.tuning.reload import Again
+    from accelerate_tts.tuning.warmup import Loaded
 
 __all__ = ["inference", "optimized_model"]
 
@@ -95,7 +97,7 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
 setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt declares it an instance variable
 
 
-setattr(_InferenceShell, modes.INFERENCE_MARK, True)
+setattr(_InferenceShell, inference_mode.INFERENCE_MARK, True)
 
 
 def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
@@ -125,15 +127,15 @@ class _RunInMode:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
         if self.concurrency is None:
-            if modes.is_on(self.mode) and not retries.is_watched():
+            if inference_mode.is_on(self.mode) and not retries.is_watched():
                 # Inside another call that is in this mode: recursion has a limit, so no frame more than need be.
                 result = wrapped(*args, **kwargs)
-                return modes.adopt(result, self.mode) if modes.is_suspended(result) else result
+                return inference_mode.adopt(result, self.mode) if inference_mode.is_suspended(result) else result
             return self._run(wrapped, instance, args, kwargs)
         # A bound method that was read from the object anew has the same object behind it, or the same function.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return turns.call(turns.room_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(limiter.room_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None
@@ -144,8 +146,10 @@ class _RunInMode:
         mode = self.mode if choice is None else choice.mode
         watcher = retries.watcher_of(instance, args, kwargs)
         if watcher is None:
-            return modes.call(wrapped, args, kwargs, mode, choice)
-        return attempt.call(watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice)
+            return inference_mode.call(wrapped, args, kwargs, mode, choice)
+        return guarded_call.call(
+            watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
+        )
 
 
 @overload
@@ -191,7 +195,7 @@ def inference(
         TypeError: What is decorated is no function.
     """
     check_mode(mode)
-    turns.check_concurrency(concurrency)
+    limiter.check_concurrency(concurrency)
     if not isinstance(retry, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise SettingsError(f"retry={shown(retry)} must be True or False: whether a faulty call may be made again")
     if function is None:
@@ -251,8 +255,8 @@ def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a
         SettingsError: An unknown mode or precision, a budget or a range of lengths that means nothing.
         TypeError: What is decorated is no function.
     """
-    from accelerate_tts.engine.options import TuneOptions
-    from accelerate_tts.engine.warmup import check_warmup
+    from accelerate_tts.tuning.options import TuneOptions
+    from accelerate_tts.tuning.warmup import check_warmup
 
     check_mode(mode)
     options = TuneOptions(precision, tune_seconds, lengths)
@@ -281,9 +285,9 @@ class _Optimize:
         # In the caller's thread, since threads keep their own number of threads, and before the model meets the device.
         get_performance_optimizer().initialize()
         # A lazy load inside a request: weights that are made in inference mode could never be changed.
-        outside = modes.in_inference_mode()
+        outside = inference_mode.in_inference_mode()
         again = get_performance_optimizer().remembered(wrapped, instance, args, kwargs)
-        result = modes.call(wrapped, args, kwargs, "outside") if outside else wrapped(*args, **kwargs)
+        result = inference_mode.call(wrapped, args, kwargs, "outside") if outside else wrapped(*args, **kwargs)
         if isinstance(result, Awaitable):
             return self._optimize_async(result, instance, again)
         self._optimize(_loaded(result, instance, None, again), lambda: False)
@@ -309,7 +313,7 @@ class _Optimize:
 
 
 def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None, again: Again | None) -> Loaded:
-    from accelerate_tts.engine.warmup import Loaded
+    from accelerate_tts.tuning.warmup import Loaded
 
     return Loaded(result, owner, loop, again=again)
 

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
-from accelerate_tts.engine.options import TuneOptions
 from accelerate_tts.errors import ModelError, PackError, SettingsError, shown
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
-from accelerate_tts.loading import LoadedObjects
+from accelerate_tts.lifecycle import LoadedObjects
 from accelerate_tts.locks import lock, rlock
-from accelerate_tts.runtime import modes
+from accelerate_tts.runtime import inference_mode
 from accelerate_tts.settings import Mode, Settings, is_active, is_path
+from accelerate_tts.tuning.options import TuneOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from accelerate_tts.engine.again import Again
-    from accelerate_tts.engine.receipt import Receipt
-    from accelerate_tts.engine.tune import Tuning
-    from accelerate_tts.engine.warmup import Loaded
+    from accelerate_tts.receipts.receipt import Receipt
+    from accelerate_tts.tuning.reload import Again
+    from accelerate_tts.tuning.tune import Tuning
+    from accelerate_tts.tuning.warmup import Loaded
 
 __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
 
@@ -132,7 +132,7 @@ class PerformanceOptimizer:
             why = "switched off" if not (is_active() and self.settings.compile) else "not tried on MPS"
             emit(NotApplied(f"torch.compile of {model_name}", why))
             return model
-        from accelerate_tts.engine.stages.compile import CompiledCall
+        from accelerate_tts.stages.compile.whole import CompiledCall
 
         with self._lock:
             if model._compiled_call_impl is not None:
@@ -167,9 +167,9 @@ class PerformanceOptimizer:
         Raises:
             WarmupError: `warmup_input` is none of these.
         """
-        from accelerate_tts.engine.random_state import seeded
-        from accelerate_tts.engine.session import CUDA_GRAPH_PASSES
-        from accelerate_tts.engine.warmup import Loaded, warmup_calls
+        from accelerate_tts.runtime.seeding import seeded
+        from accelerate_tts.tuning.session import CUDA_GRAPH_PASSES
+        from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
         device = self._ready()
         calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
@@ -223,7 +223,7 @@ class PerformanceOptimizer:
         """What `optimize` needs to call a load function again; asked before it is called. `None` where no need is."""
         if self.settings.guard_weights != "reload":
             return None
-        from accelerate_tts.engine.again import remembered
+        from accelerate_tts.tuning.reload import remembered
 
         return remembered(function, owner, args, kwargs)
 
@@ -256,7 +256,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be written.
         """
-        from accelerate_tts.engine.pack import pack_store
+        from accelerate_tts.packs.warm_pack import pack_store
 
         return pack_store(self.settings).export(None, _file(path))
 
@@ -266,7 +266,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: It is no such file.
         """
-        from accelerate_tts.engine.pack import pack_store
+        from accelerate_tts.packs.warm_pack import pack_store
 
         return pack_store(self.settings).load(_file(path))
 
@@ -317,8 +317,8 @@ class PerformanceOptimizer:
         Returns:
             The bytes, or `None` where the system keeps no peak that can be reset (MPS; a CPU away from Linux).
         """
-        from accelerate_tts.engine.random_state import seeded
-        from accelerate_tts.engine.warmup import Loaded, warmup_calls
+        from accelerate_tts.runtime.seeding import seeded
+        from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
         device = self._ready()
         calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
@@ -372,7 +372,7 @@ def create_inference_context() -> AbstractContextManager[Any]:
 
     Synchronous code only: entered around an `await` or a `yield` it would leak. `@inference` does those right.
     """
-    return modes.mode_factory("inference")() if is_active() else nullcontext()
+    return inference_mode.mode_factory("inference")() if is_active() else nullcontext()
 
 
 def receipt_of(tuned: object) -> Receipt | None:

@@ -75,7 +75,7 @@ def linears(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
     import torch
     from torch.nn import functional
 
-    from accelerate_tts.engine.stages.native import skinny_linear
+    from accelerate_tts.kernels.calls import skinny_linear
 
     run = skinny_linear()
     count = given.layers * len(SHAPES)
@@ -125,8 +125,8 @@ def steps(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float |
 def prompts(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float | None]]]:
     import torch
 
-    from accelerate_tts.engine.plan import Part
-    from accelerate_tts.engine.stages.prompts import PromptStage
+    from accelerate_tts.plan import Part
+    from accelerate_tts.stages.decode.bf16_prefill import PromptStage
 
     model = t3(given.layers)
     x = torch.randn(given.rows, PROMPT, HIDDEN)
@@ -145,8 +145,8 @@ def prompts(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
 
 
 def fused(model: Any, weights: Any) -> Any:
-    from accelerate_tts.engine.plan import Part
-    from accelerate_tts.engine.stages.fused import FusedBlocksStage
+    from accelerate_tts.plan import Part
+    from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
     return FusedBlocksStage(weights).prepare(Part("t3", "decoder", model))
 

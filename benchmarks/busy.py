@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_tts.engine.disturbance import ThisMachine, Watcher
+from accelerate_tts.tuning.disturbance import ThisMachine, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +83,7 @@ def build(model: str) -> tuple[Any, Callable[[], Any]]:
 def load(arguments: argparse.Namespace) -> None:
     """One process: load, tune, time; tell it as JSON."""
     from accelerate_tts import fast_inference, get_performance_optimizer, optimized_model, receipt_of
-    from accelerate_tts.engine.measure import compare_speed
+    from accelerate_tts.tuning.timing import compare_speed
 
     model, call = build(arguments.model)
 

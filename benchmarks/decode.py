@@ -33,9 +33,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 from accelerate_tts import Receipt, get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.cli.bench.measure import bandwidth, bytes_of_a_token, device_type, held_bytes
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.divergence import divergence
-from accelerate_tts.engine.measure import synchronize
-from accelerate_tts.engine.plan import Head
+from accelerate_tts.plan import Head
+from accelerate_tts.tuning.kl_divergence import divergence
+from accelerate_tts.tuning.timing import synchronize
 
 PROMPT, TOKENS, PAIRS, SAMPLED = 100, 12, 7, 300
 

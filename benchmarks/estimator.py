@@ -22,14 +22,14 @@ import torch
 from rich.console import Console
 
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import Stage
-from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
-from accelerate_tts.engine.stages.precision import HalfStage
-from accelerate_tts.engine.stages.residual_kernel import RESIDUAL
-from accelerate_tts.engine.stages.sequence import FusedSequenceStage
-from accelerate_tts.engine.stages.transformer_kernel import TRANSFORMER
-from accelerate_tts.engine.verify import compare
+from accelerate_tts.kernels.residual_block import RESIDUAL
+from accelerate_tts.kernels.transformer_block import TRANSFORMER
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage
+from accelerate_tts.stages.layers.fused_sequence import FusedSequenceStage
+from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.stages.protocol import Stage
+from accelerate_tts.tuning.compare import compare
 
 CHANNELS = 80
 BF16 = torch.bfloat16

@@ -24,8 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 from transformers.pytorch_utils import Conv1D
 
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.divergence import divergence
-from accelerate_tts.engine.verify import TOLERANCES
+from accelerate_tts.tuning.compare import TOLERANCES
+from accelerate_tts.tuning.kl_divergence import divergence
 
 if TYPE_CHECKING:
     from decode import Decoder

@@ -21,9 +21,10 @@ import torch
 
 from accelerate_tts import inference
 from accelerate_tts.cli.demo.backends import PlainBackend, _speak
-from accelerate_tts.engine.receipt import Receipt
-from accelerate_tts.engine.tune import Tuning
-from accelerate_tts.runtime import attempt, guard, retry
+from accelerate_tts.receipts.receipt import Receipt
+from accelerate_tts.runtime.guard import checks, guarded_call
+from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.tuning.tune import Tuning
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more."
 LIMIT = 0.01
@@ -57,11 +58,11 @@ def main() -> None:
     plain, guarded = Backend(), Backend()
     plain.load()
     guarded.voice = plain.voice
-    with retry.listening() as listener:
+    with guards.listening() as listener:
         wave = plain.synthesize(TEXT)
     tuning = Tuning(Receipt("voice", "cpu", {}))  # without a change: the same model on both sides
-    watcher = retry.Guard("voice", tuning, listener.expected, 3)
-    retry.protect(guarded, watcher)
+    watcher = guards.Guard("voice", tuning, listener.expected, 3)
+    guards.protect(guarded, watcher)
 
     ratios, calls = [], []
     for number in range(options.pairs):
@@ -70,12 +71,12 @@ def main() -> None:
         calls.append(times[id(plain)])
         ratios.append(times[id(guarded)] / times[id(plain)])
     call = statistics.median(calls)
-    units, heard = guard.units_of((TEXT,), {}), guard.hear(wave)
+    units, heard = checks.units_of((TEXT,), {}), checks.hear(wave)
     parts = {
-        "look-up": median(lambda: retry.watcher_of(guarded, (TEXT,), {})),
-        "random states": median(lambda: attempt._random_states((TEXT,))),
-        "text": median(lambda: guard.units_of((TEXT,), {})),
-        "output": median(lambda: guard.hear(wave)),
+        "look-up": median(lambda: guards.watcher_of(guarded, (TEXT,), {})),
+        "random states": median(lambda: guarded_call._random_states((TEXT,))),
+        "text": median(lambda: checks.units_of((TEXT,), {})),
+        "output": median(lambda: checks.hear(wave)),
         "verdict": median(lambda: watcher.judge("Backend.synthesize", units, heard, whole=True)),
     }
     share = sum(parts.values()) / call

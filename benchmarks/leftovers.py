@@ -26,8 +26,8 @@ from rich.console import Console
 
 from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages.fused import FusedBlocksStage
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
 CALLS, FEW = 200, 10
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from accelerate_tts.cli.demo.backends import PlainBackend
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages.margin import CheckedStage, holds
-from accelerate_tts.engine.stages.vits_parts import DURATIONS, TEXT
 from accelerate_tts.models import describe
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage, holds
+from accelerate_tts.stages.vocoder.vits import DURATIONS, TEXT
 
 
 class DecidedError(Exception):

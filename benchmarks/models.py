@@ -24,10 +24,10 @@ from rich.console import Console
 
 from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.measure import compare_speed
-from accelerate_tts.engine.random_state import seeded
-from accelerate_tts.engine.verify import TOLERANCES, compare
+from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.settings import Precision
+from accelerate_tts.tuning.compare import TOLERANCES, compare
+from accelerate_tts.tuning.timing import compare_speed
 
 Call = Callable[[Any], Any]
 IDS = torch.randint(1, 38, (1, 100), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from accelerate_tts.cli.tables import table
-from accelerate_tts.engine.stages.native import skinny_linear
+from accelerate_tts.kernels.calls import skinny_linear
 
 SHAPES = [(1024, 1024), (4096, 1024), (1024, 4096)]
 ROWS = (1, 2, 4, 8)

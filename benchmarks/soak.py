@@ -39,7 +39,8 @@ import psutil
 import torch
 
 from accelerate_tts import cached_embedding, events, inference, locks, optimized_model, receipt_of
-from accelerate_tts.runtime import retry, rooms
+from accelerate_tts.runtime.concurrency import queue
+from accelerate_tts.runtime.guard import guard as guards
 
 SAMPLES = 20
 WARM = SAMPLES // 5
@@ -209,7 +210,7 @@ def registries(backend: Any) -> dict[str, int]:
     """How many entries there are in what could grow for ever: what the library remembers, graphs, caches."""
     receipt = receipt_of(backend)
     found = {
-        "guards": len(retry._guards), "rooms": len(rooms._rooms), "locks": len(locks._locks),
+        "guards": len(guards._guards), "rooms": len(queue._rooms), "locks": len(locks._locks),
         "logged events": len(events._logged), "recompiled graphs": 0 if receipt is None else receipt.recompiled,
     }  # fmt: skip
     embed = getattr(backend, "embed", None)

@@ -30,7 +30,7 @@ import torch
 from resemblyzer import VoiceEncoder, audio, preprocess_wav
 
 from accelerate_tts import Receipt, get_performance_optimizer, inference, optimized_model, receipt_of
-from accelerate_tts.engine.measure import compare_speed
+from accelerate_tts.tuning.timing import compare_speed
 
 
 def speech(seconds: float = 12) -> Any:

@@ -25,7 +25,7 @@ from accelerate_tts import receipt_of
 from accelerate_tts.cli.demo.command import compare_backends
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.tables import print_receipt, table
-from accelerate_tts.engine.verify import spectral_distance
+from accelerate_tts.tuning.compare import spectral_distance
 
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
 

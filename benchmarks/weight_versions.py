@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from accelerate_tts.engine.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import Weights
 
 TOKENS = 200
 

@@ -17,16 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from accelerate_tts import (
-    Event,
-    WarmupError,
-    inference,
-    optimized_model,
-    optimizer,
-    receipt_of,
-    set_active,
-    testing,
-)
+from accelerate_tts import Event, WarmupError, inference, optimized_model, optimizer, receipt_of, set_active, testing
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Tuned, WarmupFailed
 

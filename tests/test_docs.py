@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from accelerate_tts.engine.measure import Timing
 from accelerate_tts.environment import VARIABLES
+from accelerate_tts.tuning.timing import Timing
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -23,8 +23,8 @@ sys.modules["soak"] = soak  # its dataclass asks for it
 spec.loader.exec_module(soak)
 
 from dataclasses import replace
-from accelerate_tts.engine.measure import Timing
-from accelerate_tts.engine.policy import current_policy, tuning_policy
+from accelerate_tts.tuning.timing import Timing
+from accelerate_tts.tuning.policy import current_policy, tuning_policy
 sys.argv = [sys.argv[1], "small", "--calls", "2000", "--tune-seconds", "4", "--json", sys.argv[2]]
 kept = replace(current_policy(), compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
 with tuning_policy(kept):  # what is kept is no matter of this machine's noise

@@ -27,9 +27,9 @@ from accelerate_tts import (
     optimized_model,
     receipt_of,
 )
-from accelerate_tts.engine.session import fallbacks
 from accelerate_tts.events import FellBack, WarmupFailed, emit
-from accelerate_tts.runtime.retry import guard_of
+from accelerate_tts.runtime.guard.guard import guard_of
+from accelerate_tts.tuning.session import fallbacks
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -107,7 +107,7 @@ def test_a_fault_in_a_first_pass_leaves_what_was_loaded(error: Any, when: int, s
 
 
 def _loaded(backend: Backend) -> Any:
-    from accelerate_tts.engine.warmup import Loaded
+    from accelerate_tts.tuning.warmup import Loaded
 
     return Loaded(None, backend)
 
@@ -224,11 +224,11 @@ def interrupted(when: int) -> tuple[Backend, Interrupting]:
 def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """One stage that is always kept, and no collection of garbage."""
     from accelerate_tts.device import memory
-    from accelerate_tts.engine import stages
-    from accelerate_tts.engine.measure import Timing
-    from accelerate_tts.engine.stages.fold import FoldStage
+    from accelerate_tts.stages import catalogue
+    from accelerate_tts.stages.layers.weight_norm import FoldStage
+    from accelerate_tts.tuning.timing import Timing
 
-    monkeypatch.setattr(stages, "default_stages", lambda *_args: [FoldStage()])
+    monkeypatch.setattr(catalogue, "default_stages", lambda *_args: [FoldStage()])
     monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
     decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
 

@@ -27,13 +27,14 @@ from accelerate_tts import (
 )
 from accelerate_tts.device import detect
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine.measure import Timing
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.swap import ClassSwap, subclass_with
 from accelerate_tts.errors import PackError
 from accelerate_tts.events import NotApplied, Warmed, WarmupFailed
-from accelerate_tts.runtime import retry
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.class_swap import ClassSwap, subclass_with
+from accelerate_tts.plan import Part
+from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.tuning.timing import Timing
 
 GIB = 1024**3
 
@@ -153,14 +154,14 @@ def test_inference_context(optimizer: PerformanceOptimizer, monkeypatch: pytest.
         with make():
             assert torch.is_inference_mode_enabled()
         assert not torch.is_inference_mode_enabled()
-    from accelerate_tts.runtime import modes
+    from accelerate_tts.runtime import inference_mode
 
     # Stand-in for a Python without torch: its import fails.
-    modes.mode_factory.cache_clear()
+    inference_mode.mode_factory.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert isinstance(create_inference_context(), nullcontext)
     monkeypatch.undo()
-    modes.mode_factory.cache_clear()
+    inference_mode.mode_factory.cache_clear()
 
 
 def test_cleanup_never_raises(optimizer: PerformanceOptimizer, seen: list[Event]) -> None:
@@ -229,7 +230,7 @@ def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, decide: Any, model: nn.Mod
         return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
 
     decide(compare=faster, looks=False)  # what is kept must not hang on this machine's noise
-    monkeypatch.setattr("accelerate_tts.engine.stages.default_stages", lambda *_: (Copies(),))
+    monkeypatch.setattr("accelerate_tts.stages.catalogue.default_stages", lambda *_: (Copies(),))
     monkeypatch.setenv("ACCELERATE_TTS_PACK", "0")
     tuned = optimized_model(warmup=torch.ones(1, 4))(lambda: model)()
     assert [stage.stage for stage in receipt_of(tuned).kept] == ["copies"]  # type: ignore[union-attr]
@@ -254,7 +255,7 @@ def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, 
     """What the guard has put back for good stays so after the scope; a retry inside it switches nothing on."""
     model = nn.Linear(4, 4).eval()
     made = _tuned_by_a_swap(monkeypatch, decide, model)
-    guard = retry.guard_of(model)
+    guard = guards.guard_of(model)
     assert guard is not None
     with get_performance_optimizer().untouched(model) as changed:
         assert changed

@@ -17,10 +17,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from accelerate_tts import fast_inference, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts import locks as lock_module
-from accelerate_tts.engine.flight import Flight
-from accelerate_tts.engine.measure import Timing
-from accelerate_tts.runtime import retry
-from accelerate_tts.runtime.guard import Heard, Units
+from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.runtime.guard.checks import Heard, Units
+from accelerate_tts.tuning.timing import Timing
+from accelerate_tts.tuning.tuning_lock import Flight
 
 WAIT = 20.0
 MEL = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -179,18 +179,18 @@ def test_calls_of_another_instance_are_no_part_of_the_warm_up() -> None:
     seen: list[Any] = []
 
     def other() -> None:
-        seen.append(retry.watcher_of(object(), (), {}))
+        seen.append(guards.watcher_of(object(), (), {}))
 
-    with retry.listening() as listener:
+    with guards.listening() as listener:
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(WAIT)
-        own = retry.watcher_of(object(), (), {})
+        own = guards.watcher_of(object(), (), {})
         assert own is listener
         own.judge("speak", Units(), Heard(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
     assert seen == [None]
     assert list(listener.expected) == ["speak"]
-    assert retry.watcher_of(object(), (), {}) is None
+    assert guards.watcher_of(object(), (), {}) is None
 
 
 # --- forked children ---------------------------------------------------------------------------------------------

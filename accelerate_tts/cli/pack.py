@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from accelerate_tts.cli.tables import table, wide_console
-from accelerate_tts.engine.pack import pack_folder, pack_store
 from accelerate_tts.errors import PackError, printable
+from accelerate_tts.packs.warm_pack import pack_folder, pack_store
 from accelerate_tts.settings import Settings
 
 if TYPE_CHECKING:

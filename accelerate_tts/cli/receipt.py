@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from accelerate_tts.cli.tables import table, wide_console
-from accelerate_tts.engine.receipt import Receipt, duration
 from accelerate_tts.errors import AccelerateTTSError, printable
+from accelerate_tts.receipts.format import duration
+from accelerate_tts.receipts.receipt import Receipt
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from accelerate_tts.engine.receipt import StageResult
+    from accelerate_tts.receipts.receipt import StageResult
 
 __all__ = ["ReceiptFileError", "load", "run", "show"]
 

@@ -14,7 +14,7 @@ from accelerate_tts.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.receipts.receipt import Receipt
 
 __all__ = ["print_receipt", "table", "wide_console"]
 

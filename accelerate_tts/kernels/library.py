@@ -69,7 +69,7 @@ class Library:
         level: The instruction set that answers.
         levels: Those that were built, the plainest first.
         threads: Whose threads it uses: a file's name, or "" if torch has no OpenMP, so that it runs on one.
-        decoder_blocks: `(addresses of blocks, tokens, count, threads)`, see block_kernel.py.
+        decoder_blocks: `(addresses of blocks, tokens, count, threads)`, see decoder_block.py.
         transformer_block: `(address of a block, address of a call, threads)`, see transformer_kernel.py.
         residual_block: The same for a residual block, see residual_kernel.py.
         skinny_linear: `(format, x, weight, scale, bias, y, rows, outputs, inputs, threads)`, addresses and sizes.

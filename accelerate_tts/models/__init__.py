@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.plan import ModelPlan, Part, find_modules
-from accelerate_tts.engine.plan import _members as members
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.inspection.object_tree import find_modules
+from accelerate_tts.inspection.object_tree import members_of as members
 from accelerate_tts.models import chatterbox, generic, higgs, speaker, vits, xtts
+from accelerate_tts.plan import ModelPlan, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from accelerate_tts.models.named import Known
 
 if TYPE_CHECKING:
-    from accelerate_tts.engine.plan import Kind
+    from accelerate_tts.plan import Kind
 
 __all__ = ["t3", "token_to_mel", "token_to_wave"]
 

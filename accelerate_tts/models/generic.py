@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages.decode import decoders
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.growing_cache import decoders
 
 if TYPE_CHECKING:
     from torch import nn

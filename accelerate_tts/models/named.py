@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelerate_tts.engine.plan import CALL, Head, Kind, Part
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import generic
+from accelerate_tts.plan import CALL, Head, Kind, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ from accelerate_tts.models.named import Known
 if TYPE_CHECKING:
     from torch import nn
 
-    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.plan import Part
 
 __all__ = ["parts"]
 

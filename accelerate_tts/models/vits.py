@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.engine.plan import Decision
 from accelerate_tts.models.named import Known
+from accelerate_tts.plan import Decision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-    from accelerate_tts.engine.plan import Part
+    from accelerate_tts.plan import Part
 
 __all__ = ["coqui", "parts"]
 

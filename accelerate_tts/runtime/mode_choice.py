@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
-from accelerate_tts.runtime.random_states import random_states
+from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
     from accelerate_tts.settings import Mode

@@ -24,7 +24,7 @@ from accelerate_tts.cli.bench.processes import VariantError, folders_of
 from accelerate_tts.cli.bench.report import Found, summaries
 from accelerate_tts.cli.bench.variant import Request
 from accelerate_tts.device.usage import Usage
-from accelerate_tts.engine.disturbance import Watcher
+from accelerate_tts.tuning.disturbance import Watcher
 
 
 @pytest.fixture(autouse=True)
@@ -207,8 +207,8 @@ def test_the_other_systems_speak_the_same_twice(name: str) -> None:
     """So that a difference between untouched and tuned is a difference."""
     import torch
 
-    from accelerate_tts.engine.random_state import seeded
-    from accelerate_tts.engine.verify import compare
+    from accelerate_tts.runtime.seeding import seeded
+    from accelerate_tts.tuning.compare import compare
 
     torch.manual_seed(0)
     built = systems.system_of(name).build("tiny", None, "cpu")

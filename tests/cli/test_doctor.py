@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from accelerate_tts._version import __version__
 from accelerate_tts.cli import doctor
 from accelerate_tts.cli.app import app
-from accelerate_tts.engine.receipt import Receipt, StageResult
 from accelerate_tts.kernels.library import kernels
+from accelerate_tts.receipts.receipt import Receipt, StageResult
 
 Finding = dict[str, str]
 LOOKS = {"python", "torch", "settings", "device", "flags", "torch.compile", "threads", "memory", "packages"}

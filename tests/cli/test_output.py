@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from accelerate_tts.cli.demo.command import OutputError, _check_writable
-from accelerate_tts.engine.receipt import Receipt, StageResult
 from accelerate_tts.errors import printable
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.receipts.receipt import Receipt, StageResult
 
 posix = pytest.mark.skipif(os.name != "posix", reason="devices and pipes with names are POSIX's")
 RUN = "from accelerate_tts.cli import main; main()"

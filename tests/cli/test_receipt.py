@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from accelerate_tts.cli.app import app
 from accelerate_tts.cli.receipt import ReceiptFileError, load, show
-from accelerate_tts.engine.receipt import Receipt, StageResult
+from accelerate_tts.receipts.receipt import Receipt, StageResult
 
 STAGES = (
     StageResult("decoder", "fold weight norm", True, "faster", 0.0123, 0.0100, 1.23, 1.2, 3e-7, None, 0.5),

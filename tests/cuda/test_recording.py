@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from accelerate_tts import Event
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import captured
-from accelerate_tts.engine.stages.captured import CapturedStepStage
 from accelerate_tts.events import FellBack
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode import cuda_graph
+from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 
 PROMPT = 6
 
@@ -78,11 +78,11 @@ def test_threads_with_streams_of_their_own_share_recordings(model: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         for a, b in zip(expected, pool.map(ask, range(8)), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
-    assert sum(len(steps._all()) for steps in change._steps.values()) <= captured._MOST_SLOTS
+    assert sum(len(steps._all()) for steps in change._steps.values()) <= cuda_graph._MOST_SLOTS
 
 
 def test_sequences_that_take_the_one_slot_from_each_other(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "_MOST_SLOTS", 1)
+    monkeypatch.setattr(cuda_graph, "_MOST_SLOTS", 1)
     ids = torch.randint(3, 50, (2, 9, 1, 5), generator=torch.Generator().manual_seed(0)).cuda()
 
     def run() -> list[torch.Tensor]:

@@ -11,16 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from accelerate_tts import (
-    Event,
-    cached_embedding,
-    get_performance_optimizer,
-    inference,
-    optimized_model,
-    receipt_of,
-)
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts import Event, cached_embedding, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.events import FellBack, Recompiled
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
 
 
 class Vocoder(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from accelerate_tts.engine.measure import Timing
+from accelerate_tts.tuning.timing import Timing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPEAKING = ["chatterbox_backend", "higgs_backend", "mms_backend", "xtts_backend"]

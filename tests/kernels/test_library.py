@@ -37,7 +37,7 @@ def run(code: str, *arguments: str, **variables: str) -> str:
 
 AT_EACH_LEVEL = """
 import os, sys, torch
-from accelerate_tts.engine.stages import native
+from accelerate_tts.kernels import calls
 from accelerate_tts.kernels import library
 
 def check(skinny_linear):
@@ -65,8 +65,8 @@ def check(skinny_linear):
 for level in sys.argv[1:]:
     os.environ["ACCELERATE_TTS_KERNELS"] = level
     library._loaded.cache_clear()
-    native.skinny_linear.cache_clear()
-    check(native.skinny_linear())
+    calls.skinny_linear.cache_clear()
+    check(calls.skinny_linear())
     print(library.kernels().level)
 """
 
@@ -182,7 +182,7 @@ def test_switched_off_is_no_fault() -> None:
 AFTER_A_CALL = """
 import re, torch
 torch.set_num_threads(2)
-from accelerate_tts.engine.stages.native import skinny_linear
+from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import kernels
 a = torch.randn(600, 600); a @ a; (a + a).sum()
 skinny_linear()(torch.randn(2, 600), a, None, None, False)
@@ -203,7 +203,7 @@ def test_teams_are_of_torchs_threads() -> None:
     code = """
 import os, torch
 torch.set_num_threads(3)
-from accelerate_tts.engine.stages.native import skinny_linear
+from accelerate_tts.kernels.calls import skinny_linear
 a = torch.randn(900, 900); (a + a).exp()
 before = len(os.listdir("/proc/self/task"))
 for _ in range(5): skinny_linear()(torch.randn(2, 900), a, None, None, False)

@@ -25,23 +25,24 @@ from torch.overrides import TorchFunctionMode
 
 from accelerate_tts import Event, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine.measure import Timing
-from accelerate_tts.engine.plan import PROCESS, ModelPlan, Part
-from accelerate_tts.engine.stages import inductor
-from accelerate_tts.engine.stages.base import BaseChange, BaseStage
-from accelerate_tts.engine.stages.precision import half_dtypes
-from accelerate_tts.engine.tune import Limits, tune
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, TOLERANCES, compare
-from accelerate_tts.engine.warmup import Loaded, warmup_calls
+from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.events import FellBack, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.plan import PROCESS, ModelPlan, Part
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.compile import inductor
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.tuning.timing import Timing
+from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from accelerate_tts.engine.receipt import Receipt
-    from accelerate_tts.engine.stages import Stage
+    from accelerate_tts.receipts.receipt import Receipt
+    from accelerate_tts.stages.protocol import Stage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Speak = Callable[[Any], Any]
@@ -289,7 +290,7 @@ def contract(clockless: None) -> Callable[..., None]:
 
 
 LENGTHS = [4, 7, 12, 22, 40, 54]
-"""In letters: of the sentences that are warmed up, each less than twice the one before (engine/lengths.py)."""
+"""In letters: of the sentences that are warmed up, each less than twice the one before (tuning/length_ladder.py)."""
 
 
 def sentence(letters: int) -> str:

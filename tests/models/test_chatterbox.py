@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from accelerate_tts import Event, receipt_of
-from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 
 TEXT = "Hello there. Bye."
 PARTS = [

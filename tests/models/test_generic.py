@@ -18,14 +18,14 @@ from transformers import (
 
 from accelerate_tts import Receipt, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine.capture import time_modules
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages.base import BaseStage
-from accelerate_tts.engine.tune import Limits, tune
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
-from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.models import describe, generic
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.tuning.capture import time_modules
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 
 @pytest.fixture(autouse=True)

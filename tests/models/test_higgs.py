@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from accelerate_tts import Event
-from accelerate_tts.engine.stages.blocks import CompiledBlocksStage
-from accelerate_tts.engine.stages.compile import CompileStage
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage
+from accelerate_tts.stages.compile.whole import CompileStage
 
 
 class Speaking:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import block_kernel
-from accelerate_tts.engine.stages.fused import FusedBlocksStage
+from accelerate_tts.kernels import decoder_block
 from accelerate_tts.models import describe
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
 TOKENS = 300
 
@@ -20,8 +20,10 @@ TOKENS = 300
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks each call of the kernel was for."""
     found: list[int] = []
-    kernel = block_kernel.decoder_blocks()
-    monkeypatch.setattr(block_kernel, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given)))
+    kernel = decoder_block.decoder_blocks()
+    monkeypatch.setattr(
+        decoder_block, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given))
+    )
     return found
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from accelerate_tts import Event
-from accelerate_tts.engine.plan import Part
-from accelerate_tts.engine.stages import block_kernel
-from accelerate_tts.engine.stages.fused import FusedBlocksStage
 from accelerate_tts.events import Tidied
+from accelerate_tts.kernels import decoder_block
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
 pytest.importorskip(
     "chatterbox.models.t3.inference.alignment_stream_analyzer", reason="this release has no multilingual model"
@@ -45,8 +45,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks each call of the kernel was for."""
     found: list[int] = []
-    kernel = block_kernel.decoder_blocks()
-    monkeypatch.setattr(block_kernel, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given)))
+    kernel = decoder_block.decoder_blocks()
+    monkeypatch.setattr(
+        decoder_block, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given))
+    )
     return found
 
 

@@ -11,12 +11,12 @@ import torch
 
 from accelerate_tts import Event, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.engine.stages.compile import CompileStage
-from accelerate_tts.engine.tune import Limits, tune
-from accelerate_tts.engine.warmup import Loaded, warmup_calls
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.stages.compile.whole import CompileStage
+from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # webrtcvad's import of pkg_resources

@@ -9,11 +9,11 @@ import torch
 from transformers import VitsConfig, VitsModel
 
 from accelerate_tts import Event, Settings, inference, optimized_model
-from accelerate_tts.engine.measure import Timing
-from accelerate_tts.engine.verify import EXACT_TOLERANCE, compare
 from accelerate_tts.events import NotApplied, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.timing import Timing
 
 
 def small() -> VitsModel:

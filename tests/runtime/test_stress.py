@@ -25,7 +25,7 @@ import torch
 
 from accelerate_tts import carry_mode, fast_inference, get_performance_optimizer, inference
 from accelerate_tts.device import flags
-from accelerate_tts.runtime import retry
+from accelerate_tts.runtime.guard import guard as guards
 
 on = torch.is_inference_mode_enabled
 MODES = {"inference": (True, False), "no_grad": (False, False), "plain": (False, True)}
@@ -362,7 +362,7 @@ def test_abandoned_async_generators_in_cycles_are_closed_by_their_loop_in_the_mo
     guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if guarded:
-        monkeypatch.setattr(retry, "watcher_of", lambda *_call: Contented())
+        monkeypatch.setattr(guards, "watcher_of", lambda *_call: Contented())
     log = Log()
     streams = {kind: streaming(kind, log) for kind in MODES}
 

@@ -18,9 +18,9 @@ import torch
 import transformers
 
 from accelerate_tts import Event, inference, optimized_model, receipt_of
-from accelerate_tts.engine.measure import Timing
 from accelerate_tts.events import Guarded
-from accelerate_tts.runtime import retry
+from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.tuning.timing import Timing
 
 THREADS = 32
 IDS = [torch.arange(1, 4 + length)[None] % 37 + 1 for length in range(6)]
@@ -146,7 +146,7 @@ def test_faults_in_some_threads_change_no_answer_in_others(
     voice: Voice, serial: list[torch.Tensor], seen: list[Event]
 ) -> None:
     """Of one in eight calls the tuned output is NaN: it is made again untouched, while the others go on."""
-    guard = retry.guard_of(voice.model)
+    guard = guards.guard_of(voice.model)
     assert guard is not None
     guard._limit = 1000
     voice.faulty = set(range(0, 32, 8))
@@ -179,8 +179,8 @@ import os
 os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = "0"  # a fork server may be older than what the test has set
 import torch
 from accelerate_tts import inference, optimized_model, receipt_of
-from accelerate_tts.engine import policy
-from accelerate_tts.engine.measure import Timing
+from accelerate_tts.tuning import policy
+from accelerate_tts.tuning.timing import Timing
 
 # What is kept is no matter of this machine's noise.
 faster = policy.TuningPolicy(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5), looks=False)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
-from accelerate_tts.engine.disturbance import Watcher
-from accelerate_tts.engine.measure import synchronize
-from accelerate_tts.engine.policy import current_policy
-from accelerate_tts.engine.random_state import seeded
-from accelerate_tts.engine.verify import compare
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
+from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.tuning.compare import compare
+from accelerate_tts.tuning.disturbance import Watcher
+from accelerate_tts.tuning.policy import current_policy
+from accelerate_tts.tuning.timing import synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.cli.bench.systems import Built, Size
-    from accelerate_tts.engine.receipt import Receipt
+    from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.settings import Precision
 
 __all__ = [

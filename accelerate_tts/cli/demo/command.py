@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.tables import print_receipt, table, wide_console
-from accelerate_tts.engine.receipt import duration, error_text
 from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, printable
 from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
+from accelerate_tts.receipts.format import duration, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -140,7 +140,7 @@ def compare_backends(
         from accelerate_tts.cli.demo.phonemes import NothingToSayError, to_ids
     except ImportError as error:
         raise MissingExtraError(f"the demo needs {error.name}: pip install 'accelerate_tts[demo]'") from error
-    from accelerate_tts.engine.verify import compare
+    from accelerate_tts.tuning.compare import compare
 
     say("loading the voice, plain")
     plain, plain_load = _timed_load(PlainBackend)

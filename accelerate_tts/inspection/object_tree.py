@@ -1,0 +1,72 @@
+"""Find the modules that an object holds, by their attribute paths."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+__all__ = ["find_modules", "reachable_modules"]
+
+_PLAIN = (str, bytes, int, float, complex, type(None))
+# How deep a pipeline object is searched. Chatterbox, XTTS and transformers' pipelines need two;
+# a backend that holds such an object one or two more.
+_DEPTH = 4
+
+
+def find_modules(subject: object) -> dict[str, nn.Module]:
+    """The outermost `nn.Module`s of an object, by their attribute path from it.
+
+    Looks into tuples, lists, mappings and the attributes of objects that are no modules, four levels deep. A module
+    is never looked into. The path of `subject` itself is "".
+    """
+    found = reachable_modules(subject)
+    # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
+    inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
+    return {path: module for path, module in found.items() if id(module) not in inside}
+
+
+def reachable_modules(subject: object) -> dict[str, nn.Module]:
+    """As `find_modules`, but with modules that are inside another one, too, where an attribute leads to them."""
+    from torch import nn
+
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    queue: deque[tuple[str, object, int]] = deque([("", subject, 0)])
+    while queue:
+        path, value, depth = queue.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found[path] = value
+        elif depth < _DEPTH:
+            queue += [
+                (f"{path}.{name}" if path else name, item, depth + 1)
+                for name, item in members_of(value)
+                if not isinstance(item, _PLAIN) and not isinstance(item, type)
+            ]
+    return found
+
+
+def members_of(value: object) -> Iterator[tuple[str, Any]]:
+    if callable(getattr(type(value), "__torch_function__", None)):
+        return  # a class or a tensor
+    if isinstance(value, dict):  # no other mapping: reading a lazy one may load what it stands for
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, (tuple, list, set, frozenset, deque)):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif not isinstance(value, ModuleType):
+        yield from getattr(value, "__dict__", {}).items()
+        slots = [name for cls in type(value).__mro__ for name in slots_of(cls)]
+        yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(s for s in slots if s not in {"__dict__", "__weakref__"})

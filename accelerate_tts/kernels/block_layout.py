@@ -1,0 +1,163 @@
+"""What a transformer decoder's block consists of, for those blocks that our kernel knows (fused_decoder.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.kernels.weight_formats import is_transposed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.kernels.weight_formats import Weights
+
+__all__ = ["Anatomy", "anatomies"]
+
+# By class, since a class of another name may do something more that no shape shows.
+_LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+_HIGGS = {"HiggsAudioV2DecoderLayer"}
+_GPT2 = {"GPT2Block"}
+_SILU, _GELU_TANH = 0, 1
+_ACTIVATIONS = {
+    "SiLU": _SILU, "SiLUActivation": _SILU,
+    "NewGELUActivation": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH, "GELUTanh": _GELU_TANH,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A block, taken apart. `k`, `v` and `gate` are `None` where one layer makes all three, or nothing is gated."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    activation: int
+    norm1: Any
+    norm2: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    gate: Any
+    up: Any
+    down: Any
+
+    def layers(self) -> dict[str, Any]:
+        """Its linear layers that are there, by their names."""
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        return {name: layer for name, layer in named.items() if layer is not None}
+
+
+def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
+    """The block as the kernel needs it, by whether its tokens are of text; empty if it is no block that is known."""
+    cls = plain_class(block)
+    known = cls.__name__ in _LLAMA | _HIGGS | _GPT2 and cls.__module__.startswith("transformers.models.")
+    if not known or hasattr(block, "crossattention"):
+        return {}
+    try:
+        if cls.__name__ in _GPT2:
+            found = {True: _of_gpt2(block)}
+        elif cls.__name__ in _HIGGS:
+            found = {True: _of_llama(block), False: _of_llama(block, "audio_")}
+        else:
+            found = {True: _of_llama(block)}
+    except AttributeError:
+        return {}  # a release in which it has another shape
+    return found if all(_can_be_served(anatomy, weights) for anatomy in found.values()) else {}
+
+
+def _scaling(attention: Any) -> float:
+    """What products of queries and keys are multiplied by; before 4.48 it was not an attribute of the layer.
+
+    Raises:
+        AttributeError: It depends on more than the size of a head.
+    """
+    if hasattr(attention, "scaling"):
+        return float(attention.scaling)
+    odd = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+    if any(getattr(attention, name, False) for name in odd) or not getattr(attention, "scale_attn_weights", True):
+        raise AttributeError("scaling")
+    return float(attention.head_dim**-0.5)
+
+
+def _of_llama(block: Any, of: str = "") -> Anatomy:
+    attention, feed = block.self_attn, getattr(block, f"{of}mlp")
+    if getattr(attention.config, "pretraining_tp", 1) > 1:
+        raise AttributeError("in pieces")  # before 4.48, products were then made piece by piece
+    size = attention.head_dim
+    return Anatomy(
+        attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, _scaling(attention),
+        _ACTIVATIONS.get(type(feed.act_fn).__name__, -1),
+        getattr(block, f"{of}input_layernorm"), getattr(block, f"{of}post_attention_layernorm"),
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        feed.gate_proj, feed.up_proj, feed.down_proj,
+    )  # fmt: skip
+
+
+def _of_gpt2(block: Any) -> Anatomy:
+    attention, feed = block.attn, block.mlp
+    return Anatomy(
+        attention.num_heads, attention.num_heads, attention.head_dim, _scaling(attention),
+        _ACTIVATIONS.get(type(feed.act).__name__, -1), block.ln_1, block.ln_2,
+        attention.c_attn, None, None, attention.c_proj, None, feed.c_fc, feed.c_proj,
+    )  # fmt: skip
+
+
+def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
+    import torch
+    from torch import nn
+
+    def is_linear(layer: Any) -> bool:
+        cls: Any = plain_class(layer)
+        return cls is nn.Linear or is_transposed(layer)
+
+    def is_norm(norm: Any) -> bool:
+        cls: Any = plain_class(norm)
+        return (cls is nn.LayerNorm and norm.weight is not None and norm.weight.dim() == 1) or (
+            cls.__name__.endswith("RMSNorm") and cls.__module__.startswith("transformers.models.")
+            and isinstance(norm.variance_epsilon, float)
+        )  # fmt: skip
+
+    layers = list(anatomy.layers().values())
+    plain = {torch.Tensor, nn.Parameter}  # a quantised or sharded weight has no memory of its own to point to
+    tensors = [getattr(m, name, None) for m in (*layers, anatomy.norm1, anatomy.norm2) for name in ("weight", "bias")]
+    if not all(type(tensor) in plain and tensor.is_cpu for tensor in tensors if tensor is not None):
+        return False
+    if anatomy.activation < 0 or anatomy.heads % anatomy.kv_heads or not all(map(is_linear, layers)):
+        return False
+    dtypes = {layer.weight.dtype for layer in layers}
+    stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16}
+    return (
+        is_norm(anatomy.norm1) and is_norm(anatomy.norm2)
+        and len(dtypes) == 1 and dtypes <= stored
+        and all(layer.weight.is_contiguous() for layer in layers)
+        and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
+        and _fits_together(anatomy)
+    )  # fmt: skip
+
+
+def _fits_together(anatomy: Anatomy) -> bool:
+    """Whether all shapes are those that the kernel goes by: it is given addresses, and asks nobody else."""
+    if len({is_transposed(layer) for layer in anatomy.layers().values()}) > 1:
+        return False
+    if hasattr(anatomy.norm1, "eps") != hasattr(anatomy.norm2, "eps"):
+        return False
+    shapes = {
+        name: tuple(layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape)
+        for name, layer in anatomy.layers().items()
+    }
+    hidden, attended = anatomy.norm1.weight.shape[0], anatomy.heads * anatomy.head_dim
+    keys, inner = anatomy.kv_heads * anatomy.head_dim, shapes["up"][0]
+    expected = {
+        "q": (attended if "k" in shapes else attended + 2 * keys, hidden), "k": (keys, hidden), "v": (keys, hidden),
+        "o": (hidden, attended), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+    biases = all(layer.bias is None or tuple(layer.bias.shape) == shapes[name][:1]
+                 for name, layer in anatomy.layers().items())  # fmt: skip
+    norms = (anatomy.norm1, anatomy.norm2)
+    sizes = {tuple(tensor.shape) for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None))
+             if tensor is not None}  # fmt: skip
+    return biases and sizes == {(hidden,)} and all(shape == expected[name] for name, shape in shapes.items())

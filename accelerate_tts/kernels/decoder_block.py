@@ -1,0 +1,191 @@
+"""What decoder_block.cpp is told, field by field, and what of a user's tensors it points to."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from accelerate_tts.kernels.calls import decoder_blocks
+from accelerate_tts.kernels.structs import FORMATS, STRUCTS
+from accelerate_tts.kernels.weight_formats import Weights, in_bf16, in_int8, is_transposed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+    from accelerate_tts.kernels.block_layout import Anatomy
+
+__all__ = ["Described", "Shared", "holds", "plain", "run", "shared"]
+
+_POINTER = ctypes.c_void_p
+_Linear, _Block, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Token"))
+_NO_ROWS = (None, None, None)  # all rows of a call share one cache
+
+
+class Described:
+    """A block's struct, and the tensors that it points to.
+
+    Attributes:
+        copies: The copies of layers' weights, and their scales.
+        takes: The hidden size, and the heads of keys and their size, of what it is given.
+    """
+
+    def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
+        import torch
+
+        self._kept: list[torch.Tensor] = []
+        self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        layers = anatomy.layers()
+        transposed = is_transposed(anatomy.q)
+        own = "transposed" if transposed else "bf16" if anatomy.q.weight.dtype == torch.bfloat16 else "fp32"
+        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive the tuning's own mode
+            norms = {
+                f"{name}{suffix}": self._pointer(getattr(norm, attribute, None), torch.float32)
+                for name, norm in (("norm1", anatomy.norm1), ("norm2", anatomy.norm2))
+                for suffix, attribute in (("", "weight"), ("_bias", "bias"))
+            }
+            linears = {name: self._linear(layer, weights) for name, layer in layers.items()}
+        self.struct = _Block(
+            hidden=anatomy.norm1.weight.shape[0], heads=anatomy.heads, kv_heads=anatomy.kv_heads,
+            head_dim=anatomy.head_dim, inner=linears["up"].outputs,
+            format=FORMATS.index(own if weights == "fp32" else weights),
+            layer_norm=hasattr(anatomy.norm1, "eps"), gated=anatomy.gate is not None, activation=anatomy.activation,
+            eps1=_epsilon(anatomy.norm1), eps2=_epsilon(anatomy.norm2), scaling=anatomy.scaling, **norms, **linears,
+        )  # fmt: skip
+        self.takes = (anatomy.norm1.weight.shape[0], anatomy.kv_heads, anatomy.head_dim)
+        self.address = ctypes.addressof(self.struct)
+
+    def _pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
+        if tensor is None:
+            return None
+        kept = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _linear(self, layer: Any, weights: Weights) -> Any:
+        import torch
+
+        outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
+        if weights == "fp32":
+            weight, scale = layer.weight, None
+        else:
+            weight, scale = self.copies[layer] = {"bf16": in_bf16, "int8": in_int8}[weights](layer)
+        return _Linear(
+            w=self._pointer(weight), scale=self._pointer(scale), bias=self._pointer(layer.bias, torch.float32),
+            outputs=outputs, inputs=inputs,
+        )  # fmt: skip
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
+class Shared(NamedTuple):
+    """What all blocks of one decoder are given with one token: which position it is, and what it may see."""
+
+    fields: tuple[Any, ...]
+    kept: tuple[Any, ...]
+    """The tensors that the fields point into; they must live as long as the call."""
+
+
+def shared(rotated: Any, mask: Any, rows: int, head_size: int, positions: int) -> Shared | None:
+    """What a call gives to a block, as the kernel wants it; `None` if it is not of the kernel's kind.
+
+    Args:
+        rotated: The cosines and sines of its position, each (rows or 1, 1, head size), or `None`.
+        mask: What it sees, (rows or 1, 1, 1, positions), in bool or what is added; or `None`.
+        rows: How many tokens side by side.
+        head_size: Of the keys.
+        positions: In the past, and the token itself.
+    """
+    rotation, seen = _rotation(rotated, rows, head_size), _mask(mask, rows, positions)
+    if rotation is None or seen is None:
+        return None
+    return Shared((rows, *rotation[:3], *seen[:3]), (rotation[3:], seen[3:]))
+
+
+def run(  # noqa: PLR0913, PLR0917 - what one call of a kernel needs
+    blocks: Sequence[Described],
+    x: torch.Tensor,
+    given: Shared,
+    buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    length: int,
+    attentions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token through blocks, one after the other; its keys and values are written behind the sequence.
+
+    Args:
+        blocks: In their order.
+        x: (rows, 1, hidden), in fp32 and contiguous.
+        given: What they all are given.
+        buffers: For each block, the keys and values so far and room behind them, (rows, heads, room, head size).
+        length: Positions in them.
+        attentions: Where each block's attention weights go, (blocks, rows, heads, length + 1), in fp32 and contiguous;
+            `None` where nobody asks for them.
+
+    Returns:
+        What each block makes of it, (blocks, rows, 1, hidden) in fp32; of a bf16 model, rounded to that.
+    """
+    import torch
+
+    y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+    source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
+    tokens: list[Any] = []
+    for number, (keys, values) in enumerate(buffers):
+        token = _Token(
+            source, target, *given.fields, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
+            *values.stride()[:3], keys.dtype == torch.bfloat16, length,
+            None if attentions is None else attentions[number].data_ptr(), *_NO_ROWS,
+        )  # fmt: skip
+        tokens.append(token)
+        source, target = target, target + size
+    count = len(blocks)
+    addresses = (_POINTER * count)(*(block.address for block in blocks))
+    decoder_blocks()(addresses, (_Token * count)(*tokens), count, torch.get_num_threads())
+    return y
+
+
+def holds(keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> bool:
+    """Whether buffers, (rows, heads, room, head size), have a place behind `length` for so many rows."""
+    return bool(
+        keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.shape == values.shape
+        and keys.shape[0] == rows and keys.shape[2] > length and keys.stride(3) == values.stride(3) == 1
+    )  # fmt: skip
+
+
+# The next two give three fields and the tensors behind them, or `None` for what is not of the kernel's kind.
+
+
+def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
+    if given is None:
+        return None, None, 0
+    cos, sin = map(plain, given)
+    shape = cos.shape
+    if shape != sin.shape or len(shape) != 3 or shape[1:] != (1, size) or shape[0] not in {1, rows}:  # noqa: PLR2004
+        return None
+    if not (cos.is_cpu and sin.is_cpu):
+        return None
+    return cos.data_ptr(), sin.data_ptr(), 0 if shape[0] == 1 else size, cos, sin
+
+
+def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
+    import torch
+
+    if given is None:
+        return None, 0, False
+    if not given.is_cpu or given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
+        return None
+    in_bytes = given.dtype == torch.bool
+    mask = given.contiguous() if in_bytes else plain(given)
+    return mask.data_ptr(), 0 if mask.shape[0] == 1 else positions, in_bytes, mask
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32 and contiguous; most are, and asking costs less than converting them to what they are."""
+    import torch
+
+    if tensor.dtype != torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

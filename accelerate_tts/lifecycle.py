@@ -1,0 +1,324 @@
+"""Objects that load functions left behind: tuned, warmed up, remembered, and put back."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.device import setup
+from accelerate_tts.device.detect import DEVICES, detect
+from accelerate_tts.errors import WarmupError
+from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
+from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.settings import Mode, Settings
+from accelerate_tts.tuning.options import TuneOptions
+from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
+from accelerate_tts.tuning.tuning_lock import Flight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from torch import nn
+
+    from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.packs.warm_pack import WarmPack
+    from accelerate_tts.patching.lazy_parameters import LetGo
+    from accelerate_tts.plan import ModelPlan
+    from accelerate_tts.receipts.receipt import Receipt
+    from accelerate_tts.stages.protocol import Stage
+    from accelerate_tts.tuning.session import Session
+    from accelerate_tts.tuning.tune import Limits, Tuning
+    from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
+
+__all__ = ["LoadedObjects"]
+
+_GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
+_FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps them in a file"
+_GUARD_OFF = "guard: off, by Settings.guard"
+
+# One for the process.
+_flight = Flight()
+
+
+class LoadedObjects:
+    """What one `PerformanceOptimizer` has tuned.
+
+    Args:
+        settings: Its options.
+        ready: Returns the device, once it is set up.
+        tidy: Gives memory back.
+    """
+
+    def __init__(self, settings: Settings, ready: Callable[[], DeviceInfo], tidy: Callable[[], object]) -> None:
+        self._settings = settings
+        self._ready = ready
+        self._tidy = tidy
+        self._tunings = TuningMap()
+
+    def optimize(
+        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
+    ) -> Receipt | None:
+        """See `PerformanceOptimizer.optimize`."""
+        with _flight.turn(loaded.loop) as mine:
+            if mine:
+                return self._optimize(loaded, warmup, mode, stopped, options)
+        emit(NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand"))
+        return None
+
+    def _optimize(
+        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
+    ) -> Receipt | None:
+        from accelerate_tts.inspection.object_tree import find_modules
+
+        prepared = self._ready()
+        if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
+            loaded = replace(loaded, result=None)  # `return True`, and the model is on self
+        found = find_modules(loaded.subject)
+        tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
+        new = [root for root in found.values() if id(root) not in tuned]
+        if not new:
+            self._warm_up_new(loaded, warmup, mode, found, options)
+            for done in tuned.values():
+                self._remember(loaded, done)
+                return done.receipt
+            return None
+        from accelerate_tts.models import describe
+        from accelerate_tts.packs.warm_pack import WarmPack
+        from accelerate_tts.stages.catalogue import default_stages
+        from accelerate_tts.storage.fingerprint import outline
+        from accelerate_tts.tuning.policy import current_policy
+        from accelerate_tts.tuning.tune import Limits
+        from accelerate_tts.tuning.warmup import warmup_calls
+
+        calls = warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout)
+        settings = options.applied_to(self._settings)
+        plan = describe(loaded.subject, new)
+        device = _device_of(plan, prepared)
+        stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
+        pack = None
+        if settings.pack and calls.main and plan.parts:
+            told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
+            pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
+        policy = replace(current_policy(), patience=settings.tune_patience)
+        begun: list[Session] = []
+        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy, begun.append)
+        tuning = None
+        try:
+            tuning = _tune(plan, calls, stages, limits, pack, device)
+            if tuning.changes:
+                roots = {path: root for path, root in found.items() if id(root) not in tuned}
+                tuning = self._told(plan, tuning, loaded, roots, calls)
+            for root in plan.roots:
+                keeper_of(root).tuning = tuning
+            self._remember(loaded, tuning, *plan.roots)
+        except BaseException:  # Ctrl-C: whoever has a tuned model has its receipt, its guard and its way back
+            self._take_back(plan, begun, tuning)
+            raise
+        self._tidy()  # captured inputs and rejected copies were made in between what stays
+        return tuning.receipt
+
+    def _take_back(self, plan: ModelPlan, begun: list[Session], tuning: Tuning | None) -> None:
+        for session in begun:
+            session.off()
+        if tuning is not None:
+            guarding = guards.guard_of(tuning)
+            if guarding is not None:
+                guarding.retire()
+            tuning.undo()
+            self._tunings.forget(tuning)
+        for root in plan.roots:
+            drop_keeper(root)
+
+    def _told(
+        self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    ) -> Tuning:
+        """What to say of the guard and of what it costs; loaded weights go where they were asked to."""
+        from accelerate_tts.packs.warm_pack import pack_folder
+        from accelerate_tts.patching.offload import copied_storages, originals_to_file
+
+        beside = sum(copied_storages(plan.roots).values()) / 2**20
+        notes = [_GUARD_ON if self._settings.guard else _GUARD_OFF]
+        if beside >= 1.0:
+            notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")
+        if self._settings.guard_weights == "disk":
+            moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
+            notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
+        let_go = None
+        if self._settings.guard_weights == "reload":
+            let_go, note = self._let_go(tuning, loaded, found, calls)
+            notes.append(note)
+        receipt = replace(tuning.receipt, notes=(*tuning.receipt.notes, *notes))
+        return replace(tuning, receipt=receipt, let_go=let_go)
+
+    def _let_go(
+        self, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    ) -> tuple[LetGo | None, str]:
+        """Let loaded weights go, and see whether they are missed."""
+        from accelerate_tts.patching.offload import let_go_of
+        from accelerate_tts.runtime.seeding import seeded
+
+        again, what, device = loaded.again, tuning.receipt.what, self._ready().type
+        if again is None:
+            why = "there is no load function to call again: decorate it with @optimized_model"
+            emit(NotApplied(f"guard_weights='reload' of {what}", why))
+            return None, f"the loaded weights stay in memory: {why}"
+        start = time.perf_counter()
+        timeout = self._settings.warmup_timeout
+        # A graph knows what its weights were, and would be compiled anew.
+        compiled = {kept.part for kept in tuning.kept if kept.change.graphs is not None}
+        besides = {inner for part in tuning.parts if part.name in compiled for inner in part.module.modules()}
+        let_go = let_go_of(what, found, lambda: again.modules(what, device, timeout), besides)
+        seconds = time.perf_counter() - start
+        gone = 0 if let_go is None else let_go.leave()
+        try:
+            with seeded(device):  # somebody may ask a layer for its weights at each call
+                for call in calls.main if gone else ():
+                    call.run()
+        except Exception as error:  # the user's model; what was loaded is not thrown away
+            emit(WarmupFailed(what, f"{type(error).__name__}: {error}"))
+        if let_go is None or not let_go.gone:
+            return let_go, "guard_weights='reload': no loaded weights could be let go; they stay in memory"
+        return let_go, (
+            f"{gone / 2**20:.1f} MiB of loaded weights were let go: a second attempt, undo or state_dict has them"
+            f" loaded again ({seconds:.1f} s, and the memory of one more model meanwhile)"
+        )
+
+    def _warm_up_new(
+        self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
+    ) -> None:
+        """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
+        from accelerate_tts.runtime.seeding import seeded
+        from accelerate_tts.tuning.warmup import warmup_calls
+
+        name = type(loaded.subject).__name__
+        if not found:
+            emit(NotApplied(f"@optimized_model on {name}", "no torch.nn.Module was found in what was loaded"))
+        elif self._tunings.get(loaded.subject) is not None:
+            return
+        start = time.perf_counter()
+        try:
+            with seeded(self._ready().type):
+                for call in warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout).main:
+                    call.run()
+        except WarmupError:
+            raise
+        except Exception as error:  # the user's own warm-up; what was loaded is not thrown away
+            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
+            return
+        emit(Warmed(name, time.perf_counter() - start))
+
+    def _remember(self, loaded: Loaded, tuning: Tuning, *roots: object) -> None:
+        guarding = guards.guard_of(tuning)
+        if guarding is None and self._settings.guard and tuning.changes:
+            guarding = guards.Guard(tuning.receipt.what, tuning, tuning.expected, self._settings.guard_limit)
+        for item in (*roots, loaded.result, loaded.owner, tuning):
+            if item is not None and item is not tuning:
+                self._tunings.put(item, tuning)
+            if item is not None and guarding is not None:
+                guards.protect(item, guarding)
+
+    def receipt(self, tuned: object) -> Receipt | None:
+        """See `PerformanceOptimizer.receipt`."""
+        tuning = self.tuning_of(tuned)
+        if tuning is None:
+            return None
+        guarding = guards.guard_of(tuning)
+        return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
+
+    def tuning_of(self, tuned: object) -> Tuning | None:
+        """The last tuning of an object or, of a container, of the first tuned module in it."""
+        known = self._tunings.get(tuned)
+        return known or next(iter(self._tunings_in(tuned)), None)
+
+    def _tunings_in(self, tuned: object) -> list[Tuning]:
+        """All tunings of an object, or of what a container holds, in the order in which they came."""
+        known = self._tunings.all(tuned)
+        if known or not isinstance(tuned, (tuple, list, dict)):
+            return known
+        from accelerate_tts.inspection.object_tree import (
+            find_modules,  # a container cannot be known itself, but what is in it is
+        )
+
+        found = {id(tuning): tuning for root in find_modules(tuned).values() for tuning in self._tunings.all(root)}
+        return list(found.values())
+
+    def undo(self, tuned: object) -> bool:
+        """See `PerformanceOptimizer.undo`."""
+        # Without a lock: it may load weights again, whose events may have a hook that calls this. So every step may be
+        # taken twice, and who takes the last one tells of it.
+        tunings = self._tunings_in(tuned)
+        for tuning in tunings:
+            tuning.keep_loaded()  # of all, before anything is undone: it may fail
+        undone = []
+        for tuning in reversed(tunings):
+            guarding = guards.guard_of(tuning)
+            if guarding is not None:
+                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
+            tuning.undo()
+            if self._tunings.forget(tuning):
+                undone.append(tuning)
+        for tuning in reversed(undone):
+            emit(Undone(tuning.receipt.what))
+        return bool(tunings)
+
+    @contextmanager
+    def untouched(self, tuned: object) -> Generator[bool, None, None]:
+        """See `PerformanceOptimizer.untouched`."""
+        with ExitStack() as scopes:
+            in_force = [scopes.enter_context(_untouched(tuning)) for tuning in self._tunings_in(tuned)]
+            yield any(in_force)
+
+
+def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
+    plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None,
+    device: DeviceInfo,
+) -> Tuning:  # fmt: skip
+    from accelerate_tts.tuning.tune import tune
+
+    # Before tuning: dynamo may guard on which attributes a module has.
+    for root in plan.roots:
+        keep(root)
+    tuning = None
+    try:
+        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
+        if tuning is None:
+            tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
+            if pack is not None:
+                pack.renew(tuning)
+        return tuning  # noqa: TRY300 - in here: Ctrl-C may come at this line, too
+    except BaseException:
+        if tuning is not None:
+            tuning.undo()
+        raise
+
+
+def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:
+    """The device that most of an object's weights are on, which need not be the best one that there is."""
+    sizes: Counter[str] = Counter()
+    for parameter in (parameter for root in plan.roots for parameter in root.parameters()):
+        sizes[parameter.device.type] += parameter.numel() * parameter.element_size()
+    ((most, _),) = sizes.most_common(1) or [(prepared.type, 0)]
+    if most == prepared.type or most not in DEVICES:
+        return prepared
+    emit(NotApplied(f"{prepared.kind} for {plan.what}", f"its weights are on {most}, so it is tuned for that"))
+    return detect(most)
+
+
+@contextmanager
+def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
+    guarding = guards.guard_of(tuning)
+    if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
+        with guarding.untouched():
+            yield guarding.in_force
+        return
+    _pin = tuning.at_hand()  # held until the changes are on again
+    for change in reversed(tuning.changes):
+        change.off()
+    try:
+        yield bool(tuning.changes)
+    finally:
+        for change in tuning.changes:
+            change.on()

@@ -1,0 +1,1 @@
+"""Warm packs: the decisions and the compiled code of a tuning, for the next process."""

@@ -1,0 +1,103 @@
+"""The file of a warm pack: how it is put together, signed, checked and taken apart.
+
+Artifacts run as code once they are loaded, so they are handed out only under a right HMAC-SHA256. Decisions are plain
+JSON and harmless: a right checksum is enough. Nothing here is pickled. The file is a line with the format version; a
+line of JSON with the key, and size and SHA-256 of the decisions and of the artifacts; these two; and 32 bytes of HMAC
+over all that comes before, which are zeros where nobody vouches for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate_tts.storage.files import BadFileError
+
+__all__ = ["LINE_LIMIT", "MAGIC", "Pack", "mac", "sealed", "unpack"]
+
+MAGIC = b"accelerate-tts pack 1\n"
+LINE_LIMIT = 1024
+"""Bytes of a line; the longest key, two sizes and two digests are below 400."""
+
+_UNSIGNED = bytes(32)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What one tuning leaves behind.
+
+    Attributes:
+        key: Hex digest of what it is for: model structure, weights, torch, device, options.
+        decisions: What was kept, and its figures: anything that JSON can say, with texts as keys.
+        artifacts: The compiler's artifacts, opaque; `None` where there are none, or none that can be trusted.
+    """
+
+    key: str
+    decisions: Mapping[str, Any]
+    artifacts: bytes | None = field(default=None, repr=False)
+
+
+def sealed(key: str, text: bytes, artifacts: bytes | None, secret: bytes | None) -> tuple[bytes, bytes]:
+    """A pack's file and its signature; unsigned where there is no secret."""
+    header: dict[str, Any] = {"key": key}
+    for name, section in (("decisions", text), ("artifacts", artifacts)):
+        header[name] = None if section is None else [len(section), hashlib.sha256(section).hexdigest()]
+    body = b"".join([MAGIC, json.dumps(header).encode(), b"\n", text, artifacts or b""])
+    return body, _UNSIGNED if secret is None else mac(secret, body)
+
+
+def mac(secret: bytes, body: bytes | memoryview) -> bytes:
+    """The signature of a file's bytes."""
+    return hmac.new(secret, body, hashlib.sha256).digest()
+
+
+def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, bytes]:
+    """Check all of a pack's file; returns the pack, whether its signature is by `secret`, and the decisions' text."""
+    if not content.startswith(MAGIC):
+        raise BadFileError("it is no warm pack, or one of another format version")
+    end = content.find(b"\n", len(MAGIC), len(MAGIC) + LINE_LIMIT)
+    body = len(content) - len(_UNSIGNED)
+    if not 0 <= end < body:
+        raise BadFileError("it has no header: it is damaged or cut short")
+    header = _from_json(content[len(MAGIC) : end])
+    if header.get("key") != key:
+        raise BadFileError("it is for another key")
+    view, start = memoryview(content), end + 1
+    sections: list[bytes] = []
+    for name in ("decisions", "artifacts"):
+        match header.get(name):
+            case None if name == "artifacts":
+                pass
+            case [int(size), str(digest)] if 0 <= size <= body - start:
+                sections.append(bytes(view[start : start + size]))
+                start += size
+                if hashlib.sha256(sections[-1]).hexdigest() != digest:
+                    raise BadFileError(f"the checksum of its {name} is wrong: it is damaged")
+            case _:
+                raise BadFileError("its header claims what the file does not hold: it is damaged or cut short")
+    if start != body:
+        raise BadFileError("it is longer than its header claims: it is damaged")
+    authentic = secret is not None and hmac.compare_digest(mac(secret, view[:body]), view[body:])
+    text, *artifacts = sections
+    return Pack(key, _from_json(text), artifacts[0] if authentic and artifacts else None), authentic, text
+
+
+def _from_json(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode(), parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"its JSON cannot be read: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise BadFileError("its JSON is no object")
+    return content
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value

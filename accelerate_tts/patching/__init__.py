@@ -1,0 +1,1 @@
+"""Change a loaded module and put it back: class swaps, derived weights, offloaded weights."""

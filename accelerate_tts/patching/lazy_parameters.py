@@ -1,0 +1,346 @@
+# ruff: noqa: D102 - dict has documented its methods
+"""Loaded weights that are let go, and loaded again by the user's own function when somebody asks for them.
+
+`balanced` and `fast` compute from copies of the weights. A layer's `_parameters` then is an `Absent`: a dictionary that
+knows the names, and has the tensors brought back by whoever looks for one. So nobody can find a wrong number, or none:
+`state_dict`, `parameters()`, `.to()`, pickling, `layer.weight` and torch's own forward all go through it. Whoever holds
+a tensor itself keeps it alive, and then it is not let go at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import ReloadError
+from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.locks import rlock
+from accelerate_tts.storage.tensor_bytes import content_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
+    from torch import nn
+
+__all__ = ["Absent", "Layer", "LetGo", "layers_of"]
+
+_LEAST = 1 << 16  # bytes: what is smaller is not worth the trouble
+
+
+class Absent(dict[str, Any]):
+    """A module's `_parameters` while some of them are away. Empty itself; names are told, tensors brought back.
+
+    Args:
+        own: The module's own dictionary, with `None` in place of what is away.
+        away: The names of what is away.
+        bring: Puts it back into `own`.
+    """
+
+    __slots__ = ("_away", "_bring", "_own")
+
+    def __init__(self, own: dict[str, Any], away: frozenset[str], bring: Callable[[str], None]) -> None:
+        super().__init__()
+        self._own = own
+        self._away = away
+        self._bring = bring
+
+    def _all(self) -> dict[str, Any]:
+        self._bring(", ".join(sorted(self._away)))
+        return self._own
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._own)
+
+    def keys(self) -> Any:
+        return self._own.keys()
+
+    def __getitem__(self, name: str) -> Any:
+        return (self._all() if name in self._away else self._own)[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return (self._all() if name in self._away else self._own).get(name, default)
+
+    def items(self) -> Any:
+        return self._all().items()
+
+    def values(self) -> Any:
+        return self._all().values()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._all()[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._all()[name]
+
+    def pop(self, *args: Any) -> Any:
+        return self._all().pop(*args)
+
+    def popitem(self) -> Any:
+        return self._all().popitem()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        return self._all().setdefault(name, default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._all().update(*args, **kwargs)
+
+    def clear(self) -> None:
+        self._all().clear()
+
+    def copy(self) -> dict[str, Any]:
+        return self._all().copy()
+
+    def __or__(self, other: Any) -> Any:
+        return self._all() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._all()
+
+    def __ior__(self, other: Any) -> Any:
+        self._all().update(other)
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self._all() == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Absent({list(self._own)})"
+
+    def __copy__(self) -> dict[str, Any]:
+        return self._all().copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self._all(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self._all()),)
+
+
+@dataclass
+class Layer:
+    """A layer, and those of its weights that can be let go.
+
+    Attributes:
+        module: The layer.
+        root: The path of the outermost module that it is in, from what was loaded.
+        path: Its own path in that.
+        digests: SHA-256 of the bytes of each weight, by name.
+        device: Where they are.
+        own: Its `_parameters`.
+    """
+
+    module: nn.Module
+    root: str
+    path: str
+    digests: dict[str, bytes]
+    device: torch.device
+    own: dict[str, Any]
+
+    def anew(self, found: Mapping[str, nn.Module]) -> dict[str, torch.nn.Parameter]:
+        """The same weights in what was loaded again.
+
+        Raises:
+            ReloadError: One is not there, or is another.
+        """
+        try:
+            layer = found[self.root].get_submodule(self.path)
+        except (KeyError, AttributeError):
+            layer = None
+        weights: dict[str, Any] = {} if layer is None else {name: layer._parameters.get(name) for name in self.digests}
+        label = ".".join(filter(None, (self.root, self.path))) or "the model itself"
+        if layer is self.module:
+            raise ReloadError(f"its load function gives what is loaded already ({label}); it must load another one")
+        for name, digest in self.digests.items():
+            weight = weights.get(name)
+            if weight is None or weight.device != self.device or content_digest(weight) != digest:
+                raise ReloadError(f"its load function gives other weights than before ({name} of {label})")
+        return weights
+
+
+def layers_of(
+    found: Mapping[str, nn.Module], complete: Callable[[nn.Module], bool], besides: set[nn.Module]
+) -> list[Layer]:
+    """The layers of whose weights nobody reads any while copies serve.
+
+    Args:
+        found: The outermost modules, by path.
+        complete: Whether a layer computes whatever service gives it from copies.
+        besides: Layers to leave alone.
+    """
+    layers: list[Layer] = []
+    for root, outer in found.items():
+        for path, module in outer.named_modules():
+            own = module._parameters
+            weights = {name: weight for name, weight in own.items() if weight is not None and _can_go(weight)}
+            if weights and type(own) is dict and module not in besides and complete(module):
+                digests = {name: content_digest(weight) for name, weight in weights.items()}
+                device = next(iter(weights.values())).device
+                layers.append(Layer(module, root, path, digests, device, own))
+    return layers
+
+
+def _can_go(weight: torch.Tensor) -> bool:
+    import torch
+
+    if type(weight) is not torch.nn.Parameter or weight.layout != torch.strided or weight.device.type == "meta":
+        return False
+    storage = weight.untyped_storage()
+    # Of memory that others see, too, the numbers would be the same, and what they write would not.
+    return storage.nbytes() == _bytes(weight) >= _LEAST and not storage.is_shared()
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    return weight.numel() * weight.element_size()
+
+
+class LetGo:
+    """The weights of one tuned object that may be away.
+
+    Args:
+        what: The object's name in events.
+        layers: Whose weights.
+        again: Loads them again; see `Again.modules`.
+    """
+
+    def __init__(self, what: str, layers: list[Layer], again: Callable[[], dict[str, nn.Module]]) -> None:
+        self._what = what
+        self._layers = layers
+        self._again = again
+        # The load function may look at what it loaded, and the collector may close a stream in the middle.
+        self._lock = rlock()
+        self._gone: list[tuple[Layer, frozenset[str]]] = []
+        self._state: list[tuple[int, int]] | None = None
+        self._over = False
+        self._pins: set[int] = set()
+
+    @property
+    def gone(self) -> bool:
+        """Whether any weight is away now."""
+        return bool(self._gone)
+
+    def check(self) -> None:
+        """Load once, to know that it can be done.
+
+        Raises:
+            ReloadError: It cannot, or what is loaded is something else.
+        """
+        found = self._again()
+        for layer in self._layers:
+            layer.anew(found)
+
+    def leave(self) -> int:
+        """Let the weights go that nobody else holds, unless one was written or asked for since. Returns the bytes.
+
+        Only while the changes are on, of which each layer has its copy already.
+        """
+        # Called by the collector, too, in a thread whose lock another one may be waiting for with this one's.
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            written = self._state is not None and self._state != self._now()
+            return 0 if self._over or self._pins or self._gone or written else sum(map(self._leave, self._layers))
+        finally:
+            self._lock.release()
+
+    def _leave(self, layer: Layer) -> int:
+        own, names = layer.own, frozenset(layer.digests)
+        sizes = {name: _bytes(own[name]) for name in names}
+        # First, so that whoever looks meanwhile waits for the lock and has them brought back.
+        vars(layer.module)["_parameters"] = Absent(own, names, self._needed)
+        for name in names:
+            known = weakref.ref(own[name])
+            own[name] = None
+            own[name] = known()  # what somebody else holds saves nothing by being away
+        gone = frozenset(name for name in names if own[name] is None)
+        if gone:
+            vars(layer.module)["_parameters"] = Absent(own, gone, self._needed)
+            self._gone.append((layer, gone))
+        else:
+            vars(layer.module)["_parameters"] = own
+        return sum(sizes[name] for name in gone)
+
+    def at_hand(self) -> object:
+        """Have the weights back for as long as what is returned lives.
+
+        Raises:
+            ReloadError: They cannot be loaded again.
+        """
+        pin = _Pin(self)
+        self._come_home()
+        return pin
+
+    def stay(self) -> None:
+        """Have the weights back for good.
+
+        Raises:
+            ReloadError: They cannot be loaded again.
+        """
+        self._come_home()
+        self._over = True
+
+    def pin(self, number: int) -> None:
+        """Somebody needs the weights to stay."""
+        self._pins.add(number)
+
+    def unpin(self, number: int) -> None:
+        """He does not any more."""
+        self._pins.discard(number)
+        if not self._pins:
+            self.leave()
+
+    def _come_home(self) -> None:
+        with self._lock:
+            if not self._gone:
+                return
+            found = self._again()
+            fresh = [layer.anew(found) for layer, _ in self._gone]  # all of them, before any is put in place
+            for (layer, names), weights in zip(self._gone, fresh, strict=True):
+                layer.own.update((name, weights[name]) for name in names)
+                vars(layer.module)["_parameters"] = layer.own
+            self._gone = []
+            self._state = self._now()
+
+    def _needed(self, names: str) -> None:
+        with self._lock:
+            asked = bool(self._gone)
+            self._come_home()
+            self._over = self._over or asked
+        if asked:
+            emit(
+                NotApplied(
+                    f"guard_weights='reload' of {self._what}",
+                    f"something read the {names} of a layer that computes from copies; the loaded weights were loaded"
+                    " again, and stay in memory",
+                )
+            )
+
+    def _now(self) -> list[tuple[int, int]]:
+        tensors = [layer.own.get(name) for layer in self._layers for name in layer.digests]
+        return [(0, 0) if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+class _Pin:
+    """Has weights stay while it lives."""
+
+    __slots__ = ("_let_go",)
+
+    def __init__(self, let_go: LetGo) -> None:
+        self._let_go = let_go
+        let_go.pin(id(self))
+
+    def __del__(self) -> None:
+        self._let_go.unpin(id(self))

@@ -1,0 +1,94 @@
+"""Whether what a kernel passes by, when it serves a whole block, is still what it was when the kernel learnt of it."""
+
+from __future__ import annotations
+
+from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.signatures import has_hooks, is_capture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+__all__ = ["Inside"]
+
+_KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
+"""What a forward reads of its module beside tensors and other modules: sizes, epsilons, factors, activations."""
+
+
+class Inside:
+    """What is inside a block: its modules, their classes, forwards and hooks, and what these forwards read.
+
+    Args:
+        block: The block, as it is served.
+        watched: Places besides its modules, an object and an attribute each, that must hold what they hold now.
+        read: A module in it whose outputs transformers may collect; who serves the block sees to that.
+    """
+
+    def __init__(
+        self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
+    ) -> None:
+        from torch.nn.modules import module as globally
+
+        self._read = read
+        self._inner = [inner for inner in block.modules() if inner is not block]
+        # What has nothing in it, too: a linear layer may be given an adapter.
+        self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules()]
+        self._watched = [(vars(holder), name, vars(holder).get(name)) for holder, name in watched]
+        self._watched += [
+            (vars(inner), name, value)
+            for inner in block.modules()
+            for name, value in vars(inner).items()
+            if name not in _NOT_READ and isinstance(value, _KINDS) and (inner is not block or name != "training")
+            if not _is_layer(inner)
+        ]
+        self._classes = list(map(plain_class, self._inner))
+        self._types = list(map(type, self._inner))
+        self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
+        self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
+
+    def altered(self) -> str | None:
+        """What came into the block since that the kernel would pass by, as an obstacle; `None` if nothing did."""
+        return self._hooked() or self._exchanged() or self._rewritten()
+
+    def _hooked(self) -> str | None:
+        if has_hooks(*self._inner):
+            return "there are hooks on what is inside a block, and nothing inside it is called"
+        if self._global_hooks[0] or self._global_hooks[1]:
+            return "there are hooks on the calls of all modules, and nothing inside a block is called"
+        return None
+
+    def _exchanged(self) -> str | None:
+        if [1 for holder, before in self._places if list(holder.values()) != before] or [
+            1
+            for inner in self._inner
+            if "forward" in inner.__dict__ and not (inner is self._read and is_capture(inner.__dict__["forward"]))
+        ]:  # lists, since this is asked of each block at each token, and a generator costs more
+            return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
+        if self._types != (types := list(map(type, self._inner))):
+            if self._classes != list(map(plain_class, self._inner)):
+                return "a module inside a block was given another class"
+            self._types = types  # another stage's
+        return None
+
+    def _rewritten(self) -> str | None:
+        for cls, before in self._forwards:
+            if cls.forward is not before:
+                return f"{cls.__name__} was given another forward"
+        for holder, name, before in self._watched:
+            if (value := holder.get(name)) is not before and value != before:
+                return f"{name} of a module inside a block is another"
+        return None
+
+
+_NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_super_init", "dump_patches"}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether nothing but its tensors counts of a module: torch's linear layer, by far the most frequent one."""
+    from torch import nn
+
+    return plain_class(module) is nn.Linear

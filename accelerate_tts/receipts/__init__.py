@@ -1,0 +1,1 @@
+"""Receipts: what was tried on a loaded object, what it gave, what was kept and why."""

@@ -1,0 +1,194 @@
+"""The receipt: what was tried on a loaded object, what it gave, what was kept and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from accelerate_tts.errors import printable
+from accelerate_tts.receipts.format import duration, error_text, ratio_text
+
+__all__ = ["Receipt", "StageResult"]
+
+_FORMAT = 1
+_PAGES = {".html", ".htm"}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage tried on one part.
+
+    Attributes:
+        part: The part's path from the loaded object.
+        stage: The optimisation.
+        kept: Whether it is in force.
+        reason: Why it was kept or dropped.
+        before: Median seconds of the untouched part for the warm-up's calls of it; `None` if not timed.
+        after: The same with the stage on.
+        ratio: Median of the paired ratios before / after.
+        low: The bound that the true ratio is above with 95 % confidence.
+        error: Relative error of the outputs against the untouched part's; 0.0 is bit for bit.
+        spectral: Log-spectral distance of the outputs, in dB, where they look like audio.
+        graphs: Graphs compiled, `None` for a stage that compiles none.
+        seconds: What trying it cost.
+        divergence: Of a decoder, the largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
+        sure: False for a verdict that was made while others used the machine: a later load tries it again.
+    """
+
+    part: str
+    stage: str
+    kept: bool
+    reason: str
+    before: float | None = None
+    after: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    error: float | None = None
+    graphs: int | None = None
+    seconds: float = 0.0
+    spectral: float | None = None
+    divergence: float | None = None
+    sure: bool = True
+
+    def dropped(self, reason: str) -> StageResult:
+        """The same, not in force (any more), and why."""
+        return replace(self, kept=False, reason=reason)
+
+    def figures(self) -> tuple[str, str, str, str]:
+        """Before, after, ratio and error, as short texts."""
+        error = error_text(self.error, self.spectral, self.divergence)
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error
+
+    @property
+    def verdict(self) -> str:
+        """Kept or dropped, and why."""
+        return f"{'kept' if self.kept else 'dropped'}: {self.reason}{'' if self.sure else ' (not sure)'}"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What tuning did to one loaded object. Prints as a table; `to_json` and `from_json` keep it, `to_html` shows it.
+
+    Attributes:
+        what: A short name of the object.
+        device: The device's kind and name.
+        versions: Versions of this library, torch and Python.
+        stages: Every stage tried, in order.
+        cold: Seconds of the first warm-up pass, which the user's first request no longer pays.
+        before: Median seconds of a warm-up pass of the untouched object, warm, through the public path.
+        after: The same as it now is.
+        ratio: Median of the paired ratios of those passes; 1.0 where nothing was kept.
+        error: Relative error of the whole object's output, tuned against untouched; `None` where it is not known.
+        spectral: Log-spectral distance of that output, in dB, where it looks like audio.
+        precision: What was allowed: "exact", "balanced" or "fast".
+        seconds: Seconds that all of it took.
+        notes: Whatever else the user should know, such as a check that could not be made.
+    """
+
+    what: str
+    device: str
+    versions: dict[str, str]
+    stages: tuple[StageResult, ...] = ()
+    cold: float | None = None
+    before: float | None = None
+    after: float | None = None
+    ratio: float = 1.0
+    error: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    recompiled: int = 0
+    spectral: float | None = None
+    precision: str = "exact"
+    _live: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def kept(self) -> tuple[StageResult, ...]:
+        """The stages that are in force."""
+        return tuple(stage for stage in self.stages if stage.kept)
+
+    @property
+    def unsure(self) -> tuple[StageResult, ...]:
+        """The verdicts, on stages kept and dropped, that were made on a disturbed machine."""
+        return tuple(stage for stage in self.stages if not stage.sure)
+
+    @property
+    def recompiles(self) -> int:
+        """Compilations since warm-up ended: of this moment on a live receipt, of its saving on a loaded one."""
+        return self.recompiled if self._live is None else self._live()
+
+    def to_json(self) -> str:
+        """The receipt as JSON text; numbers are seconds and ratios."""
+        frozen = replace(self, recompiled=self.recompiles, _live=None)
+        content = {key: value for key, value in asdict(frozen).items() if not key.startswith("_")}
+        return json.dumps({"format": _FORMAT, **content}, indent=2, default=str, allow_nan=False)
+
+    def to_html(self) -> str:
+        """The receipt as one HTML page, which needs no other file and runs no script."""
+        from accelerate_tts.receipts.html import to_html
+
+        return to_html(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no receipt, or one of a newer format.
+        """
+        try:
+            content = json.loads(text, parse_float=_finite, parse_constant=_finite)
+            found = content.pop("format")
+            if found != _FORMAT:
+                raise ValueError(f"receipt format {found!r} is not {_FORMAT}; use the version that wrote it")
+            known = {item.name for item in fields(cls)} - {"_live"}
+            stages = tuple(StageResult(**stage) for stage in content.pop("stages"))
+            rest = {key: value for key, value in content.items() if key in known}
+            rest["notes"] = tuple(rest["notes"])
+            loaded = cls(stages=stages, **rest)
+            # Every figure is formatted once: a value of a wrong type shows here, not when somebody looks at it.
+            _ = str(loaded), loaded.versions.items(), *((duration(s.seconds), ratio_text(s.low)) for s in stages)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"this is no receipt: {error!r}") from error
+        return loaded
+
+    def save(self, path: str | Path) -> None:
+        """Write the receipt to `path`: the page if the name ends in .html or .htm, otherwise JSON.
+
+        Only the JSON can be read again, by `from_json` and by `accelerate-tts receipt`.
+        """
+        path = Path(path)
+        is_page = path.suffix.lower() in _PAGES
+        path.write_text(self.to_html() if is_page else self.to_json(), encoding="utf-8")
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
+        rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
+        rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
+        rows = [tuple(map(printable, row)) for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [printable(f"{self.what} on {self.device}")]
+        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        cold = f"first pass {duration(self.cold)}, " if self.cold is not None else ""
+        lines.append(f"{cold}tuning took {self.seconds:.1f} s")
+        lines += [printable(f"note: {note}") for note in self.notes]
+        return "\n".join(lines)
+
+    def figures(self) -> tuple[str, str, str, str]:
+        """Before, after, ratio and error of the whole, as short texts."""
+        error = error_text(self.error, self.spectral)
+        return duration(self.before), duration(self.after), ratio_text(self.ratio), error
+
+    @property
+    def verdict(self) -> str:
+        """How many stages were kept, and the recompilations since."""
+        return f"{len(self.kept)} kept, {self.recompiles} recompiles since warm-up"
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # Python's reader takes Infinity and 1e999; JSON knows neither
+        raise ValueError(f"this is no receipt: {text} is no number of JSON")
+    return number

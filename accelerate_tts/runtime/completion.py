@@ -1,0 +1,91 @@
+"""Carry what a call returned to its end: await it, or collect what it yields."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import TimeLimitError
+from accelerate_tts.runtime import time_limit
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+__all__ = ["complete"]
+
+_GRACE = 2.0  # seconds in which another thread, whose time has passed, can still tell of it itself
+
+
+def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
+    """Carry what a call returned to its end: await it, or collect what it yields into a list.
+
+    Args:
+        result: Anything; a plain value comes back as it is.
+        loop: A running event loop of another thread to await on. Without one, a loop of our own is used.
+    """
+    if isinstance(result, AsyncIterator):
+        result = _collect(result)
+    if isinstance(result, Awaitable):
+        return _wait_for(result, loop)
+    return list(result) if isinstance(result, Iterator) else result
+
+
+async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in stream]
+
+
+async def _await(awaitable: Awaitable[Any], left: float | None) -> Any:
+    """Await it for as long as the limits of the thread that waits for it leave: those cannot interrupt a wait."""
+    if left is None:
+        return await awaitable
+    import asyncio
+
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({task}, timeout=left - min(1.0, left / 4))  # what is cancelled may have to clean up
+    finally:
+        if not task.done():
+            task.cancel()
+    if not task.done():
+        raise TimeLimitError("what it awaits did not come in time, and was cancelled")
+    return await task
+
+
+def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
+    import asyncio
+
+    left = time_limit.remaining()
+    if loop is not None:
+        future = asyncio.run_coroutine_threadsafe(_await(awaitable, left), loop)
+        return _result(future, left)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_await(awaitable, left))
+    # A synchronous load inside a running loop: that loop is blocked by us, so the coroutine gets another one. In this
+    # context: it may be a part of a call that has its turn.
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_await(awaitable, left))))
+        except BaseException as error:  # carried over to the waiting thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(work,), name="accelerate_tts-warmup").start()
+    return _result(outcome, left)
+
+
+def _result(future: Future[Any], left: float | None) -> Any:
+    """What another thread comes to; it keeps the time itself, if it can."""
+    if left is None:
+        return future.result()
+    wait((future,), left + _GRACE)
+    if not future.done():
+        future.cancel()
+        raise TimeLimitError("the thread that it waits for did not answer in time")
+    return future.result()

@@ -1,0 +1,1 @@
+"""Bound how many calls of one object run at once."""

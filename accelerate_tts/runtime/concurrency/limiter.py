@@ -1,0 +1,236 @@
+"""At most N calls of one object at once: `@inference(concurrency=N)`.
+
+The turns belong to the object: its limited methods share them, since it is the model behind them that cannot serve two
+at once. A call waits, first come first served, until fewer calls run than its own limit and those of the running ones
+allow. A coroutine waits without blocking its event loop; a stream has its turn from its first item until it ends, is
+closed or collected. What a call calls itself is a part of it and shares its turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
+from accelerate_tts.runtime.concurrency.queue import INSIDE, STREAMS, Room, Ticket, consumer, room_of, running_loop
+from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Room", "Turn", "call", "check_concurrency", "room_of"]
+
+_MOST = 2**31 - 1
+_KINDS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
+
+
+def check_concurrency(concurrency: object) -> None:
+    """Raise `SettingsError` unless `concurrency` is `None` or a number of calls: a whole number of at least 1."""
+    if concurrency is None:
+        return
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or not 1 <= concurrency <= _MOST:
+        raise SettingsError(
+            f"concurrency={shown(concurrency)} must be None (no limit) or a whole number of at least 1:"
+            " how many calls of one object may run at once"
+        )
+
+
+class Turn:
+    """One call's turn. A context manager, plain and async: entering waits for it, leaving gives it back.
+
+    Args:
+        room: Of the object.
+        limit: How many calls may run at once.
+        name: Of the function, for messages.
+    """
+
+    def __init__(self, room: Room, limit: int, name: str) -> None:
+        self._room = room
+        self._limit = limit
+        self._name = name
+        self._ticket: Ticket | None = None
+
+    def __enter__(self) -> None:
+        if self._held():
+            return
+        ticket = self._ticket = Ticket(self._limit, blocking=True)
+        # A bare lock: what wakes may run in the garbage collector, inside anything that is written in Python.
+        lock = threading.Lock()
+        lock.acquire()
+        ticket.wake = lock.release
+        self._room.post(ticket)
+        try:
+            lock.acquire()
+        except BaseException:  # Ctrl-C
+            self.end()
+            raise
+        self._refuse()
+
+    async def __aenter__(self) -> None:
+        if self._held():
+            return
+        ticket = self._ticket = Ticket(self._limit, blocking=False)
+        loop: Any = ticket.loop
+        if loop is None:
+            self._without_a_loop(ticket)
+            return
+        future: asyncio.Future[None] = loop.create_future()
+        ticket.wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
+        self._room.post(ticket)
+        try:
+            if ticket.slot is None and not ticket.refused:
+                await future
+        except BaseException:  # cancelled, in the queue or just after its turn had come
+            self.end()
+            raise
+        self._refuse()
+
+    def _without_a_loop(self, ticket: Ticket) -> None:
+        self._room.post(ticket)
+        self._room.settle(ticket)
+        if ticket.slot is None:
+            self.end()
+            raise ConcurrencyError(
+                f"{self._name} has to wait for its turn, and coroutines wait on an asyncio event loop only;"
+                " run it with asyncio, or leave concurrency= out"
+            )
+
+    def _refuse(self) -> None:
+        ticket = self._ticket
+        if ticket is not None and ticket.refused:
+            self.end()
+            raise ConcurrencyError(
+                f"{self._name} would wait for ever: concurrency={self._limit}, and the turn belongs to a call that"
+                " cannot go on until this one returns. Close a stream before the next call; on an event loop call"
+                " a plain function as `await asyncio.to_thread(function, ...)`"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.end()
+
+    def __del__(self) -> None:
+        self.end()
+
+    def _held(self) -> bool:
+        return self._ticket is not None and not self._ticket.ended
+
+    @contextmanager
+    def kept_if_shared(self) -> Generator[None, None, None]:
+        """As the turn itself, but it is kept for what is returned if a stream was begun that shares it."""
+        self.__enter__()
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
+        slot = None if self._ticket is None else self._ticket.slot
+        if slot is None or len(slot.holders) == 1:
+            self.end()
+
+    def end(self) -> None:
+        """Give the turn back, or leave the queue. Harmless a second time."""
+        ticket = self._ticket
+        if ticket is not None and not ticket.ended:
+            ticket.ended = True
+            self._room.post(ticket)
+
+    @contextmanager
+    def inside(self) -> Generator[None, None, None]:
+        """Around each step of the call: what it calls shares its turn."""
+        slot = None if self._ticket is None else self._ticket.slot
+        if slot is None:
+            yield
+            return
+        token = INSIDE.set((*INSIDE.get(), slot))
+        try:
+            yield
+        finally:
+            INSIDE.reset(token)
+            slot.consumer, slot.loop = consumer(), running_loop()
+            known = STREAMS.get()
+            if slot not in known:
+                STREAMS.set((*(other for other in known if other.holders), slot))
+
+
+def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:
+    """Make a call when its turn comes, and step what it returned when that one's turn comes.
+
+    Args:
+        room: Of the object.
+        limit: How many calls may run at once.
+        function: The function that `make` calls.
+        make: Makes the call; of coroutines, generators and async generators it returns those of Python itself.
+    """
+    turn = Turn(room, limit, str(getattr(function, "__qualname__", type(function).__qualname__)))
+    if _flags(function) & _KINDS:
+        result = make()  # nothing of it has run yet
+    else:
+        with turn.kept_if_shared(), turn.inside():
+            result = make()
+    kind = type(result)
+    if kind is types.CoroutineType:
+        return named_like(result, _coroutine(turn, Owning(result, Scoped(turn.inside))))
+    if kind is types.GeneratorType:
+        return named_like(result, _generator(turn, result))
+    if kind is types.AsyncGeneratorType:
+        return named_like(result, drive_async(result, _InTurn(turn)))
+    turn.end()
+    return result
+
+
+class _InTurn(Scoped):
+    """Has the turn from the first step of an async generator until it ends."""
+
+    __slots__ = ("turn",)
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn.inside)
+        self.turn: Turn | None = turn
+
+    async def ready(self) -> None:
+        if self.turn is not None:
+            await self.turn.__aenter__()
+
+    def closed(self) -> None:
+        if self.turn is not None:
+            self.turn.end()
+            self.turn = None
+
+
+async def _coroutine(turn: Turn, body: Owning) -> Any:
+    async with turn:
+        return await body
+
+
+def _generator(turn: Turn, body: Any) -> Generator[Any, Any, Any]:
+    with turn:
+        return (yield from drive(body, Scoped(turn.inside)))
+
+
+def _flags(function: Any) -> int:
+    """The code flags of a function, below whatever hides them: partials, bound methods, `functools.wraps`."""
+    for _ in range(100):  # a chain of wrappers may lead back to itself
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif isinstance(function, (types.MethodType, classmethod, staticmethod)):
+            function = function.__func__
+        else:
+            break
+    called: Any = function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
+    code = getattr(called, "__code__", None)
+    return code.co_flags if isinstance(code, types.CodeType) else 0
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,1 @@
+"""Check the outputs of calls, and repeat a faulty call on the untouched model."""

@@ -1,0 +1,313 @@
+"""When a tuned object may be switched: never while another call is in the middle of it.
+
+A model that is switched under a call's feet computes one layer with the changes and the next one without, in another
+precision: such a call would raise, or give what neither model gives. So calls tell when they are inside, a switch waits
+for a moment at which no other call is, and calls that come meanwhile wait at the door. Nobody waits for longer than
+`PATIENCE`, nor for a call that waits for him: the calls that he is a part of, and coroutines of an event loop that he
+blocks. A call that cannot have its second attempt then is given as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NoReturn
+
+from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.concurrency.queue import running_loop
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["PATIENCE", "WITHIN", "BusyError", "Gate", "Hold", "Step"]
+
+PATIENCE = 10.0
+"""Seconds that a switch waits for the calls which are under way, and calls that come meanwhile for the switch."""
+_POLL = 0.005  # seconds between two looks of a coroutine: it may wait on no lock
+_OPEN = 10.0  # times the patience for which the door stays open after waiting at it has been in vain
+
+WITHIN: ContextVar[tuple[Step, ...]] = ContextVar("accelerate_tts_within", default=())
+"""The guarded calls that the present code is a part of, the outermost first."""
+
+
+class BusyError(Exception):
+    """Other calls were under way all the time. Never leaves the guard."""
+
+
+class Step:
+    """A guarded call, while it may be inside the model.
+
+    Attributes:
+        loop: The event loop that its coroutine runs on; `None` for any other call.
+        obstacle: Why it must not be made again, or "": something that it called must not.
+    """
+
+    __slots__ = ("__weakref__", "loop", "obstacle", "process")
+
+    def __init__(self) -> None:
+        self.loop: object = None
+        self.obstacle = ""
+        self.process = os.getpid()
+
+
+class Hold:
+    """Has an object untouched until it is released, or collected.
+
+    Args:
+        gate: Of the object.
+        pin: What has the loaded weights at hand.
+    """
+
+    __slots__ = ("__weakref__", "_gate", "pin", "process")
+
+    def __init__(self, gate: Gate, pin: object) -> None:
+        self._gate = gate
+        self.pin = pin
+        self.process = os.getpid()
+
+    def release(self) -> None:
+        """Have the changes put in force again, as soon as nobody needs them off. Harmless a second time."""
+        self._gate.release(self)
+        self.pin = None
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class Gate:
+    """Switches one object.
+
+    Args:
+        on: Puts its changes in force. Idempotent.
+        off: Puts it back as it was loaded. Idempotent.
+        patience: See `PATIENCE`.
+        tell: Called with why the changes stay off, if they do.
+    """
+
+    def __init__(
+        self, on: Callable[[], None], off: Callable[[], None], patience: float, tell: Callable[[str], None]
+    ) -> None:
+        self._on, self._off = on, off
+        self._patience = patience
+        self._tell = tell
+        # Taken again by the same thread where the collector closes an abandoned stream in here.
+        self._changed = threading.Condition(rlock())
+        # Weakly: what an interruption keeps from being taken out goes with its call.
+        self._inside: weakref.WeakSet[Step] = weakref.WeakSet()
+        self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+        self._pins: list[object] = []
+        self._waiting = 0
+        self._is_off = False  # or may be, where an interruption came in the middle of a switch
+        self._leaving = self.over = False
+        self._shut_from = 0.0
+        self._told = False
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def enter(self, step: Step, *, wait: bool) -> None:
+        """A step begins: wait at the door if a switch is under way, but never in vain."""
+        with self._changed:
+            self._settle()
+            while wait and self._is_shut() and not self._in_vain():
+                self._changed.wait(self._shut_from + self._patience - time.monotonic())
+                self._settle()
+            self._inside.add(step)
+
+    async def ready(self) -> None:
+        """Wait at the door as a coroutine."""
+        if not self._is_shut() or running_loop() is None:
+            return
+        import asyncio
+
+        while self._is_shut():
+            await asyncio.sleep(_POLL)
+            with self._changed:
+                self._settle()
+
+    def leave(self, step: Step) -> None:
+        """A step ends. Harmless a second time."""
+        with self._changed:
+            self._inside.discard(step)
+            self._settle()
+            self._changed.notify_all()
+
+    def _is_shut(self) -> bool:
+        draining = self._is_off and not self._held()
+        if self.over or not (self._waiting or draining or self._leaving):
+            return False
+        late = time.monotonic() - self._shut_from
+        if late < 0.0 or any(step in self._inside for step in WITHIN.get()):
+            return False
+        if late < self._patience:
+            return True
+        self._shut_from += late + _OPEN * self._patience
+        if draining and not self._told:
+            self._told = True
+            self._tell("calls overlap without a gap in which it could be switched, so it serves as it was loaded")
+        return False
+
+    # --- switching ------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """How many need the object untouched now."""
+        with self._changed:
+            return self._held()
+
+    def hold(self, pin: object, *, force: bool = False) -> Hold:
+        """Wait for a gap between calls, and have the object untouched.
+
+        Args:
+            pin: What has the loaded weights at hand.
+            force: Switch after `patience` even if there are calls under way.
+
+        Raises:
+            BusyError: There was no gap, and `force` is off.
+        """
+        hold = Hold(self, pin)
+        with self._changed:
+            self._await_gap(force=force)
+            self._take(hold)
+        return hold
+
+    async def hold_later(self, pin: object) -> Hold:
+        """`hold`, as a coroutine."""
+        hold = Hold(self, pin)
+        end = time.monotonic() + self._patience
+        with self._waits():
+            while True:
+                with self._changed:
+                    if self._is_free():
+                        self._take(hold)
+                        return hold
+                if time.monotonic() >= end or running_loop() is None:
+                    self._busy()
+                import asyncio
+
+                await asyncio.sleep(_POLL)
+
+    def release(self, hold: Hold) -> None:
+        """See `Hold.release`."""
+        with self._changed:
+            if hold in self._holds:
+                self._pins.append(hold.pin)  # calls that came meanwhile need the loaded weights, too
+                self._holds.discard(hold)
+                self._shut_from = time.monotonic()
+            self._settle()
+            self._changed.notify_all()
+
+    def end(self, *, wait: bool) -> None:
+        """Put the object back for good.
+
+        Args:
+            wait: Wait for a gap, and then do it even if there is none; else it is done at the next gap.
+        """
+        with self._changed:
+            self._leaving = True
+            self._shut_from = time.monotonic()
+            if wait:
+                self._await_gap(force=True)
+                self._finish()
+            else:
+                self._settle()
+
+    def _held(self) -> int:
+        process = os.getpid()  # what other threads held when this process was forked nobody will ever give back
+        return sum(hold.process == process for hold in self._holds)
+
+    def _is_free(self) -> bool:
+        return self.over or self._is_off or not self._others()
+
+    def _others(self) -> list[Step]:
+        """The calls that are inside and that the present code is no part of."""
+        own, process = WITHIN.get(), os.getpid()
+        return [step for step in self._inside if step.process == process and step not in own]
+
+    def _in_vain(self) -> bool:
+        """Whether one of the others cannot go on while this thread waits."""
+        loop = running_loop()
+        return loop is not None and any(step.loop is loop for step in self._others())
+
+    def _await_gap(self, *, force: bool) -> None:
+        end = time.monotonic() + self._patience
+        with self._waits():
+            while not self._is_free():
+                left = end - time.monotonic()
+                if left > 0.0 and not self._in_vain():
+                    self._changed.wait(left)
+                elif force:
+                    return
+                else:
+                    self._busy()
+
+    def _busy(self) -> NoReturn:
+        raise BusyError("other calls of the object were under way")
+
+    def _waits(self) -> _Waits:
+        return _Waits(self)
+
+    def wait_more(self, more: int) -> None:
+        """Count those who wait for a gap."""
+        with self._changed:
+            if more > 0 and not self._waiting:
+                self._shut_from = time.monotonic()
+            self._waiting += more
+            self._changed.notify_all()
+
+    def _take(self, hold: Hold) -> None:
+        try:
+            if not (self._is_off or self.over):
+                self._is_off = True  # first: interrupted half-way, it is put in force again by `_settle`
+                self._off()
+            self._holds.add(hold)
+        except BaseException:
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        """Switch as it should be, if nobody else is inside."""
+        if self.over or not (self._is_off or self._leaving):
+            return
+        if self._leaving and (self._is_off or not self._others()):
+            self._finish()
+        elif self._is_off and not self._held() and not self._others():
+            try:
+                self._on()
+            except Exception as error:  # for want of memory, say: untouched it is right, half of it would not be
+                self._finish()
+                self._tell(f"it could not be put in force again: {type(error).__name__}: {error}")
+            else:
+                self._is_off = self._told = False
+                self._pins.clear()
+
+    def _finish(self) -> None:
+        self._is_off = True
+        self._off()
+        self.over = True
+
+
+class _Waits:
+    """Somebody waits for a gap."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.wait_more(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.wait_more(-1)

@@ -1,0 +1,378 @@
+"""Make a guarded call, look at what it gives, and make a faulty one again on the untouched model.
+
+The second attempt has the same random numbers: their states are kept from before the first. The object is untouched
+from the beginning of the second attempt to its end, also while a coroutine waits (for a thread, perhaps, in which the
+model runs) and while the consumer of a stream has a piece.
+
+Only a faulty output has a call made again: no error does, nor anything that another call did.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import ReloadError
+from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.concurrency.queue import running_loop
+from accelerate_tts.runtime.drive import SKIPPED, Again, Hooks, Owning, Scoped, drive, drive_async, named_like
+from accelerate_tts.runtime.guard import checks
+from accelerate_tts.runtime.guard.checks import Heard, Units
+from accelerate_tts.runtime.guard.gate import WITHIN, BusyError, Hold, Step
+from accelerate_tts.runtime.guard.guard import Guarding, Holds, Listener, Watcher, retrying
+from accelerate_tts.runtime.rng import random_states
+
+if TYPE_CHECKING:
+    from accelerate_tts.runtime.mode_choice import ModeChoice
+    from accelerate_tts.settings import Mode
+
+__all__ = ["call"]
+
+_OURS = "made again on the untouched model with the same seed"
+_GIVEN = "it was given as it is: {}"
+
+
+def call(  # noqa: PLR0913 - a call, and how it is made
+    watcher: Watcher,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: Mode,
+    *,
+    instance: object = None,
+    retry: bool = True,
+    choice: ModeChoice | None = None,
+) -> Any:
+    """`modes.call`, and a look at what comes of it: of a plain call at once, of the other kinds as they are stepped.
+
+    Args:
+        watcher: Who looks.
+        function: What is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        mode: What it runs in.
+        instance: The object whose method it is.
+        retry: Whether it may be made again.
+        choice: See `modes.call`.
+    """
+    attempt = _Attempt(watcher, function, args, kwargs, mode)
+    attempt.instance, attempt.once, attempt.choice = instance, not retry, choice
+    attempt.keep_random()
+    with attempt.inside():
+        result = attempt.make()
+    kind = type(result)  # modes.call gives these three kinds only, whatever the function gave
+    if kind is types.CoroutineType:
+        return named_like(result, _coroutine(attempt, Owning(result, Scoped(nullcontext))))
+    if kind is types.GeneratorType:
+        return named_like(result, drive(result, _Stream(attempt)))
+    if kind is types.AsyncGeneratorType:
+        attempt.runs_on_a_loop()
+        return named_like(result, drive_async(result, _Stream(attempt)))
+    fault = attempt.fault_of(result)
+    hold = None if fault is None else attempt.hold(fault)
+    if hold is None:
+        return result
+    with attempt.second(hold):
+        result = attempt.make()
+        attempt.settle(same=attempt.fault_of(result) is not None)
+    return result
+
+
+class _Attempt:
+    """One call, and what is needed to make it again."""
+
+    def __init__(
+        self, watcher: Watcher, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode
+    ) -> None:
+        self.watcher = watcher
+        self.guarding = watcher if isinstance(watcher, Guarding) else None
+        self.name = str(getattr(function, "__qualname__", type(function).__qualname__))
+        self._call = function, args, kwargs
+        self._mode = mode
+        self.choice: ModeChoice | None = None
+        self.units = checks.units_of(args, kwargs, function)
+        self._given = (*args, *kwargs.values())
+        self._random: Callable[[], None] | None = None
+        self.fault = ""
+        self.instance: object = None
+        self.once = False
+        self._step = Step()
+
+    def make(self) -> Any:
+        """Make the call, inside its mode."""
+        mode: Any = self._mode if self.choice is None else self.choice.mode
+        return inference_mode.call(*self._call, mode, self.choice)
+
+    @contextmanager
+    def inside(self, *, wait: bool = True) -> Generator[None, None, None]:
+        """While open, the call may be inside the model.
+
+        Args:
+            wait: Wait until that is not being switched.
+        """
+        if self.guarding is None:
+            yield
+            return
+        before = WITHIN.get()
+        try:
+            self.guarding.enter(self._step, wait=wait)
+            WITHIN.set((*before, self._step))
+            yield
+        finally:
+            WITHIN.set(before)
+            self.guarding.leave(self._step)
+
+    async def ready(self) -> None:
+        """Wait as a coroutine until the model is not being switched."""
+        if self.guarding is not None:
+            await self.guarding.ready()
+
+    def runs_on_a_loop(self) -> None:
+        """Whoever blocks the event loop that it runs on cannot wait for it."""
+        self._step.loop = running_loop()
+
+    def keep_random(self) -> None:
+        """Remember the states of all random numbers; again where a body begins to run later than it was called."""
+        if self.guarding is not None and not self.once:
+            self._random = random_states((*self._given, self.instance))
+
+    def fault_of(self, result: Any) -> str | None:
+        """What is wrong with a whole result."""
+        return self.watcher.judge(self.name, self.units, checks.hear(result), whole=True)
+
+    def obstacle(self) -> str:
+        """Why the call must not be made again, or ""."""
+        if self.once:
+            return "the function has retry=False"
+        # The first attempt has used them up; also an open file.
+        used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)
+        return "an argument can be read once only" if used else self._step.obstacle
+
+    def given(self, fault: str, why: str) -> None:
+        """Count a fault of what was given as it is."""
+        if self.guarding is not None:
+            self.guarding.count(self.name, fault, _GIVEN.format(why))
+
+    def hold(self, fault: str) -> Hold | Holds | None:
+        """What has the object untouched, to make the call again; `None` if that is not to be."""
+        obstacle = self.obstacle()
+        if self.guarding is None:
+            return None
+        try:
+            if not obstacle:
+                self.fault = fault
+                return self.guarding.hold()
+        except (ReloadError, BusyError) as error:
+            obstacle = str(error)
+        self.given(fault, obstacle)
+        return None
+
+    async def hold_later(self, fault: str) -> Hold | Holds | None:
+        """`hold`, as a coroutine."""
+        obstacle = self.obstacle()
+        if self.guarding is None:
+            return None
+        try:
+            if not obstacle:
+                self.fault = fault
+                return await self.guarding.hold_later()
+        except (ReloadError, BusyError) as error:
+            obstacle = str(error)
+        self.given(fault, obstacle)
+        return None
+
+    @contextmanager
+    def second(self, hold: Hold | Holds) -> Generator[None, None, None]:
+        """What a second attempt is made in, from its beginning to its end."""
+        try:
+            with retrying():
+                self.put_random_back()
+                yield
+        finally:
+            hold.release()
+
+    def put_random_back(self) -> None:
+        """Give the second attempt the random numbers of the first."""
+        if self._random is not None:
+            self._random()
+
+    def settle(self, *, same: bool) -> None:
+        """Say whose fault it was, by whether the second attempt has one, too. Before the object is switched back."""
+        if self.guarding is not None:
+            if same:
+                self.guarding.own(self.name, self.fault)
+            else:
+                self.guarding.count(self.name, self.fault, _OURS)
+
+
+async def _coroutine(attempt: _Attempt, body: Owning) -> Any:
+    attempt.runs_on_a_loop()
+    await attempt.ready()
+    attempt.keep_random()
+    with attempt.inside(wait=False):
+        result = await body
+    fault = attempt.fault_of(result)
+    hold = None if fault is None else await attempt.hold_later(fault)
+    if hold is None:
+        return result
+    with attempt.second(hold):
+        result = attempt.make()
+        result = await result if type(result) is types.CoroutineType else result
+        attempt.settle(same=attempt.fault_of(result) is not None)
+    return result
+
+
+class _Stream(Hooks):
+    """Looks at the pieces of a stream, and has it begin again.
+
+    A second attempt begins anew, so what was delivered already is skipped: by samples where all pieces are waves, since
+    the untouched model may cut them elsewhere, by pieces otherwise.
+    """
+
+    def __init__(self, attempt: _Attempt) -> None:
+        self.attempt = attempt
+        self._begun = self._driven = False
+        self._hold: Hold | Holds | None = None
+        self._pending = False
+        self._all = Heard()
+        self._pieces = 0
+        self._samples: int | None = 0
+        self._to_skip = 0
+        self._seen = 0
+
+    # --- hooks ----------------------------------------------------------------------------------------------------
+
+    def span(self, *, closing: bool) -> AbstractContextManager[Any]:
+        """Untouched, in a second attempt; else the call may be inside the model."""
+        if self._hold is not None:
+            return retrying()
+        if not self._begun:
+            self._begun = True
+            self.attempt.keep_random()
+        return self.attempt.inside(wait=not closing)
+
+    async def ready(self) -> None:
+        """See `_Attempt.ready`."""
+        if self._hold is None:
+            await self.attempt.ready()
+
+    def got(self, item: Any) -> Any:
+        """The item, or what of it is new; or the second attempt."""
+        if self._hold is not None:
+            return self._new_of(item)
+        fault = self._fault_with(item)
+        if fault is not None and self._may_begin_again(fault):
+            self._hold = self.attempt.hold(fault)
+            self._told_once()
+        return self._counted(item) if self._hold is None else self._again()
+
+    async def got_later(self, item: Any) -> Any:
+        """`got`, as a coroutine."""
+        if self._hold is not None:
+            return self._new_of(item)
+        fault = self._fault_with(item)
+        if fault is not None and self._may_begin_again(fault):
+            self._hold = await self.attempt.hold_later(fault)
+            self._told_once()
+        return self._counted(item) if self._hold is None else self._again()
+
+    def ended(self) -> Again | None:
+        """All of the stream has come."""
+        if self._is_empty():
+            self._hold = self.attempt.hold("silent")
+            return None if self._hold is None else self._again()
+        return None
+
+    async def ended_later(self) -> Again | None:
+        """`ended`, as a coroutine."""
+        if self._is_empty():
+            self._hold = await self.attempt.hold_later("silent")
+            return None if self._hold is None else self._again()
+        return None
+
+    def sent(self) -> None:
+        """What was sent cannot be sent again."""
+        self._driven = True
+
+    def closed(self) -> None:
+        """The object may be switched back."""
+        if self._hold is not None:
+            self._hold.release()
+
+    # --- what comes of it -----------------------------------------------------------------------------------------
+
+    def _again(self) -> Again:
+        self._pending, self._to_skip = True, self._samples or 0
+        with retrying():
+            self.attempt.put_random_back()
+            return Again(self.attempt.make())
+
+    def _may_begin_again(self, fault: str) -> bool:
+        attempt = self.attempt
+        if attempt.guarding is None:
+            return False
+        obstacle = "values were sent into the stream" if self._driven else attempt.obstacle()
+        if obstacle:
+            attempt.given(fault, obstacle)
+            self._told_once()
+        return not obstacle
+
+    def _told_once(self) -> None:
+        if self._hold is None:
+            self.attempt.watcher = Listener()
+
+    def _counted(self, item: Any) -> Any:
+        self._pieces += 1
+        size = checks.size_of(item)
+        self._samples = None if size is None or self._samples is None else self._samples + size
+        return item
+
+    def _new_of(self, item: Any) -> Any:
+        """What of a second attempt's piece was not delivered yet."""
+        self._seen += 1
+        size = checks.size_of(item)
+        if self._samples is not None and size is not None:
+            skipped, self._to_skip = self._to_skip, max(0, self._to_skip - size)
+            if skipped > 0:
+                item = SKIPPED if size <= skipped else checks.cut(item, skipped)
+        elif self._seen <= self._pieces:
+            item = SKIPPED
+        if item is not SKIPPED and self._pending:
+            # A runaway stream that goes on where the first one was broken off runs away, too.
+            self._settle(same=self._judge(checks.hear(item)) is not None or self.attempt.fault == "too long")
+        return item
+
+    def _fault_with(self, item: Any) -> str | None:
+        """What is wrong with a piece of the first attempt, or with all of it so far."""
+        heard = checks.hear(item)
+        self._all = self._all.joined(heard)
+        fault = self._judge(heard)
+        if fault is None:
+            total = Heard(audio=self._all.audio, samples=self._all.samples)  # length alone
+            fault = self.attempt.watcher.judge(self.attempt.name, self.attempt.units, total, whole=False)
+        return fault
+
+    def _judge(self, heard: Heard) -> str | None:
+        return self.attempt.watcher.judge(self.attempt.name, Units(), heard, whole=False)
+
+    def _is_empty(self) -> bool:
+        """Whether nothing came, there was something to say, and it may be made again; tells what else is wrong."""
+        if self._hold is not None:
+            if self._pending:
+                self._settle(same=self._pieces == 0 and self.attempt.fault == "silent")
+            return False
+        attempt = self.attempt
+        total = self._all if self._pieces else Heard(audio=True)  # nothing at all is the deepest silence
+        fault = attempt.watcher.judge(attempt.name, attempt.units, total, whole=True)
+        if fault != "silent" or attempt.guarding is None:
+            return False  # what else there is was told when it came
+        if self._pieces == 0:
+            return self._may_begin_again(fault)
+        attempt.given(fault, "all of it was delivered")
+        return False
+
+    def _settle(self, *, same: bool) -> None:
+        self._pending = False
+        self.attempt.settle(same=same)

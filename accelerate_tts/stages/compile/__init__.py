@@ -1,0 +1,1 @@
+"""Stages that compile: torch.compile of whole parts and of repeated blocks."""

@@ -1,0 +1,280 @@
+"""inductor, as the stages use it: graphs are counted, weights may be frozen, dynamo is not silent about its limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import types
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import Context
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import Recompiled, emit
+from accelerate_tts.patching.weight_versions import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch import nn
+
+__all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "guard_of", "options", "reason_of"]
+
+
+class Frozen(Weights):
+    """What a call with frozen weights needs: inductor's options, and to know when the weights are others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._modules = [(inner._modules, list(inner._modules.values())) for inner in module.modules()]
+
+    def outdated(self) -> bool:
+        """See `Weights.outdated`; or a module inside was exchanged."""
+        return [1 for holder, before in self._modules if list(holder.values()) != before] != [] or super().outdated()
+
+    def options(self) -> Any:
+        """The options, for this thread: dynamo reads one of them while it traces, which may happen at any call."""
+        from torch._inductor import config
+
+        return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0)
+
+
+class Counter:
+    """Counts graphs. Apart from the call, because dynamo keeps every backend, and what that refers to, for ever."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.graphs = 0
+        self.sealed = False
+        self.left_out = False
+        self.guard = ""  # that failed last
+
+    def count(self, shapes: str) -> None:
+        """One more graph, for inputs of these shapes."""
+        self.graphs += 1
+        if self.sealed:
+            emit(Recompiled(self.what, self.graphs, shapes, self.guard))
+
+
+@cache
+def _settings_are_the_threads() -> bool:
+    """Whether what is set of dynamo's configuration is set for this thread alone (torch 2.12), or for the process."""
+    from torch._dynamo import config
+
+    before = config.error_on_recompile
+    Context().run(setattr, config, "error_on_recompile", not before)
+    if config.error_on_recompile == before:
+        return True
+    config.error_on_recompile = before
+    return False
+
+
+class _Strictness(threading.local):
+    """Whether this thread's call may compile, where dynamo's own setting would be every thread's."""
+
+    strict = False
+
+
+_strictness = _Strictness()
+
+
+class _Process:
+    """Stands in for `_Dynamo` where dynamo's settings are the process's: other threads' calls must not be told ours."""
+
+    __slots__ = ("_before", "_strict")
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def __enter__(self) -> None:
+        self._before, _strictness.strict = _strictness.strict, self._strict
+
+    def __exit__(self, *_exception: object) -> None:
+        _strictness.strict = self._before
+
+
+class _Dynamo:
+    """dynamo's configuration during a call; `config.patch` makes a class each time, which 30 blocks pay for a token."""
+
+    __slots__ = ("_before", "_strict")
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config
+
+        self._before = (config.fail_on_recompile_limit_hit, config.error_on_recompile)
+        config.fail_on_recompile_limit_hit = True
+        config.error_on_recompile = self._strict
+
+    def __exit__(self, *_exception: object) -> None:
+        from torch._dynamo import config
+
+        config.fail_on_recompile_limit_hit, config.error_on_recompile = self._before
+
+
+@contextmanager
+def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
+    with _Dynamo(strict), frozen.options():
+        yield
+
+
+@contextmanager
+def _frozen_in_process(frozen: Frozen) -> Generator[None]:
+    # Another thread that compiles meanwhile is told the same: while tuning, not in service, where calls are strict.
+    with _Process(strict=False), frozen.options():
+        yield
+
+
+def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextManager[None]:
+    """What dynamo and inductor have to know during a call of something compiled.
+
+    All of it is this thread's own, and dynamo reads it while it traces, which may happen at any call. Without
+    `fail_on_recompile_limit_hit`, dynamo answers its limit of 8 graphs by running the function uncompiled for ever,
+    without a word to us. Before torch 2.12 (and its names before 2.7 are others) all of that is the process's, and
+    another thread's `torch.compile` would fail of it: then `compile_function` finds out by itself, without settings.
+
+    Args:
+        frozen: The weights that become constants, if any.
+        strict: Raise `RecompileError`, which names the guard that failed, instead of compiling once more.
+    """
+    if not _settings_are_the_threads():
+        return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
+    return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
+
+
+def compile_function(
+    function: Callable[..., Any], mode: str, counter: Counter, *, fullgraph: bool = False
+) -> Callable[..., Any]:
+    """torch.compile of a function, lazily, with dynamic lengths.
+
+    Args:
+        function: A closure of its own: dynamo keeps its graphs, and counts its limit of 8, by code object.
+        mode: torch.compile's mode.
+        counter: Counts the graphs.
+        fullgraph: Whether a graph break is an error.
+    """
+    import torch
+
+    _mend_workers()  # before inductor is imported, which may start them
+    _mend_collector()
+    from torch._inductor import list_mode_options
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():  # which dynamo takes for true: no graph has this branch
+            _run_uncompiled(counter)
+        return function(*args, **kwargs)
+
+    plain = call if _settings_are_the_threads() else watched
+    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, "call", None, plain.__closure__)
+    # fallback_random: the compiled graph draws the same random numbers as eager does.
+    patches = {**list_mode_options(mode), "fallback_random": True}
+    inductor = _inductor()
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        shapes = _shapes(inputs)
+        compiled = inductor(graph, inputs, config_patches=patches)
+        # Now: where the compiler finds that a number (an epsilon) is a constant, dynamo comes here again for the same.
+        counter.count(shapes)
+        return compiled
+
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
+    return compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
+
+
+def _never_compiling_if_strict(
+    own: Callable[..., Any], compiled: Callable[..., Any], counter: Counter
+) -> Callable[..., Any]:
+    """The compiled function; of a strict call only the graphs that there are, by dynamo's own mode for that."""
+    import torch
+
+    graphs_alone: Callable[..., Any] = torch._dynamo.run(own)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (graphs_alone if _strictness.strict and not counter.left_out else compiled)(*args, **kwargs)
+
+    return either
+
+
+def _run_uncompiled(counter: Counter) -> None:
+    """What a function has to do that dynamo runs as it is: say why, as newer releases of dynamo do."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError
+
+    limit = getattr(config, "recompile_limit", None) or config.cache_size_limit  # before torch 2.7
+    if _strictness.strict and not counter.left_out:
+        raise RecompileError("a call that no graph is for; torch before 2.12 does not say which guard failed")
+    if counter.graphs >= limit:
+        raise FailOnRecompileLimitHit(f"it has {counter.graphs} graphs, and {limit} are the limit")
+    counter.left_out = True  # dynamo compiles what the function calls, but not itself
+
+
+def _mend_workers() -> None:
+    """Let inductor's worker processes start in spite of a typing.py beside torch.
+
+    The PyPI package `typing` 3.7.4.3 (a Python 2 backport that resemblyzer 0.1.4 asks for) puts one there. inductor
+    (torch 2.14) gives its workers that folder before the standard library, and they die of it; the variable by which
+    it can be told otherwise is set to this process's own order, which is what older releases gave them.
+    """
+    import torch
+
+    if (Path(torch.__file__).parent.parent / "typing.py").exists():
+        os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def _mend_collector() -> None:
+    """Let threads that ask for hidden states go on while another one compiles.
+
+    transformers 5 (to 5.23) keeps what a call collects of them in a variable of the context, and in one of the process
+    while something compiles; and torch.compiler.is_compiling(), by which it tells, is true in every thread then (torch
+    2.14). So a request of another thread gets none, or another one's. Only code that dynamo traces needs the second
+    variable, and `is_dynamo_compiling` is true of that code alone.
+    """
+    import torch
+
+    module: Any = sys.modules.get("transformers.utils.output_capturing")
+    if hasattr(module, "is_torchdynamo_compiling"):
+        module.is_torchdynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _inductor() -> Any:
+    from torch._dynamo import lookup_backend
+
+    return lookup_backend("inductor")
+
+
+def _shapes(inputs: list[Any]) -> str:
+    # A graph's inputs begin with sizes and weights; the user's own come last.
+    shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
+    return ", ".join(str(shape) for shape in shapes[-3:]) or "an input without tensors"
+
+
+def clone_outputs(result: Any) -> Any:
+    """Copies of a result's tensors."""
+    # A CUDA graph writes its outputs to the same addresses at every replay.
+    import torch
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
+
+
+def guard_of(error: BaseException) -> str:
+    """The guard that failed, of dynamo's `RecompileError`: the first of those that it lists."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    guards = [line for line in lines if re.match(r"\d+/\d+: ", line)]
+    return guards[0].split(": ", 1)[1].split("  # ")[0].strip() if guards else (lines or [""])[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what the compiler really failed of."""
+    # dynamo wraps what inductor raised; the inner error is the one that names the missing compiler.
+    inner = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,264 @@
+"""The repeated blocks of a part, compiled once for all of them (regional compilation). Exact to rounding.
+
+A transformer is one block thirty times over. Compiled as a whole it is traced thirty times over, which takes minutes;
+one block takes seconds, its graph takes the weights as inputs, and every block of the row calls it. Where a block is
+called with a growing cache (kv_cache.py) and one token, the graph writes the token's keys and values into the cache's
+buffers, at dynamic lengths: this is the decode step of an autoregressive model, whoever drives its loop. The prompt, a
+cache of another kind, attention weights asked for, a length beyond the largest buffer and kinds of call that were not
+warmed up take upstream's own forward and the same cache, so nothing is lost on the way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import FellBack, emit
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.signatures import parameters_of
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.locks import rlock
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
+from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.compile.inductor import Counter, compile_function, guard_of, options, reason_of
+from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.call_args import Told, cache_name, take_cache, token_layer
+from accelerate_tts.stages.decode.growing_cache import growing_caches
+from accelerate_tts.stages.layers.weight_norm import has_folds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["CompiledBlocksStage"]
+
+_MOST_ROWS = 3
+"""Kinds of blocks of one part that are compiled, those with the most weights first."""
+
+
+class CompiledBlocksStage(BaseStage):
+    """Compiles a part's repeated blocks, one graph for each kind of block.
+
+    Args:
+        mode: torch.compile's mode.
+    """
+
+    name = "compiled blocks"
+    group = "compilation"
+    cost = 15.0
+    least_share = 0.15
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.module._compiled_call_impl is not None:
+            return "is compiled already"
+        return None if _rows(part.module) else "no repeated blocks in it"
+
+    def prepare(self, part: Part) -> _CompiledBlocks:
+        """See `Stage.prepare`. Compiles nothing yet."""
+        return _CompiledBlocks(part, self._mode)
+
+
+def _rows(module: nn.Module) -> list[list[nn.Module]]:
+    """Blocks that differ in nothing but their weights' values, in the order in which they lie in their list."""
+    from torch import nn
+
+    rows: list[list[nn.Module]] = []
+    others: dict[Any, list[nn.Module]] = {}
+    for holder in module.modules():
+        if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
+            continue
+        alike: dict[Any, list[nn.Module]] = {}
+        for block in holder:
+            if isinstance(block, (nn.ModuleList, nn.ModuleDict)):  # is never called
+                continue
+            if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
+                alike.setdefault(_kind(block), []).append(block)
+        for kind, row in alike.items():
+            # A place in a list is the place in the cache; without a cache, blocks of several lists share a graph.
+            if cache_name(parameters_of(plain_class(row[0]))) is not None:
+                rows += [row]
+            else:
+                others.setdefault(kind, []).extend(row)
+    rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be in two places
+    rows = [row for row in rows if len(row) > 1]
+    fused = in_fused(module)
+    rows = [row for row in rows if row[0] not in fused]
+    inside = {inner for row in rows for block in row for inner in block.modules() if inner is not block}
+    outermost = [row for row in rows if row[0] not in inside]
+    return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
+
+
+def _place(block: Any, number: int) -> int:
+    """The block's place in the cache: blocks of another kind may lie between those of a row."""
+    attention = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+    place = getattr(attention, "layer_idx", None)
+    return place if isinstance(place, int) else number
+
+
+def _kind(block: nn.Module) -> Any:
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in block.state_dict().items())
+    return plain_class(block), shapes
+
+
+def _size(row: list[nn.Module]) -> int:
+    return sum(parameter.numel() for block in row for parameter in block.parameters())
+
+
+class _CompiledBlocks(BaseChange):
+    """The change: each block's class gets a forward that asks its row's graph first."""
+
+    def __init__(self, part: Part, mode: str) -> None:
+        self._counter = Counter(part.name)
+        rows = [_Row(row, part.name, mode, self._counter) for row in _rows(part.module)]
+        # Caches have to grow in place for it, also where that alone was not worth keeping.
+        self._growing = growing_caches(part.module)
+        known = {block: row for row in rows for block in row.blocks}
+        self._swap = ClassSwap(list(known), lambda block: known[block].class_for(type(block)))
+
+    @property
+    def graphs(self) -> int | None:
+        """Graphs compiled so far."""
+        return self._counter.graphs
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        self._growing.on()
+        self._swap.on()
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        self._swap.off()
+        self._growing.off()
+
+    def seal(self) -> None:
+        """From here on, a graph is worth an event."""
+        self._counter.sealed = True
+
+
+class _Row:
+    """Blocks of one kind and the graphs that they share."""
+
+    def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
+        self.blocks = {block: _place(block, number) for number, block in enumerate(blocks)}
+        self._what = what
+        self._told = Told(f"the compiled blocks of {what}")
+        self._mode = mode
+        self._counter = counter
+        self._names = parameters_of(plain_class(blocks[0]))
+        self._cache = cache_name(self._names)
+        # A graph does not see when weights are written of which a stage has copies.
+        self._copies = {block: Weights(block) for block in blocks if keeps_copies(block) or has_folds(block)}
+        self._prepared: set[nn.Module] = set()
+        self._compiled: Callable[..., Any] | None = None
+        self._classes: dict[type, type] = {}
+        self._first_call = rlock()
+        self._ready = self._broken = False
+
+    def class_for(self, plain: Any) -> type:
+        """The class of this row's blocks while the change is on: one for all, since a graph is guarded by it."""
+        if plain not in self._classes:
+
+            def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._call(block, plain, args, kwargs)
+
+            vars(forward)["__signature__"] = inspect.signature(plain.forward)
+            self._classes[plain] = subclass_with(plain, forward)
+        return self._classes[plain]
+
+    def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        import torch
+
+        if self._broken or torch.is_grad_enabled() or block.training or is_traced():
+            return plain.forward(block, *args, **kwargs)
+        if self._cache is None:
+            done, result = self._run(block, plain, None, args, kwargs)
+        else:
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            past = take_cache(named)
+            if past is None:
+                done, result = self._run(block, plain, None, (), named)
+            else:
+                layer = self._layer(past, self.blocks[block], named)
+                done, result = (False, None) if layer is None else self._run(block, plain, layer, (), named)
+        return result if done else plain.forward(block, *args, **kwargs)
+
+    def _layer(self, past: Any, number: int, named: dict[str, Any]) -> Any:
+        """The layer of the cache that a token goes to; `None` for a call that is upstream's business."""
+        if kv_cache.cache_classes() is None:
+            return None
+        if named.get("output_attentions") or kv_cache.attentions_wanted.get():
+            self._told.tell("attention weights are asked for", number)
+            return None
+        layer = token_layer(self._told, past, number, named)
+        if layer is not None:
+            self._told.is_served(number)
+        return layer
+
+    def _run(
+        self, block: Any, plain: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bool, Any]:
+        if self._ready:
+            return self._graph(block, plain, layer, args, kwargs)
+        with self._first_call:  # simultaneous first calls would each compile
+            result = self._graph(block, plain, layer, args, kwargs)
+            self._ready = True
+        return result
+
+    def _graph(
+        self, block: Any, plain: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bool, Any]:
+        """The block by its row's graph: whether that worked, and the result."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
+
+        copies = self._copies.get(block)
+        if copies is not None:
+            if copies.outdated():
+                return self._give_up("its weights were written, and copies of them were made before")
+            if block not in self._prepared:
+                make_copies(block)
+                self._prepared.add(block)
+        if self._compiled is None:
+            self._compiled = compile_function(_traced(plain, self._cache), self._mode, self._counter, fullgraph=True)
+        store = None if layer is None else (*layer.buffers(), layer.length())
+        try:
+            with options(None, strict=self._counter.sealed):
+                result = call_normally(self._compiled, (block, store, args, kwargs), {})
+        except RecompileError as error:  # seconds of compiling, which no request can wait for
+            emit(FellBack(self._what, "compiled blocks for a kind of call that was not warmed up", guard_of(error)))
+            return False, None
+        except FailOnRecompileLimitHit:
+            emit(FellBack(self._what, "compiled blocks for further kinds of calls", "8 graphs are the limit"))
+            return False, None
+        except TorchDynamoException as error:
+            # Nothing was written behind the sequence's end that upstream's own forward would not write again.
+            return self._give_up(reason_of(error))
+        if layer is not None:
+            layer.advance(1)
+        return True, result
+
+    def _give_up(self, reason: str) -> tuple[bool, Any]:
+        self._broken = True
+        emit(FellBack(self._what, CompiledBlocksStage.name, reason))
+        return False, None
+
+
+def _traced(plain: Any, cache: str | None) -> Callable[..., Any]:
+    forward, classes = plain.forward, kv_cache.step_classes()
+
+    def traced(block: Any, store: tuple[Any, Any, int] | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        if cache is None:
+            return forward(block, *args, **kwargs)
+        past = None if store is None else kv_cache.step_cache(classes, *store)
+        return forward(block, *args, **{cache: past}, **kwargs)
+
+    return traced

@@ -1,0 +1,236 @@
+"""torch.compile of a part, in place, counted, with a way back at every call.
+
+`torch.compile` is lazy and silent: a missing compiler shows at the first call, a frame that it skips compiles nothing,
+and a new input may cost another compilation in the middle of a request. So the compiled call here counts its graphs
+(none at all means that the stage is dropped), lets one thread make the first call while others wait, reports each
+compilation after warm-up as an event, and turns to the untouched module when the compiler - and only the compiler -
+fails.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import FellBack, emit
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.locks import rlock
+from accelerate_tts.patching.class_swap import is_fused, keeps_copies, make_copies
+from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.plan import CALL
+from accelerate_tts.runtime.graph_thread import graph_owner
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.compile.inductor import (
+    Counter,
+    Frozen,
+    clone_outputs,
+    compile_function,
+    guard_of,
+    options,
+    reason_of,
+)
+from accelerate_tts.stages.layers.weight_norm import has_folds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
+
+
+_LIMIT_REACHED = "it has as many graphs as dynamo keeps (8); give lengths= that cover service"
+
+_SECONDS_A_LAYER = 0.2
+"""Of compiling, on two cores: a vocoder of some hundred layers takes 30 s, a decoder of 300 over a minute."""
+
+_MOSTLY = 0.5
+"""The share of its weights in linear layers from which a part is worth freezing."""
+
+
+class CompileStage(BaseStage):
+    """Compiles a part as one piece, with dynamic lengths."""
+
+    name = "torch.compile"
+    group = "compilation"
+    # A compilation takes 10 to 30 s of a user's start on two cores; 1.5x on less than this share gives under 5 %.
+    least_share = 0.15
+    cost = 10.0
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+
+    def cost_of(self, part: Part) -> float:
+        """See `Stage.cost_of`: time goes with what is traced."""
+        return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if is_fused(part.module):
+            return "it is served as a whole"
+        if part.method != CALL:
+            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+        if part.cached:
+            return "its cache grows at every call: the decode step is compiled by itself"
+        return "is compiled already" if part.module._compiled_call_impl is not None else None
+
+    def prepare(self, part: Part) -> CompiledCall:
+        """See `Stage.prepare`. Compiles nothing yet."""
+        return CompiledCall(part.module, part.name, self._mode)
+
+
+class FrozenCompileStage(BaseStage):
+    """Compiles a part made of linear layers with its weights as constants, packed for kernels chosen by timing.
+
+    With few rows (a decode step, a short sentence) a linear layer is bound by reading its weights, and inductor's own
+    C++ kernels over packed weights read them at the memory's full rate. Without both `freezing` and `max_autotune`
+    there is no gain (docs/decisions/0009-frozen.md). For CPUs.
+    """
+
+    name = "torch.compile, frozen"
+    group = "linear layers"
+    # About 4 s of timing for each shape of weight, of which a transformer has five, and the compilation itself.
+    cost = 30.0
+    least_share = 0.15
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.module._compiled_call_impl is not None:
+            return "is compiled already"
+        if is_fused(part.module):
+            return "it is served as a whole"
+        if part.method != CALL:
+            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+        if part.cached:
+            return "its cache grows at every call: the decode step is compiled by itself"
+        return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+
+    def prepare(self, part: Part) -> CompiledCall:
+        """See `Stage.prepare`. Compiles nothing yet."""
+        return CompiledCall(part.module, part.name, "default", frozen=True)
+
+
+class CompiledCall:
+    """Stands in for a module's `__call__` while the change is on.
+
+    It lives in the private attribute that `nn.Module.compile()` fills (torch 2.0 to 2.14), which pickling and copying
+    leave out: the module keeps its class, its `isinstance` and its state dict.
+    """
+
+    def __init__(self, module: nn.Module, what: str, mode: str, *, frozen: bool = False) -> None:
+        self._module = module
+        self._frozen = Frozen(module) if frozen else None
+        # A graph does not see when weights are written that are constants in it, or of which a stage has copies.
+        self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
+        self._untouched: Callable[..., Any] = module._call_impl
+        self._what = what
+        self._counter = Counter(what)
+        self._first_call = rlock()  # a forward may call its own module
+        self._ready = False
+        self._broken = False
+        self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
+        self._compiled = compile_function(module._call_impl, mode, self._counter)
+        self._stage = FrozenCompileStage.name if frozen else CompileStage.name
+
+    @property
+    def graphs(self) -> int | None:
+        """Graphs compiled so far."""
+        return self._counter.graphs
+
+    def on(self) -> None:
+        """See `Change.on`. After a compiler failure it stays off."""
+        if not self._broken:
+            self._module._compiled_call_impl = self
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        if self._module._compiled_call_impl is self:
+            vars(self._module).pop("_compiled_call_impl", None)  # what is left is the class's own, which is None
+
+    def seal(self) -> None:
+        """See `Change.seal`."""
+        self._counter.sealed = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, compiled while that works."""
+        if is_traced():
+            return self._untouched(*args, **kwargs)
+        if self._ready:
+            return self._run(args, kwargs)
+        with self._first_call:  # three simultaneous first calls would compile three times
+            make_copies(self._module)
+            result = self._run(args, kwargs)
+            self._ready = True
+        return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from torch._dynamo.exc import RecompileError
+
+        try:
+            with options(self._frozen, strict=self._counter.sealed):
+                return self._graphs(args, kwargs)
+        except RecompileError as error:
+            if self._frozen is not None:
+                raise
+            self._counter.guard = guard_of(error)
+        with options(None):
+            return self._graphs(args, kwargs)
+
+    def _graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._has_cuda_graphs:
+            return call_normally(self._compiled, args, kwargs)
+        # The outputs are copied before the next replay writes to them, so on that thread too.
+        return graph_owner().call(lambda: clone_outputs(call_normally(self._compiled, args, kwargs)))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
+
+        if self._broken:
+            return self._untouched(*args, **kwargs)
+        if self._weights is not None and self._weights.outdated():
+            self._broken = True
+            self.off()
+            emit(FellBack(self._what, self._stage, "its weights were written, and its graph keeps the old ones"))
+            return self._untouched(*args, **kwargs)
+        try:
+            result = self._call(args, kwargs)
+        except RecompileError as error:
+            # A frozen graph takes half a minute to compile, which no request can wait for.
+            emit(FellBack(self._what, f"{self._stage} for a kind of call that was not warmed up", guard_of(error)))
+            return self._untouched(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            # Lengths of the graphs that there are stay compiled; the others take the untouched module each time.
+            if self._ready:
+                emit(FellBack(self._what, f"{self._stage} at further lengths", _LIMIT_REACHED))
+                return self._untouched(*args, **kwargs)
+            reason = reason_of(error)
+        except TorchDynamoException as error:
+            reason = reason_of(error)
+        else:
+            return result
+        # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
+        # error here, and nothing is wrong with the compilation.
+        self._broken = True  # before the call: it may call its own module
+        self.off()
+        try:
+            result = self._untouched(*args, **kwargs)
+        except BaseException:
+            self._broken = False
+            self.on()
+            raise
+        emit(FellBack(self._what, self._stage, reason))
+        return result
+
+
+def _linear_share(module: nn.Module) -> float:
+    from torch import nn
+
+    total = sum(parameter.numel() for parameter in module.parameters())
+    linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
+    return linear / total if total else 0.0
+
+
+def _on_cuda(module: nn.Module) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in module.parameters())

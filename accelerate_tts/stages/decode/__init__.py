@@ -1,0 +1,1 @@
+"""Stages for one token of an autoregressive decoder."""

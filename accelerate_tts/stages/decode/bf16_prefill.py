@@ -1,0 +1,94 @@
+"""Prompts through fused blocks: their linear layers multiply the copies that serve the tokens, in bf16. For CPUs.
+
+A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt has many
+rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the prompt too,
+without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the scale of each
+output. Norms, attention and what is added up stay in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.device.half_dtypes import half_dtypes
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.kernels.weight_formats import MOST_ROWS
+from accelerate_tts.patching.class_swap import ClassSwap, fused_by, subclass_with
+from accelerate_tts.stages.base import BaseStage
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    import torch
+    from torch import nn
+
+    from accelerate_tts.plan import Part, Which
+
+__all__ = ["PromptStage"]
+
+
+class PromptStage(BaseStage):
+    """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
+
+    name = "bf16 prompts"
+    times: Which = "others"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if not half_dtypes("cpu"):
+            return "this processor does not multiply in bf16"
+        return None if _layers(part.module) else "no fused blocks with copies of fp32 weights in it"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        layers = _layers(part.module)
+        return ClassSwap(list(layers), lambda layer: _prompt_class(type(layer), layers[layer]))
+
+
+def _layers(module: nn.Module) -> dict[nn.Module, Any]:
+    """The fp32 layers of fused blocks with a copy, each with what has the copy."""
+    import torch
+
+    return {
+        layer: fused
+        for block in module.modules()
+        if (fused := fused_by(block)) is not None
+        for layer in fused.copied()
+        if layer.weight.dtype == torch.float32
+    }
+
+
+def _prompt_class(plain: type, fused: Any) -> type:
+    import torch
+    from torch.nn import functional
+
+    def forward(self: Any, x: Any) -> Any:
+        if not _is_prompt(x):
+            return plain.forward(self, x)  # type: ignore[attr-defined]
+        weight, scale = fused.copy_of(self)
+        if x.shape[-1] != weight.shape[1]:  # torch's own error
+            return plain.forward(self, x)  # type: ignore[attr-defined]
+        if weight.dtype != torch.bfloat16:
+            weight = weight.to(torch.bfloat16)  # -127 .. 127: exactly
+        y = functional.linear(x.to(torch.bfloat16), weight)
+        y = y.float() if scale is None else y * scale  # in fp32 either way
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    return subclass_with(plain, forward, copies="bf16 prompts")
+
+
+def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:
+    import torch
+
+    return bool(
+        type(x) is torch.Tensor
+        and x.dtype == torch.float32
+        and x.dim() > 0
+        and x.numel() > MOST_ROWS * x.shape[-1] > 0
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+    )

@@ -1,0 +1,304 @@
+"""A decoder's step as a CUDA graph, whoever drives its loop. For CUDA.
+
+On a GPU a step of one token is hundreds of kernels of a few microseconds each, and the time goes into starting them.
+Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
+served is one token for a growing cache (kv_cache.py), with the attention weights if upstream gives them; prompts,
+arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
+upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least
+recently goes.
+
+Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
+started; and a recording knows nothing of what is changed on the layers after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.events import FellBack, Recompiled, emit
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.signatures import has_hooks, parameters_of
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.locks import lock
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
+from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Told, cache_of, is_spied
+from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
+from accelerate_tts.stages.decode.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import nn
+
+    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.stages.decode.static_step import Recording
+    from accelerate_tts.stages.layers.half_precision import HalfStage
+    from accelerate_tts.stages.protocol import Change
+
+__all__ = ["CapturedStepStage"]
+
+_NAME = "captured decode step"
+_MOST_SLOTS = 4
+"""Sequences of one decoder that are served in turn without being moved."""
+_MOST_BYTES = 2 << 30
+"""Of all slots of one decoder. A slot of T3 takes half a gigabyte for 1,024 positions."""
+_POSITIONS = "position_ids"
+_OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
+
+
+class CapturedStepStage(BaseStage):
+    """Records a decoder's step of one token and replays it.
+
+    Args:
+        record: Makes a recording of a step; a CUDA graph. Tests that have no device give another.
+        inside: A half precision for what is recorded, and for the prompts.
+    """
+
+    group = "compilation"
+    cost = 3.0
+    # A replayed call brings a sequence of its own, which has to be moved in first: in a loop it lies there already.
+    times: Which = "pass"
+
+    def __init__(
+        self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording, inside: HalfStage | None = None
+    ) -> None:
+        self._record = record
+        self._inside = inside
+        self.name = _NAME if inside is None else f"{_NAME}, {inside.name}"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if kv_cache.cache_classes() is None:
+            return "no cache of transformers 4.54 or later is loaded"
+        if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
+            return "it is not on a CUDA device"
+        if not decoders(part.module):
+            return "no decoder with a cache in it"
+        return None if self._inside is None else self._inside.obstacle(part)
+
+    def prepare(self, part: Part) -> _Captured:
+        """See `Stage.prepare`. Records nothing yet."""
+        return _Captured(part, self.name, self._record, None if self._inside is None else self._inside.prepare(part))
+
+
+class _Captured(BaseChange):
+    """The change: each decoder's class gets a forward that looks for a recording first."""
+
+    def __init__(
+        self, part: Part, name: str, record: Callable[[Callable[[], Any]], Recording], inside: Change | None
+    ) -> None:
+        found = decoders(part.module)
+        self._inside = inside
+        self._growing = growing_caches(part.module)
+        self._steps = {
+            decoder: _Steps(decoder, part.name, name, record, copies=inside is not None) for decoder in found
+        }
+        self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
+
+    @property
+    def graphs(self) -> int | None:
+        """Recordings so far."""
+        return sum(steps.recorded for steps in self._steps.values())
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        if self._inside is not None:
+            self._inside.on()
+        self._growing.on()
+        self._swap.on()
+
+    def off(self) -> None:
+        """See `Change.off`. The sequences that lie in slots stay served: by upstream's forward, where they lie."""
+        self._swap.off()
+        self._growing.off()
+        if self._inside is not None:
+            self._inside.off()
+
+    def seal(self) -> None:
+        """See `Change.seal`."""
+        for steps in self._steps.values():
+            steps.sealed = True
+
+
+class _Steps:
+    """The recordings of one decoder."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        what: str,
+        stage: str,
+        record: Callable[[Callable[[], Any]], Recording],
+        *,
+        copies: bool,
+    ) -> None:
+        self._decoder: Any = decoder
+        self._what, self._stage = what, stage
+        self._told = Told(f"the captured step of {what}")
+        self._record = record
+        self._names = parameters_of(plain_class(decoder))
+        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
+        self._copies = copies or keeps_copies(decoder)
+        self._weights = Weights(decoder, content=self._copies)
+        self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
+        self._lock = lock()
+        self._broken = False
+        self.recorded = 0
+        self.sealed = False
+
+    def class_for(self, plain: Any) -> type:
+        """The decoder's class while the change is on."""
+
+        def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            result = self._token(plain, named) if self._is_token(named) else None
+            return plain.forward(decoder, *args, **kwargs) if result is None else result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
+        cls = subclass_with(plain, forward)
+        setattr(cls, RECORDED, True)
+        return cls
+
+    def _is_token(self, named: dict[str, Any]) -> bool:
+        import torch
+
+        decoder: Any = self._decoder
+        past: Any = cache_of(named)
+        if self._broken or not kv_cache.is_growable(past):
+            return False
+        keys = past.layers[0].keys
+        # Ids, embeddings or, of a model of its own, what it takes in their place: rows of one position each.
+        given = [t for name, t in _tensors(named).items() if name != _POSITIONS and _is_position(t, keys.shape[0])]
+        return bool(
+            given
+            and all(tensor.device == keys.device for tensor in given)
+            and named.get("use_cache") is not False
+            and named.get("return_dict") is not False
+            and not (torch.is_grad_enabled() or decoder.training or is_traced())
+            and not torch.is_autocast_enabled(keys.device.type)
+            and not self._is_odd(named, keys.shape[0])
+        )
+
+    def _is_odd(self, named: dict[str, Any], rows: int) -> bool:
+        mask = named.get("attention_mask")
+        how = getattr(self._decoder.config, "_attn_implementation", None)
+        odd = [
+            name
+            for name, value in named.items()
+            if name not in _OWN
+            and not isinstance(value, (bool, int, float, str, type(None)))
+            and not (name in _tensors(named) and (name == _POSITIONS or _is_position(value, rows)))
+        ]
+        if odd:
+            obstacle = f"it is called with {', '.join(sorted(odd))}"
+        elif how not in {"eager", "sdpa", None}:
+            obstacle = f"attention is made by {how!r}"
+        elif mask is not None and mask.dim() != 2:  # noqa: PLR2004
+            obstacle = f"its mask has {mask.dim()} dimensions"
+        elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
+            obstacle = "there are hooks inside it, which a replay does not call"
+        else:
+            return False
+        self._told.tell(obstacle, 0)
+        return True
+
+    def _token(self, plain: Any, named: dict[str, Any]) -> Any:
+        past = cache_of(named)
+        inputs = _tensors(named)
+        # Positions given as None, as a head over the decoder passes them on, are the recording's own.
+        own = {*_OWN, *inputs, _POSITIONS}
+        constants = {name: value for name, value in named.items() if name not in own}
+        mask = named.get("attention_mask")
+        with self._lock:
+            kv_cache.adopt(past)
+            length = past.layers[0].length()
+            if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
+                return None  # upstream's own answer to it
+            if self._weights.outdated():  # a recording knows addresses, and copies
+                self._weights = Weights(self._decoder, content=self._copies)
+                self._clear()
+            slot = self._slot_for(plain, past, length, inputs, constants)
+            if slot is None:
+                return None
+            self._told.is_served(0)
+            return slot.run(past, inputs, mask)
+
+    def _slot_for(
+        self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
+    ) -> Slot | None:
+        capacity = next((size for size in CAPACITIES if size > length), None)
+        if capacity is None or bytes_of(past, capacity) > _MOST_BYTES:
+            self._told.tell(f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory", 0)
+            return None
+        kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
+        config = self._decoder.config
+        asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
+        how = (*asked, getattr(config, "_attn_implementation", None))
+        key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
+        slots = self._slots.pop(key, [])
+        self._slots[key] = slots
+        # Where it lies already; or where nothing does any more; or where there is no room for one more.
+        slot = next((slot for slot in slots if slot.holds(past)), None)
+        slot = slot or next((slot for slot in slots if slot.is_free()), None)
+        if slot is None and slots and self._is_full(past, capacity):
+            slot = slots[0]
+        if slot is None:
+            self._make_room(past, capacity)
+            slot = self._recorded(plain, past, inputs, constants, capacity)
+        else:
+            slots.remove(slot)
+        if slot is not None:
+            self._slots.setdefault(key, slots).append(slot)
+        return slot
+
+    def _recorded(
+        self, plain: Any, past: Any, inputs: dict[str, torch.Tensor], constants: dict[str, Any], capacity: int
+    ) -> Slot | None:
+        try:
+            slot = Slot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            # What a capture forbids, memory for it, or arguments that this decoder does not take beside a static cache.
+            self._broken = True
+            emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {error}".splitlines()[0]))
+            return None
+        self.recorded += 1
+        if self.sealed:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.values())
+            emit(Recompiled(self._what, self.recorded, shapes, f"a sequence of up to {capacity} positions"))
+        return slot
+
+    def _all(self) -> list[Slot]:
+        return [slot for slots in self._slots.values() for slot in slots]
+
+    def _is_full(self, past: Any, more: int) -> bool:
+        slots = self._all()
+        used = sum(slot.bytes for slot in slots)
+        return len(slots) >= _MOST_SLOTS or used + bytes_of(past, more) > _MOST_BYTES
+
+    def _make_room(self, past: Any, capacity: int) -> None:
+        for slots in list(self._slots.values()):
+            while slots and self._is_full(past, capacity):
+                slots.pop(0).leave()
+        self._slots = {key: slots for key, slots in self._slots.items() if slots}
+
+    def _clear(self) -> None:
+        for slot in self._all():
+            slot.leave()
+        self._slots = {}
+
+
+def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a decoder is called with, but for those that belong to its cache."""
+    import torch
+
+    return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}
+
+
+def _is_position(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.dim() > 1 and tuple(tensor.shape[:2]) == (rows, 1)

@@ -1,0 +1,445 @@
+"""One token through a decoder's block by one kernel of ours (decoder_block.cpp). For CPUs. Exact to rounding.
+
+A decode step is a loop over blocks, each of which is some twenty operators: beside the time in which the memory gives
+the weights, eager PyTorch spends as much again on waking threads and on Python. Here a block is one call. In fp32 it
+computes from the model's own weights, without a copy; `balanced` may keep bf16 copies of them, `fast` int8 ones with a
+scale for each output. Norms, attention, softmax and sums stay in fp32, and so does the cache.
+
+What is served: Llama's block and its likes (Chatterbox's T3, Mistral, Qwen2), Higgs Audio's with its two feed-forwards,
+and GPT-2's (XTTS), with one token for up to eight rows, and a growing cache (kv_cache.py). Everything else takes
+upstream's own forward and the same cache.
+
+What a block and its attention layer return, beside what is computed, differs by release, by implementation of
+attention and by what was asked for: nothing, the attention weights, the cache. It is seen in upstream's own calls, the
+prompts, and a token is then answered in the same form (`_Forms`). Whoever reads an attention layer's weights by a hook
+has them from a call of that layer, which returns what the kernel made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.signatures import parameters_of
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.kernels.block_layout import anatomies
+from accelerate_tts.kernels.calls import decoder_blocks, missing
+from accelerate_tts.kernels.decoder_block import Described, holds, plain, run, shared
+from accelerate_tts.kernels.weight_formats import FORMATS, MOST_ROWS, Weights
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
+from accelerate_tts.patching.structure_watch import Inside
+from accelerate_tts.patching.weight_versions import Weights as Watched
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.call_args import Told, cache_of, is_read, is_spied, take_cache, tidy, token_layer
+from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
+from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    import torch
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["FusedBlocksStage"]
+
+_NAME = "fused decoder blocks ({})"
+# What a block may be told beside what the kernel is given, and what then changes nothing for one token.
+_IGNORED = {
+    "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",
+    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal",
+}  # fmt: skip
+
+
+class FusedBlocksStage(BaseStage):
+    """Serves the single tokens of a decoder's blocks by one kernel.
+
+    Args:
+        weights: What the weights are stored in for it.
+    """
+
+    group = "decoder blocks"
+
+    def __init__(self, weights: Weights = "fp32") -> None:
+        self.name = _NAME.format(weights)
+        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
+        self._weights: Weights = weights
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if (reason := missing()) is not None:
+            return reason
+        if not kv_cache.are_caches_loaded():
+            return "no cache of transformers is loaded"
+        return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
+
+    def prepare(self, part: Part) -> _FusedBlocks:
+        """See `Stage.prepare`."""
+        decoder_blocks()
+        return _FusedBlocks(part, self._weights)
+
+
+def _blocks(module: nn.Module, weights: Weights) -> list[nn.Module]:
+    return [inner for inner in module.modules() if anatomies(inner, weights)]
+
+
+class _FusedBlocks(BaseChange):
+    """The change: each block's class gets a forward that asks the kernel first."""
+
+    def __init__(self, part: Part, weights: Weights) -> None:
+        blocks = _blocks(part.module, weights)
+        # Caches have to grow in place for it, also where that alone was not worth keeping.
+        self._growing = growing_caches(part.module)
+        told = Told(f"the fused blocks of {part.name}")
+        self._fused = {block: _Fused(block, told, weights) for block in blocks}
+        for decoder in decoders(part.module):
+            _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], told.what)
+        attentions: dict[nn.Module, _Fused] = {fused.attention: fused for fused in self._fused.values()}
+        self._swaps = (
+            ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block))),
+            ClassSwap(list(attentions), lambda attention: attentions[attention].attention_class(type(attention))),
+        )
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        for block, fused in self._fused.items():
+            tidy(block)
+            tidy(fused.attention)
+        self._growing.on()
+        for swap in self._swaps:
+            swap.on()
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        for swap in reversed(self._swaps):
+            swap.off()
+        self._growing.off()
+
+
+def _put_in_rows(blocks: list[_Fused], what: str) -> None:
+    """Tell the blocks of a decoder of each other, where they are its blocks from the first to the last."""
+    blocks.sort(key=lambda block: block.number)
+    numbers = [block.number for block in blocks]
+    if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
+        row, forms = Row(len(blocks), what), _Forms()
+        for block in blocks:
+            block.row, block.blocks, block.forms = row, blocks, forms
+
+
+_WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
+Form = tuple[str, ...] | None
+
+
+class _Forms:
+    """What blocks, or their attention layers, return behind the hidden states; `None` for the states alone."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Form] = {}
+
+    def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
+        """See what upstream returns."""
+        if key not in self._found:
+            form = tuple(_kind(item, past) for item in result[1:]) if isinstance(result, tuple) else None
+            if form is None or "" not in form:
+                self._found[key] = form
+
+    def of(self, key: tuple[Any, ...]) -> Form | Literal[False]:
+        """What upstream returned; `False` where it was not seen yet."""
+        return self._found.get(key, False)
+
+
+def _kind(item: Any, past: Any) -> str:
+    import torch
+
+    if item is None:
+        return _NOTHING
+    if item is past or isinstance(item, tuple):
+        return _CACHE
+    return _WEIGHTS if isinstance(item, torch.Tensor) and item.dim() == 4 else ""  # noqa: PLR2004
+
+
+class _Ready(NamedTuple):
+    described: Described
+    layer: Any
+    weights: bool
+    """Whether somebody wants its attention weights."""
+
+
+class _Answer(NamedTuple):
+    """What an attention layer is called with to return it, in place of its input."""
+
+    result: tuple[Any, ...]
+
+
+class _Fused:
+    """One block and what the kernel needs of it, made when first needed and anew when its weights were written."""
+
+    only_tokens = True
+
+    def __init__(self, block: nn.Module, told: Told, weights: Weights) -> None:
+        self._block: Any = block
+        self._told = told
+        self._weights: Weights = weights
+        self._names = parameters_of(plain_class(block))
+        attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
+        self.attention = attention
+        self.number = attention.layer_idx
+        self._config = attention.config
+        # What was computed from the weights, and what tells when they were written: one pair, for threads.
+        found = anatomies(block, weights)
+        self._kinds = list(found)
+        one = next(iter(found.values()))
+        self._dtype = one.q.weight.dtype
+        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
+        self._heads = one.heads
+        self._cache_shape = (one.kv_heads, one.head_dim)
+        self._hidden = one.norm1.weight.shape[0]
+        rotation = getattr(getattr(attention, "rotary_emb", None), "inv_freq", None)
+        rotation = None if rotation is None else tuple(rotation.tolist())
+        self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
+        self.row = Row(1, told.what)
+        self.blocks: list[_Fused] = [self]
+        self.forms = _Forms()
+        self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
+
+    def class_for(self, plain: Any) -> type:
+        """The block's class while the change is on."""
+
+        def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
+            result = self._token(args, kwargs)
+            if result is not None:
+                return result[0]
+            result = plain.forward(self._block, *args, **kwargs)
+            if is_traced():
+                return result
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            self.forms.learn(self._key("block", named), result, cache_of(named))
+            return result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)
+        cls = subclass_with(plain, forward, copies="" if self._weights == "fp32" else self._weights)
+        setattr(cls, FUSED, self)
+        return cls
+
+    def attention_class(self, plain: Any) -> type:
+        """The class of the block's attention layer while the change is on."""
+
+        def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
+            if args and type(args[0]) is _Answer:
+                return args[0].result
+            result = plain.forward(attention, *args, **kwargs)
+            if not is_traced():
+                self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
+            return result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)
+        return subclass_with(plain, forward)
+
+    def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:
+        """What the form of an answer depends on."""
+        how = getattr(self._config, "_attn_implementation", None)
+        return what, how, bool(named.get("output_attentions")), bool(named.get("use_cache"))
+
+    def copied(self) -> list[nn.Module]:
+        """The linear layers of which the kernel has copies."""
+        if self._weights == "fp32":
+            return []
+        found = anatomies(self._block, self._weights).values()
+        return [layer for anatomy in found for layer in anatomy.layers().values()]
+
+    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The copy of a layer's weight as it is now, (outputs, inputs), and the scale of each output if it is int8."""
+        described = (self._describe(of_text) for of_text in self._kinds)
+        return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
+
+    def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
+        import torch
+
+        if torch.is_grad_enabled() or self._block.training or is_traced():
+            return None
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        past, hidden = take_cache(named), named.get("hidden_states")
+        if past is None or not self._fits(hidden):
+            return None
+        made = self.row.take(self.number, hidden, past, named) or self._run(hidden, past, named)
+        if made is None:
+            return None
+        made.layer.advance(1)
+        self._told.is_served(self.number)
+        return (self._answered(made, past, named),)
+
+    def _answered(self, made: Made, past: Any, named: dict[str, Any]) -> Any:
+        """The token as upstream returns it, shown to those who read the attention layer's weights."""
+        weights = made.weights
+        if weights is not None and weights.dtype != self._dtype:
+            weights = weights.to(self._dtype)
+        if isinstance(past, tuple):
+            past = made.layer.pair()
+        given = {_WEIGHTS: weights, _CACHE: past, _NOTHING: None}
+        if weights is not None and is_read(self.attention):
+            shown = self.forms.of(self._key("attention", named)) or ()
+            self.attention(_Answer((made.hidden, *(given[kind] for kind in shown))))
+        return made.hidden if made.form is None else (made.hidden, *(given[kind] for kind in made.form))
+
+    def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
+        import torch
+
+        of_text = _of_text(named.get("audio_token_mask"), self._names)
+        if of_text is None or self._is_unknown(named):
+            return None
+        rotated = self._rotation(hidden, named)
+        form = self.forms.of(self._key("block", named))
+        if form is False:
+            return None  # upstream's, which shows it
+        first = self._ready(hidden, past, of_text, named, form)
+        if first is None:
+            return None
+        length = first.layer.length()
+        mask = named.get("attention_mask")
+        if mask is not None and mask.dim() == 4:  # noqa: PLR2004
+            mask = mask[..., : length + 1]  # before 4.49 there is one position more in it, and attention cuts it, too
+        given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
+        if given is None or (rotated is None and "position_embeddings" in self._names):
+            first.layer.release()
+            return None  # upstream's business, and its own error
+        asked = [first, *self._others(hidden, past, of_text, named, form, length)]
+        weights = None
+        if any(one.weights for one in asked):
+            weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
+        made = run(
+            [one.described for one in asked],
+            plain(hidden),
+            given,
+            [one.layer.buffers() for one in asked],
+            length,
+            weights,
+        ).to(hidden.dtype)
+        if weights is not None:
+            weights = weights.unsqueeze(3)
+        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))
+        return Made(made[0].clone(), None if weights is None else weights[0], first.layer, form)
+
+    def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
+    ) -> list[_Ready]:
+        """The blocks behind this one that are computed with it: up to the first that something is in the way of."""
+        whole = kv_cache.whole_tuple.get()
+        found = []
+        for place in self.row.together(self.number):
+            theirs = past
+            if isinstance(past, tuple):
+                if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
+                    break
+                theirs = whole[place]
+            ready = self.blocks[place]._ready(hidden, theirs, of_text, named, form)
+            if ready is None:
+                break
+            if ready.layer.length() != length:
+                ready.layer.release()
+                break
+            found.append(ready)
+        return found
+
+    def _ready(
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
+    ) -> _Ready | None:
+        """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
+        if self._is_altered():
+            return None
+        wanted = form is not None and _WEIGHTS in form
+        if is_read(self.attention):
+            shown = self.forms.of(self._key("attention", named))
+            if shown is False or shown is None:
+                return None
+            wanted = wanted or (_WEIGHTS in shown and self._is_wanted())
+        layer = token_layer(self._told, past, self.number, named)
+        if layer is None:
+            return None
+        keys, values = layer.buffers()
+        described = None
+        if (
+            keys.dtype == self._dtype
+            and (keys.shape[1], keys.shape[3]) == self._cache_shape
+            and hidden.shape[-1] == self._hidden
+            and holds(keys, values, hidden.shape[0], layer.length())
+        ):  # or else it is upstream's, and its own error
+            described = self._describe(of_text)
+        if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
+            layer.release()
+            return None  # as where weights of other sizes were put in
+        return _Ready(described, layer, wanted)
+
+    def _is_wanted(self) -> bool:
+        """Whether those who may read the attention layer's weights do so in this call."""
+        collected = kv_cache.attentions_wanted.get() or "forward" in self.attention.__dict__
+        return collected or is_spied(self.attention)
+
+    def _rotation(self, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
+        """Cosines and sines of the token's position; before 4.48 some attention layers compute them for themselves."""
+        given = named.get("position_embeddings")
+        own = getattr(self.attention, "rotary_emb", None)
+        return own(hidden, named["position_ids"]) if given is None and own is not None else given
+
+    def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
+        import torch
+
+        return bool(
+            type(hidden) is torch.Tensor
+            and hidden.dtype == self._dtype
+            and hidden.dim() == 3  # noqa: PLR2004
+            and hidden.shape[1] == 1
+            and 0 < hidden.shape[0] <= MOST_ROWS
+            and hidden.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _is_unknown(self, named: dict[str, Any]) -> bool:
+        unknown = [name for name, value in named.items() if name not in _IGNORED and value is not None]
+        how = getattr(self._config, "_attn_implementation", None)
+        if unknown:
+            obstacle = f"it is called with {', '.join(sorted(unknown))}"
+        elif how not in {"eager", "sdpa", None}:
+            obstacle = f"attention is made by {how!r}"
+        else:
+            return False
+        self._told.tell(obstacle, self.number)
+        return True
+
+    def _is_altered(self) -> bool:
+        """Whether, since the change was made, something came into a block that the kernel would pass by."""
+        obstacle = self._inside.altered()
+        if obstacle is not None:
+            self._told.tell(obstacle, self.number)
+        return obstacle is not None
+
+    def _watched(self) -> Watched:
+        # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
+        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+
+    def _describe(self, of_text: bool) -> Described | None:
+        watched, known = self._known
+        if watched.outdated():
+            known = {}
+            self._known = (self._watched(), known)  # before: what is written meanwhile is seen next time
+        described = known.get(of_text)
+        if described is None:
+            anatomy = anatomies(self._block, self._weights).get(of_text)
+            if anatomy is None:
+                self._told.tell("weights were exchanged for others, which the kernel does not know", self.number)
+                return None
+            described = known[of_text] = Described(anatomy, self._weights)
+        return described
+
+
+def _of_text(mask: Any, names: list[str]) -> bool | None:
+    """Whether the tokens are of text, by Higgs' mask of those that are of audio; `None` if they are of both."""
+    if "audio_token_mask" not in names:
+        return True
+    if mask is None or bool(mask.all()):
+        return False
+    return None if bool(mask.any()) else True

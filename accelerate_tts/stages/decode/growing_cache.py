@@ -1,0 +1,170 @@
+"""The cache of an autoregressive model, whoever drives its loop. Bit for bit the same.
+
+A loop calls the decoder once with the prompt and then, for each token, with one position and the cache that the call
+before returned. Upstream copies the whole cache at each token; here its layers are made growing ones (kv_cache.py) as
+soon as they hold a sequence, and a token is written behind the last one. What is then worth compiling is the
+decoder's blocks, by blocks.py.
+
+A decoder is any module whose forward takes a cache, `inputs_embeds` and `use_cache`, as all of transformers'
+do; the innermost such module of a part is taken. The class of the cache that the caller sees stays upstream's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.kernels.weight_formats import MOST_ROWS
+from accelerate_tts.patching.class_swap import ClassSwap, per_class, subclass_with
+from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.plan import READY
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.call_args import cache_name, cache_of, tidy
+from accelerate_tts.stages.decode.leftovers import Leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["GrowingCacheStage", "decoders", "growing_caches"]
+
+_TAKES = {"inputs_embeds", "use_cache"}
+
+
+class GrowingCacheStage(BaseStage):
+    """Gives a decoder's cache room to grow in place. Bit for bit the same."""
+
+    name = "growing cache"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if kv_cache.cache_classes() is None:
+            return "no cache of transformers 4.54 or later is loaded"
+        found = decoders(part.module)
+        if found and all(getattr(class_of(decoder), READY, None) is _make_ready for decoder in found):
+            return "its caches grow in place already, as fused blocks need them to"
+        return None if found else "no decoder with a cache in it"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        return growing_caches(part.module)
+
+
+def growing_caches(module: nn.Module) -> ClassSwap:
+    """The change that lets the caches of all decoders in a module grow; of none, where there is no decoder."""
+    return ClassSwap(decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
+
+
+def decoders(module: nn.Module) -> list[nn.Module]:
+    """The innermost modules of a part that are called with a cache."""
+    found = [inner for inner in module.modules() if _is_decoder(inner)]
+    return [
+        outer for outer in found
+        if not any(inner is not outer and _is_decoder(inner) for inner in outer.modules())
+    ]  # fmt: skip
+
+
+def _is_decoder(module: Any) -> bool:
+    config = getattr(module, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    names = _parameters(plain_class(module))
+    return _TAKES.issubset(names) and cache_name(names) is not None
+
+
+def _parameters(cls: Any) -> list[str]:
+    """The names of what a class's forward takes, after `self`; none if it takes unnamed arguments."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return []
+    return [parameter.name for parameter in parameters]
+
+
+@per_class
+def _decoding_class(plain: Any) -> type:
+    import torch
+
+    names = _parameters(plain)
+    left: WeakKeyDictionary[Any, Leftovers] = WeakKeyDictionary()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        past = cache_of(named)
+        if past is None:
+            left.setdefault(self, Leftovers()).tidy(self)
+        elif kv_cache.is_tuple(past):
+            if past[0][0].shape[0] <= MOST_ROWS and _is_token(named):
+                past = kv_cache.with_room(past)
+                args, kwargs = _with_cache(names, args, kwargs, past)
+        elif kv_cache.is_growable(past):
+            kv_cache.adopt(past)
+        asked = named.get("output_attentions")
+        asked = bool(getattr(self.config, "output_attentions", False) if asked is None else asked)
+        told = (
+            kv_cache.attentions_wanted.set(asked),
+            kv_cache.whole_tuple.set(past if isinstance(past, tuple) else None),
+        )
+        try:
+            # All of its blocks then meet normal tensors, and none has to make them so for itself.
+            result = call_normally(partial(plain.forward, self), args, kwargs)
+        finally:
+            kv_cache.attentions_wanted.reset(told[0])
+            kv_cache.whole_tuple.reset(told[1])
+            if _captures_by_patching():
+                for inner in self.modules():
+                    tidy(inner)
+        after = cache_of(result)
+        if after is not past and kv_cache.is_growable(after):
+            kv_cache.adopt(after)
+        return result
+
+    vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
+    cls = subclass_with(plain, forward)
+    setattr(cls, READY, staticmethod(_make_ready))
+    return cls
+
+
+def _captures_by_patching() -> bool:
+    """Whether transformers puts a `forward` over modules to collect outputs (4.54 to 4.57), and leaves another."""
+    generic: Any = sys.modules.get("transformers.utils.generic")
+    return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
+
+
+def _is_token(named: dict[str, Any]) -> bool:
+    given = named.get("inputs_embeds")
+    given = named.get("input_ids") if given is None else given
+    return given is not None and given.dim() > 1 and given.shape[1] == 1
+
+
+def _with_cache(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], past: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with another cache in them."""
+    name = cache_name(kwargs)
+    if name is not None and kwargs[name] is not None:
+        return args, {**kwargs, name: past}
+    place = names.index(cache_name(names) or "")
+    return (*args[:place], past, *args[place + 1 :]), kwargs
+
+
+def _make_ready(arguments: Iterable[Any]) -> None:
+    """Put the caches among a replayed call's arguments into the state that they have in the middle of a loop."""
+    for value in arguments:
+        if kv_cache.is_growable(value):
+            kv_cache.adopt(value)
+            kv_cache.room_for(value, 1)
+        elif kv_cache.is_tuple(value) or kv_cache.is_listed(value):
+            kv_cache.give_room(value)

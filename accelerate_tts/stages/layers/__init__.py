@@ -1,0 +1,1 @@
+"""Stages that replace how single layers compute."""

@@ -1,0 +1,133 @@
+"""Channels-last convolutions on a CPU: 1-D convolutions in the layout that oneDNN computes in. Exact to rounding.
+
+A `Conv1d` of a plain tensor is computed in a blocked layout: its input is reordered on the way in and its output on the
+way out, at every call. In channels-last order nothing has to be reordered, and the element-wise operations between two
+convolutions keep that order by themselves. A vocoder, whose last levels have few channels and very many samples,
+spends much of its time on those reorderings (docs/decisions/0006-channels-last.md has the figures).
+
+The convolution is made as a 2-D one of height 1; the weights are read at each call. What a part returns is put into the
+usual order again: its callers may count on it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import class_of
+from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.plan import CALL
+from accelerate_tts.stages.base import BaseStage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["ChannelsLastStage"]
+
+
+class ChannelsLastStage(BaseStage):
+    """Runs a part's 1-D convolutions in channels-last order. For CPUs."""
+
+    name = "channels-last convolutions"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return None if _convolutions(part.module) else "no 1-D convolution in it"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        convolutions = set(_convolutions(part.module))
+        method = "forward" if part.method == CALL else part.method
+
+        def swapped(module: nn.Module) -> type:
+            cls = _channels_last_class(class_of(module)) if module in convolutions else class_of(module)
+            return _border_class(cls, method) if module is part.module else cls
+
+        others = [module for module in _convolutions(part.module) if module is not part.module]
+        return ClassSwap([*others, part.module], swapped)
+
+
+def _convolutions(module: nn.Module) -> list[nn.Module]:
+    from torch import nn
+
+    fused = in_fused(module)
+    return [
+        inner
+        for inner in module.modules()
+        if isinstance(inner, (nn.Conv1d, nn.ConvTranspose1d))
+        and inner not in fused
+        # Depthwise convolutions are bound by memory, not by their layout; a subclass with a forward of its own does
+        # something that we do not know.
+        and inner.groups == 1
+        and inner.padding_mode == "zeros"
+        and isinstance(inner.padding, tuple)
+        and _is_plain(inner)
+    ]
+
+
+def _is_plain(convolution: Any) -> bool:
+    """Whether it computes what torch's own class does, whatever its class is called."""
+    from torch import nn
+
+    cls = nn.ConvTranspose1d if isinstance(convolution, nn.ConvTranspose1d) else nn.Conv1d
+    steps = ("forward", "_conv_forward", "_output_padding")
+    return all(
+        getattr(type(convolution), step, None) is getattr(cls, step, None) and step not in vars(convolution)
+        for step in steps
+    )
+
+
+@per_class
+def _border_class(plain: Any, method: str) -> type:
+    """The part's own class: what leaves the part is in the order that its callers know, and may call `.view()` on."""
+    run = getattr(plain, method)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _in_usual_order(run(self, *args, **kwargs))
+
+    return subclass_with(plain, forward, method=method)
+
+
+def _in_usual_order(result: Any) -> Any:
+    import torch
+    from torch.utils import _pytree
+
+    def is_changed(value: Any) -> bool:
+        # Channels before time in the shape, behind it in memory. Other strides are the model's own.
+        return isinstance(value, torch.Tensor) and (
+            value.dim() == 3 and value.stride(1) == 1 and not value.is_contiguous()  # noqa: PLR2004 - see `convolve`
+        )
+
+    if isinstance(result, torch.Tensor):
+        return result.contiguous() if is_changed(result) else result
+    leaves, spec = _pytree.tree_flatten(result)
+    if not any(map(is_changed, leaves)):
+        return result  # the very object, not one like it
+    return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
+
+
+@per_class
+def _channels_last_class(plain: Any) -> type:
+    from torch import channels_last, nn
+    from torch.nn import functional
+
+    def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); without a batch it is rare and short
+            return nn.Conv1d.forward(self, input)
+        y = functional.conv2d(
+            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]),
+        )  # fmt: skip
+        return y.squeeze(2)
+
+    def convolve_transposed(self: Any, input: Any, output_size: list[int] | None = None) -> Any:  # noqa: A002
+        if input.dim() != 3 or output_size is not None:  # noqa: PLR2004
+            return nn.ConvTranspose1d.forward(self, input, output_size)
+        y = functional.conv_transpose2d(
+            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            (1, self.stride[0]), (0, self.padding[0]), (0, self.output_padding[0]), 1, (1, self.dilation[0]),
+        )  # fmt: skip
+        return y.squeeze(2)
+
+    return subclass_with(plain, convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve)

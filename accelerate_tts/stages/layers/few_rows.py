@@ -1,0 +1,78 @@
+"""Linear layers with few rows on a CPU: the product taken the other way round. Exact to rounding.
+
+A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch).
+`F.linear` hands that to a kernel made for many rows, which reads the weights at a half to a third of the memory's rate;
+`W @ x.T` of the same numbers reads them at the full rate (docs/decisions/0007-few-rows.md has the figures). One row is
+a matrix-vector product either way, and from about ten rows on `F.linear` is right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import class_of
+from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["FEW_ROWS", "FewRowsStage"]
+
+FEW_ROWS = range(2, 9)
+"""Numbers of rows for which the product is taken the other way round."""
+
+
+class FewRowsStage(BaseStage):
+    """Takes a part's linear layers the other way round when they are given two to eight rows. For CPUs."""
+
+    name = "few-row linear layers"
+    group = "linear layers"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.few_rows < LEAST_FEW_ROWS:
+            return "next to nothing of its linear work has few rows"
+        return None if _linears(part.module) else "no linear layer in it"
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        return ClassSwap(_linears(part.module), lambda module: _few_rows_class(class_of(module)))
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    from torch import nn
+
+    # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+    fused = in_fused(module)
+    return [
+        m for m in module.modules()
+        if m not in fused and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
+    ]  # fmt: skip
+
+
+@per_class
+def _few_rows_class(plain: Any) -> type:
+    import torch
+    from torch.nn import functional
+
+    def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        if is_watched(input):
+            return plain.forward(self, input)
+        weight = self.weight
+        features = weight.shape[1]
+        rows = input.numel() // max(1, features)
+        if rows not in FEW_ROWS or input.shape[-1] != features:  # a wrong input gets torch's own error
+            return functional.linear(input, weight, self.bias)
+        columns = input.reshape(rows, features).t()
+        if self.bias is None:
+            product = torch.mm(weight, columns)
+        else:
+            product = torch.addmm(self.bias.unsqueeze(1), weight, columns)
+        # Contiguous, as `F.linear` gives it: whoever calls .view() on it must not see a difference.
+        return product.t().contiguous().view(*input.shape[:-1], weight.shape[0])
+
+    return subclass_with(plain, forward)

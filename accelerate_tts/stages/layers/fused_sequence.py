@@ -1,0 +1,172 @@
+"""Blocks of a flow's estimator by one kernel each, transformer_block.cpp or residual_block.cpp. In bf16, by AMX.
+
+An estimator (Chatterbox's S3Gen, CosyVoice, Matcha-TTS) has dozens of small blocks, and runs them at each step of its
+solver. At a few hundred frames a third of its time is attention, which torch does not multiply in AMX at these sizes,
+and another third lies between the products. The kernels multiply bf16 copies of the weights, with sums in fp32; norms,
+softmax, activations, and what one block hands to the next stay in fp32.
+
+Anything but a plain call (a mask of another kind, another dtype, gradients, hooks inside) takes upstream's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.device.half_dtypes import half_dtypes
+from accelerate_tts.inspection.signatures import parameters_of
+from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.kernels.calls import missing, multiplies_in_bf16
+from accelerate_tts.kernels.residual_block import RESIDUAL
+from accelerate_tts.kernels.transformer_block import TRANSFORMER
+from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
+from accelerate_tts.patching.structure_watch import Inside
+from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.decode.call_args import Told
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.kernels.packed import Kernel
+    from accelerate_tts.plan import Part
+
+__all__ = ["KERNELS", "FusedSequenceStage", "Served"]
+
+KERNELS = (TRANSFORMER, RESIDUAL)
+"""Each is a stage of its own."""
+
+
+class FusedSequenceStage(BaseStage):
+    """Serves blocks of one kind, each by one call for a whole sequence, from bf16 copies of their weights.
+
+    Args:
+        kernel: What serves them.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.name = f"fused {kernel.name} (bf16)"
+        self._kernel = kernel
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if not has_matrix_unit():
+            return "this processor has no AMX"
+        if (reason := missing()) is not None:
+            return reason
+        return None if self._blocks(part) else f"no {self._kernel.name} that the kernel knows in it"
+
+    def _blocks(self, part: Part) -> list[nn.Module]:
+        return [inner for inner in part.module.modules() if self._kernel.parts_of(inner) is not None]
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`.
+
+        Raises:
+            RuntimeError: The kernels may not use AMX.
+        """
+        if not multiplies_in_bf16():
+            raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
+        told = Told(f"the fused {self._kernel.name} of {part.name}")
+        fused = {
+            block: Served(block, self._kernel, part.name, told=told, number=number)
+            for number, block in enumerate(self._blocks(part))
+        }
+        return ClassSwap(list(fused), lambda block: fused[block].class_for(type(block)))
+
+
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies bf16 in tiles, and torch knows it."""
+    import torch
+
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return known is not None and bool(known()) and bool(half_dtypes("cpu"))
+
+
+class Served:
+    """One block and what the kernel needs of it, made when first needed and anew when its weights were written.
+
+    Args:
+        block: The block.
+        kernel: What serves it.
+        what: The part that it is in, for people.
+        copies: In what the kernel has copies of its weights.
+        told: Who is told why it is not served; shared by the blocks of a part.
+        number: The block's place among them.
+    """
+
+    only_tokens = False
+
+    def __init__(  # noqa: PLR0913 - what serves, what is served, and who is told of it
+        self,
+        block: nn.Module,
+        kernel: Kernel,
+        what: str,
+        copies: str = "bf16",
+        *,
+        told: Told | None = None,
+        number: int = 0,
+    ) -> None:
+        self._block: Any = block
+        self._copies = copies
+        self._kernel = kernel
+        self._told, self._number = told or Told(f"the fused {kernel.name} of {what}"), number
+        self._inside = Inside(block, kernel.watched(block))
+        # What was computed from the weights, and what tells when they were written: one pair, for threads.
+        self._known: tuple[Weights, Any] = (Weights(block), None)
+
+    def class_for(self, plain: Any) -> type:
+        """The block's class while the change is on."""
+        names = parameters_of(plain)
+
+        def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            result = self.serve(named) if len(args) <= len(names) else None
+            return plain.forward(self._block, *args, **kwargs) if result is None else result
+
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)
+        cls = subclass_with(plain, forward, copies=self._copies)
+        setattr(cls, FUSED, self)
+        return cls
+
+    def copied(self) -> list[nn.Module]:
+        """The layers whose copies could serve them by themselves: none, as the kernels' are in panels."""
+        return []
+
+    @property
+    def described(self) -> Any:
+        """What the kernel was told last."""
+        return self._known[1]
+
+    def serve(self, named: dict[str, Any]) -> Any:
+        """What the block makes of a call's arguments, or `None` if this call is upstream's business."""
+        import torch
+
+        if torch.is_grad_enabled() or self._block.training or is_traced():
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        obstacle = self._inside.altered()
+        if obstacle is not None:
+            self._told.tell(obstacle, self._number)
+            return None
+        described = self._describe()
+        if described is None:
+            return None
+        self._told.is_served(self._number)
+        return self._kernel.serve(described, named)
+
+    def _describe(self) -> Any:
+        import torch
+
+        watched, described = self._known
+        if described is None or watched.outdated():
+            watched = Weights(self._block)  # before: what is written meanwhile is seen next time
+            parts = self._kernel.parts_of(self._block)
+            if parts is None:
+                self._told.tell("weights were exchanged for others, which the kernel does not know", self._number)
+                return None
+            with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive this call's mode
+                described = self._kernel.described(parts)
+            self._known = (watched, described)
+        return described

@@ -1,0 +1,211 @@
+"""8-bit weights for the linear layers of a part, with activations quantised as they come. For `fast` on CPUs.
+
+A decode step reads every weight once for one or two rows, so a quarter of the bytes can be a quarter of the time. Which
+kernels are fast depends on the processor, so there are several, and the engine times them against each other:
+
+- *x86* or *qnnpack*: the kernels that PyTorch itself chooses for the processor (FBGEMM or oneDNN on x86);
+- *oneDNN*: the same operators with oneDNN's own packing;
+- *torchao*: its dynamic W8A8 tensors, where that package is installed.
+
+Weights are symmetric per output channel, activations asymmetric per tensor. A recurrent net is tried too, by itself,
+and has to pass the same comparison: of one speaker encoder only a cosine of 0.53 to the truth was left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.locks import lock
+from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.derived import Derived
+from accelerate_tts.stages.base import BaseStage, are_left_over
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "quantize_stages"]
+
+# A small layer's time is the quantising of its input.
+_LEAST_WEIGHTS = 16_384
+# The fewest dimensions that the kernels take: (rows, features), and (batch, time, features).
+_ROWS, _SEQUENCES = 2, 3
+# Packing sets a flag of the process.
+_packing = lock()
+
+
+class QuantizeStage(BaseStage):
+    """8-bit linear layers by one family of kernels.
+
+    Args:
+        engine: "x86", "fbgemm", "onednn" or "qnnpack", torch's quantised engines; or "torchao".
+    """
+
+    group = "linear layers"
+
+    def __init__(self, engine: str) -> None:
+        self.name = f"int8 linear layers ({engine})"
+        self._engine = engine
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        layers = _linears(part.module)
+        if not layers:
+            return "no large linear layer in it"
+        return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
+
+    def prepare(self, part: Part) -> CarryingSwap:
+        """See `Stage.prepare`."""
+        make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
+        calls = {module: Derived(module, make) for module in _linears(part.module)}
+        return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
+
+
+class QuantizeRecurrentStage(BaseStage):
+    """8-bit LSTMs and GRUs by torch's dynamic kernels."""
+
+    name = "int8 recurrent layers"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        return None if _recurrent(part.module) else "no recurrent layer in it"
+
+    def prepare(self, part: Part) -> CarryingSwap:
+        """See `Stage.prepare`."""
+        calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
+        return CarryingSwap(
+            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES), PACKED, calls
+        )  # fmt: skip
+
+
+def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
+    """What this machine has kernels for."""
+    import torch
+
+    there = set(torch.backends.quantized.supported_engines)
+    own = next((name for name in ("x86", "fbgemm", "qnnpack") if name in there), None)
+    engines = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
+    if find_spec("torchao") is not None:
+        engines.append("torchao")
+    return (*map(QuantizeStage, engines), QuantizeRecurrentStage())
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    from torch import nn
+
+    fused = in_fused(module)
+    return [
+        inner
+        for inner in module.modules()
+        if inner not in fused
+        and isinstance(inner, nn.Linear)
+        and plain_class(inner).forward is nn.Linear.forward
+        and inner.weight.numel() >= _LEAST_WEIGHTS
+        and inner.weight.is_floating_point()
+    ]
+
+
+def _recurrent(module: nn.Module) -> list[nn.Module]:
+    import torch
+    from torch import nn
+
+    return [
+        inner
+        for inner in module.modules()
+        if plain_class(inner) in {nn.LSTM, nn.GRU}  # in half precision already, too: it is an island there
+        and inner.bias  # the converter takes none without, nor one with projections
+        and not getattr(inner, "proj_size", 0)
+        and all(parameter.dtype == torch.float32 for parameter in inner.parameters())
+    ]
+
+
+@per_class
+def _quantized_class(plain: Any, least: int) -> type:
+    import torch
+
+    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
+        packed = getattr(self, PACKED, None)  # a thread may be in here while another one switches the change off
+        is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
+        if (
+            packed is None
+            or is_watched(*(() if is_sequence else (input,)))
+            or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
+        ):
+            return plain.forward(self, input, *args, **kwargs)
+        return packed.get()(input, *args, **kwargs)
+
+    return subclass_with(plain, forward, copies="int8")
+
+
+def _packed_call(engine: str) -> Any:
+    def make(module: Any) -> Any:
+        import torch
+
+        weight = module.weight.detach().float()
+        # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
+        scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
+        points = torch.zeros(len(scales), dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.14 announces the removal of its quantised tensors
+            quantized = torch.quantize_per_channel(weight, scales, points, 0, torch.qint8)
+        packed = _prepacked(engine, quantized, None if module.bias is None else module.bias.detach().float())
+        # On x86 without VNNI the 16-bit sums of FBGEMM and oneDNN overflow unless activations leave one bit free.
+        on_x86 = "fbgemm" in torch.backends.quantized.supported_engines
+        reduced = on_x86 and engine != "qnnpack" and not torch.cpu._is_vnni_supported()
+
+        def call(x: Any) -> Any:
+            return torch.ops.quantized.linear_dynamic(x.float(), packed, reduced).to(x.dtype)
+
+        return call
+
+    return make
+
+
+def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
+    import torch
+
+    # The engine is read while packing only: what is packed knows its own kernels.
+    with _packing:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            return torch.ops.quantized.linear_prepack(quantized, bias)
+        finally:
+            torch.backends.quantized.engine = before
+
+
+def _torchao_call(module: Any) -> Any:
+    from torch import nn
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    twin = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    twin.weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
+    if module.bias is not None:
+        twin.bias = nn.Parameter(module.bias.detach().float().clone(), requires_grad=False)
+    quantize_(twin, Int8DynamicActivationInt8WeightConfig())
+
+    def call(x: Any) -> Any:
+        return twin(x.float()).to(x.dtype)
+
+    return call
+
+
+def _quantized_recurrent(module: Any) -> Any:
+    import torch
+
+    plain = plain_class(module)
+    twin: Any = object.__new__(plain)  # the converter goes by the class, and would put the user's own module into eval
+    twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # which it will copy
+    holder = torch.nn.ModuleDict({"inner": twin})
+    with warnings.catch_warnings():
+        # torch 2.10 announced the removal of its eager quantisation in favour of torchao's, which has no LSTM.
+        warnings.simplefilter("ignore")
+        holder = torch.ao.quantization.quantize_dynamic(holder.eval(), {plain}, torch.qint8)  # type: ignore[no-untyped-call]
+    if type(holder["inner"]) is plain:
+        raise RuntimeError(f"torch.ao.quantization did not convert the {plain.__name__}")
+    return holder["inner"].forward

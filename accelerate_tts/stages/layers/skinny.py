@@ -1,0 +1,178 @@
+"""Linear layers with a few rows on a CPU, by our own kernel: each weight is read once, at the memory's rate.
+
+A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
+time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
+skinny_gemm.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's
+own weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
+output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.kernels.calls import missing, skinny_linear
+from accelerate_tts.kernels.weight_formats import FORMATS, MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.derived import Derived
+from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["SkinnyStage"]
+
+
+_NAME = "skinny linear layers ({})"
+# What is read from the cores' own caches is no faster by it, and an int8 copy of it gains nothing.
+_LEAST_WEIGHTS = 16_384
+
+
+class SkinnyStage(BaseStage):
+    """Linear layers (and transformers' Conv1D) by our own kernel when they are given up to eight rows. For CPUs.
+
+    Args:
+        weights: What the weights are stored in for it.
+    """
+
+    group = "linear layers"
+
+    def __init__(self, weights: Weights = "fp32") -> None:
+        self.name = _NAME.format(weights)
+        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
+        self._weights: Weights = weights
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.few_rows < LEAST_FEW_ROWS:
+            return "next to nothing of its linear work has few rows"
+        if (reason := missing()) is not None:
+            return reason
+        return None if self._layers(part) else "no large linear layer in fp32 (or bf16) in it"
+
+    def _layers(self, part: Part) -> list[nn.Module]:
+        return _layers(part.module, own=self._weights == "fp32")
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        skinny_linear()
+        layers = self._layers(part)
+        if self._weights == "fp32":
+            return ClassSwap(layers, lambda module: _exact_class(class_of(module), is_transposed(module)))
+        copies = {layer: Derived(layer, _MAKERS[self._weights]) for layer in layers}
+        return CarryingSwap(
+            layers, lambda module: _copied_class(class_of(module), is_transposed(module), self._weights), COPY, copies
+        )  # fmt: skip
+
+
+def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
+    """The layers that the kernel can serve; those in bf16 too, if from their own weights."""
+    import torch
+    from torch import nn
+
+    fused = in_fused(module)
+    return [
+        inner
+        for inner in module.modules()
+        if inner not in fused
+        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+        and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # a quantised one has no memory to point to
+        and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
+        and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
+        and inner.weight.device.type == "cpu"
+    ]
+
+
+def _is_bf16(module: Any) -> bool:
+    import torch
+
+    return module.weight.dtype == torch.bfloat16 and not is_transposed(module)
+
+
+def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
+    """Whether it is the kernel's business; everything else, wrong inputs too, gets torch's own answer."""
+    import torch
+
+    return bool(
+        type(x) is torch.Tensor
+        and x.dtype == (dtype or torch.float32)
+        and x.dim() > 0
+        and x.shape[-1] == inputs
+        and 0 < x.numel() <= MOST_ROWS * inputs
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_watched()
+    )
+
+
+def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
+    import torch
+
+    inputs = weight.shape[0 if transposed else 1]
+    rows = x.reshape(-1, inputs).contiguous()
+    compiling = torch.compiler.is_compiling()
+    run: Any = torch.ops.accelerate_tts.skinny_linear if compiling else skinny_linear()
+    y = run(rows, weight, scale, bias, transposed)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+@per_class
+def _exact_class(plain: Any, transposed: bool) -> type:
+    import torch
+
+    def forward(self: Any, x: Any) -> Any:
+        weight, bias = self.weight, self.bias
+        inputs = weight.shape[0 if transposed else 1]
+        outputs = weight.shape[1 if transposed else 0]
+        if not _is_bias(bias, outputs):
+            return plain.forward(self, x)
+        if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
+            # Sums in fp32, rounded once at the end, as bf16 hardware does it.
+            wide = None if bias is None else bias.float()
+            return _call(x.float(), weight, None, wide, False).to(x.dtype)
+        if not _takes(x, inputs) or not (_fits(weight) and _fits(bias)):
+            return plain.forward(self, x)
+        return _call(x, weight, None, bias, transposed)
+
+    return subclass_with(plain, forward)
+
+
+def _is_bias(bias: Any, outputs: int) -> bool:
+    """Whether it has a number for each output; torch takes what can be broadcast, and the kernel's loops do not."""
+    return bias is None or tuple(bias.shape) == (outputs,)
+
+
+def _fits(tensor: Any, dtype: Any = None) -> bool:
+    import torch
+
+    return tensor is None or bool(
+        type(tensor) in {torch.Tensor, torch.nn.Parameter}
+        and tensor.dtype == (dtype or torch.float32)
+        and tensor.is_contiguous()
+        and tensor.device.type == "cpu"
+    )
+
+
+@per_class
+def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
+    def forward(self: Any, x: Any) -> Any:
+        bias = self.bias
+        outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
+        if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
+            return plain.forward(self, x)
+        copy = getattr(self, COPY, None)  # a thread may be in here while another one switches the change off
+        if copy is None:
+            return plain.forward(self, x)
+        weight, scale = copy.get()
+        return _call(x, weight, scale, bias, False)
+
+    return subclass_with(plain, forward, copies=weights)
+
+
+_MAKERS = {"bf16": in_bf16, "int8": in_int8}

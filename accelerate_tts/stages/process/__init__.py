@@ -1,0 +1,1 @@
+"""Stages for the process: other libraries' threads, progress bars, constants."""

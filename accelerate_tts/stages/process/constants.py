@@ -1,0 +1,323 @@
+"""Constants that upstream computes anew at each call: mel filter banks, windows, resampling kernels. Bit for bit.
+
+librosa makes its mel filter bank at every call, torchaudio's Kaldi features theirs, and its `functional.resample` a
+kernel. Each is a pure function of a few numbers. During the reference pass these functions are watched: one that is
+called, that takes long enough to be worth a dictionary, whose second result is the first one bit for bit and that warns
+of nothing is kept by its arguments. Callers get a copy, for they may write into what they are given.
+
+The names of the functions are replaced wherever a loaded module has them (`from librosa.filters import mel` too), until
+the last tuned object is undone. A wrapper that somebody still holds then calls upstream's function.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.patching.change import BaseChange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Hashable
+
+__all__ = ["PURE", "KeptConstants"]
+
+PURE = (
+    "librosa.filters:mel",
+    "librosa.filters:get_window",
+    "librosa.filters:window_sumsquare",
+    "torchaudio.compliance.kaldi:get_mel_banks",
+    "torchaudio.compliance.kaldi:_feature_window_function",
+    "torchaudio.functional.functional:melscale_fbanks",
+    "torchaudio.functional.functional:_get_sinc_resample_kernel",
+    "transformers.audio_utils:mel_filter_bank",
+    "transformers.audio_utils:window_function",
+)
+"""Functions whose results hang on nothing but their arguments and torch's default dtype, as `module:name`.
+
+A list, since no watching tells a function that reads a global from one that does not. Adding one is adding a line.
+"""
+
+_WORTH = 50e-6
+"""Seconds that a call of upstream's must take: looking a result up and copying it takes a few microseconds."""
+_MOST_RESULTS, _MOST_BYTES = 64, 16 << 20
+_DEEPEST_KEY = 3
+_ABSENT: Any = object()
+
+
+class _UnkeepableError(Exception):
+    """An argument that cannot be told from another one, or a result that cannot be copied."""
+
+
+class _Function:
+    """One upstream function and its stand-in, for the whole process."""
+
+    def __init__(self, name: str, upstream: Callable[..., Any]) -> None:
+        self.name = name
+        self.upstream = upstream
+        self.results: dict[Hashable, Any] = {}
+        self.users = 0
+        self.watchers: list[dict[str, Watched]] = []
+        self.stand_in = self._make()
+
+    def _make(self) -> Callable[..., Any]:
+        import torch
+
+        @functools.wraps(self.upstream)
+        def constant(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not (self.users or self.watchers):
+                return self.upstream(*args, **kwargs)
+            return self._call(args, kwargs)
+
+        # torch.jit.script compiles what it finds here in place of a wrapper, which it could not read.
+        vars(constant).update({"__script_if_tracing_wrapper": True, "__original_fn": self.upstream})
+        return constant
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _modes() or getattr(_within, "upstream", False):
+            return self.upstream(*args, **kwargs)
+        try:
+            key = _key(args), _key(tuple(sorted(kwargs.items()))), _settings()
+        except _UnkeepableError:
+            return self.upstream(*args, **kwargs)
+        found = self.results.get(key, _ABSENT)
+        if found is not _ABSENT:
+            for seen in self.watchers:
+                seen.setdefault(self.name, Watched()).calls += 1
+            return _copied(found)
+        _within.upstream = True  # what it calls itself is a part of its time, and is not called once it is kept
+        try:
+            start = time.perf_counter()
+            result = self.upstream(*args, **kwargs)
+            self._learn(key, result, time.perf_counter() - start, args, kwargs)
+        finally:
+            _within.upstream = False
+        return result
+
+    def _learn(self, key: Hashable, result: Any, seconds: float, args: Any, kwargs: Any) -> None:
+        try:
+            kept = _copied(result)
+        except _UnkeepableError:
+            return
+        if self.watchers:
+            again, warned, took = self._again(args, kwargs)
+            for seen in self.watchers:
+                watched = seen.setdefault(self.name, Watched())
+                watched.calls += 1
+                watched.seconds.append(min(seconds, took))
+                watched.pure = watched.pure and not warned and _same(kept, again)
+        with _lock:
+            sizes = [_size(value) for function in _functions.values() for value in function.results.values()]
+            if len(sizes) < _MOST_RESULTS and sum(sizes) + _size(kept) <= _MOST_BYTES:
+                self.results[key] = kept
+
+    def _again(self, args: Any, kwargs: Any) -> tuple[Any, bool, float]:
+        """A second result, whether it came with a warning, and its seconds."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            start = time.perf_counter()
+            result = self.upstream(*args, **kwargs)
+            return result, bool(seen), time.perf_counter() - start
+
+
+@dataclass
+class Watched:
+    """What was seen of one function in a pass: calls with arguments that can be kept, and what upstream's took."""
+
+    calls: int = 0
+    seconds: list[float] = field(default_factory=list)
+    pure: bool = True
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether it takes so long that keeping its results gains anything."""
+        return self.pure and bool(self.seconds) and max(self.seconds) >= _WORTH
+
+    @property
+    def saved(self) -> float:
+        """Seconds that a pass takes less."""
+        return self.calls * sum(self.seconds) / len(self.seconds)
+
+
+_lock = threading.RLock()
+_within = threading.local()
+_functions: dict[str, _Function] = {}
+"""Those whose names are replaced now."""
+
+
+class KeptConstants(BaseChange):
+    """The change; see `Change`. It serves what `watching` found worth it.
+
+    Args:
+        functions: The functions to watch; see `PURE`.
+    """
+
+    name = "constants of upstream"
+
+    def __init__(self, functions: tuple[str, ...] = PURE) -> None:
+        self.functions = functions
+        self.found: dict[str, Watched] = {}
+        self._is_on = False
+
+    @contextmanager
+    def watching(self) -> Generator[None, None, None]:
+        """While open, watch which of the functions are called."""
+        seen: dict[str, Watched] = {}
+        functions = _replace({name for name in self.functions if _upstream(name) is not None})
+        with _lock:
+            for function in functions:
+                function.results.clear()  # what another object kept would be served, and not be seen
+                function.watchers.append(seen)
+        try:
+            yield
+        finally:
+            with _lock:
+                for function in functions:
+                    function.watchers.remove(seen)
+                self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
+                _give_back()
+
+    @property
+    def saved(self) -> float:
+        """Seconds that a pass takes less, as measured by the functions themselves."""
+        return sum(watched.saved for watched in self.found.values())
+
+    def __str__(self) -> str:
+        """The functions, with what they take, for people."""
+        return ", ".join(
+            f"{name.replace(':', '.')} ({watched.calls} calls, {1e3 * watched.saved:.2f} ms)"
+            for name, watched in sorted(self.found.items())
+        )
+
+    def on(self) -> None:
+        """See `Change.on`."""
+        with _lock:
+            if not self._is_on:
+                for function in _replace(set(self.found)):
+                    function.users += 1
+                self._is_on = True
+
+    def off(self) -> None:
+        """See `Change.off`."""
+        with _lock:
+            if self._is_on:
+                self._is_on = False
+                for name in self.found:
+                    if name in _functions:
+                        _functions[name].users -= 1
+                _give_back()
+
+
+def _upstream(name: str) -> Callable[..., Any] | None:
+    """The function of that name, if its module is loaded."""
+    module, _, attribute = name.partition(":")
+    found = vars(sys.modules[module]).get(attribute) if sys.modules.get(module) is not None else None
+    return found if callable(found) else None
+
+
+def _replace(names: set[str]) -> list[_Function]:
+    """Put the stand-ins of these functions where the functions are, in each loaded module."""
+    with _lock:
+        fresh = {}
+        for name in names - _functions.keys():
+            upstream = _upstream(name)
+            if upstream is not None:
+                fresh[id(upstream)] = _functions[name] = _Function(name, upstream)
+        _exchange({key: function.stand_in for key, function in fresh.items()})
+        return [_functions[name] for name in names if name in _functions]
+
+
+def _give_back() -> None:
+    """Put upstream's functions back where nobody needs the stand-ins."""
+    idle = [function for function in _functions.values() if not (function.users or function.watchers)]
+    for function in idle:
+        del _functions[function.name]
+        function.results.clear()
+    _exchange({id(function.stand_in): function.upstream for function in idle})
+
+
+def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
+    """In each loaded module, put other functions in place of those with these ids."""
+    if not by_id:
+        return
+    for module in list(sys.modules.values()):
+        try:
+            names = object.__getattribute__(
+                module, "__dict__"
+            )  # one that is loaded when it is looked at stays unloaded
+        except AttributeError:
+            continue
+        for name, value in list(names.items()):
+            if id(value) in by_id:
+                names[name] = by_id[id(value)]
+
+
+def _modes() -> bool:
+    """Whether a mode of torch is on that makes other tensors of the same calls: a device context, fake tensors."""
+    import torch
+
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
+def _settings() -> Hashable:
+    import torch
+
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _key(value: Any, depth: int = 0) -> Hashable:
+    """What tells an argument from another one; 1, 1.0 and True, and 0.0 and -0.0, are different ones."""
+    import torch
+
+    if type(value) in {tuple, list} and depth < _DEEPEST_KEY:
+        return type(value), *(_key(item, depth + 1) for item in value)
+    if type(value) is float:
+        return float, value.hex()
+    if value is None or type(value) in {int, bool, str, bytes} or isinstance(value, (type, torch.dtype, torch.device)):
+        return type(value), value
+    raise _UnkeepableError
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a result that its caller may write into."""
+    import torch
+
+    numpy: Any = sys.modules.get("numpy")
+    array: Any = value
+    if type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad:
+        return value.clone()
+    if numpy is not None and type(value) is numpy.ndarray and not array.dtype.hasobject and array.flags.writeable:
+        return array.copy(order="K")
+    if type(value) is tuple:
+        return tuple(_copied(item) for item in value)
+    if value is None or type(value) in {int, float, bool, str}:
+        return value
+    raise _UnkeepableError
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two results are the same bit for bit, in memory order too."""
+    import torch
+
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, torch.Tensor):
+        alike = (first.dtype, first.shape, first.stride()) == (second.dtype, second.shape, second.stride())
+        return alike and first.numpy().tobytes() == second.numpy().tobytes()
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if hasattr(first, "tobytes"):
+        alike = (first.dtype, first.shape, first.strides) == (second.dtype, second.shape, second.strides)
+        return alike and first.tobytes() == second.tobytes()
+    return bool(_key(first) == _key(second))
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, tuple):
+        return sum(map(_size, value))
+    return int(getattr(value, "nbytes", 0))

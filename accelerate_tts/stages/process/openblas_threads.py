@@ -1,0 +1,53 @@
+"""One thread for OpenBLAS, where NumPy's idle workers would stand in the way of torch's.
+
+torch computes the same bit for bit; NumPy may sum in another order.
+
+A change of the process, not of a part: it is tried on whole passes through the public path, where NumPy and torch take
+turns as they will in service. device/openblas.py says why it matters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate_tts.device.flags import hold
+from accelerate_tts.device.openblas import BLAS_THREADS, busy_libraries
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.stages.base import BaseStage
+
+if TYPE_CHECKING:
+    from accelerate_tts.device.flags import Hold
+    from accelerate_tts.plan import Part
+
+__all__ = ["QuietBlasStage"]
+
+
+class QuietBlasStage(BaseStage):
+    """Holds OpenBLAS at one thread. For CPUs."""
+
+    name = "one OpenBLAS thread"
+    process = True
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        del part
+        return None if busy_libraries() else "no OpenBLAS with several threads is loaded"
+
+    def prepare(self, part: Part) -> _Quiet:
+        """See `Stage.prepare`."""
+        del part
+        return _Quiet()
+
+
+class _Quiet(BaseChange):
+    def __init__(self) -> None:
+        self._hold: Hold | None = None
+
+    def on(self) -> None:
+        if self._hold is None:
+            self._hold = hold([(BLAS_THREADS, 1)])
+
+    def off(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None

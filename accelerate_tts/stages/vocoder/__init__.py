@@ -1,0 +1,1 @@
+"""Stages for vocoders and VITS: the same sums in fewer operators."""

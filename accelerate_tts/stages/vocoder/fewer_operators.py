@@ -1,0 +1,48 @@
+"""Parts of known classes in fewer operators: the same sums, with less between them. For CPUs.
+
+What is known of each class is in `vits_parts` and `hifigan`. A part on which lengths hang is another stage's business
+(`margin`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from accelerate_tts.patching.class_swap import ClassSwap
+from accelerate_tts.plan import CALL
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.layers.fused_sequence import Served
+
+if TYPE_CHECKING:
+    from accelerate_tts.kernels.packed import Kernel
+    from accelerate_tts.plan import Part
+
+__all__ = ["FewerOperatorsStage"]
+
+
+class FewerOperatorsStage(BaseStage):
+    """Serves a whole part by a function that knows its class.
+
+    Args:
+        kernels: What serves parts, each of one class.
+        copies: In what they have copies of the weights.
+    """
+
+    def __init__(self, kernels: tuple[Kernel, ...], copies: str = "fp32") -> None:
+        self.name = "fewer operators" if copies == "fp32" else f"fewer operators ({copies})"
+        self._kernels = kernels
+        self._copies = copies
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`."""
+        if part.decides or part.method != CALL:
+            return "lengths hang on it" if part.decides else f"it is run by .{part.method}()"
+        return None if self._kernel(part) is not None else "no class that is known in fewer operators"
+
+    def _kernel(self, part: Part) -> Kernel | None:
+        return next((kernel for kernel in self._kernels if kernel.parts_of(part.module) is not None), None)
+
+    def prepare(self, part: Part) -> ClassSwap:
+        """See `Stage.prepare`."""
+        served = Served(part.module, cast("Kernel", self._kernel(part)), part.name, self._copies)
+        return ClassSwap([part.module], lambda module: served.class_for(type(module)))

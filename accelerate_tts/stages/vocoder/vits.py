@@ -1,0 +1,493 @@
+"""The parts of transformers' `VitsModel` in fewer operators, exact to rounding. On a CPU, one text at a time.
+
+Upstream runs them with channels before time: each convolution reorders what it is given, each norm transposes it there
+and back, masks that hide nothing are multiplied in, and splines are computed by boolean indexing. Here time comes first
+in memory: a convolution of one frame is a product, a norm needs no transpose, a depthwise convolution is three products
+of shifted rows, and relative positions are a band of the scores, addressed where it lies.
+
+What they draw from random generators is drawn as upstream draws it. Anything but a plain call (a batch, a mask that
+hides something, speakers, hidden states asked for) is upstream's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.kernels.packed import Kernel, is_fp32
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["DURATIONS", "FLOW", "TEXT", "Amplified", "Convolution", "narrow", "wide"]
+
+_MODULE = "transformers.models.vits.modeling_vits"
+_LEAST_LENGTH = 10
+"""Texts of fewer tokens are upstream's: bands of a smaller matrix would overlap."""
+
+
+def _is_of(module: Any, name: str) -> bool:
+    cls = plain_class(module)
+    return cls.__name__ == name and cls.__module__ == _MODULE and not module.training
+
+
+def _all_fp32(module: nn.Module) -> bool:
+    """Whether all weights are plain fp32 on the CPU."""
+    import torch
+    from torch import nn
+
+    plain = {torch.Tensor, nn.Parameter}
+    tensors = [*module.parameters(), *module.buffers()]
+    return all(type(t) in plain and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def _parts_of(module: Any, name: str) -> Any:
+    try:
+        return module if _is_of(module, name) and _all_fp32(module) and _KNOWN[name](module) else None
+    except (AttributeError, IndexError, TypeError):
+        return None  # a release in which it has another shape
+
+
+def _hides_something(mask: Any) -> bool:
+    return mask is not None and not bool(mask.all())
+
+
+def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear layer or a convolution of one frame, as (inputs, outputs) and its bias."""
+    import torch
+
+    weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
+    bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
+    return weight.t().contiguous(), bias
+
+
+class Convolution:
+    """A 1-D convolution over rows of time, `(time, channels)`, by oneDNN with its weights in the order that it wants.
+
+    Args:
+        weight: `(outputs, inputs, frames)`.
+        bias: `(outputs,)`, or `None`.
+        padding: Frames of zeros at both ends.
+        dilation: Frames between two taps.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, dilation: int = 1, dtype: Any = None
+    ) -> None:
+        import torch
+
+        dtype = dtype or torch.float32
+        self._bias = None if bias is None else bias.detach().clone().to(dtype)
+        self._geometry: tuple[Any, ...] = [0, padding], [1, 1], [1, dilation], 1
+        wide = weight.detach().to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(wide, *self._geometry, None)
+
+    @classmethod
+    def of(cls, layer: Any, dtype: Any = None) -> Convolution:
+        """That of a `Conv1d`."""
+        return cls(layer.weight, layer.bias, layer.padding[0], layer.dilation[0], dtype)
+
+    def __call__(self, rows: torch.Tensor, activation: str = "none", *scalars: float) -> torch.Tensor:
+        """What it makes of `(1, channels, 1, time)` in channels-last order, with an activation if one is named."""
+        import torch
+
+        return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
+            rows, self._weight, self._bias, *self._geometry, activation, list(scalars), ""
+        )
+
+    def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The same and `other` added."""
+        import torch
+
+        return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
+            rows, other, self._weight, self._bias, *self._geometry, "add", 1.0, None, [], None
+        )
+
+    def onto(self, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Add it to `other`, in place."""
+        import torch
+
+        return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
+            other, rows, self._weight, self._bias, *self._geometry, "add", 1.0, None, [], None
+        )
+
+
+def wide(rows: torch.Tensor) -> torch.Tensor:
+    """`(time, channels)` as `(1, channels, 1, time)`; contiguous rows are in channels-last order then."""
+    return rows[None, None].permute(0, 3, 1, 2)
+
+
+def narrow(image: torch.Tensor) -> torch.Tensor:
+    """`(1, channels, 1, time)` in channels-last order as `(time, channels)`."""
+    return image.permute(0, 2, 3, 1)[0, 0]
+
+
+# The text encoder
+
+
+class _Text:
+    def __init__(self, encoder: Any) -> None:
+        self.output_class = vars(sys.modules[_MODULE])["VitsTextEncoderOutput"]
+        self.embedded = encoder.embed_tokens.weight.detach() * math.sqrt(encoder.config.hidden_size)
+        self.layers = [_Layer(layer) for layer in encoder.encoder.layers]
+        self.project = _dense(encoder.project)
+        self.flow_size = int(encoder.config.flow_size)
+
+    def __call__(self, ids: torch.Tensor) -> Any:
+        import torch
+
+        numpy: Any = sys.modules["numpy"]  # upstream has it, and draws from it
+        length = ids.shape[1]
+        hidden = torch.nn.functional.embedding(ids[0], self.embedded)
+        edge = _edge(length, self.layers[0].window)
+        for layer in self.layers:
+            numpy.random.uniform(0, 1)  # for its layer drop, which is for training
+            hidden = layer(hidden, edge)
+        stats = torch.addmm(self.project[1], hidden, self.project[0])
+        stats = stats.t().contiguous().t()[None]  # the order in memory that upstream's convolution leaves
+        means, variances = torch.split(stats, self.flow_size, dim=2)
+        return self.output_class(
+            last_hidden_state=hidden[None], prior_means=means, prior_log_variances=variances,
+            hidden_states=None, attentions=None,
+        )  # fmt: skip
+
+
+def _edge(length: int, window: int) -> torch.Tensor:
+    """Which of the band's elements lie within the matrix: `(length, 2 * window + 1)` of ones and zeros."""
+    import torch
+
+    column = torch.arange(length)[:, None] + torch.arange(-window, window + 1)
+    return ((column >= 0) & (column < length)).to(torch.float32)
+
+
+class _Layer:
+    def __init__(self, layer: Any) -> None:
+        import torch
+
+        attention, feed = layer.attention, layer.feed_forward
+        self.heads, self.size = int(attention.num_heads), int(attention.head_dim)
+        self.window = int(attention.window_size)
+        three = [_dense(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        three[0] = (three[0][0] * attention.scaling, three[0][1] * attention.scaling)
+        self.three = torch.cat([w for w, _ in three], 1), torch.cat([b for _, b in three])
+        self.out = _dense(attention.out_proj)
+        self.keys = attention.emb_rel_k.detach()[0].t().contiguous()
+        self.values = attention.emb_rel_v.detach()[0].contiguous()
+        self.norms = [
+            (norm.weight.detach(), norm.bias.detach(), norm.eps) for norm in (layer.layer_norm, layer.final_layer_norm)
+        ]
+        self.first = Convolution(feed.conv_1.weight, feed.conv_1.bias, (feed.conv_1.kernel_size[0] - 1) // 2)
+        self.second = Convolution(feed.conv_2.weight, feed.conv_2.bias, (feed.conv_2.kernel_size[0] - 1) // 2)
+        self.activation = feed.act_fn
+        self.is_relu = isinstance(feed.act_fn, torch.nn.ReLU)
+
+    def __call__(self, hidden: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+        import torch
+        from torch.nn import functional
+
+        hidden = hidden + self._attended(hidden, edge)
+        hidden = functional.layer_norm(hidden, hidden.shape[1:], *self.norms[0])
+        inner = self.first(wide(hidden), "relu") if self.is_relu else self.activation(self.first(wide(hidden)))
+        hidden = narrow(self.second.plus(inner, wide(hidden)))
+        return torch.layer_norm(hidden, hidden.shape[1:], *self.norms[1])
+
+    def _attended(self, hidden: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        length, window = hidden.shape[0], self.window
+        three = torch.addmm(self.three[1], hidden, self.three[0])
+        query, key, value = three.view(length, 3, self.heads, self.size).permute(1, 2, 0, 3)
+        # A matrix of scores, with room for the corners of its band at both ends: row i's band begins `window` elements
+        # before its diagonal, and the diagonals of two rows are length + 1 apart.
+        shape, band = (self.heads, length, length), (self.heads, length, 2 * window + 1)
+        steps = (length * length, length + 1, 1)
+        room = torch.zeros(self.heads * length * length + 2 * window)
+        weights = torch.empty_like(room)
+        weights[:window] = 0
+        weights[-window:] = 0
+        inside = slice(window, -window)
+        scores = room[inside].view(shape)
+        torch.bmm(query, key.transpose(1, 2), out=scores)
+        room.as_strided(band, steps).add_(torch.matmul(query, self.keys).mul_(edge))
+        torch.softmax(scores, -1, out=weights[inside].view(shape))
+        near = torch.matmul(weights.as_strided(band, steps) * edge, self.values)
+        attended = torch.baddbmm(near, weights[inside].view(shape), value)
+        return torch.addmm(self.out[1], attended.transpose(0, 1).reshape(length, -1), self.out[0])
+
+
+def _serve_text(text: _Text, named: dict[str, Any]) -> Any:
+    import torch
+
+    ids, mask = named.get("input_ids"), named.get("padding_mask")
+    if type(ids) is not torch.Tensor or ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < _LEAST_LENGTH:  # noqa: PLR2004
+        return None
+    if (
+        not is_fp32(mask, (1, ids.shape[1], 1))
+        or _hides_something(mask)
+        or _hides_something(named.get("attention_mask"))
+    ):
+        return None
+    known = {"input_ids", "padding_mask", "attention_mask", "return_dict"}
+    if any(value for name, value in named.items() if name not in known) or named.get("return_dict") is False:
+        return None
+    return text(ids)
+
+
+# The flow
+
+
+class _Flow:
+    def __init__(self, block: Any) -> None:
+        layers = list(reversed(block.flows))
+        self.couplings = [_Coupling(layer, flipped=number % 2 == 0) for number, layer in enumerate(layers)]
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        # Flipping all channels exchanges the halves and turns both around. What is turned around is not moved: the
+        # weights of every other coupling are.
+        first, second = inputs[0].t().chunk(2, dim=1)
+        for coupling in self.couplings:
+            first, second = second, first - coupling(second)
+        if len(self.couplings) % 2:  # each half is turned around still
+            first, second = first.flip(1), second.flip(1)
+        return torch.cat((first, second), 1).t().contiguous()[None]
+
+
+class _Coupling:
+    def __init__(self, layer: Any, *, flipped: bool) -> None:
+        before, after = _dense(layer.conv_pre), _dense(layer.conv_post)
+        if flipped:
+            before = (before[0].flip(0).contiguous(), before[1])
+            after = (after[0].flip(1).contiguous(), after[1].flip(0).contiguous())
+        self.before, self.after = before, after
+        net = layer.wavenet
+        self.width = int(net.hidden_size)
+        self.steps = [
+            (_gated(inner, self.width), (2 * weight, bias))
+            for inner, (weight, bias) in zip(net.in_layers, map(_dense, net.res_skip_layers), strict=True)
+        ]
+
+    def __call__(self, half: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        hidden, width = torch.addmm(self.before[1], half, self.before[0]), self.width
+        total = torch.zeros_like(hidden)
+        for convolution, (weight, bias) in self.steps:
+            both = narrow(convolution(wide(hidden)))
+            both.sigmoid_()
+            gated = both[:, :width].sub_(0.5).mul_(both[:, width:])
+            result = torch.addmm(bias, gated, weight)
+            if result.shape[1] != width:
+                hidden = hidden + result[:, :width]
+                result = result[:, width:]
+            total.add_(result)
+        return torch.addmm(self.after[1], total, self.after[0])
+
+
+def _gated(layer: Any, width: int) -> Convolution:
+    """A gate's convolution, with `2 * sigmoid(2 * x) - 1` in place of `tanh(x)`, which takes five times as long.
+
+    The inner two is here, the outer one in the weights of what comes behind it: powers of two round nothing.
+    """
+    import torch
+
+    twice = torch.ones(layer.out_channels)
+    twice[:width] = 2
+    bias = None if layer.bias is None else layer.bias * twice
+    return Convolution(layer.weight * twice[:, None, None], bias, layer.padding[0], layer.dilation[0])
+
+
+def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
+    inputs, mask = named.get("inputs"), named.get("padding_mask")
+    if named.get("global_conditioning") is not None or named.get("reverse") is not True:
+        return None
+    if not is_fp32(inputs) or inputs.dim() != 3 or inputs.shape[0] != 1:  # type: ignore[union-attr]  # noqa: PLR2004
+        return None
+    if not is_fp32(mask, (1, 1, inputs.shape[2])) or _hides_something(mask):  # type: ignore[union-attr]
+        return None
+    return flow(inputs)  # type: ignore[arg-type]
+
+
+# The durations
+
+
+class _Separable:
+    """Layers of a depthwise convolution and one of a single frame."""
+
+    def __init__(self, module: Any) -> None:
+        self.layers = [
+            (
+                [tap.contiguous() for tap in deep.weight.detach()[:, 0].unbind(1)], deep.bias.detach(),
+                deep.dilation[0], _dense(point), [(n.weight.detach(), n.bias.detach(), n.eps) for n in norms],
+            )
+            for deep, point, *norms in zip(
+                module.convs_dilated, module.convs_pointwise, module.norms_1, module.norms_2, strict=True
+            )
+        ]  # fmt: skip
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        import torch
+        from torch.nn import functional
+
+        length, width = rows.shape
+        for taps, bias, apart, (weight, shift), norms in self.layers:
+            reach = apart * (len(taps) // 2)
+            padded = functional.pad(rows, (0, 0, reach, reach))
+            hidden = torch.addcmul(bias, padded[:length], taps[0])
+            for number, tap in enumerate(taps[1:], 1):
+                hidden.addcmul_(padded[number * apart : number * apart + length], tap)
+            hidden = functional.gelu(torch.layer_norm(hidden, (width,), *norms[0]))
+            hidden = torch.addmm(shift, hidden, weight)
+            hidden = functional.gelu(torch.layer_norm(hidden, (width,), *norms[1]))
+            rows = rows + hidden
+        return rows
+
+
+class _Spline:
+    """A convolutional flow, backwards."""
+
+    def __init__(self, flow: Any) -> None:
+        import torch
+
+        self.before = flow.conv_pre.weight.detach().reshape(-1), flow.conv_pre.bias.detach()
+        self.separable = _Separable(flow.conv_dds)
+        weight, bias = _dense(flow.conv_proj)
+        self.bins, self.bound = int(flow.num_bins), float(flow.tail_bound)
+        scale = torch.ones(3 * self.bins - 1)
+        scale[: 2 * self.bins] /= math.sqrt(flow.filter_channels)
+        self.after = weight * scale, bias * scale
+
+    def __call__(
+        self, first: torch.Tensor, second: torch.Tensor, condition: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The other half, and the inverse of the spline's slope there: errors of what goes in are multiplied by it."""
+        import torch
+        from torch.nn import functional
+
+        hidden = torch.addcmul(self.before[1], first[:, None], self.before[0]).add_(condition)
+        raw = torch.addmm(self.after[1], self.separable(hidden), self.after[0])
+        bins, bound, least = (
+            self.bins,
+            self.bound,
+            1e-3,
+        )  # the least of widths, heights and slopes, as upstream has them
+        parts = functional.softmax(raw[:, : 2 * bins].view(-1, 2, bins), -1).mul_(1 - least * bins).add_(least)
+        edges = functional.pad(parts.cumsum(-1), (1, 0)).mul_(2 * bound).sub_(bound)
+        edges[..., 0], edges[..., -1] = -bound, bound
+        sizes = edges.diff(dim=-1)
+        slopes = functional.pad(functional.softplus(raw[:, 2 * bins :]).add_(least), (1, 1), value=1.0)
+        inside = second.clamp(-bound, bound)
+        heights = edges[:, 1].contiguous()
+        heights[:, -1] += 1e-6
+        place = (inside[:, None] >= heights).sum(-1, keepdim=True) - 1
+        chosen = torch.cat((edges[..., :-1], sizes), 1).gather(2, place[:, None].expand(-1, 4, -1))[..., 0]
+        left, low, width, height = chosen.unbind(1)
+        low = heights.gather(1, place)[:, 0]
+        here, there = slopes.gather(1, torch.cat((place, place + 1), 1)).unbind(1)
+        steep = height / width
+        bent, risen = here + there - 2 * steep, inside - low
+        turned = risen * bent
+        a, b, c = height * (steep - here) + turned, height * here - turned, -steep * risen
+        root = 2 * c / (-b - torch.sqrt(b * b - 4 * a * c))
+        within = second.abs() <= bound
+        rest = 1 - root
+        slope = steep * steep * (there * root * root + 2 * steep * root * rest + here * rest * rest)
+        gain = (steep + bent * root * rest) ** 2 / slope
+        return torch.where(within, root * width + left, second), torch.where(within, gain, 1.0)
+
+
+class Amplified(NamedTuple):
+    """A value and, of each element, about how many times a rounding error is carried into it."""
+
+    value: torch.Tensor
+    gain: torch.Tensor
+
+
+class _Durations:
+    def __init__(self, predictor: Any) -> None:
+        import torch
+
+        self.before, self.after = _dense(predictor.conv_pre), _dense(predictor.conv_proj)
+        self.separable = _Separable(predictor.conv_dds)
+        affine, _useless, *splines = predictor.flows
+        self.splines = [_Spline(flow) for flow in reversed(splines)]
+        deep = predictor.conv_dds.convs_dilated
+        self.reach = sum(layer.dilation[0] * (layer.kernel_size[0] // 2) for layer in deep)
+        shift, scale = affine.translate.detach()[:, 0], torch.exp(-affine.log_scale.detach()[:, 0])
+        self.affine = [(float(shift[row]), float(scale[row])) for row in (0, 1)]
+
+    def __call__(self, inputs: torch.Tensor, noise_scale: float) -> Amplified:
+        import torch
+        from torch.nn import functional
+
+        rows = torch.addmm(self.before[1], inputs[0].t(), self.before[0])
+        rows = torch.addmm(self.after[1], self.separable(rows), self.after[0])
+        first, second = (torch.randn(1, 2, inputs.shape[2]) * noise_scale)[0].unbind(0)
+        gain, others = torch.ones(()), torch.ones(())
+        for number, spline in enumerate(self.splines, 1):
+            first, second = second, first
+            second, gain = spline(first, second, rows)
+            if number < len(self.splines):  # the next one sees all tokens within its reach
+                others = others + functional.max_pool1d(gain[None], 2 * self.reach + 1, 1, self.reach)[0]
+        shift, scale = self.affine[0]  # flipped once more, so the second is the first
+        amplification = gain.clamp_min(1.0) * others * max(1.0, abs(scale))
+        return Amplified(((second - shift) * scale)[None, None], amplification[None, None])
+
+
+def _serve_durations(durations: _Durations, named: dict[str, Any]) -> Amplified | None:
+    inputs, mask = named.get("inputs"), named.get("padding_mask")
+    if named.get("global_conditioning") is not None or named.get("reverse") is not True:
+        return None
+    if named.get("durations") is not None or type(scale := named.get("noise_scale", 1.0)) not in {int, float}:
+        return None
+    if not is_fp32(inputs) or inputs.dim() != 3 or inputs.shape[0] != 1:  # type: ignore[union-attr]  # noqa: PLR2004
+        return None
+    if not is_fp32(mask, (1, 1, inputs.shape[2])) or _hides_something(mask):  # type: ignore[union-attr]
+        return None
+    return durations(inputs, scale)  # type: ignore[arg-type]
+
+
+def _is_known_text(encoder: Any) -> bool:
+    layers = list(encoder.encoder.layers)
+    sizes = {(layer.attention.window_size, layer.feed_forward.conv_1.kernel_size[0] % 2) for layer in layers}
+    return len(sizes) == 1 and all(
+        window and 2 * window + 1 < _LEAST_LENGTH and odd and layer.attention.emb_rel_k.shape[0] == 1
+        for (window, odd), layer in zip(list(sizes) * len(layers), layers, strict=True)
+    )
+
+
+def _is_known_flow(block: Any) -> bool:
+    inner = [layer for flow in block.flows for layer in flow.wavenet.in_layers]
+    return bool(inner) and all(
+        layer.stride == (1,)
+        and layer.groups == 1
+        and 2 * layer.padding[0] == layer.dilation[0] * (layer.kernel_size[0] - 1)
+        for layer in inner
+    )
+
+
+def _is_known_predictor(predictor: Any) -> bool:
+    from torch import nn
+
+    affine, *splines = predictor.flows
+    deep = [d for s in (predictor, *splines) for d in (s.conv_dds.convs_dilated)]
+    return (
+        type(affine).__name__ == "VitsElementwiseAffine" and len(splines) > 1
+        and all(flow.half_channels == 1 for flow in splines)
+        and all(type(d) is nn.Conv1d and d.kernel_size[0] % 2 and d.groups == d.in_channels for d in deep)
+    )  # fmt: skip
+
+
+_KNOWN = {
+    "VitsTextEncoder": _is_known_text,
+    "VitsResidualCouplingBlock": _is_known_flow,
+    "VitsStochasticDurationPredictor": _is_known_predictor,
+}
+
+TEXT = Kernel("text encoder", lambda m: _parts_of(m, "VitsTextEncoder"), _Text, _serve_text)
+FLOW = Kernel("flow", lambda m: _parts_of(m, "VitsResidualCouplingBlock"), _Flow, _serve_flow)
+DURATIONS = Kernel("durations", lambda m: _parts_of(m, "VitsStochasticDurationPredictor"), _Durations, _serve_durations)

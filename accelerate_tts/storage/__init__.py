@@ -1,0 +1,1 @@
+"""Files, digests and fingerprints: atomic, private, checksummed."""

@@ -1,0 +1,28 @@
+"""The bytes of a tensor's values."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["content_digest"]
+
+
+def content_digest(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of a strided tensor's values in memory order; empty for other layouts, subclasses and meta tensors."""
+    import torch
+
+    if type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} or tensor.layout is not torch.strided:
+        return b""  # a sparse or otherwise special tensor: its type is in `repr` of the modules
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return b""
+    plain = tensor.detach().cpu()
+    if plain.is_quantized:
+        plain = plain.dequantize()  # the integers alone would not tell its scale
+    plain = plain.contiguous()
+    size = plain.numel() * plain.element_size()
+    return hashlib.sha256((ctypes.c_char * size).from_address(plain.data_ptr())).digest()

@@ -1,0 +1,338 @@
+"""Watch a warm-up pass: which inputs each part was really given, and how long it took."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.plan import CALL, READY, Which
+from accelerate_tts.tuning.cache_delta import is_cache, settled
+from accelerate_tts.tuning.compare import tensors_of
+from accelerate_tts.tuning.timing import synchronize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from accelerate_tts.plan import Part
+
+__all__ = ["Captured", "NotReplayableError", "Prepared", "calls_of", "outputs_of", "time_modules", "watch"]
+
+# A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
+_MOST_CALLS = 6
+_MOST_OF_A_SORT = 3
+# From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
+_A_LOOP = 8
+_MOSTLY = 0.5
+# Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times over.
+_ENOUGH = 1.0
+
+Sort = tuple[tuple[int, ...], ...]
+_MOST_OUTPUTS = 64
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+class NotReplayableError(Exception):
+    """An input (a cache object, say) cannot be copied, so the part cannot be run by itself."""
+
+
+@dataclass
+class Captured:
+    """What was seen of one part in one pass.
+
+    Attributes:
+        method: What is called to run the part.
+        calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
+        count: How often it was called.
+        seconds: Wall-clock seconds inside it.
+        obstacle: Why it cannot be replayed, or "".
+        sorts: Of each sort of call (a prompt, a single token: the shapes of what is new), how many there were and what
+            they took.
+    """
+
+    method: str = CALL
+    calls: list[_Call] = field(default_factory=list)
+    count: int = 0
+    seconds: float = 0.0
+    obstacle: str = ""
+    sorts: dict[Sort, _Tally] = field(default_factory=dict)
+
+    def prepared(self, module: Any, which: Which) -> list[Prepared]:
+        """The captured calls with fresh copies of their inputs, ready to be run.
+
+        Args:
+            module: What they will be run on; its class may have something to say about caches (`READY`).
+            which: See `Which`.
+        """
+        return [call.prepared(module) for call in self._chosen(which)]
+
+    def outcomes(self, module: Any) -> list[Any]:
+        """What the captured calls compute: one after the other, so that there is one copy of their inputs at a time."""
+        return [settled(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls]
+
+    @property
+    def cached(self) -> bool:
+        """Whether it was called with a key/value cache, as a decoder in its loop is."""
+        return any(is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
+
+    def place_for(self, sort: Sort) -> int | None:
+        """Where among the kept calls one more of a sort goes; `None` if it is not worth keeping.
+
+        A sort that comes late (a longer text, after a loop has filled all places) is given a place of the sort that
+        has the most: what was never recorded is never verified.
+        """
+        kept = Counter(call.sort for call in self.calls)
+        mine = kept[sort]
+        if len(self.calls) < _MOST_CALLS and (mine < _MOST_OF_A_SORT or len(self.sorts) == 1):
+            return len(self.calls)
+        if mine and self.sorts[sort].is_milestone:
+            return max(number for number, call in enumerate(self.calls) if call.sort == sort)
+        most, count = kept.most_common(1)[0]
+        if len(self.calls) == _MOST_CALLS and mine < _MOST_OF_A_SORT and mine + 1 < count:
+            self.calls.remove(next(call for call in self.calls if call.sort == most))
+            return len(self.calls)
+        return None
+
+    def _chosen(self, which: Which) -> list[_Call]:
+        longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds, default=None)
+        if which == "all" or longest is None:
+            return self.calls
+        tally = self.sorts[longest]
+        loop = tally.count >= _A_LOOP and tally.seconds > _MOSTLY * self.seconds
+        if not loop:
+            return self.calls
+        if which == "others":
+            return [call for call in self.calls if call.sort != longest] or self.calls
+        calls = [call for call in self.calls if call.sort == longest] or self.calls
+        # The latest, where a cache has grown to its length in service.
+        return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]
+
+
+@dataclass
+class _Tally:
+    count: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_milestone(self) -> bool:
+        """A power of two: so often is the latest call kept in place of an earlier one, since a loop's cache grows."""
+        return self.count >= _A_LOOP and self.count & (self.count - 1) == 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured call with copies of its inputs, which are used up by running it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    call: _Call
+
+    def run(self, module: Any) -> Any:
+        """Run it under the modes that it had, and return its output."""
+        import torch
+
+        call = self.call
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(call.inference))
+            if not call.inference:
+                modes.enter_context(torch.set_grad_enabled(call.grad))
+            if call.autocast is not None:
+                modes.enter_context(torch.autocast(*call.autocast))
+            return getattr(module, call.method)(*self.args, **self.kwargs)
+
+
+@dataclass(eq=False)  # tensors have no truth
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inference: bool
+    grad: bool
+    autocast: tuple[str, Any] | None
+
+    sort: Sort
+    method: str
+
+    def prepared(self, module: Any) -> Prepared:
+        """The call with fresh copies of its inputs, ready to be run on a module."""
+        import torch
+
+        # Made as they were made then: whoever writes into an inference tensor outside that mode fails.
+        with torch.inference_mode(self.inference):
+            prepared = Prepared(_copied(self.args), _copied(self.kwargs), self)
+        if hasattr(type(module), READY):
+            getattr(type(module), READY)((*prepared.args, *prepared.kwargs.values()))
+        return prepared
+
+
+@contextmanager
+def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Captured], None, None]:
+    """While open, record each part's calls into the yielded mapping, by part name."""
+    seen = {part.name: Captured(part.method) for part in parts}
+    with ExitStack() as stack:
+        for part in parts:
+            before, after = _watchers(seen[part.name], device_type)
+            stack.enter_context(_around(part, before, after))
+        yield seen
+
+
+@contextmanager
+def _around(part: Part, before: Callable[..., None], after: Callable[..., None]) -> Generator[None, None, None]:
+    """While open, call `before(module, args, kwargs)` and `after(module, args, output)` around what runs a part."""
+    module, method = part.module, part.method
+    if method == CALL:
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
+    plain = getattr(module, method)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before(module, args, kwargs)
+        output = plain(*args, **kwargs)
+        after(module, args, output)
+        return output
+
+    own = vars(module).get(method)
+    vars(module)[method] = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)[method]
+        else:
+            vars(module)[method] = own
+
+
+@contextmanager
+def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any, float], None, None]:
+    """While open, add up the seconds that every module inside `roots` takes, into the yielded mapping.
+
+    A module that is never called (because `generate()` or `forward` is, or it is a mere list) does not appear.
+    """
+    seconds: dict[Any, float] = {}
+    handles: list[Any] = []
+    for module in {inner for root in roots for inner in root.modules()}:
+        handles += _timing_hooks(module, seconds, device_type)
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def calls_of(roots: tuple[Any, ...]) -> Generator[set[int], None, None]:
+    """While open, note the `id` of every module inside `roots` that is called, in the yielded set."""
+    called: set[int] = set()
+    modules = {inner for root in roots for inner in root.modules()}
+
+    def note(module: Any, _args: Any) -> None:
+        called.add(id(module))
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> list[Any]:
+    starts: list[float] = []
+
+    def before(_module: Any, _args: Any) -> None:
+        synchronize(device_type)
+        starts.append(time.perf_counter())
+
+    def after(_module: Any, _args: Any, _output: Any) -> None:
+        synchronize(device_type)
+        if starts:
+            seconds[module] = seconds.get(module, 0.0) + time.perf_counter() - starts.pop()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+@contextmanager
+def outputs_of(part: Part) -> Generator[list[Any], None, None]:
+    """While open, copy the tensors of what each of the first calls of a part returns into the yielded list."""
+    seen: list[Any] = []
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        if len(seen) < _MOST_OUTPUTS:
+            seen.append([tensor.detach().clone() for tensor in tensors_of(output)])
+
+    with _around(part, lambda *_given: None, after):
+        yield seen
+
+
+def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What is to be called before and after each call of a part, to record it."""
+    starts: list[tuple[float, Sort]] = []
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.count += 1
+        sort = _sort_of((*args, *kwargs.values()))
+        captured.sorts.setdefault(sort, _Tally())
+        if not captured.obstacle:
+            try:
+                place = captured.place_for(sort)
+                if place is not None:
+                    captured.calls[place : place + 1] = [_record(args, kwargs, device_type, sort, captured.method)]
+            except NotReplayableError as error:
+                captured.obstacle = str(error)
+                captured.calls.clear()
+        synchronize(device_type)
+        starts.append((time.perf_counter(), sort))
+
+    def after(_module: Any, _args: Any, _output: Any) -> None:
+        synchronize(device_type)
+        if starts:
+            start, sort = starts.pop()
+            seconds = time.perf_counter() - start
+            captured.seconds += seconds
+            captured.sorts[sort].count += 1
+            captured.sorts[sort].seconds += seconds
+
+    return before, after
+
+
+def _sort_of(values: tuple[Any, ...]) -> Sort:
+    """The shapes of the floating-point tensors given, or of any tensors if there are none (token ids)."""
+    import torch
+
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return tuple(tuple(tensor.shape) for tensor in floating or tensors[:1])
+
+
+def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sort: Sort, method: str) -> _Call:
+    import torch
+
+    autocast = None
+    if torch.is_autocast_enabled(device_type):
+        autocast = (device_type, torch.get_autocast_dtype(device_type))
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    return _Call(_copied(args), _copied(kwargs), inference, grad, autocast, sort, method)
+
+
+def _copied(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in {tuple, list}:
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
+        return value
+    if is_cache(value):  # it has to be the one of this very moment
+        return copy.deepcopy(value)
+    raise NotReplayableError(f"it is given a {type(value).__name__}, which cannot be copied")

@@ -1,0 +1,238 @@
+"""How disturbed the machine is: what others took of the processors that a piece of work wanted.
+
+Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
+layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
+one (docs/decisions/0046-busy-machines.md). So tuning asks before it believes a figure.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from accelerate_tts.device.usage import TICK, Usage, usage, waited
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from accelerate_tts.tuning.timing import Timing
+
+__all__ = ["QUIET", "Disturbance", "Machine", "ThisMachine", "Watcher", "Window", "between", "one_thread"]
+
+_LIMIT = 0.1
+# A pair of timings counts as undisturbed if its threads waited for less than this share of its time.
+_CLEAN = 0.05
+# A probe that takes this many times as long as the fastest one did says that somebody uses the memory, too.
+_SLOWER = 1.5
+_LOOK = 0.25
+_PROBES, _FLOATS, _WIDTH = 3, 4 << 20, 256
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What others took meanwhile.
+
+    Attributes:
+        share: Of the processor time that the work could have had, what it did not get; 0.0 is a quiet machine.
+        why: Who took it, in words; "" for nobody.
+        waits: Whether it shows in the time that threads wait for a processor. What a hypervisor takes does not.
+    """
+
+    share: float = 0.0
+    why: str = ""
+    waits: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """Whether figures of that time can be believed."""
+        return self.share <= _LIMIT
+
+
+QUIET = Disturbance()
+
+
+class Machine(Protocol):
+    """What a `Watcher` asks. Tests have one that says what they want."""
+
+    def usage(self) -> Usage:
+        """The counters of this moment."""
+        ...
+
+    def waited(self) -> float | None:
+        """`Usage.waited` alone, which is asked around each timing."""
+        ...
+
+    def probe(self) -> float:
+        """Seconds that a fixed piece of memory reading and arithmetic takes at this moment, at best."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Let others work."""
+        ...
+
+
+class ThisMachine:
+    """The machine that this process runs on."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[], object] | None = None
+
+    def usage(self) -> Usage:
+        """See `Machine.usage`."""
+        return usage()
+
+    def waited(self) -> float | None:
+        """See `Machine.waited`."""
+        return waited()
+
+    def probe(self) -> float:
+        """See `Machine.probe`. Reads 16 MB and multiplies two matrices, three times: about 10 ms."""
+        import torch
+
+        with torch.inference_mode():
+            if self._work is None:
+                memory, matrix = torch.ones(_FLOATS), torch.ones(_WIDTH, _WIDTH)
+                self._work = lambda: (memory.sum(), matrix @ matrix)
+                self._work()
+            best = float("inf")
+            for _ in range(_PROBES):
+                start = time.perf_counter()
+                self._work()
+                best = min(best, time.perf_counter() - start)
+        return best
+
+    def sleep(self, seconds: float) -> None:
+        """See `Machine.sleep`."""
+        time.sleep(seconds)
+
+
+@contextmanager
+def one_thread() -> Generator[None, None, None]:
+    """Let torch compute in one thread, which waits for nobody: its processor time is hardly longer for others' work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def between(first: Usage, second: Usage, team: int) -> Disturbance:
+    """What others took between two readings of what a team of threads could have had.
+
+    Args:
+        first: The earlier reading.
+        second: The later one.
+        team: How many processors the work wants at a time.
+    """
+    wall = max(second.at - first.at, 1e-9)
+    could = wall * min(team, first.processors)
+    parts: list[tuple[float, str, bool]] = []
+    if first.busy is not None and second.busy is not None:
+        others = max(0.0, second.busy - first.busy - (second.own - first.own))
+        spare = wall * (first.processors - min(team, first.processors))
+        blur = TICK * min(team, first.processors)  # more than the ticks allow to say is not said
+        taken = max(0.0, others - spare - blur)
+        if first.waited is not None and second.waited is not None:
+            # The kernel knows to the nanosecond. It counts threads of this process that are in each other's way, too.
+            held = max(0.0, second.waited - first.waited)
+            taken = max(taken, held) if others > blur and second.own > first.own else taken
+        parts.append((taken, f"other processes used {others / wall:.1f} of {first.processors} processors", True))
+    if first.stolen is not None and second.stolen is not None:
+        stolen = max(0.0, second.stolen - first.stolen - TICK)
+        parts.append((stolen, f"the hypervisor took {stolen / wall:.1f} of {first.processors} processors", False))
+    if first.throttled is not None and second.throttled is not None:
+        held = max(0.0, second.throttled - first.throttled)
+        parts.append(
+            (held * min(team, first.processors), f"a quota held it back for {held / wall:.0%} of the time", True)
+        )
+    worst, why, waits = max(parts, default=(0.0, "", False))
+    share = min(1.0, worst / could)
+    return Disturbance(share, why, waits) if share > _LIMIT else Disturbance(share)
+
+
+@dataclass
+class Window:
+    """A time that was watched; `disturbance` is known once it is over."""
+
+    disturbance: Disturbance = QUIET
+
+
+@dataclass
+class Watcher:
+    """Watches one tuning, or one run of the bench.
+
+    Attributes:
+        machine: Who is asked.
+        team: Processors that the work wants at a time.
+        patience: Seconds that may still be waited for a quiet machine.
+        worst: The most that was seen.
+        waited: Seconds that were waited.
+    """
+
+    machine: Machine
+    team: int
+    patience: float = 0.0
+    worst: Disturbance = QUIET
+    waited: float = 0.0
+    _best: float = field(default=float("inf"), repr=False)
+
+    @contextmanager
+    def window(self) -> Generator[Window, None, None]:
+        """Watch what is done while it is open."""
+        window = Window()
+        before, first = self.probe(), self.machine.usage()
+        try:
+            yield window
+        finally:
+            found = between(first, self.machine.usage(), self.team)
+            slowest = min(before, self.probe()) / self._best
+            if found.quiet and slowest > _SLOWER:
+                found = Disturbance(1 - 1 / slowest, f"a probe of memory and arithmetic took {slowest:.1f}x its time")
+            window.disturbance = found
+            if found.share > self.worst.share:
+                self.worst = found
+
+    def probe(self) -> float:
+        """Seconds of a probe now; the best of all is what later ones are compared with."""
+        seconds = self.machine.probe()
+        self._best = min(self._best, seconds)
+        return seconds
+
+    def clean(self) -> Callable[[], bool]:
+        """Begin one short timing; returns what says at its end whether its threads had their processors throughout."""
+        first, start = self.machine.waited(), time.perf_counter()
+
+        def ended() -> bool:
+            seconds, now = time.perf_counter() - start, self.machine.waited()
+            return first is None or now is None or now - first <= _CLEAN * seconds * self.team
+
+        return ended
+
+    def believes(self, timing: Timing, found: Disturbance) -> bool:
+        """Whether a comparison can be believed though others were at work meanwhile: none of its pairs was touched."""
+        return found.quiet or (found.waits and timing.clean and self.machine.waited() is not None)
+
+    def look(self) -> Disturbance:
+        """What others take while this process waits for a quarter of a second."""
+        first = self.machine.usage()
+        self.machine.sleep(_LOOK)
+        return between(first, self.machine.usage(), self.team)
+
+    def wait(self) -> bool:
+        """Wait until the machine is quiet, as far as there is patience for it; returns whether it is.
+
+        Patience is for the whole tuning: a machine that is always busy is waited for once.
+        """
+        while True:
+            found = self.look()
+            self.waited += _LOOK
+            self.patience -= _LOOK
+            if found.quiet:
+                return True
+            if self.patience <= 0:
+                return False

@@ -1,0 +1,109 @@
+"""How tuning decides, as data: its clock, its margins, how often it looks, what it waits for."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.tuning.disturbance import Machine, ThisMachine
+from accelerate_tts.tuning.timing import Timing, compare_speed
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Stage
+
+__all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
+
+OVER_BUDGET = "the tuning budget"
+"""In the reason of a stage that a larger budget would have given another chance."""
+
+
+@dataclass(frozen=True)
+class TuningPolicy:
+    """How tuning decides. Immutable; tests and benchmarks give another one with `tuning_policy`.
+
+    Attributes:
+        clock: Seconds, for budgets and single looks.
+        compare: Times two states of the same work in turn; `compare_speed`.
+        machine: Makes what tells how disturbed the machine is.
+        unworthy: Asked in place of the usual reasons not to begin a stage on a part; `None` for those.
+        margin: A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a
+            compiler.
+        comparison: Seconds for one comparison of speeds; they are stretched to at least five pairs.
+        total: The same for the comparison of the whole.
+        hangs: Seconds beyond the budget after which a stage that is being prepared, or run for the first time, hangs.
+        longest: Seconds that preparing a stage, and running it for the first time, may take at most each.
+        looks: Whether single looks may drop a stage at all, in place of pairs.
+        hopeless: A candidate that takes this many times as long as the untouched part, after a run that filled its
+            caches, is dropped without being timed in pairs: half precision on a CPU without it can be a hundred times
+            slower.
+        not_twice: One that took this many times as long for its outputs, though it compiles nothing, is not run again.
+        far_behind: An alternative that takes this many times as long as the one in force did when it was timed is not
+            timed in pairs.
+        cheap_look: Seconds of a replay up to which a look is the better of two.
+        cheap_pairs: Seconds up to which a look decides nothing: of microseconds a neighbour makes milliseconds, and
+            pairs of so little are timed in no time.
+        long_replay: Seconds of one replay from which a look that shows no gain at all is enough: so much work varies
+            by a few per cent, and the pairs would take a tenth of the budget.
+        copied_a_second: Bytes of weights that a slow machine makes copies of in other formats, in a second. They are
+            made when first needed.
+        from_memory: Bytes of weights that no processor's caches hold: then what reads fewer of them is faster.
+        longest_pass: Seconds of a warm-up pass up to which changes of the process are tried.
+        first_replays: Replays before the pairs: the outputs, and a look.
+        pairs: Pairs of replays that a verdict needs.
+        slack: Seconds over the budget that a verdict may take.
+        costly: Seconds from which a stage is tried after all that take less, on any part, and only if it may be hoped
+            to gain something.
+        thorough: A budget from which it is tried without hope, too.
+        patience: Seconds that one tuning waits, in all, for a machine to become quiet.
+    """
+
+    clock: Callable[[], float] = time.perf_counter
+    compare: Callable[..., Timing] = compare_speed
+    machine: Callable[[], Machine] = ThisMachine
+    unworthy: Callable[[Any, Part, Stage], str | None] | None = None
+    margin: float = 1.02
+    comparison: float = 2.0
+    total: float = 6.0
+    hangs: float = 10.0
+    longest: float = math.inf
+    looks: bool = True
+    hopeless: float = 3.0
+    not_twice: float = 10.0
+    far_behind: float = 1.3
+    cheap_look: float = 0.05
+    cheap_pairs: float = 0.01
+    long_replay: float = 0.5
+    copied_a_second: float = 2.5e8
+    from_memory: int = 512 << 20
+    longest_pass: float = 3.0
+    first_replays: int = 2
+    pairs: int = 5
+    slack: float = 2.0
+    costly: float = 5.0
+    thorough: float = 600.0
+    patience: float = 15.0
+
+
+_policies: list[TuningPolicy] = [TuningPolicy()]
+
+
+def current_policy() -> TuningPolicy:
+    """The policy of tunings that are begun now, in this process."""
+    return _policies[-1]
+
+
+@contextmanager
+def tuning_policy(policy: TuningPolicy) -> Generator[TuningPolicy, None, None]:
+    """While open, tunings that are begun anywhere in this process decide by `policy`."""
+    _policies.append(policy)
+    try:
+        yield policy
+    finally:
+        _policies.remove(policy)

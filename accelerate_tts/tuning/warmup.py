@@ -1,0 +1,303 @@
+"""Turn whatever `warmup=` was given into calls of what was loaded, and carry such calls to their end."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
+from accelerate_tts.inspection.object_tree import find_modules
+from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.completion import complete
+from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
+from accelerate_tts.settings import Mode
+from accelerate_tts.tuning.compile_timeout import compiling_within
+from accelerate_tts.tuning.length_ladder import at_length, first_tensor, ladder
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from accelerate_tts.tuning.reload import Again
+
+__all__ = ["Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "warmup_calls"]
+
+Call = Callable[..., Any]
+
+# Method names that take a text in the speech libraries we know, most usual first.
+_SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
+_WARMUP = "a warm-up call"
+_TAKES = (
+    "a tensor, a tuple of arguments, a mapping of keyword arguments, a text, a callable of what was loaded,"
+    " or a list of these"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load function left behind.
+
+    Attributes:
+        result: What it returned.
+        owner: The object whose method it is, or `None` for a plain function.
+        loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
+        timeout: Seconds that one call of it may take in the warm-up; `None` is no limit.
+        again: What calls the load function again, if that may be needed.
+    """
+
+    result: Any
+    owner: Any = None
+    loop: asyncio.AbstractEventLoop | None = None
+    timeout: float | None = None
+    again: Again | None = None
+
+    @property
+    def subject(self) -> Any:
+        """The loaded object: what was returned or, where that is nothing, the owner."""
+        return self.owner if self.result is None else self.result
+
+
+def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
+    """Raise `WarmupError` for a `warmup=` that can never work, alone or with `lengths=`, before anything is loaded."""
+    if isinstance(warmup, list):
+        if not warmup:
+            raise WarmupError(f"warmup=[] has nothing in it; give {_TAKES}")
+        for item in warmup:
+            if isinstance(item, list):
+                raise WarmupError(f"warmup={abridged(warmup)} holds a list inside a list; give {_TAKES}")
+            check_warmup(item)
+    elif isinstance(warmup, str):
+        if not warmup.strip():
+            raise WarmupError(f"warmup={abridged(warmup)} is an empty text; give a short sentence")
+    elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
+        raise WarmupError(f"warmup={abridged(warmup)} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
+    if lengths is not None:
+        _check_lengths(warmup)
+
+
+def _check_lengths(warmup: Any) -> None:
+    if warmup is None:
+        raise WarmupError("lengths= says how long inputs are, but no warmup= says what an input is")
+    for item in warmup if isinstance(warmup, list) else [warmup]:
+        if callable(item) and not _is_tensor(item):
+            if not _accepts(item, 2):
+                raise WarmupError(
+                    "with lengths= a callable warm-up takes two arguments: warmup=lambda loaded, length: ..."
+                )
+        elif not isinstance(item, str):
+            first_tensor(item)
+
+
+@dataclass(frozen=True)
+class WarmupCall:
+    """One warm-up call, run to its end; it returns the whole output.
+
+    Attributes:
+        run: The call.
+        variant: The same call with its tensors made in inference mode, where it was given tensors made outside. dynamo
+            guards on that difference, and a service may send either; `None` where there is nothing to vary.
+    """
+
+    run: Call
+    variant: Call | None = None
+
+
+@dataclass(frozen=True)
+class WarmupCalls:
+    """What a warm-up runs.
+
+    Attributes:
+        main: The calls that everything is compared and timed on: what was given, and both ends of `lengths=`.
+        ladder: The lengths between the ends, which are run once, so that service finds them compiled.
+    """
+
+    main: tuple[WarmupCall, ...] = ()
+    ladder: tuple[WarmupCall, ...] = ()
+
+
+def warmup_calls(
+    warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None, timeout: float | None = None
+) -> WarmupCalls:
+    """The calls that `warmup` stands for.
+
+    Args:
+        warmup: As given to `@optimized_model`.
+        loaded: What it is a warm-up of.
+        mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
+        lengths: The shortest and the longest input of service.
+        timeout: Seconds that each call may take before it is interrupted with a `TimeLimitError`; `None` is no limit.
+
+    Raises:
+        WarmupError: `warmup` does not fit what was loaded.
+    """
+    check_warmup(warmup, lengths)
+    if warmup is None:
+        return WarmupCalls()
+    loaded = replace(loaded, timeout=timeout)
+    items = warmup if isinstance(warmup, list) else [warmup]
+    if lengths is None:
+        return WarmupCalls(tuple(_call_of(item, loaded, mode) for item in items))
+    rungs = ladder(lengths)
+
+    def at(item: Any, length: int) -> WarmupCall:
+        if callable(item) and not _is_tensor(item):
+            return WarmupCall(_finished(loaded, item, (loaded.subject, length), {}, mode))
+        return _call_of(at_length(item, length), loaded, mode)
+
+    # A callable has no length of its own: the ends are all there is.
+    given = [_call_of(item, loaded, mode) for item in items if not callable(item) or _is_tensor(item)]
+    ends = [at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
+    return WarmupCalls((*given, *ends), tuple(at(item, length) for item in items for length in rungs[1:-1]))
+
+
+def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
+    if isinstance(item, str):
+        speak, decorated = _speaker(loaded)
+        return WarmupCall(_finished(loaded, speak, (item,), {}, "none" if decorated else mode))
+    if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
+        target = _target(loaded, item)
+        kwargs = (
+            {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
+        )
+        given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
+        args = tuple(_placed(value, target) for value in given)
+        run = _finished(loaded, *_copying(target, args, kwargs), mode)
+        tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
+        return WarmupCall(run, _varied(loaded, target, args, kwargs) if tensors and mode == "inference" else None)
+    return WarmupCall(_finished(loaded, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
+
+
+def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
+    def run() -> Any:
+        choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
+        now = mode if choice is None else choice.mode
+        return complete(inference_mode.call(target, args, kwargs, now, choice), loaded.loop)
+
+    return run if loaded.timeout is None else lambda: _limited(run, loaded.timeout)
+
+
+def _limited(run: Call, timeout: float | None) -> Any:
+    torch = sys.modules["torch"]
+    grad = torch.is_grad_enabled()
+    try:
+        return compiling_within(timeout, _WARMUP, run)
+    except TimeLimitError:
+        # It may have come between the switching of the mode and the `with` that switches it back.
+        torch.set_grad_enabled(grad)
+        raise
+
+
+def _copying(
+    target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
+    """The call with copies of its tensors: a model that writes into its input must not write into the user's."""
+
+    def copied(value: Any) -> Any:
+        import torch
+
+        with torch.inference_mode(mode=False):  # a normal tensor, as the user's own was
+            return value.clone() if _is_tensor(value) else value
+
+    def call() -> Any:
+        return target(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
+
+    return call, (), {}
+
+
+def _varied(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def made_inside(value: Any) -> Any:
+        return value.clone() if _is_tensor(value) else value
+
+    def call() -> Any:
+        return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
+
+    run = _finished(loaded, call, (), {}, "inference")
+    return lambda: run() if mode_of(loaded.subject, "inference") == "inference" else None
+
+
+def _is_tensor(value: Any) -> bool:
+    # By its protocol, so that checking a decorator's argument does not import torch.
+    return hasattr(type(value), "__torch_function__") and not callable(value)
+
+
+def _accepts(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a built-in without a signature
+        return True
+    return True
+
+
+def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
+    """The method that speaks a text, and whether it is decorated with @inference."""
+    from torch import nn
+
+    subjects = [item for item in (loaded.owner, loaded.result) if item is not None]
+    for subject in subjects:
+        owner = subject if isinstance(subject, type) else type(subject)
+        names = [name for name in _decorated_methods(owner) if _accepts(getattr(subject, name), 1)]
+        usual = [name for name in _SPEAKING if name in names]
+        if usual or len(names) == 1:
+            return getattr(subject, (usual or names)[0]), True
+        if names:
+            raise WarmupError(
+                f"warmup is a text, and any of {', '.join(names)} could speak it; give"
+                f" warmup=lambda loaded: loaded.{names[0]}(...) to say which"
+            )
+    for subject in reversed(subjects):
+        if isinstance(subject, nn.Module):
+            continue  # a module's generate() takes token ids
+        for name in _SPEAKING:
+            method = getattr(subject, name, None)
+            if callable(method) and _accepts(method, 1):
+                return method, False
+        if callable(subject) and _accepts(subject, 1):
+            return subject, False
+    raise WarmupError(
+        f"warmup is a text, but {_describe(loaded.subject)} has no @inference method that takes one,"
+        f" nor any of {', '.join(_SPEAKING)}; give warmup=lambda loaded: ... instead"
+    )
+
+
+def _decorated_methods(owner: type) -> list[str]:
+    names: dict[str, bool] = {}
+    for cls in owner.__mro__:
+        for name, member in vars(cls).items():
+            function = getattr(member, "__func__", member)  # inside a classmethod or staticmethod
+            names.setdefault(name, getattr(function, inference_mode.INFERENCE_MARK, False) is True)
+    return [name for name, marked in names.items() if marked]
+
+
+def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
+    """What a tensor, tuple or mapping is given to."""
+    subject = loaded.subject
+    modules = find_modules(subject)
+    if "" in modules:
+        return modules[""]
+    if loaded.result is not None and not isinstance(subject, (tuple, list)) and callable(subject):
+        return subject  # type: ignore[no-any-return]  # callable() narrows Any to nothing better
+    if modules and (len(modules) == 1 or isinstance(subject, (tuple, list))):
+        return next(iter(modules.values()))  # of several in a returned tuple, the first
+    found = f"holds the modules {', '.join(modules)}" if modules else "holds no module"
+    raise WarmupError(
+        f"warmup is a {type(item).__name__}, but {_describe(subject)} cannot be called and {found};"
+        " give warmup=lambda loaded: ... to say what is called"
+    )
+
+
+def _placed(value: Any, target: Any) -> Any:
+    """A tensor on the device of the module it is given to; other values as they are."""
+    from torch import nn
+
+    if not isinstance(target, nn.Module) or not _is_tensor(value):
+        return value
+    parameter = next(target.parameters(), None)
+    return value if parameter is None else value.to(parameter.device)
+
+
+def _describe(subject: Any) -> str:
+    return "what was loaded (nothing)" if subject is None else f"the loaded {type(subject).__name__}"

@@ -1,0 +1,1 @@
+"""`@cached_embedding`: embed a reference voice once."""

@@ -1,0 +1,333 @@
+"""The cache behind `@cached_embedding`: what a call is asked for, who computes it, and what may be kept of it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.errors import message_of
+from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.inspection.object_tree import reachable_modules
+from accelerate_tts.locks import lock
+from accelerate_tts.runtime.seeding import warming
+from accelerate_tts.storage.file_digests import UnknownContentError
+from accelerate_tts.tuning.compare import tensors_of
+from accelerate_tts.voices.content_key import Digest
+from accelerate_tts.voices.disk import EmbeddingFiles
+from accelerate_tts.voices.encoder_state import constants, function_words, outside
+from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, Kept
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+__all__ = ["Embeddings", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was written at `@cached_embedding(...)`."""
+
+    limit_bytes: int
+    folder: Path | None = None
+    sets: tuple[str, ...] = ()
+    encoder: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What one call asks for: which function, with what content, of which encoder."""
+
+    key: str
+    durable: bool
+    arguments: Digest
+    encoder: str
+    packages: frozenset[str]  # of the function and the encoder: those whose dataclasses may come back from a file
+
+
+class Embeddings:
+    """The embeddings that one decorated function has computed."""
+
+    def __init__(self, what: str, options: Options) -> None:
+        self._what = f"the embedding cache of {what}"
+        self._options = options
+        self._store = EmbeddingStore(options.limit_bytes)
+        self._files = None if options.folder is None else EmbeddingFiles(options.folder, options.limit_bytes)
+        self._turns = _Turns() if options.sets else None
+
+    def info(self) -> CacheInfo:
+        """What the cache did and holds in memory."""
+        return self._store.info()
+
+    def clear(self) -> None:
+        """Forget what is in memory; files stay."""
+        self._store.clear()
+
+    def call(self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call from what is kept, or run it; a coroutine for a coroutine function."""
+        if warming.get():
+            return wrapped(*args, **kwargs)
+        if inspect.iscoroutinefunction(wrapped):
+            return self._call_async(wrapped, owner, args, kwargs)
+        turn: AbstractContextManager[Any] = nullcontext() if self._turns is None else self._turns.of(owner)
+        with turn:
+            return self._answer(wrapped, owner, args, kwargs)
+
+    def _answer(self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        asker = threading.get_ident()
+        while (question := self._ask(wrapped, owner, args, kwargs)) is not None:
+            kept, flight, leads = self._store.begin(question.key, asker)
+            if leads:
+                break
+            if kept is None and flight.leader == asker:
+                return self._run(wrapped, args, kwargs)  # it calls itself with what it was called with
+            found: Any = kept or flight.future.result()
+            if found is not None:
+                return self._handed_out(found, owner) if isinstance(found, Kept) else self._run(wrapped, args, kwargs)
+        else:
+            return self._run(wrapped, args, kwargs)
+        outcome: Kept | str | None = None
+        result: Any = None
+        try:
+            outcome = stored = self._stored(question)
+            if outcome is None:
+                result = self._run(wrapped, args, kwargs)
+                outcome = self._kept(question, wrapped, owner, result)
+        finally:  # also when it raised: whoever waits is woken, and tries himself
+            self._store.end(question.key, flight, outcome)
+        return self._finished(question, owner, outcome, result, stored=stored is not None)
+
+    async def _call_async(
+        self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        import asyncio
+
+        turn: AbstractAsyncContextManager[Any] = _nobody() if self._turns is None else self._turns.of_task(owner)
+        async with turn:
+            asker = asyncio.current_task()
+            while True:
+                if self._files is None:
+                    question = self._ask(wrapped, owner, args, kwargs)
+                else:  # gigabytes of weights are read, once
+                    question = await asyncio.to_thread(self._ask, wrapped, owner, args, kwargs)
+                if question is None:
+                    return await self._run(wrapped, args, kwargs)
+                kept, flight, leads = self._store.begin(question.key, asker)
+                if leads:
+                    break
+                if kept is None and flight.leader is asker:
+                    return await self._run(wrapped, args, kwargs)
+                found: Any = kept or await asyncio.wrap_future(flight.future)
+                if found is not None:
+                    if isinstance(found, Kept):
+                        return self._handed_out(found, owner)
+                    return await self._run(wrapped, args, kwargs)
+            outcome: Kept | str | None = None
+            result: Any = None
+            try:
+                outcome = stored = self._stored(question)
+                if outcome is None:
+                    result = await self._run(wrapped, args, kwargs)
+                    outcome = self._kept(question, wrapped, owner, result)
+            finally:  # also when the task was cancelled
+                self._store.end(question.key, flight, outcome)
+            return self._finished(question, owner, outcome, result, stored=stored is not None)
+
+    def _run(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._store.count(hit=False)
+        return wrapped(*args, **kwargs)
+
+    def _finished(
+        self, question: _Question, owner: Any, outcome: Kept | str | None, result: Any, *, stored: bool
+    ) -> Any:
+        if not isinstance(outcome, Kept):
+            return result
+        if not stored and self._files is not None and question.durable:
+            try:
+                self._files.write(question.key, outcome, question.packages)
+            except Exception as error:  # a result is of any class
+                emit(NotApplied(f"{self._what}: folder=", f"{message_of(error)}; it is kept in memory"))
+        # A copy for the first asker too: he gets what everybody gets after him.
+        return self._handed_out(outcome, owner, count=stored)
+
+    def _handed_out(self, kept: Kept, owner: Any, *, count: bool = True) -> Any:
+        if count:
+            self._store.count(hit=True)
+        result, attributes = kept.copy()
+        for name in self._options.sets:  # no others, whatever a file says
+            setattr(owner, name, attributes[name])
+        return result
+
+    def _stored(self, question: _Question) -> Kept | None:
+        if self._files is None or not question.durable:
+            return None
+        return self._files.read(question.key, question.packages, self._is_answer)
+
+    def _is_answer(self, value: Any) -> bool:
+        """Whether a file holds a result and the attributes that are set, as one that we wrote does."""
+        if type(value) is not tuple or len(value) != 2:  # noqa: PLR2004 - a pair
+            return False
+        attributes = value[1]
+        return type(attributes) is dict and attributes.keys() == set(self._options.sets)
+
+    def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
+        """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
+        try:
+            kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
+            if not all(map(_is_finite, tensors_of(kept.copy()))):
+                emit(NotApplied(self._what, "the result is not finite, and is not kept"))
+                return Flight.ALONE
+            if not question.arguments.same_files():  # nobody knows which of both contents was read
+                emit(NotApplied(self._what, "a file was written while it was read, and the result is not kept"))
+                return Flight.ALONE
+            same = str(self._encoder(wrapped, owner)) == question.encoder
+        except Exception as error:  # the user's classes decide how they are copied
+            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {message_of(error)}"))
+            return Flight.ALONE
+        if not same:
+            emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
+            return Flight.ALONE
+        return kept
+
+    def _ask(
+        self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Question | None:
+        try:
+            bound = inspect.signature(wrapped).bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            return None  # the call itself says best what is wrong
+        try:
+            return self._question(wrapped, owner, bound)
+        except UnknownContentError as error:
+            reason = str(error)
+        except Exception as error:  # arguments are of any class, and so is what `encoder=` looks at
+            reason = f"what the call is asked for cannot be told: {type(error).__name__}: {message_of(error)}"
+        emit(NotApplied(self._what, reason))
+        return None
+
+    def _question(self, wrapped: Callable[..., Any], owner: Any, bound: inspect.BoundArguments) -> _Question:
+        bound.apply_defaults()
+        arguments = Digest(durable=self._files is not None)
+        arguments.add(dict(bound.arguments))
+        encoder = self._encoder(wrapped, owner)
+        kind = owner if isinstance(owner, type) else type(owner)
+        key = Digest()
+        module = str(getattr(wrapped, "__module__", ""))
+        words = [module, str(getattr(wrapped, "__qualname__", "")), repr(function_words(wrapped)), _release_of(module)]
+        words += [*constants(wrapped), *self._options.sets, kind.__module__, kind.__qualname__]
+        for word in (*words, str(arguments), str(encoder)):
+            key.word(word)
+        packages = _packages(wrapped, owner) if self._files is not None else frozenset[str]()
+        return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder), packages)
+
+    def _encoder(self, wrapped: Callable[..., Any], owner: Any) -> Digest:
+        digest = Digest(durable=self._files is not None)
+        digest.circumstances()
+        if self._options.encoder is not None:
+            digest.add(self._options.encoder() if owner is None else self._options.encoder(owner))
+            return digest
+        modules = _modules(wrapped, owner)
+        for module in modules:
+            digest.add(module)
+            digest.word(_release_of(type(module).__module__))
+        if not modules:
+            digest.durable = False  # nothing tells the next process that it has the same encoder
+        if not digest.durable and owner is not None and not isinstance(owner, type):
+            # It may hold what is no module, such as an ONNX session: only the same object has the same for certain.
+            digest.identity(owner)
+        return digest
+
+
+def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
+    """The modules that a function may use: on `self`, and by the names that it and its helpers know."""
+    from torch import nn
+
+    named = outside(wrapped)
+    if owner is None:
+        return list(reachable_modules(named).values())
+    found = {id(module): module for module in reachable_modules(owner).values()}
+    found.update((id(value), value) for value in named.values() if isinstance(value, nn.Module))
+    return list(found.values())
+
+
+def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:
+    """The packages that the function and the classes of its encoder are from."""
+    names = (getattr(wrapped, "__module__", None), *(type(module).__module__ for module in _modules(wrapped, owner)))
+    return frozenset(str(name).partition(".")[0] for name in names if name) - {"torch", "builtins"}
+
+
+@cache
+def _release_of(module: str | None) -> str:
+    """The release of the package that a module belongs to: upstream's next one may compute something else."""
+    package = (module or "").partition(".")[0]
+    try:
+        return f"{package} {metadata.version(package)}" if package else ""
+    except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a package of another name
+        return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
+
+
+def _is_finite(tensor: Any) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
+
+
+@asynccontextmanager
+async def _nobody() -> AsyncGenerator[None, None]:
+    yield
+
+
+class _Turns:
+    """One call at a time for each object whose attributes are set: else one would keep the voice of another.
+
+    Threads exclude threads, and tasks of one event loop each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = lock()
+        self._locks: Any = None
+        self._common: dict[Any, Any] = {}
+        self._inside: ContextVar[tuple[int, ...]] = ContextVar("accelerate_tts_embedding", default=())
+
+    def of(self, owner: Any) -> AbstractContextManager[Any]:
+        """The turn of a thread."""
+        turn: AbstractContextManager[Any] = self._get(owner, None, threading.RLock)
+        return turn
+
+    @asynccontextmanager
+    async def of_task(self, owner: Any) -> AsyncGenerator[None, None]:
+        """The turn of a task."""
+        import asyncio
+
+        inside = self._inside.get()
+        if id(owner) in inside:  # it calls itself, or by a task that it waits for
+            yield
+            return
+        async with self._get(owner, asyncio.get_running_loop(), asyncio.Lock):
+            self._inside.set((*inside, id(owner)))
+            try:
+                yield
+            finally:
+                self._inside.set(inside)
+
+    def _get(self, owner: Any, loop: Any, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self._locks is None:
+                from torch.utils.weak import WeakIdKeyDictionary
+
+                self._locks = WeakIdKeyDictionary()
+            try:
+                locks = self._locks.setdefault(owner, {})
+            except TypeError:  # no room for weak references: all such objects share a turn
+                locks = self._common
+            if loop not in locks:
+                for ended in [known for known in locks if known is not None and known.is_closed()]:
+                    del locks[ended]
+                locks[loop] = make()
+            return locks[loop]

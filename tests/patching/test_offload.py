@@ -1,0 +1,110 @@
+"""The loaded weights of which there are copies, in a file: same numbers, same undo, less memory, or an event."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate_tts import Event, PerformanceOptimizer, Settings, optimized_model, receipt_of
+from accelerate_tts import optimizer as optimizer_module
+from accelerate_tts.device import file_mapping
+from accelerate_tts.events import NotApplied
+from accelerate_tts.packs.warm_pack import pack_folder
+from accelerate_tts.patching import offload
+from accelerate_tts.patching.offload import originals_to_file
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.layers.half_precision import HalfStage
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mapped in place on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_mapping, "_IN_MEMORY", set())
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+
+
+def test_only_weights_with_copies_are_moved_and_all_stays_as_it_was(tmp_path: Path) -> None:
+    plain = model()
+    x = torch.randn(4, 256)
+    change = HalfStage(torch.bfloat16, carried=False).prepare(Part("model", "vocoder", plain))
+    assert originals_to_file([plain], "it", tmp_path) == 0, "nothing computes from copies yet"
+    with torch.no_grad():
+        expected = plain(x)
+        change.on()
+        halved = plain(x)
+        state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+        addresses = [parameter.data_ptr() for parameter in plain.parameters()]
+        moved = originals_to_file([plain], "it", tmp_path)
+        assert 0.9 < moved / (2 * 4 * 256 * 512) <= 1.0
+        assert torch.equal(plain(x), halved)
+        change.off()
+        assert torch.equal(plain(x), expected)
+    assert [parameter.data_ptr() for parameter in plain.parameters()] == addresses
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_where_it_cannot_be_done_the_weights_stay_and_an_event_says_so(tmp_path: Path, seen: list[Event]) -> None:
+    plain = model()
+    HalfStage(torch.bfloat16, carried=False).prepare(Part("model", "vocoder", plain)).on()
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    assert originals_to_file([plain], "it", blocked) == 0
+    assert any(isinstance(event, NotApplied) and "weights of it" in event.what for event in seen)
+
+
+def test_shared_memory_and_other_devices_are_left_alone() -> None:
+    shared = torch.randn(1 << 16).share_memory_()
+    assert offload._movable(shared) is None
+    assert offload._movable(torch.empty(1 << 16, device="meta")) is None
+    assert offload._movable(torch.randn(4)) is None
+    assert offload._movable(torch.randn(1 << 16)) is not None
+
+
+def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_is_faster: None
+) -> None:
+    notes = {}
+    for where in ("memory", "disk"):
+        settings = Settings(
+            device="cpu", compile=False, pack=False, precision="balanced", guard_weights=where,  # type: ignore[arg-type]
+            pack_folder=str(tmp_path),
+        )  # fmt: skip
+        optimizer = PerformanceOptimizer(settings)
+        plain = model()
+        x = torch.randn(64, 256)
+        monkeypatch.setattr(optimizer_module, "_optimizer", optimizer)
+        receipt = receipt_of(optimized_model(warmup=x)(lambda: plain)())  # noqa: B023 - called at once
+        assert receipt is not None
+        notes[where] = " ".join(receipt.notes)
+        with torch.no_grad():
+            tuned = plain(x)
+            assert optimizer.undo(plain)
+            assert torch.allclose(plain(x), tuned, atol=0.05)
+        optimizer.close()
+    assert "MiB of memory less" not in notes["memory"]
+    assert "MiB of memory less" in notes["disk"]
+
+
+def test_a_user_without_a_home_has_a_folder_for_weights_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert pack_folder(Settings()).is_absolute()
+    assert "no home folder" in str(seen[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert pack_folder(Settings()) == Path("/somewhere/accelerate_tts/packs")
+    assert pack_folder(Settings(pack_folder="/else")) == Path("/else")
+    assert len(seen) == 1

@@ -1,0 +1,143 @@
+"""Whatever changes inside a block that one kernel serves: upstream's path, one event, and back when it is undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from accelerate_tts import Event
+from accelerate_tts.events import NotApplied
+from accelerate_tts.kernels.weight_formats import Weights
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, vocab_size=50,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)  # as large as those of a trained model
+    return model
+
+
+def loop(model: Any, count: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    past, states = None, []
+    with torch.inference_mode():
+        for number in range(count):
+            x = torch.randn(2, 1 if number else 6, 32, generator=generator)
+            out = model(inputs_embeds=x, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            states.append(out.last_hidden_state[:, -1:])
+    return torch.cat(states, 1)
+
+
+@contextmanager
+def attribute(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    yield
+    setattr(holder, name, before)
+
+
+def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        return (result[0] * 2, *result[1:]) if isinstance(result, tuple) else result * 2
+
+    return other
+
+
+@contextmanager
+def global_hook(_model: Any) -> Iterator[None]:
+    handle = register_module_forward_hook(lambda module, _given, made: made * 2 if type(module) is nn.Linear else None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def global_pre_hook(_model: Any) -> Iterator[None]:
+    def double(module: Any, given: Any) -> Any:
+        return (given[0] * 2,) if type(module) is nn.Linear else None
+
+    handle = register_module_forward_pre_hook(double)
+    yield
+    handle.remove()
+
+
+def class_forward(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def changed(model: Any) -> Any:
+        cls = next(
+            c
+            for c in type(of(model)).__mro__
+            if "forward" in vars(c) and c.__module__.startswith(("transformers", "torch"))
+        )
+        return attribute(cls, "forward", doubled(cls.forward))
+
+    return changed
+
+
+@contextmanager
+def other_class(model: Any) -> Iterator[None]:
+    layer = model.layers[0].mlp.up_proj
+    before = type(layer)
+    layer.__class__ = type("Other", (nn.Linear,), {"forward": doubled(nn.Linear.forward)})
+    yield
+    layer.__class__ = before
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "scaling": lambda model: attribute(model.layers[0].self_attn, "scaling", model.layers[0].self_attn.scaling * 3),
+    "epsilon": lambda model: attribute(model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "activation": lambda model: attribute(model.layers[0].mlp, "act_fn", nn.Tanh()),
+    "global hook": global_hook,
+    "global pre-hook": global_pre_hook,
+    "forward of a class": class_forward(lambda model: model.layers[0].mlp),
+    "forward of nn.Linear": class_forward(lambda model: model.layers[0].mlp.up_proj),
+    "another class": other_class,
+    "a bias that is broadcast": lambda model: attribute(
+        model.layers[0].mlp.up_proj, "bias", nn.Parameter(torch.tensor([0.25]))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: Weights, seen: list[Event]) -> None:
+    model = build()
+    plain = copy.deepcopy(model)
+    change = FusedBlocksStage(weights).prepare(Part("model", "decoder", model))
+    change.on()
+    before = loop(model)
+    assert not seen
+    with CHANGES[name](model), CHANGES[name](plain) if not name.startswith(("global", "forward")) else no_change():
+        expected, found = loop(plain), loop(model)
+        assert not torch.allclose(expected, before, rtol=0.1)
+        tolerance = 1e-4 if weights == "fp32" else 0.05
+        assert float((expected - found).norm() / expected.norm()) < tolerance
+        loop(model)
+    told = [event for event in seen if isinstance(event, NotApplied)]
+    assert len(told) == 1, told
+    assert torch.equal(loop(model), before)
+    assert len(seen) == len(told)
+    change.off()
+    assert torch.equal(loop(model), loop(build()))
+
+
+@contextmanager
+def no_change() -> Iterator[None]:
+    yield

@@ -1,0 +1,436 @@
+"""The page of a receipt: what it shows, that it is well-formed, and that no text of a receipt becomes a part of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from accelerate_tts.receipts.format import duration, error_text, ratio_text
+from accelerate_tts.receipts.receipt import Receipt, StageResult, printable
+
+STAGES = (
+    StageResult("decoder", "fold weight norm", True, "faster", 0.4, 0.1, 4.0, 3.5, 3e-7, None, 0.5),
+    StageResult("encoder", "torch.compile", False, "no gain", 0.0002, 0.0004, 0.5, 0.4, 0.0, 1, 2.0),
+    StageResult("flow", "channels-last", False, "wrong output"),
+)
+RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 0.8, 0.4, 2.0, 3e-5, 4.5, ("a note", "more"))
+
+
+# --- a reader of pages that takes no nonsense ----------------------------------------------------------------------
+
+
+@dataclass
+class Node:
+    tag: str
+    attributes: dict[str, str | None]
+    text: str = ""  # of the node and of all that is in it
+    children: list[Node] = field(default_factory=list)
+
+    def all(self, tag: str, **attributes: str) -> list[Node]:
+        """Every node below of that tag and those attributes (`class_` for class), in order."""
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        found = [self] if self.tag == tag and wanted.items() <= self.attributes.items() else []
+        return found + [node for child in self.children for node in child.all(tag, **attributes)]
+
+    def one(self, tag: str, **attributes: str) -> Node:
+        (node,) = self.all(tag, **attributes)
+        return node
+
+    def skeleton(self) -> Any:
+        """Tags and attributes, without texts and without the figures that follow from numbers."""
+        return self.tag, self.attributes, [child.skeleton() for child in self.children]
+
+
+class Page(HTMLParser):
+    """A strict reader: every element is closed, in the right order, and there is nothing but elements and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.root = Node("", {})
+        self.open = [self.root]
+        self.feed(source)
+        self.close()
+        assert self.open == [self.root], f"not closed: {[node.tag for node in self.open[1:]]}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
+            self.open.append(self.open[-1].children[-1])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"an attribute is given twice: {attrs}"
+        self.open[-1].children.append(Node(tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for node in self.open:
+            node.text += data
+
+    def handle_decl(self, decl: str) -> None:
+        assert decl == "DOCTYPE html"
+        assert self.root.children == []
+
+    def refuse(self, data: str) -> None:
+        raise AssertionError(f"this has no place on the page: {data!r}")
+
+    handle_comment = handle_pi = unknown_decl = refuse
+
+
+def page_of(receipt: Receipt) -> Node:
+    return Page(receipt.to_html()).root.one("html")
+
+
+def rows_of(page: Node, part: str) -> list[list[str]]:
+    return [[cell.text for cell in row.children] for row in page.one(part).all("tr")]
+
+
+def test_the_reader_of_these_tests_is_strict() -> None:
+    for broken in (
+        "<p>",
+        "</p>",
+        "<p><b></p></b>",
+        "<p a='1' a='2'></p>",
+        "<!-- x -->",
+        "<?x>",
+        "<p>\n<!DOCTYPE x></p>",
+    ):
+        with pytest.raises(AssertionError):
+            Page(broken)
+
+
+# --- what it shows -------------------------------------------------------------------------------------------------
+
+
+def test_the_headline() -> None:
+    page = page_of(RECEIPT)
+    assert page.one("head").one("title").text == "Receipt: Vits on cpu (Test)"
+    assert page.one("h1").text == "Receipt: Vits"
+    assert [p.text for p in page.one("main").all("p")][:2] == ["on cpu (Test)", "torch 2.14"]
+    facts = {node.one("dt").text: node.one("dd").text for node in page.one("dl").all("div")}
+    assert facts == {
+        "speed-up of the whole": "2.00x",
+        "relative error": "3e-05",
+        "warm pass before": "800.0 ms",
+        "warm pass after": "400.0 ms",
+        "cold first pass": "1.50 s",
+        "tuning took": "4.50 s",
+        "stages kept": "1 of 3",
+        "recompiles since warm-up": "0",
+    }
+    assert [node.text for node in page.one("ul").all("li")] == ["a note", "more"]
+
+
+def test_the_recompiles_are_those_of_this_moment() -> None:
+    page = page_of(replace(RECEIPT, _live=lambda: 7))
+    assert "7" in [node.text for node in page.one("dl").all("dd")]
+    assert rows_of(page, "tfoot")[0][-1] == "1 kept, 7 recompiles since warm-up"
+
+
+def bars(group: Node) -> list[tuple[str | None, float]]:
+    """The kind and the per cent of each bar of a pair."""
+    widths = [rect.attributes["width"] or "" for rect in group.all("rect")]
+    assert all(width.endswith("%") for width in widths)
+    return [(r.attributes["class"], float(w[:-1])) for r, w in zip(group.all("rect"), widths, strict=True)]
+
+
+def test_the_chart_has_a_pair_of_bars_for_each_stage_that_was_timed_and_for_the_whole() -> None:
+    groups = page_of(RECEIPT).one("svg").all("g")
+    assert [[node.text for node in group.children if node.tag != "rect"] for group in groups] == [
+        ["decoder: fold weight norm (kept)", "decoder: fold weight norm", "400.0 ms", "100.0 ms (4.00x, 3e-07)"],
+        ["encoder: torch.compile (dropped)", "encoder: torch.compile", "200 us", "400 us (0.50x, bit-exact)"],
+        ["the whole (whole)", "the whole", "800.0 ms", "400.0 ms (2.00x, 3e-05)"],
+    ]
+    assert [bars(group) for group in groups] == [
+        [("before", 20.0), ("kept", 5.0)],
+        [("before", 0.01), ("dropped", 0.02)],
+        [("before", 40.0), ("whole", 20.0)],
+    ]
+
+
+def test_pairs_of_bars_do_not_cover_each_other_and_lie_in_the_chart() -> None:
+    chart = page_of(RECEIPT).one("svg")
+    spans = [
+        (int(rect.attributes["y"] or ""), int(rect.attributes["y"] or "") + int(rect.attributes["height"] or ""))
+        for group in chart.all("g")
+        for rect in group.all("rect")
+    ]
+    assert all(above[1] <= below[0] for above, below in pairwise(spans))
+    assert spans[-1][1] <= int(chart.attributes["height"] or "")
+
+
+def test_the_table_has_every_stage_and_the_whole() -> None:
+    page = page_of(RECEIPT)
+    assert rows_of(page, "thead") == [
+        ["part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict"]
+    ]
+    assert rows_of(page, "tbody") == [
+        ["decoder", "fold weight norm", "400.0 ms", "100.0 ms", "4.00x", "3.50x", "3e-07", "500.0 ms", "kept: faster"],
+        ["encoder", "torch.compile", "200 us", "400 us", "0.50x", "0.40x", "bit-exact", "2.00 s", "dropped: no gain"],
+        ["flow", "channels-last", "-", "-", "-", "-", "-", "0 us", "dropped: wrong output"],
+    ]
+    assert rows_of(page, "tfoot") == [
+        ["the whole", "all that was kept", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
+         "1 kept, 0 recompiles since warm-up"]
+    ]  # fmt: skip
+    kinds = [row.attributes["class"] for part in ("tbody", "tfoot") for row in page.one(part).all("tr")]
+    assert kinds == ["kept", "dropped", "dropped", "whole"]
+
+
+def test_a_receipt_of_nothing() -> None:
+    page = page_of(Receipt("Vits", "cpu", {}))
+    assert page.all("svg") == []
+    assert "Nothing was timed." in page.text
+    assert rows_of(page, "tbody") == [["No stage was tried."]]
+    assert page.all("ul") == []
+    assert page.one("dl").text.count("not known") == 4
+
+
+def test_figures_that_are_no_lengths_draw_no_bar() -> None:
+    odd = tuple(StageResult("p", "s", True, "r", value, 0.0) for value in (float("inf"), float("nan"), -1.0, 0.0))
+    for stages in (odd, odd[-1:]):
+        for group in page_of(Receipt("x", "y", {}, stages)).all("g"):
+            assert [width for _, width in bars(group)] == [0.0, 0.0]
+    beside = page_of(Receipt("x", "y", {}, (*odd, STAGES[0]))).all("g")
+    assert [[width for _, width in bars(group)] for group in beside] == [[0.0, 0.0]] * 4 + [[40.0, 10.0]]
+
+
+def test_a_long_name_is_shortened_in_the_chart_and_whole_elsewhere() -> None:
+    part = "decoder." + "resblocks." * 20 + "weight"
+    page = page_of(Receipt("x", "y", {}, (replace(STAGES[0], part=part),)))
+    shown = page.one("svg").one("text", class_="name").text
+    assert len(shown) == 40
+    assert shown.startswith("decoder.")
+    assert "…" in shown
+    assert shown.endswith(": fold weight norm")
+    assert page.one("svg").one("title").text == f"{part}: fold weight norm (kept)"
+    assert rows_of(page, "tbody")[0][0] == part
+
+
+def test_a_long_name_is_not_cut_within_an_escaped_character() -> None:
+    page = page_of(Receipt("x", "y", {}, (replace(STAGES[0], part="<" * 100),)))
+    assert page.one("svg").one("text", class_="name").text == "<" * 19 + "…" + "<" * 2 + ": fold weight norm"
+
+
+# --- what kind of page it is ---------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
+    source = RECEIPT.to_html()
+    page = Page(source).root
+    tags = {node.tag for node in walk(page)}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "use", "a"}
+    names = {name for node in walk(page) for name in node.attributes}
+    assert not names & {"src", "href", "xlink:href", "srcset", "style", "action", "data"}
+    assert not [name for name in names if name.startswith("on")]
+    for word in ("url(", "@import", "http:", "https:", "javascript"):
+        assert word not in source.lower()
+    assert "default-src 'none'" in source
+
+
+def walk(node: Node) -> list[Node]:
+    return [node, *(below for child in node.children for below in walk(child))]
+
+
+def test_the_page_is_accessible() -> None:
+    page = page_of(RECEIPT)
+    assert page.attributes["lang"] == "en"
+    assert page.one("meta", name="viewport").attributes["content"] == "width=device-width, initial-scale=1"
+    assert page.one("meta", charset="utf-8")
+    chart = page.one("svg")
+    assert chart.attributes["role"] == "img"
+    assert chart.attributes["aria-label"]
+    assert all(cell.attributes == {"scope": "col"} for cell in page.one("thead").all("th"))
+    assert all(len(row.all("th", scope="row")) == 1 for row in page.one("tbody").all("tr"))
+    region = page.one("div", role="region")
+    assert region.attributes["tabindex"] == "0"
+    assert [node.text for node in page.all("h2", id=region.attributes["aria-labelledby"] or "")]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    digits = colour if len(colour) == 6 else "".join(c * 2 for c in colour)
+    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_is_legible_in_both_modes() -> None:
+    style = page_of(RECEIPT).one("style").text
+    light, dark = (dict(re.findall(r"--(\w+): #(\w+)", block)) for block in re.findall(r":root \{[^}]*\}", style))
+    assert style.index("prefers-color-scheme: dark") > style.index(":root")
+    assert set(light) == set(dark) == set(re.findall(r"var\(--(\w+)\)", style))
+    assert luminance(light["page"]) > 0.9
+    assert luminance(dark["page"]) < 0.1
+    for mode in (light, dark):
+        assert len({mode["before"], mode["kept"], mode["dropped"], mode["whole"]}) == 4
+        for text in ("ink", "quiet", "kept", "dropped"):  # 4.5 and 3.0 are WCAG's AA for text and for graphics
+            assert contrast(mode[text], mode["page"]) >= 4.5, text
+        for graphic in ("before", "whole"):
+            assert contrast(mode[graphic], mode["page"]) >= 3.0, graphic
+    assert "rect.dropped { fill: none;" in style, "kept and dropped must differ without colours too"
+
+
+def test_the_page_is_small() -> None:
+    part = "decoder.resblocks.3.convs1.0.parametrizations.weight"
+    reason = "at least 1.20x with 95 % confidence, relative error 3e-07 of 1e-04"
+    stages = tuple(replace(STAGES[index % 2], part=part, reason=reason) for index in range(20))
+    assert len(replace(RECEIPT, stages=stages, notes=(reason,) * 4).to_html().encode()) < 30_000
+
+
+# --- nothing in a receipt is trusted -------------------------------------------------------------------------------
+
+NASTY = (
+    "</title>",
+    "<script>alert(1)</script>",
+    "<!--",
+    "]]>",
+    "&lt;",
+    "&amp;",
+    "&#60;",
+    "'\"><b",
+    "</svg>",
+    "</style>",
+)
+ODD = ("\x00", "\x1b[31m", "\r\n", "\u2028", "\u202e", "\ud800", "\ufeff", "日本語", "e\u0301", "<" * 50)
+texts = st.lists(st.one_of(st.text(max_size=10), st.sampled_from(NASTY + ODD)), max_size=4).map("".join)
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+seconds = st.floats(0.0, 1e6)
+stages_of_any_kind = st.builds(
+    StageResult, texts, texts, st.booleans(), texts, numbers, numbers, numbers, numbers, numbers,
+    st.none() | st.integers(0, 9), seconds,
+)  # fmt: skip
+receipts = st.builds(
+    Receipt, texts, texts, st.dictionaries(texts, texts, max_size=3),
+    st.lists(stages_of_any_kind, max_size=4).map(tuple), numbers, numbers, numbers, st.floats(0.0, 1e3), numbers,
+    seconds, st.lists(texts, max_size=3).map(tuple), st.integers(0, 9),
+)  # fmt: skip
+
+
+def harmless(receipt: Receipt) -> Receipt:
+    """The same receipt with an x for every text."""
+    stages = tuple(replace(stage, part="x", stage="x", reason="x") for stage in receipt.stages)
+    return replace(receipt, what="x", device="x", versions={}, stages=stages, notes=tuple("x" for _ in receipt.notes))
+
+
+WORST = StageResult("<script>alert(1)</script>", "</title></svg>", False, "RuntimeError: <b onclick='x'>&lt;", 1.0, 2.0)
+
+
+@given(receipts)
+@example(Receipt("<!--", "</title><script>", {"</style>": "&amp;"}, (WORST,), before=1.0, after=1.0, notes=("]]>",)))
+def test_no_text_of_a_receipt_becomes_a_part_of_the_page(receipt: Receipt) -> None:
+    source = receipt.to_html()
+    source.encode()  # half of a surrogate pair would refuse
+    page = Page(source).root
+    assert page.skeleton() == Page(harmless(receipt).to_html()).root.skeleton()
+    words = [receipt.what, receipt.device, *receipt.versions, *receipt.versions.values(), *receipt.notes]
+    words += [word for stage in receipt.stages for word in (stage.part, stage.stage, stage.verdict)]
+    for word in words:
+        assert html.escape(printable(word)) in source
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", source)
+
+
+@given(receipts)
+def test_what_was_given_is_what_a_reader_sees(receipt: Receipt) -> None:
+    page = page_of(receipt)
+    assert page.one("h1").text == f"Receipt: {printable(receipt.what)}"
+    assert [node.text for node in page.all("li")] == [printable(note) for note in receipt.notes]
+    expected = [
+        [printable(s.part), printable(s.stage), duration(s.before), duration(s.after), ratio_text(s.ratio),
+         ratio_text(s.low), error_text(s.error), duration(s.seconds), printable(s.verdict)]
+        for s in receipt.stages
+    ]  # fmt: skip
+    assert rows_of(page, "tbody") == (expected or [["No stage was tried."]])
+    timed = [item for item in (*receipt.stages, receipt) if None not in {item.before, item.after}]
+    groups = page.all("g")
+    assert len(groups) == len(timed)
+    assert all(0.0 <= width <= 40.0 for group in groups for _, width in bars(group))
+    assert all(len(group.one("text", class_="name").text) <= 40 for group in groups)
+
+
+@given(receipts)
+def test_json_and_back_gives_the_same_page(receipt: Receipt) -> None:
+    loaded = Receipt.from_json(receipt.to_json())
+    assert loaded == receipt
+    assert loaded.to_html() == receipt.to_html()
+
+
+@given(texts)
+def test_printable_text_is_one_clean_line(text: str) -> None:
+    clean = printable(text)
+    assert clean.isprintable()
+    assert clean == clean.strip()
+    assert printable(clean) == clean
+
+
+def test_printable_text_keeps_what_can_be_read() -> None:
+    assert printable("Ünïcode 日本語 <b>&'\"") == "Ünïcode 日本語 <b>&'\""
+    assert printable(" two\r\n\tlines\u00a0here ") == "two lines here"
+    assert printable("a\x1b[31mb\u202ec\ud800") == "a�[31mb�c�"
+    assert printable(3) == "3"
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["receipt.html", "receipt.htm", "RECEIPT.HTML"])
+def test_a_name_of_a_page_saves_the_page(tmp_path: Path, name: str) -> None:
+    receipt = replace(RECEIPT, what="日本語 \ud800")
+    receipt.save(str(tmp_path / name))
+    assert (tmp_path / name).read_bytes().decode() == receipt.to_html()
+
+
+@pytest.mark.parametrize("name", ["receipt.json", "receipt", "html", "receipt.html.json", ".html"])
+def test_any_other_name_saves_json(tmp_path: Path, name: str) -> None:
+    RECEIPT.save(tmp_path / name)
+    assert Receipt.from_json((tmp_path / name).read_text()) == RECEIPT
+
+
+def edited(edit: Callable[[dict[str, Any]], object]) -> str:
+    content = json.loads(RECEIPT.to_json())
+    edit(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        edited(lambda receipt: receipt.update(ratio=float("inf"))),
+        edited(lambda receipt: receipt.update(error=float("nan"))),
+        RECEIPT.to_json().replace("0.8", "1e999"),
+        edited(lambda receipt: receipt.update(before=10**400)),
+        edited(lambda receipt: receipt["stages"][0].update(seconds="long")),
+        edited(lambda receipt: receipt["stages"][0].update(low=[])),
+        "[" * 100_000,
+    ],
+    ids=["Infinity", "NaN", "1e999", "a huge integer", "a stage's seconds", "a stage's bound", "deep"],
+)
+def test_what_could_not_be_shown_is_refused_when_it_is_loaded(text: str) -> None:
+    with pytest.raises(ValueError, match="this is no receipt"):
+        Receipt.from_json(text)
+
+
+def test_the_page_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, accelerate_tts.receipts.receipt\nprint('accelerate_tts.receipts.html' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,126 @@
+"""dynamo's settings during our calls are nobody else's: not another thread's, not a `torch.compile` of the user's."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate_tts import Event
+from accelerate_tts.events import FellBack, Recompiled
+from accelerate_tts.stages.compile import inductor
+from accelerate_tts.stages.compile.whole import CompiledCall
+
+NAMES = [name for name in ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit", "error_on_recompile")
+         if hasattr(torch._dynamo.config, name)]  # fmt: skip
+
+
+class Steps(nn.Module):
+    """A graph for each number of steps, and a look at what other threads are told meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            x = torch.tanh(self.linear(x)) + 1
+        return x
+
+
+@pytest.fixture(params=["this release", "settings of the process"])
+def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompiledCall:
+    """A module's call, compiled by dynamo alone; also as releases need it whose settings are the process's."""
+    if request.param == "settings of the process":
+        monkeypatch.setattr(inductor, "_settings_are_the_threads", lambda: False)
+    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
+    torch.manual_seed(0)
+    made = CompiledCall(Steps().eval(), "steps", "default")
+    made.on()
+    return made
+
+
+def settings() -> list[Any]:
+    return [getattr(torch._dynamo.config, name) for name in NAMES]
+
+
+def elsewhere() -> list[Any]:
+    """The settings as another thread sees them."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(settings()))
+    thread.start()
+    thread.join()
+    return found
+
+
+@torch.no_grad()
+def test_no_other_thread_is_told(call: CompiledCall) -> None:
+    before, during = settings(), []
+    run = call._compiled
+    call._compiled = lambda *args, **kwargs: during.append(elsewhere()) or run(*args, **kwargs)
+    call(torch.ones(2, 4), 1)
+    call.seal()
+    call(torch.ones(2, 4), 1)
+    call(torch.ones(2, 4), 2)
+    assert len(during) == 4, "the new number of steps is asked for twice: strictly, and then to be compiled"
+    assert all(seen == before for seen in during)
+    assert settings() == before
+
+
+@torch.no_grad()
+def test_a_sealed_call_is_never_compiled_without_a_word(call: CompiledCall, seen: list[Event]) -> None:
+    plain = Steps().eval()
+    plain.load_state_dict(call._module.state_dict())
+    inputs = torch.ones(2, 4)
+    call(inputs, 1)
+    call.seal()
+    for steps in (1, 2, 2, 1, 3):
+        torch.testing.assert_close(call._module(inputs, steps), plain(inputs, steps))
+    assert call.graphs == 3
+    assert [event.graphs for event in seen if isinstance(event, Recompiled)] == [2, 3]
+    assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+@torch.no_grad()
+def test_at_the_limit_it_is_said(call: CompiledCall, seen: list[Event]) -> None:
+    inputs = torch.ones(2, 4)
+    for steps in range(1, 12):
+        call._module(inputs, steps)
+    limit = getattr(torch._dynamo.config, "recompile_limit", None) or torch._dynamo.config.cache_size_limit
+    assert call.graphs == limit
+    said = [event for event in seen if isinstance(event, FellBack)]
+    assert len(said) == 11 - limit
+    assert all("at further lengths" in event.stage for event in said)
+
+
+class Broken(nn.Module):
+    """dynamo leaves it out, and compiles what it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@torch.no_grad()
+def test_what_dynamo_leaves_out_is_no_miss(
+    call: CompiledCall, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del call
+    broken = CompiledCall(Broken().eval(), "broken", "default")
+    inputs = torch.ones(2, 4)
+    expected = broken._module(inputs)
+    broken.on()
+    broken(inputs)
+    broken.seal()
+    graphs = broken.graphs
+    for _ in range(3):
+        torch.testing.assert_close(broken._module(inputs), expected)
+    assert broken.graphs == graphs
+    assert not [event for event in seen if isinstance(event, (FellBack, Recompiled))]

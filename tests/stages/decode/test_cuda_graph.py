@@ -1,0 +1,638 @@
+"""The decode step for CUDA graphs, as far as a CPU can show it: what is recorded is run anew, not replayed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accelerate_tts import Event
+from accelerate_tts.cli.bench import systems
+from accelerate_tts.errors import MissingExtraError
+from accelerate_tts.events import FellBack, NotApplied, Recompiled
+from accelerate_tts.models import describe
+from accelerate_tts.plan import Part
+from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.stages.catalogue import default_stages
+from accelerate_tts.stages.decode import cuda_graph, static_step
+from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.static_step import CudaRecording
+from accelerate_tts.stages.layers.half_precision import HalfStage
+
+pytestmark = pytest.mark.usefixtures("layered_caches")
+
+WIDTH = 32
+
+
+class Rerun:
+    """A stand-in for a CUDA graph: the step again, its results written to where the first ones were."""
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self._step = step
+        self.outputs = step()
+
+    def replay(self) -> None:
+        def write(old: Any, new: Any) -> None:
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+
+        fields = [{n: v for n, v in out.items() if n != "past_key_values"} for out in (self.outputs, self._step())]
+        _pytree.tree_map(write, *fields)
+
+    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[None]:
+        del for_the_last
+        return nullcontext()
+
+    def finish(self) -> None:
+        pass
+
+
+class Stream:
+    """A stand-in for a CUDA stream that notes what it is told."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name = name
+        self._told = told
+
+    def wait_event(self, _event: object) -> None:
+        self._told.append(f"{self.name} waits")
+
+
+@contextmanager
+def on(stream: Stream, now: list[Stream]) -> Iterator[None]:
+    """As `torch.cuda.stream`."""
+    now.append(stream)
+    yield
+    now.pop()
+
+
+class OnStreams(CudaRecording):
+    """The recording for CUDA, on streams that only note what they are told, over the stand-in for its graph."""
+
+    def __init__(self, step: Callable[[], Any], told: list[str]) -> None:
+        self._graph = Rerun(step)
+        self._last = torch.cuda.current_stream()
+        self.outputs = self._graph.outputs
+        self._done = SimpleNamespace(
+            record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
+        )
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs, buffers and results of a slot are one for all threads, and each thread has a stream."""
+    told: list[str] = []
+    streams = {name: Stream(name, told) for name in ("one", "other")}
+    now = [streams["one"]]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream, now))
+    own = static_step._own
+    monkeypatch.setattr(static_step, "_own", lambda *args: (told.append("results are copied"), own(*args))[1])
+    replay = Rerun.replay
+    monkeypatch.setattr(Rerun, "replay", lambda self: (told.append("replay"), replay(self))[1])
+    model = llama()
+    change = CapturedStepStage(lambda step: OnStreams(step, told)).prepare(Part("model", "decoder", model))
+    change.on()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        past = model(inputs_embeds=torch.randn(1, 4, WIDTH, generator=generator), use_cache=True).past_key_values
+        for name in ("one", "other"):
+            told.clear()
+            now[:] = [streams[name]]
+            model(inputs_embeds=torch.randn(1, 1, WIDTH, generator=generator), past_key_values=past, use_cache=True)
+            # The results are copied before anyone else may write.
+            assert told[0] == f"{name} waits"
+            assert told[-3:] == ["replay", "results are copied", f"{name} was used"]
+        assert len(told) == 4
+        told.clear()
+        now[:] = [streams["one"]]
+        change.off()
+        change._steps[model]._clear()
+    # Before its memory goes; and what the sequence gets in its place is of the stream that goes on with it.
+    assert told == ["other waits", "other was used", "all is done"]
+
+
+def llama(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=None, **options,
+    )  # fmt: skip
+    return transformers.LlamaModel(config).eval()
+
+
+def gpt2(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=50, **options)
+    return transformers.GPT2Model(config).eval()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "Llama": llama,
+    "Llama by eager attention": lambda: llama(attn_implementation="eager"),
+    "GPT-2": gpt2,
+}
+
+
+def capture(model: Any) -> Any:
+    stage, part = CapturedStepStage(Rerun), Part("model", "decoder", model)
+    assert stage.applies(part) is None
+    change = stage.prepare(part)
+    change.on()
+    return change
+
+
+def loop(model: Any, count: int = 8, rows: int = 2, prompt: int = 6, seed: int = 1, **asked: Any) -> Any:
+    """The last hidden states of a prompt and of each token, and the cache."""
+    generator = torch.Generator().manual_seed(seed)
+    past, states = None, []
+    with torch.inference_mode():
+        for number in range(count):
+            x = torch.randn(rows, 1 if number else prompt, WIDTH, generator=generator)
+            out = model(inputs_embeds=x, past_key_values=past, use_cache=True, **asked)
+            past = out.past_key_values
+            states.append(out.last_hidden_state[:, -1:])
+    return torch.cat(states, 1), past
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_tokens_are_served_by_one_recording_and_are_upstreams(name: str, rows: int) -> None:
+    model = MODELS[name]()
+    expected, _ = loop(model, rows=rows)
+    change = capture(model)
+    found, past = loop(model, rows=rows)
+    assert torch.allclose(expected, found, atol=1e-5)
+    assert change.graphs == 1
+    assert type(past) is transformers.DynamicCache
+    assert past.get_seq_length() == 6 + 7
+    del past
+    loop(model, rows=rows, seed=2)
+    assert change.graphs == 1  # the next request moves in
+    change.off()
+    assert torch.equal(loop(model, rows=rows)[0], expected)
+
+
+@pytest.mark.parametrize("make", [transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel])
+def test_arguments_given_as_none_are_none_of_its_inputs(make: Any, seen: list[Event]) -> None:
+    """As a head over the decoder passes them on; a recording gives the decoder positions of its own."""
+    model = make((llama() if make is transformers.LlamaForCausalLM else gpt2()).config).eval()
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def logits() -> torch.Tensor:
+        past, found = None, []
+        with torch.inference_mode():
+            for number in range(1, 6):
+                out = model(input_ids=ids[:, number - 1 : number], past_key_values=past, position_ids=None)
+                past = out.past_key_values
+                found.append(out.logits)
+        return torch.cat(found, 1)
+
+    expected = logits()
+    change = capture(model)
+    assert torch.allclose(logits(), expected, atol=1e-5)
+    assert change.graphs == 1
+    assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+def test_generating_with_padding_gives_the_same_tokens_and_hidden_states() -> None:
+    model: Any = transformers.LlamaForCausalLM(llama().config).eval()
+    ids = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+    def generate() -> Any:
+        torch.manual_seed(3)
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=300, min_new_tokens=300, do_sample=True, pad_token_id=0,
+            return_dict_in_generate=True, output_hidden_states=True,
+        )  # fmt: skip
+
+    expected = generate()
+    change = capture(model)
+    found = generate()
+    assert torch.equal(expected.sequences, found.sequences)
+    for before, after in zip(expected.hidden_states, found.hidden_states, strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert change.graphs == 2  # up to 256 positions, and up to 512: the sequence moved with all that it held
+
+
+@pytest.mark.parametrize("how", ["cropped", "copied", "reordered", "kept"])
+def test_a_cache_that_others_change_is_served_right(how: str) -> None:
+    model = llama()
+
+    def run() -> torch.Tensor:
+        _, past = loop(model)
+        generator = torch.Generator().manual_seed(5)
+        kept = past if how == "kept" else None
+        if how == "cropped":
+            past.crop(-6)
+        elif how == "copied":
+            past = copy.deepcopy(past)
+        elif how == "reordered":
+            past.reorder_cache(torch.tensor([1, 0]))
+        elif how == "kept":
+            loop(model, seed=9)  # another request meanwhile, in the same slot
+        states = []
+        with torch.inference_mode():
+            for _ in range(3):
+                x = torch.randn(2, 1, WIDTH, generator=generator)
+                states.append(model(inputs_embeds=x, past_key_values=past, use_cache=True).last_hidden_state)
+        del kept
+        return torch.cat(states, 1)
+
+    expected = run()
+    capture(model)
+    assert torch.allclose(run(), expected, atol=1e-5)
+
+
+def test_two_requests_in_turn_keep_their_own_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "_MOST_SLOTS", 1)  # so they take the one slot from each other
+    model = llama()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 1, 5, WIDTH, generator=generator)
+
+    def run() -> list[torch.Tensor]:
+        pasts: list[Any] = [None, None]
+        states = []
+        with torch.inference_mode():
+            for number in range(9):
+                for which in (0, 1):
+                    given = x[which, number] if number == 0 else x[which, number][:, :1]
+                    out = model(inputs_embeds=given, past_key_values=pasts[which], use_cache=True)
+                    pasts[which] = out.past_key_values
+                    states.append(out.last_hidden_state[:, -1])
+        return states
+
+    expected = run()
+    change = capture(model)
+    for a, b in zip(expected, run(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert change.graphs == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["token", "crop", "new", "copy"])), max_size=25))
+def test_any_interleaving_of_requests_equals_upstreams(steps: list[tuple[int, str]]) -> None:
+    model = llama()
+
+    def run() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        pasts: dict[int, Any] = {}
+        found = []
+        with torch.inference_mode():
+            for which, what in steps:
+                if what == "new" or which not in pasts:
+                    x = torch.randn(1, 4, WIDTH, generator=generator)
+                    pasts[which] = model(inputs_embeds=x, use_cache=True).past_key_values
+                elif what == "crop":
+                    pasts[which].crop(-min(2, pasts[which].get_seq_length() - 1))
+                elif what == "copy":
+                    pasts[which] = copy.deepcopy(pasts[which])
+                x = torch.randn(1, 1, WIDTH, generator=generator)
+                out = model(inputs_embeds=x, past_key_values=pasts[which], use_cache=True)
+                found.append(out.last_hidden_state)
+        return found
+
+    expected = run()
+    capture(model)
+    for a, b in zip(expected, run(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_results_are_not_overwritten_by_the_next_token() -> None:
+    model = llama()
+    capture(model)
+    _, past = loop(model)
+    with torch.inference_mode():
+        first = model(inputs_embeds=torch.ones(2, 1, WIDTH), past_key_values=past, use_cache=True).last_hidden_state
+        before = first.clone()
+        model(inputs_embeds=-torch.ones(2, 1, WIDTH), past_key_values=past, use_cache=True)
+    assert torch.equal(first, before)
+
+
+def test_a_sequence_beyond_the_largest_slot_goes_on_as_upstreams(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    model = llama()
+    expected, _ = loop(model, 20)
+    monkeypatch.setattr(cuda_graph, "CAPACITIES", (8, 16))
+    change = capture(model)
+    found, past = loop(model, 20)
+    assert torch.allclose(expected, found, atol=1e-5)
+    assert change.graphs == 2
+    assert past.get_seq_length() == 25
+    assert any(isinstance(event, NotApplied) and "positions" in event.reason for event in seen)
+
+
+def test_recordings_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    capture(model)
+    steps = next(iter(capture(model)._steps.values()))
+    kept = []
+    for rows in range(1, 8):
+        kept.append(loop(model, 3, rows=rows)[1])
+    assert len(steps._all()) == cuda_graph._MOST_SLOTS
+    slot = steps._all()[0]
+    monkeypatch.setattr(cuda_graph, "_MOST_BYTES", 2 * slot.bytes)
+    loop(model, 3, rows=2)
+    assert sum(slot.bytes for slot in steps._all()) <= 2 * slot.bytes or len(steps._all()) == 1
+    for rows, past in enumerate(kept, 1):  # all sequences are whole still
+        assert past.layers[0].keys.shape[:3] == (rows, 2, 8)
+        assert torch.isfinite(past.layers[0].keys).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"attention_mask": torch.zeros(2, 1, 1, 7)}, "4 dimensions"),
+        ({"something": torch.ones(1)}, "something"),
+    ],
+)
+def test_what_a_recording_cannot_serve_is_upstreams_with_an_event(
+    asked: dict[str, Any], reason: str, seen: list[Event]
+) -> None:
+    model = llama(attn_implementation="eager")
+    change = capture(model)
+    _, past = loop(model, 1)
+    with torch.inference_mode():
+        model(inputs_embeds=torch.ones(2, 1, WIDTH), past_key_values=past, use_cache=True, **asked)
+    assert any(isinstance(event, NotApplied) and reason in event.reason for event in seen)
+    assert change.graphs == 0
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_attention_weights_are_served(make: Callable[..., Any], how: str, seen: list[Event]) -> None:
+    untouched, model = make(attn_implementation=how), make(attn_implementation=how)
+    change = capture(model)
+    found = []
+    with torch.inference_mode():
+        for candidate in (untouched, model):
+            past = candidate(inputs_embeds=torch.ones(2, 5, WIDTH), use_cache=True).past_key_values
+            x = torch.ones(2, 1, WIDTH)
+            found.append([])
+            for asked in (True, False, True):
+                out = candidate(inputs_embeds=x, past_key_values=past, use_cache=True, output_attentions=asked)
+                found[-1].append(out.attentions or ())
+    assert change.graphs == 2
+    assert not seen
+    for one, other in zip(*found, strict=True):
+        assert [weights.shape for weights in one] == [weights.shape for weights in other]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, other, strict=True))
+
+
+def test_hooks_inside_are_called(seen: list[Event]) -> None:
+    model = llama()
+    change = capture(model)
+    called: list[int] = []
+    model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    loop(model, 4)
+    assert len(called) == 4
+    assert change.graphs == 0
+    assert any(isinstance(event, NotApplied) and "hooks" in event.reason for event in seen)
+
+
+def test_new_weights_are_served() -> None:
+    model = llama()
+    capture(model)
+    loop(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    found, _ = loop(model)
+    fresh = llama()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.allclose(found, loop(fresh)[0], atol=1e-5)
+
+
+def test_a_recording_that_fails_costs_an_event_only(seen: list[Event]) -> None:
+    def fails(step: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = llama()
+    expected, _ = loop(model)
+    change = CapturedStepStage(fails).prepare(Part("model", "decoder", model))
+    change.on()
+    assert torch.allclose(loop(model)[0], expected, atol=1e-6)
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["captured decode step"]
+
+
+def test_recording_in_service_is_an_event(seen: list[Event]) -> None:
+    model = llama()
+    change = capture(model)
+    loop(model)
+    change.seal()
+    assert not [event for event in seen if isinstance(event, Recompiled)]
+    loop(model, rows=3)
+    assert len([event for event in seen if isinstance(event, Recompiled)]) == 1
+
+
+def test_a_cache_that_is_gone_leaves_its_slot_to_the_next_and_keeps_nothing_alive() -> None:
+    model = llama()
+    steps = next(iter(capture(model)._steps.values()))
+    _, past = loop(model)
+    slot = steps._all()[0]
+    assert slot._owner is not None
+    assert slot._owner() is past
+    del past
+    gc.collect()
+    assert slot._owner() is None
+
+
+# --- is it safe to record? -----------------------------------------------------------------------------------------
+
+
+def slot_of(model: Any, rows: int = 2) -> Any:
+    steps = next(iter(capture(model)._steps.values()))
+    loop(model, 3, rows=rows)
+    return steps._all()[0]
+
+
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+"""What asks the device for a value, and what has as many results as there are true ones."""
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that run, with the shapes and addresses of what they are given and return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.shapes: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen.append(str(function))
+        self.shapes.append([tuple(t.shape) for t in _pytree.tree_leaves(result) if isinstance(t, torch.Tensor)])
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_operator_depends_on_how_long_the_sequence_is(name: str) -> None:
+    slot = slot_of(MODELS[name]())
+    traces = []
+    for position in (7, 100, slot.capacity - 1):
+        with torch.no_grad(), Operators() as operators:
+            slot.position.fill_(position)
+            slot.step()
+        traces.append((operators.seen, operators.shapes))
+    assert traces[0] == traces[1] == traces[2]
+    assert not [op for op in traces[0][0] if any(name in op for name in FORBIDDEN)]
+
+
+@pytest.mark.parametrize("name", ["chatterbox", "xtts", "higgs"])
+def test_a_systems_own_loop_is_served_by_one_recording(name: str) -> None:
+    """Higgs gives neither ids nor embeddings, but a frame of audio ids, under a name of its own."""
+    torch.manual_seed(0)
+    try:
+        built = systems.SYSTEMS[name].build("tiny", None, "cpu")
+    except MissingExtraError as missing:
+        pytest.skip(str(missing))
+
+    def speak() -> list[Any]:
+        with seeded("cpu"), torch.no_grad():
+            return [t for t in _pytree.tree_leaves(built.speak(1.0)) if isinstance(t, torch.Tensor)]
+
+    expected = speak()
+    part = next(part for part in describe(built.model).parts if part.kind == "decoder")
+    change = CapturedStepStage(Rerun).prepare(part)
+    change.on()
+    try:
+        for a, b in zip(expected, speak(), strict=True):
+            assert torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, atol=1e-4))
+        assert change.graphs == 1
+        slot = next(slot for steps in change._steps.values() for slot in steps._all())
+        with torch.no_grad(), Operators() as operators:
+            slot.step()
+        assert not [op for op in operators.seen if any(name in op for name in FORBIDDEN)]
+    finally:
+        change.off()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_step_can_be_traced_where_asking_for_a_value_is_an_error(name: str) -> None:
+    slot = slot_of(MODELS[name]())
+
+    def step(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        slot.inputs["inputs_embeds"], slot.position = x, position
+        result: torch.Tensor = slot.step().last_hidden_state
+        return result
+
+    with torch.no_grad():
+        x, position = torch.randn(2, 1, WIDTH), torch.tensor([7])
+        graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(x, position)
+        expected = step(x, position)
+        assert torch.allclose(graph(x, position), expected, atol=1e-6)
+
+
+def test_addresses_stay_the_same() -> None:
+    model = llama()
+    slot = slot_of(model)
+
+    def addresses() -> list[int]:
+        tensors = [*_pytree.tree_leaves(slot.buffers), *slot.inputs.values(), slot.position, slot._valid]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = addresses()
+    loop(model, 12, seed=4)
+    loop(model, 3, seed=5)
+    assert addresses() == before
+
+
+def test_a_step_that_asks_for_a_value_is_found_out() -> None:
+    model = llama()
+    slot = slot_of(model)
+    plain = type(model.norm).forward
+
+    def asks(self: Any, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = plain(self, x) if float(x.sum()) > -1e9 else x
+        return result
+
+    type(model.norm).forward = asks  # type: ignore[method-assign]
+    try:
+        with torch.no_grad(), Operators() as operators:
+            slot.step()
+    finally:
+        type(model.norm).forward = plain  # type: ignore[method-assign]
+    assert any("_local_scalar_dense" in op for op in operators.seen)
+
+
+# --- where it is tried ---------------------------------------------------------------------------------------------
+
+
+def test_it_is_tried_on_cuda_only() -> None:
+    def names(device: str) -> list[str]:
+        return [stage.name for stage in default_stages(device, "reduce-overhead")]
+
+    assert "captured decode step" in names("cuda")
+    assert "captured decode step" not in names("cpu")
+
+
+def test_half_precision_is_tried_inside_recordings_and_not_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a recording it would change nothing, and without one it is slower there (H200: 0.68x to 0.76x)."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
+    names = [stage.name for stage in default_stages("cuda", None, "fast")]
+    recorded = [name for name in names if name.startswith("captured")]
+    assert recorded == ["captured decode step", "captured decode step, bf16 part"]
+    assert names.index(recorded[-1]) < names.index("bf16 layers") < names.index("bf16 part")
+    assert [name for name in names if "decode step" in name] == recorded
+    assert len([stage.name for stage in default_stages("cuda", None) if stage.name.startswith("captured")]) == 1
+    model = llama()
+    part, half = Part("model", "decoder", model), HalfStage(torch.bfloat16, carried=False)
+    assert half.applies(part) is None
+    change = capture(model)
+    assert half.applies(part) == "its steps are recorded"
+    assert CapturedStepStage(Rerun, inside=half).applies(part) is None, "it competes with what is in force"
+    change.off()
+    assert half.applies(part) is None
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_half_precision_is_inside_the_recording(how: str) -> None:
+    model = llama(attn_implementation=how)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)  # for what the blocks add to be more than a rounding
+    part, half = Part("model", "decoder", model), HalfStage(torch.bfloat16, carried=True)
+    exact, _ = loop(model)
+    inside = half.prepare(part)
+    inside.on()
+    expected, _ = loop(model)
+    inside.off()
+    change = CapturedStepStage(Rerun, inside=half).prepare(part)
+    change.on()
+    found, past = loop(model)
+    assert change.graphs == 1
+    assert past.get_seq_length() == 6 + 7
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    change.off()
+    assert torch.equal(loop(model)[0], exact)
+    assert (
+        CapturedStepStage(Rerun, inside=half).applies(Part("gpt", "decoder", gpt2()))
+        == "no layer that computes in fp32"
+    )
+
+
+def test_blocks_are_compiled_without_recordings_of_inductors() -> None:
+    blocks = next(stage for stage in default_stages("cuda", "reduce-overhead") if stage.name == "compiled blocks")
+    assert vars(blocks)["_mode"] == "default"
+
+
+def test_a_cuda_recording_needs_cuda() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, and this is about machines without one")
+    with pytest.raises((RuntimeError, AssertionError)):
+        static_step.CudaRecording(lambda: None)

@@ -1,0 +1,212 @@
+"""Folding weight norm: bit for bit the same, and everything else about the module unchanged."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.layers.weight_norm import FoldStage
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    OLD: Callable[..., nn.Module] = nn.utils.weight_norm
+NEW: Callable[..., nn.Module] = nn.utils.parametrizations.weight_norm
+X = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["hook", "parametrization"])
+def norm(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
+    return OLD if request.param == "hook" else NEW
+
+
+def build(norm: Callable[..., nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(norm(nn.Conv1d(8, 8, 3)), nn.ReLU(), norm(nn.ConvTranspose1d(8, 4, 4), dim=1)).eval()
+
+
+def folded(model: nn.Module):
+    change = FoldStage().prepare(Part("model", "vocoder", model))
+    change.on()
+    return change
+
+
+def run(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def operators(model: nn.Module) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(model)
+    return {event.name for event in profile.events()}
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Everything that undo must bring back."""
+    return [
+        (
+            name, type(module), list(vars(module)), list(module._buffers), list(module._forward_pre_hooks),
+            list(module._load_state_dict_post_hooks), set(module._non_persistent_buffers_set),
+        )
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+
+
+def test_same_bits_and_less_work(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    reference = run(model)
+    assert "aten::_weight_norm" in operators(model), "the test no longer sees where the norm is computed"
+    folded(model)
+    assert torch.equal(run(model), reference)
+    assert "aten::_weight_norm" not in operators(model)
+
+
+def test_undo_brings_everything_back(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    reference = run(model)
+    before = snapshot(model)
+    change = folded(model)
+    assert snapshot(model) != before
+    change.off()
+    change.off()
+    assert snapshot(model) == before
+    assert torch.equal(run(model), reference)
+
+
+def test_keys_types_and_parameters_stay(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    folded(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert [name for name, _ in model.named_parameters()] == names
+    assert isinstance(model[0], nn.Conv1d)
+    assert isinstance(model[2], nn.ConvTranspose1d)
+
+
+def test_load_state_dict_folds_the_new_weights(norm: Callable[..., nn.Module]) -> None:
+    model, other = build(norm), build(norm)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    folded(model)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(run(model), run(other))
+
+
+def test_moving_to_another_dtype_moves_the_fold(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    reference = run(model)
+    change = folded(model)
+    model.double()
+    assert (run(model, X.double()) - reference).abs().max() < 1e-6
+    change.off()
+    change.on()
+    assert model[0].weight.dtype == torch.float64
+    assert (run(model, X.double()) - reference).abs().max() < 1e-6
+
+
+def test_a_copy_is_an_untouched_model(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    run(model)
+    before = snapshot(model)
+    change = folded(model)
+    clone = copy.deepcopy(model)
+    assert torch.equal(run(clone), run(model))
+    with torch.no_grad():
+        for parameter in clone.parameters():
+            parameter.mul_(2.0)
+    assert not torch.equal(run(clone), run(model)), "the copy's norm must follow its own parameters"
+    change.off()
+    assert [entry[:1] for entry in snapshot(clone)] == [entry[:1] for entry in before]
+    assert [type(module).__name__ for module in clone] == [type(module).__name__ for module in model]
+
+
+def test_pickling_is_as_before() -> None:
+    model = build(OLD)
+    run(model)
+    folded(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(loaded), run(model))
+    assert type(loaded[0]) is nn.Conv1d
+    assert len(loaded[0]._forward_pre_hooks) == 1
+    text = io.BytesIO()
+    torch.save(model, text)
+    assert b"accelerate_tts" not in text.getvalue()
+
+    model = build(NEW)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(model)  # torch's own rule for parametrized modules ...
+    folded(model)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(model)  # ... still holds
+
+
+def test_other_hooks_keep_their_order() -> None:
+    model = build(OLD)
+    calls: list[str] = []
+    model[0].register_forward_pre_hook(lambda *_: calls.append("a"))
+    change = folded(model)
+    model[0].register_forward_pre_hook(lambda *_: calls.append("b"))
+    run(model)
+    change.off()
+    run(model)
+    assert calls == ["a", "b"] * 2
+    assert type(next(iter(model[0]._forward_pre_hooks.values()))).__name__ == "WeightNorm"
+
+
+def test_nothing_to_fold_is_said() -> None:
+    part = Part("linear", "model", nn.Linear(2, 2))
+    assert FoldStage().applies(part) == "no weight norm in it"
+    model = build(NEW)
+    folded(model)
+    assert FoldStage().applies(Part("model", "vocoder", model)) == "no weight norm in it"  # folded already
+
+
+def test_folded_in_inference_mode_can_be_used_outside(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    with torch.inference_mode():
+        folded(model)
+    out = model(X.clone().requires_grad_())
+    out.sum().backward()  # an inference tensor as the weight would raise here
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["on", "off", "run", "load", "scale"]), max_size=12), st.booleans(), st.integers(0, 99))
+def test_any_sequence_of_on_and_off(actions: list[str], old: bool, seed: int) -> None:
+    """Whatever happens in whatever order, the outputs are those of a model that was never touched."""
+    model, reference = build(OLD if old else NEW), build(OLD if old else NEW)
+    untouched = snapshot(model)
+    change = FoldStage().prepare(Part("model", "vocoder", model))
+    torch.manual_seed(seed)
+    on = False
+    for action in actions:
+        if action in {"on", "off"}:
+            getattr(change, action)()
+            on = action == "on"
+        elif action == "load":
+            state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+            model.load_state_dict(state)
+            reference.load_state_dict(state)
+        elif action == "scale" and not on:  # editing parameters by hand is seen when the fold is made anew
+            with torch.no_grad():
+                for both in zip(model.parameters(), reference.parameters(), strict=True):
+                    for parameter in both:
+                        parameter.mul_(1.25)
+        assert torch.equal(run(model), run(reference))
+    change.off()
+    assert torch.equal(run(model), run(reference))
+    assert snapshot(model) == untouched

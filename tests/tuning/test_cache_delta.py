@@ -1,0 +1,156 @@
+"""What is kept of a decoder's result to compare: what a call added to its cache, and whether the rest is untouched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.plan import ModelPlan, Part
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.tuning.cache_delta import settled
+from accelerate_tts.tuning.compare import compare, tensors_of
+from accelerate_tts.tuning.session import Session
+from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+
+WIDTH, GIVEN = 32, 40
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.LlamaModel(config).eval()
+
+
+@torch.inference_mode()
+def step(model: Any, rows: int = 2) -> tuple[Any, tuple[Any, ...]]:
+    """A token's result, and the arguments of its call as they were before it."""
+    generator = torch.Generator().manual_seed(1)
+    prompt, token = (torch.randn(rows, count, WIDTH, generator=generator) for count in (GIVEN, 1))
+    past = model(inputs_embeds=prompt, use_cache=True).past_key_values
+    given = copy.deepcopy(past)
+    return model(inputs_embeds=token, past_key_values=past, use_cache=True), (token, given)
+
+
+def cached(output: Any) -> list[torch.Tensor]:
+    return list(tensors_of(output.past_key_values))
+
+
+def test_a_token_leaves_a_position_of_each_layer_and_the_rest_of_its_output(model: Any) -> None:
+    output, given = step(model)
+    found = settled(output, given)
+    assert type(found) is BaseModelOutputWithPast
+    assert found.last_hidden_state is output.last_hidden_state
+    *added, kept = cached(found)
+    whole = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    assert all(torch.equal(a[:-1], b[..., GIVEN:, :].flatten()) for a, b in zip(added, whole, strict=True))
+    assert kept == 1.0
+    assert compare(found, settled(*step(model))).error == 0.0
+
+
+def test_an_error_is_that_of_the_whole_cache(model: Any) -> None:
+    """The position that was added is a part of it; by itself its error says more than `Tolerance` was made for."""
+    (output, given), (other, _) = step(model), step(model)
+    with torch.inference_mode():
+        other.past_key_values.layers[1].values[..., GIVEN:, :] += 0.1
+    expected = compare(output, other).error
+    assert 0.0 < compare(settled(output, given), settled(other, given)).error == pytest.approx(expected, rel=1e-3)
+
+
+def test_in_a_tuple_too(model: Any) -> None:
+    output, given = step(model)
+    found = settled((output.last_hidden_state, output.past_key_values), given)
+    assert len(list(tensors_of(found))) == 1 + 4 + 1
+
+
+@torch.inference_mode()
+def test_whoever_writes_to_positions_that_it_was_given_is_found_out(model: Any) -> None:
+    output, given = step(model)
+    right = settled(output, given)
+    output.past_key_values.layers[1].values[0, 0, 3] += 1.0
+    difference = compare(right, settled(output, given))
+    assert difference.error > 1e-3
+    zeros = [torch.zeros(1, 1, 2, 2) for _ in range(4)]
+    for layer, pair in zip(given[1].layers, (zeros[:2], zeros[2:]), strict=True):
+        layer.keys, layer.values = pair
+    assert compare(right, settled(output, given)).error == float("inf"), "another number of rows: not the same cache"
+
+
+@pytest.mark.parametrize("how", ["a prompt", "cropped", "another cache"])
+def test_what_is_not_the_cache_that_was_given_is_compared_whole(model: Any, how: str) -> None:
+    output, given = step(model)
+    if how == "a prompt":
+        given = given[:1]
+    elif how == "cropped":
+        output.past_key_values.crop(-6)
+    else:
+        given = (*step(model, rows=1)[1],)
+    assert settled(output, given).past_key_values is output.past_key_values
+
+
+class Spoils(BaseChange, BaseStage):
+    """A change under which a step writes to a position that is not its own."""
+
+    name = "spoils"
+
+    def applies(self, part: Part) -> str | None:
+        return None
+
+    def prepare(self, part: Part) -> Spoils:
+        self.module = part.module
+        return self
+
+    def on(self) -> None:
+        plain = type(self.module).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = plain(self.module, *args, **kwargs)
+            output.past_key_values.layers[0].keys[..., 0, :] += 0.1
+            return output
+
+        self.module.forward = forward
+
+    def off(self) -> None:
+        vars(self.module).pop("forward", None)
+
+
+def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None:
+    def speak(loaded: Any) -> Any:
+        torch.manual_seed(0)
+        past = None
+        for number in range(12):
+            out = loaded(inputs_embeds=torch.randn(1, 1 if number else 5, WIDTH), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+        return out.last_hidden_state
+
+    part = Part("decoder", "decoder", model)
+    calls = warmup_calls(speak, Loaded(model), "inference")
+    seen: list[Any] = []
+    outputs = Session.outputs
+
+    def noting(session: Session, of: Part) -> Any:
+        seen.append(outputs(session, of))
+        return seen[-1]
+
+    Session.outputs = noting  # type: ignore[method-assign]
+    try:
+        plan = ModelPlan("model", (model,), (part,))
+        tuning = tune(plan, calls, [Spoils()], DeviceInfo("cpu", "test"), Limits(30.0))
+    finally:
+        Session.outputs = outputs  # type: ignore[method-assign]
+    (result,) = tuning.receipt.stages
+    assert not result.kept
+    assert result.reason.startswith("wrong output")
+    tokens = [output for output in seen[0] if output.last_hidden_state.shape[1] == 1]
+    assert tokens
+    assert all(tensor.numel() == WIDTH + 1 for output in tokens for tensor in cached(output)[:-1])
