@@ -72,8 +72,8 @@ _HOME = {
     "fast_inference": "context",
     "inference": "decorators",
     "optimized_model": "decorators",
-    "Receipt": "engine.receipt",
-    "StageResult": "engine.receipt",
+    "Receipt": "receipts.receipt",
+    "StageResult": "receipts.receipt",
     "AccelerateTTSError": "errors",
     "ConcurrencyError": "errors",
     "InferenceContextError": "errors",
@@ -89,13 +89,13 @@ _HOME = {
     "get_performance_optimizer": "optimizer",
     "receipt_of": "optimizer",
     "batched": "runtime.batching",
-    "carry_mode": "runtime.modes",
+    "carry_mode": "runtime.inference_mode",
     "Settings": "settings",
     "is_active": "settings",
     "is_testing": "settings",
     "set_active": "settings",
     "testing": "settings",
-    "cached_embedding": "voices",
+    "cached_embedding": "voices.decorator",
 }
 
 # The one side effect: torch reads PYTORCH_ENABLE_MPS_FALLBACK while it is being imported, so on a Mac this is
