@@ -280,7 +280,7 @@ def test_a_child_has_a_watchdog_of_its_own() -> None:
 
 TRACED = """
 import sys, time
-from accelerate_tts.runtime.watchdog import within
+from accelerate_tts.runtime.time_limit import within
 from accelerate_tts.errors import TimeLimitError
 
 def endless():
