@@ -3,7 +3,7 @@
 After each product OpenBLAS's worker threads spin for some 25 ms (2**26 cycles, its `THREAD_TIMEOUT`) in case there is
 more to do. On the cores of a small machine they then stand in the way of torch's OpenMP team, whose barriers wait for
 the slowest: a speaker encoder right behind a mel spectrogram was seen to take 2.3 times as long
-(docs/decisions/0008-quiet-blas.md). With one thread OpenBLAS has no worker, and nothing spins.
+(docs/decisions/0012-work-beside-the-model.md). With one thread OpenBLAS has no worker, and nothing spins.
 
 threadpoolctl does this for every BLAS there is; it is no dependency of the core, and one call in one library is all
 that is needed here.

@@ -86,7 +86,7 @@ class FrozenCompileStage(BaseStage):
 
     With few rows (a decode step, a short sentence) a linear layer is bound by reading its weights, and inductor's own
     C++ kernels over packed weights read them at the memory's full rate. Without both `freezing` and `max_autotune`
-    there is no gain (docs/decisions/0009-frozen.md). For CPUs.
+    there is no gain (docs/decisions/0004-compiling.md). For CPUs.
     """
 
     name = "torch.compile, frozen"

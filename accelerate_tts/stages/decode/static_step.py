@@ -57,7 +57,7 @@ class CudaRecording:
     """A CUDA graph of a step.
 
     It is a plain graph, not one of inductor's trees: it may be replayed by any thread, one at a time, on that thread's
-    own stream. Run on an H100: decision 0031.
+    own stream. Run on an H100: decision 0009.
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:

@@ -3,7 +3,7 @@
 A `Conv1d` of a plain tensor is computed in a blocked layout: its input is reordered on the way in and its output on the
 way out, at every call. In channels-last order nothing has to be reordered, and the element-wise operations between two
 convolutions keep that order by themselves. A vocoder, whose last levels have few channels and very many samples,
-spends much of its time on those reorderings (docs/decisions/0006-channels-last.md has the figures).
+spends much of its time on those reorderings (docs/decisions/0005-vocoders.md has the figures).
 
 The convolution is made as a 2-D one of height 1; the weights are read at each call. What a part returns is put into the
 usual order again: its callers may count on it.

@@ -2,7 +2,7 @@
 
 A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch).
 `F.linear` hands that to a kernel made for many rows, which reads the weights at a half to a third of the memory's rate;
-`W @ x.T` of the same numbers reads them at the full rate (docs/decisions/0007-few-rows.md has the figures). One row is
+`W @ x.T` of the same numbers reads them at the full rate (docs/decisions/0006-few-rows.md has the figures). One row is
 a matrix-vector product either way, and from about ten rows on `F.linear` is right.
 """
 

@@ -2,7 +2,7 @@
 
 A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
 time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
-skinny_gemm.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's
+skinny_gemm.cpp reaches all of it (figures: docs/decisions/0006-few-rows.md). In fp32 it computes from the module's
 own weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
 output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
 """

@@ -1,6 +1,6 @@
 """HiFi-GAN's generator in fewer operators, exact to rounding; or in bf16. For CPUs.
 
-Everything is kept in channels-last order from end to end (decision 0006), and:
+Everything is kept in channels-last order from end to end (decision 0005), and:
 
 - a convolution adds its block's residual, or applies the activation behind it, while its output is in registers
   (oneDNN's post-operations, on weights reordered once);
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 PIECE = Piece(4 << 20, 1024)
-"""Two cores with 2 MB of cache each were fastest with it (decision 0041)."""
+"""Two cores with 2 MB of cache each were fastest with it (decision 0005)."""
 
 
 def hifigan(dtype: Any = None) -> Kernel:
