@@ -50,7 +50,10 @@ def test_contract(contract: Any, example: Any, variant: str) -> None:
     random = module.random
     right = [("t3.tfmr", "growing cache")]
     contract(
-        lambda: without_encoder(random(seconds=0.3, tiny=True, variant=variant)), speak, [*PARTS, *MARKER], other, right
+        lambda: without_encoder(random(seconds=0.3, tiny=True, variant=variant)), speak, [*PARTS, *MARKER], other, right,
+        # The alignment analyzer of each call of the multilingual model hears the attention layers of all calls:
+        # two threads stack rows of two texts, untouched too.
+        threads=variant != "multilingual",
     )  # fmt: skip
 
 
