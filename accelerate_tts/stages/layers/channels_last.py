@@ -17,6 +17,7 @@ from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["ChannelsLastStage"]
 
 
+@register_stage
 class ChannelsLastStage(BaseStage):
     """Runs a part's 1-D convolutions in channels-last order. For CPUs."""
 
     name = "channels-last convolutions"
+    devices = ("cpu",)
+    after = ("fewer operators", "checked by margin")
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""

@@ -14,6 +14,7 @@ from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,11 +27,14 @@ FEW_ROWS = range(2, 9)
 """Numbers of rows for which the product is taken the other way round."""
 
 
+@register_stage
 class FewRowsStage(BaseStage):
     """Takes a part's linear layers the other way round when they are given two to eight rows. For CPUs."""
 
     name = "few-row linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    after = ("skinny linear layers",)
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""

@@ -34,16 +34,21 @@ from accelerate_tts.patching.class_swap import (
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["HalfStage"]
 
 
+@register_stage
 class HalfStage(BaseStage):
     """Half precision for a part.
 
@@ -52,7 +57,15 @@ class HalfStage(BaseStage):
         carried: Whether activations stay in it between layers.
     """
 
+    name = "half precision"
     group = "half precision"
+    precisions = ("balanced", "fast")
+    after = ("captured decode step", "growing cache")
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[HalfStage]:
+        """See `BaseStage.variants`: both ways, in each half precision."""
+        return (cls(dtype, carried=carried) for dtype in target.half_dtypes for carried in (False, True))
 
     def __init__(self, dtype: torch.dtype, *, carried: bool) -> None:
         short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(dtype)]
