@@ -1,9 +1,9 @@
 """Prompts through fused blocks: their linear layers multiply the copies that serve the tokens, in bf16. For CPUs.
 
-A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt has many
-rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the prompt too,
-without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the scale of each
-output. Norms, attention and what is added up stay in fp32.
+A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt
+has many rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the
+prompt too, without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the
+scale of each output. Norms, attention and what is added up stay in fp32.
 """
 
 from __future__ import annotations
