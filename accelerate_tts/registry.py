@@ -27,14 +27,15 @@ class Registry(Generic[T]):
 
     Args:
         package: The package whose modules are all imported when the entries are first asked for.
-        group: The group of entry points under which other packages name modules that add more.
+        group: The group of entry points under which other packages name modules that add more; "" for none.
     """
 
-    def __init__(self, package: str, group: str) -> None:
+    def __init__(self, package: str, group: str = "") -> None:
         self._package = package
         self._group = group
         self._entries: dict[str, T] = {}
         self._asked: set[EntryPoint] = set()
+        self._has_ours = False
         self._lock = rlock()
 
     def add(self, name: str, value: T) -> None:
@@ -64,23 +65,30 @@ class Registry(Generic[T]):
             return dict(self._entries)
 
     @contextmanager
-    def scope(self) -> Generator[None, None, None]:
-        """While open, more may be registered; it is forgotten at the end. For tests."""
+    def scope(self, **instead: T) -> Generator[None, None, None]:
+        """While open, more may be registered, which is forgotten at the end. For tests.
+
+        Args:
+            **instead: What stands in for entries of these names meanwhile.
+        """
         self._load_ours()  # a module that is imported meanwhile is not imported again
         before = dict(self._entries), set(self._asked)
+        self._entries |= instead
         try:
             yield
         finally:
             self._entries, self._asked = before
 
     def _load_ours(self) -> None:
-        package = import_module(self._package)
-        for found in pkgutil.walk_packages(package.__path__, f"{self._package}."):
-            import_module(found.name)
+        if not self._has_ours:
+            package = import_module(self._package)
+            for found in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+                import_module(found.name)
+            self._has_ours = True
 
     def _points(self) -> tuple[EntryPoint, ...]:
         try:
-            return tuple(entry_points(group=self._group))
+            return tuple(entry_points(group=self._group)) if self._group else ()
         except Exception as error:  # one package's broken metadata must not cost the user the load
             emit(NotApplied(f"every plugin of {self._group}", f"{type(error).__name__}: {message_of(error)}"))
             return ()
