@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from accelerate_tts import Event
+from accelerate_tts import Event, get_performance_optimizer, receipt_of
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import Part, describe, register_system
 from accelerate_tts.models.catalogue import SYSTEMS
 from accelerate_tts.registry import Registry
 from accelerate_tts.stages.catalogue import STAGES, default_stages
+from accelerate_tts.tuning.timing import Timing
 
 STAGE = """
 from accelerate_tts.stages import BaseStage, register_stage
@@ -115,6 +116,33 @@ def test_a_broken_plugin_is_named_once(
     assert isinstance(event, NotApplied)
     assert event.what == f"the plugin fast = {module}{target} of accelerate_tts.stages"
     assert reason in event.reason
+
+
+@pytest.mark.parametrize("own", ["plain", "entry point"])
+def test_the_example_of_a_stage_and_a_system(
+    own: str, install: Callable[..., None], decide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered by being imported, or by its entry points: it is tried, kept and undone like any other."""
+    code = (Path(__file__).parents[1] / "examples" / "own_stage.py").read_text(encoding="utf-8")
+    group = "accelerate_tts.stages" if own == "entry point" else "nobody.asks.for.this"
+    install("own_stage", code, group)
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    decide(
+        compare=lambda *_args, **_kwargs: faster,
+        looks=False,
+        unworthy=lambda *given: None if given[-1].name == "tables made once" else "not in this test",
+    )
+    if own == "entry point":
+        assert "tables made once" in tried()
+    module = importlib.import_module("own_stage")
+    vocoder = module.load()
+    receipt = receipt_of(vocoder)
+    assert receipt is not None
+    result = next(stage for stage in receipt.stages if stage.stage == "tables made once")
+    assert (result.part, result.kept, result.error) == ("synthesis", True, 0.0)
+    get_performance_optimizer().undo(vocoder)
+    assert type(vocoder.synthesis) is module.Synthesis
 
 
 def test_parts_that_cannot_be_named_are_found_by_watching(seen: list[Event]) -> None:
