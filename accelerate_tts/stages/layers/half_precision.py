@@ -28,6 +28,7 @@ from accelerate_tts.patching.class_swap import (
     in_fused,
     is_fused,
     is_recorded,
+    open_modules,
     per_class,
     subclass_with,
 )
@@ -117,14 +118,10 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
-    fused = in_fused(module)  # the kernel has copies of its own
     return [
         inner
-        for inner in module.modules()
-        if isinstance(inner, kinds)
-        and inner not in fused
-        and _in_fp32(inner)
-        and (plain_class(inner).forward in known or _is_leaf(inner))
+        for inner in open_modules(module)
+        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 

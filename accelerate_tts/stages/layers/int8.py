@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.locks import lock
-from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, open_modules, per_class, subclass_with
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
@@ -115,12 +115,10 @@ def engines() -> list[str]:
 def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
-        if inner not in fused
-        and isinstance(inner, nn.Linear)
+        for inner in open_modules(module)
+        if isinstance(inner, nn.Linear)
         and plain_class(inner).forward is nn.Linear.forward
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()

@@ -23,7 +23,7 @@ from accelerate_tts.kernels.weight_formats import (
     in_int8,
     is_transposed,
 )
-from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -94,13 +94,11 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     import torch
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
-        if inner not in fused
+        for inner in open_modules(module)
         # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-        and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        if (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # a quantised one has no memory to point to
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
