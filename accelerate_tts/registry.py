@@ -6,7 +6,6 @@ import pkgutil
 import sys
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from accelerate_tts.errors import message_of, shown
@@ -44,11 +43,11 @@ class Registry(Generic[T]):
         Raises:
             ValueError: Something else has this name.
         """
-        with self._lock:
-            known = self._entries.get(name)
-            if known is not None and known != value and _origin(known) != _origin(value):
-                raise ValueError(f"{shown(name)} is registered already, as {shown(known)}; choose another name")
-            self._entries[name] = value
+        # Without the lock: a module is imported under its import lock, and `entries` imports modules under this one.
+        known = self._entries.get(name)
+        if known is not None and known != value and _origin(known) != _origin(value):
+            raise ValueError(f"{shown(name)} is registered already, as {shown(known)}; choose another name")
+        self._entries[name] = value
 
     def entries(self) -> dict[str, T]:
         """Everything that is registered, by name.
@@ -87,8 +86,12 @@ class Registry(Generic[T]):
             self._has_ours = True
 
     def _points(self) -> tuple[EntryPoint, ...]:
+        if not self._group:
+            return ()
+        from importlib.metadata import entry_points
+
         try:
-            return tuple(entry_points(group=self._group)) if self._group else ()
+            return tuple(entry_points(group=self._group))
         except Exception as error:  # one package's broken metadata must not cost the user the load
             emit(NotApplied(f"every plugin of {self._group}", f"{type(error).__name__}: {message_of(error)}"))
             return ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,21 @@ def test_parts_that_cannot_be_named_are_found_by_watching(seen: list[Event]) -> 
 def test_what_cannot_be_registered(classes: Any, parts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         register_system(*classes)(parts)
+
+
+def test_a_module_may_be_imported_by_another_thread_meanwhile(install: Callable[..., None]) -> None:
+    """It holds its import lock and registers, while the registry waits for that import."""
+    code = "import time; time.sleep(0.3)\n" + STAGE.format(name="slow")
+    install("slow_stages", code, "accelerate_tts.stages")
+    other = threading.Thread(target=importlib.import_module, args=("slow_stages",), daemon=True)
+    mine = threading.Thread(target=tried, daemon=True)
+    other.start()
+    time.sleep(0.1)
+    mine.start()
+    for thread in (other, mine):
+        thread.join(20.0)
+        assert not thread.is_alive(), "they wait for each other"
+    assert "slow" in tried()
 
 
 def test_a_registry_forgets_what_a_scope_registered() -> None:
