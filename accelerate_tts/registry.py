@@ -59,8 +59,8 @@ class Registry(Generic[T]):
             self._load_ours()
             for point in self._points():
                 if point not in self._asked:
-                    self._asked.add(point)
                     self._load(point)
+                    self._asked.add(point)  # behind it: a load that Ctrl-C ends is begun anew
             return dict(self._entries)
 
     @contextmanager

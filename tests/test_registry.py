@@ -172,6 +172,17 @@ def test_what_cannot_be_registered(classes: Any, parts: Any, error: type[Excepti
         register_system(*classes)(parts)
 
 
+def test_ctrl_c_while_a_plugin_is_imported_does_not_lose_it(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERRUPTED", "1")
+    code = "import os\nif os.environ.pop('INTERRUPTED', None): raise KeyboardInterrupt\n" + STAGE.format(name="theirs")
+    install("interrupted_stages", code, "accelerate_tts.stages")
+    with pytest.raises(KeyboardInterrupt):
+        tried()
+    assert "theirs" in tried()
+
+
 def test_a_module_may_be_imported_by_another_thread_meanwhile(install: Callable[..., None]) -> None:
     """It holds its import lock and registers, while the registry waits for that import."""
     code = "import time; time.sleep(0.3)\n" + STAGE.format(name="slow")
