@@ -15,8 +15,8 @@ the allocator and the caches fill. Then flat means
 - what this library remembers by object, lock or message, compiled graphs, and cached embeddings: no more
   entries in the last third than in the first, and 8
 
-Then each system is loaded, tuned, called and dropped `--loads` times, and no weight may outlive its model. With --compile
-this covers frozen graphs, which have copies of weights.
+Then each system is loaded, tuned, called and dropped `--loads` times, and no weight may outlive its model. With
+--compile this covers frozen graphs, which have copies of weights.
 
 A call that leaks one small tensor is seen by the second, one that leaks 20 KiB outside of Python by the first. What
 grows below that are torch's own caches of shapes; with ACCELERATE_TTS_DISABLE=1 the untouched models show the same. The
