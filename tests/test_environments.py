@@ -99,9 +99,9 @@ def test_what_the_file_may_not_say(scripts: tuple[Any, Any], text: str, said: st
 
 def test_names_of_several_paths(scripts: tuple[Any, Any]) -> None:
     run, _ = scripts
-    several = "[tests]\ncore = ['tests/device', 'tests/engine']\n"
+    several = "[tests]\ncore = ['tests/device', 'tests/tuning']\n"
     (one,) = run.environments(several + ONE + "tests = ['core', 'tests/models/test_mms.py']")
-    assert one.tests == ("tests/device", "tests/engine", "tests/models/test_mms.py")
+    assert one.tests == ("tests/device", "tests/tuning", "tests/models/test_mms.py")
 
 
 def test_one_that_fails_has_a_row_and_stops_nothing(
