@@ -174,8 +174,10 @@ def compile_function(
         return function(*args, **kwargs)
 
     plain = call if _settings_are_the_threads() else watched
-    # Globals of its own, too: dynamo puts each graph there, and these know the weights.
-    own = types.FunctionType(plain.__code__.replace(), dict(plain.__globals__), "call", None, plain.__closure__)
+    # Globals of its own, too: dynamo puts each graph there, and these know the weights. With torch among them: after a
+    # graph break, dynamo of torch 2.6 looks for it there and ends with a NameError (seen on transformers' GPT2Model).
+    known = {**plain.__globals__, "torch": torch}
+    own = types.FunctionType(plain.__code__.replace(), known, "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager does.
     patches = {**list_mode_options(mode), "fallback_random": True}
     inductor, loaded = _graph_compiler(), _Loaded()
