@@ -2,7 +2,7 @@
 
 A system's file declares how it is made, how it speaks and which parts it has. `contract` and `steady` do the rest.
 Here every change that is right counts as faster: which of them would be kept is the machine's business, and a test that
-left it to the clock would show something else each time. Whether timing is right is what tests/engine is about.
+left it to the clock would show something else each time. Whether timing is right is what tests/tuning is about.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.compile import inductor
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import Limits, tune
@@ -69,7 +68,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 @pytest.fixture
 def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Whatever is right is kept, on every part and without being timed; nothing is compiled."""
-    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/engine does
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/stages does
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
     decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
 
@@ -308,19 +307,19 @@ def sentence(letters: int) -> str:
 
 
 @pytest.fixture
-def steady(seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def steady(seen: list[Event], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., None]:
     """No recompile over fifty lengths: parts compiled together, warmed up, sealed, then met with fifty sentences.
 
     Its arguments: how the system is made; the stage of each compiled part; how it speaks a sentence, by upstream's own
     method, tokens to samples; and whether graphs run as dynamo traced them. Which call needs another graph is dynamo's
-    to say; what inductor makes of one takes minutes for a whole system, and is compared in tests/engine.
+    to say; what inductor makes of one takes minutes for a whole system, and is compared in tests/stages.
     """
 
     def check(
         make: Callable[[], Any], stages: dict[str, Stage], speak: Callable[[Any, str], Any], *, traced: bool = False
     ) -> None:
         if traced:
-            monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, config_patches: graph.forward)
+            request.getfixturevalue("uncompiled")
         torch.manual_seed(0)
         subject = make()
         spoken = {letters: functools.partial(speak, text=sentence(letters)) for letters in range(4, 54)}

@@ -249,11 +249,12 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [CompileStage("default"), CompiledBlocksStage("default")], ids=lambda s: s.name)
-def test_what_dynamo_has_traced_is_untouched_again(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dynamo_has_traced_is_untouched_again(
+    stage: Any, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As above, by way of torch.compile; its backend is the cheapest."""
     for module in (compile_stages, regional):
         monkeypatch.setattr(module, "compile_function", inductor.compile_function)
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
     model = tower(False, True, nn.GRU)
     before = Before(model)
     change = stage.prepare(Part("part", "model", model))
