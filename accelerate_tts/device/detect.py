@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelerate_tts.errors import SettingsError
-from accelerate_tts.registry import Registry
+from accelerate_tts.registration import Registry
 from accelerate_tts.settings import DEVICES, Settings
 
 if TYPE_CHECKING:

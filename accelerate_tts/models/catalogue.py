@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.errors import shown
-from accelerate_tts.registry import Registry
+from accelerate_tts.registration import Registry
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from accelerate_tts.errors import SettingsError, message_of, shown
 from accelerate_tts.events import NotApplied, emit
-from accelerate_tts.registry import Registry
+from accelerate_tts.registration import Registry
 from accelerate_tts.settings import Precision
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.protocol import Stage, Target
