@@ -116,7 +116,7 @@ class ModelPlan:
 
 
 READY = "_accelerate_tts_ready"
-"""The name of a class's function that is given a replayed call's arguments before the clock runs."""
+"""The name of a class's function that returns an argument of a replayed call, made ready before the clock runs."""
 Which = Literal["all", "loop", "others", "pass"]
 """Which captured calls: all; where a loop takes most of the time, only its calls; or only the others (the prompts).
 

@@ -44,7 +44,8 @@ Precision = Literal["exact", "balanced", "fast"]
 GuardWeights = Literal["memory", "disk", "reload"]
 """Where the loaded weights lie of which tuning made copies."""
 
-_DEVICES = ("cuda", "mps", "xpu", "cpu")
+DEVICES = ["cuda", "mps", "xpu", "cpu"]
+"""torch's names of the device types, the best first. `register_device` adds to them."""
 _MOST = 2**31 - 1  # what torch takes as a number of threads
 _LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
 
@@ -117,7 +118,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            _check_name("device", self.device, _DEVICES)
+            _check_name("device", self.device, tuple(DEVICES))
         for name in ("compile", "cudnn_benchmark", "tf32", "retune", "pack", "guard"):
             if not _is_flag(getattr(self, name)):
                 raise SettingsError(f"{name}={shown(getattr(self, name))} must be True or False")

@@ -148,7 +148,7 @@ class Trial:
         if part.kind == PROCESS and not session.pass_quiet:
             # How threads get on with each other is all that it is about.
             return f"not tried: {session.watcher.worst.why}", False
-        smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.spared_by), None)
+        smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.superseded_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
             return f"not tried: {smaller} does the same from fewer bytes", True
         cost = stage.cost_of(part)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "guard_of", "options", "reason_of"]
+__all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "compiled_by", "guard_of", "options", "reason_of"]
 
 
 class Frozen(Weights):
@@ -178,7 +178,7 @@ def compile_function(
     own = types.FunctionType(plain.__code__.replace(), dict(plain.__globals__), "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager does.
     patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor, loaded = _inductor(), _Loaded()
+    inductor, loaded = _graph_compiler(), _Loaded()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
         shapes = _shapes(inputs)
@@ -295,10 +295,27 @@ def _mend_collector() -> None:
         module.is_torchdynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
-def _inductor() -> Any:
+_compilers: list[Callable[..., Any]] = []
+
+
+@contextmanager
+def compiled_by(compiler: Callable[..., Any]) -> Generator[None]:
+    """While open, traced graphs go to another compiler than inductor, in this process.
+
+    Args:
+        compiler: Called with a graph, its example inputs and `config_patches=`; returns what runs in the graph's place.
+    """
+    _compilers.append(compiler)
+    try:
+        yield
+    finally:
+        _compilers.remove(compiler)
+
+
+def _graph_compiler() -> Callable[..., Any]:
     from torch._dynamo import lookup_backend
 
-    return lookup_backend("inductor")
+    return _compilers[-1] if _compilers else lookup_backend("inductor")
 
 
 def _shapes(inputs: list[Any]) -> str:

@@ -20,6 +20,7 @@ from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import (
     Counter,
     Frozen,
@@ -32,11 +33,12 @@ from accelerate_tts.stages.compile.inductor import (
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
 
@@ -50,14 +52,22 @@ _MOSTLY = 0.5
 """The share of its weights in linear layers from which a part is worth freezing."""
 
 
+@register_stage
 class CompileStage(BaseStage):
     """Compiles a part as one piece, with dynamic lengths."""
 
     name = "torch.compile"
     group = "compilation"
+    needs_compiler = True
+    after = ("compiled blocks",)
     # A compilation takes 10 to 30 s of a user's start on two cores; 1.5x on less than this share gives under 5 %.
     least_share = 0.15
     cost = 10.0
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[CompileStage]:
+        """See `BaseStage.variants`."""
+        return () if target.compile_mode is None else (cls(target.compile_mode),)
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
@@ -81,6 +91,7 @@ class CompileStage(BaseStage):
         return CompiledCall(part.module, part.name, self._mode)
 
 
+@register_stage
 class FrozenCompileStage(BaseStage):
     """Compiles a part made of linear layers with its weights as constants, packed for kernels chosen by timing.
 
@@ -91,6 +102,9 @@ class FrozenCompileStage(BaseStage):
 
     name = "torch.compile, frozen"
     group = "linear layers"
+    devices = ("cpu",)
+    needs_compiler = True
+    after = ("int8 recurrent layers",)
     # About 4 s of timing for each shape of weight, of which a transformer has five, and the compilation itself.
     cost = 30.0
     least_share = 0.15

@@ -1,9 +1,9 @@
 """Prompts through fused blocks: their linear layers multiply the copies that serve the tokens, in bf16. For CPUs.
 
-A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt has many
-rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the prompt too,
-without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the scale of each
-output. Norms, attention and what is added up stay in fp32.
+A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt
+has many rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the
+prompt too, without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the
+scale of each output. Norms, attention and what is added up stay in fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, fused_by, subclass_with
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["PromptStage"]
 
 
+@register_stage
 class PromptStage(BaseStage):
     """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
 
     name = "bf16 prompts"
+    devices = ("cpu",)
+    precisions = ("balanced", "fast")
+    after = ("fused decoder blocks",)
     times: Which = "others"
 
     def applies(self, part: Part) -> str | None:

@@ -496,22 +496,24 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def give_room(past: Any) -> None:
-    """Give the tensors of a replayed call's cache, which nobody else has, room behind them, as in the middle of a loop.
+def give_room(past: Any) -> Any:
+    """The cache of a replayed call as it is in the middle of a loop: in normal tensors, with room behind them.
 
     Args:
-        past: A cache with two lists, or a tuple of pairs.
-    """
-    import torch
+        past: A tuple of pairs, or a cache with two lists, which gets other tensors.
 
+    Returns:
+        Another tuple; the same cache.
+    """
     pairs = past if isinstance(past, tuple) else tuple(zip(past.key_cache, past.value_cache, strict=True))
-    for pair in pairs:
-        keys, values = pair
-        grown = _roomy_pair(keys, values, keys.shape[2] + 1)
-        for tensor, roomy in zip(pair, grown, strict=True):
-            with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
-                tensor.set_(roomy)
+    grown = tuple(_roomy_pair(keys, values, keys.shape[2] + 1) for keys, values in pairs)
+    for keys, _ in grown:
         _offer(keys)
+    if isinstance(past, tuple):
+        return grown
+    for number, (keys, values) in enumerate(grown):
+        past.key_cache[number], past.value_cache[number] = keys, values
+    return past
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:

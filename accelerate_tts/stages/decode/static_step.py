@@ -2,8 +2,8 @@
 
 The sequence lies in buffers of a fixed capacity; how long it is, is a number on the device. Attention goes over the
 whole capacity, with a mask made of that number. Nothing asks the device for a value, and no shape depends on one
-(tests/stages/decode/test_cuda_graph.py traces it). A `Slot` is one set of such buffers with the recording that belongs to them;
-a cache of upstream's class is moved in for as long as it is the last one that was served.
+(tests/stages/decode/test_cuda_graph.py traces it). A `Slot` is one set of such buffers with the recording that belongs
+to them; a cache of upstream's class is moved in for as long as it is the last one that was served.
 """
 
 from __future__ import annotations

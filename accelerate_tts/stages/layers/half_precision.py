@@ -28,22 +28,28 @@ from accelerate_tts.patching.class_swap import (
     in_fused,
     is_fused,
     is_recorded,
+    open_modules,
     per_class,
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["HalfStage"]
 
 
+@register_stage
 class HalfStage(BaseStage):
     """Half precision for a part.
 
@@ -52,7 +58,15 @@ class HalfStage(BaseStage):
         carried: Whether activations stay in it between layers.
     """
 
+    name = "half precision"
     group = "half precision"
+    precisions = ("balanced", "fast")
+    after = ("captured decode step", "growing cache")
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[HalfStage]:
+        """See `BaseStage.variants`: both ways, in each half precision."""
+        return (cls(dtype, carried=carried) for dtype in target.half_dtypes for carried in (False, True))
 
     def __init__(self, dtype: torch.dtype, *, carried: bool) -> None:
         short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(dtype)]
@@ -104,14 +118,10 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
-    fused = in_fused(module)  # the kernel has copies of its own
     return [
         inner
-        for inner in module.modules()
-        if isinstance(inner, kinds)
-        and inner not in fused
-        and _in_fp32(inner)
-        and (plain_class(inner).forward in known or _is_leaf(inner))
+        for inner in open_modules(module)
+        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 
@@ -241,19 +251,44 @@ def _delicate() -> frozenset[Any]:
 
 
 @cache
+def _products() -> frozenset[Any]:
+    """Functions that multiply matrices of one dtype only.
+
+    Upstream may rotate queries and keys by fp32 cosines and leave the values as they are (transformers before 4.54).
+    """
+    import torch
+
+    names = ["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "einsum"]
+    functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names if hasattr(holder, name)]
+    functions += [torch.Tensor.__matmul__, torch.Tensor.__rmatmul__]
+    return frozenset([*functions, torch.nn.functional.scaled_dot_product_attention])
+
+
+def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    """Whether there are tensors of this dtype beside others in fp32; a list's tensors count, too (`einsum`)."""
+    import torch
+
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    found = {item.dtype for item in flat if isinstance(item, torch.Tensor)}
+    return dtype in found and torch.float32 in found
+
+
+@cache
 def _islands(dtype: torch.dtype) -> Any:
     from torch.overrides import TorchFunctionMode
 
-    delicate = dict.fromkeys(_delicate())  # not the set: a compiler that traces the mode cannot read one
+    # Not sets: a compiler that traces the mode cannot read one.
+    delicate, products = dict.fromkeys(_delicate()), dict.fromkeys(_products())
 
     class Islands(TorchFunctionMode):
-        """Casts the arguments of delicate functions up while it is on."""
+        """Casts the arguments of delicate functions up while it is on, and those of products of mixed dtypes."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             kwargs = kwargs or {}
             # Half-precision complex numbers, as of `1j * phase`, have no kernels.
             up = function in delicate or any(isinstance(argument, complex) for argument in args)
+            up = up or (function in products and _is_mixed((*args, *kwargs.values()), dtype))
             if up and "out" not in kwargs:
                 args, kwargs = _raised(args, dtype), _raised(kwargs, dtype)
             return function(*args, **kwargs)

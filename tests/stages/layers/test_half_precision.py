@@ -26,7 +26,6 @@ from accelerate_tts.events import FellBack
 from accelerate_tts.patching.class_swap import ClassSwap
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage
 from accelerate_tts.stages.layers import half_precision as stage_module
@@ -546,10 +545,9 @@ def test_the_mode_ends_with_an_exception() -> None:
 
 @both
 def test_a_compiled_graph_over_half_copies_is_given_up_when_the_weights_are_written(
-    carried: bool, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+    carried: bool, uncompiled: None, seen: list[Event]
 ) -> None:
     """It has the copies for its weights, and cannot know that they are old."""
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
     model, other = build("fourier"), build("fourier")
     change = halved(model, carried=carried)
     expected = run(model)
@@ -867,3 +865,37 @@ def test_what_is_restored_compiles_at_its_first_call(carried: bool, stage: str) 
         found = model(x)
     assert change.graphs
     assert 0 < compare(expected, found).error < NEAR
+
+
+class Rotating(nn.Module):
+    """Attention whose queries and keys are rotated in fp32, and whose values are not."""
+
+    def __init__(self, *, eager: bool) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.eager = eager
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, 16).transpose(1, 2) for layer in list(self.projections)[:3])
+        cosines = torch.cos(torch.arange(x.shape[1]))[:, None]
+        q, k = q * cosines, k * cosines
+        if self.eager:
+            y = torch.softmax(q @ k.transpose(2, 3) / 4.0, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.projections[3](y.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_products_of_mixed_dtypes_are_taken_in_fp32(eager: bool) -> None:
+    """transformers before 4.54 gives its attention such tensors: every trial of bf16 ended in torch's error."""
+    torch.manual_seed(0)
+    model, x = Rotating(eager=eager).eval(), torch.randn(2, 7, 64)
+    change = HalfStage(torch.bfloat16, carried=True).prepare(Part("model", "model", model))
+    with torch.inference_mode():
+        expected = model(x)
+        change.on()
+        found = model(x)
+        change.off()
+    assert found.dtype == torch.float32
+    assert 0.0 < float((found - expected).norm() / expected.norm()) < 0.02
