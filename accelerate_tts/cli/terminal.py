@@ -1,25 +1,24 @@
 """Where all texts of the commands go out: what no terminal should be told is taken out of them here.
 
 Names, reasons and paths come from others' files, objects and exceptions. Whoever shows them may lay them out with
-`printable` before; whether he does or not, no escape sequence of theirs passes this place.
+`printable` before; whether he does or not, no escape sequence of theirs passes this place, nor `lines`.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.segment import Segment
 
-from accelerate_tts.errors import printable
+from accelerate_tts.cli.lines import cleaned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import ConsoleOptions, RenderableType
 
-__all__ = ["Terminal", "say"]
+__all__ = ["Terminal"]
 
 
 class Terminal(Console):
@@ -38,15 +37,4 @@ class Terminal(Console):
             if segment.control or all(c.isprintable() or c == "\n" for c in segment.text):
                 yield segment
             else:
-                yield Segment("\n".join(_cleaned(line) for line in segment.text.split("\n")), segment.style)
-
-
-def _cleaned(line: str) -> str:
-    # Each for itself: spaces are what a table is laid out with.
-    return "".join(printable(c) or " " for c in line)
-
-
-def say(line: str) -> None:
-    """Write a line to standard output, at once, also into a file: a tuning takes minutes."""
-    sys.stdout.write(f"{_cleaned(line)}\n")
-    sys.stdout.flush()
+                yield Segment("\n".join(cleaned(line) for line in segment.text.split("\n")), segment.style)

@@ -22,6 +22,7 @@ import tempfile
 import weakref
 import zlib
 from pathlib import Path
+from typing import IO, cast
 
 from accelerate_tts.errors import abridged, message_of
 from accelerate_tts.storage.files import BadFileError
@@ -98,7 +99,7 @@ def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
         # As a stream: neither the headers nor the files of it can take more memory than was read.
         with (
             gzip.GzipFile(fileobj=io.BytesIO(archive)) as stream,
-            tarfile.open(fileobj=_AtMost(stream, most), mode="r|") as content,
+            tarfile.open(fileobj=cast("IO[bytes]", _AtMost(stream, most)), mode="r|") as content,
         ):
             return sum(_unpacked(content, entry, most) for entry in content)
     except _UNREADABLE as error:

@@ -15,8 +15,8 @@ from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.report import Found
 from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS, system_of
 from accelerate_tts.cli.bench.variant import Request, finite
+from accelerate_tts.cli.lines import say
 from accelerate_tts.cli.tables import table, wide_console
-from accelerate_tts.cli.terminal import say
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
 from accelerate_tts.settings import check_precision, check_tune_seconds
 

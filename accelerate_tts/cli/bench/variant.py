@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.cli.bench import measure
 from accelerate_tts.cli.bench.naive import naive
-from accelerate_tts.cli.terminal import say
+from accelerate_tts.cli.lines import say
 from accelerate_tts.events import Event, Trying, add_hook
 
 if TYPE_CHECKING:
