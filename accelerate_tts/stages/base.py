@@ -1,4 +1,4 @@
-"""Defaults that most stages share. `stages/protocol.py` has the protocols."""
+"""Base class with the defaults of most stages. `stages/protocol.py` has the protocols."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["LEAST_FEW_ROWS", "BaseStage", "are_left_over"]
 
 
 LEAST_FEW_ROWS = 0.05
-"""Of less, not even twice the speed would be a gain that counts (`MARGIN`); a trial takes seconds."""
+"""Minimum share of the time. Below it, even twice the speed is less than `MARGIN`, and a trial costs seconds."""
 
 
 class BaseStage:
-    """A cheap stage without alternatives, tried on each part that takes 2 % of the time."""
+    """A cheap stage without alternatives. It is tried on each part that takes at least 2 % of the time."""
 
     least_share: float = 0.02
     group: str = ""
@@ -35,9 +35,9 @@ class BaseStage:
 
 
 def are_left_over(layers: list[nn.Module], module: nn.Module) -> bool:
-    """Whether layers are what is left beside fused blocks, with next to nothing of a module's weights in them.
+    """Check that layers are left over beside fused blocks and have less than `LEAST_FEW_ROWS` of a module's weights.
 
-    A layer's work is its weights times what it is given: of so little, not even twice the speed would be a gain.
+    A layer's work grows with its weights, so speeding up such layers gains nothing.
     """
     everything = sum(weight.numel() for weight in module.parameters())
     some = sum(weight.numel() for layer in layers for weight in layer.parameters())

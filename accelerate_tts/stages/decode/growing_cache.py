@@ -1,12 +1,11 @@
-"""The cache of an autoregressive model, whoever drives its loop. Bit for bit the same.
+"""Key/value caches that grow in place, independent of the loop that drives the decoder. Bit-exact.
 
-A loop calls the decoder once with the prompt and then, for each token, with one position and the cache that the call
-before returned. Upstream copies the whole cache at each token; here its layers are made growing ones (kv_cache.py) as
-soon as they hold a sequence, and a token is written behind the last one. What is then worth compiling is the
-decoder's blocks, by blocks.py.
+A loop calls the decoder once with the prompt (prefill). For each token it then passes one position and the cache that
+the previous call returned. Upstream copies the whole cache at each token. Here its layers become growing layers
+(kv_cache.py) as soon as they hold a sequence, and a token is written behind the last one.
 
-A decoder is any module whose forward takes a cache, `inputs_embeds` and `use_cache`, as all of transformers'
-do; the innermost such module of a part is taken. The class of the cache that the caller sees stays upstream's own.
+A decoder is a module whose forward takes a cache, `inputs_embeds` and `use_cache`, as those of transformers do. The
+innermost such module of a part is changed. The caller sees a cache of upstream's own class.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _TAKES = {"inputs_embeds", "use_cache"}
 
 
 class GrowingCacheStage(BaseStage):
-    """Gives a decoder's cache room to grow in place. Bit for bit the same."""
+    """Lets a decoder's cache grow in place. Bit-exact."""
 
     name = "growing cache"
 
@@ -59,12 +58,12 @@ class GrowingCacheStage(BaseStage):
 
 
 def growing_caches(module: nn.Module) -> ClassSwap:
-    """The change that lets the caches of all decoders in a module grow; of none, where there is no decoder."""
+    """Return the change that lets the caches of all decoders in a module grow; without a decoder it changes nothing."""
     return ClassSwap(decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
 
 
 def decoders(module: nn.Module) -> list[nn.Module]:
-    """The innermost modules of a part that are called with a cache."""
+    """Return the innermost modules of a part whose forward takes a cache."""
     found = [inner for inner in module.modules() if _is_decoder(inner)]
     return [
         outer for outer in found
@@ -81,7 +80,7 @@ def _is_decoder(module: Any) -> bool:
 
 
 def _parameters(cls: Any) -> list[str]:
-    """The names of what a class's forward takes, after `self`; none if it takes unnamed arguments."""
+    """Return the parameter names of a class's forward without `self`; an empty list if it takes `*args`."""
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -118,7 +117,7 @@ def _decoding_class(plain: Any) -> type:
             kv_cache.whole_tuple.set(past if isinstance(past, tuple) else None),
         )
         try:
-            # All of its blocks then meet normal tensors, and none has to make them so for itself.
+            # Converts inference tensors once, so that no block has to.
             result = call_normally(partial(plain.forward, self), args, kwargs)
         finally:
             kv_cache.attentions_wanted.reset(told[0])
@@ -138,7 +137,7 @@ def _decoding_class(plain: Any) -> type:
 
 
 def _captures_by_patching() -> bool:
-    """Whether transformers puts a `forward` over modules to collect outputs (4.54 to 4.57), and leaves another."""
+    """Check for transformers 4.54 to 4.57, which patch `forward` of modules to collect outputs and do not undo it."""
     generic: Any = sys.modules.get("transformers.utils.generic")
     return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
 
@@ -152,7 +151,7 @@ def _is_token(named: dict[str, Any]) -> bool:
 def _with_cache(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], past: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with another cache in them."""
+    """Return a call's arguments with the cache replaced."""
     name = cache_name(kwargs)
     if name is not None and kwargs[name] is not None:
         return args, {**kwargs, name: past}
@@ -161,7 +160,7 @@ def _with_cache(
 
 
 def _make_ready(arguments: Iterable[Any]) -> None:
-    """Put the caches among a replayed call's arguments into the state that they have in the middle of a loop."""
+    """Put the caches among a replayed call's arguments into their state in the middle of a loop."""
     for value in arguments:
         if kv_cache.is_growable(value):
             kv_cache.adopt(value)
