@@ -43,7 +43,7 @@ def named(_length):
 def others(_length):
     chunks.append(os.urandom(1 << 20))
     kept.append(type("Owner", (), {})())
-    soak.retry.protect(kept[-1], soak.retry.Guard("it", kept[-1], {}, 1))
+    soak.guards.protect(kept[-1], soak.guards.Guard("it", kept[-1], {}, 1))
 
 found, kept = {}, []
 for leak in (named, others, torch.zeros):

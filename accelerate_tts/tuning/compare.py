@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.tuning.cache_delta import is_cache
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -244,7 +246,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         yield value
     elif isinstance(value, (bytes, bytearray)):
         yield from _of_bytes(bytes(value))
-    elif isinstance(value, (str, int, float, complex, type, ModuleType, torch.nn.Module)) or value is None:
+    elif (
+        isinstance(value, (str, int, float, complex, type, ModuleType))
+        or value is None
+        or (isinstance(value, torch.nn.Module) and not is_cache(value))
+    ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if value.dtype.kind in "fiub":

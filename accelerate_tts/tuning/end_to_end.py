@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.stages.process.constants import KeptConstants
-from accelerate_tts.stages.process.progress_bars import QuietBars
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.policy import OVER_BUDGET
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IN_ANY_CASE", "WHOLE_PASSES", "check_whole", "finish"]
 
-IN_ANY_CASE = frozenset({KeptConstants.name, QuietBars.name})
+IN_ANY_CASE = frozenset({KeptConstants.name})
 """Changes that `finish` makes without a trial; a warm pack has nothing to say of them."""
 
 # What a verdict of fewer pairs than five must find before all is undone: so much is no noise of two passes.
@@ -131,15 +130,10 @@ def finish(session: Session) -> None:
     session.run_others()
     for kept in session.kept:
         kept.change.seal()
-    bars = QuietBars(session.plan.roots)
     if session.constants.found:
         session.constants.on()
         session.kept.append(Kept(PROCESS, KeptConstants.name, "", session.constants))
         session.notes.append(f"kept, bit for bit, in place of computing it at each call: {session.constants}")
-    if bars.modules:
-        bars.on()
-        session.kept.append(Kept(PROCESS, bars.name, "", bars))
-        session.notes.append(f"progress bars of {', '.join(bars.modules)} are drawn on terminals only")
 
 
 def _right(session: Session, reference: list[Any]) -> tuple[Difference | None, float, float]:

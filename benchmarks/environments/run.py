@@ -303,7 +303,7 @@ def _clean(folder: Path) -> dict[str, str]:
     """The variables of a user's shell, without ours, and with caches in the run's own folder."""
     return {
         **_without_ours(), "XDG_CACHE_HOME": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
-        "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
 
 

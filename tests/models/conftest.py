@@ -75,7 +75,7 @@ def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
 
 
 @pytest.fixture
-def only_growing(clockless: None, decide: Any) -> None:
+def only_growing(clockless: None, decide: Any, layered_caches: None) -> None:
     """Of what is right only the growing cache is tried: for what must hold of any tuning, and need not wait for all."""
     decide(unworthy=lambda *given: None if given[-1].name == "growing cache" else "not in this test")
 
@@ -219,7 +219,12 @@ class Checked:
         """A wrong change of any part is refused even by the widest limit, that of "fast"."""
         calls = warmup_calls(self.speak, Loaded(self.subject), "inference")
         spoiled = tune(self.plan, calls, [WrongStage()], DeviceInfo("cpu", "test"), Limits(300.0, "fast")).receipt
-        assert [stage.part for stage in spoiled.stages] == [part.name for part in self.plan.parts]
+        # A part that nobody named may be taken apart by where its time goes, which is another matter on each machine.
+        unnamed = tuple(f"{part.name}." for part in self.plan.parts if part.kind == "model")
+        names = {part.name for part in self.plan.parts}
+        tried = [stage.part for stage in spoiled.stages]
+        assert all(name in names or name.startswith(unnamed) for name in tried)
+        assert all(name in tried or any(t.startswith(f"{name}.") for t in tried) for name in names)
         assert all(stage.reason.startswith("wrong output") for stage in spoiled.stages), [
             (s.part, s.reason) for s in spoiled.stages
         ]

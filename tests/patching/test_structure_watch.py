@@ -119,6 +119,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: Weights, seen: list[Event]) -> None:
     model = build()
+    if name == "scaling" and not hasattr(model.layers[0].self_attn, "scaling"):
+        pytest.skip("attention has no scaling to change before transformers 4.48")
     plain = copy.deepcopy(model)
     change = FusedBlocksStage(weights).prepare(Part("model", "decoder", model))
     change.on()

@@ -26,7 +26,7 @@ SHORT = 0.02  # seconds of a limit that is to pass
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limit, "_AGAIN", 0.02)
+    monkeypatch.setattr(watchdog, "_AGAIN", 0.02)
 
 
 def endless() -> None:
@@ -237,7 +237,7 @@ def test_shielded_work_is_left_alone_until_it_ends() -> None:
 def test_work_in_native_code_is_told_of_and_interrupted_when_it_returns(
     monkeypatch: pytest.MonkeyPatch, seen: list[Event]
 ) -> None:
-    monkeypatch.setattr(time_limit, "_DEAF", 0.05)
+    monkeypatch.setattr(watchdog, "_DEAF", 0.05)
     with pytest.raises(TimeLimitError):
         within(SHORT, "the warm-up", lambda: time.sleep(0.4))
     told = [event for event in seen if isinstance(event, NotApplied)]
@@ -280,7 +280,7 @@ def test_a_child_has_a_watchdog_of_its_own() -> None:
 
 TRACED = """
 import sys, time
-from accelerate_tts.runtime.watchdog import within
+from accelerate_tts.runtime.time_limit import within
 from accelerate_tts.errors import TimeLimitError
 
 def endless():

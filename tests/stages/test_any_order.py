@@ -426,7 +426,7 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
     check()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "layered_caches")
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_caches_that_grow_under_fused_blocks_are_not_tried_again(precision: Precision) -> None:
     """Of a full-size decoder it took a fifth of the budget, which int8 was then missing."""

@@ -37,9 +37,17 @@ def step(model: Any, rows: int = 2) -> tuple[Any, tuple[Any, ...]]:
     """A token's result, and the arguments of its call as they were before it."""
     generator = torch.Generator().manual_seed(1)
     prompt, token = (torch.randn(rows, count, WIDTH, generator=generator) for count in (GIVEN, 1))
-    past = model(inputs_embeds=prompt, use_cache=True).past_key_values
+    # A cache is given: before transformers 4.48 a model that makes its own returns tuples.
+    past = model(inputs_embeds=prompt, past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
     given = copy.deepcopy(past)
     return model(inputs_embeds=token, past_key_values=past, use_cache=True), (token, given)
+
+
+def pairs_of(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer; a cache has no layers before transformers 4.54."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))
 
 
 def cached(output: Any) -> list[torch.Tensor]:
@@ -52,7 +60,7 @@ def test_a_token_leaves_a_position_of_each_layer_and_the_rest_of_its_output(mode
     assert type(found) is BaseModelOutputWithPast
     assert found.last_hidden_state is output.last_hidden_state
     *added, kept = cached(found)
-    whole = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    whole = [tensor for pair in pairs_of(output.past_key_values) for tensor in pair]
     assert all(torch.equal(a[:-1], b[..., GIVEN:, :].flatten()) for a, b in zip(added, whole, strict=True))
     assert kept == 1.0
     assert compare(found, settled(*step(model))).error == 0.0
@@ -62,7 +70,7 @@ def test_an_error_is_that_of_the_whole_cache(model: Any) -> None:
     """The position that was added is a part of it; by itself its error says more than `Tolerance` was made for."""
     (output, given), (other, _) = step(model), step(model)
     with torch.inference_mode():
-        other.past_key_values.layers[1].values[..., GIVEN:, :] += 0.1
+        pairs_of(other.past_key_values)[1][1][..., GIVEN:, :] += 0.1
     expected = compare(output, other).error
     assert 0.0 < compare(settled(output, given), settled(other, given)).error == pytest.approx(expected, rel=1e-3)
 
@@ -77,13 +85,15 @@ def test_in_a_tuple_too(model: Any) -> None:
 def test_whoever_writes_to_positions_that_it_was_given_is_found_out(model: Any) -> None:
     output, given = step(model)
     right = settled(output, given)
-    output.past_key_values.layers[1].values[0, 0, 3] += 1.0
+    pairs_of(output.past_key_values)[1][1][0, 0, 3] += 1.0
     difference = compare(right, settled(output, given))
     assert difference.error > 1e-3
-    zeros = [torch.zeros(1, 1, 2, 2) for _ in range(4)]
-    for layer, pair in zip(given[1].layers, (zeros[:2], zeros[2:]), strict=True):
-        layer.keys, layer.values = pair
-    assert compare(right, settled(output, given)).error == float("inf"), "another number of rows: not the same cache"
+    others = transformers.DynamicCache()
+    for layer in range(2):
+        others.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), layer)
+    assert compare(right, settled(output, (given[0], others))).error == float("inf"), (
+        "another number of rows: not the same cache"
+    )
 
 
 @pytest.mark.parametrize("how", ["a prompt", "cropped", "another cache"])
@@ -115,7 +125,7 @@ class Spoils(BaseChange, BaseStage):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = plain(self.module, *args, **kwargs)
-            output.past_key_values.layers[0].keys[..., 0, :] += 0.1
+            pairs_of(output.past_key_values)[0][0][..., 0, :] += 0.1
             return output
 
         self.module.forward = forward
@@ -127,7 +137,7 @@ class Spoils(BaseChange, BaseStage):
 def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None:
     def speak(loaded: Any) -> Any:
         torch.manual_seed(0)
-        past = None
+        past = transformers.DynamicCache()
         for number in range(12):
             out = loaded(inputs_embeds=torch.randn(1, 1 if number else 5, WIDTH), past_key_values=past, use_cache=True)
             past = out.past_key_values

@@ -157,7 +157,7 @@ def test_the_depth_decoder_of_csm_has_no_head_of_the_backbone() -> None:
 
 # --- tuning --------------------------------------------------------------------------------------------------------
 
-COUNT = 40
+COUNT = 200  # tokens: enough for one of them to be another one, whatever torch's generator gives
 
 
 class Decoder(nn.Module):
@@ -231,7 +231,7 @@ def test_another_sequence_of_right_steps_is_kept_and_said() -> None:
     with torch.inference_mode():
         torch.manual_seed(1)
         before = model.speak()
-    tuning = run(model, Stage("rough", seconds=0.0, noise=0.01))
+    tuning = run(model, Stage("rough", seconds=0.0, noise=0.015))
     (result,) = tuning.receipt.stages
     assert result.kept
     assert result.divergence is not None
@@ -278,6 +278,6 @@ def test_the_rest_must_be_right_without_it(seen: list[Event]) -> None:
 def test_a_sequence_that_breaks_off_is_undone() -> None:
     model = Speaker()
     model.stop = True
-    tuning = run(model, Stage("rough", seconds=0.0, noise=0.01))
+    tuning = run(model, Stage("rough", seconds=0.0, noise=0.015))
     assert not tuning.receipt.kept
     assert "undone: wrong in total: a result of shape" in tuning.receipt.stages[0].reason

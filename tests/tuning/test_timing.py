@@ -50,15 +50,15 @@ def _times(first: list[float], second: list[float]) -> timing.Timing:
 
 def test_times_of_two_modes_get_a_second_look() -> None:
     # In one call out of three nothing is in the way: of 8 pairs the second smallest ratio is 1.0, of 16 too few are.
-    timing = _times([0.1, 0.1, 0.025, 0.1, 0.1, 0.1, 0.1, 0.025] + [0.1] * 8, [0.025])
-    assert timing.pairs == 16
-    assert timing.low > 2.0
+    found = _times([0.1, 0.1, 0.025, 0.1, 0.1, 0.1, 0.1, 0.025] + [0.1] * 8, [0.025])
+    assert found.pairs == 16
+    assert found.low > 2.0
 
 
 def test_a_disturbed_pair_does_not_decide() -> None:
-    timing = _times([0.2], [0.1, 0.1, 0.3, *[0.1] * 20])
-    assert timing.pairs == 13
-    assert timing.low > 1.5
+    found = _times([0.2], [0.1, 0.1, 0.3, *[0.1] * 20])
+    assert found.pairs == 13
+    assert found.low > 1.5
 
 
 def test_no_second_look_where_the_median_says_little_or_all_is_said() -> None:

@@ -34,8 +34,8 @@ class Service:
     @cached_embedding
     def embed_file(self, path: Any) -> torch.Tensor:
         self.calls += 1
-        content_key = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-        return torch.frombuffer(bytearray(content_key[:4]), dtype=torch.uint8).float()
+        content = path.read() if hasattr(path, "read") else Path(path).read_bytes()
+        return torch.frombuffer(bytearray(content[:4]), dtype=torch.uint8).float()
 
 
 @pytest.fixture
@@ -431,7 +431,7 @@ plain = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=6).filter(lambda text: not {".", os.sep} & set(text))  # such a text may be a folder
-    | st.binary(max_size=6).filter(lambda content: not set(b"./") & set(content_key)),
+    | st.binary(max_size=6).filter(lambda content: not set(b"./") & set(content)),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.tuples(inner, inner)

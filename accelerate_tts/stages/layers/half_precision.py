@@ -241,19 +241,44 @@ def _delicate() -> frozenset[Any]:
 
 
 @cache
+def _products() -> frozenset[Any]:
+    """Functions that multiply matrices of one dtype only.
+
+    Upstream may rotate queries and keys by fp32 cosines and leave the values as they are (transformers before 4.54).
+    """
+    import torch
+
+    names = ["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "einsum"]
+    functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names if hasattr(holder, name)]
+    functions += [torch.Tensor.__matmul__, torch.Tensor.__rmatmul__]
+    return frozenset([*functions, torch.nn.functional.scaled_dot_product_attention])
+
+
+def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    """Whether there are tensors of this dtype beside others in fp32; a list's tensors count, too (`einsum`)."""
+    import torch
+
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    found = {item.dtype for item in flat if isinstance(item, torch.Tensor)}
+    return dtype in found and torch.float32 in found
+
+
+@cache
 def _islands(dtype: torch.dtype) -> Any:
     from torch.overrides import TorchFunctionMode
 
-    delicate = dict.fromkeys(_delicate())  # no set: dynamo cannot trace look-ups in one
+    # No sets: dynamo cannot trace look-ups in one.
+    delicate, products = dict.fromkeys(_delicate()), dict.fromkeys(_products())
 
     class Islands(TorchFunctionMode):
-        """Casts the arguments of functions that need fp32 while it is active."""
+        """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             kwargs = kwargs or {}
             # Half-precision complex numbers, as in `1j * phase`, have no kernels.
             up = function in delicate or any(isinstance(argument, complex) for argument in args)
+            up = up or (function in products and _is_mixed((*args, *kwargs.values()), dtype))
             if up and "out" not in kwargs:
                 args, kwargs = _raised(args, dtype), _raised(kwargs, dtype)
             return function(*args, **kwargs)

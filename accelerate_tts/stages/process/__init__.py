@@ -1,1 +1,1 @@
-"""Stages for the process: other libraries' threads, progress bars, constants."""
+"""Stages for the process: other libraries' threads, and constants that upstream recomputes."""

@@ -1008,17 +1008,17 @@ class TwoStep(Backend):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_two_tuned_objects_either_is_guarded(order: tuple[int, int], seen: list[Event]) -> None:
     backend = TwoStep(nan)
-    guards = [
+    both = [
         guards.Guard(name, tuning, {}, 2) for name, tuning in (("Voice", backend.tuning), ("Vocoder", backend.second))
     ]
     for number in order:  # both loads remember the backend; the last one used to take it over
-        guards.protect(backend, guards[number])
+        guards.protect(backend, both[number])
     for _ in range(2):
         assert bool(backend.speak(TEXT).isfinite().all())
     assert {event.what for event in told(seen)} == {"Voice", "Vocoder"}, "nobody knows whose fault it was"
-    assert all(guard.retired for guard in guards)
+    assert all(guard.retired for guard in both)
     assert backend.voice.fault is None
-    assert all(guard.held == 0 for guard in guards)
+    assert all(guard.held == 0 for guard in both)
     assert bool(backend.speak(TEXT).isfinite().all())
 
 

@@ -867,3 +867,37 @@ def test_what_is_restored_compiles_at_its_first_call(carried: bool, stage: str) 
         found = model(x)
     assert change.graphs
     assert 0 < compare(expected, found).error < NEAR
+
+
+class Rotating(nn.Module):
+    """Attention whose queries and keys are rotated in fp32, and whose values are not."""
+
+    def __init__(self, *, eager: bool) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.eager = eager
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, 16).transpose(1, 2) for layer in list(self.projections)[:3])
+        cosines = torch.cos(torch.arange(x.shape[1]))[:, None]
+        q, k = q * cosines, k * cosines
+        if self.eager:
+            y = torch.softmax(q @ k.transpose(2, 3) / 4.0, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        else:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.projections[3](y.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_products_of_mixed_dtypes_are_taken_in_fp32(eager: bool) -> None:
+    """transformers before 4.54 gives its attention such tensors: every trial of bf16 ended in torch's error."""
+    torch.manual_seed(0)
+    model, x = Rotating(eager=eager).eval(), torch.randn(2, 7, 64)
+    change = HalfStage(torch.bfloat16, carried=True).prepare(Part("model", "model", model))
+    with torch.inference_mode():
+        expected = model(x)
+        change.on()
+        found = model(x)
+        change.off()
+    assert found.dtype == torch.float32
+    assert 0.0 < float((found - expected).norm() / expected.norm()) < 0.02
