@@ -242,9 +242,9 @@ def _delicate() -> frozenset[Any]:
 
 @cache
 def _products() -> frozenset[Any]:
-    """Functions that multiply matrices of one dtype only.
+    """Return the functions that multiply matrices of one dtype only.
 
-    Upstream may rotate queries and keys by fp32 cosines and leave the values as they are (transformers before 4.54).
+    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision.
     """
     import torch
 
@@ -255,7 +255,7 @@ def _products() -> frozenset[Any]:
 
 
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
-    """Whether there are tensors of this dtype beside others in fp32; a list's tensors count, too (`einsum`)."""
+    """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
     import torch
 
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
