@@ -43,10 +43,10 @@ class Finding:
     """Result of one check.
 
     Attributes:
-        name: What it is.
+        name: Name of the check.
         verdict: "ok", "info" (a fact), "warning" (works, but slower or less), "problem" (something will not work).
-        found: What was found.
-        mend: What to do about it, or "".
+        found: The result.
+        mend: The solution of a problem, or "".
     """
 
     name: str

@@ -88,7 +88,7 @@ _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Check for torch's linear layer, the most frequent module, of which only the tensors matter."""
+    """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
     from torch import nn
 
     return plain_class(module) is nn.Linear

@@ -1,4 +1,4 @@
-"""Keep a warm-up from moving the user's random numbers, and give two runs the same ones."""
+"""Seeded scopes: equal random numbers for two runs, without changing the user's random state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["loading_again", "seeded", "warming"]
 
 warming: ContextVar[bool] = ContextVar("warming", default=False)
-"""Whether this is a warm-up pass: whoever answers calls from a cache must compute them, since they are measured."""
+"""True during a warm-up pass. Caches of results must then compute calls, since they are timed."""
 
 loading_again: ContextVar[bool] = ContextVar("loading_again", default=False)
-"""Whether a load function is being called again: what is loaded inside it is thrown away, and not tuned."""
+"""True while a load function runs again to reload weights. Objects loaded inside it are discarded, and not tuned."""
 
 
 @contextmanager
 def seeded(device_type: str, seed: int = 0) -> Generator[None, None, None]:
-    """Seed torch (CPU and device), Python and, where loaded, NumPy; put their states back at the end.
+    """Seed torch (CPU and device), Python and, if loaded, NumPy; restore their states at the end.
 
-    NumPy counts because models use it at inference too: transformers' VITS draws its layer drop from it.
+    NumPy is included since models use it at inference, too: transformers' VITS draws its layer drop from it.
     """
     import torch
 

@@ -44,7 +44,7 @@ class Switch(Protocol):
     """A tuning, as a guard switches it on and off."""
 
     def on(self) -> None:
-        """Put every change in force."""
+        """Switch every change on."""
         ...
 
     def off(self) -> None:

@@ -97,7 +97,7 @@ class Served:
 
     only_tokens = False
 
-    def __init__(  # noqa: PLR0913 - what serves, what is served, and who is told of it
+    def __init__(  # noqa: PLR0913 - a kernel, a block, and its reports
         self,
         block: nn.Module,
         kernel: Kernel,
