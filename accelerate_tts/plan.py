@@ -115,7 +115,7 @@ class ModelPlan:
 
 
 READY = "_accelerate_tts_ready"
-"""Name of a class's function that prepares the arguments of a replayed call before it is timed."""
+"""Name of a class's function that prepares an argument of a replayed call before it is timed, and returns it."""
 Which = Literal["all", "loop", "others", "pass"]
 """Captured calls that are timed: all; only those of a loop that takes most of the time; or only the others (prefill).
 

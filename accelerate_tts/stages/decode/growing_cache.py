@@ -27,8 +27,6 @@ from accelerate_tts.stages.decode.call_args import cache_name, cache_of, tidy
 from accelerate_tts.stages.decode.leftovers import Leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
     from accelerate_tts.plan import Part
@@ -159,11 +157,11 @@ def _with_cache(
     return (*args[:place], past, *args[place + 1 :]), kwargs
 
 
-def _make_ready(arguments: Iterable[Any]) -> None:
-    """Put the caches among a replayed call's arguments into their state in the middle of a loop."""
-    for value in arguments:
-        if kv_cache.is_growable(value):
-            kv_cache.adopt(value)
-            kv_cache.room_for(value, 1)
-        elif kv_cache.is_tuple(value) or kv_cache.is_listed(value):
-            kv_cache.give_room(value)
+def _make_ready(value: Any) -> Any:
+    """Return a replayed call's argument; a cache in its state in the middle of a loop."""
+    if kv_cache.is_growable(value):
+        kv_cache.adopt(value)
+        kv_cache.room_for(value, 1)
+    elif kv_cache.is_tuple(value) or kv_cache.is_listed(value):
+        return kv_cache.give_room(value)
+    return value

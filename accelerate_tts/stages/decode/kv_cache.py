@@ -500,24 +500,24 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def give_room(past: Any) -> None:
-    """Give the tensors of a replayed call's cache spare capacity, in place, as they have in the middle of a loop.
-
-    The cache must belong to the caller alone.
+def give_room(past: Any) -> Any:
+    """Give a replayed call's cache normal tensors with spare capacity, as it has in the middle of a loop.
 
     Args:
-        past: A cache with two lists, or a tuple of pairs.
-    """
-    import torch
+        past: A tuple of pairs, or a cache of two lists, whose tensors are replaced.
 
+    Returns:
+        A new tuple, or the same cache.
+    """
     pairs = past if isinstance(past, tuple) else tuple(zip(past.key_cache, past.value_cache, strict=True))
-    for pair in pairs:
-        keys, values = pair
-        grown = _roomy_pair(keys, values, keys.shape[2] + 1)
-        for tensor, roomy in zip(pair, grown, strict=True):
-            with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
-                tensor.set_(roomy)
+    grown = tuple(_roomy_pair(keys, values, keys.shape[2] + 1) for keys, values in pairs)
+    for keys, _ in grown:
         _offer(keys)
+    if isinstance(past, tuple):
+        return grown
+    for number, (keys, values) in enumerate(grown):
+        past.key_cache[number], past.value_cache[number] = keys, values
+    return past
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:
