@@ -251,7 +251,8 @@ def contract(clockless: None) -> Callable[..., None]:
     """Everything but compiling, for one system.
 
     Its arguments: how it is made, how it speaks, its parts with their kinds; another way of speaking, for the second
-    thread (the same with other random numbers if not given); and the stages that must be right on a part.
+    thread (the same with other random numbers if not given); the stages that must be right on a part; and whether
+    upstream's own code may be called by two threads at once.
     """
 
     def check(
@@ -260,6 +261,8 @@ def contract(clockless: None) -> Callable[..., None]:
         parts: list[tuple[str, str]],
         other: Speak | None = None,
         right: Iterable[tuple[str, str]] = (),
+        *,
+        threads: bool = True,
     ) -> None:
         system = Checked(make, speak)
         assert [(part.name, part.kind) for part in system.plan.parts] == parts
@@ -273,7 +276,8 @@ def contract(clockless: None) -> Callable[..., None]:
         assert all(stage.error is None or stage.error <= EXACT_TOLERANCE for stage in receipt.kept)
         assert compare(system.reference, system.say()).error <= EXACT_TOLERANCE
         system.same_weights()
-        in_two_threads(system.subject, [speak, other or speak])
+        if threads:
+            in_two_threads(system.subject, [speak, other or speak])
         system.copies_are_untouched()
         system.undone()
         for precision in ("balanced", "fast"):
