@@ -33,7 +33,7 @@ def rlock() -> threading.RLock:
 
 def _after_fork() -> None:
     for each in list(_locks):
-        each._at_fork_reinit()  # as the standard library does with its own locks
+        each._at_fork_reinit()  # as the standard library does with its own locks locks
 
 
 if hasattr(os, "register_at_fork"):

@@ -44,9 +44,10 @@ Precision = Literal["exact", "balanced", "fast"]
 GuardWeights = Literal["memory", "disk", "reload"]
 """Storage of original weights that tuning duplicated."""
 
-_DEVICES = ("cuda", "mps", "xpu", "cpu")
-_MOST = 2**31 - 1  # torch's maximum number of threads
-_LONGEST = 1e9  # seconds, some thirty years; can be added to a clock's time without overflow
+DEVICES = ["cuda", "mps", "xpu", "cpu"]
+"""torch's names of the device types, the best first. `register_device` adds to them."""
+_MOST = 2**31 - 1  # what torch takes as a number of threads
+_LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            _check_name("device", self.device, _DEVICES)
+            _check_name("device", self.device, tuple(DEVICES))
         for name in ("compile", "cudnn_benchmark", "tf32", "retune", "pack", "guard"):
             if not _is_flag(getattr(self, name)):
                 raise SettingsError(f"{name}={shown(getattr(self, name))} must be True or False")

@@ -14,10 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-
 from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.device import cpu, detect, memory, setup
 from accelerate_tts.errors import SettingsError, printable
 from accelerate_tts.settings import Settings, is_active
@@ -58,7 +57,7 @@ class Finding:
 def run(as_json: bool) -> int:
     """Examine, print, and return the exit status: 1 if there is a problem, else 0."""
     console = wide_console()
-    with Console(stderr=True).status("examining this machine (importing torch)"):
+    with Terminal(stderr=True).status("examining this machine (importing torch)"):
         findings = list(examine())
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
@@ -68,7 +67,7 @@ def run(as_json: bool) -> int:
         for finding in findings:
             if finding.mend:
                 line = printable(f"{_MARKS[finding.verdict]} {finding.name}: {finding.mend}")
-                console.print(line, markup=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
     return int(any(finding.verdict == "problem" for finding in findings))
 
 

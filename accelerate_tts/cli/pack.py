@@ -81,7 +81,7 @@ def clear() -> None:
 
 
 def _say(text: str) -> None:
-    wide_console().print(printable(text), markup=False, soft_wrap=True)
+    wide_console().print(printable(text), soft_wrap=True)
 
 
 def _packs(count: int) -> str:

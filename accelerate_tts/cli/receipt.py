@@ -6,16 +6,18 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import AccelerateTTSError, printable
 from accelerate_tts.receipts.format import duration
 from accelerate_tts.receipts.receipt import Receipt
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rich.console import Console
 
     from accelerate_tts.receipts.receipt import StageResult
 
@@ -43,7 +45,7 @@ def run(file: Path, page: Path | None, as_json: bool) -> None:
     else:
         show(receipt, wide_console())
     if page is not None:  # on stderr, since stdout may be JSON for another program
-        Console(stderr=True, highlight=False).print(f"wrote {page}", markup=False, emoji=False, soft_wrap=True)
+        Terminal(stderr=True).print(f"wrote {page}", soft_wrap=True)
 
 
 def load(file: Path) -> Receipt:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from accelerate_tts.receipts.receipt import Receipt
 
@@ -21,10 +23,10 @@ __all__ = ["print_receipt", "table", "wide_console"]
 _NUMBERS = {"before", "after", "ratio", "error"}
 
 
-def wide_console(width: int = 100) -> Console:
+def wide_console(width: int = 100) -> Terminal:
     """Make a console on standard output, as wide as the terminal, or of `width` columns in a file or a pipe."""
-    console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=width)
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=width)
 
 
 def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = _NUMBERS) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device.cgroup import groups, read
+from accelerate_tts.device.detect import spec_of
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
@@ -17,34 +18,19 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.detect import DeviceInfo
 
-__all__ = ["cgroup_headroom", "cleanup", "free_bytes", "peak_of", "resident_bytes", "under_pressure"]
+__all__ = ["cgroup_headroom", "cleanup", "free_bytes", "free_host_bytes", "peak_of", "resident_bytes", "under_pressure"]
 
 # Below this share of free memory a clean-up is worth its cost (a collection takes 50-200 ms with models loaded).
 _PRESSURE = 0.10
 
 
 def free_bytes(device: DeviceInfo) -> int | None:
-    """Bytes that can still be taken on `device`, or `None` where nobody can say.
-
-    On a GPU the allocator's cached, unused blocks count as free: they are given out again without asking the driver.
-    """
-    import torch
-
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info()
-        return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if device.type == "mps":
-        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
-    if device.type == "xpu":
-        # torch.xpu.mem_get_info came with 2.7; before that the total less what torch holds is the best guess.
-        if hasattr(torch.xpu, "mem_get_info"):
-            cached = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
-            return int(torch.xpu.mem_get_info()[0]) + cached
-        return None if device.total_memory is None else device.total_memory - torch.xpu.memory_allocated()
-    return _free_host()
+    """Bytes that can still be taken on `device`, or `None` where nobody can say."""
+    return spec_of(device).free_bytes(device)
 
 
-def _free_host() -> int:
+def free_host_bytes() -> int:
+    """Bytes that the machine has left, and the container that the process is in."""
     import psutil
 
     headroom = cgroup_headroom()
@@ -96,7 +82,7 @@ def under_pressure(device: DeviceInfo) -> bool:
         return free is not None and free < _PRESSURE * device.total_memory
     container = _tightest()
     total = int(psutil.virtual_memory().total)
-    return _free_host() < _PRESSURE * (total if container is None else min(total, container[0]))
+    return free_host_bytes() < _PRESSURE * (total if container is None else min(total, container[0]))
 
 
 def resident_bytes() -> int:
@@ -114,12 +100,8 @@ def cleanup(device: DeviceInfo) -> None:
     import torch
 
     steps: list[tuple[str, Callable[[], object]]] = [("garbage collection", gc.collect)]
-    if device.type == "cuda":
-        steps.append(("CUDA cache", torch.cuda.empty_cache))
-    elif device.type == "mps":
-        steps.append(("MPS cache", torch.mps.empty_cache))
-    elif device.type == "xpu":
-        steps.append(("XPU cache", torch.xpu.empty_cache))
+    if device.type != "cpu":
+        steps.append((f"{device.type.upper()} cache", getattr(torch, device.type).empty_cache))
     steps.append(("malloc_trim", _trim_heap))
     for name, step in steps:
         try:

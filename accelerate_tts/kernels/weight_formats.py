@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.inspection.classes import plain_class
 
-__all__ = ["FORMATS", "MOST_ROWS", "Weights", "in_bf16", "in_int8", "is_transposed"]
+if TYPE_CHECKING:
+    from accelerate_tts.settings import Precision
+
+__all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_int8", "is_transposed"]
 
 Weights = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
-"""Storage formats, fewest bytes first."""
+"""What weights are stored in for our kernels, the fewest bytes first."""
+_PRECISIONS: tuple[Precision, ...] = ("fast", "balanced", "exact")
 MOST_ROWS = 8
 """Maximum rows for which reading the weights dominates the time of a linear layer."""
+
+
+def formats_under(precision: Precision) -> tuple[Weights, ...]:
+    """The formats that a precision allows, the fewest bytes first."""
+    return FORMATS[_PRECISIONS.index(precision) :]
 
 
 def is_transposed(module: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from accelerate_tts.models.catalogue import register_system
 from accelerate_tts.models.named import Known
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _CHATTERBOX = Known(
 )
 
 
+@register_system("VoiceEncoder")
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
     """The encoder as one part. Which of the two it is, its last layer tells."""
     return (_CHATTERBOX if hasattr(module, "proj") else _RESEMBLYZER)(path, module)

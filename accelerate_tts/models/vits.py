@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.models.catalogue import register_system
 from accelerate_tts.models.named import Known
 from accelerate_tts.plan import Decision
 
@@ -27,14 +28,17 @@ _VITS = Known(
     {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "decoder": "vocoder"},
     _DECIDE,
 )
-coqui = Known(
-    "VITS",
-    "coqui-tts 0.27 to 0.28",
-    {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "waveform_decoder": "vocoder"},
-    _DECIDE,
+coqui = register_system("Vits", package="TTS", holders=("Vits",))(
+    Known(
+        "VITS",
+        "coqui-tts 0.27 to 0.28",
+        {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "waveform_decoder": "vocoder"},
+        _DECIDE,
+    )
 )
 
 
+@register_system("VitsModel")
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
     """The parts of a `VitsModel`, with how its durations become lengths."""
     decision = Decision(module, ("text_encoder", "duration_predictor"), _frames, _text)

@@ -12,6 +12,7 @@ They are code. Only archives that the pack store has verified may come to `unpac
 from __future__ import annotations
 
 import getpass
+import gzip
 import io
 import os
 import re
@@ -19,7 +20,11 @@ import sys
 import tarfile
 import tempfile
 import weakref
+import zlib
 from pathlib import Path
+
+from accelerate_tts.errors import abridged, message_of
+from accelerate_tts.storage.files import BadFileError
 
 __all__ = ["Snapshot", "pack", "snapshot", "unpack"]
 
@@ -75,30 +80,63 @@ def pack(before: frozenset[str]) -> bytes | None:
     return buffer.getvalue() if names else None
 
 
-def unpack(archive: bytes) -> int:
+def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
     """Put the files of an archive where the compiler looks for them. Files that are there already stay.
+
+    Args:
+        archive: As `pack` makes it.
+        most: Bytes that it may hold, unpacked. No more than that is ever in memory.
 
     Returns:
         How many were written.
 
     Raises:
         ValueError: An entry is no plain file inside the folder.
-        OSError: The folder cannot be written.
+        OSError: It is no such archive, or holds more than `most` (`BadFileError`), or the folder cannot be written.
     """
-    folder = _folder()
-    count = 0
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as content:
-        for entry in content:
-            name = Path(entry.name)
-            if not entry.isfile() or name.anchor or ".." in name.parts:  # on Windows, an anchor is a drive, too
-                raise ValueError(f"the entry {entry.name!r} of the compiled code is no plain file in its folder")
-            target = folder / name
-            file = content.extractfile(entry)
-            if file is None or target.exists():
-                continue
-            _write(target, file.read())
-            count += 1
-    return count
+    try:
+        # As a stream: neither the headers nor the files of it can take more memory than was read.
+        with (
+            gzip.GzipFile(fileobj=io.BytesIO(archive)) as stream,
+            tarfile.open(fileobj=_AtMost(stream, most), mode="r|") as content,
+        ):
+            return sum(_unpacked(content, entry, most) for entry in content)
+    except _UNREADABLE as error:
+        raise BadFileError(f"the compiled code is damaged: {type(error).__name__}: {message_of(error)}") from error
+
+
+_UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError, OverflowError)
+
+
+class _AtMost:
+    """A stream that ends with an error after so many bytes: what little was compressed may become very much."""
+
+    def __init__(self, stream: gzip.GzipFile, most: int) -> None:
+        headers = most // 8 + 2 * tarfile.RECORDSIZE  # and what fills the last block of each file, and of the archive
+        self._stream, self._left = stream, most + headers
+
+    def read(self, size: int) -> bytes:
+        """See `io.RawIOBase.read`."""
+        found = self._stream.read(min(size, self._left + 1))
+        self._left -= len(found)
+        if self._left < 0:
+            raise BadFileError("the compiled code unpacks to more bytes than it may have")
+        return found
+
+
+def _unpacked(content: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bool:
+    name = Path(entry.name)
+    # On Windows, an anchor is a drive, too.
+    if not entry.isfile() or entry.issparse() or name.anchor or not name.parts or ".." in name.parts:
+        raise ValueError(f"the entry {abridged(entry.name)} of the compiled code is no plain file in its folder")
+    if not 0 <= entry.size <= most:
+        raise BadFileError(f"the entry {abridged(entry.name)} of the compiled code has {entry.size} bytes")
+    target = _folder() / name
+    file = content.extractfile(entry)
+    if file is None or target.exists():
+        return False
+    _write(target, file.read())
+    return True
 
 
 def _write(target: Path, content: bytes) -> None:

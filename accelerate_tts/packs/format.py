@@ -18,11 +18,15 @@ from typing import Any
 
 from accelerate_tts.storage.files import BadFileError
 
-__all__ = ["LINE_LIMIT", "MAGIC", "Pack", "mac", "sealed", "unpack"]
+__all__ = ["LINE_LIMIT", "MAGIC", "MOST_DECISIONS", "Pack", "mac", "sealed", "unpack"]
 
 MAGIC = b"accelerate-tts pack 1\n"
 LINE_LIMIT = 1024
 """Bytes of a line; the longest key, two sizes and two digests are below 400."""
+
+MOST_DECISIONS = 4 << 20
+"""Bytes of the decisions' JSON, which anybody may write: some of it takes thirty times its length in memory. A tuning
+of a hundred parts takes a fifth of a megabyte."""
 
 _UNSIGNED = bytes(32)
 
@@ -73,6 +77,8 @@ def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, 
         match header.get(name):
             case None if name == "artifacts":
                 pass
+            case [int(size), _] if name == "decisions" and size > MOST_DECISIONS:
+                raise BadFileError(f"its decisions take {size} bytes, and may take {MOST_DECISIONS}")
             case [int(size), str(digest)] if 0 <= size <= body - start:
                 sections.append(bytes(view[start : start + size]))
                 start += size

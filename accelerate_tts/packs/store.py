@@ -20,7 +20,7 @@ from typing import IO
 
 from accelerate_tts.errors import PackError
 from accelerate_tts.events import PackIgnored, emit
-from accelerate_tts.packs.format import LINE_LIMIT, Pack, sealed, unpack
+from accelerate_tts.packs.format import LINE_LIMIT, MOST_DECISIONS, Pack, sealed, unpack
 from accelerate_tts.storage.files import (
     SECRET_BYTES,
     TEMPORARY,
@@ -93,13 +93,17 @@ class PackStore:
         """Keep a pack, in place of an older one of its key; returns whether it is kept.
 
         Raises:
-            PackError: The key is none, or JSON cannot say the decisions (NaN and infinities, too).
+            PackError: The key is none, or JSON cannot say the decisions (NaN and infinities, too), or not within 4 MiB.
         """
         self._path(pack.key)
         try:
             text = json.dumps(dict(pack.decisions), allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
             raise PackError(f"the decisions of warm pack {pack.key[:12]} cannot be said in JSON: {error}") from error
+        if len(text) > MOST_DECISIONS:
+            raise PackError(
+                f"the decisions of warm pack {pack.key[:12]} take {len(text)} bytes, and may take {MOST_DECISIONS}"
+            )
         try:
             secret = self._known_secret() or self._new_secret()
         except OSError as error:
@@ -244,7 +248,7 @@ class PackStore:
     def _last_use(self) -> int:
         try:
             return max((used for used, _, _ in self._scan()), default=0)
-        except OSError:  # it is the order of eviction that suffers
+        except OSError:  # only the order of eviction suffers
             return 0
 
     def _store(self, key: str, *parts: bytes) -> bool:

@@ -37,6 +37,7 @@ __all__ = [
     "is_recorded",
     "keeps_copies",
     "make_copies",
+    "open_modules",
     "per_class",
     "serves_copies",
     "subclass_with",
@@ -156,6 +157,16 @@ def is_recorded(module: nn.Module) -> bool:
 def in_fused(module: nn.Module) -> set[nn.Module]:
     """Return the modules that belong to fused blocks, the blocks included."""
     return {inner for block in module.modules() if is_fused(block) for inner in block.modules()}
+
+
+def open_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that are still called, and can be changed: all but those inside blocks that one kernel serves.
+
+    What is left of a module depends on what was changed before, by this tuning or by an earlier one of a part of it. So
+    the modules are asked, and stages need not know each other.
+    """
+    fused = in_fused(module)
+    return [inner for inner in module.modules() if inner not in fused]
 
 
 def keeps_copies(module: nn.Module) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accelerate_tts.patching.class_swap import in_fused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
+    from accelerate_tts.settings import Precision
+    from accelerate_tts.stages.protocol import Stage, Target
 
 __all__ = ["LEAST_FEW_ROWS", "BaseStage", "are_left_over"]
 
@@ -19,14 +23,46 @@ LEAST_FEW_ROWS = 0.05
 
 
 class BaseStage:
-    """A cheap stage without alternatives. It is tried on each part that takes at least 2 % of the time."""
+    """A cheap stage without alternatives, tried on each part that takes 2 % of the time.
+
+    A class that derives from it declares where it belongs; the catalogue reads that. What a trial reads of a stage is
+    described at `Stage`.
+
+    Attributes:
+        name: The stage's name. Of a class with several variants, the name by which others refer to all of them.
+        devices: torch's names of the device types that it is for; empty for all of them.
+        precisions: The values of `Settings.precision` under which it is tried.
+        needs_compiler: Whether it is left out where torch.compile is.
+        after: Names of the stages that are tried before this one. Names that nobody has are allowed: they may belong
+            to a package that is not installed.
+        before: Names of the stages that are tried after this one. For a stage from another package; here, the later
+            stage says `after`.
+    """
+
+    name: str = ""
+    devices: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ("exact", "balanced", "fast")
+    needs_compiler: bool = False
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
     least_share: float = 0.02
     group: str = ""
     cost: float = 0.0
     process: bool = False
     times: Which = "loop"
-    spared_by: tuple[str, ...] = ()
+    superseded_by: tuple[str, ...] = ()
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[Stage]:
+        """Make the stages of this class that are tried on `target`, in order; one without arguments if not overridden.
+
+        Args:
+            target: The device, the precision and the compiler's mode. `devices`, `precisions` and `needs_compiler`
+                have been looked at already.
+        """
+        del target
+        return (cast("Stage", cls()),)
 
     def cost_of(self, part: Part) -> float:
         """See `Stage.cost_of`."""

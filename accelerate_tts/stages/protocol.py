@@ -1,13 +1,34 @@
-"""Protocols of stages and of their changes."""
+"""Protocols of stages and of their changes, and what stages are made for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from accelerate_tts.plan import Part, Which
+    import torch
 
-__all__ = ["Change", "Stage"]
+    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.settings import Precision
+
+__all__ = ["Change", "Stage", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What stages are made for.
+
+    Attributes:
+        device: torch's name of the device type.
+        precision: What may be changed.
+        compile_mode: torch.compile's mode for the device; `None` where compiling is left out.
+        half_dtypes: The half-precision dtypes that the device computes in, best first; none under "exact".
+    """
+
+    device: str
+    precision: Precision = "exact"
+    compile_mode: str | None = None
+    half_dtypes: tuple[torch.dtype, ...] = ()
 
 
 class Change(Protocol):
@@ -43,7 +64,7 @@ class Stage(Protocol):
     """Whether it is about the process as a whole and tried once, on the whole pass; not on each part."""
     times: Which
     """Of a part that is called in a loop, the calls in which its gain is looked for."""
-    spared_by: tuple[str, ...]
+    superseded_by: tuple[str, ...]
     """Names of stages that do the same from fewer bytes: once one is kept on a part whose weights come from memory at
     each step, this one has nothing to gain, and the copies that it would make are never made."""
 

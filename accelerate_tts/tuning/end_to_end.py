@@ -12,7 +12,7 @@ from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.policy import OVER_BUDGET
-from accelerate_tts.tuning.session import Kept
+from accelerate_tts.tuning.session import Kept, OtherThreadsDrawError
 from accelerate_tts.tuning.timing import Timing, synchronize
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _WORST_TOTAL = 0.95
 _PAIRS = (5, 3, 1)
 WHOLE_PASSES = 4
 """Passes that the check takes at least: does the output repeat, is it right, and a pair for its time."""
+_LOOKS = 4  # passes for a comparison whose random numbers another thread used
 # Another sampled sequence of the same speech is about as long and as loud; a broken one is not.
 _LENGTHS, _LOUDNESS = 2.0, 4.0
 
@@ -56,7 +57,7 @@ def check_whole(session: Session, reference: list[Any]) -> tuple[Timing, Differe
             return found
     session.off()
     untouched, seconds = _clocked(session)
-    repeats = compare(reference, untouched)
+    repeats, reference = session.repeated(reference, session.run, second=untouched)
     session.on()
     difference: Difference | None = None
     lengths, tuned_seconds = 1.0, 0.0
@@ -144,8 +145,14 @@ def _right(session: Session, reference: list[Any]) -> tuple[Difference | None, f
     """
     while session.kept:
         candidate, seconds = _clocked(session)
-        difference = compare(reference, candidate)
-        objection = session.tolerance.objection(difference)
+        for _ in range(_LOOKS):
+            difference = compare(reference, candidate)
+            objection = session.tolerance.objection(difference)
+            if not objection or not session.drawn_by_others():
+                break
+            candidate, seconds = _clocked(session)
+        else:
+            raise OtherThreadsDrawError
         if objection and any(map(_is_sampled, session.results)):
             objection = _unlike(session, reference, candidate)
             if not objection:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import Event, FellBack, add_hook
 from accelerate_tts.plan import Which
-from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.runtime.seeding import ALL, drawing, other_threads, seeded
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.stages.vocoder.checked_lengths import is_checked
 from accelerate_tts.tuning.capture import outputs_of
-from accelerate_tts.tuning.compare import TOLERANCES, Tolerance, compare
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, Tolerance, compare
 from accelerate_tts.tuning.kl_divergence import divergence, head_of
 from accelerate_tts.tuning.timing import synchronize
 
@@ -33,12 +34,32 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.policy import TuningPolicy
     from accelerate_tts.tuning.warmup import WarmupCalls
 
-__all__ = ["CUDA_GRAPH_PASSES", "Kept", "Reference", "Session", "fallbacks", "switch_off"]
+__all__ = [
+    "CUDA_GRAPH_PASSES",
+    "Kept",
+    "OtherThreadsDrawError",
+    "Reference",
+    "Session",
+    "fallbacks",
+    "switch_off",
+]
 
 CUDA_GRAPH_PASSES = 3
 """A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
 
 _BIT_EXACT = Tolerance(0.0, 0.0)
+_LOOKS = 4  # runs for a comparison whose random numbers another thread used
+_WHOLE = ""
+
+
+class OtherThreadsDrawError(RuntimeError):
+    """Other threads draw from the generators of the process all the time, so no two runs have the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "other threads draw random numbers meanwhile, so no two runs have the same; load before they start, or give"
+            " them generators of their own"
+        )
 
 
 def _depth_of(module: nn.Module) -> int:
@@ -103,6 +124,7 @@ class Session:
             that it wants.
         heard: What the untouched object's `@inference` functions gave in a warm pass, for the guard.
         constants: What upstream was seen to compute anew in a warm pass though it never changes.
+        left_alone: Generators of random numbers that the object does not draw from, so that other threads may.
     """
 
     plan: ModelPlan
@@ -125,16 +147,23 @@ class Session:
     unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
     heard: Mapping[str, Expectation] = field(default_factory=dict)
     constants: KeptConstants = field(default_factory=KeptConstants)
+    left_alone: frozenset[str] = frozenset()
+    _unknown: bool = False
+    _shared: bool = False
+    _moved: frozenset[str] = frozenset()
+    _left_by: dict[str, frozenset[str]] = field(default_factory=dict)
+    _ended: dict[str, dict[str, str]] = field(default_factory=dict)
+    _undisturbed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     _references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> list[Any]:
         """One warm-up pass through the public path, with the same random numbers every time."""
-        with seeded(self.device.type):
+        with self._seeded(_WHOLE, watched=self._unknown or other_threads()):
             return [call.run() for call in self.calls.main]
 
     def run_others(self) -> None:
         """What service will bring beside: other lengths, and tensors as the other kind of caller makes them."""
-        with seeded(self.device.type):
+        with self._seeded(_WHOLE):
             for call in (*self.calls.main, *self.calls.ladder):
                 if call in self.calls.ladder:
                     call.run()
@@ -161,7 +190,7 @@ class Session:
         prepared = self.captured[part.name].prepared(part.module, which)
 
         def run() -> list[Any]:
-            with seeded(self.device.type):
+            with self._seeded(part.name):
                 return [call.run(part.module) for call in prepared]
 
         return run
@@ -172,7 +201,7 @@ class Session:
         if captured is None:  # the process as a whole
             return self.run()
         if self.replayable(part):
-            with seeded(self.device.type):
+            with self._seeded(part.name, watched=other_threads()):
                 return captured.outcomes(part.module)
         with outputs_of(part) as seen:
             whole = self.run()
@@ -185,13 +214,130 @@ class Session:
         """
         known = self._references.get(part.name)
         if known is None:
+            self._leave_alone(part)
             first = self.outputs(part)
-            second = self.outputs(part)
+            repeats, first = self.repeated(first, lambda: self.outputs(part), part)
             with self.watcher.window() as window:
                 seconds = self.seconds(part)
-            known = Reference(first, compare(first, second), seconds, window.disturbance.quiet)
+            known = Reference(first, repeats, seconds, window.disturbance.quiet)
             self._references[part.name] = known
         return known
+
+    # --- random numbers, which all threads of a process draw from the same generators ----------------------------
+
+    @contextmanager
+    def _seeded(self, what: str, *, watched: bool = False) -> Generator[None, None, None]:
+        leaving = self._left_by.get(what, self.left_alone)
+        with seeded(self.device.type, leaving=leaving, watched=watched) as window:
+            yield
+        if watched:
+            self._moved = window.moved
+            known = self._undisturbed.setdefault(what, [])
+            # Twice in succession: so it is when nobody else draws.
+            if self._ended.get(what) == window.end and window.end not in known:
+                known.append(window.end)
+            self._ended[what] = window.end
+
+    @contextmanager
+    def finding_draws(self) -> Generator[None, None, None]:
+        """While open, a first pass shows from which generators the object draws; `draws_found` says what came of it.
+
+        As long as that is not known, nothing is seeded beside other threads.
+        """
+        self._shared = other_threads()
+        self.left_alone = ALL if self._shared else frozenset()
+        self._unknown = True
+        try:
+            yield
+        finally:
+            self._unknown = False
+
+    def draws_found(self, reference: list[Any]) -> bool:
+        """Leave the generators alone that the object does not draw from; returns whether the reference stands.
+
+        Args:
+            reference: What the first pass computed.
+        """
+        own = self._moved
+        if self._shared and own:
+            with drawing() as seen:
+                again = self.run()
+            repeats = compare(reference, again).error <= EXACT_TOLERANCE
+            # A model that draws in a thread of its own is not seen to draw, but its output is another one.
+            own = frozenset(seen) if seen or repeats else own
+        self.left_alone = ALL - own
+        return not (self._shared and own)
+
+    def _leave_alone(self, part: Part) -> None:
+        """Leave the generators alone that a part does not draw from, beside other threads."""
+        captured = self.captured.get(part.name)
+        if self.left_alone == ALL or captured is None or not self.replayable(part) or not other_threads():
+            return
+        self._left_by[part.name] = ALL
+        with drawing() as seen:
+            captured.outcomes(part.module)
+        self._left_by[part.name] = ALL - seen
+
+    def drawn_by_others(self, part: Part | None = None) -> bool:
+        """Whether the last run, of a part or of the whole, drew as no two runs in succession have done.
+
+        That is so if another thread drew meanwhile. It also is of a change that draws more or less, until its next run.
+        """
+        what = _WHOLE if part is None or not self.replayable(part) else part.name
+        return other_threads() and self._ended.get(what) not in self._undisturbed.get(what, [])
+
+    def repeated(
+        self, first: list[Any], run: Callable[[], list[Any]], part: Part | None = None, second: list[Any] | None = None
+    ) -> tuple[Difference, list[Any]]:
+        """How far a second run is from a first one, and the first; of other two where another thread's draws part them.
+
+        Args:
+            first: What a run computed.
+            run: Makes another one.
+            part: Of which part; `None` is the whole.
+            second: What another run computed, if there was one.
+
+        Raises:
+            OtherThreadsDrawError: No two runs had the same random numbers.
+        """
+        for _ in range(_LOOKS):
+            second = run() if second is None else second
+            found = compare(first, second)
+            if found.error <= EXACT_TOLERANCE or not self.drawn_by_others(part):
+                return found, first
+            first, second = second, None
+        raise OtherThreadsDrawError
+
+    def confirmed(
+        self,
+        found: Difference,
+        objection: Callable[[Difference], str],
+        again: Callable[[], Difference],
+        part: Part | None = None,
+    ) -> Difference:
+        """A difference; of another run where it is not tolerated, and another thread drew random numbers meanwhile.
+
+        Raises:
+            OtherThreadsDrawError: There was no run without.
+        """
+        for _ in range(_LOOKS):
+            if not objection(found) or not self.drawn_by_others(part):
+                return found
+            found = again()
+        raise OtherThreadsDrawError
+
+    def compared(self, part: Part, outputs: list[Any]) -> Difference:
+        """How far what a changed part computed is from its reference; `confirmed`.
+
+        Raises:
+            OtherThreadsDrawError: As for `confirmed`.
+        """
+        return self.confirmed(
+            self.difference(part, outputs), partial(self.objection, part),
+            lambda: self.difference(part, self.outputs(part)), part,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------------------
 
     def with_head(self, part: Part) -> Part:
         """A part with the head by whose probabilities it is judged, if it is a decoder in its loop and has one."""

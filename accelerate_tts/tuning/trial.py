@@ -16,7 +16,7 @@ from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.policy import OVER_BUDGET
 from accelerate_tts.tuning.promises import promise
-from accelerate_tts.tuning.session import Kept, Session, fallbacks, switch_off
+from accelerate_tts.tuning.session import Kept, OtherThreadsDrawError, Session, fallbacks, switch_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +79,8 @@ class Trial:
             if self._rival is not None and self._rival.times == "pass":
                 self._times = "pass"  # calls by themselves would make it slower than it is
             self._result = self._judge(self._change, known)
+        except OtherThreadsDrawError as error:
+            self._result = replace(self._result, kept=False, reason=f"not compared: {error}", sure=False)
         except Exception as error:  # a stage must never cost the user the model
             self._result = replace(self._result, kept=False, reason=self._failure(error))
         finally:
@@ -146,7 +148,7 @@ class Trial:
         if part.kind == PROCESS and not session.pass_quiet:
             # How threads get on with each other is all that it is about.
             return f"not tried: {session.watcher.worst.why}", False
-        smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.spared_by), None)
+        smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.superseded_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
             return f"not tried: {smaller} does the same from fewer bytes", True
         cost = stage.cost_of(part)
@@ -210,7 +212,7 @@ class Trial:
             start = self._policy.clock()
             outputs = compiling_within(self._left(), result.stage, lambda: session.outputs(part))
             took = self._policy.clock() - start
-            difference = session.difference(part, outputs)
+            difference = session.compared(part, outputs)
         for event in fallen:
             if (event.what, event.stage) == (part.name, result.stage):
                 return replace(result, reason=f"failed: {event.reason}")

@@ -307,9 +307,10 @@ def _say_how_sure(session: Session) -> None:
     if watcher.waited:
         session.notes.append(f"waited {watcher.waited:.1f} s for a quiet machine")
     if unsure:
-        why = f"{watcher.worst.why}; {unsure} of {len(session.results)} verdicts are not sure"
+        who = watcher.worst.why or "other threads drew random numbers"
+        why = f"{who}; {unsure} of {len(session.results)} verdicts are not sure"
         session.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
-        emit(TunedUnderLoad(session.plan.what, watcher.worst.why, unsure, len(session.results)))
+        emit(TunedUnderLoad(session.plan.what, who, unsure, len(session.results)))
 
 
 def _say_what_was_missed(session: Session) -> None:
@@ -348,14 +349,17 @@ def _first_passes(session: Session) -> tuple[float, list[Any]]:
     clock = session.policy.clock
     start = clock()
     reference: list[Any] | None = None
-    if session.plan.refine is None:
-        reference = _recorded_pass(session)
-    else:
-        with time_modules(session.plan.roots, session.device.type) as seconds:
-            session.run()
-        session.plan = replace(session.plan, parts=session.plan.refine(seconds), refine=None)
-    synchronize(session.device.type)
+    with session.finding_draws():
+        if session.plan.refine is None:
+            first = reference = _recorded_pass(session)
+        else:
+            with time_modules(session.plan.roots, session.device.type) as seconds:
+                first = session.run()
+            session.plan = replace(session.plan, parts=session.plan.refine(seconds), refine=None)
+        synchronize(session.device.type)
     cold = clock() - start
+    if not session.draws_found(first):
+        reference = None
     if reference is None or _FIRST_PASSES * cold <= session.budget:
         session.captured = {}  # first: it has copies of what the parts were given
         reference = _recorded_pass(session)

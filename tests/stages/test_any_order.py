@@ -34,7 +34,7 @@ from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
-from accelerate_tts.stages.layers.int8 import quantize_stages
+from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.protocol import Change, Stage
@@ -49,7 +49,8 @@ STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
     FusedBlocksStage("int8"), PromptStage(), HalfStage(torch.bfloat16, carried=False),
     HalfStage(torch.bfloat16, carried=True), SkinnyStage("fp32"), SkinnyStage("bf16"), SkinnyStage("int8"),
-    FewRowsStage(), *quantize_stages(), FrozenCompileStage(), CompiledBlocksStage("default"), CompileStage("default"),
+    FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
+    CompiledBlocksStage("default"), CompileStage("default"),
 )  # fmt: skip
 
 

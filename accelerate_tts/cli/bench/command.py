@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from accelerate_tts.cli.bench import chart, processes, report
 from accelerate_tts.cli.bench.measure import Measured, Ratio
@@ -19,6 +16,7 @@ from accelerate_tts.cli.bench.report import Found
 from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS, system_of
 from accelerate_tts.cli.bench.variant import Request, finite
 from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.terminal import say
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
 from accelerate_tts.settings import check_precision, check_tune_seconds
 
@@ -75,7 +73,7 @@ def run(systems: Sequence[str], options: Options) -> None:
     wide_console().print(table(report.rows(found), "Untouched against tuned", numbers))
     wide_console(200).print(table(report.overview(found), "Times as fast as untouched, whole call", set()))
     for line in (line for one in found for line in report.summaries(one)):
-        _say(line)
+        say(line)
     if options.plot is not None:
         chart.draw(found, options.plot)
 
@@ -140,20 +138,14 @@ class _Bench:
     def _ask(self, what: str, variant: Variant, precision: Precision = "exact") -> dict[str, Any] | None:
         name, o = self._found.system, self._options
         request = Request(variant, name, o.size, precision, o.layers, o.pairs, o.tune_seconds, o.tokens)
-        _say(f"{name}, {what}, {o.size} ...")
+        say(f"{name}, {what}, {o.size} ...")
         try:
             return processes.ask(request, self._folder / precision, o.python)
         except VariantError as error:
             self._found.failed[what] = str(error)
-            _say(f"{name}, {what}: failed: {error}")
+            say(f"{name}, {what}: failed: {error}")
             return None
 
 
 def _ratio(told: dict[str, float] | None) -> Ratio | None:
     return None if told is None else Ratio(**told)
-
-
-def _say(line: str) -> None:
-    # Flushed at once, also into a file, since tuning takes minutes.
-    typer.echo(line)
-    sys.stdout.flush()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate_tts.cli.bench import measure
 from accelerate_tts.cli.bench.naive import naive
+from accelerate_tts.cli.terminal import say
 from accelerate_tts.events import Event, Trying, add_hook
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ def finite(value: Any) -> Any:
 
 def _say_what_is_tried(event: Event) -> None:
     if isinstance(event, Trying):
-        sys.stdout.write(f"  {event.what}: trying {event.stage}\n")
-        sys.stdout.flush()  # at once, also into a file, since tuning takes minutes
+        say(f"  {event.what}: trying {event.stage}")
 
 
 def main() -> None:

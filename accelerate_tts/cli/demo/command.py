@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.tables import print_receipt, table, wide_console
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, printable
 from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
 from accelerate_tts.receipts.format import duration, error_text
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     import torch
+    from rich.console import Console
 
     from accelerate_tts.cli.demo.backends import DecoratedBackend, PlainBackend
 
@@ -98,7 +99,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
         OutputError: A file cannot be written. This is checked before anything is spoken.
         MissingExtraError: The demo extra is not installed.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True)
     pieces = sentences(text)
     for path in filter(None, (output, receipt_file)):
         _check_writable(path)
@@ -123,7 +124,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
             receipt.save(receipt_file)
     del plain
     seconds = frames / decorated.voice.sampling_rate
-    out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz", markup=False)
+    out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz")
 
 
 def compare_backends(
@@ -260,9 +261,9 @@ def _shown(console: Console) -> Generator[None, None, None]:
 
     def show(event: Event) -> None:
         if isinstance(event, Trying):
-            console.print(f"  {printable(event)}", style="dim", markup=False)
+            console.print(f"  {printable(event)}", style="dim")
         elif isinstance(event, (FellBack, NotApplied, WarmupFailed)):
-            console.print(f"  {printable(event)}", style="yellow", markup=False)
+            console.print(f"  {printable(event)}", style="yellow")
 
     remove = add_hook(show)
     try:

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import types
+import weakref
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from functools import cache
@@ -43,7 +44,7 @@ class Frozen(Weights):
 
 
 class Counter:
-    """Counts graphs. Separate from the call, since dynamo keeps every backend and its references alive."""
+    """Counts graphs. Apart from the call, because dynamo keeps the backend, and what that refers to, beside it."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -175,20 +176,70 @@ def compile_function(
         return function(*args, **kwargs)
 
     plain = call if _settings_are_the_threads() else watched
-    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, "call", None, plain.__closure__)
+    # Globals of its own, too: dynamo puts each graph there, and these know the weights.
+    own = types.FunctionType(plain.__code__.replace(), dict(plain.__globals__), "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager mode.
     patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor = _inductor()
+    inductor, loaded = _inductor(), _Loaded()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
         shapes = _shapes(inputs)
-        compiled = inductor(graph, inputs, config_patches=patches)
+        with loaded.noting():
+            compiled = inductor(graph, inputs, config_patches=patches)
         # Counted last: if inductor specialises a number (an epsilon), dynamo calls this again for the same graph.
         counter.count(shapes)
         return compiled
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
+    weakref.finalize(own, _release, own.__code__, id(backend), loaded).atexit = False
     return compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
+
+
+class _Loaded:
+    """The modules of generated code that have tensors (packed weights of a frozen graph); inductor keeps them all."""
+
+    def __init__(self) -> None:
+        self._modules: list[types.ModuleType] = []
+
+    @contextmanager
+    def noting(self) -> Generator[None]:
+        """While open, note those that come in."""
+        from torch._inductor.codecache import PyCodeCache
+
+        before = {id(module) for module in PyCodeCache.modules}
+        yield
+        self._modules += [module for module in PyCodeCache.modules if id(module) not in before and _has_tensors(module)]
+
+    def forget(self) -> None:
+        """Take them out of where inductor and the interpreter keep them."""
+        from torch._inductor.codecache import PyCodeCache
+
+        for module in self._modules:
+            PyCodeCache.modules[:] = [kept for kept in PyCodeCache.modules if kept is not module]
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
+        self._modules.clear()
+
+
+def _has_tensors(module: types.ModuleType) -> bool:
+    import torch
+
+    return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
+
+
+def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
+    """Let what was compiled of a function go with it: graphs, guards, the backend, and weights that are constants.
+
+    dynamo has the graphs at the code object, in a cycle that the garbage collector does not see.
+    """
+    import torch
+    from torch._dynamo import eval_frame
+
+    torch._C._dynamo.eval_frame.reset_code(code)
+    for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile puts a wrapper around it
+        if id(getattr(kept, "compiler_fn", None)) == backend:
+            del eval_frame.cached_backends[number]
+    loaded.forget()
 
 
 def _never_compiling_if_strict(

@@ -23,6 +23,7 @@ from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import Counter, compile_function, guard_of, options, reason_of
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import Told, cache_name, take_cache, token_layer
@@ -30,18 +31,22 @@ from accelerate_tts.stages.decode.growing_cache import growing_caches
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["CompiledBlocksStage"]
 
 _MOST_ROWS = 3
 """Maximum kinds of blocks of one part that are compiled, those with the most weights first."""
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block."""
 
 
+@register_stage
 class CompiledBlocksStage(BaseStage):
     """Compiles a part's repeated blocks, with shared graphs for each kind of block.
 
@@ -51,8 +56,16 @@ class CompiledBlocksStage(BaseStage):
 
     name = "compiled blocks"
     group = "compilation"
+    needs_compiler = True
+    after = ("torch.compile, frozen",)
     cost = 15.0
     least_share = 0.15
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[CompiledBlocksStage]:
+        """See `BaseStage.variants`: without CUDA graphs, which `_WITHOUT_CUDA_GRAPHS` gives the reason for."""
+        mode = target.compile_mode
+        return () if mode is None else (cls(_WITHOUT_CUDA_GRAPHS.get(mode, mode)),)
 
     def __init__(self, mode: str) -> None:
         self._mode = mode

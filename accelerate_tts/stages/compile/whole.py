@@ -19,6 +19,7 @@ from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import (
     Counter,
     Frozen,
@@ -31,11 +32,12 @@ from accelerate_tts.stages.compile.inductor import (
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
 
@@ -49,14 +51,22 @@ _MOSTLY = 0.5
 """Minimum share of a part's weights in linear layers for freezing to be worth it."""
 
 
+@register_stage
 class CompileStage(BaseStage):
     """Compiles a part as one piece, with dynamic lengths."""
 
     name = "torch.compile"
     group = "compilation"
+    needs_compiler = True
+    after = ("compiled blocks",)
     # Compiling adds 10 to 30 s to the start on two cores, and 1.5x on less than this share gains under 5 %.
     least_share = 0.15
     cost = 10.0
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[CompileStage]:
+        """See `BaseStage.variants`."""
+        return () if target.compile_mode is None else (cls(target.compile_mode),)
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
@@ -80,6 +90,7 @@ class CompileStage(BaseStage):
         return CompiledCall(part.module, part.name, self._mode)
 
 
+@register_stage
 class FrozenCompileStage(BaseStage):
     """Compiles a part made of linear layers with frozen weights, packed for kernels that are chosen by timing.
 
@@ -90,6 +101,9 @@ class FrozenCompileStage(BaseStage):
 
     name = "torch.compile, frozen"
     group = "linear layers"
+    devices = ("cpu",)
+    needs_compiler = True
+    after = ("int8 recurrent layers",)
     # About 4 s of timing for each of a transformer's five weight shapes, and the compilation itself.
     cost = 30.0
     least_share = 0.15

@@ -15,6 +15,7 @@ from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, fused_by, subclass_with
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["PromptStage"]
 
 
+@register_stage
 class PromptStage(BaseStage):
     """Lets the linear layers of fused blocks run prefill in bf16, from the copies that the blocks already have."""
 
     name = "bf16 prompts"
+    devices = ("cpu",)
+    precisions = ("balanced", "fast")
+    after = ("fused decoder blocks",)
     times: Which = "others"
 
     def applies(self, part: Part) -> str | None:

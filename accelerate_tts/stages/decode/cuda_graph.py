@@ -24,25 +24,25 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Told, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
+from accelerate_tts.stages.layers.half_precision import HalfStage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.stages.decode.static_step import Recording
-    from accelerate_tts.stages.layers.half_precision import HalfStage
-    from accelerate_tts.stages.protocol import Change
+    from accelerate_tts.stages.protocol import Change, Target
 
 __all__ = ["CapturedStepStage"]
 
-_NAME = "captured decode step"
 _MOST_SLOTS = 4
 """Maximum slots of one decoder: sequences that are served in turn without a copy."""
 _MOST_BYTES = 2 << 30
@@ -51,6 +51,7 @@ _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
+@register_stage
 class CapturedStepStage(BaseStage):
     """Records a decode step as a CUDA graph and replays it.
 
@@ -59,17 +60,28 @@ class CapturedStepStage(BaseStage):
         inside: Half-precision stage for the recorded step and for prefill.
     """
 
+    name = "captured decode step"
     group = "compilation"
+    devices = ("cuda",)
+    after = ("fused decoder blocks", "fused sequence blocks")
     cost = 3.0
     # A single replayed call brings a sequence of its own, which must be copied in first; in a loop it is there already.
     times: Which = "pass"
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[CapturedStepStage]:
+        """See `BaseStage.variants`: the step as it is, and in each half precision."""
+        yield cls()
+        for dtype in target.half_dtypes:
+            yield cls(inside=HalfStage(dtype, carried=True))
 
     def __init__(
         self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording, inside: HalfStage | None = None
     ) -> None:
         self._record = record
         self._inside = inside
-        self.name = _NAME if inside is None else f"{_NAME}, {inside.name}"
+        if inside is not None:
+            self.name = f"{self.name}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of
-from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["ChannelsLastStage"]
 
 
+@register_stage
 class ChannelsLastStage(BaseStage):
     """Runs a part's 1-D convolutions in channels-last layout. For CPUs."""
 
     name = "channels-last convolutions"
+    devices = ("cpu",)
+    after = ("fewer operators", "checked by margin")
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -51,12 +55,10 @@ class ChannelsLastStage(BaseStage):
 def _convolutions(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
+        for inner in open_modules(module)
         if isinstance(inner, (nn.Conv1d, nn.ConvTranspose1d))
-        and inner not in fused
         # Depthwise convolutions are bound by memory, not by layout. The forward of a subclass is unknown.
         and inner.groups == 1
         and inner.padding_mode == "zeros"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,11 +27,14 @@ FEW_ROWS = range(2, 9)
 """Numbers of rows for which the transposed product is computed."""
 
 
+@register_stage
 class FewRowsStage(BaseStage):
     """Computes `W @ x.T` in a part's linear layers for inputs of two to eight rows. For CPUs."""
 
     name = "few-row linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    after = ("skinny linear layers",)
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -47,11 +51,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
     # The forward of a subclass (an adapter, a quantised layer) is unknown.
-    fused = in_fused(module)
-    return [
-        m for m in module.modules()
-        if m not in fused and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
-    ]  # fmt: skip
+    return [m for m in open_modules(module) if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
 
 
 @per_class

@@ -23,13 +23,17 @@ from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode.call_args import Told
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.kernels.packed import Kernel
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["KERNELS", "FusedSequenceStage", "Served"]
 
@@ -37,12 +41,24 @@ KERNELS = (TRANSFORMER, RESIDUAL)
 """Kernels for whole sequences. Each makes a stage of its own."""
 
 
+@register_stage
 class FusedSequenceStage(BaseStage):
     """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights.
 
     Args:
         kernel: The kernel.
     """
+
+    name = "fused sequence blocks"
+    devices = ("cpu",)
+    precisions = ("balanced", "fast")
+    after = ("bf16 prompts",)
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[FusedSequenceStage]:
+        """See `BaseStage.variants`."""
+        del target
+        return map(cls, KERNELS)
 
     def __init__(self, kernel: Kernel) -> None:
         self.name = f"fused {kernel.name} (bf16)"

@@ -28,22 +28,28 @@ from accelerate_tts.patching.class_swap import (
     in_fused,
     is_fused,
     is_recorded,
+    open_modules,
     per_class,
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["HalfStage"]
 
 
+@register_stage
 class HalfStage(BaseStage):
     """Half precision for a part.
 
@@ -52,7 +58,15 @@ class HalfStage(BaseStage):
         carried: Keep activations in it between layers.
     """
 
+    name = "half precision"
     group = "half precision"
+    precisions = ("balanced", "fast")
+    after = ("captured decode step", "growing cache")
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[HalfStage]:
+        """See `BaseStage.variants`: both ways, in each half precision."""
+        return (cls(dtype, carried=carried) for dtype in target.half_dtypes for carried in (False, True))
 
     def __init__(self, dtype: torch.dtype, *, carried: bool) -> None:
         short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(dtype)]
@@ -104,14 +118,10 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
-    fused = in_fused(module)  # the kernel has copies of its own
     return [
         inner
-        for inner in module.modules()
-        if isinstance(inner, kinds)
-        and inner not in fused
-        and _in_fp32(inner)
-        and (plain_class(inner).forward in known or _is_leaf(inner))
+        for inner in open_modules(module)
+        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 

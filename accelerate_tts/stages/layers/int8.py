@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.locks import lock
-from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, open_modules, per_class, subclass_with
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import BaseStage, are_left_over
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
-__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "quantize_stages"]
+__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "engines"]
 
 # Smaller layers spend their time quantising the input.
 _LEAST_WEIGHTS = 16_384
@@ -39,6 +43,7 @@ _ROWS, _SEQUENCES = 2, 3
 _packing = lock()
 
 
+@register_stage
 class QuantizeStage(BaseStage):
     """8-bit linear layers by one family of kernels.
 
@@ -46,10 +51,20 @@ class QuantizeStage(BaseStage):
         engine: "x86", "fbgemm", "onednn" or "qnnpack", torch's quantised engines; or "torchao".
     """
 
+    name = "int8 linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    precisions = ("fast",)
+    after = ("few-row linear layers",)
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[QuantizeStage]:
+        """See `BaseStage.variants`: one for each engine that this machine has."""
+        del target
+        return map(cls, engines())
 
     def __init__(self, engine: str) -> None:
-        self.name = f"int8 linear layers ({engine})"
+        self.name = f"{self.name} ({engine})"
         self._engine = engine
 
     def applies(self, part: Part) -> str | None:
@@ -66,10 +81,14 @@ class QuantizeStage(BaseStage):
         return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
 
 
+@register_stage
 class QuantizeRecurrentStage(BaseStage):
     """8-bit LSTMs and GRUs by torch's dynamic kernels."""
 
     name = "int8 recurrent layers"
+    devices = ("cpu",)
+    precisions = ("fast",)
+    after = ("int8 linear layers",)
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -83,27 +102,23 @@ class QuantizeRecurrentStage(BaseStage):
         )  # fmt: skip
 
 
-def quantize_stages() -> tuple[QuantizeStage | QuantizeRecurrentStage, ...]:
-    """Return the stages that this machine has kernels for."""
+def engines() -> list[str]:
+    """The engines of 8-bit linear layers that this machine has: torch's own choice first."""
     import torch
 
     there = set(torch.backends.quantized.supported_engines)
     own = next((name for name in ("x86", "fbgemm", "qnnpack") if name in there), None)
-    engines = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
-    if find_spec("torchao") is not None:
-        engines.append("torchao")
-    return (*map(QuantizeStage, engines), QuantizeRecurrentStage())
+    found = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
+    return found if find_spec("torchao") is None else [*found, "torchao"]
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
-        if inner not in fused
-        and isinstance(inner, nn.Linear)
+        for inner in open_modules(module)
+        if isinstance(inner, nn.Linear)
         and plain_class(inner).forward is nn.Linear.forward
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()

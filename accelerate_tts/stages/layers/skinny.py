@@ -14,24 +14,35 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import missing, skinny_linear
-from accelerate_tts.kernels.weight_formats import FORMATS, MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
-from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.kernels.weight_formats import (
+    FORMATS,
+    MOST_ROWS,
+    Weights,
+    formats_under,
+    in_bf16,
+    in_int8,
+    is_transposed,
+)
+from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["SkinnyStage"]
 
-
-_NAME = "skinny linear layers ({})"
 # Smaller weights are read from the cores' caches, where neither the kernel nor an int8 copy gains anything.
 _LEAST_WEIGHTS = 16_384
 
 
+@register_stage
 class SkinnyStage(BaseStage):
     """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
 
@@ -39,11 +50,20 @@ class SkinnyStage(BaseStage):
         weights: Format in which the kernel reads the weights.
     """
 
+    name = "skinny linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    after = ("half precision",)
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[SkinnyStage]:
+        """See `BaseStage.variants`: one for each format, the fewest bytes first."""
+        return map(cls, formats_under(target.precision))
 
     def __init__(self, weights: Weights = "fp32") -> None:
-        self.name = _NAME.format(weights)
-        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
+        smaller = FORMATS[: FORMATS.index(weights)]
+        self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
+        self.name = f"{self.name} ({weights})"
         self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:
@@ -74,13 +94,11 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     import torch
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
-        if inner not in fused
-        # The forward of a subclass (an adapter, a quantised layer) is unknown.
-        and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        for inner in open_modules(module)
+        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+        if (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))

@@ -21,6 +21,7 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import per_class, unannounced
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ _FOLD = "_accelerate_tts_fold"
 _EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set"}
 
 
+@register_stage
 class FoldStage(BaseStage):
     """Folds every weight norm inside a part."""
 

@@ -14,6 +14,7 @@ from accelerate_tts.device.flags import hold
 from accelerate_tts.device.openblas import BLAS_THREADS, busy_libraries
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from accelerate_tts.device.flags import Hold
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["QuietBlasStage"]
 
 
+@register_stage
 class QuietBlasStage(BaseStage):
     """Holds OpenBLAS at one thread. For CPUs."""
 
     name = "one OpenBLAS thread"
+    devices = ("cpu",)
+    after = ("fold weight norm",)
     process = True
 
     def applies(self, part: Part) -> str | None:

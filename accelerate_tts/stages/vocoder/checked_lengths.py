@@ -28,17 +28,19 @@ from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.seeding import seeded, warming
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.layers.fused_sequence import Served
-from accelerate_tts.stages.vocoder.vits import Amplified
+from accelerate_tts.stages.vocoder.vits import DURATIONS, TEXT, Amplified
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
     from torch import nn
 
     from accelerate_tts.kernels.packed import Kernel
     from accelerate_tts.plan import Decision, Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["CheckedStage", "holds", "is_checked"]
 
@@ -98,12 +100,23 @@ class _Attempt:
 _attempt: ContextVar[_Attempt | None] = ContextVar("attempt", default=None)
 
 
+@register_stage
 class CheckedStage(BaseStage):
     """Computes a part that decides lengths in fewer operators, if its decision is known and can be checked.
 
     Args:
         kernel: Implementation of the part. The duration predictor's comes first, since it checks the decision.
     """
+
+    name = "checked by margin"
+    devices = ("cpu",)
+    after = ("fewer operators",)
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[CheckedStage]:
+        """See `BaseStage.variants`."""
+        del target
+        return map(cls, (DURATIONS, TEXT))
 
     def __init__(self, kernel: Kernel) -> None:
         self.name = f"{kernel.name} in fewer operators, checked by margin"

@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, cast
 from accelerate_tts.patching.class_swap import ClassSwap
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.layers.fused_sequence import Served
+from accelerate_tts.stages.vocoder.hifigan import hifigan
+from accelerate_tts.stages.vocoder.vits import FLOW
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from accelerate_tts.kernels.packed import Kernel
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["FewerOperatorsStage"]
 
 
+@register_stage
 class FewerOperatorsStage(BaseStage):
     """Computes a whole part by an implementation of its class in fewer operators.
 
@@ -28,8 +35,21 @@ class FewerOperatorsStage(BaseStage):
         copies: Format of their copies of the weights.
     """
 
+    name = "fewer operators"
+    devices = ("cpu",)
+    # Before all else that changes parts: what is served as a whole is not tried again piece by piece.
+    after = ("fold weight norm", "one OpenBLAS thread")
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[FewerOperatorsStage]:
+        """See `BaseStage.variants`: one to rounding, and one for each half precision that there are kernels for."""
+        yield cls((FLOW, hifigan()))
+        for dtype in target.half_dtypes:
+            yield cls((hifigan(dtype),), str(dtype).removeprefix("torch."))
+
     def __init__(self, kernels: tuple[Kernel, ...], copies: str = "fp32") -> None:
-        self.name = "fewer operators" if copies == "fp32" else f"fewer operators ({copies})"
+        if copies != "fp32":
+            self.name = f"{self.name} ({copies})"
         self._kernels = kernels
         self._copies = copies
 
