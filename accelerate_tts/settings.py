@@ -45,7 +45,7 @@ GuardWeights = Literal["memory", "disk", "reload"]
 """Storage of original weights that tuning duplicated."""
 
 DEVICES = ["cuda", "mps", "xpu", "cpu"]
-"""torch's names of the device types, the best first. `register_device` adds to them."""
+"""torch's names of the device types, best first. `register_device` adds to them."""
 _MOST = 2**31 - 1  # what torch takes as a number of threads
 _LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
 

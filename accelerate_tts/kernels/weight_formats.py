@@ -13,14 +13,14 @@ __all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_in
 
 Weights = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
-"""What weights are stored in for our kernels, the fewest bytes first."""
+"""Storage formats, fewest bytes first."""
 _PRECISIONS: tuple[Precision, ...] = ("fast", "balanced", "exact")
 MOST_ROWS = 8
 """Maximum rows for which reading the weights dominates the time of a linear layer."""
 
 
 def formats_under(precision: Precision) -> tuple[Weights, ...]:
-    """The formats that a precision allows, the fewest bytes first."""
+    """Return the formats that a precision allows, fewest bytes first."""
     return FORMATS[_PRECISIONS.index(precision) :]
 
 

@@ -23,20 +23,20 @@ LEAST_FEW_ROWS = 0.05
 
 
 class BaseStage:
-    """A cheap stage without alternatives, tried on each part that takes 2 % of the time.
+    """A cheap stage without alternatives. It is tried on each part that takes at least 2 % of the time.
 
-    A class that derives from it declares where it belongs; the catalogue reads that. What a trial reads of a stage is
-    described at `Stage`.
+    Subclasses declare where they belong, which the catalogue reads. `Stage` describes the attributes that a trial
+    reads.
 
     Attributes:
-        name: The stage's name. Of a class with several variants, the name by which others refer to all of them.
-        devices: torch's names of the device types that it is for; empty for all of them.
-        precisions: The values of `Settings.precision` under which it is tried.
-        needs_compiler: Whether it is left out where torch.compile is.
-        after: Names of the stages that are tried before this one. Names that nobody has are allowed: they may belong
-            to a package that is not installed.
-        before: Names of the stages that are tried after this one. For a stage from another package; here, the later
-            stage says `after`.
+        name: Name of the stage. For a class with several variants, the name by which other stages refer to all of them.
+        devices: torch's names of the device types that it supports; empty for all.
+        precisions: Values of `Settings.precision` under which it is tried.
+        needs_compiler: True if it needs torch.compile.
+        after: Names of stages that are tried before this one. Unknown names are allowed, since they may belong to a
+            package that is not installed.
+        before: Names of stages that are tried after this one. Meant for stages of other packages; in this package, the
+            later stage declares `after`.
     """
 
     name: str = ""
@@ -55,11 +55,11 @@ class BaseStage:
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[Stage]:
-        """Make the stages of this class that are tried on `target`, in order; one without arguments if not overridden.
+        """Return the stages of this class that are tried on `target`, in order. By default one without arguments.
 
         Args:
             target: The device, the precision and the compiler's mode. `devices`, `precisions` and `needs_compiler`
-                have been looked at already.
+                are checked before.
         """
         del target
         return (cast("Stage", cls()),)

@@ -44,7 +44,7 @@ class Frozen(Weights):
 
 
 class Counter:
-    """Counts graphs. Apart from the call, because dynamo keeps the backend, and what that refers to, beside it."""
+    """Counts graphs. Separate from the call, since dynamo keeps the backend and its references alive."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -176,7 +176,7 @@ def compile_function(
         return function(*args, **kwargs)
 
     plain = call if _settings_are_the_threads() else watched
-    # Globals of its own, too: dynamo puts each graph there, and these know the weights.
+    # Globals of its own, too: dynamo stores each graph there, and graphs refer to the weights.
     own = types.FunctionType(plain.__code__.replace(), dict(plain.__globals__), "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager mode.
     patches = {**list_mode_options(mode), "fallback_random": True}
@@ -196,14 +196,14 @@ def compile_function(
 
 
 class _Loaded:
-    """The modules of generated code that have tensors (packed weights of a frozen graph); inductor keeps them all."""
+    """Modules of generated code with tensors (packed weights of a frozen graph), which inductor keeps alive."""
 
     def __init__(self) -> None:
         self._modules: list[types.ModuleType] = []
 
     @contextmanager
     def noting(self) -> Generator[None]:
-        """While open, note those that come in."""
+        """Collect the modules that are loaded while open."""
         from torch._inductor.codecache import PyCodeCache
 
         before = {id(module) for module in PyCodeCache.modules}
@@ -211,7 +211,7 @@ class _Loaded:
         self._modules += [module for module in PyCodeCache.modules if id(module) not in before and _has_tensors(module)]
 
     def forget(self) -> None:
-        """Take them out of where inductor and the interpreter keep them."""
+        """Remove the modules from inductor's list and from `sys.modules`."""
         from torch._inductor.codecache import PyCodeCache
 
         for module in self._modules:
@@ -228,15 +228,15 @@ def _has_tensors(module: types.ModuleType) -> bool:
 
 
 def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
-    """Let what was compiled of a function go with it: graphs, guards, the backend, and weights that are constants.
+    """Free the compiled state of a function: graphs, guards, the backend, and weights that are constants.
 
-    dynamo has the graphs at the code object, in a cycle that the garbage collector does not see.
+    dynamo stores the graphs at the code object, in a cycle that the garbage collector does not detect.
     """
     import torch
     from torch._dynamo import eval_frame
 
     torch._C._dynamo.eval_frame.reset_code(code)
-    for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile puts a wrapper around it
+    for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile wraps the backend
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()

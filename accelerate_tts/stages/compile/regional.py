@@ -43,7 +43,7 @@ __all__ = ["CompiledBlocksStage"]
 _MOST_ROWS = 3
 """Maximum kinds of blocks of one part that are compiled, those with the most weights first."""
 _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block."""
+"""Blocks share a graph, and lengths grow, so the next block would overwrite a CUDA graph's recording."""
 
 
 @register_stage

@@ -68,7 +68,7 @@ class FusedBlocksStage(BaseStage):
     name = "fused decoder blocks"
     group = "decoder blocks"
     devices = ("cpu",)
-    # Before all else that changes linear layers: what is inside fused blocks is not tried again.
+    # Before all other stages that change linear layers, since these skip layers inside fused blocks.
     after = ("channels-last convolutions",)
 
     @classmethod

@@ -42,11 +42,11 @@ class GrowingCacheStage(BaseStage):
     """Lets a decoder's cache grow in place. Bit-exact."""
 
     name = "growing cache"
-    # A GPU copies a cache in less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it
-    # for brings it along.
+    # On a GPU, copying a cache is faster than writing a position into it (0.79x to 0.88x on an H100). Stages that need
+    # growing caches bring them along.
     devices = ("cpu", "mps", "xpu")
-    # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager PyTorch
-    # it gains a per cent or two, and to be sure of that takes a fifth of the budget.
+    # Fused blocks already have growing caches, so nothing is tried after them. For a large decoder in eager PyTorch the
+    # gain is a per cent or two, and a certain verdict takes a fifth of the budget.
     after = ("fused decoder blocks", "fused sequence blocks")
 
     def applies(self, part: Part) -> str | None:

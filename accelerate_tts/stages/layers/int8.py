@@ -103,7 +103,7 @@ class QuantizeRecurrentStage(BaseStage):
 
 
 def engines() -> list[str]:
-    """The engines of 8-bit linear layers that this machine has: torch's own choice first."""
+    """Return this machine's engines for 8-bit linear layers, torch's own choice first."""
     import torch
 
     there = set(torch.backends.quantized.supported_engines)

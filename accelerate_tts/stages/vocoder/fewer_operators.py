@@ -37,7 +37,7 @@ class FewerOperatorsStage(BaseStage):
 
     name = "fewer operators"
     devices = ("cpu",)
-    # Before all else that changes parts: what is served as a whole is not tried again piece by piece.
+    # Before all other stages that change parts, since a fused part is not tried again piece by piece.
     after = ("fold weight norm", "one OpenBLAS thread")
 
     @classmethod
