@@ -80,18 +80,18 @@ def pack(before: frozenset[str]) -> bytes | None:
 
 
 def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
-    """Put the files of an archive where the compiler looks for them. Files that are there already stay.
+    """Extract an archive to the compiler's folder. Existing files are kept.
 
     Args:
-        archive: As `pack` makes it.
-        most: Bytes that it may hold, unpacked. No more than that is ever in memory.
+        archive: An archive that `pack` made.
+        most: Maximum unpacked bytes, which is also the maximum in memory.
 
     Returns:
-        How many were written.
+        Number of files written.
 
     Raises:
-        ValueError: An entry is no plain file inside the folder.
-        OSError: It is no such archive, or holds more than `most` (`BadFileError`), or the folder cannot be written.
+        ValueError: An entry is not a plain file inside the folder.
+        OSError: The archive is invalid or larger than `most` (`BadFileError`), or the folder cannot be written.
     """
     try:
         # As a stream: neither the headers nor the files of it can take more memory than was read.

@@ -90,10 +90,14 @@ class PackStore:
         return pack
 
     def write(self, pack: Pack) -> bool:
-        """Keep a pack, in place of an older one of its key; returns whether it is kept.
+        """Write a pack, replacing an older one of its key.
+
+        Returns:
+            True if it was written; False with an event otherwise.
 
         Raises:
-            PackError: The key is none, or JSON cannot say the decisions (NaN and infinities, too), or not within 4 MiB.
+            PackError: The key is invalid, or the decisions are not serialisable as JSON (NaN and infinities included)
+                within 4 MiB.
         """
         self._path(pack.key)
         try:
