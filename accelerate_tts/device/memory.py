@@ -25,12 +25,12 @@ _PRESSURE = 0.10
 
 
 def free_bytes(device: DeviceInfo) -> int | None:
-    """Bytes that can still be taken on `device`, or `None` where nobody can say."""
+    """Return the free bytes of `device`, or `None` if unknown."""
     return spec_of(device).free_bytes(device)
 
 
 def free_host_bytes() -> int:
-    """Bytes that the machine has left, and the container that the process is in."""
+    """Return the free bytes of the machine, within the limits of the process's container."""
     import psutil
 
     headroom = cgroup_headroom()
@@ -106,7 +106,7 @@ def cleanup(device: DeviceInfo) -> None:
     for name, step in steps:
         try:
             step()
-        except Exception as error:  # a clean-up must never break the call that asked for it
+        except Exception as error:  # a clean-up must never fail the user's call
             emit(NotApplied(f"clean-up step {name!r}", f"{type(error).__name__}: {error}"))
 
 

@@ -94,7 +94,7 @@ def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
         OSError: The archive is invalid or larger than `most` (`BadFileError`), or the folder cannot be written.
     """
     try:
-        # As a stream: neither the headers nor the files of it can take more memory than was read.
+        # As a stream, so that neither headers nor files can take more memory than was read.
         with (
             gzip.GzipFile(fileobj=io.BytesIO(archive)) as stream,
             tarfile.open(fileobj=_AtMost(stream, most), mode="r|") as content,
@@ -108,10 +108,10 @@ _UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, Recursi
 
 
 class _AtMost:
-    """A stream that ends with an error after so many bytes: what little was compressed may become very much."""
+    """A stream with a maximum number of bytes, since a small compressed file may unpack to a very large one."""
 
     def __init__(self, stream: gzip.GzipFile, most: int) -> None:
-        headers = most // 8 + 2 * tarfile.RECORDSIZE  # and what fills the last block of each file, and of the archive
+        headers = most // 8 + 2 * tarfile.RECORDSIZE  # also the padding of each file's and the archive's last block
         self._stream, self._left = stream, most + headers
 
     def read(self, size: int) -> bytes:

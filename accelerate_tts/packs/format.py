@@ -25,8 +25,8 @@ LINE_LIMIT = 1024
 """Maximum bytes of a line; the longest key, two sizes and two digests are below 400."""
 
 MOST_DECISIONS = 4 << 20
-"""Bytes of the decisions' JSON, which anybody may write: some of it takes thirty times its length in memory. A tuning
-of a hundred parts takes a fifth of a megabyte."""
+"""Maximum bytes of the decisions' JSON. Other users may have written it, and JSON can take thirty times its length in
+memory. A tuning of a hundred parts takes a fifth of a megabyte."""
 
 _UNSIGNED = bytes(32)
 

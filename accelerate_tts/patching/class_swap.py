@@ -160,10 +160,10 @@ def in_fused(module: nn.Module) -> set[nn.Module]:
 
 
 def open_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules that are still called, and can be changed: all but those inside blocks that one kernel serves.
+    """Return the modules that are still called and can be changed: all except those inside fused blocks.
 
-    What is left of a module depends on what was changed before, by this tuning or by an earlier one of a part of it. So
-    the modules are asked, and stages need not know each other.
+    The result depends on earlier changes, by this tuning or an earlier one of a part of the module. It is read from the
+    modules, so stages need not know each other.
     """
     fused = in_fused(module)
     return [inner for inner in module.modules() if inner not in fused]

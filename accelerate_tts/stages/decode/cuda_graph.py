@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["CapturedStepStage"]
 
 _MOST_SLOTS = 4
-"""Maximum slots of one decoder: sequences that are served in turn without a copy."""
+"""Maximum slots of one decoder, that is, sequences that can alternate without a copy."""
 _MOST_BYTES = 2 << 30
 """Maximum bytes of all slots of one decoder. A slot of T3 for 1,024 positions takes half a gigabyte."""
 _POSITIONS = "position_ids"

@@ -97,7 +97,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     return [
         inner
         for inner in open_modules(module)
-        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+        # The forward of a subclass (an adapter, a quantised layer) is unknown.
         if (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
