@@ -1,8 +1,8 @@
-"""Warm packs: decisions and compiled code of an earlier process's tuning, checked once and applied.
+"""Warm packs: a tuning's decisions and compiled code from an earlier process, checked once and put in force.
 
-The second process times nothing. It runs the warm-up once on the untouched object for reference outputs, applies the
-pack's changes, loads the compiled code, runs the warm-up again and compares. A pack that does not fit, or does not
-compute the same, causes an event and normal tuning.
+The second process measures nothing. It runs the warm-up once as it was loaded, which is the reference, applies what the
+pack says, loads the compiled code, runs the warm-up again and compares. A pack that does not fit, or does not compute
+the same, costs one event and the usual tuning.
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ if TYPE_CHECKING:
 
 __all__ = ["WarmPack", "pack_folder", "pack_store"]
 
-# Version of the decisions. Version 1 does not mark uncertain verdicts.
+# Of the decisions. Those of 1 do not say how sure they are.
 _FORMAT = 2
 
 
 def pack_folder(settings: Settings) -> Path:
-    """Return the folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
+    """Where warm packs are kept: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
     return own_folder("packs", settings.pack_folder)
 
 
 def pack_store(settings: Settings) -> PackStore:
-    """Return the store of warm packs of the settings."""
-    # An environment variable may contain bytes that are not UTF-8.
+    """The store of warm packs that the settings name."""
+    # A variable of the environment may hold bytes that are no UTF-8.
     secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
     return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
 
 
 @dataclass
 class WarmPack:
-    """The warm pack of one loaded object, existing or not yet written.
+    """The warm pack of one loaded object: there or still to be written.
 
     Attributes:
-        store: The store of packs.
+        store: Where packs are.
         plan: The object's plan, before anything was changed.
-        key: Key of the pack.
+        key: What the pack is for.
         seconds: The tuning budget of this process.
-        retune: True if uncertain verdicts of an earlier process may be tried again.
+        retune: Whether what an earlier process was not sure of may be tried again.
     """
 
     store: PackStore
@@ -86,16 +86,9 @@ class WarmPack:
     def of(
         cls, plan: ModelPlan, stages: Sequence[Stage], device: DeviceInfo, settings: Settings, **options: Any
     ) -> WarmPack | None:
-        """Return the pack for a plan, or `None`.
+        """The pack for a plan under these circumstances; `options` are whatever else tuning was told.
 
-        An object without a fingerprint (whose `repr` raises, for example) causes an event and has no pack.
-
-        Args:
-            plan: The object's plan.
-            stages: The stages that would be tried.
-            device: The device.
-            settings: The settings.
-            options: Further options of tuning, which become part of the key.
+        An object that cannot be told from others (a `repr` that raises, say) costs one event and has no pack.
         """
         import torch
 
@@ -104,7 +97,7 @@ class WarmPack:
             "torch": torch.__version__,
             "python": sys.version_info[:2],
             "device": (device.kind, device.name, torch.backends.cpu.get_cpu_capability()),
-            "kernels": level() if device.kind == "cpu" else "",  # a tuning without kernels may gain by them
+            "kernels": level() if device.kind == "cpu" else "",  # what was tuned without them may gain by them
             "threads": torch.get_num_threads(),
             "flags": (settings.compile_mode, settings.tf32, settings.cudnn_benchmark),
             "training": acts_in_training(plan),
@@ -116,15 +109,15 @@ class WarmPack:
             return cls(
                 pack_store(settings), plan, key, settings.tune_seconds, compiler_cache.snapshot(), settings.retune
             )
-        except Exception as error:  # a pack is optional: without it the object is tuned
+        except Exception as error:  # a pack is a convenience: whatever is wrong with it, tuning is still there
             emit(PackIgnored(f"the warm pack of {plan.what}", f"{type(error).__name__}: {error}"))
             return None
 
     def restore(self, calls: WarmupCalls, stages: Sequence[Stage], device: DeviceInfo, limits: Limits) -> Tuning | None:
-        """Apply the pack's changes; return `None`, with the object untouched, if there is no pack or it does not fit.
+        """Put in force what the pack says; `None`, with everything as it was, if there is none or it does not fit.
 
-        Also returns `None` if the pack has uncertain verdicts and the machine is quiet now. The tuning that follows
-        tries these again, and takes the others from `known`.
+        `None` as well if it says that it is not sure, and the machine is quiet now: the tuning that follows tries that
+        again, and takes the rest from `known`.
         """
         pack = self.store.read(self.key) if calls.main else None
         if pack is None:
@@ -145,7 +138,7 @@ class WarmPack:
                 return None
         except Exception as error:  # see `of`
             session.off()
-            if not isinstance(error, _WarmupFailedError):  # tuning will report the same error
+            if not isinstance(error, _WarmupFailedError):  # tuning meets the same, and says so
                 emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
             return None
         except BaseException:
@@ -154,12 +147,12 @@ class WarmPack:
         tuning = self._restored(session, receipt, len(entries), time.perf_counter() - start)
         tuning = replace(tuning, parts=tuple(part for part, _ in entries))
         if pack.artifacts is None and self._code_of(tuning.kept) is not None:
-            # The pack has no trusted code: the code that was compiled here is stored under this user's signature.
+            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
             self.keep(replace(tuning, receipt=decided))
         return tuning
 
     def _restored(self, session: Session, receipt: Receipt, entries: int, seconds: float) -> Tuning:
-        """Return the restored tuning with its receipt and events."""
+        """What is in force now, and said of it."""
         changes = tuple(kept.change for kept in session.kept)
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
@@ -179,14 +172,14 @@ class WarmPack:
 
     @property
     def known(self) -> tuple[StageResult, ...]:
-        """Certain verdicts of an earlier process, for parts without uncertain ones."""
+        """What an earlier process was sure of, of parts of which it was sure of everything."""
         if self._earlier is None:
             return ()
         again = {result.part for result in self._earlier.unsure}
         return tuple(result for result in self._earlier.stages if result.part not in again)
 
     def renew(self, tuning: Tuning) -> None:
-        """Write the pack of the repeated tuning, unless the earlier one had fewer uncertain verdicts; emit an event."""
+        """Write the pack of a tuning that followed, unless the earlier process was surer. Says what came of it."""
         before = self._earlier
         if before is None or not tuning.complete:
             self.keep(tuning)
@@ -197,13 +190,13 @@ class WarmPack:
         emit(Retuned(self.plan.what, len(before.unsure), left, before.ratio, tuning.receipt.ratio))
 
     def keep(self, tuning: Tuning) -> None:
-        """Write the pack of a complete tuning. A failure causes an event."""
+        """Write the pack of a complete tuning. What cannot be written costs one event."""
         if not tuning.complete:
             return
         decided = [entry for entry in tuning.kept if entry.stage not in IN_ANY_CASE]
         kept = [found for entry in decided if (found := _described(self.plan, tuning, entry)) is not None]
         if len(kept) < len(decided):
-            return  # a part has no path by which it can be found again
+            return  # a part that cannot be found again by its path
         try:
             decisions = {
                 "format": _FORMAT, "kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds,
@@ -213,12 +206,12 @@ class WarmPack:
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
 
     def _code_of(self, kept: Sequence[Kept]) -> bytes | None:
-        """Return the compiled code of the kept changes, or `None`."""
+        """What was compiled for the changes in force."""
         return compiler_cache.pack(self._code) if any(entry.change.graphs for entry in kept) else None
 
 
 class _WarmupFailedError(Exception):
-    """The user's warm-up raised before anything was changed."""
+    """The user's own warm-up raised, before anything was changed."""
 
 
 def _described(plan: ModelPlan, tuning: Tuning, kept: Kept) -> dict[str, Any] | None:
@@ -236,14 +229,10 @@ def _described(plan: ModelPlan, tuning: Tuning, kept: Kept) -> dict[str, Any] | 
 def _read(
     decisions: Mapping[str, Any], plan: ModelPlan, stages: Sequence[Stage], seconds: float
 ) -> tuple[Receipt, list[tuple[Part, Stage]]]:
-    """Read the receipt and the changes to apply from untrusted decisions.
-
-    Raises:
-        ValueError: The decisions do not fit the plan or the stages, or ran out of a smaller budget.
-    """
+    """The receipt, and what is to be put in force: all texts and numbers of a file that anybody may have written."""
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
-        # A single look on a busy machine could drop the best stage, without being marked as uncertain.
+        # One look on a busy machine could drop what is best, and left a verdict like any other.
         verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
         receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]
@@ -280,8 +269,8 @@ def _text(value: object) -> str:
 
 
 def _apply(session: Session, entries: Sequence[tuple[Part, Stage]], receipt: Receipt) -> Receipt:
-    """Apply the entries and check the outputs; return the updated receipt."""
-    # Parts that must be bit-exact are compared separately, and all parts if the whole could not be compared.
+    """Put the entries in force, and check what the object computes then; returns what became of the receipt."""
+    # Parts that must be bit-exact are compared one by one. So is everything where the whole could not be compared.
     alone = {part.name: part for part, _ in entries if part.decides or receipt.error is None}
     reference, cold = _reference(session, [part for part in alone.values() if part.name != PROCESS])
     for part in alone.values():
@@ -289,7 +278,7 @@ def _apply(session: Session, entries: Sequence[tuple[Part, Stage]], receipt: Rec
             raise ValueError(f"the output of {part.name} does not repeat, so nothing can be checked")
     for part, stage in entries:
         obstacle = stage.applies(part)
-        if obstacle is not None and stage.process:  # another object has already applied it to this process
+        if obstacle is not None and stage.process:  # another object has done it for this process already
             receipt = _without(receipt, part, stage, obstacle)
             continue
         if obstacle is not None:
@@ -305,11 +294,7 @@ def _apply(session: Session, entries: Sequence[tuple[Part, Stage]], receipt: Rec
 
 
 def _reference(session: Session, parts: Sequence[Part]) -> tuple[list[Any], float]:
-    """Run the untouched object's cold pass, which gives the reference outputs and captures the parts' inputs.
-
-    Returns:
-        The reference outputs, and the seconds of the pass.
-    """
+    """What the untouched object computes, which also is its cold pass, and what the parts are given in it."""
     start = time.perf_counter()
     try:
         with (
@@ -330,11 +315,7 @@ def _reference(session: Session, parts: Sequence[Part]) -> tuple[list[Any], floa
 
 
 def _check(session: Session, parts: Iterable[Part], reference: list[Any] | None) -> None:
-    """Check the outputs of the whole object, if there is a reference, and of these parts.
-
-    Raises:
-        ValueError: An output is wrong.
-    """
+    """Raise ValueError unless the object computes what it did: as a whole if there is a reference, and these parts."""
     with fallbacks() as fallen:
         result = session.run()
         for _ in range(CUDA_GRAPH_PASSES - 1 if session.device.type == "cuda" else 0):
