@@ -18,7 +18,7 @@ from accelerate_tts import Event, get_performance_optimizer, receipt_of
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import Part, describe, register_system
 from accelerate_tts.models.catalogue import SYSTEMS
-from accelerate_tts.registry import Registry
+from accelerate_tts.registration import Registry
 from accelerate_tts.stages.catalogue import STAGES, default_stages
 from accelerate_tts.tuning.timing import Timing
 
