@@ -37,7 +37,7 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 
 
 # A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
-# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0036). Where
+# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0011). Where
 # the result is tokens, they are compared as well, and must be the same.
 _ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
 # What nothing reads but a head whose probabilities are compared themselves may be so many times as far off.

@@ -2,7 +2,7 @@
 
 Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
 layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
-one (docs/decisions/0046-busy-machines.md). So tuning asks before it believes a figure.
+one (docs/decisions/0014-tuning-budget-and-noise.md). So tuning asks before it believes a figure.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ LONGEST = 10_000_000
 """Maximum length, since the warm-up makes an input of it: seven minutes of samples at 24 kHz."""
 
 # A compiled graph is valid for a range of lengths: oneDNN's convolutions change their kernel at powers of two, and
-# dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0003-compiled-calls.md).
+# dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0004-compiling.md).
 _STEP = 1.9
 
 

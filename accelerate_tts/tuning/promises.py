@@ -37,12 +37,12 @@ class Promise:
     source: str
 
 
-_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that nobody told it about"
-_PATIENCE = "docs/decisions/0045-less-patience.md"
+_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that no plan knows"
+_PATIENCE = "docs/decisions/0014-tuning-budget-and-noise.md"
 
 PROMISES = (
-    Promise("fused decoder blocks (int8)", "decoder", "", 4.0, "docs/decisions/0030-the-budget-of-long-passes.md"),
-    Promise("fused decoder blocks (bf16)", "decoder", "", 2.5, "docs/decisions/0030-the-budget-of-long-passes.md"),
+    Promise("fused decoder blocks (int8)", "decoder", "", 4.0, "docs/decisions/0014-tuning-budget-and-noise.md"),
+    Promise("fused decoder blocks (bf16)", "decoder", "", 2.5, "docs/decisions/0014-tuning-budget-and-noise.md"),
     Promise("fused decoder blocks (fp32)", "decoder", "", 1.2, _MODELS),
     Promise("channels-last convolutions", "vocoder", "", 1.14, _MODELS),
     Promise("fold weight norm", "", "", 1.02, _MODELS),

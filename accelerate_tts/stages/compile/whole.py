@@ -96,7 +96,7 @@ class FrozenCompileStage(BaseStage):
 
     With few rows (a decode step, a short sentence), reading the weights dominates a linear layer. inductor's C++
     kernels over packed weights read them at full memory bandwidth. Both `freezing` and `max_autotune` are needed for a
-    gain (docs/decisions/0009-frozen.md). For CPUs.
+    gain (docs/decisions/0004-compiling.md). For CPUs.
     """
 
     name = "torch.compile, frozen"

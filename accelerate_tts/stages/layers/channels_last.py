@@ -3,7 +3,7 @@
 oneDNN computes a `Conv1d` of a contiguous tensor in a blocked layout, and reorders its input and output at every call.
 In channels-last layout nothing is reordered, and element-wise operations between two convolutions keep that layout. A
 vocoder spends much of its time on reordering, since its last levels have few channels and very many samples
-(docs/decisions/0006-channels-last.md has the figures).
+(docs/decisions/0005-vocoders.md has the figures).
 
 The convolution is computed as a 2-D one of height 1, and the weights are read at each call. The outputs of a part are
 made contiguous again, since callers may rely on that.

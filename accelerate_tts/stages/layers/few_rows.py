@@ -2,7 +2,7 @@
 
 A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch). `F.linear`
 uses a kernel for many rows, which reads the weights at a half to a third of the memory bandwidth. `W @ x.T` reads them
-at full bandwidth (docs/decisions/0007-few-rows.md has the figures). One row is a matrix-vector product either way, and
+at full bandwidth (docs/decisions/0006-few-rows.md has the figures). One row is a matrix-vector product either way, and
 from about ten rows on `F.linear` is faster.
 """
 

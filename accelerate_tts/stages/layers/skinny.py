@@ -2,7 +2,7 @@
 
 A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so reading the
 weights dominates its time. `F.linear` uses kernels for many rows, which reach a third of the memory bandwidth
-(docs/decisions/0014-skinny.md has the figures). In fp32 the kernel reads the module's own weights and is exact to
+(docs/decisions/0006-few-rows.md has the figures). In fp32 the kernel reads the module's own weights and is exact to
 rounding. The level `balanced` may store them in bf16, `fast` in int8 with a scale for each output. Sums stay in fp32,
 and inputs with more rows use the fp32 weights as before.
 """

@@ -1,6 +1,6 @@
 """HiFi-GAN's generator in fewer operators, in fp32 (exact to rounding) or bf16. For CPUs.
 
-All tensors stay in channels-last layout (decision 0006), and:
+All tensors stay in channels-last layout (decision 0005), and:
 
 - a convolution adds its block's residual, or applies the following activation, while its output is in registers
   (oneDNN's post-operations, on weights that are reordered once);
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 PIECE = Piece(4 << 20, 1024)
-"""The fastest size on two cores with 2 MB of cache each (decision 0041)."""
+"""The fastest size on two cores with 2 MB of cache each (decision 0005)."""
 
 
 def hifigan(dtype: Any = None) -> Kernel:
