@@ -2,8 +2,8 @@
 
 After each product, OpenBLAS's worker threads spin for some 25 ms (2**26 cycles, its `THREAD_TIMEOUT`) to wait for more
 work. On a machine with few cores they slow down torch's OpenMP threads, whose barriers wait for the slowest. A speaker
-encoder right after a mel spectrogram took 2.3 times as long (docs/decisions/0012-work-beside-the-model.md).
-With one thread, OpenBLAS has no workers.
+encoder right after a mel spectrogram took 2.3 times as long (docs/decisions/0012-work-beside-the-model.md). With one
+thread, OpenBLAS has no workers.
 
 threadpoolctl supports every BLAS, but is not a dependency of the core, and one function of one library is enough here.
 """

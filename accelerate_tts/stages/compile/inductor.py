@@ -176,8 +176,8 @@ def compile_function(
         return function(*args, **kwargs)
 
     plain = call if _settings_are_the_threads() else watched
-    # Globals of its own, too: dynamo puts each graph there, and graphs refer to the weights. With torch among them: after a
-    # graph break, dynamo of torch 2.6 looks for it there and ends with a NameError (seen on transformers' GPT2Model).
+    # Globals of its own, too: dynamo stores each graph there, and graphs refer to the weights. With torch among them:
+    # after a graph break, dynamo of torch 2.6 looks for it there, else it raises NameError (transformers' GPT2Model).
     known = {**plain.__globals__, "torch": torch}
     own = types.FunctionType(plain.__code__.replace(), known, "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager mode.
