@@ -6,15 +6,14 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate_tts.device import setup
 from accelerate_tts.device.detect import DEVICES, detect
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.settings import Mode, Settings
-from accelerate_tts.tuning.options import TuneOptions
+from accelerate_tts.settings import Settings
 from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
 from accelerate_tts.tuning.tuning_lock import Flight
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import ModelPlan
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.stages.protocol import Stage
+    from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.session import Session
     from accelerate_tts.tuning.tune import Limits, Tuning
     from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
@@ -58,29 +58,27 @@ class LoadedObjects:
         self._tidy = tidy
         self._tunings = TuningMap()
 
-    def optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
-    ) -> Receipt | None:
+    def optimize(self, request: LoadRequest) -> Receipt | None:
         """See `PerformanceOptimizer.optimize`."""
-        with _flight.turn(loaded.loop) as mine:
+        with _flight.turn(request.loaded.loop) as mine:
             if mine:
-                return self._optimize(loaded, warmup, mode, stopped, options)
+                return self._optimize(request)
         emit(NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand"))
         return None
 
-    def _optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
-    ) -> Receipt | None:
+    def _optimize(self, request: LoadRequest) -> Receipt | None:
         from accelerate_tts.inspection.object_tree import find_modules
 
         prepared = self._ready()
+        loaded = request.loaded
         if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
             loaded = replace(loaded, result=None)  # `return True`, and the model is on self
+            request = replace(request, loaded=loaded)
         found = find_modules(loaded.subject)
         tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
         new = [root for root in found.values() if id(root) not in tuned]
         if not new:
-            self._warm_up_new(loaded, warmup, mode, found, options)
+            self._warm_up_new(request, found)
             for done in tuned.values():
                 self._remember(loaded, done)
                 return done.receipt
@@ -91,20 +89,19 @@ class LoadedObjects:
         from accelerate_tts.storage.fingerprint import outline
         from accelerate_tts.tuning.policy import current_policy
         from accelerate_tts.tuning.tune import Limits
-        from accelerate_tts.tuning.warmup import warmup_calls
 
-        calls = warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout)
-        settings = options.applied_to(self._settings)
+        calls = request.calls(self._settings.warmup_timeout)
+        settings = request.applied_to(self._settings)
         plan = describe(loaded.subject, new)
         device = _device_of(plan, prepared)
         stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
         pack = None
         if settings.pack and calls.main and plan.parts:
-            told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
-            pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
+            told = {"precision": settings.precision, "lengths": request.lengths, "warmup": outline(request.warmup)}
+            pack = WarmPack.of(plan, stages, device, settings, mode=request.mode, **told)
         policy = replace(current_policy(), patience=settings.tune_patience)
         begun: list[Session] = []
-        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy, begun.append)
+        limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
         tuning = None
         try:
             tuning = _tune(plan, calls, stages, limits, pack, device)
@@ -186,22 +183,19 @@ class LoadedObjects:
             f" loaded again ({seconds:.1f} s, and the memory of one more model meanwhile)"
         )
 
-    def _warm_up_new(
-        self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
-    ) -> None:
+    def _warm_up_new(self, request: LoadRequest, found: dict[str, nn.Module]) -> None:
         """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
         from accelerate_tts.runtime.seeding import seeded
-        from accelerate_tts.tuning.warmup import warmup_calls
 
-        name = type(loaded.subject).__name__
+        name = type(request.loaded.subject).__name__
         if not found:
             emit(NotApplied(f"@optimized_model on {name}", "no torch.nn.Module was found in what was loaded"))
-        elif self._tunings.get(loaded.subject) is not None:
+        elif self._tunings.get(request.loaded.subject) is not None:
             return
         start = time.perf_counter()
         try:
             with seeded(self._ready().type):
-                for call in warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout).main:
+                for call in request.calls(self._settings.warmup_timeout).main:
                     call.run()
         except WarmupError:
             raise

@@ -123,7 +123,7 @@ def warmup_calls(
     """The calls that `warmup` stands for.
 
     Args:
-        warmup: As given to `@optimized_model`.
+        warmup: As given to `@optimized_model`, and checked by `check_warmup`.
         loaded: What it is a warm-up of.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
         lengths: The shortest and the longest input of service.
@@ -132,7 +132,6 @@ def warmup_calls(
     Raises:
         WarmupError: `warmup` does not fit what was loaded.
     """
-    check_warmup(warmup, lengths)
     if warmup is None:
         return WarmupCalls()
     loaded = replace(loaded, timeout=timeout)
