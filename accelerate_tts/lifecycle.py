@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import ModelPlan
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.stages.protocol import Stage
+    from accelerate_tts.tuning.findings import Findings, Tuning
+    from accelerate_tts.tuning.ledger import Ledger
+    from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.load_request import LoadRequest
-    from accelerate_tts.tuning.session import Session
-    from accelerate_tts.tuning.tune import Limits, Tuning
     from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
 
 __all__ = ["LoadedObjects"]
@@ -87,8 +88,8 @@ class LoadedObjects:
         from accelerate_tts.packs.warm_pack import WarmPack
         from accelerate_tts.stages.catalogue import default_stages
         from accelerate_tts.storage.fingerprint import outline
+        from accelerate_tts.tuning.limits import Limits
         from accelerate_tts.tuning.policy import current_policy
-        from accelerate_tts.tuning.tune import Limits
 
         calls = request.calls(self._settings.warmup_timeout)
         settings = request.applied_to(self._settings)
@@ -100,14 +101,16 @@ class LoadedObjects:
             told = {"precision": settings.precision, "lengths": request.lengths, "warmup": outline(request.warmup)}
             pack = WarmPack.of(plan, stages, device, settings, mode=request.mode, **told)
         policy = replace(current_policy(), patience=settings.tune_patience)
-        begun: list[Session] = []
+        begun: list[Ledger] = []
         limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
         tuning = None
         try:
-            tuning = _tune(plan, calls, stages, limits, pack, device)
-            if tuning.changes:
-                roots = {path: root for path, root in found.items() if id(root) not in tuned}
-                tuning = self._told(plan, tuning, loaded, roots, calls)
+            # Before anything else: dynamo may guard on which attributes a module has.
+            for root in plan.roots:
+                keep(root)
+            findings = _found(plan, calls, stages, limits, pack, device)
+            roots = {path: root for path, root in found.items() if id(root) not in tuned}
+            tuning = self._settled(plan, findings, loaded, roots, calls)
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
             self._remember(loaded, tuning, *plan.roots)
@@ -117,9 +120,9 @@ class LoadedObjects:
         self._tidy()  # captured inputs and rejected copies were made in between what stays
         return tuning.receipt
 
-    def _take_back(self, plan: ModelPlan, begun: list[Session], tuning: Tuning | None) -> None:
-        for session in begun:
-            session.off()
+    def _take_back(self, plan: ModelPlan, begun: list[Ledger], tuning: Tuning | None) -> None:
+        for ledger in begun:
+            ledger.off()
         if tuning is not None:
             guarding = guards.guard_of(tuning)
             if guarding is not None:
@@ -129,10 +132,12 @@ class LoadedObjects:
         for root in plan.roots:
             drop_keeper(root)
 
-    def _told(
-        self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    def _settled(
+        self, plan: ModelPlan, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> Tuning:
-        """What to say of the guard and of what it costs; loaded weights go where they were asked to."""
+        """The tuning, once loaded weights are where they were asked to go; its receipt says what the guard costs."""
+        if not findings.kept:
+            return findings.tuning()
         from accelerate_tts.packs.warm_pack import pack_folder
         from accelerate_tts.patching.offload import copied_storages, originals_to_file
 
@@ -141,23 +146,22 @@ class LoadedObjects:
         if beside >= 1.0:
             notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")
         if self._settings.guard_weights == "disk":
-            moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
+            moved = originals_to_file(plan.roots, plan.what, pack_folder(self._settings))
             notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
         let_go = None
         if self._settings.guard_weights == "reload":
-            let_go, note = self._let_go(tuning, loaded, found, calls)
+            let_go, note = self._let_go(plan.what, findings, loaded, found, calls)
             notes.append(note)
-        receipt = replace(tuning.receipt, notes=(*tuning.receipt.notes, *notes))
-        return replace(tuning, receipt=receipt, let_go=let_go)
+        return findings.tuning(*notes, let_go=let_go)
 
     def _let_go(
-        self, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+        self, what: str, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> tuple[LetGo | None, str]:
         """Let loaded weights go, and see whether they are missed."""
         from accelerate_tts.patching.offload import let_go_of
         from accelerate_tts.runtime.seeding import seeded
 
-        again, what, device = loaded.again, tuning.receipt.what, self._ready().type
+        again, device = loaded.again, self._ready().type
         if again is None:
             why = "there is no load function to call again: decorate it with @optimized_model"
             emit(NotApplied(f"guard_weights='reload' of {what}", why))
@@ -165,8 +169,8 @@ class LoadedObjects:
         start = time.perf_counter()
         timeout = self._settings.warmup_timeout
         # A graph knows what its weights were, and would be compiled anew.
-        compiled = {kept.part for kept in tuning.kept if kept.change.graphs is not None}
-        besides = {inner for part in tuning.parts if part.name in compiled for inner in part.module.modules()}
+        compiled = {kept.part for kept in findings.kept if kept.change.graphs is not None}
+        besides = {inner for part in findings.parts if part.name in compiled for inner in part.module.modules()}
         let_go = let_go_of(what, found, lambda: again.modules(what, device, timeout), besides)
         seconds = time.perf_counter() - start
         gone = 0 if let_go is None else let_go.leave()
@@ -266,27 +270,19 @@ class LoadedObjects:
             yield any(in_force)
 
 
-def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
+def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None,
     device: DeviceInfo,
-) -> Tuning:  # fmt: skip
-    from accelerate_tts.tuning.tune import tune
+) -> Findings:  # fmt: skip
+    """The changes of a warm pack or, where none fits, of a tuning, in force."""
+    from accelerate_tts.tuning.tune import find
 
-    # Before tuning: dynamo may guard on which attributes a module has.
-    for root in plan.roots:
-        keep(root)
-    tuning = None
-    try:
-        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
-        if tuning is None:
-            tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
-            if pack is not None:
-                pack.renew(tuning)
-        return tuning  # noqa: TRY300 - in here: Ctrl-C may come at this line, too
-    except BaseException:
-        if tuning is not None:
-            tuning.undo()
-        raise
+    findings = None if pack is None else pack.restore(calls, stages, device, limits)
+    if findings is None:
+        findings = find(plan, calls, stages, device, limits, () if pack is None else pack.known)
+        if pack is not None:
+            pack.renew(findings)
+    return findings
 
 
 def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:

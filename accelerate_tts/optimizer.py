@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from accelerate_tts.receipts.receipt import Receipt
+    from accelerate_tts.tuning.findings import Tuning
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
-    from accelerate_tts.tuning.tune import Tuning
 
 __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
 
@@ -168,8 +168,7 @@ class PerformanceOptimizer:
         """
         from accelerate_tts.runtime.seeding import seeded
         from accelerate_tts.tuning.load_request import LoadRequest
-        from accelerate_tts.tuning.session import CUDA_GRAPH_PASSES
-        from accelerate_tts.tuning.warmup import Loaded
+        from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES, Loaded
 
         device = self._ready()
         calls = LoadRequest(warmup_input, loaded=Loaded(model)).calls(self.settings.warmup_timeout).main

@@ -29,8 +29,8 @@ from accelerate_tts import (
 )
 from accelerate_tts.events import FellBack, WarmupFailed, emit
 from accelerate_tts.runtime.guard.guard import guard_of
+from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.load_request import LoadRequest
-from accelerate_tts.tuning.session import fallbacks
 from accelerate_tts.tuning.warmup import Loaded
 
 ERRORS: dict[str, Callable[[], Exception]] = {

@@ -28,8 +28,6 @@ _MOST_OF_A_SORT = 3
 # From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
 _A_LOOP = 8
 _MOSTLY = 0.5
-# Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times over.
-_ENOUGH = 1.0
 
 Sort = tuple[tuple[int, ...], ...]
 _MOST_OUTPUTS = 64
@@ -46,6 +44,7 @@ class Captured:
 
     Attributes:
         method: What is called to run the part.
+        enough: Seconds of a loop's calls that one timing needs.
         calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
         count: How often it was called.
         seconds: Wall-clock seconds inside it.
@@ -55,6 +54,7 @@ class Captured:
     """
 
     method: str = CALL
+    enough: float = 1.0
     calls: list[_Call] = field(default_factory=list)
     count: int = 0
     seconds: float = 0.0
@@ -109,7 +109,7 @@ class Captured:
             return [call for call in self.calls if call.sort != longest] or self.calls
         calls = [call for call in self.calls if call.sort == longest] or self.calls
         # The latest, where a cache has grown to its length in service.
-        return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]
+        return calls[-max(1, math.ceil(self.enough * tally.count / tally.seconds)) :]
 
 
 @dataclass
@@ -169,9 +169,9 @@ class _Call:
 
 
 @contextmanager
-def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Captured], None, None]:
-    """While open, record each part's calls into the yielded mapping, by part name."""
-    seen = {part.name: Captured(part.method) for part in parts}
+def watch(parts: tuple[Part, ...], device_type: str, enough: float = 1.0) -> Generator[dict[str, Captured], None, None]:
+    """While open, record each part's calls into the yielded mapping, by part name. See `Captured.enough`."""
+    seen = {part.name: Captured(part.method, enough) for part in parts}
     with ExitStack() as stack:
         for part in parts:
             before, after = _watchers(seen[part.name], device_type)

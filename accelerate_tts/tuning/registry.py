@@ -10,7 +10,7 @@ from accelerate_tts.locks import lock
 if TYPE_CHECKING:
     from torch import nn
 
-    from accelerate_tts.tuning.tune import Tuning
+    from accelerate_tts.tuning.findings import Tuning
 
 __all__ = ["Keeper", "TuningMap", "drop_keeper", "keep", "keeper_of"]
 
