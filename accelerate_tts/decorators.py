@@ -103,12 +103,12 @@ def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
 
 
 def _found(module: str, name: str) -> Any:
-    """What is called so in a module: how a function of a class is pickled, which is another object at each look."""
+    """Find a function by its name. One of a class is pickled by that, since it is another object at each look."""
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
 class _RunInMode:
-    """What an @inference shell does at a call. A class, so that it can be pickled."""
+    """Calls of an @inference shell. A class, so that it can be pickled."""
 
     def __init__(self, mode: Mode, concurrency: int | None, *, retry: bool) -> None:
         self.mode: Mode = mode
@@ -265,7 +265,7 @@ def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a
 
 
 class _Optimize:
-    """What an @optimized_model shell does at a call."""
+    """Calls of an @optimized_model shell."""
 
     def __init__(self, request: LoadRequest) -> None:
         self.request = request

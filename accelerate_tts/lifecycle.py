@@ -15,7 +15,7 @@ from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.settings import Settings
 from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
-from accelerate_tts.tuning.tuning_lock import Flight
+from accelerate_tts.tuning.tuning_lock import TuningLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -41,11 +41,11 @@ _FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps t
 _GUARD_OFF = "guard: off, by Settings.guard"
 
 # One for the process.
-_flight = Flight()
+_tuning_lock = TuningLock()
 
 
 class LoadedObjects:
-    """What one `PerformanceOptimizer` has tuned.
+    """Objects that one `PerformanceOptimizer` has tuned.
 
     Args:
         settings: Its options.
@@ -61,7 +61,7 @@ class LoadedObjects:
 
     def optimize(self, request: LoadRequest) -> Receipt | None:
         """See `PerformanceOptimizer.optimize`."""
-        with _flight.turn(request.loaded.loop) as mine:
+        with _tuning_lock.held(request.loaded.loop) as mine:
             if mine:
                 return self._optimize(request)
         emit(NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand"))

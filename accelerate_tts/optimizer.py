@@ -209,7 +209,7 @@ class PerformanceOptimizer:
     def remembered(
         self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Again | None:
-        """What `optimize` needs to call a load function again; asked before it is called. `None` where no need is."""
+        """Remember what calling a load function again takes, before it is called. `None` where no need is."""
         if self.settings.guard_weights != "reload":
             return None
         from accelerate_tts.tuning.reload import remembered
@@ -266,7 +266,7 @@ class PerformanceOptimizer:
         return create_inference_context()
 
     def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
-        """How many items to run at once.
+        """Number of items to run at once.
 
         Args:
             default: The answer where the table below has none: a device whose memory cannot be read.

@@ -50,7 +50,7 @@ _FORMAT = 2
 
 
 def pack_folder(settings: Settings) -> Path:
-    """Where warm packs are kept: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
+    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
     return own_folder("packs", settings.pack_folder)
 
 
@@ -176,7 +176,7 @@ class WarmPack:
 
     @property
     def known(self) -> tuple[StageResult, ...]:
-        """What an earlier process was sure of, of parts of which it was sure of everything."""
+        """Verdicts that an earlier process was sure of, of parts of which it was sure of everything."""
         if self._earlier is None:
             return ()
         again = {result.part for result in self._earlier.unsure}
@@ -212,7 +212,7 @@ class WarmPack:
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
 
     def _code_of(self, kept: Sequence[AppliedChange]) -> bytes | None:
-        """What was compiled for the changes in force."""
+        """Compiled code of the changes in force."""
         return compiler_cache.pack(self._code) if any(entry.change.graphs for entry in kept) else None
 
 

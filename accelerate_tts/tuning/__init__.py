@@ -1,1 +1,1 @@
-"""What happens once, at load: warm up, capture, try, compare, time, keep or undo."""
+"""Tuning, once at load: warm up, capture, try, compare, time, keep or undo."""

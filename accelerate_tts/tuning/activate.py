@@ -83,7 +83,7 @@ def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: b
 
 
 def fault_of(baseline: Baseline, part: Part, change: Change, difference: Difference) -> str:
-    """Why a change of one part must not be kept however fast it is, or ""."""
+    """Name the fault for which a change of one part is dropped however fast it is; "" if there is none."""
     return _nothing_compiled(change) or baseline.objection(part, difference)
 
 

@@ -96,7 +96,7 @@ class Baseline:
         return self.calls.run(self.device.type)
 
     def replayable(self, part: Part) -> bool:
-        """Whether the part can be run by itself, on its captured inputs."""
+        """Tell if the part can be run by itself, on its captured inputs."""
         captured = self.captured.get(part.name)
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
@@ -154,7 +154,7 @@ class Baseline:
         return replace(found, divergence=divergence(reference, outputs, part.head))
 
     def objection(self, part: Part, difference: Difference) -> str:
-        """Why a changed part's outputs are not tolerated, or ""."""
+        """Say why a changed part's outputs are not tolerated; "" if they are."""
         bit_exact = part.decides and not is_checked(part.module)
         tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
         objection = (_BIT_EXACT if bit_exact else tolerance).objection(
@@ -187,7 +187,7 @@ class Baseline:
 
 
 def _depth_of(module: nn.Module) -> int:
-    """How many blocks lie one behind the other in it: the most in one of its lists."""
+    """Number of blocks that lie one behind the other in a module: the most in one of its lists."""
     from torch import nn
 
     lists = (len(holder) for holder in module.modules() if isinstance(holder, (nn.ModuleList, nn.Sequential)))

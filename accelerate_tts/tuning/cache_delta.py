@@ -1,4 +1,4 @@
-"""What a call of a part computed, without what it was given.
+"""Outputs of a call of a part, without what it was given.
 
 A decoder returns the cache that it was called with, one position longer: of Chatterbox's T3 a hundred megabytes, of
 which a call made half of one. A few such results to compare, of the untouched part and of each change, would be what
@@ -33,12 +33,12 @@ class Added:
         self._kept = kept
 
     def compared_as(self) -> list[torch.Tensor]:
-        """What counts when results are compared; see compare.py."""
+        """Tensors that count when results are compared; see compare.py."""
         return [*self._tensors, self._kept]
 
 
 def is_cache(value: Any) -> bool:
-    """Whether it is a key/value cache, of whichever class."""
+    """Tell if a value is a key/value cache, of whichever class."""
     return callable(getattr(value, "get_seq_length", None))
 
 

@@ -40,7 +40,7 @@ class NotReplayableError(Exception):
 
 @dataclass
 class Captured:
-    """What was seen of one part in one pass.
+    """Calls of one part in one pass.
 
     Attributes:
         method: What is called to run the part.
@@ -71,16 +71,16 @@ class Captured:
         return [call.prepared(module) for call in self._chosen(which)]
 
     def outcomes(self, module: Any) -> list[Any]:
-        """What the captured calls compute: one after the other, so that there is one copy of their inputs at a time."""
+        """Outputs of the captured calls: one after the other, so that there is one copy of their inputs at a time."""
         return [settled(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls]
 
     @property
     def cached(self) -> bool:
-        """Whether it was called with a key/value cache, as a decoder in its loop is."""
+        """Tell if it was called with a key/value cache, as a decoder in its loop is."""
         return any(is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
-        """Where among the kept calls one more of a sort goes; `None` if it is not worth keeping.
+        """Index among the kept calls for one more of a sort; `None` if it is not worth keeping.
 
         A sort that comes late (a longer text, after a loop has filled all places) is given a place of the sort that
         has the most: what was never recorded is never verified.
@@ -273,7 +273,7 @@ def outputs_of(part: Part) -> Generator[list[Any], None, None]:
 
 
 def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What is to be called before and after each call of a part, to record it."""
+    """Hooks that are called before and after each call of a part, to record it."""
     starts: list[tuple[float, Sort]] = []
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ _BITS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What a candidate may differ by, and still count as right.
+    """Differences that a candidate may have and still count as right.
 
     Attributes:
         error: The largest relative error of any tensor. Of audio it is a signal-to-noise ratio of
@@ -64,7 +64,7 @@ class Tolerance:
     divergence: float = math.inf
 
     def objection(self, difference: Difference, *, depth: int = 1, read_by_a_head: bool = False) -> str:
-        """Why a difference is not tolerated, or "".
+        """Say why a difference is not tolerated; "" if it is.
 
         Args:
             difference: What was found.
@@ -109,7 +109,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far apart two results are.
+    """Distance of two results.
 
     Attributes:
         error: The largest relative error of any tensor: ||candidate - reference|| / ||reference||, in float64.

@@ -1,4 +1,4 @@
-"""How disturbed the machine is: what others took of the processors that a piece of work wanted.
+"""Disturbance of the machine: what others took of the processors that a piece of work wanted.
 
 Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
 layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
@@ -32,7 +32,7 @@ _PROBES, _FLOATS, _WIDTH = 3, 4 << 20, 256
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What others took meanwhile.
+    """Processor time that others took meanwhile.
 
     Attributes:
         share: Of the processor time that the work could have had, what it did not get; 0.0 is a quiet machine.
@@ -46,7 +46,7 @@ class Disturbance:
 
     @property
     def quiet(self) -> bool:
-        """Whether figures of that time can be believed."""
+        """Tell if figures of that time can be believed."""
         return self.share <= _LIMIT
 
 
@@ -54,7 +54,7 @@ QUIET = Disturbance()
 
 
 class Machine(Protocol):
-    """What a `Watcher` asks. Tests have one that says what they want."""
+    """Counters that a `Watcher` reads. Tests have one that says what they want."""
 
     def usage(self) -> Usage:
         """The counters of this moment."""
@@ -122,7 +122,7 @@ def one_thread() -> Generator[None, None, None]:
 
 
 def between(first: Usage, second: Usage, team: int) -> Disturbance:
-    """What others took between two readings of what a team of threads could have had.
+    """Disturbance between two readings: what others took of what a team of threads could have had.
 
     Args:
         first: The earlier reading.
@@ -214,11 +214,11 @@ class Watcher:
         return ended
 
     def believes(self, timing: Timing, found: Disturbance) -> bool:
-        """Whether a comparison can be believed though others were at work meanwhile: none of its pairs was touched."""
+        """Tell if a comparison can be believed though others were at work meanwhile: none of its pairs was touched."""
         return found.quiet or (found.waits and timing.clean and self.machine.waited() is not None)
 
     def look(self) -> Disturbance:
-        """What others take while this process waits for a quarter of a second."""
+        """Disturbance by others while this process waits for a quarter of a second."""
         first = self.machine.usage()
         self.machine.sleep(_LOOK)
         return between(first, self.machine.usage(), self.team)

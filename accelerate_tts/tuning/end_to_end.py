@@ -141,7 +141,7 @@ def _right(baseline: Baseline, ledger: Ledger) -> tuple[Difference | None, float
 
 
 def _loss(result: StageResult) -> tuple[bool, float]:
-    """What is lost without a stage: seconds of a pass. A decoder's, whose steps were found right, goes last."""
+    """Seconds of a pass that are lost without a stage. A decoder's, whose steps were found right, goes last."""
     return _is_sampled(result), (result.before or 0.0) - (result.after or 0.0)
 
 
@@ -150,12 +150,12 @@ def _is_inexact(result: StageResult) -> bool:
 
 
 def _is_sampled(result: StageResult) -> bool:
-    """Whether a decoder's steps were verified one by one, so that another sequence of tokens may come of it."""
+    """Tell if a decoder's steps were verified one by one, so that another sequence of tokens may come of it."""
     return _is_inexact(result) and result.divergence is not None
 
 
 def _unlike(baseline: Baseline, ledger: Ledger, candidate: list[Any]) -> str:
-    """What else than another sampled sequence is wrong with the whole, or "": the rest must be right without it."""
+    """Say what is wrong beside another sampled sequence, or "": the rest must be right without that change."""
     reference = baseline.output
     sampled = {(result.part, result.stage) for result in ledger.results if _is_sampled(result)}
     changes = [kept.change for kept in ledger.kept if (kept.part, kept.stage) in sampled]

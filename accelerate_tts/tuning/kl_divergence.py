@@ -1,4 +1,4 @@
-"""How far the next token's probabilities are from the untouched model's: what counts of a decoder that samples.
+"""Divergence of the next token's probabilities from the untouched model's: what counts of a decoder that samples.
 
 A sampled sequence says little about a decoder whose weights were rounded: one token of three hundred that falls the
 other way gives other speech of the same quality. So each step is compared by itself, given the same past.
@@ -79,7 +79,7 @@ def _own_head(owner: Any) -> nn.Module | None:
 
 
 def _reads(head: Any, decoder: Any) -> bool:
-    """Whether a head is as wide as a decoder's hidden states, as far as either tells."""
+    """Tell if a head is as wide as a decoder's hidden states, as far as either says."""
     width = getattr(getattr(decoder, "config", None), "hidden_size", None)
     inputs = getattr(head, "in_features", None)
     return width is None or inputs is None or bool(width == inputs)

@@ -30,7 +30,7 @@ class AppliedChange:
 
 @dataclass
 class Ledger:
-    """What one tuning has decided.
+    """Decisions of one tuning.
 
     Attributes:
         results: A line for each stage tried.
@@ -55,7 +55,7 @@ class Ledger:
 
     @property
     def compiles(self) -> bool:
-        """Whether a change in force compiles something."""
+        """Tell if a change in force compiles something."""
         return any(kept.change.graphs is not None for kept in self.kept)
 
     def enter(self, result: StageResult, change: AppliedChange | None, instead_of: AppliedChange | None = None) -> None:

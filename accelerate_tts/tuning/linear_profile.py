@@ -1,4 +1,4 @@
-"""How much of a part's linear work is done for a few rows at a time, as of tokens, and how much for many."""
+"""Profile of a part's linear work: how much of it is done for a few rows at a time, as of tokens, and for many."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LinearWork:
             self._few[id(module)] += work
 
     def share_of_few(self, part: nn.Module) -> float:
-        """Which share of a module's linear work, from 0.0 to 1.0, has few rows; 1.0 where none was seen."""
+        """Share of a module's linear work, from 0.0 to 1.0, that has few rows; 1.0 where none was seen."""
         numbers = {id(module) for module in part.modules()}
         everything = sum(self._all[number] for number in numbers & self._all.keys())
         return sum(self._few[number] for number in numbers & self._few.keys()) / everything if everything else 1.0

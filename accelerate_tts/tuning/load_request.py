@@ -21,7 +21,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What `@optimized_model` was given and, once the load function has returned, what it left behind.
+    """Options of one `@optimized_model` and, once the load function has returned, what it left behind.
 
     It is checked here, and nowhere else.
 

@@ -1,4 +1,4 @@
-"""How tuning decides, as data: its clock, its margins, how often it looks, what it waits for."""
+"""Policy of tuning, as data: its clock, its margins, how often it looks, what it waits for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OVER_BUDGET = "the tuning budget"
 
 @dataclass(frozen=True)
 class TuningPolicy:
-    """How tuning decides. Immutable; tests and benchmarks give another one with `tuning_policy`.
+    """Rules by which tuning decides. Immutable; tests and benchmarks give others with `tuning_policy`.
 
     Attributes:
         clock: Seconds, for budgets and single looks.

@@ -1,4 +1,4 @@
-"""What stages gained on parts of a kind, measured beforehand: what is tried first, and what is not tried at all.
+"""Gains of stages on parts of a kind, measured beforehand: what is tried first, and what is not tried at all.
 
 Each row is from measurements that are committed in docs/, on CPUs. A promise decides nothing about what is kept, which
 is measured here and now; it decides what a budget is spent on. What takes long to try and gained nothing on its like is
@@ -20,7 +20,7 @@ __all__ = ["PROMISES", "Promise", "promise"]
 
 @dataclass(frozen=True)
 class Promise:
-    """What a stage gained.
+    """Gain of a stage.
 
     Attributes:
         stage: The stage's name.
@@ -58,7 +58,7 @@ PROMISES = (
 
 
 def promise(stage: str, kind: str, kept: Collection[str] = ()) -> Promise | None:
-    """What a stage may be hoped to gain on a part of a kind, on which others are kept; `None` if nobody knows."""
+    """Find what a stage may gain on a part of a kind, on which others are kept; `None` if nobody knows."""
     for row in PROMISES:
         beside = not row.beside or any(name.startswith(row.beside) for name in kept)
         if stage == row.stage and row.kind in {"", kind} and beside:

@@ -1,4 +1,4 @@
-"""Which object was tuned how: a tuning lives as long as the module it changed, and no longer."""
+"""Registry of tuned objects: a tuning lives as long as the module it changed, and no longer."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Again:
 
 
 def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Again:
-    """What is needed to call a load function again; to be asked before it is called.
+    """Remember what is needed to call a load function again; to be called before the load function is.
 
     Args:
         function: As wrapt gives it: a bound method, or a plain function.

@@ -112,7 +112,7 @@ class Trial:
     # --- whether it is begun ------------------------------------------------------------------------------------
 
     def _obstacle(self) -> StageResult | None:
-        """Why it is not begun."""
+        """The result that says why the stage is not begun; `None` if it is."""
         if self._policy.unworthy is not None:
             reason, sure = self._policy.unworthy(self._baseline, self._part, self._stage), True
         else:
@@ -120,7 +120,7 @@ class Trial:
         return None if reason is None else replace(self._result, reason=reason, sure=sure)
 
     def _not_worth_it(self) -> tuple[str | None, bool]:  # noqa: PLR0911 - each reason
-        """Why it is not begun, and whether that would be so on a quiet machine, too."""
+        """Say why the stage is not begun, and if that would be so on a quiet machine, too."""
         baseline, part, stage = self._baseline, self._part, self._stage
         captured = baseline.captured.get(part.name)
         if captured is not None:
@@ -218,7 +218,7 @@ class Trial:
         return self._looked_at(change, replace(result, before=self._untouched))
 
     def _fault(self, change: Change, difference: Difference) -> str | None:
-        """Why a change is not even timed."""
+        """Say why a change is not even timed; `None` if it is."""
         fault = fault_of(self._baseline, self._part, change, difference)
         if not fault and self._baseline.budget.left < 0:
             return f"given up: it ran over {OVER_BUDGET}"
@@ -270,7 +270,7 @@ class Trial:
         return min(seconds, baseline.seconds(part, which)) if seconds < self._policy.cheap_look else seconds
 
     def _hopeless(self, seconds: float) -> str | None:
-        """Why a change is not timed in pairs after looks at its time."""
+        """Say why a change is not timed in pairs after looks at its time; `None` if it is."""
         before = math.inf if self._times == "others" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower, at the first look"
@@ -280,7 +280,7 @@ class Trial:
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
 
     def _behind(self, seconds: float) -> str | None:
-        """Why an alternative is not timed in pairs against the one in force."""
+        """Say why an alternative is not timed in pairs against the one in force; `None` if it is."""
         if self._rival is None:
             return None
         known = self._verdicts({self._rival.stage})[-1]
@@ -290,7 +290,7 @@ class Trial:
         return None
 
     def _gains_nothing(self, seconds: float) -> str | None:
-        """Why a change of a part with a long replay is not timed in pairs against what is in force."""
+        """Say why a change of a part with a long replay is not timed in pairs; `None` if it is."""
         names = {kept.stage for kept in self._ledger.kept_on(self._part.name) if kept.times == "loop"}
         kept = self._verdicts(names if self._rival is None else {self._rival.stage})
         if not all(result.sure for result in kept):
@@ -305,7 +305,7 @@ class Trial:
         ]  # fmt: skip
 
     def _no_time_for_pairs(self, seconds: float) -> str | None:
-        """Why a verdict cannot be had within the budget: pairs of replays that take up to so many seconds each."""
+        """Say why the budget has no room for pairs of replays of up to so many seconds each; `None` if it has."""
         needed, left = 2 * self._policy.pairs * seconds, self._baseline.budget.left
         if needed <= left + self._policy.slack:
             return None
@@ -349,13 +349,13 @@ class Trial:
         return self._policy.compare(*switches, self._baseline.device.type, self._policy.comparison, **how)
 
     def _can_be_alone(self, change: Change) -> bool:
-        """Whether one thread's work says something of it. dynamo compiles anew for another number of threads."""
+        """Tell if one thread's work says something of it. dynamo compiles anew for another number of threads."""
         if self._part.kind == PROCESS:  # that is about what threads do to each other
             return False
         return self._baseline.device.type == "cpu" and change.graphs is None and not self._ledger.compiles
 
     def _switches(self, change: Change) -> tuple[Callable[[], object], ...]:
-        """What runs the part, and what switches to the two states before it."""
+        """Functions that run the part, and that switch to the two states before it."""
         baseline, ledger, rival = self._baseline, self._ledger, self._rival
         ready: list[Callable[[], object]] = []
 

@@ -132,7 +132,7 @@ def _tried(
 
 
 def acts_in_training(plan: ModelPlan) -> bool:
-    """Whether a module computes something else in train mode, and is in it."""
+    """Tell if a module computes something else in train mode, and is in it."""
     return any(_acts_in_training(module) for root in plan.roots for module in root.modules())
 
 
@@ -157,7 +157,7 @@ def _is_number(module: Any, name: str) -> bool:
 
 
 def _in_order(baseline: Baseline, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
-    """What is tried on the process as a whole comes first: it disturbs every later comparison.
+    """Order the trials. What is about the process as a whole comes first: it disturbs every later comparison.
 
     Then all that is tried quickly, and then the rest: the budget that a compilation of one part takes must not be
     missing for the fold of another one. Of each, parts come in the order of the time that is spent in them. On a part
@@ -231,6 +231,6 @@ def _say_what_was_missed(baseline: Baseline, ledger: Ledger) -> None:
 
 
 def _by_part(baseline: Baseline, ledger: Ledger) -> tuple[StageResult, ...]:
-    """What came of the trials, part by part, for people."""
+    """Verdicts of the trials, part by part, for people."""
     order = {name: number for number, name in enumerate((PROCESS, *(part.name for part in baseline.plan.parts)))}
     return tuple(sorted(ledger.results, key=lambda result: order.get(result.part, len(order))))

@@ -9,14 +9,14 @@ from contextvars import ContextVar
 
 from accelerate_tts.locks import rlock
 
-__all__ = ["Flight"]
+__all__ = ["TuningLock"]
 
 
-class Flight:
-    """One tuning at a time: it measures, and two at once would spoil each other's figures.
+class TuningLock:
+    """Lock of tunings. One runs at a time: it measures, and two at once would spoil each other's figures.
 
     A warm-up may run the user's coroutines on an event loop of another thread, or code that loads something else.
-    Whoever would then wait for a tuning that waits for him is told so instead.
+    A load that would then wait for the tuning that waits for it is refused.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,8 @@ class Flight:
         self._loop: object = None
 
     @contextmanager
-    def turn(self, loop: object) -> Generator[bool, None, None]:
-        """Wait for the turn, and have it while open; False where waiting would never end.
+    def held(self, loop: object) -> Generator[bool, None, None]:
+        """Wait for the lock, and hold it while open; yields False, without it, where waiting would never end.
 
         Args:
             loop: The event loop that the caller's warm-up runs coroutines on, if any.

@@ -41,7 +41,7 @@ _TAKES = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load function left behind.
+    """Result of a load function, and the object that it was called on.
 
     Attributes:
         result: What it returned.
@@ -110,7 +110,7 @@ class WarmupCall:
 
 @dataclass(frozen=True)
 class WarmupCalls:
-    """What a warm-up runs.
+    """Calls that a warm-up runs.
 
     Attributes:
         main: The calls that everything is compared and timed on: what was given, and both ends of `lengths=`.
@@ -290,7 +290,7 @@ def _decorated_methods(owner: type) -> list[str]:
 
 
 def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
-    """What a tensor, tuple or mapping is given to."""
+    """Find the module or object that a tensor, tuple or mapping is given to."""
     subject = loaded.subject
     modules = find_modules(subject)
     if "" in modules:

@@ -74,7 +74,7 @@ setattr(_CachedShell, "__bound_function_wrapper__", _CachedBound)  # noqa: B010 
 
 
 class _AnswerFromCache:
-    """What a @cached_embedding shell does at a call. A class, so that it can be pickled: without what it holds."""
+    """Calls of a @cached_embedding shell. A class, so that it can be pickled: without what it holds."""
 
     def __init__(self, what: str, *options: Any) -> None:
         self._what = what
