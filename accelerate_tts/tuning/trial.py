@@ -54,7 +54,7 @@ class Trial:
         self._part = part
         self._stage = stage
         self._times: Which = stage.times
-        self._rival: AppliedChange | None = None
+        self._current: AppliedChange | None = None
         self._change: Change | None = None
         self._result = StageResult(part.name, stage.name, kept=False, reason="")
 
@@ -70,12 +70,12 @@ class Trial:
                 self._ledger.enter(obstacle, None)
                 return
             emit(Trying(self._what, stage.name))
-            self._rival = self._ledger.current(part.name, stage.group)
+            self._current = self._ledger.current(part.name, stage.group)
             self._baseline.reference(part)  # of the part as it was loaded, so before the first change is made
-            if self._rival is not None:
-                self._ledger.lift(self._rival)
+            if self._current is not None:
+                self._ledger.lift(self._current)
             self._change = compiling_within(self._left(), stage.name, lambda: stage.prepare(part))
-            if self._rival is not None and self._rival.times == "pass":
+            if self._current is not None and self._current.times == "pass":
                 self._times = "pass"  # calls by themselves would make it slower than it is
             self._result = self._judge(self._change)
         except Exception as error:  # a stage must never cost the user the model
@@ -88,7 +88,7 @@ class Trial:
         kept = None
         if self._result.kept and self._change is not None:
             kept = AppliedChange(part.name, stage.name, stage.group, self._change, self._times)
-        self._ledger.enter(self._result, kept, self._rival)
+        self._ledger.enter(self._result, kept, self._current)
 
     def _put_back(self) -> None:
         """Switch a change off that is not kept, and the one that it was to replace on again."""
@@ -97,8 +97,8 @@ class Trial:
                 switch_off((self._change,))
             except Exception as error:  # see `run`
                 self._result = replace(self._result, reason=self._failure(error))
-        if self._rival is not None:
-            self._ledger.put(self._rival)
+        if self._current is not None:
+            self._ledger.put(self._current)
 
     def _failure(self, error: Exception) -> str:
         """Say in an event that a stage raised, or did not come back; and why it is dropped."""
@@ -281,18 +281,18 @@ class Trial:
 
     def _behind(self, seconds: float) -> str | None:
         """Say why an alternative is not timed in pairs against the one in force; `None` if it is."""
-        if self._rival is None:
+        if self._current is None:
             return None
-        known = self._verdicts({self._rival.stage})[-1]
+        known = self._verdicts({self._current.stage})[-1]
         if known.sure and known.after is not None:
             limit = max(self._policy.far_behind * known.after, self._policy.cheap_pairs)
-            return f"slower than {self._rival.stage}, at the first look" if seconds > limit else None
+            return f"slower than {self._current.stage}, at the first look" if seconds > limit else None
         return None
 
     def _gains_nothing(self, seconds: float) -> str | None:
         """Say why a change of a part with a long replay is not timed in pairs; `None` if it is."""
         names = {kept.stage for kept in self._ledger.kept_on(self._part.name) if kept.times == "loop"}
-        kept = self._verdicts(names if self._rival is None else {self._rival.stage})
+        kept = self._verdicts(names if self._current is None else {self._current.stage})
         if not all(result.sure for result in kept):
             return None
         now = (kept[-1].after if kept else None) or self._untouched
@@ -338,7 +338,7 @@ class Trial:
         result = replace(
             result, before=timing.before, after=timing.after, ratio=timing.ratio, low=timing.low, sure=believed
         )
-        than = "" if self._rival is None else f" than {self._rival.stage}"
+        than = "" if self._current is None else f" than {self._current.stage}"
         if timing.ratio < self._policy.margin or timing.low <= 1.0:
             why = f"slower{than}" if timing.high < 1.0 else "no gain beyond doubt"
             return replace(result, reason=f"{why} ({timing.low:.2f}x to {timing.high:.2f}x){how}")
@@ -356,7 +356,7 @@ class Trial:
 
     def _switches(self, change: Change) -> tuple[Callable[[], object], ...]:
         """Functions that run the part, and that switch to the two states before it."""
-        baseline, ledger, rival = self._baseline, self._ledger, self._rival
+        baseline, ledger, current = self._baseline, self._ledger, self._current
         ready: list[Callable[[], object]] = []
 
         def prepare() -> None:
@@ -368,13 +368,13 @@ class Trial:
 
         def before() -> None:
             change.off()
-            if rival is not None:
-                ledger.put(rival)
+            if current is not None:
+                ledger.put(current)
             prepare()
 
         def after() -> None:
-            if rival is not None:
-                ledger.lift(rival)
+            if current is not None:
+                ledger.lift(current)
             change.on()
             prepare()
 
