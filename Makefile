@@ -10,8 +10,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test lint format types imports docs dev check clean bench soak audit releases \
-	environments environments-page
+.PHONY: help demo kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
+	releases environments environments-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -52,6 +52,9 @@ demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TE
 # instead. Tests that are about threads set their own number.
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+
+fuzz: .venv/.wheel ## Damage files and the environment, for long: FUZZ=20000 examples a format; what is found is kept in .hypothesis
+	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -31,7 +31,6 @@ __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_
 
 T = TypeVar("T")
 
-_GIB = 1024**3
 # A batch never takes more than this share of what is free: fragmentation and the next request need the rest.
 _BATCH_SHARE = 0.8
 
@@ -288,13 +287,7 @@ class PerformanceOptimizer:
             free = memory.free_bytes(device)
             if free is not None:
                 return max(1, int(free * _BATCH_SHARE) // item_bytes)
-        if device.type == "cpu":
-            return 1
-        if device.type == "mps":
-            return 2
-        if device.type == "cuda" and device.total_memory is not None:
-            return 4 if device.total_memory > 16 * _GIB else 2 if device.total_memory > 8 * _GIB else 1
-        return default or 1
+        return detect.spec_of(device).batch_size(device) or default or 1
 
     def measure_item_bytes(self, model: Any, warmup_input: Any) -> int | None:
         """Run a model once on one item and return the bytes this took at its peak, at least 1.

@@ -1,6 +1,8 @@
 """Thousands of calls of random length of small tuned models; memory and tensors must stay flat.
 
-    python benchmarks/soak.py [--calls N] [--tune-seconds S] [--compile] [--json FILE] [small] [mms] [llama]
+    python benchmarks/soak.py [--calls N] [--loads N] [--tune-seconds S] [--compile] [--json FILE] [system]...
+
+The systems are `small`, `mms` and `llama`.
 
 A small vocoder with a recurrent net and a cached speaker embedding;
 transformers' own VITS (the class of MMS voices) and Llama with `generate`, small, with random weights, tuned by
@@ -12,6 +14,9 @@ the allocator and the caches fill. Then flat means
 - tensors that were made since: the most in the last third is at most 8 above the most in the first third;
 - what this library remembers by object, lock or message, compiled graphs, and cached embeddings: no more
   entries in the last third than in the first, and 8
+
+Then each system is loaded, tuned, called and dropped `--loads` times, and no weight may outlive its model. With
+--compile this covers frozen graphs, which have copies of weights.
 
 A call that leaks one small tensor is seen by the second, one that leaks 20 KiB outside of Python by the first. What
 grows below that are torch's own caches of shapes; with ACCELERATE_TTS_DISABLE=1 the untouched models show the same. The
@@ -29,6 +34,7 @@ import statistics
 import sys
 import types
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -53,10 +59,11 @@ class Small:
 
     @optimized_model(warmup=lambda self: [self.call(SHORTEST), self.call(LONGEST)])
     def load(self) -> None:
-        normed = torch.nn.utils.parametrizations.weight_norm
+        normed, bounded = (getattr(torch.nn.utils.parametrizations, name) for name in ("weight_norm", "spectral_norm"))
         self.encoder = torch.nn.LSTM(16, 16, batch_first=True).eval()
         self.vocoder = torch.nn.Sequential(
             normed(torch.nn.Conv1d(16, 32, 3, padding=1)), torch.nn.LeakyReLU(),
+            bounded(torch.nn.Conv1d(32, 32, 1)),
             normed(torch.nn.ConvTranspose1d(32, 1, 8, stride=4)), torch.nn.Tanh(),
         ).eval()  # fmt: skip
 
@@ -243,6 +250,35 @@ def soak(name: str, call: Callable[[int], Any], calls: int, backend: Any = None)
     return seen
 
 
+@dataclass
+class Loaded:
+    """What was left of the weights of models that were loaded, tuned, called and dropped."""
+
+    name: str
+    loads: int
+    faults: list[str] = field(default_factory=list)
+
+
+def loads(name: str, kind: Callable[[], Any], count: int) -> Loaded:
+    """Load, tune, call and drop a system some times, and look for weights that live on."""
+    seen = Loaded(name, count)
+    weights: list[weakref.ref[torch.Tensor]] = []
+    for _ in range(count):
+        backend = kind()
+        backend.load()
+        backend.call(SHORTEST), backend.call(LONGEST)
+        modules = [value for value in vars(backend).values() if isinstance(value, torch.nn.Module)]
+        weights += [weakref.ref(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        del backend, modules
+    gc.collect()  # finds the models, and what is let go with them
+    gc.collect()
+    alive = [tensor for reference in weights if (tensor := reference()) is not None]
+    if not weights or alive:
+        holder = holder_of(alive[0], 0, (id(alive),)) if alive else "nobody: there are none"
+        seen.faults.append(f"{len(alive)} of {len(weights)} weights of {count} dropped models live, held by {holder}")
+    return seen
+
+
 def report(seen: Soaked, kept: str) -> bool:
     """Print a system's figures; returns whether it is flat."""
     early, late = thirds(seen.resident)
@@ -262,6 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", choices=[*SYSTEMS, []], help="all if none is given")
     parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--loads", type=int, default=10)
     parser.add_argument("--tune-seconds", type=float, default=60.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -272,7 +309,7 @@ def main() -> int:
     os.environ["ACCELERATE_TTS_TUNE_SECONDS"] = str(options.tune_seconds)
     os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = str(int(options.compile))
     torch.manual_seed(0)
-    results = []
+    results: list[tuple[Soaked | Loaded, bool]] = []
     for name in options.systems or SYSTEMS:
         backend = SYSTEMS[name]()
         backend.load()
@@ -280,6 +317,11 @@ def main() -> int:
         kept = "nothing" if receipt is None else ", ".join(f"{s.part}: {s.stage}" for s in receipt.kept) or "nothing"
         seen = soak(name, backend.call, options.calls, backend)
         results.append((seen, report(seen, kept)))
+        del backend, receipt
+        if options.loads:
+            dropped = loads(name, SYSTEMS[name], options.loads)
+            print(f"{name}: {options.loads} loads, {'; '.join(dropped.faults) or 'nothing stays'}")
+            results.append((dropped, not dropped.faults))
     if options.json:
         options.json.write_text(json.dumps([asdict(seen) for seen, _ in results], indent=2), encoding="utf-8")
     return 0 if all(flat for _, flat in results) else 1

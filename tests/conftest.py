@@ -17,6 +17,7 @@ import torch
 from accelerate_tts import events, optimizer, settings
 from accelerate_tts.device import flags
 from accelerate_tts.device.usage import Usage
+from accelerate_tts.stages.compile.inductor import compiled_by
 from accelerate_tts.tuning import capture
 from accelerate_tts.tuning.policy import TuningPolicy, current_policy, tuning_policy
 from accelerate_tts.tuning.timing import Timing, compare_speed
@@ -100,6 +101,27 @@ def seen() -> Iterator[list[events.Event]]:
     remove = events.add_hook(found.append)
     yield found
     remove()
+
+
+Compiler = Callable[..., object]
+
+
+@pytest.fixture
+def compile_by() -> Iterator[Callable[[Compiler], None]]:
+    """Has graphs compiled by something else than inductor for the rest of a test."""
+    with ExitStack() as scopes:
+        yield lambda compiler: scopes.enter_context(compiled_by(compiler))
+
+
+def as_traced(graph: object, _inputs: object, **_options: object) -> object:
+    """The cheapest compiler: graphs run as dynamo traced them."""
+    return graph.forward  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def uncompiled(compile_by: Callable[[Compiler], None]) -> None:
+    """Graphs run as dynamo traced them, without inductor."""
+    compile_by(as_traced)
 
 
 # --- stand-ins for machines -------------------------------------------------------------------------------------------

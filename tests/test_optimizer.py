@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,14 +287,13 @@ def test_numbers_that_are_none(optimizer: PerformanceOptimizer, number: Any) -> 
             optimizer.get_optimal_batch_size(**given)
 
 
-def test_a_model_that_is_not_on_the_best_device_is_tuned_for_the_one_it_is_on(
-    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
-) -> None:
+def test_a_model_that_is_not_on_the_best_device_is_tuned_for_the_one_it_is_on(seen: list[Event]) -> None:
     """Left on the CPU beside a GPU: a GPU's stages would be tried on it, and its clock would be the GPU's."""
-    monkeypatch.setattr(detect, "_cuda", lambda: DeviceInfo("cuda", "stand-in", 24 * GIB))
+    gpu = replace(detect.spec_of("cuda"), probe=lambda: DeviceInfo("cuda", "stand-in", 24 * GIB))
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).eval()
-    optimized_model(warmup=lambda m: m(torch.ones(2, 8)), tune_seconds=1.0)(lambda: model)()
-    assert get_performance_optimizer().initialize().type == "cuda"
+    with detect.SPECS.scope(cuda=gpu):
+        optimized_model(warmup=lambda m: m(torch.ones(2, 8)), tune_seconds=1.0)(lambda: model)()
+        assert get_performance_optimizer().initialize().type == "cuda"
     receipt = receipt_of(model)
     assert receipt is not None
     assert receipt.device.startswith("cpu")

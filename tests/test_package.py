@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -72,13 +75,42 @@ def test_the_command_line_without_its_extra_says_what_to_install(tmp_path: Path)
     assert done.stderr == "accelerate-tts needs typer: pip install 'accelerate_tts[cli]'\n"
 
 
+def test_the_front_door_is_short() -> None:
+    """Everything that the mission asks for, and the errors that public functions raise."""
+    assert set(accelerate_tts.__all__) == {
+        "optimized_model", "inference", "fast_inference", "cached_embedding", "receipt_of", "PerformanceOptimizer",
+        "get_performance_optimizer", "create_inference_context", "Settings", "set_active", "testing", "add_hook",
+        "AccelerateTTSError", "ConcurrencyError", "InferenceContextError", "ModelError", "PackError", "ReloadError",
+        "SettingsError", "WarmupError",
+    }  # fmt: skip
+
+
 def test_every_public_name_is_there_and_documented() -> None:
-    for name in accelerate_tts.__all__:
+    stub = Path(accelerate_tts.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    names = {alias.name: node.module for node in imports for alias in node.names}
+    assert all(alias.name == alias.asname for node in imports for alias in node.names), "else it is private"
+    assert names.keys() >= set(accelerate_tts.__all__)
+    assert names.keys() <= set(dir(accelerate_tts))
+    for name, module in names.items():
         value = getattr(accelerate_tts, name)
-        assert name in dir(accelerate_tts)
+        assert value is getattr(importlib.import_module(str(module)), name)
         assert name == "__version__" or value.__doc__, name
+    known = {name for name in dir(accelerate_tts) if callable(getattr(accelerate_tts, name)) and name[0] != "_"}
+    assert known - {"Any", "import_module"} <= names.keys(), "type checkers know what there is"
     with pytest.raises(AttributeError, match="no attribute 'speed_up'"):
         _ = accelerate_tts.speed_up  # type: ignore[attr-defined]
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    help(accelerate_tts)
+    page = capsys.readouterr().out
+    example = page[: page.index("By default everything stays exact")]
+    for word in ("@optimized_model(warmup=", "@inference", "with fast_inference():", "print(receipt_of(backend))"):
+        assert word in example
+    assert "class PackError" in page
+    code = "\n".join(line for line in (accelerate_tts.__doc__ or "").splitlines() if line.startswith("    "))
+    compile(textwrap.dedent(code), "the docstring", "exec")
 
 
 def test_the_core_depends_on_three_packages() -> None:

@@ -1,8 +1,9 @@
-"""docs/SECURITY.md promises what is not done at all; here the package's own source is asked whether that is so."""
+"""docs/SECURITY.md names a test for each sentence, and the package's source does not do what it says is not done."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +112,60 @@ def test_what_it_would_find(source: str) -> None:
 )
 def test_what_is_none_of_it(source: str) -> None:
     assert not list(found_in(source, "packs/warm_pack.py"))
+
+
+# --- the threat model -------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+MODEL = TESTS.parent / "docs" / "SECURITY.md"
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of the model: each item of what an attacker can and cannot do."""
+    part = text.partition("\n## What an attacker can and cannot do\n")[2].partition("\n## ")[0]
+    return [" ".join(item.split()) for item in re.findall(r"^- (.*(?:\n  .*)*)", part, re.MULTILINE)]
+
+
+def faults(text: str, tests: set[str]) -> list[str]:
+    """Sentences that end without the name of a test, and names of tests that there are not."""
+    found = []
+    for item in sentences(text):
+        names = re.findall(r"\(`(\w+)`\)", item)
+        if not item.endswith("`).") or ". " in item:
+            found.append(f"not one sentence that ends with its test: {item}")
+        found += [f"there is no {name}: {item}" for name in names if name not in tests]
+    return found
+
+
+def test_each_sentence_of_the_threat_model_has_its_test() -> None:
+    tests = {
+        node.name
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    text = MODEL.read_text(encoding="utf-8")
+    assert len(sentences(text)) > 30
+    assert faults(text, tests) == []
+    headings = re.findall(r"^### (.*)", text, re.MULTILINE)
+    for what in ("packs", "the key", "embedding", "receipts", "environment", "libraries", "read files"):
+        assert any(what in heading for heading in headings), f"the model says nothing of {what}"
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("item", "fault"),
+    [
+        ("He cannot.", "not one sentence"),
+        ("He cannot (`test_gone`).", "there is no test_gone"),
+        ("He cannot (`test_here`). He can.", "not one sentence"),
+        ("He cannot (`test_here`). He can (`test_here`).", "not one sentence"),
+        ("He cannot this\n  (`test_here`), nor that (`test_gone`).", "there is no test_gone"),
+    ],
+)
+def test_a_sentence_without_its_test_is_found(item: str, fault: str) -> None:
+    text = (
+        f"# A\n\n## What an attacker can and cannot do\n\n- {item}\n- He can (`test_here`).\n\n## B\n\n- Not of it.\n"
+    )
+    (found,) = faults(text, {"test_here"})
+    assert fault in found

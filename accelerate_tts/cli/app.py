@@ -1,4 +1,4 @@
-"""The commands and their options. What they do lies in the modules beside this one, imported when they run."""
+"""Commands and their options. The modules beside this one implement them, and are imported when they run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
-from rich.console import Console
 
 from accelerate_tts._version import __version__
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import AccelerateTTSError, SettingsError, printable
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ app = typer.Typer(
 )
 pack = typer.Typer(help="Warm packs: what tuning found, kept for the next process.", no_args_is_help=True)
 app.add_typer(pack, name="pack")
-_errors = Console(stderr=True, highlight=False)
+_errors = Terminal(stderr=True)
 
 
 def _fail(message: object) -> NoReturn:
-    _errors.print(f"error: {printable(message)}", style="red", markup=False, soft_wrap=True)
+    _errors.print(f"error: {printable(message)}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 

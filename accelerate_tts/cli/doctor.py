@@ -1,4 +1,4 @@
-"""`accelerate-tts doctor`: what this machine is, and each problem with its mend."""
+"""`accelerate-tts doctor`: facts about this machine, and each problem with its solution."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-
 from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.device import cpu, detect, memory, setup
 from accelerate_tts.errors import SettingsError, printable
 from accelerate_tts.settings import Settings, is_active
@@ -40,13 +39,13 @@ _EXTRAS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: What it is.
+        name: Name of the check.
         verdict: "ok", "info" (a fact), "warning" (works, but slower or less), "problem" (something will not work).
-        found: What was found.
-        mend: What to do about it, or "".
+        found: The result.
+        mend: The solution of a problem, or "".
     """
 
     name: str
@@ -58,7 +57,7 @@ class Finding:
 def run(as_json: bool) -> int:
     """Examine, print, and return the exit status: 1 if there is a problem, else 0."""
     console = wide_console()
-    with Console(stderr=True).status("examining this machine (importing torch)"):
+    with Terminal(stderr=True).status("examining this machine (importing torch)"):
         findings = list(examine())
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
@@ -68,7 +67,7 @@ def run(as_json: bool) -> int:
         for finding in findings:
             if finding.mend:
                 line = printable(f"{_MARKS[finding.verdict]} {finding.name}: {finding.mend}")
-                console.print(line, markup=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
     return int(any(finding.verdict == "problem" for finding in findings))
 
 
@@ -76,7 +75,7 @@ _MARKS: dict[Verdict, str] = {"ok": "ok", "info": "", "warning": "!", "problem":
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, in the order of the report. A look that fails is itself a finding."""
+    """Run all checks in the order of the report. A check that fails is itself a finding."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions, _settings, _device, _flags, _threads, _memory, _kernels, _compiler, _cache, _extras,
     )  # fmt: skip
@@ -247,7 +246,7 @@ def _cache() -> Iterator[Finding]:
 
 
 def _inductor_folder() -> str:
-    # Private, and the only place that knows the user-name rule; without it the folder torch documents.
+    # A private function, but the only source of the default folder; without it the folder that torch documents.
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     except ImportError:

@@ -1,18 +1,21 @@
-"""Which accelerator there is, as one small value."""
+"""Detection of the device, and the registry of device types."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from accelerate_tts.errors import SettingsError
+from accelerate_tts.registration import Registry
+from accelerate_tts.settings import DEVICES, Settings
 
-__all__ = ["DEVICES", "DeviceInfo", "DeviceKind", "detect"]
+if TYPE_CHECKING:
+    import torch
 
-DEVICES = ("cuda", "mps", "xpu", "cpu")
-"""torch's names of the device types, the best first."""
+    from accelerate_tts.device.flags import Flag
 
-DeviceKind = Literal["cuda", "rocm", "mps", "xpu", "cpu"]
+__all__ = ["DEVICES", "SPECS", "DeviceInfo", "DeviceSpec", "detect", "register_device", "spec_of"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,12 @@ class DeviceInfo:
     """A detected device.
 
     Attributes:
-        kind: What it is. ROCm answers to torch's name "cuda" and is told apart here.
-        name: The hardware's own name, for people.
-        total_memory: Bytes of device memory; `None` where it is the machine's own (CPU, MPS) or unknown.
+        kind: Kind of device. ROCm has torch's name "cuda", and is a kind of its own here.
+        name: Name of the hardware, for people.
+        total_memory: Bytes of device memory; `None` if it is the machine's own (CPU, MPS) or unknown.
     """
 
-    kind: DeviceKind
+    kind: str
     name: str
     total_memory: int | None = None
 
@@ -35,64 +38,83 @@ class DeviceInfo:
         return "cuda" if self.kind == "rocm" else self.kind
 
 
-def detect(wanted: str | None = None) -> DeviceInfo:
-    """Find the best device: CUDA or ROCm, then MPS, then XPU, then CPU.
+Wanted: TypeAlias = "list[tuple[Flag, Any]]"
+"""Flags with their wanted values."""
 
-    Args:
-        wanted: Take this device type ("cuda", "mps", "xpu", "cpu") and no other.
+
+def _nothing(_: object) -> Wanted:
+    return []
+
+
+def _unknown(_: object) -> int | None:
+    return None
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """Properties of one type of device. Its other functions are those of torch's module of that name.
+
+    A device other than the CPU needs `torch.<type>` with `synchronize()` and `empty_cache()`.
+
+    Attributes:
+        type: torch's name.
+        probe: Returns the device, or `None` if there is none.
+        compile_mode: Default mode of torch.compile; `None` if compiling is not worth trying.
+        call_flags: Returns the flags that make calls faster, which `fast_inference()` holds.
+        setup_flags: Returns further flags and variables for `PerformanceOptimizer.initialize()`. Variables that the
+            user has set must not be among them.
+        half_dtypes: Returns the half-precision dtypes that it computes in at full speed, best first.
+        free_bytes: Returns the free bytes; `None` if unknown.
+        batch_size: Returns a default number of items for a batch; `None` for the caller's default.
+    """
+
+    type: str
+    probe: Callable[[], DeviceInfo | None]
+    compile_mode: str | None = "default"
+    call_flags: Callable[[Settings], Wanted] = _nothing
+    setup_flags: Callable[[Settings], Wanted] = _nothing
+    half_dtypes: Callable[[], tuple[torch.dtype, ...]] = tuple
+    free_bytes: Callable[[DeviceInfo], int | None] = _unknown
+    batch_size: Callable[[DeviceInfo], int | None] = _unknown
+
+
+SPECS: Registry[DeviceSpec] = Registry("accelerate_tts.device.kinds")
+"""Device types by torch's name."""
+
+
+def register_device(spec: DeviceSpec) -> DeviceSpec:
+    """Register a type of device. One that `settings.DEVICES` does not contain is inserted at the front.
 
     Raises:
-        SettingsError: `wanted` is not available here.
+        ValueError: Another device is registered under this name.
     """
-    for kind, probe in zip(DEVICES, (_cuda, _mps, _xpu, _cpu), strict=True):
-        if wanted in {None, kind}:
-            found = probe()
+    SPECS.add(spec.type, spec)
+    if spec.type not in DEVICES:
+        DEVICES.insert(0, spec.type)
+    return spec
+
+
+def spec_of(device: DeviceInfo | str) -> DeviceSpec:
+    """Return the properties of a device or a device type."""
+    return SPECS.entries()[device if isinstance(device, str) else device.type]
+
+
+def detect(wanted: str | None = None) -> DeviceInfo:
+    """Detect the best device: the first of `settings.DEVICES` that is available.
+
+    Args:
+        wanted: Use this device type ("cuda", "mps", "xpu", "cpu") only.
+
+    Raises:
+        SettingsError: `wanted` is not available on this machine.
+    """
+    specs = SPECS.entries()
+    for name in DEVICES:
+        if wanted in {None, name} and name in specs:
+            found = specs[name].probe()
             if found is not None:
                 return found
     raise SettingsError(
         f"device={wanted!r} is not available on this machine;"
         f" unset ACCELERATE_TTS_DEVICE to take the best that is, or run `accelerate-tts doctor`"
     )
-
-
-def _cuda() -> DeviceInfo | None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kind: DeviceKind = "rocm" if torch.version.hip is not None else "cuda"
-    return DeviceInfo(kind, str(properties.name), int(properties.total_memory))
-
-
-def _mps() -> DeviceInfo | None:
-    import torch
-
-    return DeviceInfo("mps", "Apple GPU (MPS)") if torch.backends.mps.is_available() else None
-
-
-def _xpu() -> DeviceInfo | None:
-    import torch
-
-    xpu = getattr(torch, "xpu", None)
-    if xpu is None or not xpu.is_available():
-        return None
-    properties = xpu.get_device_properties(xpu.current_device())
-    return DeviceInfo("xpu", str(properties.name), int(properties.total_memory))
-
-
-def _cpu() -> DeviceInfo:
-    import platform
-
-    return DeviceInfo("cpu", _cpu_model() or platform.processor() or platform.machine() or "CPU")
-
-
-def _cpu_model() -> str | None:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - no Path for one line
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: the platform module's name is used
-    return None

@@ -1,74 +1,75 @@
-"""What is known of each system. Systems are known by the names of their classes; none of them is imported here."""
+"""Known systems, identified by the names of their classes without importing them.
+
+A new system is a file in this folder, or in a package of your own, that registers its parts. CONTRIBUTING.md has an
+example.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.inspection.object_tree import members_of as members
-from accelerate_tts.models import chatterbox, generic, higgs, speaker, vits, xtts
+from accelerate_tts.models import generic
+from accelerate_tts.models.catalogue import SYSTEMS, register_system
+from accelerate_tts.models.named import Known
 from accelerate_tts.plan import ModelPlan, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection, Mapping
 
     from torch import nn
 
-__all__ = ["describe"]
+    from accelerate_tts.models.catalogue import System
 
-# Class name (of the module or a class it derives from) -> what names its parts.
-_KNOWN: dict[str, Callable[[str, nn.Module], tuple[Part, ...]]] = {
-    "HiggsAudioModel": higgs.boson,
-    "HiggsAudioV2ForConditionalGeneration": higgs.parts,
-    "HiggsAudioV2TokenizerModel": higgs.codec,
-    "S3Token2Mel": chatterbox.token_to_mel,
-    "S3Token2Wav": chatterbox.token_to_wave,
-    "T3": chatterbox.t3,
-    "Vits": vits.coqui,
-    "VitsModel": vits.parts,
-    "VoiceEncoder": speaker.parts,
-    "Xtts": xtts.parts,
-}
+__all__ = ["Known", "Part", "describe", "register_system"]
 
-
-# Of each upstream package, how the names begin of what holds or is one of the systems above.
-_UPSTREAM = {
-    "boson_multimodal": ("HiggsAudioModel", "HiggsAudioServe"),
-    "chatterbox": ("Chatterbox",),
-    "TTS": ("Vits", "Xtts"),
-}
 _DEPTH = 3  # a service, its backend, upstream's own object
 
 
 def describe(subject: object, only: Collection[nn.Module] | None = None) -> ModelPlan:
-    """Say what a loaded object consists of.
+    """Return the plan of a loaded object: its modules and parts.
 
     Args:
         subject: A module, or an object, tuple or mapping that holds modules.
-        only: Of its outermost modules, those that count; all of them if not given.
+        only: The outermost modules to include; all by default.
     """
     modules = find_modules(subject)
     if only is not None:
         wanted = {id(module) for module in only}
         modules = {path: module for path, module in modules.items() if id(module) in wanted}
+    systems = SYSTEMS.entries()
     parts: list[Part] = []
     known: set[str] = set()
     for path, module in modules.items():
-        name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _KNOWN), None)
+        name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in systems), None)
         if name is not None:
             known |= {_package(cls) for cls in type(module).__mro__}
-        parts += (generic.parts if name is None else _KNOWN[name])(path, module)
-    _say_what_is_not_known(subject, known)
-    # Parts of unknown models are taken apart once the first pass has shown where its time goes.
+        parts += generic.parts(path, module) if name is None else _parts(systems[name], name, path, module)
+    _say_what_is_not_known(subject, known, systems)
+    # Unknown models are divided into parts after the first pass, by the times of their modules.
     refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
     return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
 
 
-def _say_what_is_not_known(subject: object, known: Collection[str]) -> None:
-    """An event for each upstream package whose object is there, and nothing in it is of a class that we know."""
+def _parts(system: System, name: str, path: str, module: nn.Module) -> tuple[Part, ...]:
+    try:
+        return tuple(system.parts(path, module))
+    except Exception as error:  # a system of another package must not fail the user's load
+        reason = f"{type(error).__name__}: {message_of(error)}; its parts are found by watching"
+        emit(NotApplied(f"the plan for {name}", reason))
+        return generic.parts(path, module)
+
+
+def _say_what_is_not_known(subject: object, known: Collection[str], systems: Mapping[str, System]) -> None:
+    """Emit an event for each upstream package with an object in which no module has a known class."""
     from torch import nn
 
+    holders: dict[str, tuple[str, ...]] = {}
+    for system in systems.values():
+        holders[system.package] = (*holders.get(system.package, ()), *system.holders)
     strange: dict[str, str] = {}
     level = [subject]
     for _ in range(_DEPTH):
@@ -80,7 +81,7 @@ def _say_what_is_not_known(subject: object, known: Collection[str]) -> None:
                 continue
             for cls in type(value).__mro__:
                 package = _package(cls)
-                if package not in known and cls.__name__.startswith(_UPSTREAM.get(package, ())):
+                if package not in known and cls.__name__.startswith(holders.get(package, ())):
                     strange.setdefault(package, cls.__qualname__)
         level = inner
     for package, name in strange.items():

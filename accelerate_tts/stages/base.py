@@ -1,32 +1,68 @@
-"""Defaults that most stages share. `stages/protocol.py` has the protocols."""
+"""Base class with the defaults of most stages. `stages/protocol.py` has the protocols."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accelerate_tts.patching.class_swap import in_fused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
+    from accelerate_tts.settings import Precision
+    from accelerate_tts.stages.protocol import Stage, Target
 
 __all__ = ["LEAST_FEW_ROWS", "BaseStage", "are_left_over"]
 
 
 LEAST_FEW_ROWS = 0.05
-"""Of less, not even twice the speed would be a gain that counts (`MARGIN`); a trial takes seconds."""
+"""Minimum share of the time. Below it, even twice the speed is less than `MARGIN`, and a trial costs seconds."""
 
 
 class BaseStage:
-    """A cheap stage without alternatives, tried on each part that takes 2 % of the time."""
+    """A cheap stage without alternatives. It is tried on each part that takes at least 2 % of the time.
+
+    Subclasses declare where they belong, which the catalogue reads. `Stage` describes the attributes that a trial
+    reads.
+
+    Attributes:
+        name: Name of the stage. For a class with several variants, the name by which other stages refer to all of them.
+        devices: torch's names of the device types that it supports; empty for all.
+        precisions: Values of `Settings.precision` under which it is tried.
+        needs_compiler: True if it needs torch.compile.
+        after: Names of stages that are tried before this one. Unknown names are allowed, since they may belong to a
+            package that is not installed.
+        before: Names of stages that are tried after this one. Meant for stages of other packages; in this package, the
+            later stage declares `after`.
+    """
+
+    name: str = ""
+    devices: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ("exact", "balanced", "fast")
+    needs_compiler: bool = False
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
     least_share: float = 0.02
     group: str = ""
     cost: float = 0.0
     process: bool = False
     times: Which = "loop"
-    spared_by: tuple[str, ...] = ()
+    superseded_by: tuple[str, ...] = ()
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[Stage]:
+        """Return the stages of this class that are tried on `target`, in order. By default one without arguments.
+
+        Args:
+            target: The device, the precision and the compiler's mode. `devices`, `precisions` and `needs_compiler`
+                are checked before.
+        """
+        del target
+        return (cast("Stage", cls()),)
 
     def cost_of(self, part: Part) -> float:
         """See `Stage.cost_of`."""
@@ -35,9 +71,9 @@ class BaseStage:
 
 
 def are_left_over(layers: list[nn.Module], module: nn.Module) -> bool:
-    """Whether layers are what is left beside fused blocks, with next to nothing of a module's weights in them.
+    """Check that layers are left over beside fused blocks and have less than `LEAST_FEW_ROWS` of a module's weights.
 
-    A layer's work is its weights times what it is given: of so little, not even twice the speed would be a gain.
+    A layer's work grows with its weights, so speeding up such layers gains nothing.
     """
     everything = sum(weight.numel() for weight in module.parameters())
     some = sum(weight.numel() for layer in layers for weight in layer.parameters())

@@ -1,80 +1,127 @@
-"""The optimisations, one file each. Adding one means adding a file and naming it in `default_stages`.
+"""Catalogue of stages: registers them, selects those for a target, and sorts them.
 
-A stage makes a *change* of a part that can be switched on and off at will. Both are cheap, so that the engine can time
-the two states in turn; what is costly (a compilation) happens once, when the change is first run.
+A stage makes a *change* of a part, which can be switched on and off. Switching is cheap, so that tuning can time the
+two states alternately. Costly work, such as a compilation, happens once, in the first run of the change.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from accelerate_tts.stages.protocol import Stage
+from accelerate_tts.errors import SettingsError, message_of, shown
+from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.registration import Registry
+from accelerate_tts.settings import Precision
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.protocol import Stage, Target
 
 if TYPE_CHECKING:
-    from accelerate_tts.settings import Precision
+    from collections.abc import Iterable
 
-__all__ = ["default_stages"]
+__all__ = ["STAGES", "default_stages", "in_order", "register_stage"]
+
+STAGES: Registry[type[BaseStage]] = Registry("accelerate_tts.stages", "accelerate_tts.stages")
+"""Stage classes by name."""
+
+_StageClass = TypeVar("_StageClass", bound=type[BaseStage])
+
+
+def register_stage(cls: _StageClass) -> _StageClass:
+    """Register a stage, as a class decorator.
+
+    Args:
+        cls: A subclass of `BaseStage` with a `name`, `applies(part)` and `prepare(part)`.
+
+    Returns:
+        The class, unchanged.
+
+    Raises:
+        TypeError: `cls` is not such a class.
+        ValueError: A declaration is invalid, or another stage has its name.
+    """
+    given: Any = cls
+    if not isinstance(given, type) or not issubclass(given, BaseStage):
+        raise TypeError(f"@register_stage needs a subclass of BaseStage, got {shown(cls)}")
+    missing = [name for name in ("applies", "prepare") if not callable(getattr(cls, name, None))]
+    if missing or not cls.name:
+        raise TypeError(f"the stage {cls.__qualname__} has no {', '.join(missing or ['name'])}")
+    for field in ("devices", "precisions", "after", "before"):
+        names = getattr(cls, field)
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{cls.__qualname__}.{field} must be a tuple of names, got {shown(names)}")
+    unknown = [precision for precision in cls.precisions if precision not in get_args(Precision)]
+    if unknown:
+        known = ", ".join(get_args(Precision))
+        raise ValueError(f"{cls.__qualname__}.precisions has {shown(unknown[0])}, which is none of {known}")
+    STAGES.add(cls.name, cls)
+    return cls
 
 
 def default_stages(device_type: str, compile_mode: str | None, precision: Precision = "exact") -> tuple[Stage, ...]:
-    """The stages in the order in which they are tried: what comes later is built on what was kept before.
+    """Return the stages in the order of trials. Later stages build on the changes that were kept before.
+
+    A stage that cannot be made is omitted with a `NotApplied` event. So are all stages of other packages if they cannot
+    be sorted.
 
     Args:
         device_type: torch's device type.
-        compile_mode: torch.compile's mode for the device, or `None` to leave that stage out.
-        precision: What may be changed.
+        compile_mode: torch.compile's mode for the device, or `None` to omit stages that need a compiler.
+        precision: Precision level.
     """
     from accelerate_tts.device.half_dtypes import half_dtypes
-    from accelerate_tts.kernels.weight_formats import FORMATS
-    from accelerate_tts.stages.compile.regional import CompiledBlocksStage
-    from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
-    from accelerate_tts.stages.decode.bf16_prefill import PromptStage
-    from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
-    from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
-    from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
-    from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
-    from accelerate_tts.stages.layers.few_rows import FewRowsStage
-    from accelerate_tts.stages.layers.fused_sequence import KERNELS, FusedSequenceStage
-    from accelerate_tts.stages.layers.half_precision import HalfStage
-    from accelerate_tts.stages.layers.int8 import quantize_stages
-    from accelerate_tts.stages.layers.skinny import SkinnyStage
-    from accelerate_tts.stages.layers.weight_norm import FoldStage
-    from accelerate_tts.stages.process.openblas_threads import QuietBlasStage
-    from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage
-    from accelerate_tts.stages.vocoder.fewer_operators import FewerOperatorsStage
-    from accelerate_tts.stages.vocoder.hifigan import hifigan
-    from accelerate_tts.stages.vocoder.vits import DURATIONS, FLOW, TEXT
 
-    on_cpu = device_type == "cpu"
-    halves = [] if precision == "exact" else half_dtypes(device_type)
-    formats = FORMATS[{"fast": 0, "balanced": 1, "exact": 2}[precision] :]
-    stages: list[Stage] = [FoldStage()]
-    if on_cpu:
-        # Before all else that changes parts: what is served as a whole is not tried again piece by piece.
-        stages += [QuietBlasStage(), FewerOperatorsStage((FLOW, hifigan()))]
-        stages += [FewerOperatorsStage((hifigan(dtype),), str(dtype)[6:]) for dtype in halves]
-        stages += [CheckedStage(DURATIONS), CheckedStage(TEXT), ChannelsLastStage()]
-        # Before all else that changes linear layers: what is inside fused blocks is not tried again.
-        stages += map(FusedBlocksStage, formats)
-        stages += [PromptStage(), *map(FusedSequenceStage, KERNELS)] if precision != "exact" else []
-    # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager
-    # PyTorch it gains a per cent or two, and to be sure of that takes a fifth of the budget. A GPU copies a cache in
-    # less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it for brings it along.
-    if device_type == "cuda":
-        stages += [CapturedStepStage(), *(CapturedStepStage(inside=HalfStage(dtype, carried=True)) for dtype in halves)]
-    else:
-        stages.append(GrowingCacheStage())
-    for dtype in halves:
-        stages += [HalfStage(dtype, carried=False), HalfStage(dtype, carried=True)]
-    if on_cpu:
-        stages += [*map(SkinnyStage, formats), FewRowsStage()]
-        stages += quantize_stages() if precision == "fast" else ()
-        stages += [] if compile_mode is None else [FrozenCompileStage()]
-    if compile_mode is not None:
-        # Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block.
-        blocks = _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode)
-        stages += [CompiledBlocksStage(blocks), CompileStage(compile_mode)]
-    return tuple(stages)
+    halves = () if precision == "exact" else half_dtypes(device_type)
+    target = Target(device_type, precision, compile_mode, halves)
+    classes = STAGES.entries().values()
+    try:
+        order = in_order(classes)
+    except SettingsError as error:  # a stage must never fail the user's load; a test sorts this package's own
+        emit(NotApplied("every stage of another package", str(error)))
+        order = in_order([cls for cls in classes if _is_ours(cls)])
+    return tuple(stage for cls in order for stage in _variants(cls, target))
 
 
-_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+def in_order(classes: Iterable[type[BaseStage]]) -> list[type[BaseStage]]:
+    """Sort stages by `after` and `before`, and otherwise this package's stages first, by name.
+
+    Raises:
+        SettingsError: The declarations are circular. The message names the circle.
+    """
+    ranked = sorted(classes, key=lambda cls: (not _is_ours(cls), cls.name))
+    rank = {cls.name: number for number, cls in enumerate(ranked)}
+    graph = {cls.name: {name for name in cls.after if name in rank} for cls in ranked}
+    for cls in ranked:
+        for name in cls.before:
+            if name in rank:
+                graph[name].add(cls.name)
+    sorter = TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        circle = " after ".join(reversed(error.args[1]))
+        raise SettingsError(f"these stages cannot be put in order: {circle}; mend their after= or before=") from None
+    order: list[type[BaseStage]] = []
+    ready = set(sorter.get_ready())
+    while ready:
+        name = min(ready, key=rank.__getitem__)
+        order.append(ranked[rank[name]])
+        sorter.done(name)
+        ready = (ready - {name}) | set(sorter.get_ready())
+    return order
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("accelerate_tts.")
+
+
+def _variants(cls: type[BaseStage], target: Target) -> tuple[Stage, ...]:
+    if cls.devices and target.device not in cls.devices:
+        return ()
+    if target.precision not in cls.precisions or (cls.needs_compiler and target.compile_mode is None):
+        return ()
+    try:
+        return tuple(cls.variants(target))
+    except Exception as error:  # a stage must never fail the user's load
+        emit(NotApplied(f"the stage {cls.name}", f"{type(error).__name__}: {message_of(error)}"))
+        return ()

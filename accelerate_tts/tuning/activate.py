@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.draws import WHOLE
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.ledger import AppliedChange
 from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES
@@ -73,10 +74,14 @@ def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: b
     reasons = [event.reason for event in fallen if event.what in names]
     reasons += [_nothing_compiled(kept.change) for kept in ledger.kept]
     if whole:
-        reasons.append(baseline.tolerance.objection(compare(baseline.output, output)))
+        reference, objection = baseline.output, baseline.tolerance.objection
+        difference = baseline.draws.confirmed(
+            compare(reference, output), objection, lambda: compare(reference, baseline.run())
+        )
+        reasons.append(objection(difference))
     for part in parts:
-        objection = baseline.objection(part, baseline.difference(part, baseline.outputs(part)))
-        reasons.append(objection and f"{part.name}: {objection}")
+        wrong = baseline.objection(part, baseline.compared(part, baseline.outputs(part)))
+        reasons.append(wrong and f"{part.name}: {wrong}")
     reason = next(filter(None, reasons), None)
     if reason is not None:
         raise ValueError(f"the result is wrong: {reason}")
@@ -93,7 +98,8 @@ def _nothing_compiled(change: Change) -> str:
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
     """Warm-up ends here: the last kinds of input are run, and whatever is compiled later is worth an event."""
-    baseline.calls.run_others(baseline.device.type)
+    with baseline.draws.seeded(WHOLE):
+        baseline.calls.run_others()
     for kept in ledger.kept:
         kept.change.seal()
     constants = baseline.constants

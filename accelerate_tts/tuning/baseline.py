@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.plan import Which
-from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.stages.vocoder.checked_lengths import is_checked
 from accelerate_tts.tuning.capture import outputs_of
 from accelerate_tts.tuning.compare import TOLERANCES, Tolerance, compare
+from accelerate_tts.tuning.draws import WHOLE, Draws
 from accelerate_tts.tuning.kl_divergence import divergence
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Baseline:
         captured: Calls of each part in that pass, by its name.
         called: The `id` of each module that was called in it.
         expected: Outputs of the object's `@inference` functions in it, for the guard.
+        draws: Seeds runs.
         constants: Values that upstream was seen to compute anew though they never change.
         reserved: Seconds of the budget that are kept for the check of the whole at the end.
     """
@@ -85,6 +87,7 @@ class Baseline:
     pass_seconds: float
     captured: Mapping[str, Captured]
     expected: Mapping[str, Expectation]
+    draws: Draws
     constants: KeptConstants
     called: Collection[int] = ()
     pass_quiet: bool = True
@@ -93,7 +96,8 @@ class Baseline:
 
     def run(self) -> list[Any]:
         """One warm-up pass through the public path, with the same random numbers every time."""
-        return self.calls.run(self.device.type)
+        with self.draws.seeded(WHOLE, watched=True):
+            return self.calls.run()
 
     def replayable(self, part: Part) -> bool:
         """Tell if the part can be run by itself, on its captured inputs."""
@@ -115,7 +119,7 @@ class Baseline:
         prepared = self.captured[part.name].prepared(part.module, which)
 
         def run() -> list[Any]:
-            with seeded(self.device.type):
+            with self.draws.seeded(part.name):
                 return [call.run(part.module) for call in prepared]
 
         return run
@@ -126,7 +130,7 @@ class Baseline:
         if captured is None:  # the process as a whole
             return self.run()
         if self.replayable(part):
-            with seeded(self.device.type):
+            with self.draws.seeded(part.name, watched=True):
                 return captured.outcomes(part.module)
         with outputs_of(part) as seen:
             whole = self.run()
@@ -135,15 +139,20 @@ class Baseline:
     def reference(self, part: Part) -> Reference:
         """Outputs of the untouched part. Computed once, so that the errors of several changes cannot add up unseen.
 
-        Whoever asks first must do so before anything is changed on the part.
+        The first call must be made before anything is changed on the part.
+
+        Raises:
+            OtherThreadsDrawError: No two runs had the same random numbers.
         """
         known = self._references.get(part.name)
         if known is None:
+            if self.replayable(part):
+                self.draws.leave_alone(part.name, lambda: self.captured[part.name].outcomes(part.module))
             first = self.outputs(part)
-            second = self.outputs(part)
+            repeats, first = self.draws.repeated(first, lambda: self.outputs(part), self._drawn_as(part))
             with self.watcher.window() as window:
                 seconds = self.seconds(part)
-            known = Reference(first, compare(first, second), seconds, window.disturbance.quiet)
+            known = Reference(first, repeats, seconds, window.disturbance.quiet)
             self._references[part.name] = known
         return known
 
@@ -152,6 +161,20 @@ class Baseline:
         reference = self.reference(part).outputs
         found = compare(reference, outputs)
         return replace(found, divergence=divergence(reference, outputs, part.head))
+
+    def compared(self, part: Part, outputs: list[Any]) -> Difference:
+        """Distance of a changed part's outputs from its reference; see `Draws.confirmed`.
+
+        Raises:
+            OtherThreadsDrawError: As for `Draws.confirmed`.
+        """
+        return self.draws.confirmed(
+            self.difference(part, outputs), partial(self.objection, part),
+            lambda: self.difference(part, self.outputs(part)), self._drawn_as(part),
+        )  # fmt: skip
+
+    def _drawn_as(self, part: Part) -> str:
+        return part.name if self.replayable(part) else WHOLE
 
     def objection(self, part: Part, difference: Difference) -> str:
         """Say why a changed part's outputs are not tolerated; "" if they are."""

@@ -162,10 +162,12 @@ class _Call:
 
         # Made as they were made then: whoever writes into an inference tensor outside that mode fails.
         with torch.inference_mode(self.inference):
-            prepared = Prepared(_copied(self.args), _copied(self.kwargs), self)
-        if hasattr(type(module), READY):
-            getattr(type(module), READY)((*prepared.args, *prepared.kwargs.values()))
-        return prepared
+            args, kwargs = _copied(self.args), _copied(self.kwargs)
+        ready = getattr(type(module), READY, None)
+        if ready is not None:
+            args = tuple(ready(value) for value in args)
+            kwargs = {name: ready(value) for name, value in kwargs.items()}
+        return Prepared(args, kwargs, self)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
+from accelerate_tts.tuning.draws import LOOKS, OtherThreadsDrawError
 from accelerate_tts.tuning.policy import OVER_BUDGET
 from accelerate_tts.tuning.timing import Timing, synchronize
 
@@ -43,7 +44,7 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
             return found
     ledger.off()
     untouched, seconds = _clocked(baseline)
-    repeats = compare(reference, untouched)
+    repeats, reference = baseline.draws.repeated(reference, baseline.run, second=untouched)
     ledger.on()
     difference: Difference | None = None
     lengths, tuned_seconds = 1.0, 0.0
@@ -51,7 +52,7 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
         why = repeats.reason if repeats.reason == NOTHING_TO_COMPARE else "the output does not repeat under one seed"
         ledger.notes.append(f"only the parts were verified, not the whole: {why}")
     else:
-        difference, lengths, tuned_seconds = _right(baseline, ledger)
+        difference, lengths, tuned_seconds = _right(baseline, ledger, reference)
         if not ledger.kept:
             return _unchanged(_clocked(baseline)[1])
     left = baseline.budget.left
@@ -113,19 +114,23 @@ def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, boo
     return timing, False
 
 
-def _right(baseline: Baseline, ledger: Ledger) -> tuple[Difference | None, float, float]:
+def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Difference | None, float, float]:
     """Undo what makes the whole wrong.
 
     Returns:
         The difference of the whole, how many times as long its result is now, and the seconds that a pass took.
     """
-    reference = baseline.output
     while ledger.kept:
-        candidate, seconds = _clocked(baseline)
-        difference = compare(reference, candidate)
-        objection = baseline.tolerance.objection(difference)
+        for _ in range(LOOKS):
+            candidate, seconds = _clocked(baseline)
+            difference = compare(reference, candidate)
+            objection = baseline.tolerance.objection(difference)
+            if not objection or not baseline.draws.by_others():
+                break
+        else:
+            raise OtherThreadsDrawError
         if objection and any(map(_is_sampled, ledger.results)):
-            objection = _unlike(baseline, ledger, candidate)
+            objection = _unlike(baseline, ledger, reference, candidate)
             if not objection:
                 return None, _size(candidate) / _size(reference), seconds
         if not objection:
@@ -154,9 +159,8 @@ def _is_sampled(result: StageResult) -> bool:
     return _is_inexact(result) and result.divergence is not None
 
 
-def _unlike(baseline: Baseline, ledger: Ledger, candidate: list[Any]) -> str:
+def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate: list[Any]) -> str:
     """Say what is wrong beside another sampled sequence, or "": the rest must be right without that change."""
-    reference = baseline.output
     sampled = {(result.part, result.stage) for result in ledger.results if _is_sampled(result)}
     changes = [kept.change for kept in ledger.kept if (kept.part, kept.stage) in sampled]
     for change in reversed(changes):

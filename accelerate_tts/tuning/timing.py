@@ -178,4 +178,4 @@ def synchronize(device_type: str) -> None:
         return
     import torch
 
-    {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}[device_type].synchronize()
+    getattr(torch, device_type).synchronize()

@@ -15,6 +15,7 @@ from accelerate_tts.tuning.activate import fault_of
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE
 from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.disturbance import one_thread
+from accelerate_tts.tuning.draws import OtherThreadsDrawError
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.ledger import AppliedChange, Ledger, switch_off
 from accelerate_tts.tuning.policy import OVER_BUDGET
@@ -78,6 +79,8 @@ class Trial:
             if self._current is not None and self._current.times == "pass":
                 self._times = "pass"  # calls by themselves would make it slower than it is
             self._result = self._judge(self._change)
+        except OtherThreadsDrawError as error:
+            self._result = replace(self._result, kept=False, reason=f"not compared: {error}", sure=False)
         except Exception as error:  # a stage must never cost the user the model
             self._result = replace(self._result, kept=False, reason=self._failure(error))
         finally:
@@ -136,7 +139,7 @@ class Trial:
             # How threads get on with each other is all that it is about.
             return f"not tried: {baseline.watcher.worst.why}", False
         names = self._names_kept()
-        smaller = next((name for name in names if name in stage.spared_by), None)
+        smaller = next((name for name in names if name in stage.superseded_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
             return f"not tried: {smaller} does the same from fewer bytes", True
         cost = stage.cost_of(part)
@@ -200,7 +203,7 @@ class Trial:
             start = self._policy.clock()
             outputs = compiling_within(self._left(), result.stage, lambda: baseline.outputs(part))
             took = self._policy.clock() - start
-            difference = baseline.difference(part, outputs)
+            difference = baseline.compared(part, outputs)
         for event in fallen:
             if (event.what, event.stage) == (part.name, result.stage):
                 return replace(result, reason=f"failed: {event.reason}")

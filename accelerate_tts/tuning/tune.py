@@ -216,9 +216,10 @@ def _say_how_sure(baseline: Baseline, ledger: Ledger) -> None:
     if watcher.waited:
         ledger.notes.append(f"waited {watcher.waited:.1f} s for a quiet machine")
     if unsure:
-        why = f"{watcher.worst.why}; {unsure} of {len(results)} verdicts are not sure"
+        who = watcher.worst.why or "other threads drew random numbers"
+        why = f"{who}; {unsure} of {len(results)} verdicts are not sure"
         ledger.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
-        emit(TunedUnderLoad(baseline.plan.what, watcher.worst.why, unsure, len(results)))
+        emit(TunedUnderLoad(baseline.plan.what, who, unsure, len(results)))
 
 
 def _say_what_was_missed(baseline: Baseline, ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""One tuning at a time in a process, without ever waiting for oneself."""
+"""Lock for one tuning at a time in a process, without self-deadlock."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["TuningLock"]
 
 
 class TuningLock:
-    """Lock of tunings. One runs at a time: it measures, and two at once would spoil each other's figures.
+    """Allows one tuning at a time, since two would disturb each other's timings.
 
-    A warm-up may run the user's coroutines on an event loop of another thread, or code that loads something else.
-    A load that would then wait for the tuning that waits for it is refused.
+    A warm-up may run the user's coroutines on another thread's event loop, or code that loads another object. A load
+    that would wait for a tuning that waits for it is refused.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class TuningLock:
 
     @contextmanager
     def held(self, loop: object) -> Generator[bool, None, None]:
-        """Wait for the lock, and hold it while open; yields False, without it, where waiting would never end.
+        """Hold the lock while open, after waiting for it; yield False if the wait would never end.
 
         Args:
             loop: The event loop that the caller's warm-up runs coroutines on, if any.
@@ -46,7 +46,7 @@ class TuningLock:
                 self._loop = loop
             self._inside.set(True)
             yield True
-        finally:  # also of what comes between two lines of the above
+        finally:  # also for an interruption between two of these lines
             self._inside.set(inside)
             if held:
                 self._loop = outer

@@ -13,7 +13,6 @@ from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.completion import complete
 from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
-from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.settings import Mode
 from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.length_ladder import at_length, first_tensor, ladder
@@ -118,19 +117,17 @@ class WarmupCalls:
     main: tuple[WarmupCall, ...] = ()
     ladder: tuple[WarmupCall, ...] = ()
 
-    def run(self, device_type: str) -> list[Any]:
-        """One pass through all that is compared, with the same random numbers every time."""
-        with seeded(device_type):
-            return [call.run() for call in self.main]
+    def run(self) -> list[Any]:
+        """One pass through all that is compared."""
+        return [call.run() for call in self.main]
 
-    def run_others(self, device_type: str) -> None:
+    def run_others(self) -> None:
         """Run what service will bring beside: other lengths, and tensors as the other kind of caller makes them."""
-        with seeded(device_type):
-            for call in (*self.main, *self.ladder):
-                if call in self.ladder:
-                    call.run()
-                if call.variant is not None:
-                    call.variant()
+        for call in (*self.main, *self.ladder):
+            if call in self.ladder:
+                call.run()
+            if call.variant is not None:
+                call.variant()
 
 
 def warmup_calls(

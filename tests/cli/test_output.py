@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.panel import Panel
+from rich.text import Text
 
+import accelerate_tts.cli
 from accelerate_tts.cli.demo.command import OutputError, _check_writable
+from accelerate_tts.cli.lines import say
+from accelerate_tts.cli.tables import table
+from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.receipts.receipt import Receipt, StageResult
@@ -128,3 +138,53 @@ def test_no_escape_sequence_reaches_a_terminal(
     assert all(printable(line) == " ".join(line.split()) for line in str(read).splitlines())
     assert "second line" in caplog.text
     assert len(caplog.text.splitlines()) == 1
+
+
+# --- foreign texts --------------------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07 \u202eback\ud800 \r\x08\x9b31m [red] :warning:"
+
+
+def shown_by(show: Callable[[Terminal], object], **options: Any) -> str:
+    stream = io.StringIO()
+    show(Terminal(file=stream, width=100, **options))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("made", [str, Text, lambda text: table([("a", "b"), (Text(text), text)], text), Panel])
+def test_no_control_character_of_a_text_reaches_the_terminal_however_it_is_shown(made: Callable[[str], Any]) -> None:
+    output = shown_by(lambda terminal: terminal.print(made(HOSTILE)))
+    output.encode()
+    assert all(character.isprintable() for line in output.split("\n") for character in line), ascii(output)
+    assert "[red]" in output
+    assert ":warning:" in output
+
+
+def test_styles_of_our_own_are_no_texts() -> None:
+    output = shown_by(
+        lambda terminal: terminal.print("text", style="red"), force_terminal=True, color_system="standard"
+    )
+    assert output == "\x1b[31mtext\x1b[0m\n"
+
+
+def test_a_plain_line_is_clean_too(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"  {HOSTILE}: trying")
+    (line, end) = capsys.readouterr().out.split("\n")
+    assert line.isprintable()
+    assert line.startswith("  ")
+    assert end == ""
+
+
+def test_the_commands_write_nowhere_else() -> None:
+    """Each text goes through `Terminal` or `say`, or is JSON, which escapes, or a constant of ours."""
+    found = []
+    for path in Path(accelerate_tts.cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or path.name == "lines.py":
+                continue
+            called, given = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
+            writes = called in {"print", "Console", "sys.stdout.write", "sys.stderr.write"} or called.endswith(".echo")
+            if writes and not given.startswith(("json.dumps(", "receipt.to_json()", "__version__")):
+                found.append(f"{path.name}:{node.lineno}: {called}({given})")
+    # These two are for when rich is missing, or standard output is gone: an error's own number and words.
+    assert [line for line in found if not line.startswith("__init__.py")] == []

@@ -2,7 +2,7 @@
 
 A system's file declares how it is made, how it speaks and which parts it has. `contract` and `steady` do the rest.
 Here every change that is right counts as faster: which of them would be kept is the machine's business, and a test that
-left it to the clock would show something else each time. Whether timing is right is what tests/engine is about.
+left it to the clock would show something else each time. Whether timing is right is what tests/tuning is about.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.compile import inductor
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
@@ -70,7 +69,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 @pytest.fixture
 def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Whatever is right is kept, on every part and without being timed; nothing is compiled."""
-    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/engine does
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/stages does
     faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
     decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
 
@@ -252,7 +251,8 @@ def contract(clockless: None) -> Callable[..., None]:
     """Everything but compiling, for one system.
 
     Its arguments: how it is made, how it speaks, its parts with their kinds; another way of speaking, for the second
-    thread (the same with other random numbers if not given); and the stages that must be right on a part.
+    thread (the same with other random numbers if not given); the stages that must be right on a part; and whether
+    upstream's own code may be called by two threads at once.
     """
 
     def check(
@@ -261,6 +261,8 @@ def contract(clockless: None) -> Callable[..., None]:
         parts: list[tuple[str, str]],
         other: Speak | None = None,
         right: Iterable[tuple[str, str]] = (),
+        *,
+        threads: bool = True,
     ) -> None:
         system = Checked(make, speak)
         assert [(part.name, part.kind) for part in system.plan.parts] == parts
@@ -274,7 +276,8 @@ def contract(clockless: None) -> Callable[..., None]:
         assert all(stage.error is None or stage.error <= EXACT_TOLERANCE for stage in receipt.kept)
         assert compare(system.reference, system.say()).error <= EXACT_TOLERANCE
         system.same_weights()
-        in_two_threads(system.subject, [speak, other or speak])
+        if threads:
+            in_two_threads(system.subject, [speak, other or speak])
         system.copies_are_untouched()
         system.undone()
         for precision in ("balanced", "fast"):
@@ -305,19 +308,19 @@ def sentence(letters: int) -> str:
 
 
 @pytest.fixture
-def steady(seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def steady(seen: list[Event], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., None]:
     """No recompile over fifty lengths: parts compiled together, warmed up, sealed, then met with fifty sentences.
 
     Its arguments: how the system is made; the stage of each compiled part; how it speaks a sentence, by upstream's own
     method, tokens to samples; and whether graphs run as dynamo traced them. Which call needs another graph is dynamo's
-    to say; what inductor makes of one takes minutes for a whole system, and is compared in tests/engine.
+    to say; what inductor makes of one takes minutes for a whole system, and is compared in tests/stages.
     """
 
     def check(
         make: Callable[[], Any], stages: dict[str, Stage], speak: Callable[[Any, str], Any], *, traced: bool = False
     ) -> None:
         if traced:
-            monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, config_patches: graph.forward)
+            request.getfixturevalue("uncompiled")
         torch.manual_seed(0)
         subject = make()
         spoken = {letters: functools.partial(speak, text=sentence(letters)) for letters in range(4, 54)}

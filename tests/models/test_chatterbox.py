@@ -49,8 +49,12 @@ def test_contract(contract: Any, example: Any, variant: str) -> None:
     pytest.importorskip(module.VARIANTS[variant][0], reason=f"this release of Chatterbox has no {variant} model")
     random = module.random
     right = [("t3.tfmr", "growing cache")]
+    make = lambda: without_encoder(random(seconds=0.3, tiny=True, variant=variant))  # noqa: E731
     contract(
-        lambda: without_encoder(random(seconds=0.3, tiny=True, variant=variant)), speak, [*PARTS, *MARKER], other, right
+        make, speak, [*PARTS, *MARKER], other, right,
+        # The alignment analyzer of each call of the multilingual model hears the attention layers of all calls:
+        # two threads stack rows of two texts, untouched too.
+        threads=variant != "multilingual",
     )  # fmt: skip
 
 

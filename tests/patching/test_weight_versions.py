@@ -20,7 +20,7 @@ from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.whole import CompiledCall
 from accelerate_tts.stages.layers.half_precision import HalfStage
-from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, quantize_stages
+from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 
@@ -278,7 +278,7 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], A
     "recurrent": (Recurrent, (1, 5, 16), QuantizeRecurrentStage, 0.25),
     **{
         stage.name: (linear, (2, 128), lambda stage=stage: stage, 0.08)
-        for stage in quantize_stages()
+        for stage in (*map(QuantizeStage, engines()), QuantizeRecurrentStage())
         if isinstance(stage, QuantizeStage)
     },
     "graph": (linear, (2, 128), lambda: None, 1e-5),

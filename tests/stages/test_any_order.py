@@ -34,7 +34,7 @@ from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
-from accelerate_tts.stages.layers.int8 import quantize_stages
+from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.protocol import Change, Stage
@@ -50,7 +50,8 @@ STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
     FusedBlocksStage("int8"), PromptStage(), HalfStage(torch.bfloat16, carried=False),
     HalfStage(torch.bfloat16, carried=True), SkinnyStage("fp32"), SkinnyStage("bf16"), SkinnyStage("int8"),
-    FewRowsStage(), *quantize_stages(), FrozenCompileStage(), CompiledBlocksStage("default"), CompileStage("default"),
+    FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
+    CompiledBlocksStage("default"), CompileStage("default"),
 )  # fmt: skip
 
 
@@ -249,11 +250,12 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [CompileStage("default"), CompiledBlocksStage("default")], ids=lambda s: s.name)
-def test_what_dynamo_has_traced_is_untouched_again(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dynamo_has_traced_is_untouched_again(
+    stage: Any, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As above, by way of torch.compile; its backend is the cheapest."""
     for module in (compile_stages, regional):
         monkeypatch.setattr(module, "compile_function", inductor.compile_function)
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
     model = tower(False, True, nn.GRU)
     before = Before(model)
     change = stage.prepare(Part("part", "model", model))

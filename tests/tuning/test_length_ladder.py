@@ -21,7 +21,6 @@ from accelerate_tts.models import generic
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.plan import Part
 from accelerate_tts.stages import catalogue
-from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.tuning.length_ladder import at_length, ladder
@@ -392,7 +391,7 @@ def test_no_length_of_service_compiles_again_in_other_models(
         request.getfixturevalue("layered_caches")
     decide(compare=all_are_faster, looks=False)
     monkeypatch.setattr(stage, "least_share", 0.0)
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
+    request.getfixturevalue("uncompiled")
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (stage,))
     # Where a model is taken apart is not what this is about, and hangs on the clock.
     monkeypatch.setattr(generic, "_DEEPEST", 0)

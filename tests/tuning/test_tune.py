@@ -153,7 +153,7 @@ def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copie
     """A decoder's bf16 copy beside its int8 one, while the two compete, is what a process would need the memory for."""
     decide(from_memory=1 if large else 2**30)
     fewer, more = Alternative(seconds=0.0), Alternative(seconds=0.0 if kept else 0.001)
-    fewer.name, more.name, more.spared_by = "int8", "bf16", ("int8",)
+    fewer.name, more.name, more.superseded_by = "int8", "bf16", ("int8",)
     if not kept:
         fewer.attributes = {"offset": 1.0}  # wrong
     first, second = run(Slow(), fewer, more).receipt.stages

@@ -159,3 +159,8 @@ tts.inference(mode="fast")  # type: ignore[call-overload]  # pyright: ignore[rep
 tts.optimized_model(precision="quick")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 tts.optimized_model(tune_seconds="30")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 tts.optimized_model(lengths=(1, 2, 3))  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+try:
+    optimizer.load_packs("packs.bin")
+except (tts.PackError, tts.ReloadError) as error:
+    assert_type(error, tts.PackError | tts.ReloadError)

@@ -81,6 +81,7 @@ def xtts(example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) 
     """Makes XTTS's own classes. Only its reader of files is another: torchaudio's needs FFmpeg's libraries."""
     import soundfile
 
+    pytest.importorskip("TTS", reason="coqui-tts is not installed")
     module = example("xtts_backend")
     read = lambda path, _rate: torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None]  # noqa: E731
     monkeypatch.setattr(module.xtts, "load_audio", read)

@@ -1,9 +1,9 @@
-"""Linear layers with few rows on a CPU: the product taken the other way round. Exact to rounding.
+"""Linear layers with few rows on a CPU, computed as the transposed product. Exact to rounding.
 
-A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch).
-`F.linear` hands that to a kernel made for many rows, which reads the weights at a half to a third of the memory's rate;
-`W @ x.T` of the same numbers reads them at the full rate (docs/decisions/0007-few-rows.md has the figures). One row is
-a matrix-vector product either way, and from about ten rows on `F.linear` is right.
+A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch). `F.linear`
+uses a kernel for many rows, which reads the weights at a half to a third of the memory bandwidth. `W @ x.T` reads them
+at full bandwidth (docs/decisions/0007-few-rows.md has the figures). One row is a matrix-vector product either way, and
+from about ten rows on `F.linear` is faster.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.patching.class_swap import ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["FEW_ROWS", "FewRowsStage"]
 
 FEW_ROWS = range(2, 9)
-"""Numbers of rows for which the product is taken the other way round."""
+"""Numbers of rows for which the transposed product is computed."""
 
 
+@register_stage
 class FewRowsStage(BaseStage):
-    """Takes a part's linear layers the other way round when they are given two to eight rows. For CPUs."""
+    """Computes `W @ x.T` in a part's linear layers for inputs of two to eight rows. For CPUs."""
 
     name = "few-row linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    after = ("skinny linear layers",)
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
@@ -46,12 +50,8 @@ class FewRowsStage(BaseStage):
 def _linears(module: nn.Module) -> list[nn.Module]:
     from torch import nn
 
-    # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-    fused = in_fused(module)
-    return [
-        m for m in module.modules()
-        if m not in fused and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
-    ]  # fmt: skip
+    # The forward of a subclass (an adapter, a quantised layer) is unknown.
+    return [m for m in open_modules(module) if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
 
 
 @per_class
@@ -72,7 +72,7 @@ def _few_rows_class(plain: Any) -> type:
             product = torch.mm(weight, columns)
         else:
             product = torch.addmm(self.bias.unsqueeze(1), weight, columns)
-        # Contiguous, as `F.linear` gives it: whoever calls .view() on it must not see a difference.
+        # Contiguous, as the result of `F.linear`: callers may use .view() on it.
         return product.t().contiguous().view(*input.shape[:-1], weight.shape[0])
 
     return subclass_with(plain, forward)

@@ -1,10 +1,10 @@
-"""Linear layers with a few rows on a CPU, by our own kernel: each weight is read once, at the memory's rate.
+"""Linear layers with few rows on a CPU, by the kernel skinny_gemm.cpp, which reads weights at full memory bandwidth.
 
-A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
-time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
-skinny_gemm.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's
-own weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
-output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
+A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so reading the
+weights dominates its time. `F.linear` uses kernels for many rows, which reach a third of the memory bandwidth
+(docs/decisions/0014-skinny.md has the figures). In fp32 the kernel reads the module's own weights and is exact to
+rounding. The level `balanced` may store them in bf16, `fast` in int8 with a scale for each output. Sums stay in fp32,
+and inputs with more rows use the fp32 weights as before.
 """
 
 from __future__ import annotations
@@ -14,36 +14,56 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import missing, skinny_linear
-from accelerate_tts.kernels.weight_formats import FORMATS, MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
-from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, in_fused, per_class, subclass_with
+from accelerate_tts.kernels.weight_formats import (
+    FORMATS,
+    MOST_ROWS,
+    Weights,
+    formats_under,
+    in_bf16,
+    in_int8,
+    is_transposed,
+)
+from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["SkinnyStage"]
 
-
-_NAME = "skinny linear layers ({})"
-# What is read from the cores' own caches is no faster by it, and an int8 copy of it gains nothing.
+# Smaller weights are read from the cores' caches, where neither the kernel nor an int8 copy gains anything.
 _LEAST_WEIGHTS = 16_384
 
 
+@register_stage
 class SkinnyStage(BaseStage):
-    """Linear layers (and transformers' Conv1D) by our own kernel when they are given up to eight rows. For CPUs.
+    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
 
     Args:
-        weights: What the weights are stored in for it.
+        weights: Format in which the kernel reads the weights.
     """
 
+    name = "skinny linear layers"
     group = "linear layers"
+    devices = ("cpu",)
+    after = ("half precision",)
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[SkinnyStage]:
+        """See `BaseStage.variants`: one for each format, the fewest bytes first."""
+        return map(cls, formats_under(target.precision))
 
     def __init__(self, weights: Weights = "fp32") -> None:
-        self.name = _NAME.format(weights)
-        self.spared_by = tuple(_NAME.format(smaller) for smaller in FORMATS[: FORMATS.index(weights)])
+        smaller = FORMATS[: FORMATS.index(weights)]
+        self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
+        self.name = f"{self.name} ({weights})"
         self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:
@@ -70,18 +90,16 @@ class SkinnyStage(BaseStage):
 
 
 def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
-    """The layers that the kernel can serve; those in bf16 too, if from their own weights."""
+    """Return the layers that the kernel supports; with `own`, which uses the module's own weights, also bf16 ones."""
     import torch
     from torch import nn
 
-    fused = in_fused(module)
     return [
         inner
-        for inner in module.modules()
-        if inner not in fused
-        # A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
-        and (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
-        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # a quantised one has no memory to point to
+        for inner in open_modules(module)
+        # The forward of a subclass (an adapter, a quantised layer) is unknown.
+        if (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
         and inner.weight.device.type == "cpu"
@@ -95,7 +113,7 @@ def _is_bf16(module: Any) -> bool:
 
 
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
-    """Whether it is the kernel's business; everything else, wrong inputs too, gets torch's own answer."""
+    """Check that the kernel supports an input. All others, wrong ones included, get torch's own result or error."""
     import torch
 
     return bool(
@@ -133,7 +151,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         if not _is_bias(bias, outputs):
             return plain.forward(self, x)
         if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
-            # Sums in fp32, rounded once at the end, as bf16 hardware does it.
+            # Sums in fp32, rounded once at the end, as bf16 hardware does.
             wide = None if bias is None else bias.float()
             return _call(x.float(), weight, None, wide, False).to(x.dtype)
         if not _takes(x, inputs) or not (_fits(weight) and _fits(bias)):
@@ -144,7 +162,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
 
 
 def _is_bias(bias: Any, outputs: int) -> bool:
-    """Whether it has a number for each output; torch takes what can be broadcast, and the kernel's loops do not."""
+    """Check that a bias has one number for each output. torch broadcasts other shapes, the kernel does not."""
     return bias is None or tuple(bias.shape) == (outputs,)
 
 
@@ -166,7 +184,7 @@ def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
         if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
             return plain.forward(self, x)
-        copy = getattr(self, COPY, None)  # a thread may be in here while another one switches the change off
+        copy = getattr(self, COPY, None)  # another thread may have switched the change off
         if copy is None:
             return plain.forward(self, x)
         weight, scale = copy.get()

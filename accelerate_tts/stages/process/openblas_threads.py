@@ -1,9 +1,9 @@
-"""One thread for OpenBLAS, where NumPy's idle workers would stand in the way of torch's.
+"""One thread for OpenBLAS, so that NumPy's idle workers do not slow down torch's threads.
 
-torch computes the same bit for bit; NumPy may sum in another order.
+torch's results stay bit-exact; NumPy may sum in another order.
 
-A change of the process, not of a part: it is tried on whole passes through the public path, where NumPy and torch take
-turns as they will in service. device/openblas.py says why it matters.
+This changes the process rather than a part. It is therefore tried on whole passes through the public path, where NumPy
+and torch alternate as in service. device/openblas.py explains the effect.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from accelerate_tts.device.flags import hold
 from accelerate_tts.device.openblas import BLAS_THREADS, busy_libraries
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from accelerate_tts.device.flags import Hold
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["QuietBlasStage"]
 
 
+@register_stage
 class QuietBlasStage(BaseStage):
     """Holds OpenBLAS at one thread. For CPUs."""
 
     name = "one OpenBLAS thread"
+    devices = ("cpu",)
+    after = ("fold weight norm",)
     process = True
 
     def applies(self, part: Part) -> str | None:

@@ -1,7 +1,7 @@
-"""Parts of known classes in fewer operators: the same sums, with less between them. For CPUs.
+"""Parts of known classes, computed in fewer operators. For CPUs.
 
-What is known of each class is in `vits_parts` and `hifigan`. A part on which lengths hang is another stage's business
-(`margin`).
+`vits.py` and `hifigan.py` implement the classes. Parts that decide lengths belong to another stage
+(`checked_lengths.py`).
 """
 
 from __future__ import annotations
@@ -11,25 +11,45 @@ from typing import TYPE_CHECKING, cast
 from accelerate_tts.patching.class_swap import ClassSwap
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.layers.fused_sequence import Served
+from accelerate_tts.stages.vocoder.hifigan import hifigan
+from accelerate_tts.stages.vocoder.vits import FLOW
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from accelerate_tts.kernels.packed import Kernel
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["FewerOperatorsStage"]
 
 
+@register_stage
 class FewerOperatorsStage(BaseStage):
-    """Serves a whole part by a function that knows its class.
+    """Computes a whole part by an implementation of its class in fewer operators.
 
     Args:
-        kernels: What serves parts, each of one class.
-        copies: In what they have copies of the weights.
+        kernels: Implementations, each of one class.
+        copies: Format of their copies of the weights.
     """
 
+    name = "fewer operators"
+    devices = ("cpu",)
+    # Before all other stages that change parts, since a fused part is not tried again piece by piece.
+    after = ("fold weight norm", "one OpenBLAS thread")
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[FewerOperatorsStage]:
+        """See `BaseStage.variants`: one to rounding, and one for each half precision that there are kernels for."""
+        yield cls((FLOW, hifigan()))
+        for dtype in target.half_dtypes:
+            yield cls((hifigan(dtype),), str(dtype).removeprefix("torch."))
+
     def __init__(self, kernels: tuple[Kernel, ...], copies: str = "fp32") -> None:
-        self.name = "fewer operators" if copies == "fp32" else f"fewer operators ({copies})"
+        if copies != "fp32":
+            self.name = f"{self.name} ({copies})"
         self._kernels = kernels
         self._copies = copies
 

@@ -32,11 +32,10 @@ class Steps(nn.Module):
 
 
 @pytest.fixture(params=["this release", "settings of the process"])
-def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompiledCall:
+def call(request: pytest.FixtureRequest, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> CompiledCall:
     """A module's call, compiled by dynamo alone; also as releases need it whose settings are the process's."""
     if request.param == "settings of the process":
         monkeypatch.setattr(inductor, "_settings_are_the_threads", lambda: False)
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_options: graph.forward)
     torch.manual_seed(0)
     made = CompiledCall(Steps().eval(), "steps", "default")
     made.on()

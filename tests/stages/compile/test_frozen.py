@@ -76,7 +76,7 @@ def fallen(seen: list[Event]) -> list[FellBack]:
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def traced(compile_by: Callable[..., None]) -> list[tuple[int, ...]]:
     """inductor is left out: graphs run as they were traced. The shapes of the last inputs of each run of a graph."""
     runs: list[tuple[int, ...]] = []
 
@@ -87,7 +87,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
         return compiled
 
-    monkeypatch.setattr(inductor, "_inductor", lambda: compiler)
+    compile_by(compiler)
     return runs
 
 

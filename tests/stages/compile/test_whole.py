@@ -206,11 +206,8 @@ def test_simultaneous_first_calls_compile_once(optimizer: PerformanceOptimizer) 
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_many_parts_do_not_share_dynamos_limit(
-    optimizer: PerformanceOptimizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_parts_do_not_share_dynamos_limit(optimizer: PerformanceOptimizer, uncompiled: None) -> None:
     """dynamo stops compiling a code object after 8 versions; each part has its own."""
-    monkeypatch.setattr(inductor, "_inductor", lambda: lambda graph, _inputs, **_: graph.forward, raising=True)
     calls = []
     for number in range(12):
         model = optimizer.compile_model(nn.Linear(8, 8 + number).eval(), f"linear {number}", x())

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.tuning.cache_delta import settled
 from accelerate_tts.tuning.compare import compare
@@ -141,3 +142,28 @@ def test_what_is_compared_of_a_tuple_is_what_was_added() -> None:
     assert compare(result(expected), result(roomy)).error == pytest.approx(0.0)
     roomy[1][0][0, 0, 0, 0] += 1.0
     assert compare(result(expected), result(roomy)).error > 1e-2, "a position that was given is another"
+
+
+@pytest.mark.parametrize("kind", ["tuple", "lists"])
+def test_a_replayed_call_is_given_room_that_it_keeps(kind: str) -> None:
+    """In inference tensors it lost it again inside the clock, so that what grows in place was slower than eager."""
+    with torch.inference_mode():
+        first, other = holder(), holder(seed=1)
+    pairs = ((first.keys, first.values), (other.keys, other.values))
+    past = (
+        pairs
+        if kind == "tuple"
+        else SimpleNamespace(key_cache=[k for k, _ in pairs], value_cache=[v for _, v in pairs])
+    )
+    roomy = kv_cache.give_room(past)
+    found = roomy if kind == "tuple" else tuple(zip(roomy.key_cache, roomy.value_cache, strict=True))
+    with torch.inference_mode():
+        kept = call_normally(lambda *given: given, tuple(found), {})
+    for (keys, values), (before, _), pair in zip(found, pairs, kept, strict=True):
+        assert not keys.is_inference()
+        assert pair[0] is keys
+        assert torch.equal(keys, before)
+        address = keys.data_ptr()
+        place = SimpleNamespace(keys=keys, values=values)
+        assert write(place, 1.0)
+        assert place.keys.data_ptr() == address

@@ -1,0 +1,33 @@
+# The public names for type checkers. `__init__.py` says which of them a newcomer needs, and a test compares the two.
+
+from accelerate_tts._version import __version__ as __version__
+from accelerate_tts.context import fast_inference as fast_inference
+from accelerate_tts.decorators import inference as inference
+from accelerate_tts.decorators import optimized_model as optimized_model
+from accelerate_tts.errors import AccelerateTTSError as AccelerateTTSError
+from accelerate_tts.errors import ConcurrencyError as ConcurrencyError
+from accelerate_tts.errors import InferenceContextError as InferenceContextError
+from accelerate_tts.errors import MissingExtraError as MissingExtraError
+from accelerate_tts.errors import ModelError as ModelError
+from accelerate_tts.errors import PackError as PackError
+from accelerate_tts.errors import ReloadError as ReloadError
+from accelerate_tts.errors import SettingsError as SettingsError
+from accelerate_tts.errors import TimeLimitError as TimeLimitError
+from accelerate_tts.errors import WarmupError as WarmupError
+from accelerate_tts.events import Event as Event
+from accelerate_tts.events import EventHook as EventHook
+from accelerate_tts.events import add_hook as add_hook
+from accelerate_tts.optimizer import PerformanceOptimizer as PerformanceOptimizer
+from accelerate_tts.optimizer import create_inference_context as create_inference_context
+from accelerate_tts.optimizer import get_performance_optimizer as get_performance_optimizer
+from accelerate_tts.optimizer import receipt_of as receipt_of
+from accelerate_tts.receipts.receipt import Receipt as Receipt
+from accelerate_tts.receipts.receipt import StageResult as StageResult
+from accelerate_tts.runtime.batching import batched as batched
+from accelerate_tts.runtime.inference_mode import carry_mode as carry_mode
+from accelerate_tts.settings import Settings as Settings
+from accelerate_tts.settings import is_active as is_active
+from accelerate_tts.settings import is_testing as is_testing
+from accelerate_tts.settings import set_active as set_active
+from accelerate_tts.settings import testing as testing
+from accelerate_tts.voices.decorator import cached_embedding as cached_embedding

@@ -1,0 +1,1 @@
+"""Device types. Each file registers a `DeviceSpec`; CONTRIBUTING.md has an example."""

@@ -1,0 +1,84 @@
+"""Compiled models that are dropped leave nothing: neither their weights nor what their graphs have copies of."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import eval_frame
+from torch.nn.utils.parametrizations import spectral_norm
+
+from accelerate_tts.stages.compile import inductor
+from accelerate_tts.stages.compile.whole import CompiledCall
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.up, self.down = norm(nn.Linear(32, 64)), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def constants() -> list[weakref.ref[torch.Tensor]]:
+    """The tensors that modules of generated code have."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return [
+        weakref.ref(value)
+        for module in PyCodeCache.modules
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("norm", "frozen", "undone"),
+    [
+        pytest.param(spectral_norm, True, False, id="frozen, spectral norm, dropped"),
+        pytest.param(nn.Sequential, True, True, id="frozen, undone, dropped"),
+        pytest.param(spectral_norm, False, False, id="compiled, dropped"),
+    ],
+)
+def test_weights_die_with_their_model(norm: Callable[[nn.Module], nn.Module], *, undone: bool, frozen: bool) -> None:
+    from torch._inductor.codecache import PyCodeCache
+
+    gc.collect()
+    kept = (len(PyCodeCache.modules), len(eval_frame.cached_backends), set(vars(inductor)))
+    weights = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Block(norm).eval()
+        change = CompiledCall(model, "model", "default", frozen=frozen)
+        x = torch.randn(1, 5, 32)
+        with torch.no_grad():
+            expected = model(x)
+            change.on()
+            torch.testing.assert_close(model(x), expected)
+        assert change.graphs, "nothing was compiled"
+        assert constants() or not frozen, "nothing was frozen"
+        weights += [weakref.ref(tensor) for tensor in model.state_dict(keep_vars=True).values()] + constants()
+        if undone:
+            change.off()
+        del model, change
+    gc.collect()  # finds the model, and with it what dynamo has of it
+    gc.collect()
+    assert [ref() for ref in weights if ref() is not None] == []
+    assert len(eval_frame.cached_backends) == kept[1]
+    assert set(vars(inductor)) == kept[2], "dynamo has left something in the globals of the compiled function"
+    assert not constants()
+    if frozen:
+        assert len(PyCodeCache.modules) == kept[0]
