@@ -3,7 +3,7 @@
 The generators of `random`, `numpy.random` and `torch` belong to the process. A thread that draws while another one has
 seeded them draws from that seed, and only a check in every draw could distinguish the two. Tuning therefore does not
 seed generators that the model does not use (`drawing`, `Window.moved`), and repeats a comparison during which another
-thread drew random numbers (`Session.undisturbed`).
+thread drew random numbers (`accelerate_tts.tuning.draws`).
 """
 
 from __future__ import annotations

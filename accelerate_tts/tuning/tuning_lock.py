@@ -9,10 +9,10 @@ from contextvars import ContextVar
 
 from accelerate_tts.locks import rlock
 
-__all__ = ["Flight"]
+__all__ = ["TuningLock"]
 
 
-class Flight:
+class TuningLock:
     """Allows one tuning at a time, since two would disturb each other's timings.
 
     A warm-up may run the user's coroutines on another thread's event loop, or code that loads another object. A load
@@ -25,7 +25,7 @@ class Flight:
         self._loop: object = None
 
     @contextmanager
-    def turn(self, loop: object) -> Generator[bool, None, None]:
+    def held(self, loop: object) -> Generator[bool, None, None]:
         """Hold the lock while open, after waiting for it; yield False if the wait would never end.
 
         Args:
