@@ -124,7 +124,8 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     return [
         inner
         for inner in open_modules(module)
-        if is_torchs_linear(plain_class(inner))
+        if isinstance(inner, nn.Linear)
+        and is_torchs_linear(plain_class(inner))
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()
     ]
