@@ -1,4 +1,4 @@
-"""`fast_inference()`: the scoped form, for scripts."""
+"""`fast_inference()`: a scope for scripts."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ADVICE = (
 
 
 class fast_inference:  # noqa: N801 - used like a function, as contextlib's own are
-    """Run a block of synchronous code without autograd, with the fast process-wide flags of the device held.
+    """Runs a block of synchronous code without autograd, with the device's fast process-wide flags on.
 
-    The flags (TF32 and cuDNN autotune on CUDA; none elsewhere) are counted: scopes may nest and overlap in any
-    threads, and the last one to end restores what was there before the first. Threads started inside do not inherit
-    the mode: give them `carry_mode(work)`.
+    The flags are TF32 and cuDNN autotune on CUDA, and none elsewhere. Scopes may nest and overlap in any threads; the
+    last one to end restores the flags from before the first. Threads started inside do not inherit the mode: give them
+    `carry_mode(work)`.
 
     Args:
         mode: "inference", "no_grad" or "none", as for `@inference`.
 
     Raises:
-        SettingsError: An unknown mode.
+        SettingsError: The mode is unknown.
         InferenceContextError: Entered in the body of a coroutine, generator or async generator.
 
     Example:
@@ -45,7 +45,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
     def __init__(self, *, mode: Mode = "inference") -> None:
         check_mode(mode)
         self._mode = mode
-        self._scopes: dict[int, list[ExitStack]] = {}  # by thread: several may share one of these
+        self._scopes: dict[int, list[ExitStack]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
         _refuse_suspended(sys._getframe(1))
@@ -82,11 +82,11 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
 
 
 def _refuse_suspended(frame: FrameType | None) -> None:
-    # A plain function called from a coroutine is safe, it cannot be suspended; a coroutine's own body is not.
+    # A plain function called from a coroutine is safe, since it cannot be suspended; the coroutine's own body is not.
     frame, _ = _outside_contextlib(frame)
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
-        # A generator that is a context manager leaves the mode on for the body of its `with`, as it should: then
-        # whoever owns that `with` is asked.
+        # A generator that is a context manager keeps the mode on for the body of its `with`, as intended. The function
+        # with that `with` is checked instead.
         owner, through_contextlib = _outside_contextlib(frame.f_back)
         if not through_contextlib:
             break

@@ -8,6 +8,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -24,11 +25,8 @@ from accelerate_tts.runtime.seeding import loading_again
 from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from accelerate_tts.tuning.options import TuneOptions
+    from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
-    from accelerate_tts.tuning.warmup import Loaded
 
 __all__ = ["inference", "optimized_model"]
 
@@ -105,12 +103,12 @@ def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
 
 
 def _found(module: str, name: str) -> Any:
-    """What is called so in a module: how a function of a class is pickled, which is another object at each look."""
+    """Find a function by its name. One of a class is pickled by that, since it is another object at each look."""
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
 class _RunInMode:
-    """What an @inference shell does at a call. A class, so that it can be pickled."""
+    """Calls of an @inference shell. A class, so that it can be pickled."""
 
     def __init__(self, mode: Mode, concurrency: int | None, *, retry: bool) -> None:
         self.mode: Mode = mode
@@ -255,67 +253,57 @@ def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a
         SettingsError: An unknown mode or precision, a budget or a range of lengths that means nothing.
         TypeError: What is decorated is no function.
     """
-    from accelerate_tts.tuning.options import TuneOptions
-    from accelerate_tts.tuning.warmup import check_warmup
+    from accelerate_tts.tuning.load_request import LoadRequest
 
-    check_mode(mode)
-    options = TuneOptions(precision, tune_seconds, lengths)
-    check_warmup(warmup, lengths)
+    request = LoadRequest(warmup, mode, precision, tune_seconds, lengths)
 
     def decorate(decorated: Any) -> Any:
         _check_function("optimized_model", decorated)
-        return _Shell(decorated, _Optimize(warmup, mode, options))
+        return _Shell(decorated, _Optimize(request))
 
     return decorate if function is None else decorate(function)
 
 
 class _Optimize:
-    """What an @optimized_model shell does at a call."""
+    """Calls of an @optimized_model shell."""
 
-    def __init__(self, warmup: Any, mode: Mode, options: TuneOptions) -> None:
-        self.warmup = warmup
-        self.mode: Mode = mode
-        self.options = options
+    def __init__(self, request: LoadRequest) -> None:
+        self.request = request
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active() or loading_again.get():
             return wrapped(*args, **kwargs)
         from accelerate_tts.optimizer import get_performance_optimizer
+        from accelerate_tts.tuning.warmup import Loaded
 
+        optimizer = get_performance_optimizer()
         # In the caller's thread, since threads keep their own number of threads, and before the model meets the device.
-        get_performance_optimizer().initialize()
+        optimizer.initialize()
         # A lazy load inside a request: weights that are made in inference mode could never be changed.
         outside = inference_mode.in_inference_mode()
-        again = get_performance_optimizer().remembered(wrapped, instance, args, kwargs)
+        again = optimizer.remembered(wrapped, instance, args, kwargs)
         result = inference_mode.call(wrapped, args, kwargs, "outside") if outside else wrapped(*args, **kwargs)
         if isinstance(result, Awaitable):
             return self._optimize_async(result, instance, again)
-        self._optimize(_loaded(result, instance, None, again), lambda: False)
+        optimizer.optimize(replace(self.request, loaded=Loaded(result, instance, again=again)))
         return result
-
-    def _optimize(self, loaded: Loaded, stopped: Callable[[], bool]) -> None:
-        from accelerate_tts.optimizer import get_performance_optimizer
-
-        get_performance_optimizer().optimize(loaded, self.warmup, self.mode, stopped, self.options)
 
     async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Again | None) -> Any:
         import asyncio  # 40 ms, which a decorated synchronous class should not pay at its import
 
+        from accelerate_tts.optimizer import get_performance_optimizer
+        from accelerate_tts.tuning.warmup import Loaded
+
         result = await pending
-        loaded = _loaded(result, owner, asyncio.get_running_loop(), again)
         cancelled = threading.Event()
+        loaded = Loaded(result, owner, asyncio.get_running_loop(), again=again)
+        request = replace(self.request, loaded=loaded, stopped=cancelled.is_set)
         try:
-            await asyncio.to_thread(self._optimize, loaded, cancelled.is_set)
+            await asyncio.to_thread(get_performance_optimizer().optimize, request)
         except asyncio.CancelledError:
             cancelled.set()  # the thread cannot be interrupted; it undoes what it did before its next step
             raise
         return result
-
-
-def _loaded(result: Any, owner: Any, loop: asyncio.AbstractEventLoop | None, again: Again | None) -> Loaded:
-    from accelerate_tts.tuning.warmup import Loaded
-
-    return Loaded(result, owner, loop, again=again)
 
 
 def _check_function(decorator: str, function: Any) -> None:

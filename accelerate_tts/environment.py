@@ -1,4 +1,4 @@
-"""What the environment's variables say, as values for `Settings`; and what in them contradicts each other."""
+"""Environment variables as values for `Settings`, with events for unknown and contradictory ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORDS = {
 
 
 def flag(variable: str, text: str) -> bool:
-    """A yes or no; SettingsError for anything else."""
+    """Parse a yes or no; raise SettingsError for other texts."""
     try:
         return _WORDS[text.lower()]
     except KeyError:
@@ -62,7 +62,7 @@ class _Option:
         value = self.parse(variable, text)
         try:
             check(self.field, value)
-        except SettingsError as error:  # name the variable, which the user knows, as well as the option
+        except SettingsError as error:  # adds the variable's name, which the user knows
             said = "..." if self.field == "pack_key" else repr(text)  # a secret
             raise SettingsError(f"{variable}={said}: {error}") from None
         return value
@@ -96,7 +96,7 @@ _OPTIONS = (
 )
 
 VARIABLES = {variable for option in _OPTIONS for variable in option.variables} | {"ACCELERATE_TTS_DISABLE"}
-"""All that have a meaning."""
+"""Names of all supported variables."""
 
 
 def _report_unknown(environment: Mapping[str, str]) -> None:
@@ -108,7 +108,7 @@ def _report_unknown(environment: Mapping[str, str]) -> None:
 
 
 def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any) -> None:
-    """Say that an older name says something else than ours."""
+    """Report an older variable whose value differs from that of the newer one."""
     try:
         same = option.parse(variable, text) == value
     except SettingsError:
@@ -117,7 +117,8 @@ def _report_set_aside(option: _Option, variable: str, text: str, winner: str, va
         emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
 
 
-# A setting that has no effect beside another one, and when. Those of packs always have one: packs are shipped, too.
+# Settings that have no effect beside another one, and the condition. Settings of packs always have one, since packs are
+# also shipped.
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("compile_mode", "compile", lambda value: value is False),
     ("guard_limit", "guard", lambda value: value is False),
@@ -126,7 +127,7 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -> None:
-    """Say which of two variables that were both set has no effect, because of the other."""
+    """Report a variable that has no effect because of another one."""
     for idle, other, wins in _IDLE:
         if idle in said and other in said and wins(values[other]):
             why = f"it has no effect beside {said[other]}={str(values[other])!r}; unset one of the two"
@@ -134,14 +135,17 @@ def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -
 
 
 def read(environment: Mapping[str, str], check: Callable[[str, Any], object]) -> dict[str, Any]:
-    """The values of those settings that a variable sets. An empty variable counts as not set.
+    """Read the settings that variables set. An empty variable counts as not set.
 
     Args:
         environment: The variables.
-        check: Raises `SettingsError` unless a setting (its name, its value) may have that value.
+        check: Takes a setting's name and value, and raises `SettingsError` if the value is invalid.
+
+    Returns:
+        Values by the names of the settings.
 
     Raises:
-        SettingsError: A variable's text cannot be read; the message names the variable, its value and what it takes.
+        SettingsError: A variable's text is invalid. The message names the variable, its value and the valid values.
     """
     values: dict[str, Any] = {}
     said: dict[str, str] = {}  # the variable that each value came from

@@ -1,6 +1,6 @@
-"""The few exceptions that this library raises itself. Each message names the wrong value and the mend.
+"""Exceptions of this library. Each message names the wrong value and the solution.
 
-An exception of the user's own code (a load function, a synthesis call) is never wrapped in one of these.
+Exceptions of the user's own code (a load function, a synthesis call) are never wrapped in these.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = [
 
 
 class AccelerateTTSError(Exception):
-    """The base of every exception that comes from this library."""
+    """Base class of this library's exceptions."""
 
 
 class SettingsError(AccelerateTTSError, ValueError):
-    """An option or an environment variable has a value that means nothing."""
+    """An option or an environment variable has an invalid value."""
 
 
 class WarmupError(AccelerateTTSError, TypeError):
@@ -36,30 +36,30 @@ class WarmupError(AccelerateTTSError, TypeError):
 
 
 class ModelError(AccelerateTTSError, TypeError):
-    """Something that is not a `torch.nn.Module` was given where one is needed."""
+    """An argument that must be a `torch.nn.Module` is not."""
 
 
 class PackError(AccelerateTTSError, ValueError):
-    """A warm pack cannot be named, written, exported or loaded as it was asked for."""
+    """A warm pack cannot be named, written, exported or loaded as requested."""
 
 
 class ReloadError(AccelerateTTSError, RuntimeError):
-    """Weights that were let go (`guard_weights="reload"`) cannot be loaded again by the load function."""
+    """The load function cannot reload weights that were freed (`guard_weights="reload"`)."""
 
 
 class InferenceContextError(AccelerateTTSError, RuntimeError):
-    """`fast_inference()` was entered where it would leak its mode into other tasks."""
+    """`fast_inference()` was entered where its mode would leak into other tasks."""
 
 
 class ConcurrencyError(AccelerateTTSError, RuntimeError):
-    """A call with `concurrency=` would wait for ever, since its turn belongs to a call that waits for it."""
+    """A call with `concurrency=` would wait forever, since the holder of its permit waits for it."""
 
 
 class TimeLimitError(AccelerateTTSError, RuntimeError):
-    """A piece of work did not return within its time limit, and was interrupted.
+    """Work did not return within its time limit, and was interrupted.
 
     Attributes:
-        stopped: What it waited for and what was stopped for it, as a clause; "" if nothing.
+        stopped: Description of a wait that was ended, as a clause; "" if there was none.
     """
 
     def __init__(self, message: str, stopped: str = "") -> None:
@@ -68,22 +68,22 @@ class TimeLimitError(AccelerateTTSError, RuntimeError):
 
 
 class MissingExtraError(AccelerateTTSError, ImportError):
-    """A command needs an extra of this package that is not installed."""
+    """A command needs an optional dependency that is not installed."""
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, for a message; where that raises, as for a number of thousands of digits, what type it is of."""
+    """Return `repr(value)` for a message, or the type if that raises, as for a number with thousands of digits."""
     try:
         return repr(value)
-    except Exception:  # the value is wrong already; the message must say so whatever its class does
+    except Exception:  # the value is already wrong, and the message must not fail
         return f"<a {type(value).__name__} that cannot be shown>"
 
 
 def printable(value: object) -> str:
-    """A foreign text for a terminal, a log or a page: on one line, and without control characters.
+    """Make a foreign text safe for a terminal, a log or a page: one line without control characters.
 
-    Names and reasons come from users' objects and exceptions. An escape sequence among them must not reach a terminal,
-    half of a surrogate pair cannot be written as UTF-8, and a bidirectional override would turn the words after it.
+    Names and reasons come from users' objects and exceptions. Escape sequences must not reach a terminal, a lone
+    surrogate cannot be encoded as UTF-8, and a bidirectional override would reverse the following words.
     """
     text = (c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
     return " ".join("".join(text).split())
@@ -93,7 +93,7 @@ _MOST_SHOWN = 200  # characters
 
 
 def abridged(value: object) -> str:
-    """`shown(value)`, but of a long one its beginning and its end; of a large container no whole text is made."""
+    """Return `shown(value)`, shortened in the middle. The full text of a large container is never made."""
     if isinstance(value, (str, bytes)):
         half = _MOST_SHOWN // 2
         return shown(value) if len(value) <= _MOST_SHOWN else f"{value[:half]!r}...{value[-half:]!r}"
@@ -110,7 +110,7 @@ def abridged(value: object) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """The message of somebody else's exception, for an event: its beginning, whatever its class does."""
+    """Return the beginning of a foreign exception's message, for an event. Never raises."""
     try:
         text = str(error)
     except Exception:  # see `shown`
@@ -119,7 +119,7 @@ def message_of(error: BaseException) -> str:
 
 
 def _is_small(value: object) -> bool:
-    """Whether there is so little in a value, a container perhaps, that its whole text may be made."""
+    """Check that a value, perhaps a container, is small enough for its full text."""
     left, waiting = _MOST_SHOWN, [value]
     while waiting and left > 0:
         item = waiting.pop()

@@ -1,8 +1,8 @@
-"""What happened, as data: frozen dataclasses, sent to hooks and logged once.
+"""Events: frozen dataclasses that are sent to hooks and logged.
 
-A degradation (a fallback, a failed warm-up, a setting that came too late) is never silent: it is an `Event` with
-`degraded = True`, which is logged at WARNING the first time it happens and at DEBUG after that. Hooks see each one,
-every time, so a metrics system can count them without this library depending on it::
+A degradation (a fallback, a failed warm-up, a setting that came too late) is never silent. It is an `Event` with
+`degraded = True`, logged at WARNING the first time and at DEBUG afterwards. Hooks receive every event, so a metrics
+system can count them without a dependency of this library::
 
     remove = accelerate_tts.add_hook(lambda event: counter.labels(type(event).__name__).inc())
 """
@@ -48,7 +48,7 @@ logger = logging.getLogger("accelerate_tts")
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened. `str(event)` is the line that is logged."""
+    """Base class of events. `str(event)` is the logged line."""
 
     degraded: ClassVar[bool] = False
 
@@ -77,7 +77,7 @@ class Warmed(Event):
 
 @dataclass(frozen=True)
 class Trying(Event):
-    """A stage is about to be tried on a part: the start of something that may take seconds."""
+    """A stage is about to be tried on a part, which may take seconds."""
 
     what: str
     stage: str
@@ -105,7 +105,7 @@ class Tuned(Event):
 
 @dataclass(frozen=True)
 class Restored(Event):
-    """An object was put into the state that a warm pack describes, without tuning."""
+    """An object was restored from a warm pack, without tuning."""
 
     what: str
     kept: int
@@ -117,13 +117,13 @@ class Restored(Event):
 
 @dataclass(frozen=True)
 class TunedUnderLoad(Event):
-    """An object was tuned while others used the machine, so some verdicts are not sure; a later load tries them again.
+    """An object was tuned while other programs used the machine. A later load tries uncertain verdicts again.
 
     Attributes:
         what: The tuned object.
-        reason: Who used what.
-        unsure: Verdicts that are not sure, on what was kept and on what was dropped.
-        tried: All verdicts.
+        reason: The other programs and the resources that they used.
+        unsure: Number of uncertain verdicts, on stages kept and dropped.
+        tried: Number of all verdicts.
     """
 
     degraded: ClassVar[bool] = True
@@ -139,13 +139,13 @@ class TunedUnderLoad(Event):
 
 @dataclass(frozen=True)
 class BudgetTooSmall(Event):
-    """There was no time for what promised most.
+    """The time budget was too small for the most promising stage.
 
     Attributes:
         what: The part of the tuned object.
         stage: The optimisation that was not tried, or not timed.
-        seconds: The budget that there was (`tune_seconds`).
-        wants: About the budget that it would have been tried with.
+        seconds: The budget in seconds (`tune_seconds`).
+        wants: Approximate budget in seconds with which it would have been tried.
     """
 
     degraded: ClassVar[bool] = True
@@ -161,14 +161,14 @@ class BudgetTooSmall(Event):
 
 @dataclass(frozen=True)
 class Retuned(Event):
-    """What an earlier process decided on a disturbed machine was tried again, and the warm pack renewed.
+    """Uncertain verdicts of an earlier process on a busy machine were tried again, and the warm pack was updated.
 
     Attributes:
         what: The tuned object.
-        tried: Verdicts that were not sure.
-        unsure: Those that still are not.
-        before: The ratio of the whole that the earlier process found.
-        ratio: The ratio of the whole now.
+        tried: Number of uncertain verdicts.
+        unsure: Number of verdicts that are still uncertain.
+        before: End-to-end speed-up that the earlier process measured.
+        ratio: End-to-end speed-up now.
     """
 
     what: str
@@ -187,7 +187,7 @@ class Retuned(Event):
 
 @dataclass(frozen=True)
 class Undone(Event):
-    """An optimised object was put back to its untouched state on request."""
+    """The optimisations of an object were undone on request."""
 
     what: str
 
@@ -197,7 +197,7 @@ class Undone(Event):
 
 @dataclass(frozen=True)
 class Recompiled(Event):
-    """A compiled part met an input outside what it was warmed up for, and was compiled again in service."""
+    """A compiled part got an input that the warm-up did not cover, and was compiled again in service."""
 
     degraded: ClassVar[bool] = True
 
@@ -213,7 +213,7 @@ class Recompiled(Event):
 
 @dataclass(frozen=True)
 class FellBack(Event):
-    """An optimisation could not be used; the untouched model answers instead."""
+    """An optimisation could not be used; the untouched model is used instead."""
 
     degraded: ClassVar[bool] = True
 
@@ -227,14 +227,14 @@ class FellBack(Event):
 
 @dataclass(frozen=True)
 class Guarded(Event):
-    """A faulty output was noticed in service, and what was done about it.
+    """A faulty output was detected in service.
 
     Attributes:
         what: The tuned object.
-        function: The `@inference` function that gave it.
+        function: The `@inference` function.
         fault: "NaN or Inf", "silent", "clipped flat" or "too long".
-        outcome: What the caller got.
-        count: The faults of the object that are put down to its tuning, with this one; 0 for one that is not.
+        outcome: Description of the output that the caller got.
+        count: Number of the object's faults that are attributed to its tuning, this one included; 0 if this one is not.
     """
 
     degraded: ClassVar[bool] = True
@@ -252,7 +252,7 @@ class Guarded(Event):
 
 @dataclass(frozen=True)
 class WarmupFailed(Event):
-    """A warm-up pass raised; the object is left as it was loaded."""
+    """A warm-up pass raised an exception; the object stays as loaded."""
 
     degraded: ClassVar[bool] = True
 
@@ -265,7 +265,7 @@ class WarmupFailed(Event):
 
 @dataclass(frozen=True)
 class NotApplied(Event):
-    """A setting had no effect, and what to do about it."""
+    """A setting or a feature had no effect. The reason says why."""
 
     degraded: ClassVar[bool] = True
 
@@ -278,7 +278,7 @@ class NotApplied(Event):
 
 @dataclass(frozen=True)
 class PackIgnored(Event):
-    """A warm pack, or a part of one, could not be read or kept; what it would have saved is done anew."""
+    """A warm pack or a file of it could not be read or written; its work is repeated."""
 
     degraded: ClassVar[bool] = True
 
@@ -291,7 +291,7 @@ class PackIgnored(Event):
 
 @dataclass(frozen=True)
 class Tidied(Event):
-    """Something that upstream leaves behind at each call was taken away, and is from here on."""
+    """Left-over state of upstream was removed, and will be at each request."""
 
     what: str
     left: str
@@ -302,7 +302,7 @@ class Tidied(Event):
 
 @dataclass(frozen=True)
 class BackedOff(Event):
-    """A batch did not fit into memory; its items are tried again in smaller ones."""
+    """A batch did not fit into memory; its items are tried again in smaller batches."""
 
     degraded: ClassVar[bool] = True
 
@@ -315,28 +315,28 @@ class BackedOff(Event):
 
 
 class EventHook(Protocol):
-    """Called with each event, in the thread where it happened. It must be quick and must not raise."""
+    """Callable for events. It is called on the thread of the event, and must be quick and not raise."""
 
     def __call__(self, event: Event, /) -> object:
         """Receive one event."""
         ...
 
 
-_lock = rlock()  # a finaliser may send an event in the middle of another one
+_lock = rlock()  # reentrant: a finaliser may emit an event during another one
 _hooks: tuple[EventHook, ...] = ()
 _logged: set[Event] = set()
-# Events carry texts, so their number is not bounded by their types; the memory of "already logged" is.
+# Events contain texts, so the number of different events is unbounded; the set of logged ones is bounded.
 _LOGGED_LIMIT = 512
 
 
 def add_hook(hook: EventHook) -> Callable[[], None]:
-    """Have `hook` called with every event from now on.
+    """Call `hook` with every event from now on.
 
     Args:
-        hook: A callable of one `Event`. An exception in it is logged and goes no further.
+        hook: A callable of one `Event`. Its exceptions are logged and not raised.
 
     Returns:
-        A function that removes the hook again; calling it twice is harmless.
+        A function that removes the hook. It is idempotent.
 
     Raises:
         TypeError: `hook` is not callable.
@@ -344,7 +344,7 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
     if not callable(hook):
         raise TypeError(f"add_hook() needs a callable of one event, got {shown(hook)}")
 
-    # A wrapper of its own for each registration: the same hook may be added twice and removed once.
+    # A separate wrapper for each registration, since the same hook may be added twice and removed once.
     def registration(event: Event) -> object:
         return hook(event)
 
@@ -361,7 +361,7 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
 
 
 def emit(event: Event) -> None:
-    """Log `event` (a degradation once at WARNING) and hand it to the hooks."""
+    """Log `event` (a degradation once at WARNING) and pass it to the hooks."""
     with _lock:
         first = event.degraded and event not in _logged
         if first:
@@ -372,7 +372,7 @@ def emit(event: Event) -> None:
     level = logging.INFO
     if event.degraded:
         level = logging.WARNING if first else logging.DEBUG
-    if logger.isEnabledFor(level):  # names and reasons are others', and a log may be read in a terminal
+    if logger.isEnabledFor(level):  # names and reasons are foreign texts, and a log may be shown in a terminal
         logger.log(level, "%s", printable(event))
     for hook in hooks:
         try:

@@ -6,17 +6,16 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate_tts.device import setup
 from accelerate_tts.device.detect import DEVICES, detect
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.settings import Mode, Settings
-from accelerate_tts.tuning.options import TuneOptions
+from accelerate_tts.settings import Settings
 from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
-from accelerate_tts.tuning.tuning_lock import Flight
+from accelerate_tts.tuning.tuning_lock import TuningLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -29,8 +28,10 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import ModelPlan
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.stages.protocol import Stage
-    from accelerate_tts.tuning.session import Session
-    from accelerate_tts.tuning.tune import Limits, Tuning
+    from accelerate_tts.tuning.findings import Findings, Tuning
+    from accelerate_tts.tuning.ledger import Ledger
+    from accelerate_tts.tuning.limits import Limits
+    from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
 
 __all__ = ["LoadedObjects"]
@@ -40,11 +41,11 @@ _FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps t
 _GUARD_OFF = "guard: off, by Settings.guard"
 
 # One for the process.
-_flight = Flight()
+_tuning_lock = TuningLock()
 
 
 class LoadedObjects:
-    """What one `PerformanceOptimizer` has tuned.
+    """Objects that one `PerformanceOptimizer` has tuned.
 
     Args:
         settings: Its options.
@@ -58,29 +59,27 @@ class LoadedObjects:
         self._tidy = tidy
         self._tunings = TuningMap()
 
-    def optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
-    ) -> Receipt | None:
+    def optimize(self, request: LoadRequest) -> Receipt | None:
         """See `PerformanceOptimizer.optimize`."""
-        with _flight.turn(loaded.loop) as mine:
+        with _tuning_lock.held(request.loaded.loop) as mine:
             if mine:
-                return self._optimize(loaded, warmup, mode, stopped, options)
+                return self._optimize(request)
         emit(NotApplied("@optimized_model", "a load inside another load's warm-up is not tuned; load it beforehand"))
         return None
 
-    def _optimize(
-        self, loaded: Loaded, warmup: Any, mode: Mode, stopped: Callable[[], bool], options: TuneOptions
-    ) -> Receipt | None:
+    def _optimize(self, request: LoadRequest) -> Receipt | None:
         from accelerate_tts.inspection.object_tree import find_modules
 
         prepared = self._ready()
+        loaded = request.loaded
         if loaded.result is not None and loaded.owner is not None and not find_modules(loaded.result):
             loaded = replace(loaded, result=None)  # `return True`, and the model is on self
+            request = replace(request, loaded=loaded)
         found = find_modules(loaded.subject)
         tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
         new = [root for root in found.values() if id(root) not in tuned]
         if not new:
-            self._warm_up_new(loaded, warmup, mode, found, options)
+            self._warm_up_new(request, found)
             for done in tuned.values():
                 self._remember(loaded, done)
                 return done.receipt
@@ -89,28 +88,29 @@ class LoadedObjects:
         from accelerate_tts.packs.warm_pack import WarmPack
         from accelerate_tts.stages.catalogue import default_stages
         from accelerate_tts.storage.fingerprint import outline
+        from accelerate_tts.tuning.limits import Limits
         from accelerate_tts.tuning.policy import current_policy
-        from accelerate_tts.tuning.tune import Limits
-        from accelerate_tts.tuning.warmup import warmup_calls
 
-        calls = warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout)
-        settings = options.applied_to(self._settings)
+        calls = request.calls(self._settings.warmup_timeout)
+        settings = request.applied_to(self._settings)
         plan = describe(loaded.subject, new)
         device = _device_of(plan, prepared)
         stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
         pack = None
         if settings.pack and calls.main and plan.parts:
-            told = {"precision": settings.precision, "lengths": options.lengths, "warmup": outline(warmup)}
-            pack = WarmPack.of(plan, stages, device, settings, mode=mode, **told)
+            told = {"precision": settings.precision, "lengths": request.lengths, "warmup": outline(request.warmup)}
+            pack = WarmPack.of(plan, stages, device, settings, mode=request.mode, **told)
         policy = replace(current_policy(), patience=settings.tune_patience)
-        begun: list[Session] = []
-        limits = Limits(settings.tune_seconds, settings.precision, stopped, policy, begun.append)
+        begun: list[Ledger] = []
+        limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
         tuning = None
         try:
-            tuning = _tune(plan, calls, stages, limits, pack, device)
-            if tuning.changes:
-                roots = {path: root for path, root in found.items() if id(root) not in tuned}
-                tuning = self._told(plan, tuning, loaded, roots, calls)
+            # Before anything else: dynamo may guard on which attributes a module has.
+            for root in plan.roots:
+                keep(root)
+            findings = _found(plan, calls, stages, limits, pack, device)
+            roots = {path: root for path, root in found.items() if id(root) not in tuned}
+            tuning = self._settled(plan, findings, loaded, roots, calls)
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
             self._remember(loaded, tuning, *plan.roots)
@@ -120,9 +120,9 @@ class LoadedObjects:
         self._tidy()  # captured inputs and rejected copies were made in between what stays
         return tuning.receipt
 
-    def _take_back(self, plan: ModelPlan, begun: list[Session], tuning: Tuning | None) -> None:
-        for session in begun:
-            session.off()
+    def _take_back(self, plan: ModelPlan, begun: list[Ledger], tuning: Tuning | None) -> None:
+        for ledger in begun:
+            ledger.off()
         if tuning is not None:
             guarding = guards.guard_of(tuning)
             if guarding is not None:
@@ -132,10 +132,12 @@ class LoadedObjects:
         for root in plan.roots:
             drop_keeper(root)
 
-    def _told(
-        self, plan: ModelPlan, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+    def _settled(
+        self, plan: ModelPlan, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> Tuning:
-        """What to say of the guard and of what it costs; loaded weights go where they were asked to."""
+        """The tuning, once loaded weights are where they were asked to go; its receipt says what the guard costs."""
+        if not findings.kept:
+            return findings.tuning()
         from accelerate_tts.packs.warm_pack import pack_folder
         from accelerate_tts.patching.offload import copied_storages, originals_to_file
 
@@ -144,23 +146,22 @@ class LoadedObjects:
         if beside >= 1.0:
             notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")
         if self._settings.guard_weights == "disk":
-            moved = originals_to_file(plan.roots, tuning.receipt.what, pack_folder(self._settings))
+            moved = originals_to_file(plan.roots, plan.what, pack_folder(self._settings))
             notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
         let_go = None
         if self._settings.guard_weights == "reload":
-            let_go, note = self._let_go(tuning, loaded, found, calls)
+            let_go, note = self._let_go(plan.what, findings, loaded, found, calls)
             notes.append(note)
-        receipt = replace(tuning.receipt, notes=(*tuning.receipt.notes, *notes))
-        return replace(tuning, receipt=receipt, let_go=let_go)
+        return findings.tuning(*notes, let_go=let_go)
 
     def _let_go(
-        self, tuning: Tuning, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
+        self, what: str, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> tuple[LetGo | None, str]:
         """Let loaded weights go, and see whether they are missed."""
         from accelerate_tts.patching.offload import let_go_of
         from accelerate_tts.runtime.seeding import seeded
 
-        again, what, device = loaded.again, tuning.receipt.what, self._ready().type
+        again, device = loaded.again, self._ready().type
         if again is None:
             why = "there is no load function to call again: decorate it with @optimized_model"
             emit(NotApplied(f"guard_weights='reload' of {what}", why))
@@ -168,8 +169,8 @@ class LoadedObjects:
         start = time.perf_counter()
         timeout = self._settings.warmup_timeout
         # A graph knows what its weights were, and would be compiled anew.
-        compiled = {kept.part for kept in tuning.kept if kept.change.graphs is not None}
-        besides = {inner for part in tuning.parts if part.name in compiled for inner in part.module.modules()}
+        compiled = {kept.part for kept in findings.kept if kept.change.graphs is not None}
+        besides = {inner for part in findings.parts if part.name in compiled for inner in part.module.modules()}
         let_go = let_go_of(what, found, lambda: again.modules(what, device, timeout), besides)
         seconds = time.perf_counter() - start
         gone = 0 if let_go is None else let_go.leave()
@@ -186,22 +187,19 @@ class LoadedObjects:
             f" loaded again ({seconds:.1f} s, and the memory of one more model meanwhile)"
         )
 
-    def _warm_up_new(
-        self, loaded: Loaded, warmup: Any, mode: Mode, found: dict[str, nn.Module], options: TuneOptions
-    ) -> None:
+    def _warm_up_new(self, request: LoadRequest, found: dict[str, nn.Module]) -> None:
         """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
         from accelerate_tts.runtime.seeding import seeded
-        from accelerate_tts.tuning.warmup import warmup_calls
 
-        name = type(loaded.subject).__name__
+        name = type(request.loaded.subject).__name__
         if not found:
             emit(NotApplied(f"@optimized_model on {name}", "no torch.nn.Module was found in what was loaded"))
-        elif self._tunings.get(loaded.subject) is not None:
+        elif self._tunings.get(request.loaded.subject) is not None:
             return
         start = time.perf_counter()
         try:
             with seeded(self._ready().type):
-                for call in warmup_calls(warmup, loaded, mode, options.lengths, self._settings.warmup_timeout).main:
+                for call in request.calls(self._settings.warmup_timeout).main:
                     call.run()
         except WarmupError:
             raise
@@ -272,27 +270,19 @@ class LoadedObjects:
             yield any(in_force)
 
 
-def _tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
+def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None,
     device: DeviceInfo,
-) -> Tuning:  # fmt: skip
-    from accelerate_tts.tuning.tune import tune
+) -> Findings:  # fmt: skip
+    """The changes of a warm pack or, where none fits, of a tuning, in force."""
+    from accelerate_tts.tuning.tune import find
 
-    # Before tuning: dynamo may guard on which attributes a module has.
-    for root in plan.roots:
-        keep(root)
-    tuning = None
-    try:
-        tuning = None if pack is None else pack.restore(calls, stages, device, limits)
-        if tuning is None:
-            tuning = tune(plan, calls, stages, device, limits, () if pack is None else pack.known)
-            if pack is not None:
-                pack.renew(tuning)
-        return tuning  # noqa: TRY300 - in here: Ctrl-C may come at this line, too
-    except BaseException:
-        if tuning is not None:
-            tuning.undo()
-        raise
+    findings = None if pack is None else pack.restore(calls, stages, device, limits)
+    if findings is None:
+        findings = find(plan, calls, stages, device, limits, () if pack is None else pack.known)
+        if pack is not None:
+            pack.renew(findings)
+    return findings
 
 
 def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:

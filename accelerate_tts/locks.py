@@ -1,8 +1,8 @@
-"""Locks that a forked child finds open.
+"""Locks that are released in a forked child.
 
-A fork copies a lock as it is, and not the thread that holds it: whoever takes it in the child waits for ever. Servers
-fork workers while other threads of the parent load, tune or answer. What a lock guards is changed in few steps, each of
-which leaves it usable, so that a child which opens it goes on with what there is.
+A fork copies the state of a lock, but not the thread that holds it, so a child would wait for it forever. Servers fork
+workers while other threads of the parent load, tune or answer. The state behind these locks is changed in few steps,
+each of which leaves it usable, so that a child can continue with it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def lock() -> threading.Lock:
-    """A `threading.Lock` that is open in a forked child."""
+    """Make a `threading.Lock` that is released in a forked child."""
     made = threading.Lock()
     _locks.add(made)
     return made
 
 
 def rlock() -> threading.RLock:
-    """A `threading.RLock` that is open in a forked child."""
+    """Make a `threading.RLock` that is released in a forked child."""
     made = threading.RLock()
     _locks.add(made)
     return made
@@ -33,7 +33,7 @@ def rlock() -> threading.RLock:
 
 def _after_fork() -> None:
     for each in list(_locks):
-        each._at_fork_reinit()  # as the standard library does with its own
+        each._at_fork_reinit()  # as the standard library does with its own locks locks
 
 
 if hasattr(os, "register_at_fork"):

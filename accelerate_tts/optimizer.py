@@ -15,8 +15,7 @@ from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, Warmup
 from accelerate_tts.lifecycle import LoadedObjects
 from accelerate_tts.locks import lock, rlock
 from accelerate_tts.runtime import inference_mode
-from accelerate_tts.settings import Mode, Settings, is_active, is_path
-from accelerate_tts.tuning.options import TuneOptions
+from accelerate_tts.settings import Settings, is_active, is_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from accelerate_tts.receipts.receipt import Receipt
+    from accelerate_tts.tuning.findings import Tuning
+    from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
-    from accelerate_tts.tuning.tune import Tuning
-    from accelerate_tts.tuning.warmup import Loaded
 
 __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
 
@@ -167,11 +166,11 @@ class PerformanceOptimizer:
             WarmupError: `warmup_input` is none of these.
         """
         from accelerate_tts.runtime.seeding import seeded
-        from accelerate_tts.tuning.session import CUDA_GRAPH_PASSES
-        from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+        from accelerate_tts.tuning.load_request import LoadRequest
+        from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES, Loaded
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
+        calls = LoadRequest(warmup_input, loaded=Loaded(model)).calls(self.settings.warmup_timeout).main
         name = type(model).__name__
         captures = setup.compile_mode(device, self.settings) in {"reduce-overhead", "max-autotune"}
         start = time.perf_counter()
@@ -188,38 +187,28 @@ class PerformanceOptimizer:
         emit(Warmed(name, time.perf_counter() - start))
         return True
 
-    def optimize(
-        self,
-        loaded: Loaded,
-        warmup: Any,
-        mode: Mode = "inference",
-        stopped: Callable[[], bool] = lambda: False,
-        options: TuneOptions | None = None,
-    ) -> Receipt | None:
+    def optimize(self, request: LoadRequest) -> Receipt | None:
         """Tune, verify and warm up what a load function left behind; what `@optimized_model` does.
 
         One tuning runs at a time in a process. A module that is tuned already keeps its tuning; an object that is new
         around it is warmed up only. A warm pack of the same object takes the place of tuning.
 
         Args:
-            loaded: What was loaded.
-            warmup: As for `@optimized_model`.
-            mode: As for `@optimized_model`.
-            stopped: Asked between stages; once true, everything is undone.
-            options: What this object's tuning has of its own; the settings otherwise.
+            request: What was loaded, and what is asked for it.
 
         Returns:
-            The receipt, or `None` if `loaded` holds no module, or if waiting for another tuning would wait for ever.
+            The receipt, or `None` if what was loaded holds no module, or if waiting for another tuning would wait for
+            ever.
 
         Raises:
-            WarmupError: `warmup` does not fit what was loaded.
+            WarmupError: The warm-up does not fit what was loaded.
         """
-        return self._loaded.optimize(loaded, warmup, mode, stopped, options or TuneOptions())
+        return self._loaded.optimize(request)
 
     def remembered(
         self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Again | None:
-        """What `optimize` needs to call a load function again; asked before it is called. `None` where no need is."""
+        """Remember what calling a load function again takes, before it is called. `None` where no need is."""
         if self.settings.guard_weights != "reload":
             return None
         from accelerate_tts.tuning.reload import remembered
@@ -276,7 +265,7 @@ class PerformanceOptimizer:
         return create_inference_context()
 
     def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
-        """How many items to run at once.
+        """Number of items to run at once.
 
         Args:
             default: The answer where the table below has none: a device whose memory cannot be read.
@@ -311,10 +300,11 @@ class PerformanceOptimizer:
             The bytes, or `None` where the system keeps no peak that can be reset (MPS; a CPU away from Linux).
         """
         from accelerate_tts.runtime.seeding import seeded
-        from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+        from accelerate_tts.tuning.load_request import LoadRequest
+        from accelerate_tts.tuning.warmup import Loaded
 
         device = self._ready()
-        calls = warmup_calls(warmup_input, Loaded(model), "inference", timeout=self.settings.warmup_timeout).main
+        calls = LoadRequest(warmup_input, loaded=Loaded(model)).calls(self.settings.warmup_timeout).main
 
         def work() -> None:
             with seeded(device.type):

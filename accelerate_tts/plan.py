@@ -1,4 +1,4 @@
-"""The parts that a loaded object consists of, each with a kind that stages choose by."""
+"""Parts of a loaded object, each with a kind that stages select by."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 __all__ = ["CALL", "PROCESS", "READY", "Decision", "Head", "Kind", "ModelPlan", "Part", "Which"]
 
 Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
-"""An autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow; "model" is a whole one.
+"""Kinds of parts: an autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow, a whole model.
 
-"process" is what belongs to no module: the threads of other libraries.
+"process" is process-wide state without a module, such as the threads of other libraries.
 """
 
 CALL = "__call__"
-"""What most systems call: the module itself."""
+"""Method of a part that is run by calling the module itself."""
 
 PROCESS = "process"
-"""The name of the part that stands for the process."""
+"""Name of the part that represents the process."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What makes a decoder's logits of its hidden states: modules, one after the other.
+    """Output head of a decoder: modules that compute logits from hidden states in sequence.
 
     Attributes:
-        modules: The modules; the last one's outputs are the logits.
-        codebooks: How many distributions lie side by side in its outputs.
-        guidance: Where a loop runs a conditioned half of the rows beside an unconditioned one, the usual weight `w` of
-            what it samples from, `conditioned + w * (conditioned - unconditioned)`; errors are then larger by as much.
-        reads_alone: Whether nothing else reads the hidden states: then what counts of them is the probabilities.
+        modules: The modules. The outputs of the last one are the logits.
+        codebooks: Number of distributions side by side in the outputs.
+        guidance: Usual weight `w` of classifier-free guidance, if the batch is a conditioned and an unconditioned half
+            and the loop samples from `conditioned + w * (conditioned - unconditioned)`. It amplifies errors.
+        reads_alone: True if only the head reads the hidden states, so that only the probabilities matter.
     """
 
     modules: tuple[nn.Module, ...]
@@ -42,7 +42,7 @@ class Head:
     reads_alone: bool = False
 
     def __call__(self, hidden: Any) -> Any:
-        """Logits of shape (..., codebooks, vocabulary), or (..., vocabulary) of one codebook."""
+        """Return logits of shape (..., codebooks, vocabulary), or (..., vocabulary) for one codebook."""
         for module in self.modules:
             hidden = module(hidden)
         return hidden if self.codebooks == 1 else hidden.unflatten(-1, (self.codebooks, -1))
@@ -50,15 +50,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a continuous value becomes a discrete one, so that a part on which it hangs can be checked by its margin.
+    """A step at which a continuous value becomes a discrete one. Parts that compute it are checked by its margin.
 
     Attributes:
         owner: The module whose `forward` calls the parts and decides.
-        parts: Names of the owner's attributes that compute the value, in the order in which they are called; the last
-            one's output is what is decided by.
-        edges: From the owner, the arguments of its call by name, and that output, to the values that are rounded up.
-        probe: From the owner and a number, to the arguments of a call as service may bring it, another one for each
-            number.
+        parts: Names of the owner's attributes that compute the value, in call order. The output of the last one is the
+            deciding value.
+        edges: Takes the owner, the arguments of its call by name, and the deciding value; returns the values that are
+            rounded up.
+        probe: Takes the owner and a number; returns realistic arguments of a call, different for each number.
     """
 
     owner: nn.Module
@@ -72,18 +72,17 @@ class Part:
     """A module that is optimised as one piece.
 
     Attributes:
-        name: Its path from the loaded object, for people.
-        kind: What sort of computation it is.
-        module: The module itself, inside the user's object.
-        decides: Whether a discrete choice hangs on its output (a duration that is rounded up, a token): then even a
-            rounding error can change the length of the result, and only bit-exact changes are allowed, and those that
-            check each decision by its margin.
-        decision: How it can be checked, if that is known.
-        cached: Whether it was seen to be called with a key/value cache.
-        head: What makes logits of what it computes, if it is a decoder whose head is known.
-        method: What the system calls to run it, if not the module itself: "forward" where it goes past the hooks, or a
-            method of upstream's own.
-        few_rows: The share of its linear work that was seen to be done for a few rows at a time; 1.0 if unknown.
+        name: Its path in the loaded object, for people.
+        kind: Its kind of computation.
+        module: The module, inside the user's object.
+        decides: True if its output decides a discrete value, such as a duration that is rounded up, or a token. A
+            rounding error could then change the length of the result. Only bit-exact changes are allowed, and those
+            that check each decision by its margin.
+        decision: The decision, if it can be checked.
+        cached: True if the part was called with a key/value cache.
+        head: Output head, if the part is a decoder with a known head.
+        method: The method that the system calls: `CALL`, "forward" if it bypasses the hooks, or one of upstream's own.
+        few_rows: Observed share of its linear work with few rows; 1.0 if unknown.
     """
 
     name: str
@@ -99,14 +98,14 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a loaded object consists of.
+    """Structure of a loaded object.
 
     Attributes:
         what: A short name of the object, for people.
         roots: The outermost modules, whose outputs the user sees.
-        parts: What stages are tried on; none of them contains another.
-        refine: Makes better parts of `parts` from the seconds that each module took in the first pass; `None` where
-            the parts are known by name.
+        parts: The parts that stages are tried on. None of them contains another.
+        refine: Returns better parts from the seconds that each module took in the first pass; `None` if the parts are
+            known by name.
     """
 
     what: str
@@ -116,9 +115,9 @@ class ModelPlan:
 
 
 READY = "_accelerate_tts_ready"
-"""The name of a class's function that returns an argument of a replayed call, made ready before the clock runs."""
+"""Name of a class's function that prepares an argument of a replayed call before it is timed, and returns it."""
 Which = Literal["all", "loop", "others", "pass"]
-"""Which captured calls: all; where a loop takes most of the time, only its calls; or only the others (the prompts).
+"""Captured calls that are timed: all; only those of a loop that takes most of the time; or only the others (prefill).
 
-Or none of them, and the whole warm-up pass is run instead.
+"pass" times the whole warm-up pass instead.
 """

@@ -1,4 +1,4 @@
-"""Registered stages and systems: our own, found in their package, and those of other packages, by entry point."""
+"""Registries of stages, systems and devices, from this package and from entry points of other packages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things by name. A module that is imported adds its own.
+    """Values by name. Modules add their values when they are imported.
 
     Args:
-        package: The package whose modules are all imported when the entries are first asked for.
-        group: The group of entry points under which other packages name modules that add more; "" for none.
+        package: Package whose modules are all imported at the first read of the entries.
+        group: Group of entry points by which other packages name modules with further values; "" for none.
     """
 
     def __init__(self, package: str, group: str = "") -> None:
@@ -38,39 +38,40 @@ class Registry(Generic[T]):
         self._lock = rlock()
 
     def add(self, name: str, value: T) -> None:
-        """Register a value. The same one may be registered again, as a notebook does when a cell is run again.
+        """Register a value. The same definition may be registered again, as when a notebook's cell runs again.
 
         Raises:
-            ValueError: Something else has this name.
+            ValueError: Another value has this name.
         """
-        # Without the lock: a module is imported under its import lock, and `entries` imports modules under this one.
+        # Without the lock, to avoid a deadlock: a module is imported under its import lock, and `entries` imports
+        # modules under this lock.
         known = self._entries.get(name)
         if known is not None and known != value and _origin(known) != _origin(value):
             raise ValueError(f"{shown(name)} is registered already, as {shown(known)}; choose another name")
         self._entries[name] = value
 
     def entries(self) -> dict[str, T]:
-        """Everything that is registered, by name.
+        """Return all registered values by name.
 
-        A module of another package that cannot be imported, or registers nothing, is named in a `NotApplied` event,
-        once. Whatever it had registered until then is taken back.
+        A module of another package that cannot be imported, or registers nothing, causes a `NotApplied` event once.
+        Values that it has registered before it failed are removed.
         """
         with self._lock:
             self._load_ours()
             for point in self._points():
                 if point not in self._asked:
                     self._load(point)
-                    self._asked.add(point)  # behind it: a load that Ctrl-C ends is begun anew
+                    self._asked.add(point)  # last, so that a load interrupted by Ctrl-C is repeated
             return dict(self._entries)
 
     @contextmanager
     def scope(self, **instead: T) -> Generator[None, None, None]:
-        """While open, more may be registered, which is forgotten at the end. For tests.
+        """Restore the entries at the end of the scope. For tests.
 
         Args:
-            **instead: What stands in for entries of these names meanwhile.
+            **instead: Replacements of entries while open.
         """
-        self._load_ours()  # a module that is imported meanwhile is not imported again
+        self._load_ours()  # a module imported inside the scope would not be imported again
         before = dict(self._entries), set(self._asked)
         self._entries |= instead
         try:
@@ -92,7 +93,7 @@ class Registry(Generic[T]):
 
         try:
             return tuple(entry_points(group=self._group))
-        except Exception as error:  # one package's broken metadata must not cost the user the load
+        except Exception as error:  # broken metadata of one package must not fail the user's load
             emit(NotApplied(f"every plugin of {self._group}", f"{type(error).__name__}: {message_of(error)}"))
             return ()
 
@@ -102,14 +103,14 @@ class Registry(Generic[T]):
         try:
             point.load()
             if is_new and self._entries == before:
-                raise ValueError(f"{point.module} registers nothing")  # noqa: TRY301 - told like every other fault
-        except Exception as error:  # a plugin must not cost the user the load
+                raise ValueError(f"{point.module} registers nothing")  # noqa: TRY301 - reported like other faults
+        except Exception as error:  # a plugin must not fail the user's load
             self._entries = before
             what = f"the plugin {point.name} = {point.value} of {self._group}"
             emit(NotApplied(what, f"{type(error).__name__}: {message_of(error)}"))
 
 
 def _origin(value: object) -> object:
-    """The place in the source where a class or a function is defined; the value itself of anything else."""
+    """Return the qualified name of a class or a function, or the value itself for other objects."""
     name = getattr(value, "__qualname__", None)
     return value if name is None else (value.__module__, name)

@@ -1,7 +1,7 @@
-"""Options, the environment variables behind them, and the on/off/testing switch.
+"""Options, their environment variables, and the switches for activity and testing.
 
-Each option has a variable with this library's prefix, `ACCELERATE_TTS_`; three older names, `TRANSLATOR_*`, are
-read too. Where both are set, the library's own wins. docs/OPTIMIZATIONS_SUMMARY.md lists them all.
+Each option has a variable with the prefix `ACCELERATE_TTS_`; three older names, `TRANSLATOR_*`, are read too. If both
+are set, the former wins. docs/OPTIMIZATIONS_SUMMARY.md lists them all.
 """
 
 from __future__ import annotations
@@ -36,63 +36,61 @@ __all__ = [
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Mode = Literal["inference", "no_grad", "none"]
-"""What runs around a call: `torch.inference_mode()`, `torch.no_grad()`, or neither."""
+"""Mode around a call: `torch.inference_mode()`, `torch.no_grad()`, or neither."""
 
 Precision = Literal["exact", "balanced", "fast"]
-"""What tuning may change: nothing but rounding; half-precision weights; 8-bit weights too."""
+"""Precision level of tuning: rounding only; half-precision weights; 8-bit weights, too."""
 
 GuardWeights = Literal["memory", "disk", "reload"]
-"""Where the loaded weights lie of which tuning made copies."""
+"""Storage of original weights that tuning duplicated."""
 
 DEVICES = ["cuda", "mps", "xpu", "cpu"]
-"""torch's names of the device types, the best first. `register_device` adds to them."""
+"""torch's names of the device types, best first. `register_device` adds to them."""
 _MOST = 2**31 - 1  # what torch takes as a number of threads
 _LONGEST = 1e9  # seconds, some thirty years: a time that a clock's can be added to
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a `PerformanceOptimizer` behaves. Immutable; `Settings.from_environment()` reads the variables.
+    """Settings of a `PerformanceOptimizer`. Immutable; `Settings.from_environment()` reads the variables.
 
     Attributes:
         device: Device type to use instead of the detected one: "cuda", "mps", "xpu" or "cpu".
-        compile: Whether `torch.compile` may be tried at all.
-        compile_mode: A mode for `torch.compile`; `None` takes the device's own ("reduce-overhead" on CUDA,
+        compile: Allow stages that use `torch.compile`.
+        compile_mode: Mode of `torch.compile`; `None` selects the device's default ("reduce-overhead" on CUDA,
             "default" elsewhere).
-        cudnn_benchmark: Let cuDNN time its algorithms and keep the fastest (CUDA).
+        cudnn_benchmark: Let cuDNN time its algorithms and use the fastest (CUDA).
         tf32: Let matrix products and convolutions use TF32 (CUDA): about three decimal digits instead of seven.
         threads: Intra-op CPU threads of one process; `None` divides the usable cores by `workers`.
-        workers: Worker processes that share this machine's cores.
-        mps_high_watermark_ratio: Value of `PYTORCH_MPS_HIGH_WATERMARK_RATIO`. 0.0 means *no limit* on
-            unified memory - it avoids out-of-memory errors of a large model and is no speed-up; `None` leaves
-            PyTorch's own limit.
-        precision: What tuning may change. "exact": rounding only, a relative error of 1e-4 at most. "balanced":
-            half-precision weights where they are faster, an error of 2e-2 at most. "fast": 8-bit weights too, 4e-2.
-        tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that
-            has begun (one compilation, say) is finished; no other begins after the budget is spent.
-        tune_patience: Seconds that tuning one object waits, in all, for a machine on which others work to become quiet;
-            at most a quarter of `tune_seconds`. What is decided beside others' work is not final: see `retune`.
-        retune: Whether a load from a warm pack tries again what an earlier process decided on a busy machine, if the
-            machine is quiet now. Off, a load from a warm pack always takes the time of a few passes.
-        warmup_timeout: Seconds that one warm-up call may take before it is given up, and the model is left as it was
-            loaded; `None` is no limit. It is there for a call that never returns; 600 is far more than a cold call
-            takes that compiles with "max-autotune".
-        pack: Whether to keep what tuning found in a warm pack on disk, and to use one that is there.
-        pack_folder: Where warm packs are; `None` takes the user's cache folder (`$XDG_CACHE_HOME/accelerate_tts`).
-        pack_limit_mb: Megabytes that the folder may hold; the packs used least recently go first.
-        pack_key: A secret text that machines share whose packs trust each other's compiled code; `None` takes a
+        workers: Number of worker processes that share this machine's cores.
+        mps_high_watermark_ratio: Value of `PYTORCH_MPS_HIGH_WATERMARK_RATIO`. 0.0 means *no limit* on unified memory:
+            it avoids out-of-memory errors of a large model, and is not a speed-up. `None` keeps PyTorch's own limit.
+        precision: Precision level of tuning. "exact": rounding only, a relative error of at most 1e-4. "balanced":
+            half-precision weights where they are faster, an error of at most 2e-2. "fast": 8-bit weights, too, 4e-2.
+        tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that has
+            begun (one compilation, for example) is finished; no other begins after the budget is spent.
+        tune_patience: Total seconds that tuning one object waits for a busy machine to become quiet, at most a quarter
+            of `tune_seconds`. Verdicts on a busy machine are not final; see `retune`.
+        retune: Let a load from a warm pack repeat the trials of an earlier process on a busy machine, if the machine is
+            quiet now. If off, a load from a warm pack always takes the time of a few passes.
+        warmup_timeout: Seconds after which a warm-up call is given up, and the model stays as loaded; `None` is no
+            limit. It is meant for calls that never return: 600 is far more than a cold call with "max-autotune" takes.
+        pack: Store the result of tuning in a warm pack on disk, and use an existing pack.
+        pack_folder: Folder of warm packs; `None` selects the user's cache folder (`$XDG_CACHE_HOME/accelerate_tts`).
+        pack_limit_mb: Maximum megabytes of the folder. The least recently used packs are removed first.
+        pack_key: A secret text that machines share whose packs trust each other's compiled code; `None` selects a
             random one of this user. Code in a pack signed with another key is never loaded.
-        guard: Whether the output of `@inference` calls of tuned objects is looked at, and a faulty call is made again
-            on the untouched model.
-        guard_limit: Faulty outputs after which an object's tuning is put back for good.
-        guard_weights: Where the loaded weights lie of which tuning made copies ("balanced", "fast"), and which then
-            only a second attempt, `undo` and `state_dict` read. "memory": where they were. "disk": in a file without a
-            name in `pack_folder`, mapped to where they were (Linux), so that they take no memory until they are read.
-            "reload": let go, and loaded again by the decorated load function when they are read; it is called once
-            more at the start, to see that it gives the same.
+        guard: Check the outputs of `@inference` calls of tuned objects, and repeat a faulty call on the untouched
+            model.
+        guard_limit: Number of faulty outputs after which an object's tuning is undone for good.
+        guard_weights: Storage of original weights that tuning duplicated ("balanced", "fast"). Only a second attempt,
+            `undo` and `state_dict` read them. "memory": in place. "disk": in an unnamed file in `pack_folder`, mapped
+            to their addresses (Linux), so that they take no memory until they are read. "reload": freed, and loaded
+            again by the decorated load function when they are read. The function is called once more at the start, to
+            check that it returns the same weights.
 
     Raises:
-        SettingsError: A value is outside what its option takes.
+        SettingsError: A value is invalid.
     """
 
     device: str | None = None
@@ -151,8 +149,7 @@ class Settings:
             environment: The variables to read; `os.environ` if not given. An empty variable counts as not set.
 
         Raises:
-            SettingsError: A variable's text cannot be read; the message names the variable, its value and
-                what it takes.
+            SettingsError: A variable's text is invalid. The message names the variable, its value and the valid values.
         """
         given: Any = os.environ if environment is None else environment
         if not isinstance(given, Mapping):
@@ -174,22 +171,22 @@ def check_mode(mode: str) -> None:
 
 
 def is_path(value: object) -> bool:
-    """Whether a value is a text or a path that a file system can be asked for."""
+    """Check that a value is a valid path, as a text or a path object."""
     try:
         path: Any = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
         return isinstance(path, str) and bool(path) and b"\0" not in os.fsencode(path)
-    except (TypeError, ValueError):  # an object that is no path after all, or characters that no file name has
+    except (TypeError, ValueError):  # an object that is not a path, or characters that no file name may have
         return False
 
 
 def check_folder(name: str, folder: object) -> None:
-    """Raise `SettingsError` unless `folder` is a text or a path that a file system can be asked for."""
+    """Raise `SettingsError` unless `folder` is a valid path, as a text or a path object."""
     if not is_path(folder):
         raise SettingsError(f"{name}={shown(folder)} must be None or the path of a folder")
 
 
 def _check_name(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    # Texts alone are compared: an array's == has no truth.
+    # Only texts are compared: the == of an array has no truth value.
     if not (isinstance(value, str) and value in allowed):
         raise SettingsError(f"{name}={shown(value)} is not one of {', '.join(allowed)}")
 
@@ -198,7 +195,7 @@ def _check_text(name: str, text: object) -> None:
     if text is None:
         return
     if not (isinstance(text, str) and text):
-        # A value of a wrong type is no secret; an empty text gives none away.
+        # A value of a wrong type is not a secret, and an empty text reveals none.
         raise SettingsError(f"{name}={shown(text)} must be None or a text that is not empty")
     try:
         text.encode(errors="surrogateescape")
@@ -225,7 +222,7 @@ def _check_warmup_timeout(seconds: float | None) -> None:
 
 
 class _Switch:
-    """Whether the decorators do anything, asked at each call."""
+    """State of the decorators' switch, read at each call."""
 
     def __init__(self) -> None:
         self.lock = lock()
@@ -237,12 +234,12 @@ _switch = _Switch()
 
 
 def set_active(active: bool) -> None:
-    """Switch every decorator and context of this library on or off, in this process, from the next call on.
+    """Switch all decorators and contexts of this library on or off in this process, from the next call on.
 
-    `ACCELERATE_TTS_DISABLE=1` in the environment does the same from outside and wins over `set_active(True)`.
+    `ACCELERATE_TTS_DISABLE=1` in the environment switches them off, and wins over `set_active(True)`.
 
     Raises:
-        SettingsError: `active` is neither `True` nor `False`; the text "no" would count as true.
+        SettingsError: `active` is neither `True` nor `False`. The text "no" would otherwise count as true.
     """
     if not _is_flag(active):
         raise SettingsError(f"active={shown(active)} must be True or False")
@@ -251,7 +248,7 @@ def set_active(active: bool) -> None:
 
 
 def is_active() -> bool:
-    """Whether the decorators do anything at this moment.
+    """Check that the decorators are active now.
 
     Raises:
         SettingsError: `ACCELERATE_TTS_DISABLE` has a value that is neither yes nor no.
@@ -263,7 +260,7 @@ def is_active() -> bool:
 
 
 def is_testing() -> bool:
-    """Whether any `testing()` scope is open in this process."""
+    """Check that a `testing()` scope is open in this process."""
     return _switch.testing > 0
 
 
@@ -271,8 +268,8 @@ def is_testing() -> bool:
 def testing() -> Generator[None, None, None]:
     """Make every decorator a pass-through while the scope is open: no tuning, no compiling, no mode.
 
-    For a test suite, usually as an autouse fixture. Scopes may nest and overlap in any threads; they hold for the
-    whole process until the last one is left.
+    For test suites, usually as an autouse fixture. Scopes may nest and overlap in any threads, and apply to the whole
+    process until the last one ends.
     """
     with _switch.lock:
         _switch.testing += 1
@@ -283,4 +280,4 @@ def testing() -> Generator[None, None, None]:
             _switch.testing -= 1
 
 
-testing.__test__ = False  # type: ignore[attr-defined]  # its name would make pytest collect it where it is imported
+testing.__test__ = False  # type: ignore[attr-defined]  # pytest would otherwise collect it for its name

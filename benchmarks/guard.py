@@ -24,7 +24,7 @@ from accelerate_tts.cli.demo.backends import PlainBackend, _speak
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime.guard import checks, guarded_call
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.tuning.tune import Tuning
+from accelerate_tts.tuning.findings import Tuning
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more."
 LIMIT = 0.01

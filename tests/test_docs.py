@@ -219,3 +219,27 @@ def test_what_a_page_names_is_there(name: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make (\w+)|`make (\w+)", page, re.MULTILINE)):
         assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+
+
+def test_decisions_that_files_name_are_there() -> None:
+    decisions = {path.name for path in (DOCS / "decisions").glob("0*.md")}
+    assert len(decisions) <= 20, "merge those that tell one story"
+    numbers = {name[:4] for name in decisions}
+    for folder in ("accelerate_tts", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*.[pch]*"):
+            if path.suffix in {".py", ".h", ".cpp"}:
+                text = path.read_text(encoding="utf-8")
+                assert set(re.findall(r"docs/decisions/([\w-]+\.md)", text)) <= decisions, path
+                assert set(re.findall(r"\bdecision (\d{4})\b", text)) <= numbers, path
+
+
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_lines_are_short(page: Path) -> None:
+    """Of at most 100 columns, but for the tables that a script writes."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if page in (DOCS / "ENVIRONMENTS.md", ROOT / "README.md"):
+        lines = [line for line in lines if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 100] == []

@@ -29,7 +29,9 @@ from accelerate_tts import (
 )
 from accelerate_tts.events import FellBack, WarmupFailed, emit
 from accelerate_tts.runtime.guard.guard import guard_of
-from accelerate_tts.tuning.session import fallbacks
+from accelerate_tts.tuning.fallbacks import fallbacks
+from accelerate_tts.tuning.load_request import LoadRequest
+from accelerate_tts.tuning.warmup import Loaded
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -99,17 +101,12 @@ def test_a_fault_in_a_first_pass_leaves_what_was_loaded(error: Any, when: int, s
     assert receipt is not None
     assert not receipt.kept
     # It may be tried again, and then it is tuned like any other.
-    get_performance_optimizer().optimize(_loaded(backend), lambda: backend.speak(X))
+    request = LoadRequest(lambda: backend.speak(X), loaded=Loaded(None, backend))
+    get_performance_optimizer().optimize(request)
     assert len([event for event in seen if isinstance(event, WarmupFailed)]) == 1
     again = receipt_of(backend)
     assert again is not None
     assert again.before is not None
-
-
-def _loaded(backend: Backend) -> Any:
-    from accelerate_tts.tuning.warmup import Loaded
-
-    return Loaded(None, backend)
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)

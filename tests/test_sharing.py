@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import sys
 import threading
@@ -20,7 +22,7 @@ from accelerate_tts import locks as lock_module
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard.checks import Heard, Units
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tuning_lock import Flight
+from accelerate_tts.tuning.tuning_lock import TuningLock
 
 WAIT = 20.0
 MEL = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -109,19 +111,27 @@ def test_a_model_that_was_replaced_is_forgotten() -> None:
     assert receipt_of(backend) is receipt_of(backend.model)
 
 
-# --- the one flight ---------------------------------------------------------------------------------------------
+# --- one tuning at a time ---------------------------------------------------------------------------------------------
 
 
 def test_a_nested_load_leaves_the_outer_one_as_it_was() -> None:
-    flight, loop = Flight(), object()
-    with flight.turn(loop) as mine:
-        assert mine
-        with flight.turn(None) as inner:  # the same thread: a warm-up loads something itself
-            assert inner
-        assert flight._loop is loop, "a coroutine of this loop would now wait for a tuning that waits for it"
-        assert flight._inside.get()
-    assert flight._loop is None
-    assert not flight._inside.get()
+    tuning_lock, loop = TuningLock(), asyncio.new_event_loop()
+
+    async def loads() -> bool:
+        with tuning_lock.held(None) as mine:
+            return mine
+
+    with ThreadPoolExecutor(1) as pool:
+        with tuning_lock.held(loop) as mine:
+            assert mine
+            with tuning_lock.held(None) as inner:  # the same thread: a warm-up loads something itself
+                assert inner
+            here = contextvars.copy_context()
+            assert not pool.submit(loop.run_until_complete, loads()).result(WAIT), "a coroutine of the loop waits"
+            assert not pool.submit(here.run, asyncio.run, loads()).result(WAIT), "a thread of the warm-up waits"
+        after = contextvars.copy_context()
+        assert pool.submit(after.run, loop.run_until_complete, loads()).result(WAIT)
+    loop.close()
 
 
 # --- one scope for several threads -------------------------------------------------------------------------------

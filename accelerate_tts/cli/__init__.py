@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """The entry point of the `accelerate-tts` script."""
+    """Run the `accelerate-tts` script."""
     try:
         from accelerate_tts.cli.app import app
     except ImportError as error:
@@ -24,7 +24,7 @@ def main() -> None:
         sys.stderr.write(f"accelerate-tts needs {error.name}: pip install 'accelerate_tts[cli]'\n")
         raise SystemExit(2) from None
     standard = sys.stdout
-    # Where it was closed before Python started there is none, and nobody waits for what is said.
+    # There is none if it was closed before Python started; the output is then discarded.
     stdout: Any = _Stdout(standard if standard is not None else io.StringIO())
     sys.stdout = stdout
     status: Any = 0
@@ -39,7 +39,7 @@ def main() -> None:
         stdout.flush_at_end()
         sys.stdout = standard
     if stdout.error is not None:
-        # Python would try to write the rest at its own end, and fail again.
+        # Python would try to write the rest at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(stdout.error, BrokenPipeError):
             raise SystemExit(_PIPE_CLOSED)
@@ -48,11 +48,11 @@ def main() -> None:
     raise SystemExit(status)
 
 
-_PIPE_CLOSED = 141  # as a shell tells of a program that ended by SIGPIPE: whoever reads has seen enough
+_PIPE_CLOSED = 141  # the status that a shell reports for a program ended by SIGPIPE: the reader has gone
 
 
 class _Stdout:
-    """Standard output, which remembers its error: a full disk, or a reader that went away, is no fault of ours."""
+    """Standard output that stores its error, to tell a full disk or a closed pipe from other errors."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -76,6 +76,6 @@ class _Stdout:
             raise
 
     def flush_at_end(self) -> None:
-        """Flush, and note an error instead of raising it."""
+        """Flush, and store an error instead of raising it."""
         with suppress(OSError):
             self.flush()

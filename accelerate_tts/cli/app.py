@@ -1,4 +1,4 @@
-"""The commands and their options. What they do lies in the modules beside this one, imported when they run."""
+"""Commands and their options. The modules beside this one implement them, and are imported when they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`accelerate-tts doctor`: what this machine is, and each problem with its mend."""
+"""`accelerate-tts doctor`: facts about this machine, and each problem with its solution."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _EXTRAS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: What it is.
+        name: Name of the check.
         verdict: "ok", "info" (a fact), "warning" (works, but slower or less), "problem" (something will not work).
-        found: What was found.
-        mend: What to do about it, or "".
+        found: The result.
+        mend: The solution of a problem, or "".
     """
 
     name: str
@@ -75,7 +75,7 @@ _MARKS: dict[Verdict, str] = {"ok": "ok", "info": "", "warning": "!", "problem":
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, in the order of the report. A look that fails is itself a finding."""
+    """Run all checks in the order of the report. A check that fails is itself a finding."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions, _settings, _device, _flags, _threads, _memory, _kernels, _compiler, _cache, _extras,
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _cache() -> Iterator[Finding]:
 
 
 def _inductor_folder() -> str:
-    # Private, and the only place that knows the user-name rule; without it the folder torch documents.
+    # A private function, but the only source of the default folder; without it the folder that torch documents.
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     except ImportError:

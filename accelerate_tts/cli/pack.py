@@ -1,4 +1,4 @@
-"""`accelerate-tts pack`: the warm packs of this user, to look at, to ship and to clear. Never imports torch."""
+"""`accelerate-tts pack`: list, export, load and clear the warm packs of this user. Never imports torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def show(as_json: bool) -> None:
     """Print the packs, the most recently used first.
 
     Raises:
-        SettingsError: An environment variable has a value that means nothing.
+        SettingsError: An environment variable has an invalid value.
     """
     settings = Settings.from_environment()
     entries = pack_store(settings).entries()
@@ -44,7 +44,7 @@ def export(file: Path) -> None:
 
     Raises:
         PackError: There is no pack, or the file cannot be written.
-        SettingsError: An environment variable has a value that means nothing.
+        SettingsError: An environment variable has an invalid value.
     """
     settings = Settings.from_environment()
     store = pack_store(settings)
@@ -57,11 +57,11 @@ def export(file: Path) -> None:
 
 
 def load(file: Path) -> None:
-    """Take the packs of an exported file.
+    """Load the packs of an exported file.
 
     Raises:
-        PackError: It is no such file.
-        SettingsError: An environment variable has a value that means nothing.
+        PackError: The file was not exported by `pack export`.
+        SettingsError: An environment variable has an invalid value.
     """
     settings = Settings.from_environment()
     count = pack_store(settings).load(file)
@@ -69,11 +69,11 @@ def load(file: Path) -> None:
 
 
 def clear() -> None:
-    """Remove every pack; the secret that they are signed with stays.
+    """Remove every pack. The secret that signs them stays.
 
     Raises:
-        PackError: One cannot be removed.
-        SettingsError: An environment variable has a value that means nothing.
+        PackError: A pack cannot be removed.
+        SettingsError: An environment variable has an invalid value.
     """
     settings = Settings.from_environment()
     count = pack_store(settings).clear()
@@ -91,5 +91,5 @@ def _packs(count: int) -> str:
 def _when(used: float) -> str:
     try:
         return datetime.fromtimestamp(used, tz=timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
-    except (OverflowError, ValueError, OSError):  # a file's time can be anything
+    except (OverflowError, ValueError, OSError):  # a file's time may be out of range
         return "?"

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["ReceiptFileError", "load", "run", "show"]
 
 _MEND = "give a file that receipt.save('NAME.json') wrote"
-_TABLE_WIDTH = 60  # columns; in fewer the figures leave no room for the names, and lines are printed
+_TABLE_WIDTH = 60  # columns; narrower terminals have no room for names beside figures, and get lines instead
 
 
 class ReceiptFileError(AccelerateTTSError, ValueError):
-    """The file is no receipt, or the page cannot be written. The message names the file and the mend."""
+    """The file is not a receipt, or the page cannot be written. The message names the file and the solution."""
 
 
 def run(file: Path, page: Path | None, as_json: bool) -> None:
-    """Print the receipt in `file`, and write it to `page` as HTML if one is asked for.
+    """Print the receipt in `file`, and write it to `page` as HTML if given.
 
     Raises:
-        ReceiptFileError: `file` is no receipt, or `page` cannot be written; then nothing is printed.
+        ReceiptFileError: `file` is not a receipt, or `page` cannot be written. Nothing is printed then.
     """
     receipt = load(file)
     if page is not None:
@@ -44,7 +44,7 @@ def run(file: Path, page: Path | None, as_json: bool) -> None:
         sys.stdout.write(receipt.to_json() + "\n")
     else:
         show(receipt, wide_console())
-    if page is not None:  # on stderr: what is printed may be JSON for another program
+    if page is not None:  # on stderr, since stdout may be JSON for another program
         Terminal(stderr=True).print(f"wrote {page}", soft_wrap=True)
 
 
@@ -52,10 +52,10 @@ def load(file: Path) -> Receipt:
     """Read a receipt that was saved as JSON.
 
     Raises:
-        ReceiptFileError: There is no such file, it cannot be read, or it is no receipt of this format.
+        ReceiptFileError: The file does not exist, cannot be read, or is not a receipt of this format.
     """
     try:
-        return Receipt.from_json(file.read_text(encoding="utf-8-sig"))  # editors and shells on Windows put a mark first
+        return Receipt.from_json(file.read_text(encoding="utf-8-sig"))  # editors and shells on Windows write a BOM
     except FileNotFoundError:
         raise ReceiptFileError(f"{file}: there is no such file; {_MEND}") from None
     except IsADirectoryError:
@@ -82,7 +82,7 @@ def _write(receipt: Receipt, page: Path, file: Path) -> None:
 
 
 def show(receipt: Receipt, console: Console) -> None:
-    """Print a receipt: every stage, green if it is in force and dim if not, the whole, the versions and the notes."""
+    """Print a receipt: all stages (green if kept, otherwise dim), the whole object, the versions and the notes."""
     rows: list[tuple[str, StageResult | Receipt, str]] = [
         (f"{stage.part}: {stage.stage}", stage, "green" if stage.kept else "dim") for stage in receipt.stages
     ]

@@ -24,13 +24,13 @@ _NUMBERS = {"before", "after", "ratio", "error"}
 
 
 def wide_console(width: int = 100) -> Terminal:
-    """Standard output: as wide as the terminal, or of so many columns in a file or a pipe."""
+    """Make a console on standard output, as wide as the terminal, or of `width` columns in a file or a pipe."""
     console = Terminal()
     return console if console.is_terminal else Terminal(width=width)
 
 
 def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = _NUMBERS) -> Table:
-    """Rows, a header first, as a table; the columns named in `numbers` are set to the right."""
+    """Make a table of rows, the header first. Columns named in `numbers` are right-aligned."""
     result = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     header, *body = rows
     for name in map(str, header):
@@ -48,7 +48,7 @@ def _two_lines(name: str, verdict: str) -> Text:
 
 
 def print_receipt(receipt: Receipt, console: Console) -> None:
-    """A receipt's table, its versions and its notes."""
+    """Print a receipt's table, versions and notes."""
     rows: list[tuple[str | Text, ...]] = [("part: stage", "before", "after", "ratio", "error")]
     rows += [(_two_lines(f"{s.part}: {s.stage}", s.verdict), *s.figures()) for s in receipt.stages]
     rows.append((_two_lines("the whole", receipt.verdict), *receipt.figures()))

@@ -1,7 +1,7 @@
-"""Where all texts of the commands go out: what no terminal should be told is taken out of them here.
+"""Output of the commands: the single place that removes control characters from all texts.
 
-Names, reasons and paths come from others' files, objects and exceptions. Whoever shows them may lay them out with
-`printable` before; whether he does or not, no escape sequence of theirs passes this place, nor `lines`.
+Names, reasons and paths come from foreign files, objects and exceptions. Callers may format them with `printable`; in
+any case no escape sequence passes this module, nor `lines`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["Terminal"]
 
 
 class Terminal(Console):
-    """A console of rich that shows foreign texts as texts: no markup, no emoji codes, no control characters.
+    """A rich console that prints texts literally: no markup, no emoji codes, no control characters.
 
     Args:
-        options: As for rich's `Console`.
+        options: Options of rich's `Console`.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "emoji": False, "markup": False, **options})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """See rich. Its own control codes (of a progress bar) are no texts, and pass."""
+        """See rich. Its own control codes (of a progress bar) are not texts, and pass."""
         for segment in super().render(renderable, options):
             if segment.control or all(c.isprintable() or c == "\n" for c in segment.text):
                 yield segment

@@ -1,1 +1,1 @@
-"""What machine this is, and how it is made ready. Nothing here knows of models."""
+"""Detection and set-up of the machine. Independent of models."""

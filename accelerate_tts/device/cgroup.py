@@ -1,4 +1,4 @@
-"""Where the control groups of this process are: its own and their parents, in cgroup v2 and v1."""
+"""Folders of this process's control groups and their parents, in cgroup v2 and v1."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["groups", "read"]
 
 
 def groups(controller: str, root: Path | str = "/") -> Iterator[tuple[Path, int]]:
-    """The folders that may limit this process, with the version of each: its group's, and those of the parents.
+    """Yield the folders whose limits apply to this process, with their cgroup version: its group and the parents.
 
-    Inside a container the group's path may be the host's and not exist here; the mount's root is then the group itself.
+    Inside a container, the group's path may be that of the host and not exist; the root of the mount is the group then.
 
     Args:
         controller: "cpu" or "memory".
-        root: Where `/proc` and `/sys` are found; another folder in tests.
+        root: Folder of `/proc` and `/sys`; another folder in tests.
     """
     root = Path(root)
     # Each line of /proc/self/cgroup is "id:controllers:path"; v2 has the one line "0::/path".
@@ -38,7 +38,7 @@ def _with_parents(mount: Path, group: str) -> list[Path]:
 
 
 def read(path: Path) -> str | None:
-    """The text of a file, or `None` if it is missing or unreadable."""
+    """Return the text of a file, or `None` if it is missing or unreadable."""
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()
     except (OSError, ValueError):  # ValueError: a NUL in the path

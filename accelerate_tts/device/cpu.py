@@ -1,7 +1,7 @@
-"""How many cores this process may really use, and the threads that follow from it.
+"""Number of cores that this process may use, and the number of threads for them.
 
-`os.cpu_count()` knows neither the affinity mask nor a container's quota: a service limited to two cores on a
-64-core host then runs 64 busy-waiting OpenMP threads on two cores.
+`os.cpu_count()` ignores the affinity mask and a container's quota. A service limited to two cores of a 64-core host
+would run 64 busy-waiting OpenMP threads on two cores.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"
 
 
 def affinity_cpus() -> int:
-    """Logical CPUs that this process may be scheduled on (all of them where the system cannot say)."""
+    """Return the number of logical CPUs that this process may run on (all CPUs if the system does not report it)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
 
 
 def quota_cpus(root: Path | str = "/") -> float | None:
-    """CPUs' worth of time that the process's control group may use, or `None` without a limit.
+    """Return the CPU quota of the process's control group in CPUs, or `None` without a limit.
 
-    The smallest limit of the group and its parents counts. cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`) are
-    read; a file that is missing or unreadable is no limit.
+    It is the smallest limit of the group and its parents, in cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`). A
+    missing or unreadable file is no limit.
 
     Args:
-        root: Where `/proc` and `/sys` are found; another folder in tests.
+        root: Folder of `/proc` and `/sys`; another folder in tests.
     """
     found = (_LIMITS[version](folder) for folder, version in groups("cpu", root))
     return min((limit for limit in found if limit is not None), default=None)
 
 
 def usable_cpus() -> int:
-    """Whole CPUs that this process can keep busy: the smaller of affinity and quota, at least 1."""
+    """Return the number of whole CPUs that this process can use: the smaller of affinity and quota, at least 1."""
     quota = quota_cpus()
     affinity = affinity_cpus()
     return affinity if quota is None else max(1, min(affinity, math.floor(quota + 1e-9)))
 
 
 def recommended_threads(workers: int = 1) -> int:
-    """Intra-op threads for one of `workers` processes that share the usable CPUs, at least 1."""
+    """Return the intra-op threads of one of `workers` processes that share the usable CPUs, at least 1."""
     return max(1, usable_cpus() // workers)
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """The environment variables that give OpenMP, MKL and NumExpr `threads` threads which sleep while they wait.
+    """Return environment variables that give OpenMP, MKL and NumExpr `threads` threads that sleep while waiting.
 
-    They are read when those libraries start, so they reach child processes, not this one.
+    These libraries read them at start-up, so they affect child processes rather than this one.
     """
     return {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
 

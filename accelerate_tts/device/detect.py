@@ -1,4 +1,4 @@
-"""Which accelerator there is, as one small value; and what is known of each type of device."""
+"""Detection of the device, and the registry of device types."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DeviceInfo:
     """A detected device.
 
     Attributes:
-        kind: What it is. ROCm answers to torch's name "cuda" and is told apart here.
-        name: The hardware's own name, for people.
-        total_memory: Bytes of device memory; `None` where it is the machine's own (CPU, MPS) or unknown.
+        kind: Kind of device. ROCm has torch's name "cuda", and is a kind of its own here.
+        name: Name of the hardware, for people.
+        total_memory: Bytes of device memory; `None` if it is the machine's own (CPU, MPS) or unknown.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class DeviceInfo:
 
 
 Wanted: TypeAlias = "list[tuple[Flag, Any]]"
-"""Flags, and the values that they are to have."""
+"""Flags with their wanted values."""
 
 
 def _nothing(_: object) -> Wanted:
@@ -52,21 +52,20 @@ def _unknown(_: object) -> int | None:
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """What is known of one type of device. Its other functions are found in torch's module of that name.
+    """Properties of one type of device. Its other functions are those of torch's module of that name.
 
     A device other than the CPU needs `torch.<type>` with `synchronize()` and `empty_cache()`.
 
     Attributes:
         type: torch's name.
-        probe: Looks for the device; `None` where there is none.
-        compile_mode: torch.compile's mode, unless `Settings.compile_mode` says another; `None` where compiling is not
-            worth trying.
-        call_flags: The flags that make calls faster, which `fast_inference()` holds.
-        setup_flags: Further flags and variables that `PerformanceOptimizer.initialize()` sets. A variable that the user
-            has set must not be among them.
-        half_dtypes: The half-precision dtypes that it computes in at full speed, best first.
-        free_bytes: Bytes that can still be taken; `None` where nobody can say.
-        batch_size: Items that fit into a batch by a rule of thumb; `None` for the caller's own default.
+        probe: Returns the device, or `None` if there is none.
+        compile_mode: Default mode of torch.compile; `None` if compiling is not worth trying.
+        call_flags: Returns the flags that make calls faster, which `fast_inference()` holds.
+        setup_flags: Returns further flags and variables for `PerformanceOptimizer.initialize()`. Variables that the
+            user has set must not be among them.
+        half_dtypes: Returns the half-precision dtypes that it computes in at full speed, best first.
+        free_bytes: Returns the free bytes; `None` if unknown.
+        batch_size: Returns a default number of items for a batch; `None` for the caller's default.
     """
 
     type: str
@@ -80,14 +79,14 @@ class DeviceSpec:
 
 
 SPECS: Registry[DeviceSpec] = Registry("accelerate_tts.device.kinds")
-"""What is known of each type of device, by torch's name."""
+"""Device types by torch's name."""
 
 
 def register_device(spec: DeviceSpec) -> DeviceSpec:
-    """Add a type of device to those that are looked for. One that `settings.DEVICES` does not name goes first.
+    """Register a type of device. One that `settings.DEVICES` does not contain is inserted at the front.
 
     Raises:
-        ValueError: Something else is registered under this name.
+        ValueError: Another device is registered under this name.
     """
     SPECS.add(spec.type, spec)
     if spec.type not in DEVICES:
@@ -96,18 +95,18 @@ def register_device(spec: DeviceSpec) -> DeviceSpec:
 
 
 def spec_of(device: DeviceInfo | str) -> DeviceSpec:
-    """What is known of a device, or of a device type."""
+    """Return the properties of a device or a device type."""
     return SPECS.entries()[device if isinstance(device, str) else device.type]
 
 
 def detect(wanted: str | None = None) -> DeviceInfo:
-    """Find the best device: the first of `settings.DEVICES` that is there.
+    """Detect the best device: the first of `settings.DEVICES` that is available.
 
     Args:
-        wanted: Take this device type ("cuda", "mps", "xpu", "cpu") and no other.
+        wanted: Use this device type ("cuda", "mps", "xpu", "cpu") only.
 
     Raises:
-        SettingsError: `wanted` is not available here.
+        SettingsError: `wanted` is not available on this machine.
     """
     specs = SPECS.entries()
     for name in DEVICES:

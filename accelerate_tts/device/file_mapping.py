@@ -1,4 +1,4 @@
-"""Memory that lies in a file: pages which the system may drop, and reads again when somebody looks at them. Linux."""
+"""Memory mapped from a file, whose pages the system may drop and read again on access. For Linux."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["move_to_file"]
 
 _MAP_FIXED = 0x10  # mmap(2), Linux; Python's mmap does not place a mapping
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
-# Of a page that cannot be read again, since a server or a helper process is away, this process would die by SIGBUS.
+# If a page cannot be read again, since a server or a helper process is gone, SIGBUS ends this process.
 _REMOTE = {
     "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
     "ocfs2", "orangefs", "pvfs2", "smb3", "smbfs", "vboxsf", "vmhgfs", "wekafs",
@@ -22,21 +22,21 @@ _REMOTE = {
 
 
 def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
-    """Put what lies at some addresses into a file, and map the file there. Addresses and content stay as they are.
+    """Write memory regions to a file, and map the file at their addresses. Addresses and content do not change.
 
-    The mapping is private: whoever writes gets memory of his own for that page, and the file does not change. The file
-    has no name; it goes with the last page that is mapped. Only whole pages are moved.
+    The mapping is private: a write copies its page to memory, and does not change the file. The file has no name, and
+    is freed with its last mapped page. Only whole pages are moved.
 
     Args:
-        regions: Address and bytes of each. Nobody may write to them meanwhile.
-        folder: A folder on a disk.
+        regions: Address and bytes of each region. They must not be written meanwhile.
+        folder: A folder on a local disk.
 
     Returns:
-        Bytes that were moved.
+        Bytes moved.
 
     Raises:
-        OSError: The system has no such thing, the folder lies in memory itself or on another machine, or the disk is
-            full. Nothing is moved.
+        OSError: The system is not Linux, the folder is in memory or on a remote file system, or the disk is full.
+            Nothing is moved then.
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"memory cannot be mapped in place on {sys.platform}")
@@ -50,7 +50,7 @@ def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
         )
     pages = [pair for pair in (_whole_pages(*region) for region in regions) if pair[1] > 0]
     with tempfile.TemporaryFile(dir=folder) as file:
-        offsets = [_write(file.fileno(), start, size) for start, size in pages]  # all of it before anything is mapped
+        offsets = [_write(file.fileno(), start, size) for start, size in pages]  # all regions before any is mapped
         for (start, size), offset in zip(pages, offsets, strict=True):
             _map(file.fileno(), start, size, offset)
     return sum(size for _, size in pages)
@@ -62,7 +62,7 @@ def _whole_pages(address: int, size: int) -> tuple[int, int]:
 
 
 def _write(file: int, start: int, size: int) -> int:
-    """Append what lies there; where in the file it is then."""
+    """Append a region to the file; return its offset."""
     offset = os.lseek(file, 0, os.SEEK_END)
     rest = memoryview((ctypes.c_char * size).from_address(start)).cast("B")
     while rest:
@@ -80,7 +80,7 @@ def _map(file: int, start: int, size: int, offset: int) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, by the kernel's list of mounts; "" if it is not in it."""
+    """Return the type of a folder's file system from the kernel's list of mounts; "" if it is not listed."""
     device = folder.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,8 +1,8 @@
-"""Process-wide switches of torch and the environment, changed in counted scopes.
+"""Process-wide flags of torch and the environment, changed in counted scopes.
 
-Two overlapping `save, set, restore` scopes in two threads leave the second one's "saved" value behind for ever.
-Here every change is a *hold* on a flag, kept under one lock: the first holder saves the state as it was, the newest
-holder's value is in force, and when the last one lets go the saved state returns, also after an exception.
+Two overlapping `save, set, restore` scopes in two threads would leave the second one's saved value behind forever. Here
+every change is a *hold* on a flag, under one lock. The first holder saves the state, the newest holder's value applies,
+and when the last one releases the flag the saved state is restored, also after an exception.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Flag:
-    """One process-wide switch.
+    """One process-wide flag.
 
     Attributes:
-        name: For people and receipts.
-        write: Puts a value in force.
-        save: Returns the whole present state, whatever `restore` needs to bring it back exactly.
-        restore: Takes what `save` returned.
+        name: Name for people and receipts.
+        write: Sets a value.
+        save: Returns the present state, complete enough for `restore`.
+        restore: Restores a state that `save` returned.
     """
 
     name: str
@@ -63,19 +63,19 @@ _numbers = iter(range(1, 2**62))
 
 
 class Hold:
-    """A set of flags that is held until `release()`, or until its `with` block ends."""
+    """A set of flags that is held until `release()`, or until the end of its `with` block."""
 
     def __init__(self, number: int, flags: tuple[Flag, ...]) -> None:
         self._number = number
         self.flags = flags
 
     def release(self) -> None:
-        """Let go. The next holder's value, or the state from before the first one, returns. Idempotent."""
+        """Release the flags. The next holder's value or the saved state applies again. Idempotent."""
         with _lock:
             for flag in reversed(self.flags):
                 try:
                     _let_go(flag, self._number)
-                except Exception as error:  # the other flags must come back all the same
+                except Exception as error:  # the other flags must still be restored
                     emit(NotApplied(f"restoring {flag.name}", f"{type(error).__name__}: {error}"))
 
     def __enter__(self) -> Self:
@@ -104,9 +104,9 @@ def _let_go(flag: Flag, number: int) -> None:
 
 
 def hold(wanted: Iterable[tuple[Flag, Any]]) -> Hold:
-    """Put each flag's value in force until the returned `Hold` is released.
+    """Set each flag's value until the returned `Hold` is released.
 
-    If a write raises, the flags already written are put back and the exception goes on.
+    If a write raises, the flags written so far are restored and the exception is raised.
     """
     with _lock:
         number = next(_numbers)
@@ -142,8 +142,8 @@ def _save_matmul() -> Any:
     try:
         return torch.get_float32_matmul_precision(), new_style
     except RuntimeError:
-        # torch >= 2.9 refuses this read while the newer interface says something else. With "ieee" in both it never
-        # does, and the older value, which is kept apart, can be read.
+        # torch >= 2.9 refuses this read while the newer interface has another value. With "ieee" in both backends, the
+        # older value, which is stored separately, can be read.
         for backend, _ in new_style:
             backend.fp32_precision = "ieee"
         try:
@@ -161,8 +161,8 @@ def _restore_matmul(saved: Any) -> None:
 
 
 def _restore_new_style(backends: list[tuple[Any, str]]) -> None:
-    # Only a state that somebody made with torch's newer `fp32_precision` interface (2.9 on) differs here. It is
-    # never written otherwise: on 2.9 and 2.10 a write to it makes inductor raise when it reads `allow_tf32`.
+    # Written only if it differs, that is, if other code has used torch's newer `fp32_precision` interface (2.9 on). In
+    # 2.9 and 2.10, a write to it makes inductor raise when it reads `allow_tf32`.
     for backend, value in backends:
         if backend.fp32_precision != value:
             backend.fp32_precision = value
@@ -171,7 +171,7 @@ def _restore_new_style(backends: list[tuple[Any, str]]) -> None:
 def _write_matmul(value: Any) -> None:
     import torch
 
-    # set_float32_matmul_precision is the one interface that works from torch 2.6 to the newest.
+    # set_float32_matmul_precision is the only interface that works in all releases from torch 2.6 on.
     torch.set_float32_matmul_precision(value)
 
 
@@ -188,11 +188,11 @@ def _save_cudnn_tf32() -> Any:
     new_style = [(operator, operator.fp32_precision) for operator in _cudnn_operators()]
     try:
         return torch.backends.cudnn.allow_tf32, new_style
-    except RuntimeError:  # torch >= 2.9 refuses this read once the two interfaces were mixed
+    except RuntimeError:  # torch >= 2.9 refuses this read after the two interfaces were mixed
         for operator, _ in new_style:
             operator.fp32_precision = "tf32"
         try:
-            return torch.backends.cudnn.allow_tf32, new_style  # readable with "tf32" in both only if it is True
+            return torch.backends.cudnn.allow_tf32, new_style  # with "tf32" in both, readable only if it is True
         except RuntimeError:
             return False, new_style
         finally:
@@ -214,7 +214,7 @@ def _write_cudnn_tf32(value: Any) -> None:
 def _write_benchmark(value: Any) -> None:
     import torch
 
-    # Not `cudnn.flags(benchmark=True)`: its `enabled` defaults to False, which turns cuDNN off.
+    # Not `cudnn.flags(benchmark=True)`: its `enabled` defaults to False, which disables cuDNN.
     torch.backends.cudnn.benchmark = value
 
 
@@ -244,20 +244,20 @@ TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
 
 
 def is_held(flag: Flag) -> bool:
-    """Whether somebody holds `flag` now: its present state is then ours, not the user's."""
+    """Check that `flag` is held now, so that its present state is not the user's."""
     with _lock:
         return flag in _held
 
 
 def original(flag: Flag) -> Any:
-    """What `flag.save()` gave before the first holder, or gives now if nobody holds it."""
+    """Return the flag's saved state from before the first holder, or its present state if it is not held."""
     with _lock:
         return _held[flag].saved if flag in _held else flag.save()
 
 
-@cache  # one flag a name, or two holders of a name would not know of each other
+@cache  # one flag a name, so that all holders of a variable share it
 def environment(name: str) -> Flag:
-    """The flag that is the environment variable `name`. `None` as its value means that it is not set."""
+    """Return the flag of the environment variable `name`. The value `None` means that it is not set."""
 
     def write(value: Any) -> None:
         if value is None:

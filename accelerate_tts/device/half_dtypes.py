@@ -14,5 +14,5 @@ __all__ = ["half_dtypes"]
 
 
 def half_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
-    """The half-precision dtypes that a device computes in, best first; none where they would only be emulated."""
+    """Return the half-precision dtypes that a device computes in, best first; none if they would be emulated."""
     return spec_of(device_type).half_dtypes()

@@ -1,4 +1,4 @@
-"""Free memory, the memory that one item costs, and giving memory back. Sizes are bytes."""
+"""Free memory, peak memory of an item, and clean-up. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = ["cgroup_headroom", "cleanup", "free_bytes", "free_host_bytes", "peak_of", "resident_bytes", "under_pressure"]
 
-# Below this share of free memory a clean-up is worth its cost (a collection takes 50-200 ms with models loaded).
+# Share of free memory below which a clean-up is worth its cost (a collection takes 50-200 ms with models loaded).
 _PRESSURE = 0.10
 
 
 def free_bytes(device: DeviceInfo) -> int | None:
-    """Bytes that can still be taken on `device`, or `None` where nobody can say."""
+    """Return the free bytes of `device`, or `None` if unknown."""
     return spec_of(device).free_bytes(device)
 
 
 def free_host_bytes() -> int:
-    """Bytes that the machine has left, and the container that the process is in."""
+    """Return the free bytes of the machine, within the limits of the process's container."""
     import psutil
 
     headroom = cgroup_headroom()
@@ -39,17 +39,17 @@ def free_host_bytes() -> int:
 
 
 def cgroup_headroom(root: Path | str = "/") -> int | None:
-    """Bytes left under the tightest memory limit of the process's control group and its parents, or `None`.
+    """Return the bytes left under the tightest memory limit of the control group and its parents, or `None`.
 
     Args:
-        root: Where `/proc` and `/sys` are found; another folder in tests.
+        root: Folder of `/proc` and `/sys`; another folder in tests.
     """
     found = _tightest(root)
     return None if found is None else max(0, found[0] - found[1])
 
 
 def _tightest(root: Path | str = "/") -> tuple[int, int] | None:
-    """Limit and use of the group in which the least is left."""
+    """Return limit and use of the group with the least memory left."""
     limits = (_limit(folder, *_FILES[version]) for folder, version in groups("memory", root))
     return min(filter(None, limits), key=lambda found: found[0] - found[1], default=None)
 
@@ -59,14 +59,14 @@ _FILES = {2: ("memory.max", "memory.current"), 1: ("memory.limit_in_bytes", "mem
 
 def _limit(folder: Path, limit: str, used: str) -> tuple[int, int] | None:
     most, now = read(folder / limit) or "", read(folder / used) or ""
-    # "max", or nothing; and v1 writes "no limit" as a number near 2**63.
+    # "max" or nothing means no limit, as does a number near 2**63 in v1.
     if not most.isdecimal() or not now.isdecimal() or int(most) >= 2**60:
         return None
     return int(most), int(now) - _reclaimable(folder)
 
 
 def _reclaimable(folder: Path) -> int:
-    # The page cache of files read counts as "used", and is given up as soon as somebody asks.
+    # The page cache of read files counts as used, but is reclaimed on demand.
     lines = (read(folder / "memory.stat") or "").splitlines()
     fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
     value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
@@ -74,7 +74,7 @@ def _reclaimable(folder: Path) -> int:
 
 
 def under_pressure(device: DeviceInfo) -> bool:
-    """Whether less than a tenth of the device's (or the machine's) memory is free."""
+    """Check that less than a tenth of the device's (or the machine's) memory is free."""
     import psutil
 
     if device.total_memory is not None:
@@ -86,16 +86,16 @@ def under_pressure(device: DeviceInfo) -> bool:
 
 
 def resident_bytes() -> int:
-    """This process's resident set."""
+    """Return the resident set size of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def cleanup(device: DeviceInfo) -> None:
-    """Collect garbage, empty the allocator's cache of `device`, and hand freed heap pages back to the system.
+    """Collect garbage, empty the allocator's cache of `device`, and return freed heap pages to the system.
 
-    Never raises: what cannot be freed becomes an event. Memory in use, by a call in flight too, is not touched.
+    Never raises: a failure becomes an event. Memory in use, also by running calls, is not touched.
     """
     import torch
 
@@ -106,7 +106,7 @@ def cleanup(device: DeviceInfo) -> None:
     for name, step in steps:
         try:
             step()
-        except Exception as error:  # a clean-up must never break the call that asked for it
+        except Exception as error:  # a clean-up must never fail the user's call
             emit(NotApplied(f"clean-up step {name!r}", f"{type(error).__name__}: {error}"))
 
 
@@ -116,7 +116,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
     try:
         trim = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):  # musl and others have none
+    except (OSError, AttributeError):  # musl and other C libraries do not have it
         return None
     trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
 
@@ -127,20 +127,20 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _trim_heap() -> None:
-    # Many small freed tensors stay in glibc's arenas until this call; RSS does not fall without it.
+    # Many small freed tensors stay in glibc's arenas, and in the resident set, until this call.
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
 
 
 def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
-    """Run `work` and return the bytes by which it raised the memory in use at its peak.
+    """Run `work` and return the bytes by which it raised the peak of the memory in use.
 
-    On CUDA this is the allocator's own peak. On Linux it is the peak resident set, reset before the run; memory that
-    the process had already freed to its own heap is used again unseen, so the first run of a shape tells most.
+    On CUDA this is the allocator's peak. On Linux it is the peak resident set, which is reset before the run. Reuse of
+    memory that the process has freed to its own heap is not counted, so the first run of a shape is the most accurate.
 
     Returns:
-        The bytes, at least 0, or `None` where the system does not keep a peak that can be reset.
+        The bytes, at least 0, or `None` if the system has no peak counter that can be reset.
     """
     import torch
 

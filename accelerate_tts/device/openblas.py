@@ -1,12 +1,11 @@
-"""The threads of OpenBLAS libraries that other packages (NumPy, SciPy) bring into this process.
+"""Threads of the OpenBLAS libraries that other packages (NumPy, SciPy) load into this process.
 
-After each product OpenBLAS's worker threads spin for some 25 ms (2**26 cycles, its `THREAD_TIMEOUT`) in case there is
-more to do. On the cores of a small machine they then stand in the way of torch's OpenMP team, whose barriers wait for
-the slowest: a speaker encoder right behind a mel spectrogram was seen to take 2.3 times as long
-(docs/decisions/0008-quiet-blas.md). With one thread OpenBLAS has no worker, and nothing spins.
+After each product, OpenBLAS's worker threads spin for some 25 ms (2**26 cycles, its `THREAD_TIMEOUT`) to wait for more
+work. On a machine with few cores they slow down torch's OpenMP threads, whose barriers wait for the slowest. A speaker
+encoder right after a mel spectrogram took 2.3 times as long (docs/decisions/0012-work-beside-the-model.md). With one
+thread, OpenBLAS has no workers.
 
-threadpoolctl does this for every BLAS there is; it is no dependency of the core, and one call in one library is all
-that is needed here.
+threadpoolctl supports every BLAS, but is not a dependency of the core, and one function of one library is enough here.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class _Library:
 
 
 def busy_libraries() -> list[str]:
-    """Paths of the loaded OpenBLAS libraries that have more than one thread now; found on Linux only."""
+    """Return the paths of loaded OpenBLAS libraries with more than one thread. They are found on Linux only."""
     return [library.path for library in _libraries() if library.threads > 1]
 
 
@@ -58,7 +57,7 @@ def _libraries() -> list[_Library]:
 def _loaded_paths() -> list[str]:
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:  # another system: NumPy for macOS uses Accelerate, which spins on nothing
+    except OSError:  # another system; NumPy for macOS uses Accelerate, which does not spin
         return []
     # address permissions offset device inode path
     paths = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if "openblas" in line}
@@ -67,8 +66,8 @@ def _loaded_paths() -> list[str]:
 
 def _opened(path: str) -> _Library | None:
     try:
-        # It is loaded already, and this only finds it again: where its file was replaced or removed since (an upgrade
-        # under a running process), another library must not be loaded in its place.
+        # Finds the loaded library without loading one: if its file was replaced or removed since (by an upgrade under a
+        # running process), another library must not be loaded.
         library = ctypes.CDLL(path, mode=getattr(os, "RTLD_NOLOAD", 0))
     except OSError:
         return None
@@ -78,7 +77,7 @@ def _opened(path: str) -> _Library | None:
     return None
 
 
-# A second holder may find a library that was loaded since the first one saved the state: what that had is kept here.
+# Threads of libraries that were loaded after the first holder saved the state.
 _later: dict[str, int] = {}
 
 
@@ -101,4 +100,4 @@ def _write(count: int) -> None:
 
 
 BLAS_THREADS = Flag("OpenBLAS threads", _write, _save, _restore)
-"""Threads of each OpenBLAS library that is loaded when the flag is taken."""
+"""Number of threads of each OpenBLAS library that is loaded when the flag is set."""

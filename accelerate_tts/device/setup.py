@@ -1,4 +1,4 @@
-"""What each kind of device is given when it is made ready, as a list of flags to hold."""
+"""Set-up of each kind of device, as a list of flags to hold."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["call_flags", "compile_mode", "setup_flags"]
 
 
 def call_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]]:
-    """The switches that make calls on `device` faster: those that `fast_inference()` holds."""
+    """Return the flags that make calls on `device` faster, which `fast_inference()` holds."""
     return spec_of(device).call_flags(settings)
 
 
 def setup_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]]:
-    """Everything that `PerformanceOptimizer.initialize()` holds for `device`: `call_flags`, threads, environment.
+    """Return all flags that `PerformanceOptimizer.initialize()` holds for `device`: `call_flags`, threads, environment.
 
-    A variable that the user has set is left out, and so is what it stands for.
+    Variables that the user has set are omitted, and so are their settings.
     """
     return [*call_flags(device, settings), *spec_of(device).setup_flags(settings), *_threads(settings)]
 
 
 def compile_mode(device: DeviceInfo, settings: Settings) -> str | None:
-    """torch.compile's mode for `device`, or `None` where compiling is switched off or not worth trying (MPS)."""
+    """Return torch.compile's mode for `device`, or `None` if compiling is off or not worth trying (MPS)."""
     mode = spec_of(device).compile_mode
     return None if mode is None or not settings.compile else settings.compile_mode or mode
 
@@ -39,7 +39,7 @@ def _threads(settings: Settings) -> list[tuple[Flag, Any]]:
 
     threads = settings.threads
     if threads is None:
-        # Only ever fewer than torch took: its default already leaves out hyper-threads, which a quota does not know.
+        # Never more than torch's default, which already excludes hyper-threads, unlike a quota.
         threads = min(cpu.recommended_threads(settings.workers), flags.original(flags.TORCH_THREADS))
     wanted: list[tuple[Flag, Any]] = [
         (flags.environment(name), value)

@@ -1,7 +1,7 @@
-"""Who used the processors: this process, others, a hypervisor, a quota; as counters that only grow, in seconds.
+"""Monotonic counters of processor time, in seconds: of this process, all processes, a hypervisor, a quota.
 
-Linux tells all of it (`/proc/stat`, `/proc/self/task/*/schedstat`, `cpu.stat` of the control group); macOS and Windows
-tell the time of all processes, by psutil. What a system does not tell is `None`, never a guess.
+Linux reports all of them (`/proc/stat`, `/proc/self/task/*/schedstat`, `cpu.stat` of the control group). macOS and
+Windows report the time of all processes, through psutil. A counter that the system does not report is `None`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from accelerate_tts.device.cpu import affinity_cpus
 __all__ = ["TICK", "Usage", "usage", "waited"]
 
 TICK = 0.01
-"""Seconds that a system's own account of a processor's time may be off by: it counts in hundredths."""
+"""Resolution in seconds of the system's processor times, which count in hundredths."""
 
-_BUSY = (0, 1, 2, 5, 6)  # of a processor's line: user, nice, system, irq, softirq
+_BUSY = (0, 1, 2, 5, 6)  # fields of a processor's line: user, nice, system, irq, softirq
 _STOLEN = 7
 
 
@@ -28,13 +28,13 @@ class Usage:
     """Counters at one moment, in seconds.
 
     Attributes:
-        at: The clock (`time.perf_counter`).
-        own: Processor time of this process, of all its threads.
-        busy: Processor time of all processes, on the processors that this one may use; `None` where nobody tells.
-        stolen: Time in which a hypervisor ran others on those processors; `None` where nobody tells.
-        waited: Time in which threads of this process could have run, and had no processor; `None` where nobody tells.
-        throttled: Time in which the control group's quota was used up; `None` where there is none, or nobody tells.
-        processors: How many processors `busy` is about.
+        at: Time of the clock (`time.perf_counter`).
+        own: Processor time of all threads of this process.
+        busy: Processor time of all processes on the processors that this one may use; `None` if unknown.
+        stolen: Time that a hypervisor took from those processors; `None` if unknown.
+        waited: Time that runnable threads of this process waited for a processor; `None` if unknown.
+        throttled: Time that the control group's quota was exhausted; `None` without a quota, or if unknown.
+        processors: Number of processors that `busy` covers.
     """
 
     at: float
@@ -47,14 +47,14 @@ class Usage:
 
 
 def usage(root: Path | str = "/") -> Usage:
-    """The counters of this moment.
+    """Read the counters.
 
     Args:
-        root: Where `/proc` and `/sys` are found; another folder in tests.
+        root: Folder of `/proc` and `/sys`; another folder in tests.
     """
     root = Path(root)
     times = os.times()
-    own = times.user + times.system  # of the same ticks as the system's account; `process_time` is finer, and ahead
+    own = times.user + times.system  # in the same ticks as the system's counters; `process_time` is finer, and ahead
     busy, stolen, processors = _from_stat(root)
     if busy is None:
         busy, processors = _from_psutil(), os.cpu_count() or 1
@@ -62,9 +62,12 @@ def usage(root: Path | str = "/") -> Usage:
 
 
 def waited(root: Path | str = "/") -> float | None:
-    """Seconds that threads of this process have waited for a processor, or `None` where nobody tells (only Linux does).
+    """Return the seconds that threads of this process have waited for a processor, or `None` (except on Linux).
 
-    Those of threads that have ended are missing.
+    Threads that have ended are not included.
+
+    Args:
+        root: Folder of `/proc`; another folder in tests.
     """
     nanoseconds, told = 0, False
     try:
@@ -87,7 +90,7 @@ def _from_stat(root: Path) -> tuple[float | None, float | None, int]:
         ticks = os.sysconf("SC_CLK_TCK")
         busy = sum(int(row[place]) for row in found for place in _BUSY)
         stolen = sum(int(row[_STOLEN]) for row in found)
-    except (AttributeError, IndexError, ValueError, OSError):  # no such file here, or not of this form
+    except (AttributeError, IndexError, ValueError, OSError):  # the file is missing, or has another format
         return None, None, affinity_cpus()
     return (busy / ticks, stolen / ticks, len(found)) if found else (None, None, affinity_cpus())
 
@@ -103,7 +106,7 @@ def _from_psutil() -> float | None:
 
 
 def _throttled(root: Path) -> float | None:
-    """The most that any of the process's control groups was held back by its quota."""
+    """Return the largest throttled time of the process's control groups, in seconds."""
     found: list[float] = []
     for folder, _ in groups("cpu", root):
         for line in (read(folder / "cpu.stat") or "").splitlines():
@@ -113,4 +116,4 @@ def _throttled(root: Path) -> float | None:
     return max(found, default=None)
 
 
-_THROTTLED = {"throttled_usec": 1e6, "throttled_time": 1e9}  # of cgroup v2, and of v1
+_THROTTLED = {"throttled_usec": 1e6, "throttled_time": 1e9}  # units a second, in cgroup v2 and v1

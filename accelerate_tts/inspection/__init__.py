@@ -1,1 +1,1 @@
-"""Look at a user's objects, modules and calls. Nothing here changes any of them."""
+"""Read-only inspection of a user's objects, modules and calls."""

@@ -1,4 +1,4 @@
-"""Classes of modules, seen through the class swaps of a tuning."""
+"""Classes of modules, beneath the class swaps of a tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = "_accelerate_tts_plain"
 
 
 def class_of(module: Any) -> Any:
-    """The module's present class, in a type that can be a cache's key (torch types `Module.__hash__` otherwise)."""
+    """Return the module's present class, typed so that type checkers accept it as a cache key."""
     return type(module)
 
 
@@ -31,7 +31,7 @@ def is_torchs_linear(cls: Any) -> bool:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without what stages made of it by class swaps."""
+    """Return a module's class beneath all class swaps."""
     cls = type(module)
     while PLAIN in vars(cls):
         cls = vars(cls)[PLAIN]

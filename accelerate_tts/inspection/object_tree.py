@@ -1,4 +1,4 @@
-"""Find the modules that an object holds, by their attribute paths."""
+"""Search of an object for modules, by attribute paths."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 __all__ = ["find_modules", "reachable_modules"]
 
 _PLAIN = (str, bytes, int, float, complex, type(None))
-# How deep a pipeline object is searched. Chatterbox, XTTS and transformers' pipelines need two;
-# a backend that holds such an object one or two more.
+# Search depth. Chatterbox, XTTS and transformers' pipelines need two levels; a backend that holds such an object needs
+# one or two more.
 _DEPTH = 4
 
 
 def find_modules(subject: object) -> dict[str, nn.Module]:
-    """The outermost `nn.Module`s of an object, by their attribute path from it.
+    """Return the outermost `nn.Module`s of an object, by their attribute path.
 
-    Looks into tuples, lists, mappings and the attributes of objects that are no modules, four levels deep. A module
-    is never looked into. The path of `subject` itself is "".
+    Searches tuples, lists, sets, dictionaries and the attributes of other objects, four levels deep. Modules are not
+    searched. The path of `subject` itself is "".
     """
     found = reachable_modules(subject)
-    # `self.vocoder = self.model.vocoder` is an alias of what is inside another one.
+    # `self.vocoder = self.model.vocoder` is an alias of a submodule.
     inside = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
     return {path: module for path, module in found.items() if id(module) not in inside}
 
 
 def reachable_modules(subject: object) -> dict[str, nn.Module]:
-    """As `find_modules`, but with modules that are inside another one, too, where an attribute leads to them."""
+    """Like `find_modules`, but include submodules of other modules that an attribute refers to."""
     from torch import nn
 
     found: dict[str, nn.Module] = {}
@@ -57,7 +57,7 @@ def reachable_modules(subject: object) -> dict[str, nn.Module]:
 def members_of(value: object) -> Iterator[tuple[str, Any]]:
     if callable(getattr(type(value), "__torch_function__", None)):
         return  # a class or a tensor
-    if isinstance(value, dict):  # no other mapping: reading a lazy one may load what it stands for
+    if isinstance(value, dict):  # no other mappings, since reading a lazy one may load its content
         yield from ((str(key), item) for key, item in value.items())
     elif isinstance(value, (tuple, list, set, frozenset, deque)):
         yield from ((str(index), item) for index, item in enumerate(value))

@@ -1,4 +1,4 @@
-"""Parameters of a module's forward, and hooks that wait for its calls."""
+"""Parameters of a module's forward, and hooks on its calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["has_hooks", "is_analyzer", "is_capture", "parameters_of"]
 
 
 def parameters_of(cls: Any) -> list[str]:
-    """The names of what a class's forward takes, after `self`."""
+    """Return the parameter names of a class's forward, without `self` and `**kwargs`."""
     return [
         parameter.name
         for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]
@@ -17,30 +17,31 @@ def parameters_of(cls: Any) -> list[str]:
     ]
 
 
-# Hooks that look at nothing of a block but its attention weights, and change nothing.
-_READERS = ("transformers.", "accelerate_tts.")  # transformers' own collect what was asked for, and ours only watch
-_ANALYZER = ".alignment_stream_analyzer"  # Chatterbox's multilingual model looks where in its text it is
+# Hooks that read only a block's attention weights, and change nothing.
+_READERS = ("transformers.", "accelerate_tts.")  # transformers' own collect requested outputs, and ours only observe
+_ANALYZER = ".alignment_stream_analyzer"  # Chatterbox's multilingual model tracks its position in the text
 
 
 def has_hooks(*modules: Any) -> bool:
-    """Whether a user's hooks wait for calls of some modules, which then must be called.
+    """Check for user's hooks on modules, which must then really be called.
 
-    transformers' own and Chatterbox's only read attention weights (`readers`), and ours only watch.
+    Hooks of transformers and Chatterbox only read attention weights, and this package's only observe; they do not
+    count.
     """
     return any(map(_is_foreign, [m for m in modules if m._forward_hooks or m._forward_pre_hooks]))
 
 
 def is_analyzer(hook: Any) -> bool:
-    """Whether a hook is of Chatterbox's alignment analyzer, which only looks at attention weights."""
+    """Check for a hook of Chatterbox's alignment analyzer, which only reads attention weights."""
     return module_of(hook).endswith(_ANALYZER)
 
 
 def is_capture(forward: Any) -> bool:
-    """Whether a `forward` that was put over a module's own is transformers' way of collecting outputs (4.54 to 4.57).
+    """Check for a `forward` by which transformers (4.54 to 4.57) collects outputs.
 
-    It is put there for a call, and what was found there before, the module's own method, is put back afterwards.
+    transformers sets it in the module's `__dict__` for a call, and sets the module's own method there afterwards.
     """
-    module = getattr(forward, "__globals__", {}).get("__name__", "")  # it is named as what it wraps
+    module = getattr(forward, "__globals__", {}).get("__name__", "")  # its own __module__ is that of the wrapped method
     return str(module).startswith("transformers.utils.")
 
 

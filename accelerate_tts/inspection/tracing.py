@@ -1,4 +1,4 @@
-"""Whether a call is watched rather than made: what watches or transforms it must see upstream's own operators."""
+"""Detection of tracers, exporters and transforms, which must see upstream's own operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["is_traced", "is_watched"]
 
 
 def is_traced(*inputs: Any) -> bool:
-    """Whether a call is watched, or `torch.compile` follows its code.
+    """Check that a call is traced by `torch.compile`, or is watched; see `is_watched`.
 
     Args:
         inputs: See `is_watched`.
@@ -23,18 +23,18 @@ def is_traced(*inputs: Any) -> bool:
 
 
 def is_watched(*inputs: Any) -> bool:
-    """Whether a tracer, an exporter or a transform is at work on this thread.
+    """Check for an active tracer, exporter or transform on this thread.
 
-    `torch.jit.trace` and ONNX's older exporter run a module with tensors that hold numbers, and record operators;
-    `torch.export` runs it with tensors without memory, or follows its code; `torch.fx` gives it proxies, and
-    `torch.func` wraps what it is given. A kernel would read memory that is not there, or be left out of the record.
+    `torch.jit.trace` and ONNX's older exporter run a module with real tensors and record operators. `torch.export` uses
+    tensors without memory, or traces the code. `torch.fx` passes proxies, and `torch.func` wraps inputs. A kernel would
+    read memory that does not exist, or be missing in the record.
 
     Args:
-        inputs: What the call is given. What is no tensor, or one of a class of its own, counts as watched.
+        inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
     """
     import torch
 
-    if torch.compiler.is_compiling():  # its operators are fit for a graph, and not for an exported one
+    if torch.compiler.is_compiling():  # the package's operators may be in a compiled graph, but not in an exported one
         return _is_exporting()()
     for given in inputs:
         if type(given) is not torch.Tensor and type(given) is not torch.nn.Parameter:
@@ -59,7 +59,7 @@ def _is_at_work() -> Callable[[], bool]:
         core._get_tracing_state, core._functorch.peek_interpreter_stack, core._len_torch_dispatch_stack,
     )  # fmt: skip
 
-    def is_at_work() -> bool:  # asked at each layer of a token
+    def is_at_work() -> bool:  # called for each layer of each token
         return bool(tracing() is not None or transform() is not None or modes())
 
     return is_at_work

@@ -1,7 +1,7 @@
-"""Kernels of our own in C++: what they are told, the library that holds them, and how it is built.
+"""C++ kernels: their arguments, their library and its build.
 
-- `csrc/`: the kernels; each unit compiles alone, and once for each instruction set.
-- `structs.py`: the structs that they are called with, described once.
-- `build.py`: compiles the library, when a wheel is built or in a checkout; wheels do not carry it.
-- `library.py`: loads it, checks it, and hands it torch's threads.
+- `csrc/`: the kernels. Each unit is compiled separately, once for each instruction set.
+- `structs.py`: the single description of the structs that they are called with.
+- `build.py`: compiles the library, when a wheel is built or in a checkout. It is not part of wheels.
+- `library.py`: loads the library, checks it, and hands it torch's OpenMP threads.
 """

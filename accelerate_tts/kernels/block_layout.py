@@ -1,4 +1,4 @@
-"""What a transformer decoder's block consists of, for those blocks that our kernel knows (fused_decoder.py)."""
+"""Layouts of the decoder blocks that the kernel supports (fused_decoder.py): their layers, sizes and activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Anatomy", "anatomies"]
 
-# By class, since a class of another name may do something more that no shape shows.
+# Known by class name, since shapes do not show what else another class may do.
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 _HIGGS = {"HiggsAudioV2DecoderLayer"}
 _GPT2 = {"GPT2Block"}
@@ -28,7 +28,10 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A block, taken apart. `k`, `v` and `gate` are `None` where one layer makes all three, or nothing is gated."""
+    """Layers and sizes of a block.
+
+    `k` and `v` are `None` if `q` computes all three projections. `gate` is `None` if the feed-forward is not gated.
+    """
 
     heads: int
     kv_heads: int
@@ -46,13 +49,16 @@ class Anatomy:
     down: Any
 
     def layers(self) -> dict[str, Any]:
-        """Its linear layers that are there, by their names."""
+        """Return its linear layers by name."""
         named = {name: getattr(self, name) for name in ("q", "k", "v", "o", "gate", "up", "down")}
         return {name: layer for name, layer in named.items() if layer is not None}
 
 
 def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
-    """The block as the kernel needs it, by whether its tokens are of text; empty if it is no block that is known."""
+    """Return the block's layouts for text tokens (key `True`) and audio tokens (`False`); empty if it is unknown.
+
+    Only Higgs Audio's blocks have a layout for audio tokens.
+    """
     cls = plain_class(block)
     known = cls.__name__ in _LLAMA | _HIGGS | _GPT2 and cls.__module__.startswith("transformers.models.")
     if not known or hasattr(block, "crossattention"):
@@ -65,15 +71,15 @@ def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
         else:
             found = {True: _of_llama(block)}
     except AttributeError:
-        return {}  # a release in which it has another shape
+        return {}  # a release with another structure
     return found if all(_can_be_served(anatomy, weights) for anatomy in found.values()) else {}
 
 
 def _scaling(attention: Any) -> float:
-    """What products of queries and keys are multiplied by; before 4.48 it was not an attribute of the layer.
+    """Return the factor of the attention scores. Before transformers 4.48 it is not an attribute of the layer.
 
     Raises:
-        AttributeError: It depends on more than the size of a head.
+        AttributeError: The factor depends on more than the head size.
     """
     if hasattr(attention, "scaling"):
         return float(attention.scaling)
@@ -86,7 +92,7 @@ def _scaling(attention: Any) -> float:
 def _of_llama(block: Any, of: str = "") -> Anatomy:
     attention, feed = block.self_attn, getattr(block, f"{of}mlp")
     if getattr(attention.config, "pretraining_tp", 1) > 1:
-        raise AttributeError("in pieces")  # before 4.48, products were then made piece by piece
+        raise AttributeError("in pieces")  # before 4.48, such layers compute their products in slices
     size = attention.head_dim
     return Anatomy(
         attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, _scaling(attention),
@@ -122,7 +128,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
         )  # fmt: skip
 
     layers = list(anatomy.layers().values())
-    plain = {torch.Tensor, nn.Parameter}  # a quantised or sharded weight has no memory of its own to point to
+    plain = {torch.Tensor, nn.Parameter}  # quantised or sharded weights have no plain memory
     tensors = [getattr(m, name, None) for m in (*layers, anatomy.norm1, anatomy.norm2) for name in ("weight", "bias")]
     if not all(type(tensor) in plain and tensor.is_cpu for tensor in tensors if tensor is not None):
         return False
@@ -140,7 +146,7 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
 
 
 def _fits_together(anatomy: Anatomy) -> bool:
-    """Whether all shapes are those that the kernel goes by: it is given addresses, and asks nobody else."""
+    """Check that all shapes agree with the sizes that the kernel gets; it reads raw addresses without checks."""
     if len({is_transposed(layer) for layer in anatomy.layers().values()}) > 1:
         return False
     if hasattr(anatomy.norm1, "eps") != hasattr(anatomy.norm2, "eps"):

@@ -1,13 +1,13 @@
-"""The kernels' library, built from `csrc/` by the C++ compiler that is at hand.
+"""Build of the kernels' library from `csrc/` by the local C++ compiler.
 
-A platform wheel is built with it (hatch_build.py), so nobody compiles anything where the wheel is installed. In a
-checkout that is used without installing it::
+Platform wheels are built with it (hatch_build.py), so installing a wheel compiles nothing. In a checkout that is used
+without installing it::
 
     python -m accelerate_tts.kernels.build
 
-Each unit is compiled once for each instruction set, and all go into one library, which links neither torch nor Python
-nor an OpenMP: `library.py` hands it the one that torch has loaded. This file is run by itself while a wheel is built,
-where nothing of this package can be imported, and is no part of the wheel.
+Each unit is compiled once for each instruction set, and all objects go into one library. It links neither torch nor
+Python nor OpenMP; `library.py` hands it the OpenMP that torch has loaded. While a wheel is built, this file runs alone
+and cannot import the package. It is not part of the wheel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _BF16 = (*_VNNI, "-mavx512bf16")
-# The plainest first: of what several define alike, linkers keep the first, which every processor can run.
+# The plainest first: of identical inline definitions, linkers keep the first, which must run on every processor.
 _X86: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": _AVX2,
@@ -47,7 +47,7 @@ _X86: dict[str, tuple[str, ...]] = {
     "avx512bf16": _BF16,
     "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
 }
-# Instruction sets from which tokens, or sequences, gain nothing: they take the one below.
+# Instruction sets that gain nothing for decode steps, or for sequences. These use the kernels of the level below.
 _NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES = {"avx512bf16", "amx"}, {"avx512vnni"}
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fopenmp-simd",
@@ -58,7 +58,7 @@ _FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """The compiler refused a unit; its own words are in the message."""
+    """The compiler failed; the message has its output."""
 
 
 class NoCompilerError(BuildError):
@@ -69,13 +69,13 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
     """Compile and link the library.
 
     Args:
-        target: Where it goes: a folder, or a file's name. Beside this file by default.
-        machine: The processor that it is for, as `platform.machine()` names it; this one by default. The compiler that
-            `CXX` names must be one for it.
-        tests: Make a program of `csrc/tests` and the kernels instead, which compares them with plain loops.
+        target: A folder, or the file's path. By default the folder of this file.
+        machine: Target processor, as `platform.machine()` names it; by default this one. `CXX` must name a compiler for
+            it.
+        tests: Build a program of `csrc/tests` and the kernels instead, which compares them with plain loops.
 
     Returns:
-        Where it lies.
+        Path of the result.
 
     Raises:
         NoCompilerError: There is no C++ compiler: none of `CXX`, c++, g++ and clang++.
@@ -95,7 +95,7 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
         else:
             _run([*compiler, *_linking(), "-o", str(made), *objects])
         place.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it and renamed: a process that has the old one mapped keeps it.
+        # Written beside the target and renamed, so that a process with the old library mapped keeps it.
         beside = place.with_name(f"{place.name}.{os.getpid()}")
         shutil.copyfile(made, beside)
         beside.chmod(0o755)
@@ -104,7 +104,7 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
 
 
 def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
-    """The objects of all units and instruction sets, in the order in which they are to be linked."""
+    """Compile all units for all instruction sets; return the objects in link order."""
 
     def compiled(job: tuple[str, str, list[str]]) -> Path:
         unit, level, flags = job
@@ -118,7 +118,7 @@ def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
 
 
 def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]]:
-    """What is compiled: a unit, the instruction set that it is for, and the flags that say so."""
+    """Return the compilations: a unit, its instruction set, and its flags."""
     tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
     jobs: list[tuple[str, str, list[str]]] = [
@@ -131,10 +131,10 @@ def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]
 
 
 def write_commands() -> Path:
-    """Write `csrc/compile_commands.json`, by which clangd and clang-tidy read each unit at each instruction set.
+    """Write `csrc/compile_commands.json` for clangd and clang-tidy, with each unit at each instruction set.
 
     Returns:
-        Where it lies.
+        Path of the file.
 
     Raises:
         NoCompilerError: As for `build`.
@@ -148,7 +148,7 @@ def write_commands() -> Path:
             "file": f"{unit}.cpp",
             "arguments": [*compiler, *_flags(), *flags, f"{unit}.cpp"],
         }
-        for unit, _, flags in reversed(_jobs(levels))  # clangd takes the first: the best
+        for unit, _, flags in reversed(_jobs(levels))  # clangd uses the first, so the best level comes first
     ]
     target = _HERE / "csrc" / "compile_commands.json"
     target.write_text(json.dumps(commands, indent=1), encoding="utf-8")
@@ -156,7 +156,7 @@ def write_commands() -> Path:
 
 
 def _taken(levels: Iterable[str], without: set[str]) -> dict[str, str]:
-    """Whose kernels each instruction set takes: its own, or those of the one below."""
+    """Map each instruction set to the one whose kernels it uses: itself, or the level below."""
     taken, last = dict[str, str](), ""
     for level in levels:
         last = last if level in without else level
@@ -186,7 +186,7 @@ def _linking() -> list[str]:
 
 
 def _levels(compiler: list[str], machine: str, folder: Path) -> dict[str, tuple[str, ...]]:
-    """The instruction sets that the compiler knows, of this kind of processor."""
+    """Return the instruction sets of this processor family that the compiler supports."""
     if machine.lower() not in {"x86_64", "amd64"}:
         return {"base": ()}
     probe = folder / "probe.cpp"
@@ -216,7 +216,7 @@ def _write_header() -> None:
 
 def _structs() -> Any:
     spec = importlib.util.spec_from_file_location("_accelerate_tts_structs", _HERE / "structs.py")
-    if spec is None or spec.loader is None:  # never, of a file that is there
+    if spec is None or spec.loader is None:  # never for an existing file
         raise BuildError("structs.py cannot be read")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,11 +1,11 @@
-"""Our own C++ kernels, as stages call them; `accelerate_tts/kernels` has the library.
+"""The C++ kernels as stages call them.
 
 `torch.ops.accelerate_tts.skinny_linear(x, weight, scale, bias, transposed)` (skinny_gemm.cpp) computes
 `x @ weight.T * scale + bias` for a few rows of fp32 `x` of shape (rows, inputs); `weight` is (outputs, inputs) in fp32,
 bf16 or int8, or (inputs, outputs) in fp32 if `transposed`. All tensors are contiguous and on the CPU.
-`decoder_blocks` (decoder_block.cpp) is one token through blocks of a decoder; decoder_block.py describes them to it.
-`transformer_block` and `residual_block` are a whole sequence through a block without a cache; transformer_kernel.py and
-residual_kernel.py describe them.
+`decoder_blocks` (decoder_block.cpp) computes one token through a decoder's blocks; see decoder_block.py.
+`transformer_block` and `residual_block` compute a whole sequence through a block without a cache; see
+transformer_block.py and residual_block.py.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = [
 
 
 def decoder_blocks() -> Callable[..., None]:
-    """The kernel for one token through blocks: `(blocks, tokens, count, threads)`, see decoder_block.py.
+    """Return the kernel for one token through blocks: `(blocks, tokens, count, threads)`, see decoder_block.py.
 
     Raises:
-        KernelError: There are no kernels; stages ask `missing()` before.
+        KernelError: There are no kernels; `missing()` checks for that.
     """
     return kernels().decoder_blocks
 
 
 def transformer_block() -> Callable[..., None]:
-    """The kernel for a sequence through a transformer's block: `(block, call, threads)`, see transformer_kernel.py.
+    """Return the kernel for a sequence through a transformer block: `(block, call, threads)`, see transformer_block.py.
 
     Raises:
         KernelError: As for `decoder_blocks`.
@@ -48,7 +48,7 @@ def transformer_block() -> Callable[..., None]:
 
 
 def residual_block() -> Callable[..., None]:
-    """The kernel for a sequence through a residual block: `(block, call, threads)`, see residual_kernel.py.
+    """Return the kernel for a sequence through a residual block: `(block, call, threads)`, see residual_block.py.
 
     Raises:
         KernelError: As for `decoder_blocks`.
@@ -57,7 +57,7 @@ def residual_block() -> Callable[..., None]:
 
 
 def multiplies_in_bf16() -> bool:
-    """Whether `transformer_block` and `residual_block` multiply by AMX; without, they are right and slow.
+    """Check that `transformer_block` and `residual_block` use AMX. Without it they are correct, but slow.
 
     Raises:
         KernelError: As for `decoder_blocks`.
@@ -67,9 +67,9 @@ def multiplies_in_bf16() -> bool:
 
 @cache
 def skinny_linear() -> Callable[..., Any]:
-    """The kernel as a Python function of the operator's arguments.
+    """Return the kernel as a Python function with the operator's arguments, and register the operator.
 
-    For eager code: it saves the dispatcher's way. Traced code calls the operator, which is registered here too.
+    Eager code calls the function, which saves the dispatcher's overhead. Traced code calls the operator.
 
     Raises:
         KernelError: As for `decoder_blocks`.
@@ -87,7 +87,7 @@ def skinny_linear() -> Callable[..., Any]:
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
         rows = x.shape[0]
-        y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+        y = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")  # independent of the user's defaults
         kind = formats.get((weight.dtype, transposed))
         fits = _is_plain(x) and _is_plain(weight, weight.dtype) and x.shape == (rows, inputs)
         if kind is None or not (fits and _is_vector(scale, outputs) and _is_vector(bias, outputs)):
@@ -121,7 +121,7 @@ def _misfit(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> str
 
 @cache
 def _operator() -> Any:
-    """Register the operator, once for the process: whatever became of the kernel, torch takes no second one."""
+    """Register the operator, once a process, since torch accepts no second registration."""
     import torch
 
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
@@ -135,4 +135,4 @@ def _operator() -> Any:
     library.define("skinny_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool transposed) -> Tensor")
     library.impl("skinny_linear", run, "CPU")
     torch.library.register_fake("accelerate_tts::skinny_linear", fake, lib=library)
-    return library  # and kept: an operator goes with its library
+    return library  # kept alive by the cache: the operator disappears with its library

@@ -1,4 +1,4 @@
-"""What decoder_block.cpp is told, field by field, and what of a user's tensors it points to."""
+"""Arguments of decoder_block.cpp: structs that describe blocks and tokens, with pointers into the user's tensors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["Described", "Shared", "holds", "plain", "run", "shared"]
 
 _POINTER = ctypes.c_void_p
 _Linear, _Block, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Token"))
-_NO_ROWS = (None, None, None)  # all rows of a call share one cache
+_NO_ROWS = (None, None, None)  # no caches for single rows: one cache holds the whole batch
 
 
 class Described:
     """A block's struct, and the tensors that it points to.
 
     Attributes:
-        copies: The copies of layers' weights, and their scales.
-        takes: The hidden size, and the heads of keys and their size, of what it is given.
+        copies: Copies of the layers' weights, and their scales.
+        takes: Hidden size, number of key heads, and head size of its inputs.
     """
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
@@ -40,7 +40,7 @@ class Described:
         layers = anatomy.layers()
         transposed = is_transposed(anatomy.q)
         own = "transposed" if transposed else "bf16" if anatomy.q.weight.dtype == torch.bfloat16 else "fp32"
-        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive the tuning's own mode
+        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors, since they outlive this scope
             norms = {
                 f"{name}{suffix}": self._pointer(getattr(norm, attribute, None), torch.float32)
                 for name, norm in (("norm1", anatomy.norm1), ("norm2", anatomy.norm2))
@@ -83,22 +83,22 @@ def _epsilon(norm: Any) -> float:
 
 
 class Shared(NamedTuple):
-    """What all blocks of one decoder are given with one token: which position it is, and what it may see."""
+    """Arguments that all blocks of one decoder share for one token: rotary position and mask."""
 
     fields: tuple[Any, ...]
     kept: tuple[Any, ...]
-    """The tensors that the fields point into; they must live as long as the call."""
+    """Tensors that the fields point to. They must outlive the call."""
 
 
 def shared(rotated: Any, mask: Any, rows: int, head_size: int, positions: int) -> Shared | None:
-    """What a call gives to a block, as the kernel wants it; `None` if it is not of the kernel's kind.
+    """Convert a call's rotation and mask to the kernel's fields; `None` if the kernel does not support them.
 
     Args:
-        rotated: The cosines and sines of its position, each (rows or 1, 1, head size), or `None`.
-        mask: What it sees, (rows or 1, 1, 1, positions), in bool or what is added; or `None`.
-        rows: How many tokens side by side.
-        head_size: Of the keys.
-        positions: In the past, and the token itself.
+        rotated: Cosines and sines of the position, each (rows or 1, 1, head size), or `None`.
+        mask: Attention mask, (rows or 1, 1, 1, positions), in bool or as numbers that are added; or `None`.
+        rows: Batch size.
+        head_size: Size of a key's head.
+        positions: Number of positions, the token included.
     """
     rotation, seen = _rotation(rotated, rows, head_size), _mask(mask, rows, positions)
     if rotation is None or seen is None:
@@ -114,23 +114,23 @@ def run(  # noqa: PLR0913, PLR0917 - what one call of a kernel needs
     length: int,
     attentions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token through blocks, one after the other; its keys and values are written behind the sequence.
+    """Compute one token through consecutive blocks, and write its keys and values behind the cached sequence.
 
     Args:
-        blocks: In their order.
-        x: (rows, 1, hidden), in fp32 and contiguous.
-        given: What they all are given.
-        buffers: For each block, the keys and values so far and room behind them, (rows, heads, room, head size).
-        length: Positions in them.
-        attentions: Where each block's attention weights go, (blocks, rows, heads, length + 1), in fp32 and contiguous;
-            `None` where nobody asks for them.
+        blocks: The blocks, in order.
+        x: Hidden states, (rows, 1, hidden), fp32 and contiguous.
+        given: Rotation and mask.
+        buffers: Keys and values of each block with spare capacity, (rows, heads, capacity, head size).
+        length: Number of positions in them.
+        attentions: Receives each block's attention weights, (blocks, rows, heads, length + 1), fp32 and contiguous;
+            `None` if they are not needed.
 
     Returns:
-        What each block makes of it, (blocks, rows, 1, hidden) in fp32; of a bf16 model, rounded to that.
+        Hidden states behind each block, (blocks, rows, 1, hidden), fp32; for a bf16 model rounded to bf16.
     """
     import torch
 
-    y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+    y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # independent of the user's defaults
     source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
     tokens: list[Any] = []
     for number, (keys, values) in enumerate(buffers):
@@ -148,14 +148,14 @@ def run(  # noqa: PLR0913, PLR0917 - what one call of a kernel needs
 
 
 def holds(keys: torch.Tensor, values: torch.Tensor, rows: int, length: int) -> bool:
-    """Whether buffers, (rows, heads, room, head size), have a place behind `length` for so many rows."""
+    """Check that buffers, (rows, heads, capacity, head size), have this batch size and capacity behind `length`."""
     return bool(
         keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.shape == values.shape
         and keys.shape[0] == rows and keys.shape[2] > length and keys.stride(3) == values.stride(3) == 1
     )  # fmt: skip
 
 
-# The next two give three fields and the tensors behind them, or `None` for what is not of the kernel's kind.
+# The next two return three fields and the tensors that they point to, or `None` for unsupported inputs.
 
 
 def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
@@ -183,7 +183,7 @@ def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """In fp32 and contiguous; most are, and asking costs less than converting them to what they are."""
+    """Return the tensor in fp32 and contiguous. Most already are, and the checks cost less than no-op conversions."""
     import torch
 
     if tensor.dtype != torch.float32:

@@ -1,11 +1,10 @@
-"""The kernels' library: loaded once, checked before the first call, and given the threads that torch has.
+"""The kernels' library: loaded once, checked before the first call, and given torch's OpenMP threads.
 
-It lies beside this file, was built with the wheel, and is for every torch and every Python. Before a function of it is
-called, the sizes and places of all fields of all structs are compared (`structs.py`), and the file's owner and
-permissions. What is wrong is remembered and reported once; every stage that would use it then does not apply, and says
-so.
+It lies beside this file, is built with the wheel, and works with every release of torch and Python. Before the first
+call, the file's owner and permissions are checked, and the offsets and sizes of all struct fields (`structs.py`). A
+failure is stored and reported once; stages that need the library then do not apply, and say why.
 
-`ACCELERATE_TTS_KERNELS` limits the instruction set ("avx2", say) or switches the kernels off ("none").
+`ACCELERATE_TTS_KERNELS` limits the instruction set (for example "avx2") or switches the kernels off ("none").
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ _NO_MEMORY = 1
 
 
 class KernelError(RuntimeError):
-    """The kernels' library is not there, is not one to trust, or is of another description of its structs.
+    """The kernels' library is missing, cannot be trusted, or was built for other structs.
 
     Attributes:
-        reason: What is wrong.
-        mend: What to do about it.
+        reason: The problem.
+        mend: The way to solve it.
     """
 
     def __init__(self, reason: str, mend: str) -> None:
@@ -62,18 +61,18 @@ class _Field(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of a library that was checked.
+    """Functions of a checked library.
 
     Attributes:
-        path: Where it lies.
-        level: The instruction set that answers.
-        levels: Those that were built, the plainest first.
-        threads: Whose threads it uses: a file's name, or "" if torch has no OpenMP, so that it runs on one.
+        path: Path of the library.
+        level: Instruction set in use.
+        levels: Instruction sets that were built, plainest first.
+        threads: File of the OpenMP that it uses; "" if torch has none, so that it runs on one thread.
         decoder_blocks: `(addresses of blocks, tokens, count, threads)`, see decoder_block.py.
-        transformer_block: `(address of a block, address of a call, threads)`, see transformer_kernel.py.
-        residual_block: The same for a residual block, see residual_kernel.py.
+        transformer_block: `(address of a block, address of a call, threads)`, see transformer_block.py.
+        residual_block: The same for a residual block, see residual_block.py.
         skinny_linear: `(format, x, weight, scale, bias, y, rows, outputs, inputs, threads)`, addresses and sizes.
-        digests: `(address, bytes, digests)`, see weight_versions.py; it keeps Python's lock.
+        digests: `(address, bytes, digests)`, see weight_versions.py; it holds the GIL.
         changed: `(addresses, bytes, digests, places, steps, count)`, likewise.
     """
 
@@ -90,15 +89,15 @@ class Library:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether products of whole sequences are made by AMX."""
+        """True if matrix products of whole sequences use AMX."""
         return self.level == "amx"
 
 
 def kernels() -> Library:
-    """The library.
+    """Return the library.
 
     Raises:
-        KernelError: It cannot be used; the same as the first time, which was reported.
+        KernelError: It cannot be used. The error was reported at the first call, and is raised at each.
     """
     found = _loaded()
     if isinstance(found, KernelError):
@@ -107,13 +106,13 @@ def kernels() -> Library:
 
 
 def missing() -> str | None:
-    """Why there are no kernels, for a stage that would use them; `None` if there are."""
+    """Return the reason why there are no kernels, or `None` if there are."""
     found = _loaded()
     return str(found) if isinstance(found, KernelError) else None
 
 
 def level() -> str:
-    """The instruction set that answers, or "none"."""
+    """Return the instruction set in use, or "none"."""
     found = _loaded()
     return NONE if isinstance(found, KernelError) else found.level
 
@@ -123,7 +122,7 @@ def _loaded() -> Library | KernelError:
     try:
         return load(_PLACE, os.environ.get(VARIABLE, ""))
     except KernelError as error:
-        if os.environ.get(VARIABLE) != NONE:  # or else it is what was asked for
+        if os.environ.get(VARIABLE) != NONE:  # otherwise the user asked for it
             emit(FellBack("accelerate_tts", "the kernels' library", str(error)))
         return error
 
@@ -132,11 +131,11 @@ def load(path: Path, limit: str = "") -> Library:
     """Load a library and check it; use `kernels()` for the package's own.
 
     Args:
-        path: Where it lies.
-        limit: The best instruction set to use, by its name; "" for the best that the processor has.
+        path: Path of the library.
+        limit: Name of the best instruction set to use; "" for the best of the processor.
 
     Raises:
-        KernelError: It is not there, not one to trust, or of another description of its structs; or there is no such
+        KernelError: The library is missing, cannot be trusted or was built for other structs, or there is no such
             instruction set.
     """
     if limit == NONE:
@@ -167,7 +166,7 @@ def load(path: Path, limit: str = "") -> Library:
 
 
 def _digests(path: Path) -> tuple[Callable[..., None], Callable[..., int]]:
-    """The functions that read weights. No other thread may free them meanwhile, so Python's lock is kept."""
+    """Return the functions that read weights. They hold the GIL, so that no other thread frees the weights."""
     dll = ctypes.PyDLL(str(path))
     digests, changed = dll.accelerate_tts_digests, dll.accelerate_tts_changed
     digests.argtypes, digests.restype = [_POINTER, _INTEGER, _POINTER], None
@@ -176,13 +175,13 @@ def _digests(path: Path) -> tuple[Callable[..., None], Callable[..., int]]:
 
 
 def _distrust(path: Path) -> None:
-    """Refuse what somebody else could have put there.
+    """Refuse a library that another user could have put there.
 
     Raises:
-        KernelError: Everybody may write the file or its folder, or it belongs to somebody who owns no code of ours.
+        KernelError: The file or its folder is world-writable, or has an owner that does not own this package.
     """
     if sys.platform == "win32":
-        return  # permissions are lists there; site-packages has those of Python itself
+        return  # Windows has access control lists; site-packages has those of Python itself
     trusted = {0, os.geteuid(), Path(__file__).stat().st_uid}
     for place in (path, path.parent):
         status = place.stat()
@@ -200,7 +199,7 @@ def _compare(dll: ctypes.CDLL) -> None:
     """Compare the structs of the library with ours, field by field.
 
     Raises:
-        KernelError: One is another.
+        KernelError: The version or a field differs.
     """
     version = dll.accelerate_tts_abi_version()
     if version != ABI_VERSION:
@@ -245,7 +244,7 @@ _LLVM = ("__kmpc_global_thread_num", "__kmpc_push_num_threads", "__kmpc_fork_cal
 
 
 def _give_threads(dll: ctypes.CDLL) -> str:
-    """Hand over the OpenMP that torch uses; returns where that lies, or "" if there is none."""
+    """Hand torch's OpenMP to the library; return the file of that OpenMP, or "" if there is none."""
     use = dll.accelerate_tts_use_threads
     use.argtypes, use.restype = [_INT, ctypes.POINTER(_POINTER)], None
     for source in _places_of_openmp():
@@ -261,7 +260,7 @@ def _give_threads(dll: ctypes.CDLL) -> str:
 
 
 def _places_of_openmp() -> list[ctypes.CDLL]:
-    """Where torch's own calls of OpenMP end, in the order of look-up: what is loaded for all comes first."""
+    """Return the libraries in which torch's calls of OpenMP are resolved, in look-up order, global symbols first."""
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
@@ -277,7 +276,7 @@ class _Info(ctypes.Structure):
 
 
 def _file_of(address: int | None) -> str:
-    """The file in which a function lies."""
+    """Return the file of the library that contains a function, or "OpenMP" if it cannot be found."""
     info = _Info()
     look = getattr(ctypes.CDLL(None), "dladdr", None) if sys.platform != "win32" else None
     if look is None or not look(_POINTER(address), ctypes.byref(info)) or not info.file:

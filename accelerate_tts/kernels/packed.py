@@ -1,4 +1,4 @@
-"""What kernels for whole sequences have in common (packed_gemm.h): layers in panels, and which tensors they read."""
+"""Common parts of the kernels for whole sequences: weights packed in panels (packed_gemm.h), and checks of tensors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32"]
 
 PANEL = 64
-"""What sizes must be multiples of: the kernels' products have so many columns."""
+"""Outputs of a panel. Sizes of supported layers are multiples of it."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that serves blocks of one kind, as `FusedSequenceStage` needs it.
+    """A kernel for blocks of one kind, as `FusedSequenceStage` uses it.
 
     Attributes:
-        name: What is served, in a few words.
-        parts_of: A block's parts, or `None` if it is none that the kernel knows.
-        described: What the kernel is told of a block, made from its parts.
-        serve: What a block makes of a call's arguments, by name; `None` if they are upstream's business.
-        watched: Places (an object and an attribute) that must hold the same as when the kernel was told.
+        name: Kind of blocks, for people.
+        parts_of: Returns the parts of a block, or `None` if the kernel does not support it.
+        described: Makes the kernel's description of a block from its parts.
+        serve: Computes a block's result from the description and the named arguments; `None` if upstream must run.
+        watched: Returns pairs of an object and an attribute's name that must not change after the description is made.
     """
 
     name: str
@@ -40,20 +40,20 @@ class Kernel:
 
 
 class Kept:
-    """Copies of weights that a struct points to."""
+    """Holder of the weight copies that a struct points to."""
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
 
     def pointer(self, tensor: torch.Tensor) -> int:
-        """Where a copy of it lies."""
+        """Copy a tensor and return the address of the copy."""
         import torch
 
         self._tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return self._tensors[-1].data_ptr()
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.Structure:
-        """A layer's weight, (outputs, inputs), in bf16 and in panels of 64 outputs, each [inputs / 2][64][2]."""
+        """Pack a weight, (outputs, inputs), into bf16 panels of 64 outputs, each [inputs / 2][64][2]."""
         import torch
 
         outputs, inputs = weight.shape
@@ -63,16 +63,16 @@ class Kept:
 
 
 def are_plain(modules: Iterable[Any]) -> bool:
-    """Whether all weights of modules are fp32, on the CPU, with memory of their own to copy, and biases of their size.
+    """Check that all weights of modules are plain fp32 tensors on the CPU, and biases have one number for each output.
 
-    torch adds a bias of any shape that can be broadcast; a kernel reads one number for each output.
+    torch broadcasts biases of other shapes; a kernel does not.
     """
     import torch
     from torch import nn
 
     plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
 
-    def outputs(module: Any) -> int:  # a transposed convolution has them in the second place
+    def outputs(module: Any) -> int:  # the weight of a transposed convolution has them as its second dimension
         return int(module.out_channels if isinstance(module, nn.ConvTranspose1d) else module.weight.shape[0])
 
     return all(module.bias is None or tuple(module.bias.shape) == (outputs(module),) for module in modules) and all(
@@ -84,7 +84,7 @@ def are_plain(modules: Iterable[Any]) -> bool:
 
 
 def is_fp32(tensor: Any, shape: Sequence[int] | None = None) -> bool:
-    """Whether it is a plain fp32 tensor on the CPU, with something in it, and of a shape if one is given."""
+    """Check for a plain, non-empty fp32 tensor on the CPU, of the given shape if there is one."""
     import torch
 
     return bool(

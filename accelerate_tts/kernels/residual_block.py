@@ -1,4 +1,4 @@
-"""The description of a residual block for residual_block.cpp, and which blocks and calls it can serve."""
+"""Description of a residual block for residual_block.cpp, and checks of the blocks and calls that it supports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Parts:
     time: Any
 
 
-# By class, since a class of another name may do something more that no shape shows: CosyVoice's, and Chatterbox's.
+# Known by class name, since shapes do not show what else another class may do. CosyVoice and Chatterbox have these.
 _BLOCK, _HALF, _CONVOLUTION = "CausalResnetBlock1D", "CausalBlock1D", "CausalConv1d"
 _FRAMES = 3
 
@@ -42,7 +42,7 @@ def _parts_of(block: nn.Module) -> _Parts | None:
     try:
         return _taken_apart(block)
     except (AttributeError, IndexError, TypeError, ValueError):
-        return None  # a release in which it has another shape
+        return None  # a release with another structure
 
 
 def _taken_apart(block: Any) -> _Parts | None:
@@ -101,7 +101,7 @@ class _Described(Kept):
         self.address = ctypes.addressof(self._struct)
 
     def _convolution(self, layer: Any) -> ctypes.Structure:
-        """With its frames one after the other, as they lie in memory."""
+        """Pack a convolution as a matrix, (outputs, frames * channels)."""
         return self.dense(layer.weight.permute(0, 2, 1).reshape(layer.weight.shape[0], -1), layer.bias)
 
 
@@ -110,7 +110,7 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
 
     x, mask, embedded = (named.get(name) for name in ("x", "mask", "time_emb"))
     if len(named) != 3 or not is_fp32(x) or x.dim() != 3 or x.shape[1] != block.channels:  # type: ignore[union-attr]  # noqa: PLR2004
-        return None  # which may be upstream's own error
+        return None  # upstream may raise its own error
     batch, _, length = x.shape  # type: ignore[union-attr]
     if not is_fp32(mask, (batch, 1, length)):
         return None
@@ -120,11 +120,12 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
     x, mask, time = x.contiguous(), mask.contiguous(), time.contiguous()  # type: ignore[union-attr]
     y = torch.empty(
         (batch, block.outputs, length), dtype=torch.float32, device="cpu"
-    )  # whatever the user's defaults are
+    )  # independent of the user's defaults
     call = _Call(x.data_ptr(), y.data_ptr(), mask.data_ptr(), time.data_ptr(), batch, length)
     residual_block()(block.address, ctypes.addressof(call), torch.get_num_threads())
     return y
 
 
 RESIDUAL = Kernel("residual blocks", _parts_of, _Described, _serve)
-"""Twice a causal convolution of three frames, LayerNorm and Mish; the time between them, a convolution beside them."""
+"""Residual blocks: twice a causal convolution of three frames, LayerNorm and Mish. The time embedding is added between
+them, and the residual path has a convolution."""

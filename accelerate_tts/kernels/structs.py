@@ -1,8 +1,8 @@
-"""The structs that kernels are called with: one description, of which C++ gets a header and Python its ctypes classes.
+"""Structs that the kernels are called with. One description makes both the C++ header and the ctypes classes.
 
-`csrc/abi.h` is written from here (`python -m accelerate_tts.kernels.build` does it) and is never edited. A library has
-the size and the place of every field compiled into it, and `library.py` compares them with these classes before the
-first call: a library of another description is refused.
+`csrc/abi.h` is generated from here by `python -m accelerate_tts.kernels.build` and is never edited. A library contains
+the offset and size of every field. `library.py` compares them with these classes before the first call, and refuses a
+library with other structs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 __all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
 
 ABI_VERSION = 2
-"""What counts beside the structs: the exported functions and what they mean."""
+"""Version of the exported functions and of their meaning. The structs are compared separately."""
 
 FORMATS = ("fp32", "bf16", "int8", "transposed")
-"""How a kernel for few rows finds weights stored: (outputs, inputs), or (inputs, outputs) in fp32 if transposed."""
+"""Weight formats of the kernels for few rows: (outputs, inputs), or (inputs, outputs) in fp32 if transposed."""
 
 Field = tuple[str, str, str]
-"""A name, a C type, and what it is."""
+"""A name, a C type, and a description."""
 
 
 def _all(names: str, kind: str, what: str = "") -> list[Field]:
-    """Several fields of one type; what they are stands at the first."""
+    """Make several fields of one type; the first has the description."""
     return [(name, kind, "" if number else what) for number, name in enumerate(names.split())]
 
 
@@ -115,16 +115,16 @@ def _classes() -> dict[str, type[ctypes.Structure]]:
 
 
 STRUCTS: dict[str, type[ctypes.Structure]] = _classes()
-"""Each struct's ctypes class, by its name."""
+"""The ctypes class of each struct, by name."""
 
 
 def library_name() -> str:
-    """The library's file beside this one: `_kernels.so`, `.dylib` or `.dll`."""
+    """Return the name of the library's file: `_kernels.so`, `.dylib` or `.dll`."""
     return "_kernels" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 
 def expected() -> list[tuple[str, int, int]]:
-    """Every field, as a library must have it: its name, where it begins and how long it is, in bytes."""
+    """Return name, offset and size in bytes of every field, as a library must have them."""
     return [
         (f"{struct}.{name}", place.offset, place.size)
         for struct, fields in _FIELDS.items()
@@ -134,7 +134,7 @@ def expected() -> list[tuple[str, int, int]]:
 
 
 def header() -> str:
-    """The text of `csrc/abi.h`."""
+    """Return the text of `csrc/abi.h`."""
     lines = [
         "// The structs that kernels are called with. Written from structs.py; never edited.",
         "#pragma once",

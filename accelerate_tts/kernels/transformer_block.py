@@ -1,4 +1,4 @@
-"""What transformer_block.cpp is told of a transformer's block, and which blocks and calls it can serve."""
+"""Description of a transformer block for transformer_block.cpp, and checks of the blocks and calls that it supports."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class _Parts:
         return [self.q, self.k, self.v, self.o, self.up, self.down]
 
 
-# By class, since a class of another name may do something more that no shape shows. Matcha-TTS's block, which
-# Chatterbox and CosyVoice have too; diffusers has one of the same name, with other parts.
+# Known by class name, since shapes do not show what else another class may do. This is Matcha-TTS's block, also in
+# Chatterbox and CosyVoice. diffusers has a block of the same name with other parts.
 _BLOCK, _ATTENTION, _LORA = "BasicTransformerBlock", "Attention", "LoRACompatibleLinear"
 _PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
-# What makes of such a block another one than the kernel's, if it is anything but this.
+# Attributes that must have these values; with others, the block computes something else than the kernel.
 _OF_BLOCK = {"use_ada_layer_norm": False, "use_ada_layer_norm_zero": False, "only_cross_attention": False,
              "attn2": None, "_chunk_size": None}  # fmt: skip
 _OF_ATTENTION = {"spatial_norm": None, "group_norm": None, "norm_q": None, "norm_k": None, "norm_cross": None,
                  "residual_connection": False, "rescale_output_factor": 1.0, "scale": PANEL**-0.5}  # fmt: skip
-# What a block may be told: the time is nothing to it, as it has no norm that asks for it.
+# Supported arguments. The timestep has no effect, since these blocks have no adaptive norm.
 _TOLD = {"hidden_states", "attention_mask", "timestep"}
 
 
@@ -57,7 +57,7 @@ def _parts_of(block: nn.Module) -> _Parts | None:
     try:
         return _taken_apart(block)
     except (AttributeError, IndexError, TypeError):
-        return None  # a release in which it has another shape
+        return None  # a release with another structure
 
 
 def _taken_apart(block: Any) -> _Parts | None:
@@ -67,7 +67,7 @@ def _taken_apart(block: Any) -> _Parts | None:
     processor, gelu = type(attention.processor).__name__, feed[0]
     if not known or not of_diffusers or processor not in _PROCESSORS:
         return None
-    # Between the two layers is a dropout, and perhaps one at the end.
+    # A dropout lies between the two layers, and perhaps another one at the end.
     if type(gelu).__name__ != "GELU" or gelu.approximate != "none" or len(feed) not in {3, 4}:
         return None
     parts = _Parts(
@@ -85,7 +85,7 @@ def _can_be_served(parts: _Parts) -> bool:
     from torch import nn
 
     def is_linear(layer: Any) -> bool:
-        cls: Any = plain_class(layer)  # diffusers' own is a plain one, unless it has an adapter
+        cls: Any = plain_class(layer)  # diffusers' class is a plain linear layer unless it has an adapter
         return cls is nn.Linear or (cls.__name__ == _LORA and getattr(layer, "lora_layer", None) is None)
 
     def is_norm(norm: Any) -> bool:
@@ -132,8 +132,8 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
 
     x, mask = named.get("hidden_states"), named.get("attention_mask")
     if not is_fp32(x) or x.dim() != 3 or x.shape[-1] != block.hidden:  # type: ignore[union-attr]  # noqa: PLR2004
-        return None  # which may be upstream's own error
-    # One number for each key, the same for all that look at it: what is hidden is not there.
+        return None  # upstream may raise its own error
+    # The mask has one number for each key, which is added for all queries.
     if mask is not None and not is_fp32(mask, (x.shape[0], 1, x.shape[1])):  # type: ignore[union-attr]
         return None
     if [name for name, value in named.items() if name not in _TOLD and value is not None]:
@@ -148,4 +148,4 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
 TRANSFORMER = Kernel(
     "transformer blocks", _parts_of, _Described, _serve, watched=lambda block: [(block.attn1, "processor")]
 )
-"""A block that sees a whole sequence both ways: LayerNorm, attention with heads of 64, LayerNorm, GELU."""
+"""Transformer blocks with bidirectional attention: LayerNorm, attention with heads of size 64, LayerNorm, GELU."""

@@ -1,4 +1,4 @@
-"""Storage formats of a linear layer's weights for our kernels: fp32, bf16, and int8 with a scale for each output."""
+"""Storage formats of a linear layer's weights for the kernels: fp32, bf16, and int8 with a scale for each output."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_in
 
 Weights = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
-"""What weights are stored in for our kernels, the fewest bytes first."""
+"""Storage formats, fewest bytes first."""
 _PRECISIONS: tuple[Precision, ...] = ("fast", "balanced", "exact")
 MOST_ROWS = 8
-"""Rows up to which reading the weights is what a linear layer's time goes into."""
+"""Maximum rows for which reading the weights dominates the time of a linear layer."""
 
 
 def formats_under(precision: Precision) -> tuple[Weights, ...]:
-    """The formats that a precision allows, the fewest bytes first."""
+    """Return the formats that a precision allows, fewest bytes first."""
     return FORMATS[_PRECISIONS.index(precision) :]
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with its weight the other way round."""
+    """Check for transformers' Conv1D, a linear layer with a weight of shape (inputs, outputs)."""
     cls: Any = plain_class(module)
     return bool(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils")
 
@@ -36,17 +36,17 @@ def _weight(module: Any) -> Any:
 
 
 def in_bf16(module: Any) -> tuple[Any, Any]:
-    """A linear layer's weight as (outputs, inputs) in bf16, and no scale."""
+    """Return a linear layer's weight, (outputs, inputs), in bf16, and `None` as its scale."""
     import torch
 
     return _weight(module).to(torch.bfloat16).contiguous(), None
 
 
 def in_int8(module: Any) -> tuple[Any, Any]:
-    """A linear layer's weight as (outputs, inputs) in int8, and the fp32 scale of each output."""
+    """Return a linear layer's weight, (outputs, inputs), in int8, and its fp32 scales, (outputs,)."""
     import torch
 
     weight = _weight(module).float()
-    # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
+    # Symmetric over -127 .. 127, without -128. The clamp gives rows of zeros a scale.
     scale = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scale.unsqueeze(1)).round().to(torch.int8).contiguous(), scale

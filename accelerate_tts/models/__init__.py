@@ -1,7 +1,7 @@
-"""What is known of each system. Systems are known by the names of their classes; none of them is imported here.
+"""Known systems, identified by the names of their classes without importing them.
 
-A new one is a file in this folder, or in a package of your own, that registers what names its parts. CONTRIBUTING.md
-has an example.
+A new system is a file in this folder, or in a package of your own, that registers its parts. CONTRIBUTING.md has an
+example.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _DEPTH = 3  # a service, its backend, upstream's own object
 
 
 def describe(subject: object, only: Collection[nn.Module] | None = None) -> ModelPlan:
-    """Say what a loaded object consists of.
+    """Return the plan of a loaded object: its modules and parts.
 
     Args:
         subject: A module, or an object, tuple or mapping that holds modules.
-        only: Of its outermost modules, those that count; all of them if not given.
+        only: The outermost modules to include; all by default.
     """
     modules = find_modules(subject)
     if only is not None:
@@ -49,7 +49,7 @@ def describe(subject: object, only: Collection[nn.Module] | None = None) -> Mode
             known |= {_package(cls) for cls in type(module).__mro__}
         parts += generic.parts(path, module) if name is None else _parts(systems[name], name, path, module)
     _say_what_is_not_known(subject, known, systems)
-    # Parts of unknown models are taken apart once the first pass has shown where its time goes.
+    # Unknown models are divided into parts after the first pass, by the times of their modules.
     refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
     return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
 
@@ -57,14 +57,14 @@ def describe(subject: object, only: Collection[nn.Module] | None = None) -> Mode
 def _parts(system: System, name: str, path: str, module: nn.Module) -> tuple[Part, ...]:
     try:
         return tuple(system.parts(path, module))
-    except Exception as error:  # a system of another package must not cost the user the load
+    except Exception as error:  # a system of another package must not fail the user's load
         reason = f"{type(error).__name__}: {message_of(error)}; its parts are found by watching"
         emit(NotApplied(f"the plan for {name}", reason))
         return generic.parts(path, module)
 
 
 def _say_what_is_not_known(subject: object, known: Collection[str], systems: Mapping[str, System]) -> None:
-    """An event for each upstream package whose object is there, and nothing in it is of a class that we know."""
+    """Emit an event for each upstream package with an object in which no module has a known class."""
     from torch import nn
 
     holders: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""The systems that are known, by the names of their classes."""
+"""Registry of known systems by the names of their classes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _Parts = TypeVar("_Parts", bound="Callable[[str, nn.Module], tuple[Part, ...]]")
 
 @dataclass(frozen=True)
 class System:
-    """A class of a system, as it was registered.
+    """A registered class of a system.
 
     Attributes:
-        parts: Names the parts of such a module, from its path and the module itself.
+        parts: Returns the parts of such a module, from its path and the module.
         package: See `register_system`.
         holders: See `register_system`.
     """
@@ -35,24 +35,24 @@ class System:
 
 
 SYSTEMS: Registry[System] = Registry("accelerate_tts.models", "accelerate_tts.systems")
-"""The systems, by the names of their classes."""
+"""Systems by the names of their classes."""
 
 
 def register_system(*classes: str, package: str = "", holders: tuple[str, ...] = ()) -> Callable[[_Parts], _Parts]:
-    """Say what the parts of a system's modules are, as a decorator.
+    """Register a function that returns the parts of a system's modules, as a decorator.
 
-    The system is not imported: its modules are told by the names of their classes, or of the classes these derive from.
-    What is decorated is a function of a module's path and the module, or a `Known`, which is one made from a table.
+    The system is not imported: its modules are identified by the names of their classes, or of their base classes. The
+    decorated object is a function of a module's path and the module, or a `Known` table.
 
     Args:
-        *classes: Names of the classes that it is for, without their packages.
-        package: The top-level package that upstream's objects come from. With `holders`, an object of that package in
-            which nothing is of a registered class is reported by an event: a release of another shape.
-        holders: How the names begin of upstream's classes that hold such a module.
+        *classes: Names of the classes, without their packages.
+        package: Top-level package of upstream's objects. With `holders`, an object of that package without any module
+            of a registered class causes an event, since its release is unknown.
+        holders: Prefixes of the names of upstream's classes that hold such a module.
 
     Raises:
-        TypeError: A class is given in place of its name, or what is decorated cannot be called.
-        ValueError: No name is given, or something else is registered for one of them.
+        TypeError: A class is given instead of its name, or the decorated object is not callable.
+        ValueError: No name is given, or another system is registered for one of them.
     """
     if not classes:
         raise ValueError("register_system() needs the name of a class: @register_system('MyVocoder')")

@@ -1,4 +1,4 @@
-"""A model that nobody told us about: its parts are found by watching where the first pass spends its time."""
+"""Parts of unknown models, found from the times of modules in the first pass."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ if TYPE_CHECKING:
 
 __all__ = ["parts", "refine", "refiner"]
 
-# A module is taken apart if the modules inside it that were called explain this much of its time: what is lost between
-# them is then lost to no stage.
+# A module is divided if the called modules inside it explain this share of its time.
 _EXPLAINED = 0.8
-# Layers of one class in a row are one part: thirty decoder layers are not thirty decisions.
+# From this many layers of one class on, they are one part: thirty decoder layers are not thirty decisions.
 _REPEATED = 3
 _DEEPEST = 4
 
 
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
-    """The module as one part, if it has anything to optimise."""
+    """Return the module as one part; nothing for a module without parameters."""
     if next(module.parameters(), None) is None:
         return ()
     return (Part(path or type(module).__name__, "model", module),)
 
 
 def refine(whole: tuple[Part, ...], seconds: Mapping[nn.Module, float]) -> tuple[Part, ...]:
-    """Take the parts apart as far as the time of the first pass is explained by what is inside them.
+    """Divide the parts as long as the modules inside them explain their time in the first pass.
 
     Args:
-        whole: The parts as found without running anything.
-        seconds: Seconds that each module took; one that was never called is missing.
+        whole: The parts before the first pass.
+        seconds: Seconds of each module; modules that were never called are missing.
     """
     found: list[Part] = []
     for part in whole:
@@ -47,12 +46,12 @@ def refine(whole: tuple[Part, ...], seconds: Mapping[nn.Module, float]) -> tuple
 
 
 def refiner(whole: tuple[Part, ...]) -> Callable[[Mapping[nn.Module, float]], tuple[Part, ...]]:
-    """`refine` with its first argument given."""
+    """Return `refine` with its first argument bound."""
     return partial(refine, whole)
 
 
 def _taken_apart(part: Part, prefix: str, seconds: Mapping[nn.Module, float], depth: int) -> list[Part]:
-    if decoders(part.module) == [part.module]:  # its cache and its steps belong to all of its layers, be they but two
+    if decoders(part.module) == [part.module]:  # its cache and its steps belong to all layers together
         return [part]
     inner = _called(part.module, prefix, seconds)
     explained = sum(seconds[child.module] for child in inner)
@@ -66,20 +65,20 @@ def _taken_apart(part: Part, prefix: str, seconds: Mapping[nn.Module, float], de
 
 
 def _called(module: nn.Module, prefix: str, seconds: Mapping[nn.Module, float]) -> list[Part]:
-    """The outermost modules inside `module` that were called by themselves and hold parameters."""
+    """Return the outermost modules inside `module` that were called and have parameters."""
     found: list[Part] = []
     for name, child in module.named_children():
         if child in seconds:
             if next(child.parameters(), None) is not None:
                 found.append(Part(prefix + name, "model", child))
-        else:  # a list, or a module of which another method is called
+        else:  # a list, or a module with another method that is called
             found += _called(child, f"{prefix}{name}.", seconds)
     return found
 
 
 def _are_layers(inner: list[Part]) -> bool:
-    """Whether there is nothing left but single operations, or a row of layers of one class."""
+    """Check that only single operations are left, or several layers of one class."""
     if all({name for name, _ in part.module.named_children()} <= {"parametrizations"} for part in inner):
         return True
-    classes = [type(part.module).__name__ for part in inner]  # by name: torch makes a class for each parametrized one
+    classes = [type(part.module).__name__ for part in inner]  # by name, since each parametrized module has a class
     return max(classes.count(cls) for cls in classes) >= _REPEATED

@@ -7,19 +7,19 @@ from accelerate_tts.models.named import Known
 
 __all__ = ["boson", "codec", "parts"]
 
-# The two heads are small beside the decoder, and `generate` calls the whole with ids that each step changes.
+# The two heads are small beside the decoder, and `generate` calls the whole model with ids that each step changes.
 parts = register_system("HiggsAudioV2ForConditionalGeneration")(
     Known(
         "Higgs Audio", "transformers 5.0 to 5.23", {"model": "decoder"}, heads={"model": ("audio_lm_head",)},
         codebooks="config.num_codebooks", reads_alone=True,
     )
 )  # fmt: skip
-# `decode` of the codec is no call of a module; its decoder is.
+# `decode` of the codec is not a call of a module, but its decoder is called as one.
 codec = register_system("HiggsAudioV2TokenizerModel")(
     Known("Higgs Audio's codec", "transformers 5.0 to 5.23", {"acoustic_decoder": "vocoder"})
 )
-# Its own class is what `generate` calls with the cache; it gives logits, those of text and of sound. Known from its
-# source and from building it (`make releases`); nothing here was run with it.
+# `generate` calls this class itself with the cache, and gets logits of text and of sound. Known from its source and
+# from building it (`make releases`); it was never run.
 boson = register_system(
     "HiggsAudioModel", package="boson_multimodal", holders=("HiggsAudioModel", "HiggsAudioServe")
 )(

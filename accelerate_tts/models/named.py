@@ -1,4 +1,4 @@
-"""Parts that are known by name: a table of attributes, and what to say where an upstream release has changed shape."""
+"""Parts of known systems by attribute names, with events for upstream releases of another structure."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["Known"]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one class of a system. Calling it makes the parts of such a module.
+    """Table of the parts of one class of a system. Calling it makes the parts of such a module.
 
     Attributes:
-        system: The name of the system, for people.
-        releases: The releases of its package that were looked at, for people.
-        parts: Attribute path of each part from the module ("" for the module itself) and its kind.
-        methods: Of those that the system does not call as modules (`part(...)`), the method that it calls instead.
-        decide: Of them, those whose outputs become discrete.
-        heads: Of a decoder among them, the modules that make logits of its hidden states, one after the other.
+        system: Name of the system, for people.
+        releases: Known releases of its package, for people.
+        parts: Kinds of the parts by their attribute path ("" for the module itself).
+        decide: Paths of parts whose outputs become discrete.
+        methods: Methods of parts that the system does not call as modules (`part(...)`).
+        heads: Paths of the modules that compute a decoder's logits from its hidden states, in sequence.
         reads_alone: See `Head`.
+        codebooks: Path of the attribute with the number of distributions side by side in the logits, an int; "" for
+            one.
         guidance: See `Head`.
-        codebooks: The attribute with the number of distributions that lie side by side in the logits, if not one; a
-            whole number.
-        needs: Further attributes by which the class is told from another one of the same name.
+        needs: Further attributes that distinguish the class from others of the same name.
     """
 
     system: str
@@ -47,7 +47,7 @@ class Known:
     needs: tuple[str, ...] = ()
 
     def __call__(self, path: str, module: nn.Module) -> tuple[Part, ...]:
-        """The parts of a module, or the module as a whole with a loud event if its class has changed shape."""
+        """Return the parts of a module, or the whole module with an event if its structure is unknown."""
         found = {name: _at(module, name) for name in self.parts}
         missing = self._missing(module, found)
         if missing:
@@ -71,7 +71,7 @@ class Known:
         )
 
     def _missing(self, module: nn.Module, parts: Mapping[str, object]) -> list[str]:
-        """What is not there, or not of the kind that it should be."""
+        """Return the attributes that are missing or of a wrong kind."""
         modules = {name: _module(part) for name, part in parts.items()}
         modules |= {name: _module(_at(module, name)) for names in self.heads.values() for name in names}
         missing = [name for name, part in modules.items() if part is None]

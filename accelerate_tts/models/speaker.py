@@ -1,4 +1,4 @@
-"""Speaker encoders: the `VoiceEncoder` of resemblyzer, and Chatterbox's, which descends from it."""
+"""Speaker encoders: the `VoiceEncoder` of resemblyzer, and Chatterbox's, which is derived from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["parts"]
 
-# Both are called as modules by their `embed_utterance` and `inference`. One LSTM is nearly all of the time, and the
-# module around it is what can be compared: an embedding.
+# `embed_utterance` and `inference` call them as modules. One LSTM takes nearly all of the time, and the module around
+# it returns what can be compared: an embedding.
 _RESEMBLYZER = Known("the speaker encoder", "resemblyzer 0.1", {"": "encoder"}, needs=("lstm", "linear"))
 _CHATTERBOX = Known(
     "the speaker encoder",
@@ -27,5 +27,5 @@ _CHATTERBOX = Known(
 
 @register_system("VoiceEncoder")
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
-    """The encoder as one part. Which of the two it is, its last layer tells."""
+    """Return the encoder as one part. Its last layer identifies the system."""
     return (_CHATTERBOX if hasattr(module, "proj") else _RESEMBLYZER)(path, module)

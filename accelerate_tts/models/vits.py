@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["coqui", "parts"]
 
-# The outputs of these two become durations, which are rounded up to whole frames. The others that run at synthesis are
-# the flow and the vocoder; `posterior_encoder` is for training.
+# The outputs of these two become durations, which are rounded up to whole frames. The flow and the vocoder also run at
+# synthesis; `posterior_encoder` is used in training only.
 _DECIDE = frozenset({"text_encoder", "duration_predictor"})
 
 _VITS = Known(
@@ -40,13 +40,13 @@ coqui = register_system("Vits", package="TTS", holders=("Vits",))(
 
 @register_system("VitsModel")
 def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
-    """The parts of a `VitsModel`, with how its durations become lengths."""
+    """Return the parts of a `VitsModel`, with the decision that rounds its durations."""
     decision = Decision(module, ("text_encoder", "duration_predictor"), _frames, _text)
     return tuple(replace(part, decision=decision if part.decides else None) for part in _VITS(path, module))
 
 
 def _frames(model: Any, named: Mapping[str, Any], log_duration: Any) -> Any:
-    """Frames of each token before they are rounded up, as `VitsModel.forward` computes them without a mask."""
+    """Return the frames of each token before rounding up, as `VitsModel.forward` computes them without a mask."""
     import torch
 
     rate = named.get("speaking_rate")
@@ -54,7 +54,7 @@ def _frames(model: Any, named: Mapping[str, Any], log_duration: Any) -> Any:
 
 
 def _text(model: Any, number: int) -> dict[str, Any]:
-    """A text of random tokens, some dozens of them."""
+    """Make a text of some dozens of random tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(number)

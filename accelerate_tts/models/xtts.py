@@ -1,4 +1,4 @@
-"""XTTS (coqui-tts's `Xtts`): a GPT-2 that writes audio tokens, run once more for its latents, and a HiFi-GAN."""
+"""XTTS (coqui-tts's `Xtts`): a GPT-2 that generates audio tokens, run once more for its latents, and a HiFi-GAN."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from accelerate_tts.models.named import Known
 
 __all__ = ["parts"]
 
-# `gpt.gpt` is also `gpt.gpt_inference.transformer`: `generate` and the stream drive the latter, the pass for the
-# latents the former, so that the vocoder reads the hidden states, too. `speaker_encoder` and the conditioning run once
-# for a voice, and are left as they are.
+# `gpt.gpt` is also `gpt.gpt_inference.transformer`: `generate` and the stream use the latter, the pass for the latents
+# the former, so the vocoder reads the hidden states, too. `speaker_encoder` and the conditioning run once a voice, and
+# are not optimised.
 parts = register_system("Xtts", package="TTS", holders=("Xtts",))(
     Known(
         "XTTS",

@@ -1,12 +1,11 @@
-"""The compiler's files of one tuning, as one archive that a warm pack can carry.
+"""Archive of the compiler's cached files of one tuning, for a warm pack.
 
-inductor keeps what it compiled in a folder (`TORCHINDUCTOR_CACHE_DIR`, by default in the system's temporary one): C++
-sources and libraries, serialised graphs, the results of its kernel timings. `torch.compiler.save_cache_artifacts`
-(torch 2.14) leaves out the libraries, the timings and every frozen graph, so the files themselves are taken: those that
-are new, and those that were there and were found good for it. Which these are, an audit hook tells, to which Python
-names each file that is opened.
+inductor stores compiled code in a folder (`TORCHINDUCTOR_CACHE_DIR`, by default in the system's temporary folder): C++
+sources and libraries, serialised graphs, results of kernel timings. `torch.compiler.save_cache_artifacts` (torch 2.14)
+omits the libraries, the timings and all frozen graphs, so the files themselves are archived. These are the new files,
+and existing ones that the tuning has used. An audit hook observes the files that Python opens.
 
-They are code. Only archives that the pack store has verified may come to `unpack`.
+The files are code. Only archives that the pack store has verified may be unpacked.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ __all__ = ["Snapshot", "pack", "snapshot", "unpack"]
 
 
 class Snapshot(frozenset[str]):
-    """The files that were there.
+    """Names of the files that existed.
 
     Attributes:
-        opened: Those that this process has opened since.
+        opened: Files that this process has opened since.
     """
 
     opened: set[str]
 
 
-# Locks and half-written files are of no use to anybody.
+# Locks and unfinished files are skipped.
 _PASSING = (".lock", ".tmp")
 _MOST_BYTES = 512 * 1024 * 1024
 
 
 def snapshot() -> Snapshot:
-    """What is in the compiler's folder now; cheap, and imports no compiler."""
+    """List the compiler's folder. Cheap, and imports no compiler."""
     made = Snapshot(_files())
     made.opened = set()
     _watch(made)
@@ -54,13 +53,13 @@ def snapshot() -> Snapshot:
 
 
 def pack(before: frozenset[str]) -> bytes | None:
-    """The files that came since, as a compressed archive; `None` if there are none, or too many to keep.
+    """Archive the files that are new since a snapshot, compressed; `None` if there are none, or they are too large.
 
     Args:
-        before: What was there; of a `Snapshot`, what was used since is taken too.
+        before: The earlier files. For a `Snapshot`, files that were used since are included, too.
     """
     folder = _folder()
-    # A copy, which is made in one step: other threads open files meanwhile.
+    # An atomic copy, since other threads open files meanwhile.
     used = {_key(name) for name in before.opened.copy()} if isinstance(before, Snapshot) else set[str]()
     names = [
         name for name in sorted(_files()) if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
@@ -70,7 +69,7 @@ def pack(before: frozenset[str]) -> bytes | None:
         for name in names:
             try:
                 content = (folder / name).read_bytes()
-            except FileNotFoundError:  # another process has tidied up meanwhile
+            except FileNotFoundError:  # another process may have cleaned up
                 continue
             size += len(content)
             if size > _MOST_BYTES:
@@ -82,21 +81,21 @@ def pack(before: frozenset[str]) -> bytes | None:
 
 
 def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
-    """Put the files of an archive where the compiler looks for them. Files that are there already stay.
+    """Extract an archive to the compiler's folder. Existing files are kept.
 
     Args:
-        archive: As `pack` makes it.
-        most: Bytes that it may hold, unpacked. No more than that is ever in memory.
+        archive: An archive that `pack` made.
+        most: Maximum unpacked bytes, which is also the maximum in memory.
 
     Returns:
-        How many were written.
+        Number of files written.
 
     Raises:
-        ValueError: An entry is no plain file inside the folder.
-        OSError: It is no such archive, or holds more than `most` (`BadFileError`), or the folder cannot be written.
+        ValueError: An entry is not a plain file inside the folder.
+        OSError: The archive is invalid or larger than `most` (`BadFileError`), or the folder cannot be written.
     """
     try:
-        # As a stream: neither the headers nor the files of it can take more memory than was read.
+        # As a stream, so that neither headers nor files can take more memory than was read.
         with (
             gzip.GzipFile(fileobj=io.BytesIO(archive)) as stream,
             tarfile.open(fileobj=cast("IO[bytes]", _AtMost(stream, most)), mode="r|") as content,
@@ -110,10 +109,10 @@ _UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, Recursi
 
 
 class _AtMost:
-    """A stream that ends with an error after so many bytes: what little was compressed may become very much."""
+    """A stream with a maximum number of bytes, since a small compressed file may unpack to a very large one."""
 
     def __init__(self, stream: gzip.GzipFile, most: int) -> None:
-        headers = most // 8 + 2 * tarfile.RECORDSIZE  # and what fills the last block of each file, and of the archive
+        headers = most // 8 + 2 * tarfile.RECORDSIZE  # also the padding of each file's and the archive's last block
         self._stream, self._left = stream, most + headers
 
     def read(self, size: int) -> bytes:
@@ -153,20 +152,20 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _key(name: str) -> str:
-    """By what the compiler names all files of one piece of code: its source, its library, the lock that it takes."""
+    """Return the common part of the names of all files of one piece of code: source, library and lock."""
     return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def _watch(snapshot: Snapshot) -> None:
-    """Have what is opened in the compiler's folder noted, for as long as somebody has the snapshot."""
+    """Record opened files of the compiler's folder while the snapshot is alive."""
     prefix = os.fspath(_folder()) + os.sep
     if not _watched:
-        sys.addaudithook(_audit)  # once: Python has no way to take one away
+        sys.addaudithook(_audit)  # once, since Python cannot remove an audit hook
     _watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in _watched if entry[0]() is not None)]
 
 
 def _audit(event: str, given: tuple[object, ...]) -> None:
-    # In each process-wide event of Python's: quick, and never raises.
+    # Called for each audit event of the process, so it is quick and never raises.
     place = _OPENING.get(event)
     if place is None:
         return
@@ -182,7 +181,7 @@ _watched: list[tuple[weakref.ref[Snapshot], str]] = []
 
 
 def _folder() -> Path:
-    # As inductor names it (torch 2.6 to 2.14), without importing inductor, which takes two seconds.
+    # The name that inductor uses (torch 2.6 to 2.14), without importing inductor, which takes two seconds.
     own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if own:
         return Path(own)

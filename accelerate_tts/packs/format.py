@@ -1,9 +1,9 @@
-"""The file of a warm pack: how it is put together, signed, checked and taken apart.
+"""File format of warm packs: writing, signing, checking and reading.
 
-Artifacts run as code once they are loaded, so they are handed out only under a right HMAC-SHA256. Decisions are plain
-JSON and harmless: a right checksum is enough. Nothing here is pickled. The file is a line with the format version; a
-line of JSON with the key, and size and SHA-256 of the decisions and of the artifacts; these two; and 32 bytes of HMAC
-over all that comes before, which are zeros where nobody vouches for it.
+Artifacts run as code once they are loaded, so they are returned only with a valid HMAC-SHA256. Decisions are plain JSON
+and harmless, so a valid checksum is enough. Nothing is pickled. The file has a line with the format version, and a line
+of JSON with the key, and with size and SHA-256 of the decisions and the artifacts. These two follow, and then 32 bytes
+of HMAC over everything before; zeros for an unsigned pack.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ __all__ = ["LINE_LIMIT", "MAGIC", "MOST_DECISIONS", "Pack", "mac", "sealed", "un
 
 MAGIC = b"accelerate-tts pack 1\n"
 LINE_LIMIT = 1024
-"""Bytes of a line; the longest key, two sizes and two digests are below 400."""
+"""Maximum bytes of a line; the longest key, two sizes and two digests are below 400."""
 
 MOST_DECISIONS = 4 << 20
-"""Bytes of the decisions' JSON, which anybody may write: some of it takes thirty times its length in memory. A tuning
-of a hundred parts takes a fifth of a megabyte."""
+"""Maximum bytes of the decisions' JSON. Other users may have written it, and JSON can take thirty times its length in
+memory. A tuning of a hundred parts takes a fifth of a megabyte."""
 
 _UNSIGNED = bytes(32)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What one tuning leaves behind.
+    """A warm pack.
 
     Attributes:
-        key: Hex digest of what it is for: model structure, weights, torch, device, options.
-        decisions: What was kept, and its figures: anything that JSON can say, with texts as keys.
-        artifacts: The compiler's artifacts, opaque; `None` where there are none, or none that can be trusted.
+        key: Hex digest of model structure, weights, torch, device and options.
+        decisions: The kept changes and their figures, serialisable as JSON, with texts as keys.
+        artifacts: The compiler's artifacts, opaque; `None` if there are none, or none that can be trusted.
     """
 
     key: str
@@ -47,7 +47,7 @@ class Pack:
 
 
 def sealed(key: str, text: bytes, artifacts: bytes | None, secret: bytes | None) -> tuple[bytes, bytes]:
-    """A pack's file and its signature; unsigned where there is no secret."""
+    """Return a pack's file and its signature; unsigned without a secret."""
     header: dict[str, Any] = {"key": key}
     for name, section in (("decisions", text), ("artifacts", artifacts)):
         header[name] = None if section is None else [len(section), hashlib.sha256(section).hexdigest()]
@@ -56,12 +56,19 @@ def sealed(key: str, text: bytes, artifacts: bytes | None, secret: bytes | None)
 
 
 def mac(secret: bytes, body: bytes | memoryview) -> bytes:
-    """The signature of a file's bytes."""
+    """Return the signature of a file's bytes."""
     return hmac.new(secret, body, hashlib.sha256).digest()
 
 
 def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, bytes]:
-    """Check all of a pack's file; returns the pack, whether its signature is by `secret`, and the decisions' text."""
+    """Check and read a pack's file.
+
+    Returns:
+        The pack, True if it is signed with `secret`, and the text of the decisions.
+
+    Raises:
+        BadFileError: The file is damaged, for another key, or of another format version.
+    """
     if not content.startswith(MAGIC):
         raise BadFileError("it is no warm pack, or one of another format version")
     end = content.find(b"\n", len(MAGIC), len(MAGIC) + LINE_LIMIT)

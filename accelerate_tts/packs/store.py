@@ -1,7 +1,7 @@
-"""The room where warm packs lie: what a tuning decided and the compiler's artifacts, kept for the next process.
+"""Store of warm packs: decisions of tuning and compiled code, for the next process.
 
-Packs are signed with a secret that is this user's own, or shared on purpose through ACCELERATE_TTS_PACK_KEY. Each is a
-file `<key>.pack`, whose content `pack_format` knows.
+Packs are signed with a secret of this user, or one that is shared through ACCELERATE_TTS_PACK_KEY. Each is a file
+`<key>.pack`; `format.py` defines its content.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _EXPORT_MAGIC = b"accelerate-tts packs 1\n"
 _EXPORT_ENTRY = re.compile(rb"([0-9a-f]{16,128}) ([0-9]{1,15})\n")
 _EXPORT_END = b"end\n"
 _KEY = re.compile(r"[0-9a-f]{16,128}")
-_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made such a file is gone
+_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made an older temporary file is gone
 _SHARE = "set ACCELERATE_TTS_PACK_KEY to the same secret on both machines to ship compiled code"
 
 
 @dataclass(frozen=True)
 class PackInfo:
-    """A pack in the folder: its key, its file's size, and when it was last written or read (seconds since 1970)."""
+    """A pack in the folder: its key, size in bytes, and time of the last write or read (seconds since 1970)."""
 
     key: str
     bytes: int
@@ -54,13 +54,13 @@ class PackInfo:
 class PackStore:
     """Warm packs in one folder, shared by any number of threads and processes.
 
-    A folder that cannot be read or written, and a file that is damaged or not ours, cost a `PackIgnored` event and
-    never an exception.
+    A folder that cannot be read or written, and a file that is damaged or signed by others, cause a `PackIgnored`
+    event, not an exception.
 
     Args:
-        folder: Where the packs lie. The first write makes it, with mode 0700.
-        limit_bytes: What all packs together may take; the least recently used go first.
-        secret: What packs are signed with. Without one (or an empty one), a random one is kept in the folder.
+        folder: Folder of the packs. The first write creates it, with mode 0700.
+        limit_bytes: Maximum bytes of all packs. The least recently used are evicted first.
+        secret: Secret for signatures. Without one (or with an empty one), a random one is stored in the folder.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, secret: bytes | None = None) -> None:
@@ -69,7 +69,7 @@ class PackStore:
         self._given = secret or None
 
     def read(self, key: str) -> Pack | None:
-        """The pack of this key, or `None`; its artifacts are `None` unless its signature is right.
+        """Read the pack of a key; `None` without one. Its artifacts are `None` unless its signature is valid.
 
         Raises:
             PackError: `key` is not 16 to 128 lower-case hex digits.
@@ -78,7 +78,7 @@ class PackStore:
         try:
             with regular(path) as file:
                 pack, authentic, _ = unpack(self._content(file), key, self._known_secret())
-                # By its descriptor where possible: the path may have become another file by now.
+                # By its descriptor if possible, since the path may refer to another file by now.
                 touch(file.fileno() if os.utime in os.supports_fd else path, self._last_use())
         except FileNotFoundError:
             return None
@@ -90,10 +90,14 @@ class PackStore:
         return pack
 
     def write(self, pack: Pack) -> bool:
-        """Keep a pack, in place of an older one of its key; returns whether it is kept.
+        """Write a pack, replacing an older one of its key.
+
+        Returns:
+            True if it was written; False with an event otherwise.
 
         Raises:
-            PackError: The key is none, or JSON cannot say the decisions (NaN and infinities, too), or not within 4 MiB.
+            PackError: The key is invalid, or the decisions are not serialisable as JSON (NaN and infinities included)
+                within 4 MiB.
         """
         self._path(pack.key)
         try:
@@ -112,7 +116,7 @@ class PackStore:
         return self._store(pack.key, *sealed(pack.key, text, pack.artifacts, secret))
 
     def entries(self) -> list[PackInfo]:
-        """The packs in the folder, the most recently used first. Their content is not looked at."""
+        """List the packs in the folder, most recently used first. Their content is not checked."""
         try:
             return [PackInfo(key, size, used / 1e9) for used, key, size in reversed(self._scan())]
         except OSError as error:
@@ -120,10 +124,10 @@ class PackStore:
             return []
 
     def clear(self) -> int:
-        """Remove every pack, and return how many; the secret stays.
+        """Remove every pack, and return their number. The secret stays.
 
         Raises:
-            PackError: One cannot be removed.
+            PackError: A pack cannot be removed.
         """
         count = 0
         try:
@@ -136,17 +140,17 @@ class PackStore:
         return count
 
     def export(self, keys: Iterable[str] | None, path: Path) -> int:
-        """Write packs (all if `keys` is `None`), signed as they are, into one file that can be shipped.
+        """Write packs (all if `keys` is `None`), with their signatures, into one file for another machine.
 
         Returns:
-            How many packs it holds. A damaged pack costs an event and is not among them.
+            Number of packs in the file. A damaged pack causes an event and is skipped.
 
         Raises:
-            PackError: There is no pack of such a key, or the file cannot be written, or `path` is a device, a pipe or
-                a folder, which a file would replace.
+            PackError: There is no pack of a given key, the file cannot be written, or `path` is a device, a pipe or a
+                folder.
         """
         target = _replaceable(path)
-        # The most recently used comes last, so that it is the most recently used where the file is loaded, too.
+        # The most recently used comes last, so that the order of use is the same after loading.
         wanted = [info.key for info in reversed(self.entries())] if keys is None else list(dict.fromkeys(keys))
         count = 0
 
@@ -178,13 +182,16 @@ class PackStore:
         return count
 
     def load(self, path: Path) -> int:
-        """Take the packs of an exported file into this folder; returns how many. Each other one costs an event.
+        """Load the packs of an exported file into this folder. A pack that is not loaded causes an event.
 
-        One that is not signed with this folder's secret is taken without artifacts and stays unsigned. It does not
-        replace one of its key that is signed.
+        A pack that is not signed with this folder's secret is loaded without artifacts and stays unsigned. It does not
+        replace a signed pack of the same key.
+
+        Returns:
+            Number of packs loaded.
 
         Raises:
-            PackError: The file cannot be read, or is no export of this format version.
+            PackError: The file cannot be read, or is not an export of this format version.
         """
         count = 0
         try:
@@ -219,11 +226,11 @@ class PackStore:
                 _ignored(key, f"it is signed with another secret, unlike the one that is here; {_SHARE}")
                 return False
         _unverified(key)
-        # Unsigned: our own signature would vouch for what nobody has verified.
+        # Unsigned, since this user's signature would vouch for unverified content.
         return self._store(key, *sealed(key, text, None, None))
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(str(key)):  # it becomes a file name
+        if not _KEY.fullmatch(str(key)):  # the key becomes a file name
             raise PackError(f"key={key!r} must be 16 to 128 lower-case hex digits")
         return self._folder / f"{key}.pack"
 
@@ -234,7 +241,7 @@ class PackStore:
         return file.read(size)
 
     def _scan(self) -> list[tuple[int, str, int]]:
-        """The packs as (mtime in ns, key, bytes), the least recently used first."""
+        """Return the packs as (mtime in ns, key, bytes), least recently used first."""
         found: list[tuple[int, str, int]] = []
         with suppress(FileNotFoundError):  # no folder yet
             for path in self._folder.iterdir():
@@ -248,7 +255,7 @@ class PackStore:
     def _last_use(self) -> int:
         try:
             return max((used for used, _, _ in self._scan()), default=0)
-        except OSError:  # it is the order of eviction that suffers
+        except OSError:  # only the order of eviction suffers
             return 0
 
     def _store(self, key: str, *parts: bytes) -> bool:
@@ -264,12 +271,12 @@ class PackStore:
             return False
         try:
             self._tidy(key)
-        except OSError as error:  # on Windows, somebody reads the oldest one; the next write tries again
+        except OSError as error:  # on Windows, the oldest pack may be open; the next write tries again
             emit(PackIgnored(f"the limit of the warm pack folder {self._folder}", str(error)))
         return True
 
     def _tidy(self, written: str) -> None:
-        """Evict the least recently used packs but the one just written, and drop what crashed writers left."""
+        """Evict the least recently used packs except `written`, and delete temporary files of crashed writers."""
         packs = self._scan()
         excess = sum(size for _, _, size in packs) - self._limit
         for _, key, size in packs:
@@ -292,7 +299,7 @@ class PackStore:
             return None
 
     def _new_secret(self) -> bytes:
-        """Make the folder's secret, or take the one that another process has made meanwhile."""
+        """Create the folder's secret, or read the one that another process has created meanwhile."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / "secret"
         with alone(self._folder):
@@ -304,7 +311,7 @@ class PackStore:
             if found is not None:
                 return found
             fresh = secrets.token_bytes(SECRET_BYTES)
-            # It gets its name when it is whole, and only if nobody has the name: that holds without the lock, too.
+            # The complete file is linked to its name only if the name is free, which is safe without the lock, too.
             with temporary(self._folder, [fresh]) as made:
                 try:
                     os.link(made, path)
@@ -316,11 +323,11 @@ class PackStore:
 
 
 def _replaceable(path: Path) -> Path:
-    """Where a file of this name is or would be, links followed; it must not be anything but a file."""
+    """Resolve a path for writing. It must not exist, or be a regular file."""
     try:
         target = Path(path).resolve()
         regular_or_none = not target.exists() or target.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a name that can be none
+    except (OSError, RuntimeError, ValueError) as error:  # a circular link, or an invalid name
         raise PackError(f"{path} cannot be written: {error}") from error
     if not regular_or_none:
         raise PackError(f"{path} cannot be written: it is no regular file and would be replaced by one; name a file")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate_tts._version import __version__
@@ -19,19 +19,17 @@ from accelerate_tts.packs import compiler_cache
 from accelerate_tts.packs.store import Pack, PackStore
 from accelerate_tts.plan import PROCESS, Part
 from accelerate_tts.receipts.receipt import Receipt
-from accelerate_tts.runtime.guard.guard import listening
 from accelerate_tts.storage.files import own_folder
 from accelerate_tts.storage.fingerprint import fingerprint
-from accelerate_tts.tuning.capture import watch
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
-from accelerate_tts.tuning.end_to_end import IN_ANY_CASE, finish
+from accelerate_tts.tuning.activate import IN_ANY_CASE, activate
+from accelerate_tts.tuning.findings import Findings, recompile_counter
+from accelerate_tts.tuning.first_passes import one_pass
+from accelerate_tts.tuning.ledger import AppliedChange, Ledger
 from accelerate_tts.tuning.policy import OVER_BUDGET
-from accelerate_tts.tuning.session import CUDA_GRAPH_PASSES, Kept, Session, fallbacks
-from accelerate_tts.tuning.timing import synchronize
-from accelerate_tts.tuning.tune import Tuning, acts_in_training, begin, recompile_counter, warn_of_training
+from accelerate_tts.tuning.tune import acts_in_training, warn_of_training
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -41,7 +39,8 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import StageResult
     from accelerate_tts.settings import Settings
     from accelerate_tts.stages.protocol import Stage
-    from accelerate_tts.tuning.tune import Limits
+    from accelerate_tts.tuning.baseline import Baseline
+    from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
 
 __all__ = ["WarmPack", "pack_folder", "pack_store"]
@@ -51,7 +50,7 @@ _FORMAT = 2
 
 
 def pack_folder(settings: Settings) -> Path:
-    """Where warm packs are kept: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
+    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
     return own_folder("packs", settings.pack_folder)
 
 
@@ -113,7 +112,9 @@ class WarmPack:
             emit(PackIgnored(f"the warm pack of {plan.what}", f"{type(error).__name__}: {error}"))
             return None
 
-    def restore(self, calls: WarmupCalls, stages: Sequence[Stage], device: DeviceInfo, limits: Limits) -> Tuning | None:
+    def restore(
+        self, calls: WarmupCalls, stages: Sequence[Stage], device: DeviceInfo, limits: Limits
+    ) -> Findings | None:
         """Put in force what the pack says; `None`, with everything as it was, if there is none or it does not fit.
 
         `None` as well if it says that it is not sure, and the machine is quiet now: the tuning that follows tries that
@@ -123,90 +124,95 @@ class WarmPack:
         if pack is None:
             return None
         start = time.perf_counter()
-        session = begin(self.plan, calls, device, limits)
+        ledger = Ledger()
+        limits.began(ledger)
         try:
             receipt, entries = _read(pack.decisions, self.plan, stages, limits.seconds)
-            decided = receipt
             if pack.artifacts is not None:
                 compiler_cache.unpack(pack.artifacts)
-            if receipt.unsure and self.retune and session.watcher.look().quiet:
+            if receipt.unsure and self.retune and limits.watcher().look().quiet:
                 self._earlier = receipt
                 return None
-            receipt = _apply(session, entries, receipt)
+            # Parts that must be bit-exact are compared one by one. So is everything where the whole could not be.
+            alone = {part.name: part for part, _ in entries if part.decides or receipt.error is None}
+            baseline = _untouched(replace(self.plan, parts=tuple(alone.values())), calls, device, limits)
+            spared = activate(baseline, ledger, entries, whole=receipt.error is not None)
             if limits.stopped():
-                session.off()
+                ledger.off()
                 return None
         except Exception as error:  # see `of`
-            session.off()
+            ledger.off()
             if not isinstance(error, _WarmupFailedError):  # tuning meets the same, and says so
                 emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
             return None
         except BaseException:
-            session.off()
+            ledger.off()
             raise
-        tuning = self._restored(session, receipt, len(entries), time.perf_counter() - start)
-        tuning = replace(tuning, parts=tuple(part for part, _ in entries))
-        if pack.artifacts is None and self._code_of(tuning.kept) is not None:
+        findings = self._restored(baseline, ledger, entries, receipt, spared, time.perf_counter() - start)
+        if pack.artifacts is None and self._code_of(findings.kept) is not None:
             # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
-            self.keep(replace(tuning, receipt=decided))
-        return tuning
+            self._write(findings, receipt)
+        return findings
 
-    def _restored(self, session: Session, receipt: Receipt, entries: int, seconds: float) -> Tuning:
-        """What is in force now, and said of it."""
-        changes = tuple(kept.change for kept in session.kept)
+    def _restored(  # noqa: PLR0913, PLR0917 - what was read, and what came of it
+        self, baseline: Baseline, ledger: Ledger, entries: Sequence[tuple[Part, Stage]], receipt: Receipt,
+        spared: Mapping[tuple[str, str], str], seconds: float,
+    ) -> Findings:  # fmt: skip
+        """The changes that are in force now, with the facts of the earlier receipt."""
+        kept = tuple(ledger.kept)
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
             note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
-        receipt = replace(
-            receipt,
-            what=self.plan.what,
-            seconds=seconds,
-            notes=(*receipt.notes, note),
-            recompiled=0,
-            _live=recompile_counter(changes),
-        )
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
-        emit(Restored(self.plan.what, entries, seconds))
-        return Tuning(receipt, changes, complete=True, kept=tuple(session.kept), expected=session.heard)
+        emit(Restored(self.plan.what, len(entries), seconds))
+        facts = {
+            **{item.name: getattr(receipt, item.name) for item in fields(receipt) if item.name != "notes"},
+            "what": self.plan.what, "seconds": seconds, "cold": baseline.cold, "recompiled": 0,
+            "stages": tuple(_without(result, spared) for result in receipt.stages), "_live": recompile_counter(kept),
+        }  # fmt: skip
+        parts = tuple(part for part, _ in entries)
+        return Findings(facts, (*receipt.notes, note), kept, complete=True, parts=parts, expected=baseline.expected)
 
     @property
     def known(self) -> tuple[StageResult, ...]:
-        """What an earlier process was sure of, of parts of which it was sure of everything."""
+        """Verdicts that an earlier process was sure of, of parts of which it was sure of everything."""
         if self._earlier is None:
             return ()
         again = {result.part for result in self._earlier.unsure}
         return tuple(result for result in self._earlier.stages if result.part not in again)
 
-    def renew(self, tuning: Tuning) -> None:
+    def renew(self, findings: Findings) -> None:
         """Write the pack of a tuning that followed, unless the earlier process was surer. Says what came of it."""
         before = self._earlier
-        if before is None or not tuning.complete:
-            self.keep(tuning)
+        if before is None or not findings.complete:
+            self.keep(findings)
             return
-        left = len(tuning.receipt.unsure)
-        if left <= len(before.unsure):
-            self.keep(tuning)
-        emit(Retuned(self.plan.what, len(before.unsure), left, before.ratio, tuning.receipt.ratio))
+        after = findings.receipt()
+        if len(after.unsure) <= len(before.unsure):
+            self.keep(findings)
+        emit(Retuned(self.plan.what, len(before.unsure), len(after.unsure), before.ratio, after.ratio))
 
-    def keep(self, tuning: Tuning) -> None:
+    def keep(self, findings: Findings) -> None:
         """Write the pack of a complete tuning. What cannot be written costs one event."""
-        if not tuning.complete:
-            return
-        decided = [entry for entry in tuning.kept if entry.stage not in IN_ANY_CASE]
-        kept = [found for entry in decided if (found := _described(self.plan, tuning, entry)) is not None]
+        if findings.complete:
+            self._write(findings, findings.receipt())
+
+    def _write(self, findings: Findings, receipt: Receipt) -> None:
+        decided = [entry for entry in findings.kept if entry.stage not in IN_ANY_CASE]
+        kept = [found for entry in decided if (found := _described(self.plan, findings, entry)) is not None]
         if len(kept) < len(decided):
             return  # a part that cannot be found again by its path
         try:
             decisions = {
-                "format": _FORMAT, "kept": kept, "receipt": tuning.receipt.to_json(), "tune_seconds": self.seconds,
+                "format": _FORMAT, "kept": kept, "receipt": receipt.to_json(), "tune_seconds": self.seconds,
             }  # fmt: skip
-            self.store.write(Pack(self.key, decisions, self._code_of(tuning.kept)))
+            self.store.write(Pack(self.key, decisions, self._code_of(findings.kept)))
         except Exception as error:  # see `of`
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
 
-    def _code_of(self, kept: Sequence[Kept]) -> bytes | None:
-        """What was compiled for the changes in force."""
+    def _code_of(self, kept: Sequence[AppliedChange]) -> bytes | None:
+        """Compiled code of the changes in force."""
         return compiler_cache.pack(self._code) if any(entry.change.graphs for entry in kept) else None
 
 
@@ -214,11 +220,11 @@ class _WarmupFailedError(Exception):
     """The user's own warm-up raised, before anything was changed."""
 
 
-def _described(plan: ModelPlan, tuning: Tuning, kept: Kept) -> dict[str, Any] | None:
+def _described(plan: ModelPlan, findings: Findings, kept: AppliedChange) -> dict[str, Any] | None:
     base = {"part": kept.part, "stage": kept.stage}
     if kept.part == PROCESS:
         return {**base, "kind": PROCESS, "decides": False, "root": 0, "path": ""}
-    part = next((part for part in tuning.parts if part.name == kept.part), None)
+    part = next((part for part in findings.parts if part.name == kept.part), None)
     for number, root in enumerate(plan.roots):
         for path, module in root.named_modules():
             if part is not None and module is part.module:
@@ -268,80 +274,13 @@ def _text(value: object) -> str:
     return value
 
 
-def _apply(session: Session, entries: Sequence[tuple[Part, Stage]], receipt: Receipt) -> Receipt:
-    """Put the entries in force, and check what the object computes then; returns what became of the receipt."""
-    # Parts that must be bit-exact are compared one by one. So is everything where the whole could not be compared.
-    alone = {part.name: part for part, _ in entries if part.decides or receipt.error is None}
-    reference, cold = _reference(session, [part for part in alone.values() if part.name != PROCESS])
-    for part in alone.values():
-        if session.reference(part).repeats.error > EXACT_TOLERANCE:
-            raise ValueError(f"the output of {part.name} does not repeat, so nothing can be checked")
-    for part, stage in entries:
-        obstacle = stage.applies(part)
-        if obstacle is not None and stage.process:  # another object has done it for this process already
-            receipt = _without(receipt, part, stage, obstacle)
-            continue
-        if obstacle is not None:
-            raise ValueError(f"{stage.name} does not fit {part.name}: {obstacle}")
-        change = stage.prepare(part)
-        session.kept.append(Kept(part.name, stage.name, stage.group, change))
-        change.on()
-    if session.kept:
-        parts = [session.with_head(part) for part in alone.values()]
-        _check(session, parts, None if receipt.error is None else reference)
-    finish(session)
-    return replace(receipt, cold=cold)
-
-
-def _reference(session: Session, parts: Sequence[Part]) -> tuple[list[Any], float]:
-    """What the untouched object computes, which also is its cold pass, and what the parts are given in it."""
-    start = time.perf_counter()
+def _untouched(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits) -> Baseline:
     try:
-        with (
-            watch(tuple(parts), session.device.type) as session.captured,
-            listening() as listener,
-            session.constants.watching(),
-            session.finding_draws(),
-        ):
-            reference = session.run()
-        synchronize(session.device.type)
-        cold = time.perf_counter() - start
-        if not session.draws_found(reference):
-            reference = session.run()
+        return one_pass(plan, calls, device, limits)
     except Exception as error:
         raise _WarmupFailedError from error
-    session.heard = listener.expected
-    return reference, cold
 
 
-def _check(session: Session, parts: Iterable[Part], reference: list[Any] | None) -> None:
-    """Raise ValueError unless the object computes what it did: as a whole if there is a reference, and these parts."""
-    with fallbacks() as fallen:
-        result = session.run()
-        for _ in range(CUDA_GRAPH_PASSES - 1 if session.device.type == "cuda" else 0):
-            result = session.run()
-    names = {kept.part for kept in session.kept}
-    reasons = [event.reason for event in fallen if event.what in names]
-    if any(kept.change.graphs == 0 for kept in session.kept):
-        reasons.append("compiled no graph at all")
-    if reference is not None:
-        difference = session.confirmed(
-            compare(reference, result), session.tolerance.objection, lambda: compare(reference, session.run())
-        )
-        reasons.append(session.tolerance.objection(difference))
-    for part in parts:
-        objection = session.objection(part, session.compared(part, session.outputs(part)))
-        reasons.append(objection and f"{part.name}: {objection}")
-    reason = next(filter(None, reasons), None)
-    if reason is not None:
-        raise ValueError(f"the result is wrong: {reason}")
-
-
-def _without(receipt: Receipt, part: Part, stage: Stage, obstacle: str) -> Receipt:
-    results = (
-        result.dropped(f"not needed here: {obstacle}")
-        if (result.part, result.stage) == (part.name, stage.name)
-        else result
-        for result in receipt.stages
-    )
-    return replace(receipt, stages=tuple(results))
+def _without(result: StageResult, spared: Mapping[tuple[str, str], str]) -> StageResult:
+    obstacle = spared.get((result.part, result.stage))
+    return result if obstacle is None else result.dropped(f"not needed here: {obstacle}")

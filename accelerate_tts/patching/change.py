@@ -6,12 +6,12 @@ __all__ = ["BaseChange"]
 
 
 class BaseChange:
-    """A change that compiles nothing."""
+    """Base class of changes that compile nothing."""
 
     @property
     def graphs(self) -> int | None:
-        """Graphs compiled so far; none, ever."""
+        """Number of compiled graphs; `None`, since nothing is compiled."""
         return None
 
     def seal(self) -> None:
-        """Nothing is compiled."""
+        """Do nothing, since nothing is compiled."""

@@ -1,7 +1,7 @@
-"""A change that gives modules another `forward` by giving them another class, and takes it away again.
+"""Class swaps: changes that replace the `forward` of modules by replacing their class, and undo it.
 
-The module's parameters, buffers, hooks, state dict and `__dict__` are not touched, so nothing can become stale. A copy
-or a pickle of a changed module is one of its plain class.
+The module's parameters, buffers, hooks, state dict and `__dict__` are untouched, so nothing can become stale. A copy or
+a pickle of a changed module has its plain class.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ P = ParamSpec("P")
 _COPIES = "_accelerate_tts_copies"
 _MEMBERS = "_accelerate_tts_members"
 FUSED = "_accelerate_tts_fused"
-"""An attribute of classes whose objects are served by one kernel, which calls nothing inside them: what serves them.
-Its `only_tokens` says whether what is inside such a block still sees the prompts; `copied()` is of which layers it has
-copies that could serve them."""
+"""Attribute of classes whose objects one kernel computes as a whole. Its value is the object that does so.
+`only_tokens` is True if prefill still runs the modules inside; `copied()` returns the layers whose copies could serve
+prefill."""
 RECORDED = "_accelerate_tts_recorded"
-"""An attribute of classes whose objects replay a recording, which knows nothing of what is changed inside them."""
+"""Attribute of classes whose objects replay a recording. A recording does not see later changes inside them."""
 COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
-"""Attributes that a change may set on a module while it is on; copies and pickles of the module are without them."""
+"""Attributes that a change may set on a module while it is on. Copies and pickles of the module omit them."""
 
 
 class ClassSwap(BaseChange):
-    """The change; see `Change`.
+    """A change that swaps the classes of modules; see `Change`.
 
     Args:
-        modules: What is changed.
-        swapped: From a module to the class that it has while the change is on; asked once for each class that it has
-            when the change is switched on.
+        modules: The modules.
+        swapped: Returns a module's class while the change is on. Called once for each class that the module has when
+            the change is switched on.
     """
 
     def __init__(self, modules: list[nn.Module], swapped: Callable[[nn.Module], type]) -> None:
@@ -75,25 +75,25 @@ class ClassSwap(BaseChange):
         self._made: dict[tuple[nn.Module, type], type] = {}
 
     def on(self) -> None:
-        """See `Change.on`. A module whose class somebody else has derived from ours since is left as it is."""
+        """See `Change.on`. A module is skipped if other code has derived its class from one of ours."""
         if not self._changed:
             modules = [module for module in self._modules if type(module) not in _derived]
-            # Before any is changed: one may fail.
+            # All classes are made before any module is changed, since making one may fail.
             self._changed = [(module, type(module), self._class_for(module)) for module in modules]
             for module, _, cls in self._changed:
                 module.__class__ = cls
 
     def _class_for(self, module: nn.Module) -> type:
-        # The same class each time: a compiler guards on it, and would compile again at every switch.
+        # The same class each time: dynamo guards on it, and would recompile at every switch.
         key = (module, type(module))
         if key not in self._made:
             cls = self._made[key] = self._swapped(module)
-            if PLAIN in vars(cls) and _MEMBERS not in vars(cls):  # here, since a stage may add some after it is made
+            if PLAIN in vars(cls) and _MEMBERS not in vars(cls):  # last, since a stage may add members itself
                 setattr(cls, _MEMBERS, frozenset({*vars(cls), _MEMBERS}))
         return self._made[key]
 
     def off(self) -> None:
-        """See `Change.off`. A class that somebody else gave a module meanwhile stays."""
+        """See `Change.off`. A class that other code gave a module meanwhile stays."""
         for module, before, cls in self._changed:
             if cls in type(module).__mro__:
                 module.__class__ = before
@@ -102,15 +102,15 @@ class ClassSwap(BaseChange):
 
 
 class CarryingSwap(ClassSwap):
-    """A class swap whose modules carry something each, as an attribute, while the change is on.
+    """A class swap that sets an attribute on each module while the change is on.
 
-    An attribute and not a closure: alike modules then share one class, and a compiler one graph.
+    The value is an attribute rather than a closure, so that modules of one kind share one class and one compiled graph.
 
     Args:
         modules: See `ClassSwap`.
         swapped: See `ClassSwap`.
         attribute: `COPY`, `HALF` or `PACKED`.
-        carried: What each module carries; those that are not in it carry nothing.
+        carried: The value for each module. Other modules get none.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CarryingSwap(ClassSwap):
         super().__init__(modules, swapped)
         self._attribute = attribute
         self._carried = carried
-        self._covered: dict[Any, Any] | None = None  # what the modules carried before, while the change is on
+        self._covered: dict[Any, Any] | None = None  # previous values, while the change is on
 
     def on(self) -> None:
         """See `Change.on`."""
@@ -141,42 +141,42 @@ class CarryingSwap(ClassSwap):
 
 
 def fused_by(module: Any) -> Any:
-    """What serves a block by one kernel now; or `None`."""
+    """Return the object that computes a block by one kernel now, or `None`."""
     return getattr(class_of(module), FUSED, None)
 
 
 def is_fused(module: Any) -> bool:
-    """Whether a block is served by one kernel now."""
+    """Check that a block is computed by one kernel now."""
     return fused_by(module) is not None
 
 
 def is_recorded(module: nn.Module) -> bool:
-    """Whether a module, or one in it, is served by a recording now."""
+    """Check that a module, or one inside it, replays a recording now."""
     return any(hasattr(class_of(inner), RECORDED) for inner in module.modules())
 
 
 def in_fused(module: nn.Module) -> set[nn.Module]:
-    """What of a module is inside blocks that one kernel serves."""
+    """Return the modules that belong to fused blocks, the blocks included."""
     return {inner for block in module.modules() if is_fused(block) for inner in block.modules()}
 
 
 def open_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules that are still called, and can be changed: all but those inside blocks that one kernel serves.
+    """Return the modules that are still called and can be changed: all except those inside fused blocks.
 
-    What is left of a module depends on what was changed before, by this tuning or by an earlier one of a part of it. So
-    the modules are asked, and stages need not know each other.
+    The result depends on earlier changes, by this tuning or an earlier one of a part of the module. It is read from the
+    modules, so stages need not know each other.
     """
     fused = in_fused(module)
     return [inner for inner in module.modules() if inner not in fused]
 
 
 def keeps_copies(module: nn.Module) -> bool:
-    """Whether what a module computes now is computed from copies of its weights."""
+    """Check that a module, or one inside it, computes from copies of its weights now."""
     return any(map(serves_copies, module.modules()))
 
 
 def make_copies(module: nn.Module) -> None:
-    """Make what the layers of a module carry (`Derived`), now: a compiler cannot trace how it is made."""
+    """Compute the values that the layers of a module carry (`Derived`). A compiler cannot trace their computation."""
     for inner in module.modules():
         for attribute in (COPY, HALF, PACKED):
             carried = vars(inner).get(attribute)
@@ -185,25 +185,25 @@ def make_copies(module: nn.Module) -> None:
 
 
 def serves_copies(module: nn.Module) -> bool:
-    """Whether a module itself, not one in it, computes from copies of its weights now."""
+    """Check that a module itself, not one inside it, computes from copies of its weights now."""
     return bool(copies_of(module))
 
 
 def copies_of(module: Any) -> str:
-    """In what the copies are from which a module itself computes now ("bf16", "int8"); "" where there are none."""
+    """Return the format of the copies from which a module itself computes now ("bf16", "int8"); "" without copies."""
     return str(getattr(class_of(module), _COPIES, ""))
 
 
 def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "", method: str = "forward") -> type:
-    """A subclass of a module's class with another `forward`, whose copies and pickles are of the plain class.
+    """Make a subclass of a module's class with another `forward`. Its copies and pickles have the plain class.
 
-    It has the plain class's own names: whoever prints or names the type finds what was there.
+    It has the names of the plain class, so printing the type shows no difference.
 
     Args:
         plain: The module's class.
-        forward: The other one.
-        copies: In what it has copies of the weights (`Derived`), which a compiler takes for weights; "" without any.
-        method: What `forward` stands in for.
+        forward: The replacement.
+        copies: Format of its copies of weights (`Derived`), which a compiler treats as weights; "" without copies.
+        method: Name of the method that `forward` replaces.
     """
 
     def twin(self: Any) -> Any:
@@ -212,9 +212,9 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
         return module
 
     def reduce_ex(self: Any, protocol: int) -> Any:
-        if "__reduce_ex__" in vars(plain):  # a class of another stage: its own reduction makes an untouched module
+        if "__reduce_ex__" in vars(plain):  # another stage's class, whose reduction makes an untouched module
             return twin(self).__reduce_ex__(protocol)
-        # Not the twin's own: pickle insists that its __newobj__ makes an object of the module's present class.
+        # Not the copy's own: pickle requires that its __newobj__ makes an object of the module's present class.
         return copyreg._reconstructor, (plain, object, None), twin(self).__getstate__()  # type: ignore[attr-defined]
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
@@ -225,34 +225,34 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
         names[_COPIES] = copies
 
     def prepare_scriptable(self: Any) -> Any:
-        # torch.jit.script compiles the source of a forward, and replaces modules in place by what is returned here.
+        # torch.jit.script compiles the source of a forward, and replaces modules in place by the result.
         emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
         for attribute in (COPY, HALF, PACKED):
             vars(self).pop(attribute, None)
         self.__class__ = plain_class(self)
         return self
 
-    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # what torch.fx and signatures go by
+    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # read by torch.fx and inspect.signature
     names |= {method: forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable}
-    if hasattr(plain, "__deepcopy__"):  # else the reduction does it; torch asks whether a class has one
+    if hasattr(plain, "__deepcopy__"):  # otherwise the reduction is used; torch checks for the attribute
         names["__deepcopy__"] = deepcopy
     return unannounced(plain, names)
 
 
-# Classes that others have derived from ours: nobody has looked at what they compute.
+# Classes that other code has derived from ours. Their computation is unknown.
 _derived: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _derive(cls: type, **kwargs: Any) -> None:
-    """Somebody derives a class from ours, for a module perhaps (a parametrization, FSDP): it gets the plain one.
+    """Replace our classes by plain ones in the bases of a class that other code derives (a parametrization, FSDP).
 
-    What has that class computes as it was loaded, and is what it would be without us, also once a change is undone.
+    Modules of that class compute as loaded, and stay valid after the change is undone.
     """
     bases = cls.__bases__
     cls.__bases__ = tuple(_without_ours(base) for base in bases)
     _derived.add(cls)
     plain: Any = super(cls, cast("Any", cls))
-    plain.__init_subclass__(**kwargs)  # which was to be called
+    plain.__init_subclass__(**kwargs)  # the call that this function intercepts
     emit(
         FellBack(
             f"a {cls.__bases__[-1].__qualname__}",
@@ -263,7 +263,7 @@ def _derive(cls: type, **kwargs: Any) -> None:
 
 
 def _hand_down(cls: type, before: type) -> None:
-    """Give what somebody has put onto a class of ours (torch: a property for a parametrized bias) its place."""
+    """Move members that other code set on our class to the class before (torch: a parametrized bias's property)."""
     members = vars(cls)
     for name in set(members) - members.get(_MEMBERS, members.keys()) if before is not cls else ():
         setattr(before, name, members[name])
@@ -278,14 +278,13 @@ def _without_ours(cls: type) -> type:
 
 class _Unannounced:
     def __init_subclass__(cls) -> None:
-        """Ends the announcement."""
+        """Call no further `__init_subclass__`."""
 
 
 def unannounced(plain: type, members: dict[str, Any]) -> type:
-    """A subclass under the plain class's own names of which no registry is told.
+    """Make a subclass with the plain class's names without calling `__init_subclass__` or a user's metaclass.
 
-    Whoever prints or names the type finds what was there. Neither an `__init_subclass__` nor a metaclass of the user's
-    own is called, which may keep every class that it hears of.
+    Either may register every subclass and keep it alive.
     """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     kind = type(plain)
@@ -308,9 +307,9 @@ _patched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def per_class(make: Callable[P, type]) -> Callable[P, type]:
-    """Make a subclass of a class once for as long as anybody has it: a cache that keeps neither of the two alive.
+    """Cache a function that makes a subclass of a class. The cache keeps neither class alive.
 
-    A class may be one module's own (torch makes one for each parametrized module), and keep that with all its weights.
+    A class may belong to one module (torch makes one for each parametrized module) and keep its weights alive.
     """
     known: weakref.WeakKeyDictionary[Any, dict[Any, weakref.ref[type]]] = weakref.WeakKeyDictionary()
 

@@ -1,4 +1,4 @@
-"""Something computed from a module's weights (a half-precision copy, packed integers), never out of date."""
+"""Values derived from a module's weights (a half-precision copy, packed integers), kept up to date."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class Derived(Generic[T]):
-    """A value that is made from a module's weights when it is first needed, and anew when they are others.
+    """A value that is computed from a module's weights at first use, and again after the weights changed.
 
     Args:
-        module: A small module: its tensors are looked at on each `get`.
-        make: Makes the value; run without autograd.
+        module: The module. Each `get` checks its tensors, so it should be small.
+        make: Computes the value; runs without autograd.
     """
 
     def __init__(self, module: nn.Module, make: Callable[[Any], T]) -> None:
@@ -31,19 +31,19 @@ class Derived(Generic[T]):
         self._made: tuple[Weights, T] | None = None
 
     def get(self) -> T:
-        """The value for the weights as they are now."""
+        """Return the value for the present weights."""
         import torch
 
         made = self._made
-        # A compiler cannot trace the question, and whoever compiles asks it himself at each call (`keeps_copies`).
-        # Weights that are away (`Absent`) were not written, and a look at them would have them loaded again.
+        # A compiler cannot trace the check; the callers of compiled code do it at each call (`keeps_copies`).
+        # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
         if made is not None and (
             torch.compiler.is_compiling() or type(self._module._parameters) is Absent or not made[0].outdated()
         ):
             return made[1]
-        # Normal tensors even when tuning runs in inference mode: they outlive that scope.
+        # Normal tensors, even if tuning runs in inference mode, since they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():
-            weights = Weights(self._module)  # before: what is written meanwhile is seen next time
+            weights = Weights(self._module)  # first the watch, so that a concurrent write is seen next time
             value = self._make(self._module)
         self._made = (weights, value)
         return value

@@ -1,10 +1,10 @@
 # ruff: noqa: D102 - dict has documented its methods
-"""Loaded weights that are let go, and loaded again by the user's own function when somebody asks for them.
+"""Lazy parameters: original weights that are freed, and reloaded by the user's load function on access.
 
-`balanced` and `fast` compute from copies of the weights. A layer's `_parameters` then is an `Absent`: a dictionary that
-knows the names, and has the tensors brought back by whoever looks for one. So nobody can find a wrong number, or none:
-`state_dict`, `parameters()`, `.to()`, pickling, `layer.weight` and torch's own forward all go through it. Whoever holds
-a tensor itself keeps it alive, and then it is not let go at all.
+`balanced` and `fast` compute from copies of the weights. A layer's `_parameters` is then an `Absent`, a dictionary that
+knows the names and reloads the tensors on access. `state_dict`, `parameters()`, `.to()`, pickling, `layer.weight` and
+torch's own forward all go through it, so a read never finds a wrong or missing tensor. A tensor that other code holds
+stays alive, and is not freed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Absent", "Layer", "LetGo", "layers_of"]
 
-_LEAST = 1 << 16  # bytes: what is smaller is not worth the trouble
+_LEAST = 1 << 16  # bytes; smaller weights are not worth freeing
 
 
 class Absent(dict[str, Any]):
-    """A module's `_parameters` while some of them are away. Empty itself; names are told, tensors brought back.
+    """A module's `_parameters` while some of them are offloaded.
+
+    The base dictionary is empty. Names are read from `own`, and access to an offloaded tensor reloads it first.
 
     Args:
-        own: The module's own dictionary, with `None` in place of what is away.
-        away: The names of what is away.
-        bring: Puts it back into `own`.
+        own: The module's own dictionary, with `None` for offloaded parameters.
+        away: Names of the offloaded parameters.
+        bring: Reloads them into `own`.
     """
 
     __slots__ = ("_away", "_bring", "_own")
@@ -132,14 +134,14 @@ class Absent(dict[str, Any]):
 
 @dataclass
 class Layer:
-    """A layer, and those of its weights that can be let go.
+    """A layer and those of its weights that can be offloaded.
 
     Attributes:
         module: The layer.
-        root: The path of the outermost module that it is in, from what was loaded.
-        path: Its own path in that.
+        root: Path of its outermost module in the loaded object.
+        path: Its path in that module.
         digests: SHA-256 of the bytes of each weight, by name.
-        device: Where they are.
+        device: Device of the weights.
         own: Its `_parameters`.
     """
 
@@ -151,10 +153,10 @@ class Layer:
     own: dict[str, Any]
 
     def anew(self, found: Mapping[str, nn.Module]) -> dict[str, torch.nn.Parameter]:
-        """The same weights in what was loaded again.
+        """Return the same weights from a reloaded object.
 
         Raises:
-            ReloadError: One is not there, or is another.
+            ReloadError: A weight is missing or differs, or the load function returns the object that is loaded already.
         """
         try:
             layer = found[self.root].get_submodule(self.path)
@@ -174,12 +176,12 @@ class Layer:
 def layers_of(
     found: Mapping[str, nn.Module], complete: Callable[[nn.Module], bool], besides: set[nn.Module]
 ) -> list[Layer]:
-    """The layers of whose weights nobody reads any while copies serve.
+    """Return the layers whose original weights are not read while copies serve.
 
     Args:
         found: The outermost modules, by path.
-        complete: Whether a layer computes whatever service gives it from copies.
-        besides: Layers to leave alone.
+        complete: Checks that a layer computes all inputs from copies.
+        besides: Layers to skip.
     """
     layers: list[Layer] = []
     for root, outer in found.items():
@@ -199,7 +201,7 @@ def _can_go(weight: torch.Tensor) -> bool:
     if type(weight) is not torch.nn.Parameter or weight.layout != torch.strided or weight.device.type == "meta":
         return False
     storage = weight.untyped_storage()
-    # Of memory that others see, too, the numbers would be the same, and what they write would not.
+    # Reloaded weights would no longer share memory with views or other processes.
     return storage.nbytes() == _bytes(weight) >= _LEAST and not storage.is_shared()
 
 
@@ -208,19 +210,19 @@ def _bytes(weight: torch.Tensor) -> int:
 
 
 class LetGo:
-    """The weights of one tuned object that may be away.
+    """Offloads the weights of one tuned object and reloads them.
 
     Args:
         what: The object's name in events.
-        layers: Whose weights.
-        again: Loads them again; see `Again.modules`.
+        layers: The layers.
+        again: Loads the object again; see `Again.modules`.
     """
 
     def __init__(self, what: str, layers: list[Layer], again: Callable[[], dict[str, nn.Module]]) -> None:
         self._what = what
         self._layers = layers
         self._again = again
-        # The load function may look at what it loaded, and the collector may close a stream in the middle.
+        # Reentrant: the load function may read the object, and the collector may close a stream on the same thread.
         self._lock = rlock()
         self._gone: list[tuple[Layer, frozenset[str]]] = []
         self._state: list[tuple[int, int]] | None = None
@@ -229,25 +231,28 @@ class LetGo:
 
     @property
     def gone(self) -> bool:
-        """Whether any weight is away now."""
+        """True while any weight is offloaded."""
         return bool(self._gone)
 
     def check(self) -> None:
-        """Load once, to know that it can be done.
+        """Load the weights once to check that they can be reloaded.
 
         Raises:
-            ReloadError: It cannot, or what is loaded is something else.
+            ReloadError: The load function fails or returns other weights.
         """
         found = self._again()
         for layer in self._layers:
             layer.anew(found)
 
     def leave(self) -> int:
-        """Let the weights go that nobody else holds, unless one was written or asked for since. Returns the bytes.
+        """Free the weights that no other code holds, unless one was written or read since.
 
-        Only while the changes are on, of which each layer has its copy already.
+        The changes must be on, and each layer must have its copy.
+
+        Returns:
+            Bytes freed.
         """
-        # Called by the collector, too, in a thread whose lock another one may be waiting for with this one's.
+        # Does not block: the collector may call this on a thread that holds another lock.
         if not self._lock.acquire(blocking=False):
             return 0
         try:
@@ -259,12 +264,12 @@ class LetGo:
     def _leave(self, layer: Layer) -> int:
         own, names = layer.own, frozenset(layer.digests)
         sizes = {name: _bytes(own[name]) for name in names}
-        # First, so that whoever looks meanwhile waits for the lock and has them brought back.
+        # First, so that a concurrent read waits for the lock and reloads them.
         vars(layer.module)["_parameters"] = Absent(own, names, self._needed)
         for name in names:
             known = weakref.ref(own[name])
             own[name] = None
-            own[name] = known()  # what somebody else holds saves nothing by being away
+            own[name] = known()  # still alive if other code holds it; freeing it saves nothing
         gone = frozenset(name for name in names if own[name] is None)
         if gone:
             vars(layer.module)["_parameters"] = Absent(own, gone, self._needed)
@@ -274,30 +279,30 @@ class LetGo:
         return sum(sizes[name] for name in gone)
 
     def at_hand(self) -> object:
-        """Have the weights back for as long as what is returned lives.
+        """Reload the weights and keep them as long as the returned object lives.
 
         Raises:
-            ReloadError: They cannot be loaded again.
+            ReloadError: They cannot be reloaded.
         """
         pin = _Pin(self)
         self._come_home()
         return pin
 
     def stay(self) -> None:
-        """Have the weights back for good.
+        """Reload the weights and keep them for good.
 
         Raises:
-            ReloadError: They cannot be loaded again.
+            ReloadError: They cannot be reloaded.
         """
         self._come_home()
         self._over = True
 
     def pin(self, number: int) -> None:
-        """Somebody needs the weights to stay."""
+        """Keep the weights in memory until `unpin`."""
         self._pins.add(number)
 
     def unpin(self, number: int) -> None:
-        """He does not any more."""
+        """Remove a pin; offload the weights again after the last one."""
         self._pins.discard(number)
         if not self._pins:
             self.leave()
@@ -307,7 +312,7 @@ class LetGo:
             if not self._gone:
                 return
             found = self._again()
-            fresh = [layer.anew(found) for layer, _ in self._gone]  # all of them, before any is put in place
+            fresh = [layer.anew(found) for layer, _ in self._gone]  # all are checked before any is put in place
             for (layer, names), weights in zip(self._gone, fresh, strict=True):
                 layer.own.update((name, weights[name]) for name in names)
                 vars(layer.module)["_parameters"] = layer.own
@@ -334,7 +339,7 @@ class LetGo:
 
 
 class _Pin:
-    """Has weights stay while it lives."""
+    """Keeps weights in memory while it lives."""
 
     __slots__ = ("_let_go",)
 

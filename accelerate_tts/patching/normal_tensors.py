@@ -1,4 +1,4 @@
-"""Call a function with ordinary tensors where it is given inference tensors."""
+"""Calls with normal tensors in place of inference tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["call_normally"]
 
 
 def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function outside inference mode and with normal tensors, whatever mode the caller is in.
+    """Call a function outside inference mode and with normal tensors.
 
-    dynamo guards on the mode and on which inputs were made in it, so a graph that was compiled for one caller would not
-    serve the other: a frozen one never, since half a minute of compiling is no answer to a request. With gradients on,
-    nothing is changed. What the function writes into an input is written into the caller's own too.
+    dynamo guards on inference mode and on the inputs that were made in it. A graph compiled for a caller in one mode
+    would otherwise not serve a caller in the other, and compiling takes half a minute. With gradients on, nothing is
+    changed. In-place writes to a copied input are copied back to the caller's tensor.
     """
     import torch
 
@@ -41,9 +41,9 @@ def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
             return value
         with torch.inference_mode(mode=False):
             copy = value.clone()
-        copies.append((value, copy, copy._version))  # a copy of an inference tensor counts its own making as a write
+        copies.append((value, copy, copy._version))  # a clone of an inference tensor may start with version 1
         return copy
-    # Of these types only: a cache or a model's own container is passed on as it is.
+    # Only these types: a cache or a model's own container is passed on as it is.
     if type(value) in {tuple, list}:
         return type(value)([_normal(item, copies) for item in value])
     if type(value) is dict:

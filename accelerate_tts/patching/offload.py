@@ -1,8 +1,8 @@
-"""Where the loaded weights lie of which tuning made copies: in memory, in a file, or nowhere.
+"""Offloading of original weights that tuning duplicated: to a file, or freed and reloaded when needed.
 
-`balanced` and `fast` compute from bf16 or int8 copies. The weights as they were loaded are then read by the guard's
-second attempt, by `undo` and by `state_dict` only; in a file, they take no memory until somebody reads them, and the
-user's own load function can load them again.
+`balanced` and `fast` compute from bf16 or int8 copies. Only the guard's second attempt, `undo` and `state_dict` then
+read the original weights. In a file, they take no memory until they are read. If they are freed, the user's load
+function loads them again.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = ["copied_storages", "let_go_of", "originals_to_file"]
 
-_LEAST = 1 << 16  # bytes: what is smaller is not worth a mapping
+_LEAST = 1 << 16  # bytes; smaller storages are not worth a mapping
 
 
 def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> int:
-    """Move the weights of layers that compute from copies into a file without a name.
+    """Move the weights of layers that compute from copies into an unlinked file.
 
     Args:
-        roots: The modules that were tuned, with their changes in force.
-        what: Whose they are, for the event that says why they stay in memory.
-        folder: Where the file is made.
+        roots: The tuned modules, with their changes on.
+        what: The object's name in events.
+        folder: Folder of the file.
 
     Returns:
-        Bytes that were moved; 0 with a `NotApplied` event if they could not be.
+        Bytes moved; 0 if there are none, or with a `NotApplied` event if the file could not be written.
     """
     storages = copied_storages(roots)
     if not storages:
@@ -59,18 +59,19 @@ def let_go_of(
     again: Callable[[], dict[str, nn.Module]],
     besides: set[nn.Module],
 ) -> LetGo | None:
-    """Make ready to let the weights go of layers that compute all they are given from copies. Nothing is gone yet.
+    """Prepare to free the weights of layers that compute everything from copies. Nothing is freed yet.
 
-    They are loaded once, to see that the load function gives the same ones again.
+    The weights are loaded once to check that the load function returns the same ones.
 
     Args:
         what: A short name of the tuned object, for events.
-        found: The outermost modules that were tuned, with their changes in force, by their path from what was loaded.
-        again: Loads them again, and gives the outermost modules of that by path.
-        besides: Modules whose weights stay: a compiled graph knows what its weights were.
+        found: The outermost tuned modules, with their changes on, by their path in the loaded object.
+        again: Loads the object again and returns its outermost modules by path.
+        besides: Modules that keep their weights, since a compiled graph refers to them.
 
     Returns:
-        What lets them go; `None` where there are none, or with a `NotApplied` event if they cannot be loaded again.
+        The object that frees and reloads them; `None` if there are no such layers, or with a `NotApplied` event if
+        they cannot be reloaded.
     """
     for root in found.values():
         make_copies(root)
@@ -87,13 +88,13 @@ def let_go_of(
 
 
 def _computes_from_copies(module: nn.Module) -> bool:
-    """Whether a layer has no need of its weights for anything that it is given; for few rows only is not enough."""
+    """Check that a layer computes all inputs from copies, not only those with few rows."""
     own = vars(module)
     return COPY not in own and any(isinstance(own.get(attribute), Derived) for attribute in (HALF, PACKED))
 
 
 def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
-    """Addresses and bytes of the loaded weights of layers that compute from copies, as far as they can be moved."""
+    """Return addresses and bytes of the movable original weights of layers that compute from copies."""
     return {
         storage.data_ptr(): storage.nbytes()
         for root in roots
@@ -105,7 +106,7 @@ def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
 
 
 def _movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """The memory behind a tensor, if it is this process's own and large enough."""
+    """Return a tensor's storage if it is private to this process and large enough, else `None`."""
     import torch
 
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in {
@@ -113,6 +114,6 @@ def _movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     }:  # fmt: skip
         return None
     storage = tensor.untyped_storage()
-    # Shared memory is other processes' too, and pinned memory is a device's.
+    # Shared memory belongs to other processes, too, and pinned memory to a device.
     pinned = torch.cuda.is_initialized() and tensor.is_pinned()  # type: ignore[no-untyped-call]
     return None if storage.is_shared() or pinned or storage.nbytes() < _LEAST else storage

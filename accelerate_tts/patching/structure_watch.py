@@ -1,4 +1,4 @@
-"""Whether what a kernel passes by, when it serves a whole block, is still what it was when the kernel learnt of it."""
+"""Watch on the structure of a block that a kernel computes as a whole, without calling the modules inside it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["Inside"]
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
-"""What a forward reads of its module beside tensors and other modules: sizes, epsilons, factors, activations."""
+"""Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
 
 
 class Inside:
-    """What is inside a block: its modules, their classes, forwards and hooks, and what these forwards read.
+    """State inside a block that a kernel relies on: modules, their classes, forwards, hooks and plain attributes.
 
     Args:
-        block: The block, as it is served.
-        watched: Places besides its modules, an object and an attribute each, that must hold what they hold now.
-        read: A module in it whose outputs transformers may collect; who serves the block sees to that.
+        block: The block.
+        watched: Further pairs of an object and the name of an attribute that must not change.
+        read: A module in it whose outputs transformers may collect. The caller serves these itself.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Inside:
 
         self._read = read
         self._inner = [inner for inner in block.modules() if inner is not block]
-        # What has nothing in it, too: a linear layer may be given an adapter.
+        # Also modules without children, since a linear layer may be given an adapter.
         self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules()]
         self._watched = [(vars(holder), name, vars(holder).get(name)) for holder, name in watched]
         self._watched += [
@@ -51,7 +51,7 @@ class Inside:
         self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
 
     def altered(self) -> str | None:
-        """What came into the block since that the kernel would pass by, as an obstacle; `None` if nothing did."""
+        """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""
         return self._hooked() or self._exchanged() or self._rewritten()
 
     def _hooked(self) -> str | None:
@@ -66,7 +66,7 @@ class Inside:
             1
             for inner in self._inner
             if "forward" in inner.__dict__ and not (inner is self._read and is_capture(inner.__dict__["forward"]))
-        ]:  # lists, since this is asked of each block at each token, and a generator costs more
+        ]:  # lists: this runs for each block at each token, and a generator is slower
             return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
         if self._types != (types := list(map(type, self._inner))):
             if self._classes != list(map(plain_class, self._inner)):
@@ -88,7 +88,7 @@ _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether nothing but its tensors counts of a module: torch's linear layer, by far the most frequent one."""
+    """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
     from torch import nn
 
     return plain_class(module) is nn.Linear

@@ -1,14 +1,14 @@
-"""Whether tensors are still what they were: the one answer to whether something that was made of weights is stale.
+"""Versions of weights: the single check for whether a value derived from weights is stale.
 
-A tensor's address and version tell of everything that goes by torch's own ways. What goes past them counts no version:
-`weight.data += d` (PEFT merges adapters so), a NumPy array or another process that shares the memory, a write to an
-inference tensor. Whoever has copies of weights therefore has a digest of each 1,024 bytes of them too, and each look
-reads one such piece of every tensor and compares. A change of a whole tensor is seen by the next look; a change of a
-few of its elements when the pieces come round, after as many looks as the tensor has kilobytes.
+A tensor's address and version show all writes through torch's own operations. Other writes count no version:
+`weight.data += d` (as PEFT merges adapters), a NumPy array or another process that shares the memory, or a write to an
+inference tensor. Copies of weights therefore come with a digest of each 1,024 bytes. Each check reads one such piece of
+every tensor and compares it. A change of a whole tensor is seen by the next check. A change of a few elements is seen
+when their piece is next, after at most as many checks as the tensor has kilobytes.
 
-On other devices, and where there are no kernels, reading is dear: there some places are compared, always the same, and
-looks take at most a hundredth of the time (`_Pace`). Weights that lie in a file (offload.py) are read at one place
-too, so that they stay there.
+On other devices, and without kernels, reading is expensive. There a fixed set of elements is compared, and checks take
+at most a hundredth of the time (`_Pace`). Of weights in a file (offload.py) only one piece is read, so that the rest
+stays out of memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Weights", "lie_in_files"]
 
 _PIECE = 1024  # bytes, as in weight_digests.cpp
-_PLACES = 64  # elements of a tensor that are compared where there are no digests
+_PLACES = 64  # elements of a tensor that are compared without digests
 _MOST_OF_TIME = 0.01
 _GOLDEN = 0.6180339887
 
@@ -38,12 +38,12 @@ Holder = dict[str, Any]
 
 
 class Weights:
-    """The tensors of a module, and of what is inside it, as they are now.
+    """The present state of all tensors of a module and its submodules.
 
     Args:
-        module: The module. Names are watched, not tensors: `load_state_dict(assign=True)` puts others there.
-        content: Whether copies are made of what is in them. What reads the tensors themselves at each call needs to
-            know where they are, and no more.
+        module: The module. Names are watched rather than tensors, since `load_state_dict(assign=True)` replaces them.
+        content: Watch the content, for callers that keep copies of it. Callers that read the tensors themselves at
+            each call only need their addresses and versions.
     """
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
@@ -52,7 +52,7 @@ class Weights:
 
     @classmethod
     def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
-        """The tensors in some dictionaries."""
+        """Watch the tensors in some dictionaries."""
         made = cls.__new__(cls)
         made._watch(list(holders), content=content)
         return made
@@ -60,7 +60,7 @@ class Weights:
     def _watch(self, holders: list[Holder], *, content: bool) -> None:
         self._holders = holders
         tensors = self._tensors()
-        # Before anything is made of them: what is written meanwhile is seen by the next look.
+        # Before anything is derived from them, so that a concurrent write is seen by the next check.
         self._addresses, self._versions = _state(tensors)
         self._layouts = list(map(_layout, tensors))
         self._turn = 0
@@ -69,7 +69,7 @@ class Weights:
         native = native if native and missing() is None else []
         known = set(map(id, native))
         self._digests = _Digests(native) if native else None
-        # By number: holding the tensors themselves would keep them from being freed.
+        # By index: holding the tensors would keep them alive.
         self._places = [
             (number, _Places(t))
             for number, t in enumerate(tensors)
@@ -80,12 +80,12 @@ class Weights:
         return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
 
     def outdated(self) -> bool:
-        """Whether a tensor was written, moved or exchanged since."""
-        tensors = self._tensors()  # held as long as their memory is read
+        """Check whether a tensor has been written, moved or replaced."""
+        tensors = self._tensors()  # keeps them alive while their memory is read
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
             return True
-        if tensors:  # `weight.data = weight.data.t()` leaves the address; asking all would cost as much as the rest
+        if tensors:  # `weight.data = weight.data.t()` keeps the address. One layout a check, since all would be slow
             self._turn = (self._turn + 1) % len(tensors)
             if _layout(tensors[self._turn]) != self._layouts[self._turn]:
                 return True
@@ -122,7 +122,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """The elements between a tensor's first and its last, with what lies between its rows."""
+    """Return the number of elements from a tensor's first to its last, gaps between rows included."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -134,12 +134,12 @@ _files: list[tuple[int, int]] = []
 
 
 def lie_in_files(regions: Iterable[tuple[int, int]]) -> None:
-    """Take note of memory, by address and bytes, whose pages are read from a file when somebody looks at them."""
+    """Register memory, by address and bytes, whose pages are read from a file on access."""
     _files.extend(regions)
 
 
 class _Digests:
-    """Digests of the pieces of some tensors, and which piece of each is compared next."""
+    """Digests of the pieces of some tensors, and the index of each tensor's next piece."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         digests, self._changed = kernels().digests, kernels().changed
@@ -160,7 +160,7 @@ class _Digests:
         self._asked = (*map(ctypes.addressof, told), count)
 
     def differ(self) -> bool:
-        """Whether a piece is another now. The tensors must be where they were, and held by the caller."""
+        """Check whether a piece has changed. The tensors must be at the same addresses, and held by the caller."""
         if self._moved != len(_files):
             self._moved = len(_files)
             for number, (start, size) in enumerate(self._regions):
@@ -170,7 +170,7 @@ class _Digests:
 
 
 def _step(pieces: int) -> int:
-    """A step that comes to all pieces, far from each other at first: changes are of neighbours, mostly."""
+    """Return a step that visits all pieces and spreads the first ones, since changes are mostly of neighbours."""
     step = max(1, round(pieces * _GOLDEN))
     while math.gcd(step, pieces) > 1:
         step += 1
@@ -181,13 +181,13 @@ def _step(pieces: int) -> int:
 
 
 class _Places:
-    """Some elements of a tensor, as bits."""
+    """The bits of some elements of a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         import torch
 
         span = _span(tensor)
-        # Spread evenly, and in no step with rows: a multiple of the golden ratio, without what is before the point.
+        # Spread evenly and not aligned with rows: fractional parts of multiples of the golden ratio.
         places = sorted({int(span * (number * _GOLDEN % 1)) for number in range(_PLACES)}) if span else []
         with torch.inference_mode(mode=False), torch.no_grad():
             self._places = torch.tensor(places, dtype=torch.int64, device=tensor.device)
@@ -202,21 +202,21 @@ class _Places:
         return flat[self._places].view(torch.uint8)
 
     def differ(self, tensor: torch.Tensor) -> bool:
-        """Whether an element is another now."""
+        """Check whether an element has changed."""
         import torch
 
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # a recording must not wait; the calls around it look
+            return False  # a capture must not synchronise; the calls around it check
         with torch.inference_mode(mode=False), torch.no_grad():
             return not torch.equal(self._read(tensor), self._bits)
 
 
 class _Pace:
-    """Keeps what is done within a share of the time that goes by.
+    """Limits checks to a share of the elapsed time.
 
     Args:
         share: The share.
-        clock: Seconds.
+        clock: Returns seconds.
     """
 
     def __init__(self, share: float = _MOST_OF_TIME, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -224,7 +224,7 @@ class _Pace:
         self._next = 0.0
 
     def allows(self, look: Callable[[], bool]) -> bool:
-        """What a look finds; `False` where it is too early for one."""
+        """Run a check and return its result; return `False` without it if it is too early."""
         begun = self._clock()
         if begun < self._next:
             return False

@@ -1,1 +1,1 @@
-"""Receipts: what was tried on a loaded object, what it gave, what was kept and why."""
+"""Receipts: the stages that were tried on a loaded object, their measurements and the verdicts."""

@@ -1,4 +1,4 @@
-"""Durations, ratios and errors as text."""
+"""Formatting of durations, ratios and errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["duration", "error_text", "ratio_text"]
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a short text with its unit."""
+    """Format seconds as a short text with a unit."""
     if seconds is None:
         return "-"
     if seconds < 1e-3:  # noqa: PLR2004 - units
@@ -17,12 +17,12 @@ def duration(seconds: float | None) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """A ratio of speeds as a short text."""
+    """Format a ratio of speeds."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def error_text(error: float | None, spectral: float | None = None, divergence: float | None = None) -> str:
-    """A relative error as a short text, with what else is known of audio (dB) and of a decoder's steps (nats)."""
+    """Format a relative error, with the spectral distance of audio (dB) and a decoder's divergence (nats) if known."""
     if error is None:
         return "-"
     if error == 0.0:

@@ -1,6 +1,6 @@
-"""Write a receipt as one HTML page; `page.html.j2` beside this file is its template.
+"""Rendering of a receipt as one HTML page, from the template `page.html.j2` beside this file.
 
-jinja2 is not among the dependencies: torch brings it.
+jinja2 is not declared as a dependency, since torch requires it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from accelerate_tts.receipts.format import duration, ratio_text
 
 __all__ = ["to_html"]
 
-_LONGEST_NAME = 40  # characters of a name in the chart; that many fit on a phone
-_WIDEST_BAR = 40.0  # per cent of the chart; its figures stand to the right of a bar, on a phone too
+_LONGEST_NAME = 40  # maximum characters of a name in the chart, as many as fit on a phone
+_WIDEST_BAR = 40.0  # per cent of the chart; leaves room for the figures to the right of a bar on a phone
 _LEGEND_HEIGHT, _PAIR_HEIGHT = 32, 58  # pixels
-_LEGEND = (("before", 0), ("kept", 70), ("dropped", 126), ("whole", 208))  # the classes of bars, and pixels
+_LEGEND = (("before", 0), ("kept", 70), ("dropped", 126), ("whole", 208))  # classes of bars, and offsets in pixels
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
 def to_html(receipt: Any) -> str:
-    """A receipt as an HTML5 page: the headline, a bar chart of what was timed, a table of every stage, the notes.
+    """Render a receipt as an HTML5 page with the headline, a bar chart of times, a table of all stages, and the notes.
 
     Args:
-        receipt: Any `Receipt`, one that was loaded from a file included; nothing in it is trusted.
+        receipt: A `Receipt`, also one loaded from a file. Its texts are not trusted.
 
     Returns:
         The page's text, to be written as UTF-8.
@@ -76,7 +76,7 @@ def _figures(figures: tuple[str, str, str, str], low: str, seconds: float | None
 
 
 def _pairs(receipt: Any) -> list[dict[str, Any]]:
-    """Two bars for each stage that was timed, and for the whole: positions in pixels, widths in per cent."""
+    """Return two bars for each timed stage and for the whole object: positions in pixels, widths in per cent."""
     named = [
         (f"{stage.part}: {stage.stage}", "kept" if stage.kept else "dropped", stage) for stage in receipt.stages
     ] + [("the whole", "whole", receipt)]
@@ -97,13 +97,13 @@ def _pairs(receipt: Any) -> list[dict[str, Any]]:
 
 
 def _width(seconds: float, longest: float) -> str:
-    """A bar's length in per cent of the chart; nothing for what is no length."""
+    """Return a bar's width in per cent of the chart; 0 for an invalid time."""
     share = seconds / longest if longest > 0.0 and math.isfinite(seconds) else 0.0
     return f"{_WIDEST_BAR * max(share, 0.0):.2f}"
 
 
 def _shortened(name: str) -> str:
-    """A name without its middle if it is long: the part's first name and the stage are the telling ends."""
+    """Shorten a long name in the middle, since its ends (the part's first name and the stage) identify it."""
     if len(name) <= _LONGEST_NAME:
         return name
     half = _LONGEST_NAME // 2

@@ -1,4 +1,4 @@
-"""The receipt: what was tried on a loaded object, what it gave, what was kept and why."""
+"""The receipt: the stages that were tried on a loaded object, their measurements and the verdicts."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class StageResult:
     """One stage tried on one part.
 
     Attributes:
-        part: The part's path from the loaded object.
-        stage: The optimisation.
-        kept: Whether it is in force.
-        reason: Why it was kept or dropped.
-        before: Median seconds of the untouched part for the warm-up's calls of it; `None` if not timed.
+        part: Path of the part in the loaded object.
+        stage: Name of the stage.
+        kept: True if the stage is on.
+        reason: Reason of the verdict.
+        before: Median seconds of the untouched part for the warm-up's calls; `None` if not timed.
         after: The same with the stage on.
         ratio: Median of the paired ratios before / after.
-        low: The bound that the true ratio is above with 95 % confidence.
-        error: Relative error of the outputs against the untouched part's; 0.0 is bit for bit.
-        spectral: Log-spectral distance of the outputs, in dB, where they look like audio.
-        graphs: Graphs compiled, `None` for a stage that compiles none.
-        seconds: What trying it cost.
-        divergence: Of a decoder, the largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
-        sure: False for a verdict that was made while others used the machine: a later load tries it again.
+        low: Lower bound of the true ratio with 95 % confidence.
+        error: Relative error of the outputs against the untouched part's; 0.0 is bit-exact.
+        spectral: Log-spectral distance of the outputs in dB, if they look like audio.
+        graphs: Number of compiled graphs; `None` for a stage that compiles nothing.
+        seconds: Seconds that the trial took.
+        divergence: Largest Kullback-Leibler divergence of a decoder's next-token distributions, in nats.
+        sure: False if other programs used the machine during the trial. A later load tries the stage again.
     """
 
     part: str
@@ -54,38 +54,39 @@ class StageResult:
     sure: bool = True
 
     def dropped(self, reason: str) -> StageResult:
-        """The same, not in force (any more), and why."""
+        """Return the same result, no longer kept, with another reason."""
         return replace(self, kept=False, reason=reason)
 
     def figures(self) -> tuple[str, str, str, str]:
-        """Before, after, ratio and error, as short texts."""
+        """Format before, after, ratio and error."""
         error = error_text(self.error, self.spectral, self.divergence)
         return duration(self.before), duration(self.after), ratio_text(self.ratio), error
 
     @property
     def verdict(self) -> str:
-        """Kept or dropped, and why."""
+        """Verdict and reason, as a text."""
         return f"{'kept' if self.kept else 'dropped'}: {self.reason}{'' if self.sure else ' (not sure)'}"
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What tuning did to one loaded object. Prints as a table; `to_json` and `from_json` keep it, `to_html` shows it.
+    """Result of tuning one loaded object. Prints as a table; `to_json` and `from_json` store it, `to_html` shows it.
 
     Attributes:
         what: A short name of the object.
-        device: The device's kind and name.
+        device: Kind and name of the device.
         versions: Versions of this library, torch and Python.
-        stages: Every stage tried, in order.
-        cold: Seconds of the first warm-up pass, which the user's first request no longer pays.
-        before: Median seconds of a warm-up pass of the untouched object, warm, through the public path.
-        after: The same as it now is.
-        ratio: Median of the paired ratios of those passes; 1.0 where nothing was kept.
-        error: Relative error of the whole object's output, tuned against untouched; `None` where it is not known.
-        spectral: Log-spectral distance of that output, in dB, where it looks like audio.
-        precision: What was allowed: "exact", "balanced" or "fast".
-        seconds: Seconds that all of it took.
-        notes: Whatever else the user should know, such as a check that could not be made.
+        stages: All stages tried, in order.
+        cold: Seconds of the first warm-up pass, which the first request no longer pays.
+        before: Median seconds of a warm pass of the untouched object, through the public path.
+        after: The same for the tuned object.
+        ratio: Median of the paired ratios of those passes; 1.0 if nothing was kept.
+        error: Relative error of the whole object's output, tuned against untouched; `None` if unknown.
+        spectral: Log-spectral distance of that output in dB, if it looks like audio.
+        precision: Precision level: "exact", "balanced" or "fast".
+        seconds: Seconds that tuning took.
+        notes: Further remarks for the user, such as a check that could not be made.
+        recompiled: Number of recompilations at the time of saving; see `recompiles`.
     """
 
     what: str
@@ -106,37 +107,37 @@ class Receipt:
 
     @property
     def kept(self) -> tuple[StageResult, ...]:
-        """The stages that are in force."""
+        """Stages that were kept."""
         return tuple(stage for stage in self.stages if stage.kept)
 
     @property
     def unsure(self) -> tuple[StageResult, ...]:
-        """The verdicts, on stages kept and dropped, that were made on a disturbed machine."""
+        """Uncertain verdicts, on stages kept and dropped, from a busy machine."""
         return tuple(stage for stage in self.stages if not stage.sure)
 
     @property
     def recompiles(self) -> int:
-        """Compilations since warm-up ended: of this moment on a live receipt, of its saving on a loaded one."""
+        """Number of compilations since warm-up: now for a live receipt, at the time of saving for a loaded one."""
         return self.recompiled if self._live is None else self._live()
 
     def to_json(self) -> str:
-        """The receipt as JSON text; numbers are seconds and ratios."""
+        """Return the receipt as a JSON text. Numbers are seconds and ratios."""
         frozen = replace(self, recompiled=self.recompiles, _live=None)
         content = {key: value for key, value in asdict(frozen).items() if not key.startswith("_")}
         return json.dumps({"format": _FORMAT, **content}, indent=2, default=str, allow_nan=False)
 
     def to_html(self) -> str:
-        """The receipt as one HTML page, which needs no other file and runs no script."""
+        """Return the receipt as one HTML page without other files and scripts."""
         from accelerate_tts.receipts.html import to_html
 
         return to_html(self)
 
     @classmethod
     def from_json(cls, text: str) -> Receipt:
-        """Read what `to_json` wrote.
+        """Read a receipt that `to_json` wrote.
 
         Raises:
-            ValueError: The text is no receipt, or one of a newer format.
+            ValueError: The text is not a receipt, or has another format version.
         """
         try:
             content = json.loads(text, parse_float=_finite, parse_constant=_finite)
@@ -148,16 +149,16 @@ class Receipt:
             rest = {key: value for key, value in content.items() if key in known}
             rest["notes"] = tuple(rest["notes"])
             loaded = cls(stages=stages, **rest)
-            # Every figure is formatted once: a value of a wrong type shows here, not when somebody looks at it.
+            # Every figure is formatted once, so that a value of a wrong type raises here and not when it is shown.
             _ = str(loaded), loaded.versions.items(), *((duration(s.seconds), ratio_text(s.low)) for s in stages)
         except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"this is no receipt: {error!r}") from error
         return loaded
 
     def save(self, path: str | Path) -> None:
-        """Write the receipt to `path`: the page if the name ends in .html or .htm, otherwise JSON.
+        """Write the receipt to `path`, as an HTML page if the name ends in .html or .htm, otherwise as JSON.
 
-        Only the JSON can be read again, by `from_json` and by `accelerate-tts receipt`.
+        `from_json` and `accelerate-tts receipt` read the JSON.
         """
         path = Path(path)
         is_page = path.suffix.lower() in _PAGES
@@ -177,18 +178,18 @@ class Receipt:
         return "\n".join(lines)
 
     def figures(self) -> tuple[str, str, str, str]:
-        """Before, after, ratio and error of the whole, as short texts."""
+        """Format before, after, ratio and error of the whole object."""
         error = error_text(self.error, self.spectral)
         return duration(self.before), duration(self.after), ratio_text(self.ratio), error
 
     @property
     def verdict(self) -> str:
-        """How many stages were kept, and the recompilations since."""
+        """Number of stages kept and of recompilations, as a text."""
         return f"{len(self.kept)} kept, {self.recompiles} recompiles since warm-up"
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):  # Python's reader takes Infinity and 1e999; JSON knows neither
+    if not math.isfinite(number):  # Python's parser accepts Infinity and 1e999, which JSON does not allow
         raise ValueError(f"this is no receipt: {text} is no number of JSON")
     return number

@@ -1,1 +1,1 @@
-"""What happens at each call of a synthesis function."""
+"""Handling of each call of a synthesis function."""

@@ -1,8 +1,8 @@
-"""Call a function on a list of items at a time, with fewer items where memory runs out.
+"""Batched calls of a function, with smaller batches where memory runs out.
 
-How much fits is found out and not configured: a batch that runs out of memory is halved and tried again, what worked is
-remembered with the function, and after some full batches twice as many are tried. The failed call is forgotten before
-the next one begins: its exception's traceback would keep every tensor of its frames, just when memory is short.
+The batch size is found by trial, not configured. A batch that runs out of memory is halved and tried again, the size
+that worked is stored for the function, and after some full batches twice as many items are tried. The failed call's
+exception is dropped before the next call, since its traceback would keep every tensor of its frames alive.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ R_co = TypeVar("R_co", covariant=True)
 _DEFAULT_LIMIT = 8
 _DEFAULT_RECOVERY = 8
 _PATIENCE = 16
-"""A larger batch that fails again and again is tried ever less often, at least once in this many recoveries."""
+"""A larger batch that keeps failing is tried less and less often, but at least once in this many recoveries."""
 _EXHAUSTED = re.compile(
     "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
@@ -40,21 +40,21 @@ _EXHAUSTED = re.compile(
 
 
 class Results(Protocol[R_co]):
-    """As many results as there were items, in their order: a list, a tuple, an array, a tensor's rows."""
+    """A sequence with one result for each item, in order: a list, a tuple, an array, a tensor's rows."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of results."""
         ...
 
     def __iter__(self) -> Iterator[R_co]:
-        """One after the other."""
+        """Iterate over the results."""
         ...
 
 
 class Batched(Generic[T, R]):
-    """A function of a list, called on any number of items; made by `batched()`.
+    """A function of a list, callable on any number of items. Made by `batched()`.
 
-    Safe from every thread. All of them share what is known about the size that fits.
+    Thread-safe. All threads share the batch size that fits.
     """
 
     __slots__ = ("_fits", "_function", "_limit", "_recover_after")
@@ -66,11 +66,11 @@ class Batched(Generic[T, R]):
         self._fits = _fits_of(function)
 
     def __call__(self, items: Iterable[T]) -> list[R]:
-        """The results of all items, in their order.
+        """Return the results of all items, in order.
 
         Raises:
-            TypeError: `items` is no iterable, or a text; or the function gave no sequence.
-            ValueError: The function gave more or fewer results than it got items.
+            TypeError: `items` is not iterable or is a text, or the function did not return a sequence.
+            ValueError: The function returned more or fewer results than it got items.
         """
         results: list[R] = []
         waiting: list[T] = []
@@ -80,7 +80,7 @@ class Batched(Generic[T, R]):
         return results
 
     def stream(self, items: Iterable[T]) -> Iterator[R]:
-        """The results as they come. Items are taken from `items` a batch at a time, so there may be no end of them.
+        """Yield the results as they come. Items are taken a batch at a time, so `items` may be infinite.
 
         Raises:
             TypeError, ValueError: As when called.
@@ -89,7 +89,7 @@ class Batched(Generic[T, R]):
 
     @property
     def size(self) -> int:
-        """How many items the next batch will have."""
+        """Number of items of the next batch."""
         return self._fits.size(self._limit)
 
     def __reduce__(self) -> Any:
@@ -102,10 +102,10 @@ class Batched(Generic[T, R]):
         waiting: list[T] = []
         while (found := self._next(source, waiting)) is not None:
             yield from found
-            del found  # while the next batch is computed, nobody needs this one
+            del found  # frees this batch before the next one is computed
 
     def _next(self, source: Iterator[T], waiting: list[T]) -> Results[R] | None:
-        """The results of the next batch; `None` at the end. `waiting` holds what was taken and has no result yet."""
+        """Return the results of the next batch; `None` at the end. `waiting` holds items without a result."""
         while True:
             size = self.size
             waiting.extend(islice(source, max(0, size - len(waiting))))
@@ -118,15 +118,15 @@ class Batched(Generic[T, R]):
                 self._fits.worked(count, self._limit, self._recover_after)
                 return found
             smaller = self._fits.failed(count)
-            # Here the exception is gone, so what its frames held is garbage.
+            # The exception is gone here, so the tensors of its frames are garbage.
             _clean_up()
             emit(BackedOff(_name(self._function), count, smaller))
 
     def _try(self, batch: list[T]) -> Results[R] | None:
-        count = len(batch)  # before the function gets the list, and does with it what it likes
+        count = len(batch)  # read first, since the function may change the list
         try:
             found = self._function(batch)
-        except Exception as error:  # whatever it is: the user's own goes on as it came
+        except Exception as error:  # other errors are raised unchanged
             if count == 1 or not is_out_of_memory(error):
                 raise
             return None
@@ -134,12 +134,12 @@ class Batched(Generic[T, R]):
 
 
 class _Fits:
-    """How many items fit, as far as is known."""
+    """Batch size that fits, as far as known."""
 
     def __init__(self) -> None:
-        self.lock = rlock()  # a finaliser may call a function of its own while this is held
-        self.known: int | None = None  # what is tried next; None: nothing has failed yet
-        self.good = 0  # what worked last
+        self.lock = rlock()  # reentrant: a finaliser may call a batched function while it is held
+        self.known: int | None = None  # the next size; None while nothing has failed
+        self.good = 0  # the size that worked last
         self.streak = 0
         self.wait = 1
         self.probing = False
@@ -149,12 +149,12 @@ class _Fits:
             return limit if self.known is None else min(limit, self.known)
 
     def failed(self, count: int) -> int:
-        """Half of it, or what worked last if that is more."""
+        """Return the next size: half of the failed one, or the size that worked last if that is larger."""
         with self.lock:
             if self.good >= count:
-                self.good = 0  # there is less memory than there was
+                self.good = 0  # less memory is free than before
             smaller = max(1, count // 2, self.good)
-            self.known = smaller if self.known is None else min(smaller, self.known)  # other threads fail, too
+            self.known = smaller if self.known is None else min(smaller, self.known)  # other threads may fail, too
             if self.probing:
                 self.wait = min(2 * self.wait, _PATIENCE)
             self.streak, self.probing = 0, False
@@ -174,7 +174,7 @@ class _Fits:
 
 
 _lock = rlock()
-# By the object that a method is of, or the function itself; and in it by function. Neither is kept alive.
+# By the object of a bound method or the function itself, then by function. Both are held weakly.
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Fits]] = WeakKeyDictionary()
 
 
@@ -185,17 +185,17 @@ def _fits_of(function: Any) -> _Fits:
     try:
         with _lock:
             return _known.setdefault(owner, WeakKeyDictionary()).setdefault(inner, _Fits())
-    except TypeError:  # no hash, or no room for weak references
+    except TypeError:  # no hash, or no support for weak references
         return _Fits()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: the device's, or the machine's."""
+    """Check that an exception reports exhausted memory, of the device or the machine."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")
     kind: Any = getattr(torch, "OutOfMemoryError", ())
-    # The CPU's allocator, MPS and cuBLAS say it in a plain RuntimeError.
+    # The CPU's allocator, MPS and cuBLAS raise a plain RuntimeError.
     return isinstance(error, kind) or (isinstance(error, RuntimeError) and bool(_EXHAUSTED.search(str(error))))
 
 
@@ -204,26 +204,26 @@ def batched(
 ) -> Batched[T, R]:
     """Call a function of a list on any number of items, in batches that fit into memory.
 
-    A batch that runs out of memory, of a GPU or of the machine, is halved and tried again after a clean-up, with a
-    `BackedOff` event. The size that worked is remembered for the function (for a method: of this object); after some
-    full batches twice as many are tried, up to `limit`. If one item alone runs out of memory, its exception is raised.
-    Every other exception is raised at once.
+    A batch that runs out of GPU or main memory is halved and tried again after a clean-up, with a `BackedOff` event.
+    The size that worked is stored for the function, or for a method for its object. After some full batches twice as
+    many items are tried, up to `limit`. If a single item runs out of memory, its exception is raised. All other
+    exceptions are raised at once.
 
-    The function may be called more than once with the same items, so it should have no effect before it returns.
+    The function may be called several times with the same items, so it should have no side effects before it returns.
 
     Args:
-        function: Called with a list of items; it returns as many results, in their order. Not `async`.
-        limit: The most items of a batch; `None` takes 8. `get_performance_optimizer().get_optimal_batch_size(
-            item_bytes=...)` gives one that fits into free memory.
-        recover_after: Full batches that must have worked before a larger one is tried.
+        function: Called with a list of items; returns as many results, in order. Not `async`.
+        limit: Maximum items of a batch; `None` means 8. `get_performance_optimizer().get_optimal_batch_size(
+            item_bytes=...)` returns a number that fits into free memory.
+        recover_after: Number of full batches that must succeed before a larger one is tried.
 
     Returns:
-        A callable of an iterable of items that returns the list of results. Its `stream(items)` yields them as they
-        come, and its `size` is how many items the next batch will have.
+        A callable that takes an iterable of items and returns the list of results. Its `stream(items)` yields results
+        as they come, and its `size` is the number of items of the next batch.
 
     Raises:
-        SettingsError: `limit` or `recover_after` is not a whole number, at least 1.
-        TypeError: `function` cannot be called, or is `async`.
+        SettingsError: `limit` or `recover_after` is not a whole number of at least 1.
+        TypeError: `function` is not callable, or is `async`.
 
     Example:
         >>> speak_all = batched(model.generate, limit=16)
@@ -242,7 +242,7 @@ def batched(
 
 
 def _iterator(items: Any) -> Iterator[Any]:
-    given: Any = None if isinstance(items, (str, bytes)) else items  # a text would be taken for its letters
+    given: Any = None if isinstance(items, (str, bytes)) else items  # a text would be taken as a sequence of letters
     try:
         return iter(given)
     except TypeError as error:
@@ -252,7 +252,7 @@ def _iterator(items: Any) -> Iterator[Any]:
 
 def _checked(results: Results[R], count: int, function: Any) -> Results[R]:
     found: Any = results
-    # A mapping gives its keys and a set no order; a generator has no length, and its work would not be done yet.
+    # A mapping iterates over keys, a set has no order, and a generator has no length and has not run yet.
     try:
         length = None if isinstance(found, (str, bytes, Mapping, AbstractSet)) else len(found)
     except TypeError:
@@ -275,6 +275,6 @@ def _clean_up() -> None:
         return
     try:
         memory.cleanup(detect.detect())
-    except Exception as error:  # a driver that cannot be asked; the smaller batch may fit all the same
+    except Exception as error:  # the driver failed; the smaller batch may still fit
         with suppress(Exception):
             emit(NotApplied("the clean-up after a batch that ran out of memory", f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""Carry what a call returned to its end: await it, or collect what it yields."""
+"""Completion of calls: await the result, or collect the items of a stream."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 __all__ = ["complete"]
 
-_GRACE = 2.0  # seconds in which another thread, whose time has passed, can still tell of it itself
+_GRACE = 2.0  # seconds beyond the limit in which another thread can still report its own time-out
 
 
 def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
-    """Carry what a call returned to its end: await it, or collect what it yields into a list.
+    """Complete a call: await a coroutine, or collect the items of a stream into a list.
 
     Args:
-        result: Anything; a plain value comes back as it is.
-        loop: A running event loop of another thread to await on. Without one, a loop of our own is used.
+        result: The call's result. A plain value is returned as it is.
+        loop: A running event loop of another thread to await on. Without one, a new loop is used.
+
+    Raises:
+        TimeLimitError: The time limits of the calling thread passed first.
     """
     if isinstance(result, AsyncIterator):
         result = _collect(result)
@@ -39,14 +42,14 @@ async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
 
 
 async def _await(awaitable: Awaitable[Any], left: float | None) -> Any:
-    """Await it for as long as the limits of the thread that waits for it leave: those cannot interrupt a wait."""
+    """Await with a timeout of the waiting thread's remaining time, since its limits cannot interrupt a wait."""
     if left is None:
         return await awaitable
     import asyncio
 
     task = asyncio.ensure_future(awaitable)
     try:
-        await asyncio.wait({task}, timeout=left - min(1.0, left / 4))  # what is cancelled may have to clean up
+        await asyncio.wait({task}, timeout=left - min(1.0, left / 4))  # leaves time for a cancelled task's clean-up
     finally:
         if not task.done():
             task.cancel()
@@ -66,14 +69,14 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None)
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(_await(awaitable, left))
-    # A synchronous load inside a running loop: that loop is blocked by us, so the coroutine gets another one. In this
-    # context: it may be a part of a call that has its turn.
+    # A synchronous load inside a running loop blocks that loop, so the coroutine runs on another one. The context is
+    # copied, since it may hold the permit of an enclosing call.
     outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
             outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_await(awaitable, left))))
-        except BaseException as error:  # carried over to the waiting thread
+        except BaseException as error:  # raised on the waiting thread
             outcome.set_exception(error)
 
     threading.Thread(target=contextvars.copy_context().run, args=(work,), name="accelerate_tts-warmup").start()
@@ -81,7 +84,7 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None)
 
 
 def _result(future: Future[Any], left: float | None) -> Any:
-    """What another thread comes to; it keeps the time itself, if it can."""
+    """Return the result of another thread, which normally keeps the time limit itself."""
     if left is None:
         return future.result()
     wait((future,), left + _GRACE)

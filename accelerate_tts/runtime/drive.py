@@ -1,8 +1,8 @@
-"""Drive a generator, a coroutine or an async generator step by step, with hooks around its steps.
+"""Drivers of generators, coroutines and async generators, with hooks around their steps.
 
-Everything that a decorator does with a suspended body is done here, once: each `send`, `throw` and `close` that the
-caller makes reaches the body, inside whatever the hooks enter, and what the body gives reaches the caller outside of
-it. A body may be exchanged for another one while it is driven, which is how a call is made again.
+All decorators drive suspended bodies through this module. Each `send`, `throw` and `close` of the caller reaches the
+body inside the contexts of the hooks, and each item reaches the caller outside of them. A retry replaces the body while
+it is driven.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 __all__ = ["SKIPPED", "Again", "Hooks", "Owning", "Scoped", "drive", "drive_async", "named_like"]
 
 SKIPPED: Any = object()
-"""What `Hooks.got` returns of an item that the caller is not to have."""
+"""Returned by `Hooks.got` for an item that the caller does not get."""
 
 
 class Again:
-    """What a hook returns to have another body driven in place of the present one.
+    """Returned by a hook to replace the body.
 
     Args:
-        body: The other body, at its beginning.
+        body: The new body, not yet started.
     """
 
     __slots__ = ("body",)
@@ -33,81 +33,81 @@ class Again:
 
 
 class Hooks:
-    """What happens around the steps of a body. These defaults do nothing.
+    """Hooks around the steps of a body. The defaults do nothing.
 
-    A *step* lasts from one item to the next: of a generator it is one `send`, of an async generator it may be many,
+    A *step* lasts from one item to the next. In a generator it is one `send`; in an async generator it may be several,
     with suspensions in between.
     """
 
     __slots__ = ()
 
     def scope(self) -> AbstractContextManager[Any]:
-        """What is entered around each `send`, `throw` and `close`; never open across a suspension."""
+        """Return the context around each `send`, `throw` and `close`. It is never open across a suspension."""
         return nullcontext()
 
     def span(self, *, closing: bool) -> AbstractContextManager[Any]:
-        """What is entered around each step; open across the suspensions of an async generator's.
+        """Return the context around each step. It stays open across the suspensions of an async generator's step.
 
         Args:
-            closing: The body is being closed, perhaps by the garbage collector: nothing may be waited for.
+            closing: True while the body is closed, perhaps by the garbage collector. The context must not wait then.
         """
         del closing
         return nullcontext()
 
     async def ready(self) -> None:
-        """Await whatever an async generator's step has to wait for."""
+        """Wait before a step of an async generator."""
 
     def got(self, item: Any) -> Any:
-        """The item as the caller is to have it, or `SKIPPED`, or `Again`."""
+        """Return the item for the caller, or `SKIPPED`, or `Again`."""
         return item
 
     async def got_later(self, item: Any) -> Any:
-        """`got`, of an async generator."""
+        """Like `got`, for an async generator."""
         return self.got(item)
 
     def ended(self) -> Again | None:
-        """Called when the body has ended; `Again` to go on with another."""
+        """Called when the body has ended. Return `Again` to continue with another body."""
         return None
 
     async def ended_later(self) -> Again | None:
-        """`ended`, of an async generator."""
+        """Like `ended`, for an async generator."""
         return self.ended()
 
     def failed(self, error: Exception) -> Again | None:
-        """Called when the body has raised; `Again` to go on with another in place of raising it."""
+        """Called when the body has raised. Return `Again` to continue with another body instead of raising."""
         del error
         return None
 
     async def failed_later(self, error: Exception) -> Again | None:
-        """`failed`, of an async generator."""
+        """Like `failed`, for an async generator."""
         return self.failed(error)
 
     def sent(self) -> None:
         """Called when the caller has sent a value or thrown an exception into the body."""
 
     def closed(self) -> None:
-        """Called once, at the very end, however it came."""
+        """Called once at the end, for any kind of end."""
 
 
 class Scoped(Hooks):
     """Hooks that enter one context around each `send`, `throw` and `close`.
 
     Args:
-        enter: Makes the context.
+        enter: Returns the context.
     """
 
     __slots__ = ("scope",)
 
     def __init__(self, enter: Any) -> None:
-        self.scope = enter  # type: ignore[method-assign]  # the slot is this method, without another call in between
+        self.scope = enter  # type: ignore[method-assign]  # the slot replaces the method, which saves a call
 
 
 def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, PLR0912 - a loop with all its exits
-    """Drive a body that has `send`, `throw` and `close` to its end, and return what it returns.
+    """Drive a body with `send`, `throw` and `close` to its end, and return its result.
 
     Args:
-        body: A generator, a coroutine, or what an `__await__` returns.
-        hooks: What happens around its steps.
+        body: A generator, a coroutine, or the iterator of an `__await__`.
+        hooks: Hooks around its steps.
     """
     value: Any = None
     error: BaseException | None = None
@@ -121,7 +121,7 @@ def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, P
                     elif closing and type(body) not in _CLOSED_BY_THROWING:
                         return body.close()
                     else:
-                        # Of a generator, closing is this: it may yield once more, or (Python 3.13) return something.
+                        # Closes a generator, which may yield once more or (Python 3.13) return a value.
                         item = body.throw(error)
             except StopIteration as stop:
                 again = None if closing else hooks.ended()
@@ -136,19 +136,19 @@ def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, P
                 body = again.body
                 continue
             finally:
-                value = error = None  # kept across a suspension, they would keep tensors (in a traceback) alive
+                value = error = None  # across a suspension they would keep tensors alive, also through a traceback
             item = hooks.got(item)
             if item is SKIPPED:
                 continue
             if type(item) is Again:
-                with suppress(Exception):  # what the given-up body does at its end is nobody's business any more
+                with suppress(Exception):  # errors of the abandoned body are irrelevant
                     body.close()
                 body = item.body
                 del item
                 continue
             try:
                 value = yield item
-            except BaseException as thrown:  # whatever the caller throws belongs to the body
+            except BaseException as thrown:  # exceptions of the caller are passed to the body
                 error = thrown
             finally:
                 del item
@@ -175,10 +175,10 @@ class _Stepping:
 
 
 class Owning(_Stepping):
-    """Makes a coroutine awaitable inside its hooks, and closes it with itself.
+    """Makes a coroutine awaitable inside its hooks, and closes it when collected.
 
-    A task that is cancelled before its first step never runs its coroutine; without this the body would complain
-    that it "was never awaited". On a body that has ended, closing does nothing.
+    A task that is cancelled before its first step never runs its coroutine. Closing the body avoids the warning that it
+    "was never awaited". Closing a body that has ended does nothing.
     """
 
     __slots__ = ()
@@ -194,7 +194,7 @@ async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exi
 
     Args:
         body: The async generator.
-        hooks: What happens around its steps.
+        hooks: Hooks around its steps.
     """
     value: Any = None
     error: BaseException | None = None
@@ -236,14 +236,14 @@ async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exi
                 continue
             try:
                 value = yield item
-            except BaseException as thrown:  # whatever the caller throws belongs to the body
+            except BaseException as thrown:  # exceptions of the caller are passed to the body
                 error = thrown
             finally:
                 del item
             if value is not None or error is not None:
                 hooks.sent()
     finally:
-        # Also on an early break, a cancellation and the event loop's shutdown: the body's own `finally` runs now.
+        # Also after an early break, a cancellation and the event loop's shutdown: the body's `finally` runs now.
         try:
             with hooks.span(closing=True):
                 await _Stepping(body.aclose(), Scoped(hooks.scope))
@@ -252,11 +252,11 @@ async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exi
 
 
 def _first_step(body: Any) -> Awaitable[Any]:
-    """The first step of an async generator that another one drives, which is the one that its event loop knows."""
-    # An async generator registers with its event loop at its first step, to be closed at the loop's shutdown. The
-    # driver is registered and closes the body, in the mode; the body itself must not be closed beside it, outside. Nor
-    # by the collector, which finalises both when it finds them in a cycle, the body first: without a finalizer it would
-    # be closed on the spot, and an await in its clean-up would be an error.
+    """Make the first step of an async generator without registering it with the event loop."""
+    # An async generator registers with its event loop at its first step, and the loop closes it at shutdown. Here the
+    # driver is registered, and it closes the body inside the hooks' contexts. The loop must not close the body outside
+    # of them. The collector must not either: in a cycle it finalises the body first, without a finaliser it would
+    # close it at once, and an await in its clean-up would be an error.
     hooks = sys.get_asyncgen_hooks()
     sys.set_asyncgen_hooks(None, _left_to_the_driver)
     try:
@@ -270,8 +270,8 @@ def _left_to_the_driver(_body: Any) -> None:
 
 
 def named_like(body: Any, driver: Any) -> Any:
-    """`driver`, named like the body that it drives."""
-    for name in ("__name__", "__qualname__"):  # what a warning or a task's repr shows
+    """Give the driver the names of its body, and return it."""
+    for name in ("__name__", "__qualname__"):  # shown in warnings and in a task's repr
         if hasattr(body, name):
             setattr(driver, name, getattr(body, name))
     return driver

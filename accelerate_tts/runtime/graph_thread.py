@@ -1,9 +1,9 @@
-"""One thread that owns what belongs to a thread: inductor's CUDA graphs.
+"""The thread that runs inductor's CUDA graphs, which belong to a thread.
 
-torch (to 2.12 by its source, and not promised later) keeps the trees of recorded graphs by thread: a part that is
-served from a pool of threads would be recorded once in each, with the memory of each. So whatever is recorded runs on
-one thread, and the callers wait for it. It is given the caller's context variables (dynamo's configuration is one), its
-autograd mode and its stream.
+torch (to 2.12 by its source; later releases do not promise otherwise) keeps recorded CUDA graph trees by thread. A pool
+of threads would record a part once a thread, with as much memory each. Recorded parts therefore run on one thread,
+while the callers wait. It gets the caller's context variables (dynamo's configuration is one), autograd mode and
+stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class OwnerThread:
-    """Runs calls one after the other on a thread of its own, which starts with the first and ends with the process.
+    """Runs calls in sequence on a thread of its own, which starts with the first call and ends with the process.
 
     Args:
         name: The thread's name.
@@ -43,10 +43,10 @@ class OwnerThread:
         self._process = os.getpid()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function on the thread and wait for it; directly, if this is the thread.
+        """Run a function on the thread and wait for it. On the thread itself it runs directly.
 
         Raises:
-            BaseException: What the function raises, as it raised it.
+            BaseException: The function's own exception.
         """
         thread = self._started()
         if threading.current_thread() is thread:
@@ -58,7 +58,7 @@ class OwnerThread:
         def run() -> None:
             try:
                 outcome.append((context.run(_under, modes, function), None))
-            except BaseException as error:  # it is the caller's, and this thread goes on
+            except BaseException as error:  # raised in the caller; this thread continues
                 outcome.append((None, error))
             done.set()
 
@@ -70,14 +70,14 @@ class OwnerThread:
         try:
             raise error
         finally:
-            del error  # it refers to this frame: no circle that keeps its tensors
+            del error  # it refers to this frame, and a cycle would keep its tensors alive
 
     def _started(self) -> threading.Thread:
         with self._lock:
             if self._process != os.getpid():  # threads do not survive a fork
                 self._forget()
             if self._thread is None:
-                # Not this object's method: a thread that refers to its own queue only can be dropped with it.
+                # Not a method: the thread refers to its queue only, not to this object.
                 self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
                 self._thread.start()
             return self._thread
@@ -87,11 +87,11 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]]) -> None:
     while True:
         run = calls.get()
         run()
-        del run  # what it returned is the caller's alone, while this thread waits
+        del run  # frees the result on this thread while it waits
 
 
 def _modes_of_this_thread() -> Callable[[], ExitStack]:
-    """What enters the caller's autograd mode and CUDA stream, wherever it is called."""
+    """Return a function that enters the caller's autograd mode and CUDA stream on another thread."""
     import torch
 
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -117,5 +117,5 @@ _owner = OwnerThread("accelerate_tts CUDA graphs")
 
 
 def graph_owner() -> OwnerThread:
-    """The thread that all of this process's CUDA graphs belong to."""
+    """Return the thread that runs all CUDA graphs of this process."""
     return _owner

@@ -1,14 +1,15 @@
-"""Run a call of any kind inside an inference mode, and nothing else inside it.
+"""Calls of any kind inside an inference mode, which never leaks to other code.
 
-torch's modes belong to a thread. A coroutine or a generator gives its thread away at every suspension, so a mode that
-is simply entered around its body is left on for whoever runs next, or off for the body itself. Here the mode is
-entered for each *step* of the body (`send`, `throw`, `close`) and left before the suspension is passed on: bodies
-always run inside it, callers never see it, in any order of interleaving, cancelling and closing.
+torch's modes belong to a thread, and a coroutine or a generator gives up its thread at every suspension. A mode that is
+entered around the whole body would stay on for other code, or be off for the body. Here the mode is entered for each
+*step* of the body (`send`, `throw`, `close`) and left before the suspension. Bodies always run inside the mode and
+callers never do, for any order of interleaving, cancelling and closing.
 
-One exception is not ours to mend: a suspended generator in a reference cycle is closed by the collector itself, before
-the driver around it is asked, in whatever mode the collecting thread is.
+There is one exception: the garbage collector closes a suspended generator in a reference cycle directly, not through
+its driver, in the mode of the collecting thread.
 
-What decides is the object that a call returned, not the function: a decorated `async def` may no longer look like one.
+The kind of call is decided by the returned object, not by the function, since a decorated `async def` may not look like
+one.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ __all__ = [
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-# Set on what @inference makes, so that the floors below the decorators can find such methods.
+# Set on functions that @inference makes, so that lower layers can find such methods.
 INFERENCE_MARK = "_self_accelerate_tts_inference"
 
 
 @functools.lru_cache(maxsize=8)
 def mode_factory(mode: Mode | Literal["outside"]) -> Enter:
-    """What to enter around a step: torch's context for `mode`, or a null context where there is no torch.
+    """Return the context factory for a step in `mode`; a null context without torch.
 
-    "outside" leaves an inference mode that the caller is in.
+    "outside" leaves the caller's inference mode.
     """
     if mode == "none":
         return nullcontext
@@ -74,14 +75,14 @@ def call(
     mode: Mode | Literal["outside"],
     choice: ModeChoice | None = None,
 ) -> Any:
-    """Call `function` inside `mode`; what it returns is stepped inside `mode` too, if it is a kind that is stepped.
+    """Call `function` inside `mode`. A returned coroutine, generator or async generator runs inside `mode`, too.
 
     Args:
         function: The function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         mode: The mode.
-        choice: Chooses a milder mode, if the call fails by this one.
+        choice: Chooses a milder mode if the call fails because of this one.
     """
     enter = mode_factory(mode)
     try:
@@ -92,7 +93,7 @@ def call(
             raise
         result, enter = _called_again(choice, error)
     kind = type(result)
-    # Tensors and arrays, the usual answers, are told from the three suspended kinds by one dictionary look-up.
+    # One dictionary look-up separates tensors and arrays, the usual results, from the three suspended kinds.
     wrap = _WRAPPERS.get(kind)
     if wrap is not None:
         return wrap(result, Scoped(enter) if choice is None else _Choosing(enter, choice, delivers=_delivers(result)))
@@ -107,12 +108,12 @@ def _called_again(choice: ModeChoice, error: Exception) -> tuple[Any, Enter]:
         with enter():
             return choice.make(), enter
     except Exception as second:
-        choice.milder(second)  # which notes that it was in vain
+        choice.milder(second)  # notes that the milder mode did not help
         raise error from None
 
 
 class _Choosing(Scoped):
-    """Has a suspended body begin again in a milder mode."""
+    """Restarts a suspended body in a milder mode."""
 
     __slots__ = ("choice", "delivered", "delivers")
 
@@ -138,12 +139,12 @@ class _Choosing(Scoped):
             with self.scope():
                 return Again(self.choice.make())
         if first is not None and not self.delivered:
-            raise first from None  # the milder mode did not mend it
+            raise first from None  # the milder mode did not help
         return None
 
 
 def _delivers(body: Any) -> bool:
-    """Whether what it yields is for the caller, and not for an event loop."""
+    """Check that a body yields items for the caller rather than for an event loop."""
     if isinstance(body, types.GeneratorType):
         return not body.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE
     return isinstance(body, types.AsyncGeneratorType)
@@ -159,36 +160,36 @@ def adopt(result: Any, mode: Mode | Literal["outside"]) -> Any:
 
 
 def is_suspended(result: Any) -> bool:
-    """Whether what a call returned is still to be stepped."""
+    """Check for a coroutine, a generator or an async generator, or an object with their protocol."""
     kind = type(result)
     return kind in _WRAPPERS or hasattr(kind, "send") or hasattr(kind, "asend")
 
 
 def is_on(mode: Mode) -> bool:
-    """Whether the caller is in the inference mode that is asked for."""
+    """Check that the caller is already in the requested inference mode."""
     return mode == "inference" and in_inference_mode()
 
 
 def in_inference_mode() -> bool:
-    """Whether the caller is in torch's inference mode; no torch is imported to find out."""
+    """Check that the caller is in torch's inference mode, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.is_inference_mode_enabled()
 
 
 def carry_mode(function: F) -> F:
-    """Give `function` the caller's present mode wherever it runs: in an executor, a thread, another task.
+    """Run `function` in the caller's present mode wherever it is called: in an executor, a thread, another task.
 
-    torch's modes are not inherited by threads or tasks. Inside `with fast_inference():`, say
+    Threads and tasks do not inherit torch's modes. Inside `with fast_inference():`, write
     `executor.submit(carry_mode(work), item)`.
 
     Args:
-        function: What will run elsewhere; sync, async or generator.
+        function: The function; sync, async or generator.
 
     Returns:
         A function of the same signature. Outside any mode it is `function` itself.
 
     Raises:
-        TypeError: `function` cannot be called.
+        TypeError: `function` is not callable.
     """
     if not callable(function):
         raise TypeError(f"carry_mode() needs a function, got {shown(function)}")
@@ -206,7 +207,7 @@ def carry_mode(function: F) -> F:
     def carried(*args: Any, **kwargs: Any) -> Any:
         return call(function, args, kwargs, mode)
 
-    return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type cannot say
+    return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type does not express
 
 
 async def _drive_coroutine(owning: Owning) -> Any:
@@ -232,7 +233,7 @@ _WRAPPERS: dict[type, Callable[[Any, Hooks], Any]] = {
     types.GeneratorType: _generator,
     types.AsyncGeneratorType: _async_generator,
 }
-# For objects of other classes, such as those of compiled extensions.
+# Protocols of other classes, such as those of compiled extensions.
 _PROTOCOLS: tuple[tuple[type, Callable[[Any, Hooks], Any]], ...] = (
     (Generator, lambda body, hooks: named_like(body, drive(body, hooks))),
     (AsyncGenerator, _async_generator),

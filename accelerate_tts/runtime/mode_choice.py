@@ -1,11 +1,11 @@
-"""Notice that a call fails by the mode that we run it in, and choose a milder one for its object.
+"""Choice of a milder mode for objects whose calls fail in inference mode.
 
-A model that hands tensors to threads of its own, which no mode reaches, or that keeps tensors between calls and writes
-into them, works undecorated and fails in torch's inference mode: "Inplace update to inference tensor outside
-InferenceMode", "Inference tensors do not track version counter". Such a call is made once more under `no_grad` (without
-any mode, if it wants gradients). If that goes well, the object's calls are made so from then on, and one event says
-what to write. An error that is not of the mode is never caught, and one that the milder mode does not mend is raised
-as it came, and not tried again for that object.
+Some models work undecorated and fail in torch's inference mode. They pass tensors to threads of their own, which have
+another mode, or keep tensors between calls and write into them: "Inplace update to inference tensor outside
+InferenceMode", "Inference tensors do not track version counter". Such a call is repeated under `no_grad`, or without
+any mode if it needs gradients. If that succeeds, the object's calls use this mode from then on, and one event names the
+setting to write. Other errors are never caught. If the milder mode fails, too, the first error is raised, and no other
+mode is tried for that object.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["ModeChoice", "made_once", "mode_of"]
 
 _OF_INFERENCE = re.compile(r"inference ?tensor|inference ?mode", re.IGNORECASE)
 _OF_GRADIENTS = re.compile(r"does not require grad|requires_grad=True on inference|saved for backward", re.IGNORECASE)
-_CAUSES = 8  # an error of a thread may have been wrapped on its way
-_MOST, _LONGEST = 200_000, 50_000  # what is looked through for inference tensors: objects, items of a container
+_CAUSES = 8  # maximum length of a chain of causes that is searched
+_MOST, _LONGEST = 200_000, 50_000  # limits of the search for inference tensors: objects, items of a container
 
 
 class _Known:
-    """What is known of an object: the mode that it needs, and whether a call of it went well or could not be mended."""
+    """Knowledge of an object: the mode that it needs, and True in `gave_up` if no milder mode helps."""
 
     __slots__ = ("gave_up", "mode", "owner")
 
@@ -44,16 +44,16 @@ class _Known:
         self.gave_up = False
 
 
-# Calls so far of functions with retry=False. Whatever was under way meanwhile may have made one of them.
+# Number of calls of functions with retry=False. A call during which it changes must not be repeated.
 _made_once = [0]
 
 
 def made_once() -> None:
-    """Say that a function with side effects is called: what calls it is not made again."""
+    """Note the call of a function with side effects, so that enclosing calls are not repeated."""
     _made_once[0] += 1
 
 
-# By the identity of objects, without keeping them.
+# By the id of objects, held weakly.
 _known: dict[int, _Known] = {}
 
 
@@ -67,26 +67,26 @@ def _is_referable(owner: object) -> bool:
 
 
 def mode_of(owner: object, mode: Mode) -> Mode:
-    """The mode that calls of an object are made in.
+    """Return the mode for calls of an object.
 
     Args:
         owner: The object.
-        mode: What it was decorated with.
+        mode: The mode of the decorator.
     """
     known = _known_of(owner if _is_referable(owner) else type(owner)) if _known else None
     return mode if known is None or known.mode is None else known.mode
 
 
 class ModeChoice:
-    """One call, which may turn out to need a milder mode.
+    """One call, which may need a milder mode.
 
     Args:
-        owner: The object whose call it is; its class stands for one that takes no weak reference.
-        function: What is called.
+        owner: The object whose call it is. Its class is used if it does not support weak references.
+        function: The function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        mode: What it was decorated with.
-        again: Whether it may be made again.
+        mode: The mode of the decorator.
+        again: True if the call may be repeated.
     """
 
     def __init__(  # noqa: PLR0913 - a call, and how it is made
@@ -105,27 +105,27 @@ class ModeChoice:
         self._again = again
         self._before = _made_once[0]
         self._first: Exception | None = None
-        # Of the first call only: once one went well, another kind of call may still fail, under other numbers.
+        # Saved for the first call only. A later call of another kind that fails is repeated with other random numbers.
         fresh = mode == "inference" and _known_of(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
-        # torch writes into an inference tensor, and raises then: what a call was given must be as it was.
+        # torch writes into an inference tensor before it raises, so the inputs' content must be restored.
         self._given = _contents(owner, args, kwargs) if fresh else None
 
     def milder(self, error: Exception, *, given: bool = False) -> bool:
-        """Whether the call is to be made again, in `mode`, which then is another one.
+        """Decide whether a failed call is repeated; sets `mode` to the milder mode.
 
         Args:
-            error: What it raised.
-            given: Something of it was delivered already, so it cannot be made again.
+            error: The call's error.
+            given: True if a part of the result was already delivered, so that the call cannot be repeated.
         """
         kind = _kind_of(error)
         known = _known_of(self.owner)
-        if self._first is not None:  # the milder mode did not mend it
+        if self._first is not None:  # the milder mode did not help
             self._entry().gave_up = True
             return False
         if not kind or self.mode == "none" or (known is not None and known.gave_up) or _is_callers():
             return False
-        # Under `no_grad`, what an earlier call made in inference mode may be in the way: `_make_normal` mends that.
+        # Inference tensors of an earlier call may fail under `no_grad`, too: `_make_normal` replaces them.
         self.mode = "none" if kind == "gradients" else "no_grad"
         once = any(isinstance(value, (Iterator, AsyncIterator)) for value in (*self._args, *self._kwargs.values()))
         if given or once or not self._again or self._before != _made_once[0]:
@@ -134,13 +134,13 @@ class ModeChoice:
         if self._given is not None:
             _put_back(self._given)
         if _make_normal(self.owner, self._args, self._kwargs) and self._given is None:
-            self.settle(error)  # the call may have written into these, so it would not be the same call
+            self.settle(error)  # the failed call may have written into them, so a repetition would not be the same
             return False
         self._first = error
         return True
 
     def make(self) -> Any:
-        """Make the call again; its mode is the caller's to enter."""
+        """Repeat the call. The caller enters the mode."""
         if self._random is not None:
             self._random()
         args, kwargs = _normal_copies(self._args), _normal_copies(self._kwargs)
@@ -148,12 +148,12 @@ class ModeChoice:
 
     @property
     def raised(self) -> Exception | None:
-        """What the call raised in the mode that was asked for."""
+        """The call's error in the requested mode."""
         return self._first
 
     def settle(self, error: Exception | None = None) -> None:
-        """The call went well: if that was in a milder mode, the object's calls are made in it from now on."""
-        # Not kept: its traceback has the failed attempt's tensors, and this object.
+        """Note that the call succeeded. If that was in a milder mode, the object's later calls use it."""
+        # The error is dropped: its traceback keeps the failed attempt's tensors, and this object.
         error, self._first = error or self._first, None
         known = _known_of(self.owner) or self._entry()
         if error is None or known.mode == self.mode:
@@ -184,7 +184,7 @@ class ModeChoice:
 
 
 def _kind_of(error: BaseException | None) -> str:
-    """Whether an error, or what it came of, is of inference mode or of missing gradients; "" for any other."""
+    """Classify an error and its causes: "inference" or "gradients" for errors of the mode, "" for any other."""
     for _ in range(_CAUSES):
         if error is None:
             return ""
@@ -197,7 +197,7 @@ def _kind_of(error: BaseException | None) -> str:
 
 
 def _is_callers() -> bool:
-    """Whether the caller is in inference mode anyway, so that no other mode of ours would change anything."""
+    """Check that the caller itself is in inference mode, so that a milder mode would not help."""
     torch = sys.modules.get("torch")
     return torch is None or torch.is_inference_mode_enabled()
 
@@ -205,12 +205,12 @@ def _is_callers() -> bool:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # of a class of the user's own; his error is what he gets
+    except Exception:  # the error's class is the user's, and its __str__ may raise
         return ""
 
 
 def _first_line(error: BaseException) -> str:
-    """What was found in it, or in what it came of."""
+    """Return the first line of the error, or of its cause that is about the mode."""
     found: BaseException | None = error
     for _ in range(_CAUSES):
         if found is None or _OF_GRADIENTS.search(_text(found)) or _OF_INFERENCE.search(_text(found)):
@@ -219,7 +219,7 @@ def _first_line(error: BaseException) -> str:
     return (_text(found or error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-# --- what was made in inference mode ----------------------------------------------------------------------------------
+# --- inference tensors ------------------------------------------------------------------------------------------------
 
 _PLAIN = (
     str, bytes, bytearray, int, float, complex, bool, type(None), type, types.FunctionType, types.BuiltinFunctionType,
@@ -228,7 +228,7 @@ _PLAIN = (
 
 
 def _contents(*roots: Any) -> list[tuple[Any, Any]]:
-    """What was made in inference mode and can be reached, with copies of it."""
+    """Return the reachable inference tensors with copies of their content."""
     torch = sys.modules.get("torch")
     if torch is None:
         return []
@@ -255,15 +255,15 @@ def _is_inference(value: Any) -> bool:
 
 
 def _make_normal(*roots: Any) -> int:
-    """Replace what was made in inference mode by normal tensors, in attributes and containers that can be reached.
+    """Replace inference tensors by normal tensors in reachable attributes and containers.
 
     Returns:
-        How many there were, with those that are in no such place.
+        Number of inference tensors found, those included that could not be replaced.
     """
     import torch
 
     count = len(_inference_tensors(roots))
-    made: dict[int, tuple[Any, Any]] = {}  # with the replaced one, whose id no other object must get
+    made: dict[int, tuple[Any, Any]] = {}  # keeps the replaced tensors alive, so that their ids stay unique
 
     def normal(tensor: Any) -> Any:
         if id(tensor) not in made:
@@ -277,7 +277,7 @@ def _make_normal(*roots: Any) -> int:
     for holder, places in _reachable(roots):
         for place, value in places if isinstance(holder, (dict, list)) else ():
             if _is_inference(value):
-                with suppress(TypeError):  # a dictionary that does not take it
+                with suppress(TypeError):  # a dictionary that refuses the value
                     holder[place] = normal(value)
             elif issubclass(type(value), tuple) and (whole := _with_normal(value, normal)) is not value:
                 holder[place] = whole
@@ -285,13 +285,13 @@ def _make_normal(*roots: Any) -> int:
 
 
 def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
-    """Containers and dictionaries of attributes that can be reached, with what each holds."""
+    """Yield reachable containers and attribute dictionaries with their items."""
     torch = sys.modules["torch"]
     seen: set[int] = set()
     queue: deque[Any] = deque(roots)
     while queue and len(seen) < _MOST:
         item = queue.popleft()
-        kind = type(item)  # not isinstance, which asks a proxy, that may be bound to nothing and raise
+        kind = type(item)  # not isinstance, which would resolve a proxy, and an unbound one raises
         if issubclass(kind, (*_PLAIN, torch.Tensor)) or id(item) in seen:
             continue
         seen.add(id(item))
@@ -302,7 +302,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
         else:
             try:
                 holder = object.__getattribute__(item, "__dict__")
-            except (AttributeError, TypeError):  # slots, or a class of an extension
+            except (AttributeError, TypeError):  # a class with slots, or of an extension module
                 continue
         places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
         queue.extend(value for _, value in places)
@@ -310,7 +310,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
 
 
 def _with_normal(value: Any, normal: Callable[[Any], Any]) -> Any:
-    """A tuple with normal tensors, itself if there is nothing to replace."""
+    """Return a tuple with normal tensors; the same object if there is nothing to replace."""
     import torch
 
     items = [
@@ -327,7 +327,7 @@ def _with_normal(value: Any, normal: Callable[[Any], Any]) -> Any:
 
 
 def _normal_copies(given: Any) -> Any:
-    """Arguments with normal tensors: an argument that is a tensor itself is no place that `_make_normal` could fill."""
+    """Return arguments with normal tensors. `_make_normal` cannot replace tensors that are arguments themselves."""
     import torch
 
     def normal(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The states of all random numbers that a call may draw, kept and put back."""
+"""Saved states of all random number generators that a call may use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["random_states"]
 
 
 def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
-    """A function that puts every random state back to what it is now.
+    """Save the states of all random number generators, and return a function that restores them.
 
     Args:
-        given: What a call was given, and its object: generators among these, and in their attributes, count too.
+        given: Arguments of a call, and its object. Generators among them and in their attributes are included.
     """
     python = random.getstate()
     restore: list[Callable[[], object]] = [lambda: random.setstate(python)]
@@ -45,14 +45,14 @@ _PLAIN = (str, bytes, int, float, complex, type, types.FunctionType, types.Modul
 
 
 def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[Callable[[], object]]:
-    """What puts the states of generators back that a call can reach: arguments, attributes, and theirs."""
+    """Return functions that restore the generators among the arguments, their attributes and items."""
     found: list[Callable[[], object]] = []
     seen: set[int] = set()
     level = list(given)
     for _ in range(_DEEPEST):
         inner: list[Any] = []
         for item in level:
-            kind = type(item)  # not isinstance, which asks a proxy, that may be bound to nothing and raise
+            kind = type(item)  # not isinstance, which would resolve a proxy, and an unbound one raises
             if issubclass(kind, _PLAIN) or id(item) in seen or len(seen) >= _MOST_LOOKED_AT:
                 continue
             seen.add(id(item))
@@ -72,9 +72,9 @@ def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[Calla
 def _attributes_of(item: Any) -> Iterable[Any]:
     try:
         attributes = object.__getattribute__(item, "__dict__")
-    except (AttributeError, TypeError):  # slots, or a class of an extension
+    except (AttributeError, TypeError):  # a class with slots, or of an extension module
         return ()
-    # A module's tensors and inner modules are in dictionaries of their own, which hold no generator.
+    # A module's tensors and submodules are in dictionaries of their own, which hold no generators.
     return [value for name, value in list(attributes.items()) if name not in _OF_MODULES]
 
 
@@ -82,7 +82,7 @@ _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> Callable[[], object] | None:
-    """What puts a generator back; `None` for anything else."""
+    """Return a function that restores a generator; `None` for any other object."""
     if issubclass(kind, random.Random):
         return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
     if torch is not None and issubclass(kind, torch.Generator):

@@ -1,9 +1,9 @@
-"""Give two runs the same random numbers, and put the process's generators back for everybody else.
+"""Seeded scopes: equal random numbers for two runs, with the process's generators restored afterwards.
 
-The generators of `random`, `numpy.random` and `torch` belong to the process: a thread that draws while another one has
-them seeded draws from that seed. Nothing tells the two apart at the time of a draw, short of a check in every draw of
-the service. So a tuning leaves a generator alone that the model does not draw from (`drawing`, `Window.moved`), and a
-comparison whose random numbers another thread used is made again (`Session.undisturbed`).
+The generators of `random`, `numpy.random` and `torch` belong to the process. A thread that draws while another one has
+seeded them draws from that seed, and only a check in every draw could distinguish the two. Tuning therefore does not
+seed generators that the model does not use (`drawing`, `Window.moved`), and repeats a comparison during which another
+thread drew random numbers (`accelerate_tts.tuning.draws`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["ALL", "Window", "drawing", "loading_again", "other_threads", "seeded", "warming"]
 
 ALL = frozenset({"python", "numpy", "torch"})
-"""Whose generators there are. `torch` is its CPU's and the device's."""
+"""Libraries with generators. `torch` includes the generators of the CPU and the device."""
 
 warming: ContextVar[bool] = ContextVar("warming", default=False)
-"""Whether this is a warm-up pass: whoever answers calls from a cache must compute them, since they are measured."""
+"""True during a warm-up pass. Caches of results must then compute calls, since they are timed."""
 
 loading_again: ContextVar[bool] = ContextVar("loading_again", default=False)
-"""Whether a load function is being called again: what is loaded inside it is thrown away, and not tuned."""
+"""True while a load function runs again to reload weights. Objects loaded inside it are discarded, and not tuned."""
 
 
 class _Source(NamedTuple):
@@ -40,11 +40,12 @@ class _Source(NamedTuple):
 
 
 class Window:
-    """A time in which generators are seeded.
+    """A period with seeded generators.
 
     Attributes:
-        moved: The generators that somebody drew from, if that was asked for.
-        end: Their states at the end, if that was asked for: two runs that drew alike have the same.
+        states: States from before the period, by generator.
+        moved: Generators that were drawn from, if watched.
+        end: Digests of their states at the end, if watched. Two runs with the same draws have equal ones.
     """
 
     def __init__(self, states: dict[tuple[str, str], Any]) -> None:
@@ -56,22 +57,22 @@ class Window:
 _open: list[Window] = []
 _lock = rlock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open.clear)  # of threads that a child does not have
+    os.register_at_fork(after_in_child=_open.clear)  # they belong to threads that a child does not have
 
 
 @contextmanager
 def seeded(
     device_type: str, seed: int = 0, *, leaving: frozenset[str] = frozenset(), watched: bool = False
 ) -> Generator[Window, None, None]:
-    """Seed torch (CPU and device), Python and, where loaded, NumPy; put their states back at the end.
+    """Seed torch (CPU and device), Python and, if loaded, NumPy; restore their states at the end.
 
-    NumPy counts because models use it at inference too: transformers' VITS draws its layer drop from it.
+    NumPy is included since models use it at inference, too: transformers' VITS draws its layer drop from it.
 
     Args:
-        device_type: Whose generators of torch count beside the CPU's.
-        seed: What they are seeded with.
-        leaving: Generators that are not seeded. These are put back where no other thread could have drawn.
-        watched: Whether to find out who was drawn from, and how far.
+        device_type: Device whose torch generators are seeded beside the CPU's.
+        seed: The seed.
+        leaving: Generators that are not seeded. They are restored only if no other thread could have drawn.
+        watched: Record which generators were drawn from, and their final states.
     """
     sources = _sources(device_type)
     window, begun = Window({}), {}
@@ -87,7 +88,7 @@ def seeded(
         if watched:
             begun = _digests(sources)
         yield window
-    finally:  # also of what comes between two lines of the above
+    finally:  # also for an interruption between two of these lines
         if told is not None:
             warming.reset(told)
         if begun:
@@ -98,7 +99,7 @@ def seeded(
 
 
 def _close(window: Window, sources: dict[tuple[str, str], _Source], leaving: frozenset[str]) -> None:
-    """Put back what was there before; where another thread has opened a window since, that one will."""
+    """Restore the states from before a window. If another thread has opened a later window, that one restores them."""
     with _lock:
         place = next((number for number, each in enumerate(_open) if each is window), None)
         if place is not None:
@@ -114,7 +115,7 @@ def _close(window: Window, sources: dict[tuple[str, str], _Source], leaving: fro
 
 
 def other_threads() -> bool:
-    """Whether threads run beside this one and our own, which may draw random numbers at any time."""
+    """Check for threads besides this one and this package's own, which may draw random numbers at any time."""
     current = threading.current_thread()
     return any(
         thread is not current and not thread.name.startswith("accelerate_tts") for thread in threading.enumerate()
@@ -122,7 +123,7 @@ def other_threads() -> bool:
 
 
 def _sources(device_type: str) -> dict[tuple[str, str], _Source]:
-    """The generators by name and device, those of the device only if it is in use: seeding them is never undone."""
+    """Return the generators by name and device. Those of a device are included only if it is in use."""
     import torch
 
     found = {
@@ -146,7 +147,7 @@ def _sources(device_type: str) -> dict[tuple[str, str], _Source]:
 
 
 def _digests(sources: dict[tuple[str, str], _Source]) -> dict[tuple[str, str], str]:
-    """Each generator's state, as a digest that can be compared."""
+    """Return a digest of each generator's state."""
     import hashlib
 
     def digest(state: Any) -> str:
@@ -163,10 +164,9 @@ def _bytes_of(state: Any) -> bytes:
 
 @contextmanager
 def drawing() -> Generator[set[str], None, None]:
-    """While open, note from which generators *this thread* draws, in the yielded set. It is slow, and times nothing.
+    """Collect the generators that *this thread* draws from in the yielded set while open. Slow, so not for timings.
 
-    Of `random` and `numpy.random` it sees the calls through the module: a function that was imported by itself is not
-    seen.
+    For `random` and `numpy.random`, only calls through the module are seen, not functions imported from it.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +194,7 @@ _NO_DRAWS = frozenset({"getstate", "setstate", "seed", "get_state", "set_state"}
 
 @contextmanager
 def _calls_noted(module: Any, generator: object, name: str, found: set[str]) -> Generator[None, None, None]:
-    """While open, note whether this thread calls a function of a module that draws from its generator."""
+    """Record calls by this thread of a module's functions that draw from its generator, while open."""
     mine = threading.get_ident()
     plain = {
         key: value

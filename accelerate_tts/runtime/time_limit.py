@@ -1,14 +1,13 @@
-"""A time limit on work that somebody else wrote: `within(seconds, "the warm-up", work)`, or `with time_limit(...)`.
+"""Time limits on foreign code: `within(seconds, "the warm-up", work)`, or `with time_limit(...)`.
 
-Python cannot kill a thread. What it can do is raise an exception in one, between two of its bytecodes. So a loop in
-Python is interrupted, also one that sleeps a little in each round; a single call into native code (a kernel, a long
-`sleep`, a lock, a read from a socket) is interrupted when it returns and, if it never does, never; unless somebody ends
-what it waits for (`free`). That it was not is then said in an event. Whoever waits in here for another thread or an
-event loop should wait no longer than `remaining()`.
+Python cannot kill a thread, but it can raise an exception in one between two bytecodes. A loop in Python is therefore
+interrupted, also one with short sleeps. A single call into native code (a kernel, a long `sleep`, a lock, a read from a
+socket) is interrupted only when it returns, unless `free` ends its wait. An event reports work that does not react.
+Code under a limit that waits for another thread or an event loop should wait no longer than `remaining()`.
 
-The exception must not arrive after the work has returned. Who ends a limit waits while one is being raised; one that
-was raised at the last moment and has not arrived yet is waited for and dropped; and none is raised while the limit
-itself is at work, which the thread's stack tells.
+The exception must not arrive after the work has returned. The end of a limit waits while an exception is being raised.
+An exception that was raised at the last moment is awaited and dropped. None is raised while the limit's own functions
+run, which is detected from the thread's stack.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ __all__ = ["remaining", "shield", "time_limit", "within"]
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_AGAIN = 1.0  # seconds; code that swallows every exception gets another one
-_SOON = 0.002  # seconds for which a limit that just begins or ends is left alone
-_ARRIVES = 100_000  # rounds of an empty loop, of which it takes one or two
-_DEAF = 10.0  # seconds after which it is said that the work does not hear
+_AGAIN = 1.0  # seconds between two interruptions of code that swallows exceptions
+_SOON = 0.002  # seconds until the next check of a limit that just begins or ends
+_ARRIVES = 100_000  # maximum rounds of the empty loop in which an exception arrives; one or two suffice
+_DEAF = 10.0  # seconds after which an event reports that the work does not react
 
 
 class _Interruption(BaseException):
-    """What is raised in the thread. Each limit has a class of its own, by which it knows its own again."""
+    """The exception that is raised in the thread. Each limit has a subclass of its own."""
 
     limit: weakref.ref[time_limit]
 
@@ -55,19 +54,19 @@ class _Interruption(BaseException):
 
 
 class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
-    """Interrupt the body of a `with` that takes too long. Limits may nest; each holds for its own thread.
+    """Interrupts the body of a `with` that takes too long. Limits may nest; each applies to its own thread.
 
-    `within` is safer by a hair: an interruption that comes in the very bytecode at which the body ends leaves a `with`
-    as what it is, a BaseException, and `within` as TimeLimitError.
+    `within` is slightly safer: an interruption in the last bytecode of the body leaves a `with` as a bare
+    BaseException, but `within` as TimeLimitError.
 
     Args:
-        seconds: How long the body may take; `None` is no limit; 0 or less has passed already.
-        what: What takes so long, for messages.
-        free: Called at each interruption, in the watchdog's thread: ends what the body waits for in native code, at
-            once, and says what that was, for the error; "" if there was nothing. It must not raise.
+        seconds: Time limit in seconds. `None` is no limit, and 0 or less has passed already.
+        what: Name of the work, for messages.
+        free: Called at each interruption, on the watchdog's thread. It ends the body's wait in native code at once, and
+            returns a description of that for the error, or "". It must not raise.
 
     Raises:
-        TimeLimitError: The body was interrupted. What else it raises is passed on.
+        TimeLimitError: The body was interrupted. Its other exceptions are passed on.
     """
 
     def __init__(self, seconds: float | None, what: str, free: Callable[[], str] | None = None) -> None:
@@ -102,13 +101,13 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
             raise self.error() from None
 
     def close(self) -> None:
-        """End the limit: nothing is raised any more, nor arrives. Harmless a second time."""
+        """End the limit. No exception is raised or arrives afterwards. Idempotent."""
         if self.over:
             return
-        # Without the lock: whatever arrives in here would leave it held, and every later limit deaf.
+        # Without the lock: an exception that arrives here would leave it locked, and block every later limit.
         try:
             self.over = True
-            while self.raising:  # `look` may have found it open just before
+            while self.raising:  # `look` may have read `over` just before
                 time.sleep(0)
             if self.due:
                 self._let_arrive()
@@ -116,27 +115,31 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
             _here.limit = self._outer
 
     def _let_arrive(self) -> None:
-        # It is on its way, and comes between two of these. To take it back would be simpler, but CPython (3.10, 3.11)
-        # then goes on looking for it at every bytecode, and a traced function (a debugger, coverage) never begins.
+        # The exception is pending and arrives between two of these bytecodes. Cancelling it would be simpler, but
+        # CPython (3.10, 3.11) then checks for it at every bytecode, and a traced function (a debugger, coverage) hangs.
         with suppress(self.kind):
-            for _ in range(_ARRIVES):  # an end, since that of a limit around this one may have taken its place
+            for _ in range(_ARRIVES):  # bounded, since an outer limit's exception may have replaced it
                 pass
 
     def error(self) -> TimeLimitError:
-        """What the caller is told."""
+        """Return the error for the caller."""
         return TimeLimitError(f"{self.what} did not return within {self.seconds:g} s and was interrupted", self.freed)
 
     def left(self) -> float:
-        """Seconds until it or a limit around it has passed; may be negative."""
+        """Return the seconds until this limit or an outer one passes; may be negative."""
         outer = None if self._outer is None else self._outer()
         left = self.end - time.monotonic()
         return left if outer is None else min(left, outer.left())
 
     def look(self, now: float) -> float | None:
-        """Interrupt the work if it is time to. Returns when to look again, or `None`. Under the lock."""
+        """Interrupt the work if the limit has passed. The caller holds the lock.
+
+        Returns:
+            Time of the next check, or `None` if the limit has ended.
+        """
         if now < self.end:
             return None if self.over else self.end
-        self.raising = True  # first: who ends it from here on waits
+        self.raising = True  # set first: `close` waits from here on
         try:
             if self.over:
                 return None
@@ -145,53 +148,53 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
                 return None
             if _is_shielded(frame):
                 return now + _SOON
-            if self.raised is None or self.raised() is None:  # else the last one is still on its way out
+            if self.raised is None or self.raised() is None:  # otherwise the last one is still propagating
                 self.fired = self.due = True
                 _raise_in(self.thread, self.kind)
         finally:
             self.raising = False
-        if self.free is not None:  # after the exception is on its way: it is the first thing to happen there
+        if self.free is not None:  # last, so that the exception is pending when the wait ends
             self.freed = self.free() or self.freed
         return now + _AGAIN
 
     def is_deaf(self, now: float) -> bool:
-        """Whether it is to be said, once, that nothing was heard of the interruption. Under the lock."""
+        """Check once that the work does not react to the interruption. The caller holds the lock."""
         self.told, before = self.told or (self.fired and not self.heard and now > self.end + _DEAF), self.told
         return self.told and not before and not self.over
 
 
 def within(seconds: float | None, what: str, work: Callable[[], T], free: Callable[[], str] | None = None) -> T:
-    """What `work` returns, unless that takes too long.
+    """Return the result of `work`, or interrupt it when it takes too long.
 
     Args:
-        seconds: How long it may take; `None` is no limit.
-        what: What it is, for messages.
+        seconds: Time limit in seconds; `None` is no limit.
+        what: Name of the work, for messages.
         work: The work.
         free: See `time_limit`.
 
     Raises:
-        TimeLimitError: It was interrupted.
+        TimeLimitError: The work was interrupted.
     """
     limit = time_limit(seconds, what, free)
     try:
         with limit:
             return work()
-    except _Interruption as interruption:  # it came just when the body had ended
+    except _Interruption as interruption:  # it arrived just as the body ended
         limit.close()
         if not isinstance(interruption, limit.kind):
-            raise  # of a limit around this one
+            raise  # an outer limit's exception
         raise limit.error() from None
 
 
 def remaining() -> float | None:
-    """Seconds that the limits around the caller in its thread leave it, at least 0; `None` if there are none."""
+    """Return the seconds left of the caller's limits on this thread, at least 0; `None` without a limit."""
     inner = getattr(_here, "limit", None)
     limit = None if inner is None else inner()
     return None if limit is None or limit.over else max(0.0, limit.left())
 
 
 def shield(function: F) -> F:
-    """Have no interruption come while this function runs: what it leaves half done would be broken for good."""
+    """Forbid interruptions while this function runs, since an interrupted run would leave broken state."""
     _shielded.add(function.__code__)
     return function
 
@@ -221,7 +224,7 @@ for _function in (
 ):
     shield(_function)
 
-# Limits by when to look at them. An ended one stays until its time comes: to wake the watchdog costs more.
+# Limits by the time of their next check. An ended limit stays until then, since waking the watchdog costs more.
 _bell = threading.Condition()
 _limits: list[tuple[float, int, weakref.ref[time_limit]]] = []
 _numbers = itertools.count()
@@ -261,7 +264,7 @@ def _keep_watch() -> None:
 
 
 def _looked(now: float) -> list[str]:
-    """Look at all limits whose time has come; returns what does not hear."""
+    """Check all limits that are due; return the names of work that does not react."""
     deaf: list[str] = []
     while _limits and _limits[0][0] <= now:
         limit = heapq.heappop(_limits)[2]()
@@ -274,7 +277,7 @@ def _looked(now: float) -> list[str]:
 
 
 def _after_fork() -> None:
-    # The watchdog is not in the child; its lock may have been held by it.
+    # The watchdog does not exist in the child, and may have held the lock.
     global _bell, _watchdog
     _bell, _watchdog = threading.Condition(), None
     _limits.clear()

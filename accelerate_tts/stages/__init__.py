@@ -1,7 +1,7 @@
-"""The optimisations. Each stage makes a reversible change of one part of a model.
+"""Stages: optimisations, each of which makes a reversible change of one part of a model.
 
-A new one is a file in one of these folders, or in a package of your own: a class that derives from `BaseStage` and is
-decorated with `@register_stage`. CONTRIBUTING.md has an example.
+A new stage is a class in a file of one of these folders, or in a package of your own, that derives from `BaseStage` and
+is decorated with `@register_stage`. CONTRIBUTING.md has an example.
 """
 
 from accelerate_tts.patching.change import BaseChange

@@ -1,4 +1,4 @@
-"""Defaults that most stages share. `stages/protocol.py` has the protocols."""
+"""Base class with the defaults of most stages. `stages/protocol.py` has the protocols."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["LEAST_FEW_ROWS", "BaseStage", "are_left_over"]
 
 
 LEAST_FEW_ROWS = 0.05
-"""Of less, not even twice the speed would be a gain that counts (`MARGIN`); a trial takes seconds."""
+"""Minimum share of the time. Below it, even twice the speed is less than `MARGIN`, and a trial costs seconds."""
 
 
 class BaseStage:
-    """A cheap stage without alternatives, tried on each part that takes 2 % of the time.
+    """A cheap stage without alternatives. It is tried on each part that takes at least 2 % of the time.
 
-    A class that derives from it declares where it belongs; the catalogue reads that. What a trial reads of a stage is
-    described at `Stage`.
+    Subclasses declare where they belong, which the catalogue reads. `Stage` describes the attributes that a trial
+    reads.
 
     Attributes:
-        name: The stage's name. Of a class with several variants, the name by which others refer to all of them.
-        devices: torch's names of the device types that it is for; empty for all of them.
-        precisions: The values of `Settings.precision` under which it is tried.
-        needs_compiler: Whether it is left out where torch.compile is.
-        after: Names of the stages that are tried before this one. Names that nobody has are allowed: they may belong
-            to a package that is not installed.
-        before: Names of the stages that are tried after this one. For a stage from another package; here, the later
-            stage says `after`.
+        name: Name of the stage. For a class with several variants, the name by which other stages refer to all of them.
+        devices: torch's names of the device types that it supports; empty for all.
+        precisions: Values of `Settings.precision` under which it is tried.
+        needs_compiler: True if it needs torch.compile.
+        after: Names of stages that are tried before this one. Unknown names are allowed, since they may belong to a
+            package that is not installed.
+        before: Names of stages that are tried after this one. Meant for stages of other packages; in this package, the
+            later stage declares `after`.
     """
 
     name: str = ""
@@ -55,11 +55,11 @@ class BaseStage:
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[Stage]:
-        """Make the stages of this class that are tried on `target`, in order; one without arguments if not overridden.
+        """Return the stages of this class that are tried on `target`, in order. By default one without arguments.
 
         Args:
             target: The device, the precision and the compiler's mode. `devices`, `precisions` and `needs_compiler`
-                have been looked at already.
+                are checked before.
         """
         del target
         return (cast("Stage", cls()),)
@@ -71,9 +71,9 @@ class BaseStage:
 
 
 def are_left_over(layers: list[nn.Module], module: nn.Module) -> bool:
-    """Whether layers are what is left beside fused blocks, with next to nothing of a module's weights in them.
+    """Check that layers are left over beside fused blocks and have less than `LEAST_FEW_ROWS` of a module's weights.
 
-    A layer's work is its weights times what it is given: of so little, not even twice the speed would be a gain.
+    A layer's work grows with its weights, so speeding up such layers gains nothing.
     """
     everything = sum(weight.numel() for weight in module.parameters())
     some = sum(weight.numel() for layer in layers for weight in layer.parameters())

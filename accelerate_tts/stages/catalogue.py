@@ -1,7 +1,7 @@
-"""The catalogue: which stages there are, which of them a machine wants, and in which order they are tried.
+"""Catalogue of stages: registers them, selects those for a target, and sorts them.
 
-A stage makes a *change* of a part that can be switched on and off at will. Both are cheap, so that the engine can time
-the two states in turn; what is costly (a compilation) happens once, when the change is first run.
+A stage makes a *change* of a part, which can be switched on and off. Switching is cheap, so that tuning can time the
+two states alternately. Costly work, such as a compilation, happens once, in the first run of the change.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["STAGES", "default_stages", "in_order", "register_stage"]
 
 STAGES: Registry[type[BaseStage]] = Registry("accelerate_tts.stages", "accelerate_tts.stages")
-"""The stages, by name."""
+"""Stage classes by name."""
 
 _StageClass = TypeVar("_StageClass", bound=type[BaseStage])
 
 
 def register_stage(cls: _StageClass) -> _StageClass:
-    """Add a stage to those that are tried, as a class decorator.
+    """Register a stage, as a class decorator.
 
     Args:
         cls: A subclass of `BaseStage` with a `name`, `applies(part)` and `prepare(part)`.
 
     Returns:
-        The class, as it is.
+        The class, unchanged.
 
     Raises:
-        TypeError: It is no such class.
-        ValueError: What it declares means nothing, or another stage has its name.
+        TypeError: `cls` is not such a class.
+        ValueError: A declaration is invalid, or another stage has its name.
     """
     given: Any = cls
     if not isinstance(given, type) or not issubclass(given, BaseStage):
@@ -59,15 +59,15 @@ def register_stage(cls: _StageClass) -> _StageClass:
 
 
 def default_stages(device_type: str, compile_mode: str | None, precision: Precision = "exact") -> tuple[Stage, ...]:
-    """The stages in the order in which they are tried: what comes later is built on what was kept before.
+    """Return the stages in the order of trials. Later stages build on the changes that were kept before.
 
-    A stage that cannot be made is left out, with a `NotApplied` event; so are those of other packages if they cannot be
-    put in order.
+    A stage that cannot be made is omitted with a `NotApplied` event. So are all stages of other packages if they cannot
+    be sorted.
 
     Args:
         device_type: torch's device type.
-        compile_mode: torch.compile's mode for the device, or `None` to leave out what needs a compiler.
-        precision: What may be changed.
+        compile_mode: torch.compile's mode for the device, or `None` to omit stages that need a compiler.
+        precision: Precision level.
     """
     from accelerate_tts.device.half_dtypes import half_dtypes
 
@@ -76,17 +76,17 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
     classes = STAGES.entries().values()
     try:
         order = in_order(classes)
-    except SettingsError as error:  # a stage must never cost the user the model; ours are sorted by a test
+    except SettingsError as error:  # a stage must never fail the user's load; a test sorts this package's own
         emit(NotApplied("every stage of another package", str(error)))
         order = in_order([cls for cls in classes if _is_ours(cls)])
     return tuple(stage for cls in order for stage in _variants(cls, target))
 
 
 def in_order(classes: Iterable[type[BaseStage]]) -> list[type[BaseStage]]:
-    """Sort stages by what they declare in `after` and `before`; of several that may come next, ours by name first.
+    """Sort stages by `after` and `before`, and otherwise this package's stages first, by name.
 
     Raises:
-        SettingsError: Stages that want to be tried after each other; the message names the circle.
+        SettingsError: The declarations are circular. The message names the circle.
     """
     ranked = sorted(classes, key=lambda cls: (not _is_ours(cls), cls.name))
     rank = {cls.name: number for number, cls in enumerate(ranked)}
@@ -122,6 +122,6 @@ def _variants(cls: type[BaseStage], target: Target) -> tuple[Stage, ...]:
         return ()
     try:
         return tuple(cls.variants(target))
-    except Exception as error:  # a stage must never cost the user the model
+    except Exception as error:  # a stage must never fail the user's load
         emit(NotApplied(f"the stage {cls.name}", f"{type(error).__name__}: {message_of(error)}"))
         return ()

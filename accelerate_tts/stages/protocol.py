@@ -1,4 +1,4 @@
-"""Protocols of stages and of their changes, and what stages are made for."""
+"""Protocols of stages and changes, and the target that stages are made for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Change", "Stage", "Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """What stages are made for.
+    """Target that stages are made for.
 
     Attributes:
         device: torch's name of the device type.
-        precision: What may be changed.
-        compile_mode: torch.compile's mode for the device; `None` where compiling is left out.
-        half_dtypes: The half-precision dtypes that the device computes in, best first; none under "exact".
+        precision: Precision level.
+        compile_mode: torch.compile's mode for the device; `None` if nothing is compiled.
+        half_dtypes: Half-precision dtypes that the device computes in, best first; none under "exact".
     """
 
     device: str
@@ -36,11 +36,11 @@ class Change(Protocol):
 
     @property
     def graphs(self) -> int | None:
-        """Graphs compiled so far; `None` for a change that compiles nothing."""
+        """Number of compiled graphs; `None` for a change that compiles nothing."""
         ...
 
     def on(self) -> None:
-        """Put the change in force. Idempotent."""
+        """Switch the change on. Idempotent."""
         ...
 
     def off(self) -> None:
@@ -48,7 +48,7 @@ class Change(Protocol):
         ...
 
     def seal(self) -> None:
-        """Warm-up is over: whatever has to be compiled from here on is worth an event."""
+        """End the warm-up: report later compilations as events."""
         ...
 
 
@@ -57,25 +57,25 @@ class Stage(Protocol):
 
     name: str
     least_share: float
-    """The share of the whole time that a part must take before this stage is worth trying on it."""
+    """Minimum share of the whole time that a part must take for this stage to be tried on it."""
     group: str
-    """Of the stages of one group, at most one is kept on a part: the fastest. "" for a stage without alternatives."""
+    """Group of alternatives. At most one stage of a group is kept on a part: the fastest. "" without alternatives."""
     process: bool
-    """Whether it is about the process as a whole and tried once, on the whole pass; not on each part."""
+    """True if the stage changes the process. It is tried once, on whole passes, and not on each part."""
     times: Which
-    """Of a part that is called in a loop, the calls in which its gain is looked for."""
+    """Calls that are timed, for a part that is called in a loop."""
     superseded_by: tuple[str, ...]
-    """Names of stages that do the same from fewer bytes: once one is kept on a part whose weights come from memory at
-    each step, this one has nothing to gain, and the copies that it would make are never made."""
+    """Names of stages that do the same from fewer bytes. Once one is kept on a part whose weights are read from memory
+    at each step, this stage cannot gain anything, and is not tried."""
 
     def cost_of(self, part: Part) -> float:
-        """Seconds that trying it on `part` usually takes, at least; with less of the budget left it is not begun."""
+        """Return the minimum seconds of a trial on `part`. With less of the budget left, it is not begun."""
         ...
 
     def applies(self, part: Part) -> str | None:
-        """Why the stage has nothing to do on `part`, or `None` if it may be tried."""
+        """Return the reason why the stage does not apply to `part`, or `None` if it may be tried."""
         ...
 
     def prepare(self, part: Part) -> Change:
-        """Make the change, switched off."""
+        """Make the change. It is off at first."""
         ...

@@ -1,4 +1,4 @@
-"""Digests of files and of anything else: by which algorithm, and when a file need not be read again."""
+"""Digests of files, cached by identity, and the choice of a digest algorithm."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from accelerate_tts.locks import lock
 __all__ = ["DURABLE", "FileDigests", "UnknownContentError", "fastest"]
 
 DURABLE = "sha256"
-"""hashlib's name of the algorithm for what other processes and machines read."""
+"""hashlib's name of the algorithm for digests that other processes and machines read."""
 
 _ALGORITHMS = ("sha256", "blake2b")
-# A file that was written twice within one tick of its file system's clock (2 s at worst, on FAT) shows one time.
+# Two writes within one tick of the file system's clock (2 s at worst, on FAT) give the same time.
 _SETTLED_NS = 2_000_000_000
 _FILES_KNOWN = 4096  # about a kilobyte each
 _BLOCK = 1 << 20
@@ -26,15 +26,15 @@ _SAMPLES, _SAMPLE_BYTES = 8, 64
 
 
 class UnknownContentError(TypeError):
-    """A value whose content cannot be told; the message says which, for people."""
+    """A value whose content cannot be hashed. The message names it."""
 
 
 @cache
 def fastest() -> str:
-    """What digests audio in the least time here.
+    """Return the algorithm that hashes audio fastest on this machine.
 
-    Twelve seconds of it take SHA-256 0.6 ms where the processor has instructions for that, and BLAKE2 1.6 ms; without
-    them it is the other way round. Embedding them takes 90 ms, of which a repeat should cost a hundredth.
+    Twelve seconds of audio take SHA-256 0.6 ms on processors with instructions for it, and BLAKE2 1.6 ms; without these
+    instructions BLAKE2 is faster. Embedding them takes 90 ms, and a repeated call should take a hundredth of that.
     """
     data = bytes(1 << 17)
 
@@ -47,9 +47,9 @@ def fastest() -> str:
 
 
 class FileDigests:
-    """Digests of files; one that has not changed since it was read costs a look at its times and at a sample of it.
+    """Digests of files. For an unchanged file, only its metadata and a sample are read again.
 
-    The sample is for what changes no time: a file that is written through a mapping of it in memory.
+    The sample detects writes through a memory mapping, which may not change the file's times.
     """
 
     def __init__(self) -> None:
@@ -57,18 +57,18 @@ class FileDigests:
         self._known: OrderedDict[tuple[Any, ...], tuple[bytes, str]] = OrderedDict()
 
     def digest(self, path: str, algorithm: str = DURABLE) -> str:
-        """The hex digest of a regular file's bytes.
+        """Return the hex digest of a regular file's bytes.
 
         Args:
-            path: Of the file.
-            algorithm: hashlib's name of what digests it.
+            path: Path of the file.
+            algorithm: hashlib's name of the algorithm.
 
         Raises:
-            UnknownContentError: It is a folder, a pipe or a device.
-            OSError: It cannot be read.
+            UnknownContentError: The path is a folder, a pipe or a device.
+            OSError: The file cannot be read.
         """
-        about = os.stat(path)  # noqa: PTH116 - a text that may be no path at all
-        if not stat.S_ISREG(about.st_mode):  # before it is opened: opening a pipe would wait for its other end
+        about = os.stat(path)  # noqa: PTH116 - a text that may not be a path
+        if not stat.S_ISREG(about.st_mode):  # checked before opening, since opening a pipe would block
             raise UnknownContentError(f"{path!r} is no regular file, whose content could be told")
         digest = hashlib.new(algorithm)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
@@ -85,7 +85,7 @@ class FileDigests:
                 digest.update(block)
             after = os.fstat(file.fileno())
         now = time.time_ns()
-        # Only what has long been as it is: a later change of it shows in its times for certain.
+        # Cached only if the last change is old enough that a later change must give other times.
         if _identity(path, before) == _identity(path, after) and max(after.st_mtime_ns, after.st_ctime_ns) < (
             now - _SETTLED_NS
         ):
@@ -97,7 +97,7 @@ class FileDigests:
 
 
 def _sample(file: IO[bytes], size: int) -> bytes:
-    """Bytes from all over a file; all of a small one."""
+    """Read bytes from places all over a file; all of a small file."""
     if size <= _SAMPLES * _SAMPLE_BYTES:
         return file.read(size)
     found: list[bytes] = []
@@ -108,5 +108,5 @@ def _sample(file: IO[bytes], size: int) -> bytes:
 
 
 def _identity(path: str, about: os.stat_result) -> tuple[Any, ...]:
-    # The time of the last change of the inode cannot be set by hand, unlike that of the content.
+    # Unlike the modification time, the inode's change time cannot be set by a program.
     return (path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)

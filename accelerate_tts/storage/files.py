@@ -1,4 +1,4 @@
-"""Files in a folder that others may write to: read if they are what they should be, written whole or not at all."""
+"""Files in folders that other users may write to: checked before reading, and written atomically."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = [
 
 SECRET_BYTES = 32
 TEMPORARY = ".tmp-"
-"""How the names of files begin that are being written, or were when their writer ended."""
+"""Prefix of the names of unfinished files."""
 
-_LATEST = 2**62  # ns since 1970, in the year 2116: a stamp in the far future must not push all others beyond 64 bits
+_LATEST = 2**62  # ns since 1970 (the year 2116): a time in the far future must not push others beyond 64 bits
 
 
 class BadFileError(OSError):
-    """A file is not what it should be. It is an OSError, for both have the same end: an event, and no file."""
+    """A file is of a wrong kind, owner or mode. It is an OSError, since callers handle both alike."""
 
 
 def own_folder(name: str, given: str | os.PathLike[str] | None = None) -> Path:
-    """A folder of this user's: the given one, or `accelerate_tts/NAME` in his cache folder.
+    """Return a folder of this user: the given one, or `accelerate_tts/NAME` in the user's cache folder.
 
-    A user without a home (a container's, with a number and no entry in passwd) has one in the temporary folder, with a
-    `NotApplied` event.
+    For a user without a home (a container's numeric user without a passwd entry) it is in the temporary folder, and a
+    `NotApplied` event is emitted.
     """
     try:
         if given is not None:
@@ -50,7 +50,7 @@ def own_folder(name: str, given: str | os.PathLike[str] | None = None) -> Path:
         if not base.is_absolute():
             home = Path.home()
             base = home / "AppData" / "Local" if sys.platform == "win32" else home / ".cache"
-    except RuntimeError:  # no home
+    except RuntimeError:  # the user has no home
         base = Path()
     if base.is_absolute():
         return base / "accelerate_tts" / name
@@ -67,11 +67,21 @@ def own_folder(name: str, given: str | os.PathLike[str] | None = None) -> Path:
 
 @contextmanager
 def regular(path: Path, *, follow: bool = False, private: bool = False) -> Generator[IO[bytes], None, None]:
-    """Open a regular file for reading. A symbolic link is none unless `follow`, and a pipe does not block."""
+    """Open a regular file for reading. Never blocks on a pipe.
+
+    Args:
+        path: Path of the file.
+        follow: Accept a symbolic link.
+        private: Require that the file belongs to this user, and that no other user may access it.
+
+    Raises:
+        BadFileError: The file is not regular, or not private.
+        OSError: The file cannot be opened.
+    """
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     if not follow:
         flags |= getattr(os, "O_NOFOLLOW", 0)
-        _check(path.lstat(), private)  # all that Windows has against a link; what is opened is looked at again
+        _check(path.lstat(), private)  # the only check against links on Windows; the open file is checked again
     with os.fdopen(os.open(path, flags), "rb") as file:
         _check(os.fstat(file.fileno()), private)
         yield file
@@ -81,17 +91,21 @@ def _check(about: os.stat_result, private: bool) -> None:
     if not stat.S_ISREG(about.st_mode):
         raise BadFileError("it is no regular file")
     user = getattr(os, "geteuid", None)
-    if not private or user is None:  # on Windows, the folder's own rights keep others out
+    if not private or user is None:  # on Windows, the folder's access rights protect the file
         return
     if about.st_uid != user():
         raise BadFileError(f"it belongs to user {about.st_uid}")
     mode = stat.S_IMODE(about.st_mode)
-    if mode & 0o477 != 0o400:  # noqa: PLR2004 - readable by the owner, and nothing for anybody else
+    if mode & 0o477 != 0o400:  # noqa: PLR2004 - readable by the owner, no access for others
         raise BadFileError(f"its mode is {mode:04o} and must be 0600")
 
 
 def read_secret(path: Path) -> bytes | None:
-    """The secret in this file, `None` if there is no file; `BadFileError` if others may know it or have set it."""
+    """Read the secret in a file; `None` without a file.
+
+    Raises:
+        BadFileError: Other users may have read or set the secret, or it has a wrong length.
+    """
     try:
         with regular(path, private=True) as file:
             found = file.read(SECRET_BYTES + 1)
@@ -104,7 +118,7 @@ def read_secret(path: Path) -> bytes | None:
 
 @contextmanager
 def alone(folder: Path) -> Generator[None, None, None]:
-    """Hold the folder's lock, where the platform and its file system have one: two must not replace one secret."""
+    """Hold the folder's lock, if the platform and the file system support it, so that one process makes a secret."""
     if sys.platform == "win32":  # Windows only
         yield
         return
@@ -121,7 +135,7 @@ def alone(folder: Path) -> Generator[None, None, None]:
 
 @contextmanager
 def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, None]:
-    """Write a file (mode 0600) that is on disk when its path is given, and gone afterwards unless it was renamed."""
+    """Write a file (mode 0600) to disk, yield its path, and delete it at the end unless it was renamed."""
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -136,13 +150,13 @@ def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, Non
 
 
 def touch(target: Path | int, after: int = 0) -> None:
-    """Note that a file was used now.
+    """Set a file's time of last use to now.
 
     Args:
         target: Its path or its descriptor.
-        after: When the last one was used, in ns since 1970: it is later than that, also on a clock that was set back.
+        after: Time of the previous use, in ns since 1970. The new time is later, also after the clock was set back.
     """
-    # An explicit time: the kernel's own stamp is some milliseconds coarse, which would blur who was used last.
+    # An explicit time: the kernel's own has a resolution of milliseconds, too coarse for the order of uses.
     with suppress(OSError):
         now = max(time.time_ns(), min(after, _LATEST) + 1)
         os.utime(target, ns=(now, now))

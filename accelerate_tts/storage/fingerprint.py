@@ -1,4 +1,4 @@
-"""What a warm pack is for: a digest of the model, its weights, the machine, torch and the options."""
+"""Fingerprint of a warm pack: a digest of the model, its weights, the machine, torch and the options."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def fingerprint(roots: Iterable[nn.Module], circumstances: Mapping[str, Any]) -> str:
-    """A SHA-256 hex digest that two models share only if tuning may decide the same for both.
+    """Compute a SHA-256 hex digest that two models share only if the same tuning may apply to both.
 
-    The digest decides which pack is tried, not whether it is right: that is what the comparison after it is for. So
-    what is no part of the computation stays out: `training` flags, paths, names of hooks, addresses in a `repr`.
+    The digest selects a pack; the comparison afterwards decides if the pack is right. State that does not affect the
+    computation is left out: `training` flags, paths, names of hooks, addresses in a `repr`.
 
     Args:
-        roots: The outermost modules: their classes, structure, hyper-parameters (as `repr` shows them, and the plain
-            attributes of the modules and their `config`), and the bytes of every parameter and buffer go in. About half
-            a second per gigabyte on one core. Of sparse tensors and tensor subclasses only names, types and shapes do.
-        circumstances: Whatever else counts; anything that JSON can say.
+        roots: The outermost modules. Included are their classes, structure, hyper-parameters (`repr`, and the plain
+            attributes of the modules and their `config`), and the bytes of every parameter and buffer, at about half a
+            second a gigabyte on one core. For sparse tensors and tensor subclasses, only names, types and shapes are.
+        circumstances: Further values, serialisable as JSON.
     """
     digest = hashlib.sha256(json.dumps(dict(circumstances), sort_keys=True, default=str).encode())
 
@@ -43,7 +43,7 @@ def fingerprint(roots: Iterable[nn.Module], circumstances: Mapping[str, Any]) ->
         add(_ADDRESS.sub("", repr(root)))
         add(json.dumps([(name, _name(type(module)), _options(module)) for name, module in root.named_modules()]))
         tensors = [*root.named_parameters(), *root.named_buffers()]
-        with ThreadPoolExecutor(max_workers=2) as pool:  # hashlib lets go of the interpreter's lock
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashlib releases the GIL
             for (name, tensor), content in zip(tensors, pool.map(content_digest, [t for _, t in tensors]), strict=True):
                 add(f"{name} {_about(tensor)} {tensor.layout} {tensor.device.type} {tensor.requires_grad}")
                 digest.update(content)
@@ -51,9 +51,9 @@ def fingerprint(roots: Iterable[nn.Module], circumstances: Mapping[str, Any]) ->
 
 
 def outline(value: Any) -> Any:
-    """A warm-up without its numbers, for the circumstances: a model that is tuned for another input is tuned anew.
+    """Outline a warm-up for the circumstances, so that another warm-up leads to another pack.
 
-    Of tensors only dtype and shape count, since a warm-up may draw them at random; of a callable its name and code.
+    Tensors are reduced to dtype and shape, since a warm-up may draw them at random, and callables to name and code.
     """
     if isinstance(value, Mapping):
         return {str(name): outline(item) for name, item in value.items()}
@@ -68,9 +68,9 @@ def outline(value: Any) -> Any:
 
 
 def code_of(function: Any) -> str:
-    """What a function's own code says: its instructions, names and constants, and those of the functions inside it.
+    """Return a function's bytecode, names and constants as a text, nested functions included.
 
-    "" for what has no code of Python's. What it calls is not looked into.
+    "" for a callable without Python code. Functions that it calls are not included.
     """
     code = getattr(inspect.unwrap(function), "__code__", None)
     return "" if code is None else _told(code)
@@ -82,7 +82,7 @@ def _told(code: CodeType) -> str:
 
 
 def _constant(value: object) -> str:
-    # A set's order differs in each process, as texts' hashes do.
+    # The order of a set differs in each process, since hashes of texts do.
     return f"{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
 
 
@@ -93,7 +93,7 @@ def _name(named: Any) -> str:
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """The plain values that a module and its `config` hold as attributes; a forward may read them."""
+    """Return the plain attributes of a module and its `config`, which a forward may read."""
     config = vars(module).get("config")
     holders = (vars(module), config if isinstance(config, dict) else getattr(config, "__dict__", {}))
     return {
@@ -107,13 +107,13 @@ def _options(module: nn.Module) -> dict[str, Any]:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    # Of texts only words: a path, an address or a version says where a model came from, not what it computes.
+    # Only texts that are identifiers: a path, a URL or a version does not affect the computation.
     return type(value) in {int, float, bool, type(None)} or (type(value) is str and value.isidentifier())
 
 
 def _about(tensor: Any) -> str:
     from torch.nn.parameter import is_lazy
 
-    if is_lazy(tensor):  # it raises when it is asked for its shape
+    if is_lazy(tensor):  # reading its shape raises
         return f"{tensor.dtype} of no shape yet"
     return f"{tensor.dtype} {tuple(tensor.shape)}"

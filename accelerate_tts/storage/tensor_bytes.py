@@ -1,4 +1,4 @@
-"""The bytes of a tensor's values."""
+"""Digest of a tensor's values."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["content_digest"]
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
-    """SHA-256 of a strided tensor's values in memory order; empty for other layouts, subclasses and meta tensors."""
+    """Return the SHA-256 of a strided tensor's values; empty for other layouts, subclasses and meta tensors."""
     import torch
 
     if type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} or tensor.layout is not torch.strided:
-        return b""  # a sparse or otherwise special tensor: its type is in `repr` of the modules
+        return b""  # a sparse or otherwise special tensor; the modules' `repr` shows its type
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return b""
     plain = tensor.detach().cpu()
     if plain.is_quantized:
-        plain = plain.dequantize()  # the integers alone would not tell its scale
+        plain = plain.dequantize()  # the integers alone do not include the scale
     plain = plain.contiguous()
     size = plain.numel() * plain.element_size()
     return hashlib.sha256((ctypes.c_char * size).from_address(plain.data_ptr())).digest()

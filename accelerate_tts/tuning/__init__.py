@@ -1,1 +1,1 @@
-"""What happens once, at load: warm up, capture, try, compare, time, keep or undo."""
+"""Tuning at load time: warm up, capture inputs, try stages, compare, time, keep or undo."""

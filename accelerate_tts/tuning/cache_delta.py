@@ -1,8 +1,7 @@
-"""What a call of a part computed, without what it was given.
+"""Cache deltas: the outputs of a decoder's call without the cache that it was called with.
 
-A decoder returns the cache that it was called with, one position longer: of Chatterbox's T3 a hundred megabytes, of
-which a call made half of one. A few such results to compare, of the untouched part and of each change, would be what
-tuning needs the most memory for.
+A decoder returns the cache of its input, one position longer. For Chatterbox's T3 that is a hundred megabytes, of which
+a call computes half a megabyte. Storing a few whole caches for comparison would dominate the memory of tuning.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ _PAIR = ("keys", "values")
 
 
 class Added:
-    """A cache that a call was given and has gone on with.
+    """The positions that a call added to its cache.
 
     Args:
-        tensors: What it added to each tensor of each layer, and as one more number the norm of what was there before:
-            a relative error is then that of the whole tensor.
-        kept: How far the positions that it was given are from what they were: 1 plus the largest relative error, which
-            is 1 where nothing wrote to them.
+        tensors: The added positions of each tensor of each layer, with the norm of the earlier ones appended. A
+            relative error is then that of the whole tensor.
+        kept: 1 plus the largest relative change of the earlier positions; 1 if none was written.
     """
 
     def __init__(self, tensors: list[torch.Tensor], kept: torch.Tensor) -> None:
@@ -33,40 +31,40 @@ class Added:
         self._kept = kept
 
     def compared_as(self) -> list[torch.Tensor]:
-        """What counts when results are compared; see compare.py."""
+        """Return the tensors by which results are compared; see compare.py."""
         return [*self._tensors, self._kept]
 
 
 def is_cache(value: Any) -> bool:
-    """Whether it is a key/value cache, of whichever class."""
+    """Check for a key/value cache of any class."""
     return callable(getattr(value, "get_seq_length", None))
 
 
 def settled(output: Any, given: tuple[Any, ...]) -> Any:
-    """A call's output with the cache in it, if it is the one that was given and longer now, as what was added to it.
+    """Replace the cache in a call's output by its delta, if it is an extension of the cache among the arguments.
 
     Args:
-        output: What the call returned.
-        given: Its arguments as they were before it.
+        output: The call's output.
+        given: The arguments with their content before the call.
 
     Returns:
-        An output of the same kind; `output` itself where there is no such cache.
+        An output of the same kind; `output` itself without such a cache.
     """
     before = next((tensors for value in given if (tensors := _tensors(value))), None)
     if before is None:
         return output
     if isinstance(output, Mapping):
         fields = {name: _added(value, before) for name, value in output.items()}
-        return type(output)(**fields)  # of transformers, whose fields are attributes as well
+        return type(output)(**fields)  # transformers' outputs have fields as attributes, too
     if type(output) in {tuple, list}:
         return type(output)(_added(value, before) for value in output)
     return output
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:
-    """The tensors of a cache, each with positions in its last dimension but one; none of another thing.
+    """Return the tensors of a cache, with positions in the second-last dimension; an empty list for other objects.
 
-    A cache has layers (transformers 4.54 and later), or two lists of tensors, or is a tuple of pairs of them.
+    A cache has layers (transformers 4.54 and later) or two lists of tensors, or is a tuple of pairs of tensors.
     """
     import torch
 

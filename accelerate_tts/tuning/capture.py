@@ -28,8 +28,6 @@ _MOST_OF_A_SORT = 3
 # From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
 _A_LOOP = 8
 _MOSTLY = 0.5
-# Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times over.
-_ENOUGH = 1.0
 
 Sort = tuple[tuple[int, ...], ...]
 _MOST_OUTPUTS = 64
@@ -42,10 +40,11 @@ class NotReplayableError(Exception):
 
 @dataclass
 class Captured:
-    """What was seen of one part in one pass.
+    """Calls of one part in one pass.
 
     Attributes:
         method: What is called to run the part.
+        enough: Seconds of a loop's calls that one timing needs.
         calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
         count: How often it was called.
         seconds: Wall-clock seconds inside it.
@@ -55,6 +54,7 @@ class Captured:
     """
 
     method: str = CALL
+    enough: float = 1.0
     calls: list[_Call] = field(default_factory=list)
     count: int = 0
     seconds: float = 0.0
@@ -71,16 +71,16 @@ class Captured:
         return [call.prepared(module) for call in self._chosen(which)]
 
     def outcomes(self, module: Any) -> list[Any]:
-        """What the captured calls compute: one after the other, so that there is one copy of their inputs at a time."""
+        """Outputs of the captured calls: one after the other, so that there is one copy of their inputs at a time."""
         return [settled(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls]
 
     @property
     def cached(self) -> bool:
-        """Whether it was called with a key/value cache, as a decoder in its loop is."""
+        """Tell if it was called with a key/value cache, as a decoder in its loop is."""
         return any(is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
-        """Where among the kept calls one more of a sort goes; `None` if it is not worth keeping.
+        """Index among the kept calls for one more of a sort; `None` if it is not worth keeping.
 
         A sort that comes late (a longer text, after a loop has filled all places) is given a place of the sort that
         has the most: what was never recorded is never verified.
@@ -109,7 +109,7 @@ class Captured:
             return [call for call in self.calls if call.sort != longest] or self.calls
         calls = [call for call in self.calls if call.sort == longest] or self.calls
         # The latest, where a cache has grown to its length in service.
-        return calls[-max(1, math.ceil(_ENOUGH * tally.count / tally.seconds)) :]
+        return calls[-max(1, math.ceil(self.enough * tally.count / tally.seconds)) :]
 
 
 @dataclass
@@ -171,9 +171,9 @@ class _Call:
 
 
 @contextmanager
-def watch(parts: tuple[Part, ...], device_type: str) -> Generator[dict[str, Captured], None, None]:
-    """While open, record each part's calls into the yielded mapping, by part name."""
-    seen = {part.name: Captured(part.method) for part in parts}
+def watch(parts: tuple[Part, ...], device_type: str, enough: float = 1.0) -> Generator[dict[str, Captured], None, None]:
+    """While open, record each part's calls into the yielded mapping, by part name. See `Captured.enough`."""
+    seen = {part.name: Captured(part.method, enough) for part in parts}
     with ExitStack() as stack:
         for part in parts:
             before, after = _watchers(seen[part.name], device_type)
@@ -275,7 +275,7 @@ def outputs_of(part: Part) -> Generator[list[Any], None, None]:
 
 
 def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What is to be called before and after each call of a part, to record it."""
+    """Hooks that are called before and after each call of a part, to record it."""
     starts: list[tuple[float, Sort]] = []
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Compare what a candidate computes with what the untouched model computes."""
+"""Comparison of a candidate's outputs with those of the untouched model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 
 
 # A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
-# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0036). Where
+# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0011). Where
 # the result is tokens, they are compared as well, and must be the same.
 _ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
 # What nothing reads but a head whose probabilities are compared themselves may be so many times as far off.
@@ -50,13 +50,13 @@ _BITS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What a candidate may differ by, and still count as right.
+    """Maximum difference at which a candidate counts as correct.
 
     Attributes:
-        error: The largest relative error of any tensor. Of audio it is a signal-to-noise ratio of
-            `-20 log10(error)` dB; of an embedding, a cosine to the truth of at least `1 - error ** 2 / 2`.
-        spectral: The largest log-spectral distance of audio, in dB.
-        divergence: The largest Kullback-Leibler divergence of a step's next-token distribution, in nats.
+        error: Maximum relative error of any tensor. For audio it is a signal-to-noise ratio of `-20 log10(error)` dB;
+            for an embedding, a cosine to the reference of at least `1 - error ** 2 / 2`.
+        spectral: Maximum log-spectral distance of audio, in dB.
+        divergence: Maximum Kullback-Leibler divergence of a step's next-token distribution, in nats.
     """
 
     error: float
@@ -64,25 +64,25 @@ class Tolerance:
     divergence: float = math.inf
 
     def objection(self, difference: Difference, *, depth: int = 1, read_by_a_head: bool = False) -> str:
-        """Why a difference is not tolerated, or "".
+        """Return the reason why a difference is not tolerated, or "".
 
         Args:
-            difference: What was found.
-            depth: Blocks that lie one behind the other in what was compared: each of a half-precision model rounds.
-            read_by_a_head: Whether nothing reads it but the head whose probabilities are compared.
+            difference: The difference.
+            depth: Number of consecutive blocks in the compared part. Each block of a half-precision model rounds.
+            read_by_a_head: True if only a head reads the output, whose probabilities are compared.
         """
         if difference.reason:
             return difference.reason
         deeper = math.sqrt(min(max(depth, _BLOCKS), _MOST_BLOCKS) / _BLOCKS)
-        # Exact means to rounding, whoever reads it.
+        # "exact" means to rounding, even if only a head reads the output.
         inexact = read_by_a_head and difference.divergence is not None and self.error > EXACT_TOLERANCE
         allowed = self.error * (_READ_BY_A_HEAD if inexact else 1.0)
-        # A reference in half precision is as far from the truth as its own rounding takes it, and a candidate that is
-        # right may be that far from it (triangle inequality). A relative error e of logits with a variance of s is a
-        # divergence of s * e ** 2 / 2, and logits have a variance of a few.
+        # A half-precision reference itself has a rounding error, and a correct candidate may differ from it by as much
+        # (triangle inequality). A relative error e of logits with a variance of s is a divergence of s * e ** 2 / 2,
+        # and logits have a variance of a few.
         for rounding, error in difference.errors or ((difference.rounding, difference.error),):
             limit = allowed + _ROUNDINGS * deeper * rounding
-            if not error <= limit:  # a NaN is not tolerated
+            if not error <= limit:  # NaN fails
                 return f"relative error {error:.1e}, allowed is {limit:.0e}"
         divergence = self.divergence + (_ROUNDINGS * deeper * difference.rounding) ** 2
         if difference.spectral is not None and not difference.spectral <= self.spectral:
@@ -93,33 +93,32 @@ class Tolerance:
 
 
 TOLERANCES: dict[Precision, Tolerance] = {
-    # With an error of 1e-4 only what lies 80 dB below the signal can differ at all.
+    # With an error of 1e-4, only content 80 dB below the signal can differ.
     "exact": Tolerance(EXACT_TOLERANCE, 1.0, 1e-4),
-    # 34 dB between signal and noise: more than the 8 bits of telephone speech (G.711) give, about 37 dB at best. The
-    # spectral limit of 1 dB is the one customary for transparent coding of spectral envelopes (Paliwal and Atal, 1993).
-    # 0.01 nats: of two samplers that far apart, no test tells which one a token came from more often than 54 times in
-    # 100 (Pinsker's inequality).
+    # 34 dB between signal and noise; the 8 bits of telephone speech (G.711) give about 37 dB at best. The spectral
+    # limit of 1 dB is customary for transparent coding of spectral envelopes (Paliwal and Atal, 1993). 0.01 nats: no
+    # test can tell which of two such samplers a token came from more often than 54 times in 100 (Pinsker's inequality).
     "balanced": Tolerance(0.02, 1.0, 0.01),
-    # 28 dB, and a cosine of 0.9992 for an embedding; a distance that careful listeners begin to hear.
-    # 0.05 nats: 58 times in 100, likewise.
+    # 28 dB, and a cosine of 0.9992 for an embedding; careful listeners begin to hear such a distance. 0.05 nats: 58
+    # times in 100.
     "fast": Tolerance(0.04, 2.0, 0.05),
 }
-"""The tolerance of each `precision=`."""
+"""Tolerances by precision level."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far apart two results are.
+    """Difference of two results.
 
     Attributes:
-        error: The largest relative error of any tensor: ||candidate - reference|| / ||reference||, in float64.
-            0.0 is bit for bit; infinite where they cannot be compared.
-        reason: What cannot be compared, or "".
-        spectral: The largest log-spectral distance of what looks like audio, in dB; `None` if nothing does.
-        rounding: The rounding step of the coarsest half-precision dtype among the tensors; 0.0 where there is none.
-        divergence: Of a decoder with a known head, the largest divergence of a step (divergence.py), in nats.
-        errors: For each rounding step among the tensors (0.0: fp32 and wider), the largest relative error of those
-            that have it. What a half-precision tensor may differ by is nothing for the fp32 one beside it.
+        error: Largest relative error of any tensor, ||candidate - reference|| / ||reference|| in float64. 0.0 is
+            bit-exact; infinite if they cannot be compared.
+        reason: Reason why they cannot be compared, or "".
+        spectral: Largest log-spectral distance of tensors that look like audio, in dB; `None` if none does.
+        rounding: Rounding step of the coarsest half-precision dtype among the tensors; 0.0 without one.
+        divergence: Largest divergence of a step (kl_divergence.py) of a decoder with a known head, in nats.
+        errors: Largest relative error of the tensors of each rounding step (0.0 for fp32 and wider), since
+            half-precision tensors have another limit than fp32 tensors.
     """
 
     error: float
@@ -131,18 +130,17 @@ class Difference:
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio in dB, infinite for bit-exact results."""
+        """Signal-to-noise ratio in dB, infinite for bit-exact results."""
         return math.inf if self.error == 0.0 else -20.0 * math.log10(self.error)
 
 
 def compare(reference: Any, candidate: Any) -> Difference:
     """Compare two results of the same call: every tensor, array and byte string in them, in order.
 
-    Floating-point tensors are compared by relative error in float64, and so are samples of 16 bits, of which half a
-    step is forgiven: a waveform that is right to 1e-6 rounds to another integer now and then. All others must be equal.
-    A different number of
-    tensors, shape, dtype or memory layout, or a NaN where the reference has none, is an infinite error with its reason.
-    So is a result in which nothing can be compared: what was not checked does not count as right.
+    Floating-point tensors are compared by relative error in float64. So are 16-bit samples, with half a step of
+    tolerance, since a waveform that is correct to 1e-6 occasionally rounds to another integer. All others must be
+    equal. A different number of tensors, shape, dtype or memory layout, or a NaN that the reference does not have, is
+    an infinite error with its reason. So is a result without anything to compare.
     """
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if len(left) != len(right):
@@ -154,7 +152,7 @@ def compare(reference: Any, candidate: Any) -> Difference:
     for a, b in zip(left, right, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
-        if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail on it
+        if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail
             return Difference(math.inf, "a different memory layout")
         rounding = _rounding(a.dtype)
         error = _error(*_as_waves(a, b)) if _is_pcm(a) else _error(a, b)
@@ -173,24 +171,23 @@ def _rounding(dtype: Any) -> float:
 
 
 def spectral_distance(reference: Any, candidate: Any) -> float:
-    """The log-spectral distance of two waveforms, in dB.
+    """Compute the log-spectral distance of two waveforms, in dB.
 
     Args:
         reference: Audio of shape (..., samples), of any real floating dtype.
-        candidate: The same shape.
+        candidate: Audio of the same shape.
 
     Returns:
-        The root mean square, over the bins of a frame, of the difference of the power spectra in dB; the mean of that
-        over frames of 1024 samples (Hann, half overlapping). What lies more than 60 dB below the strongest bin of the
-        reference counts as if it lay there: nobody hears it beside the rest. 0.0 for two silences; infinite where
-        a sample of either is not finite.
+        The root mean square over frequency bins of the difference of the power spectra in dB, averaged over frames of
+        1024 samples (Hann window, half overlapping). Bins are clamped to 60 dB below the strongest bin of the
+        reference, since weaker ones are inaudible. 0.0 for two silences; infinite if a sample is not finite.
     """
     import torch
 
     with torch.inference_mode():
         a, b = (_power(wave.detach().cpu().to(torch.float64)) for wave in (reference, candidate))
         floor = float(a.max()) * 10 ** (-_AUDIBLE / 10)
-        if floor == 0.0:  # the reference is silent: as far apart as the candidate is loud
+        if floor == 0.0:  # the reference is silent
             return 0.0 if float(b.max()) == 0.0 else math.inf
         decibels = 10 * (torch.log10(a.clamp_min(floor)) - torch.log10(b.clamp_min(floor)))
         distance = float(decibels.square().mean(-2).sqrt().mean())
@@ -217,24 +214,24 @@ def _is_pcm(tensor: Any) -> bool:
 
 
 def _is_long(tensor: Any) -> bool:
-    # At least a few frames of one or two channels, in a small batch; hidden states are wide in more than one dimension.
+    # A few frames of one or two channels, in a small batch; hidden states are wide in more than one dimension.
     if tensor.numel() == 0 or tensor.dim() == 0 or tensor.shape[-1] < _LEAST_SAMPLES:
         return False
     return bool(tensor.numel() // tensor.shape[-1] <= _MOST_CHANNELS)
 
 
 def _as_waves(reference: Any, candidate: Any) -> tuple[Any, Any]:
-    """Two lots of 16-bit samples as waveforms; of each difference half a step is left out."""
+    """Convert 16-bit samples to waveforms, and reduce each difference by half a step."""
     a, b = reference.double(), candidate.double()
     difference = b - a
     return a, a + difference.sign() * (difference.abs() - 0.5).clamp_min(0.0)
 
 
 def tensors_of(value: Any) -> Iterator[Any]:
-    """Every tensor in a result, in a fixed order: in containers, dataclasses and plain objects.
+    """Yield every tensor in a result in a fixed order, from containers, dataclasses and plain objects.
 
-    NumPy arrays, byte strings, and lists of nothing but numbers count as tensors: of whole numbers (tokens) as int64,
-    of others (audio in other clothes) as float64. A WAV file of 16 bits is its samples and its header.
+    NumPy arrays, byte strings and lists of numbers count as tensors: lists of integers (tokens) as int64, other lists
+    (audio) as float64. A 16-bit WAV file gives its samples and its header.
     """
     yield from _tensors(value, set())
 
@@ -257,7 +254,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
             yield torch.as_tensor(value)
     elif id(value) not in seen:
         seen.add(id(value))
-        if hasattr(type(value), "compared_as"):  # one of our own objects, which stands for something of upstream's
+        if hasattr(type(value), "compared_as"):  # an object of this package that replaces one of upstream's
             value = value.compared_as()
         if isinstance(value, (tuple, list)) and value and all(isinstance(item, (int, float)) for item in value):
             whole = all(isinstance(item, int) and -(2**63) <= item < 2**63 for item in value)
@@ -299,10 +296,10 @@ def _error(reference: Any, candidate: Any) -> float:
         if reference.numel() == 0:
             return 0.0
         wide = torch.complex128 if reference.is_complex() else torch.float64
-        # MPS has no float64, so the comparison is always made on the CPU.
+        # Always on the CPU, since MPS has no float64.
         a, b = reference.detach().cpu().to(wide), candidate.detach().cpu().to(wide)
         finite = torch.isfinite(a)
-        # NaN and infinity agree with their own kind only; an infinity with its sign.
+        # NaN must match NaN, and an infinity one of the same sign.
         if not torch.equal(finite, torch.isfinite(b)) or not torch.equal(a.isnan(), b.isnan()):
             return math.inf
         infinite = a.isinf()

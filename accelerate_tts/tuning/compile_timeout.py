@@ -1,7 +1,7 @@
-"""C++ compilers that do not return: an interruption ends them, since Python cannot leave the call that waits for one.
+"""Time limits on work that compiles: a hanging C++ compiler is killed, since Python cannot interrupt a wait for it.
 
-`torch.compile` has inductor start a compiler, and waits for it in native code.
-One that hangs (a licence server, a dead network drive, a sick wrapper script) would hold a load for ever.
+inductor starts a compiler and waits for it in native code. A compiler that hangs (for a licence server, a dead network
+drive or a broken wrapper script) would block a load forever.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ __all__ = ["compiling_within"]
 
 T = TypeVar("T")
 
-_DRAINED = 5.0  # seconds that what is queued behind a hanging compiler may take to come to its own, and to its end
+_DRAINED = 5.0  # maximum seconds in which compilations queued behind a hanging compiler are stopped
 _MOMENT = 0.02
 
 
 def compiling_within(seconds: float | None, what: str, work: Callable[[], T]) -> T:
-    """`watchdog.within` for work that may compile: what it then waits for is stopped.
+    """Run `time_limit.within` for work that may compile, and stop the compilers that it waits for.
 
-    Stopped is what inductor's own code has started since, for this thread or in its pool of threads, and waits for;
-    with its descendants. No other child of this process is: how inductor's are known is by the stack of the thread that
-    waits.
+    Compilers that inductor has started since for this thread, or in its thread pool, are killed with their descendants.
+    They are identified by the stack of the waiting thread; no other child process is touched.
 
     Raises:
-        TimeLimitError: The work was interrupted; the message names the compilers that were stopped.
+        TimeLimitError: The work was interrupted. The message names the stopped compilers.
     """
     compilers = _Compilers()
     try:
@@ -47,14 +46,14 @@ def compiling_within(seconds: float | None, what: str, work: Callable[[], T]) ->
 
 
 class _Compilers:
-    """The compilers that are started from now on for this thread."""
+    """Compilers that are started for this thread after the construction of this object."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
         self._before = {process.pid for process in self._waited_for() if process is not None}
 
     def stop(self) -> str:
-        """Stop what is there now; says what that was, or ""."""
+        """Stop the running compilers; return a clause that names them, or ""."""
         stopped: list[str] = []
         for process in self._waited_for():
             if process is not None and process.pid not in self._before:
@@ -63,19 +62,19 @@ class _Compilers:
         return f"its compiler ({', '.join(sorted(set(stopped)))}) did not return and was stopped" if stopped else ""
 
     def drain(self) -> None:
-        """Stop what its pool of threads had still to do; the next compilation would have to wait for it."""
+        """Stop the queued compilations of the thread pool, which would delay the next one."""
         end = time.monotonic() + _DRAINED
         while list(self._waited_for()) and time.monotonic() < end:
             self.stop()
             time.sleep(_MOMENT)
 
     def _waited_for(self) -> Iterator[subprocess.Popen[bytes] | None]:
-        """For each thread in which inductor compiles: the process that it waits for, or `None` just now."""
+        """Yield, for each thread in which inductor compiles, the process that it waits for, or `None`."""
         if "torch._inductor" not in sys.modules:
             return
         for thread, frame in sys._current_frames().items():
             modules, process = _stack(frame)
-            # A user's own torch.compile in a thread of his comes to inductor by way of dynamo; its pool does not.
+            # A user's torch.compile on another thread has dynamo on its stack; inductor's pool does not.
             is_pool = any(name == "torch._inductor.codecache" for name in modules) and not any(
                 name.startswith("torch._dynamo") for name in modules
             )
@@ -84,7 +83,7 @@ class _Compilers:
 
 
 def _stack(frame: FrameType | None) -> tuple[set[str], subprocess.Popen[bytes] | None]:
-    """The modules on a thread's stack, and the process that inductor waits for there."""
+    """Return the modules on a thread's stack, and the process that inductor waits for there."""
     modules: set[str] = set()
     waiting: subprocess.Popen[bytes] | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -94,7 +93,7 @@ def _stack(frame: FrameType | None) -> tuple[set[str], subprocess.Popen[bytes] |
         modules.add(name)
         if caller and name == subprocess.__name__:
             found = frame.f_locals.get("self")
-            # Without a number it is only about to be started.
+            # Without a pid it is not started yet.
             if isinstance(found, subprocess.Popen) and getattr(found, "pid", None):
                 waiting = found
         elif caller and waiting is not None:
@@ -112,7 +111,7 @@ def _name(process: subprocess.Popen[bytes]) -> str:
 def _kill(pid: int) -> None:
     import psutil
 
-    with suppress(psutil.Error):  # it has come to its end meanwhile
+    with suppress(psutil.Error):  # it may have ended
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with suppress(psutil.Error):

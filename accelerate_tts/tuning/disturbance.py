@@ -2,7 +2,7 @@
 
 Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
 layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
-one (docs/decisions/0046-busy-machines.md). So tuning asks before it believes a figure.
+one (docs/decisions/0014-tuning-budget-and-noise.md). So tuning asks before it believes a figure.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["QUIET", "Disturbance", "Machine", "ThisMachine", "Watcher", "Window", "between", "one_thread"]
 
 _LIMIT = 0.1
-# A pair of timings counts as undisturbed if its threads waited for less than this share of its time.
+# A timing counts as undisturbed if its threads waited for less than this share of it.
 _CLEAN = 0.05
-# A probe that takes this many times as long as the fastest one did says that somebody uses the memory, too.
+# A probe that takes this many times as long as the fastest one shows that other programs use the memory.
 _SLOWER = 1.5
 _LOOK = 0.25
 _PROBES, _FLOATS, _WIDTH = 3, 4 << 20, 256
@@ -32,12 +32,12 @@ _PROBES, _FLOATS, _WIDTH = 3, 4 << 20, 256
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What others took meanwhile.
+    """Disturbance during a period.
 
     Attributes:
-        share: Of the processor time that the work could have had, what it did not get; 0.0 is a quiet machine.
-        why: Who took it, in words; "" for nobody.
-        waits: Whether it shows in the time that threads wait for a processor. What a hypervisor takes does not.
+        share: Share of the available processor time that the work did not get; 0.0 on a quiet machine.
+        why: The cause in words; "" without one.
+        waits: True if it shows in the time that threads wait for a processor. Time taken by a hypervisor does not.
     """
 
     share: float = 0.0
@@ -46,7 +46,7 @@ class Disturbance:
 
     @property
     def quiet(self) -> bool:
-        """Whether figures of that time can be believed."""
+        """True if timings of that period are reliable."""
         return self.share <= _LIMIT
 
 
@@ -54,22 +54,22 @@ QUIET = Disturbance()
 
 
 class Machine(Protocol):
-    """What a `Watcher` asks. Tests have one that says what they want."""
+    """Measurements that a `Watcher` needs. Tests implement it with fixed values."""
 
     def usage(self) -> Usage:
-        """The counters of this moment."""
+        """Read the counters."""
         ...
 
     def waited(self) -> float | None:
-        """`Usage.waited` alone, which is asked around each timing."""
+        """Read `Usage.waited` alone, which is needed around each timing."""
         ...
 
     def probe(self) -> float:
-        """Seconds that a fixed piece of memory reading and arithmetic takes at this moment, at best."""
+        """Return the best seconds of a fixed piece of memory reads and arithmetic."""
         ...
 
     def sleep(self, seconds: float) -> None:
-        """Let others work."""
+        """Sleep."""
         ...
 
 
@@ -110,7 +110,7 @@ class ThisMachine:
 
 @contextmanager
 def one_thread() -> Generator[None, None, None]:
-    """Let torch compute in one thread, which waits for nobody: its processor time is hardly longer for others' work."""
+    """Let torch compute on one thread while open. Its processor time hardly depends on other programs."""
     import torch
 
     threads = torch.get_num_threads()
@@ -122,12 +122,12 @@ def one_thread() -> Generator[None, None, None]:
 
 
 def between(first: Usage, second: Usage, team: int) -> Disturbance:
-    """What others took between two readings of what a team of threads could have had.
+    """Compute the disturbance of a team of threads between two readings.
 
     Args:
         first: The earlier reading.
-        second: The later one.
-        team: How many processors the work wants at a time.
+        second: The later reading.
+        team: Number of processors that the work uses at a time.
     """
     wall = max(second.at - first.at, 1e-9)
     could = wall * min(team, first.processors)
@@ -135,10 +135,10 @@ def between(first: Usage, second: Usage, team: int) -> Disturbance:
     if first.busy is not None and second.busy is not None:
         others = max(0.0, second.busy - first.busy - (second.own - first.own))
         spare = wall * (first.processors - min(team, first.processors))
-        blur = TICK * min(team, first.processors)  # more than the ticks allow to say is not said
+        blur = TICK * min(team, first.processors)  # resolution of the counters
         taken = max(0.0, others - spare - blur)
         if first.waited is not None and second.waited is not None:
-            # The kernel knows to the nanosecond. It counts threads of this process that are in each other's way, too.
+            # The kernel counts in nanoseconds, and includes threads of this process that block each other.
             held = max(0.0, second.waited - first.waited)
             taken = max(taken, held) if others > blur and second.own > first.own else taken
         parts.append((taken, f"other processes used {others / wall:.1f} of {first.processors} processors", True))
@@ -157,21 +157,21 @@ def between(first: Usage, second: Usage, team: int) -> Disturbance:
 
 @dataclass
 class Window:
-    """A time that was watched; `disturbance` is known once it is over."""
+    """A watched period. `disturbance` is set at its end."""
 
     disturbance: Disturbance = QUIET
 
 
 @dataclass
 class Watcher:
-    """Watches one tuning, or one run of the bench.
+    """Watches for disturbances during one tuning, or one run of the bench.
 
     Attributes:
-        machine: Who is asked.
-        team: Processors that the work wants at a time.
-        patience: Seconds that may still be waited for a quiet machine.
-        worst: The most that was seen.
-        waited: Seconds that were waited.
+        machine: Source of the measurements.
+        team: Number of processors that the work uses at a time.
+        patience: Seconds left for waiting for a quiet machine.
+        worst: The largest disturbance so far.
+        waited: Seconds waited so far.
     """
 
     machine: Machine
@@ -183,7 +183,7 @@ class Watcher:
 
     @contextmanager
     def window(self) -> Generator[Window, None, None]:
-        """Watch what is done while it is open."""
+        """Watch the work while open."""
         window = Window()
         before, first = self.probe(), self.machine.usage()
         try:
@@ -198,13 +198,13 @@ class Watcher:
                 self.worst = found
 
     def probe(self) -> float:
-        """Seconds of a probe now; the best of all is what later ones are compared with."""
+        """Run a probe and return its seconds. Later probes are compared with the best one."""
         seconds = self.machine.probe()
         self._best = min(self._best, seconds)
         return seconds
 
     def clean(self) -> Callable[[], bool]:
-        """Begin one short timing; returns what says at its end whether its threads had their processors throughout."""
+        """Begin a short timing; return a function that checks at its end that it was not disturbed."""
         first, start = self.machine.waited(), time.perf_counter()
 
         def ended() -> bool:
@@ -214,19 +214,19 @@ class Watcher:
         return ended
 
     def believes(self, timing: Timing, found: Disturbance) -> bool:
-        """Whether a comparison can be believed though others were at work meanwhile: none of its pairs was touched."""
+        """Check that a comparison is reliable: the machine was quiet, or none of its pairs was disturbed."""
         return found.quiet or (found.waits and timing.clean and self.machine.waited() is not None)
 
     def look(self) -> Disturbance:
-        """What others take while this process waits for a quarter of a second."""
+        """Measure the disturbance for a quarter of a second, while this process sleeps."""
         first = self.machine.usage()
         self.machine.sleep(_LOOK)
         return between(first, self.machine.usage(), self.team)
 
     def wait(self) -> bool:
-        """Wait until the machine is quiet, as far as there is patience for it; returns whether it is.
+        """Wait until the machine is quiet, while there is patience; return True if it is.
 
-        Patience is for the whole tuning: a machine that is always busy is waited for once.
+        The patience is for the whole tuning, so an always busy machine is waited for once.
         """
         while True:
             found = self.look()

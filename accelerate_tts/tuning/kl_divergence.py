@@ -1,7 +1,7 @@
-"""How far the next token's probabilities are from the untouched model's: what counts of a decoder that samples.
+"""Divergence of next-token probabilities from those of the untouched model, for decoders that sample.
 
-A sampled sequence says little about a decoder whose weights were rounded: one token of three hundred that falls the
-other way gives other speech of the same quality. So each step is compared by itself, given the same past.
+A sampled sequence says little about a decoder with rounded weights: one different token of three hundred gives other
+speech of the same quality. Each step is therefore compared by itself, given the same past.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ __all__ = ["divergence", "head_of"]
 
 
 def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> float | None:
-    """The largest Kullback-Leibler divergence of a step's next-token distribution, KL(reference || candidate), in nats.
+    """Compute the largest Kullback-Leibler divergence of next-token distributions, KL(reference || candidate), in nats.
 
     Args:
-        reference: What the untouched decoder returned for each call: something with `logits` of shape (rows,
-            positions, vocabulary) and perhaps `audio_logits` of shape (frames, codebooks, vocabulary), or with
-            `last_hidden_state` of shape (rows, positions, width), for which a `head` is needed.
-        candidate: The same of the changed one.
-        head: What makes logits of hidden states.
+        reference: Outputs of the untouched decoder's calls. They have `logits` of shape (batch, positions, vocabulary)
+            and perhaps `audio_logits` of shape (frames, codebooks, vocabulary), or `last_hidden_state` of shape (batch,
+            positions, width), which needs a `head`.
+        candidate: Outputs of the changed decoder.
+        head: Output head that computes logits from hidden states.
 
     Returns:
-        The largest over calls and rows, at the last position, which is what a loop samples from (with guidance, also of
-        the guided distribution); `None` where the results are not a decoder's, infinite where one is not finite.
+        The largest divergence over calls and the batch at the last position, which a loop samples from; with guidance,
+        also of the guided distribution. `None` if the outputs are not a decoder's, infinite if one is not finite.
     """
     import torch
 
     worst: float | None = None
     with torch.inference_mode():
         for left, right in _pairs(reference, candidate, head):
-            # Where the reference gives no probability at all (a masked token), there is nothing to lose.
+            # A token without probability in the reference (a masked one) contributes nothing.
             each = torch.where(left.isneginf(), 0.0, left.exp() * (left - right)).sum(-1)
             value = float(each.max())
             value = max(value, 0.0) if math.isfinite(value) else math.inf
@@ -48,10 +48,10 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
 
 
 def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
-    """The head of a decoder inside a model of transformers' kind, which tells it by `get_output_embeddings()`.
+    """Return the head of a decoder inside a transformers model, by `get_output_embeddings()`; `None` without one.
 
-    Of all models around the decoder, the innermost counts that has a head, or generates by itself: the depth decoder of
-    CSM lies inside a model with a head, which is not its own. A head of another width than the decoder's is none.
+    The innermost model around the decoder that has a head, or can generate, decides: CSM's depth decoder lies inside
+    another model with a head that is not its own. A head of another width than the decoder's does not count.
     """
     around: dict[int, list[Any]] = {}
     for root in roots:
@@ -73,20 +73,20 @@ def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
 def _own_head(owner: Any) -> nn.Module | None:
     try:
         head: nn.Module | None = owner.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # transformers' way of saying that it has none
+    except (AttributeError, NotImplementedError):  # raised by transformers if there is no head
         return None
     return head
 
 
 def _reads(head: Any, decoder: Any) -> bool:
-    """Whether a head is as wide as a decoder's hidden states, as far as either tells."""
+    """Check that a head has the width of a decoder's hidden states, if both widths are known."""
     width = getattr(getattr(decoder, "config", None), "hidden_size", None)
     inputs = getattr(head, "in_features", None)
     return width is None or inputs is None or bool(width == inputs)
 
 
 def _pairs(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> Iterator[tuple[Any, Any]]:
-    """Log-probabilities of the same steps. A model that speaks may write text as well, and is held to both."""
+    """Yield pairs of log-probabilities of the same steps, of sound and of text tokens."""
     for a, b in zip(reference, candidate, strict=False):
         for log_probabilities in (_of_sound, partial(_of_tokens, head=head)):
             left, right = log_probabilities(a), log_probabilities(b)
@@ -95,7 +95,7 @@ def _pairs(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None
 
 
 def _of_sound(output: Any) -> Any:
-    """Of boson-multimodal's Higgs Audio: a distribution of each codebook for each frame, none while it writes text."""
+    """Return log-probabilities of boson-multimodal's Higgs Audio for each frame and codebook; `None` for text steps."""
     import torch
 
     logits: Any = getattr(output, "audio_logits", None)
@@ -113,7 +113,7 @@ def _of_tokens(output: Any, head: Head | None) -> Any:
         if head is None or not _has_steps(hidden):
             return None
         logits = head(hidden[:, -1:])
-    # float64 of float32 logits: the divergence of a rounding is a difference of numbers that nearly agree.
+    # float64, since the divergence of rounding errors is a difference of nearly equal numbers.
     last = logits[:, -1].detach().to("cpu", torch.float64)
     if head is not None and head.guidance is not None and len(last) % 2 == 0:
         conditioned, unconditioned = last.chunk(2)

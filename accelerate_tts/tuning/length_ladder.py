@@ -1,4 +1,4 @@
-"""A warm-up at other lengths: the ladder that `lengths=` stands for, and an input of a given length made from one."""
+"""Warm-up at other lengths: the ladder of lengths for `lengths=`, and resizing of inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["LONGEST", "at_length", "first_tensor", "ladder"]
 
 LONGEST = 10_000_000
-"""The longest length that can be asked for, since the warm-up makes it: seven minutes of samples at 24 kHz."""
+"""Maximum length, since the warm-up makes an input of it: seven minutes of samples at 24 kHz."""
 
 # A compiled graph is valid for a range of lengths: oneDNN's convolutions change their kernel at powers of two, and
-# dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0003-compiled-calls.md).
+# dynamo's size guards follow. Steps of less than two leave no range out (docs/decisions/0004-compiling.md).
 _STEP = 1.9
 
 
 def ladder(lengths: tuple[int, int]) -> tuple[int, ...]:
-    """Lengths from the shortest to the longest, both included, each less than twice the one before (2 follows 1)."""
+    """Return lengths from the shortest to the longest, inclusive, each less than twice the previous (2 follows 1)."""
     rung, longest = lengths
     rungs = [rung]
     while rung < longest:
@@ -31,13 +31,13 @@ def ladder(lengths: tuple[int, int]) -> tuple[int, ...]:
 
 
 def at_length(item: Any, length: int) -> Any:
-    """A text, a tensor, or a tuple or mapping of arguments, made `length` long.
+    """Resize a text, a tensor, or a tuple or mapping of arguments to a length.
 
-    A text is repeated and cut to that many characters. Of tensors it is the last dimension of the first one, and every
-    dimension of the others that has the same size (a mask's, say); their values are repeated.
+    A text is repeated and cut to that many characters. For tensors, the last dimension of the first one is the length,
+    and every dimension of the others with the same size (a mask's, for example) is resized, too. Values are repeated.
 
     Raises:
-        WarmupError: There is no tensor in it.
+        WarmupError: There is no tensor among the arguments.
     """
     if isinstance(item, str):
         text = f"{item.strip()} "
@@ -51,7 +51,7 @@ def at_length(item: Any, length: int) -> Any:
 
 
 def first_tensor(item: Any) -> torch.Tensor:
-    """The tensor of an argument, or of a tuple or mapping of arguments, whose last dimension is the length.
+    """Return the first tensor of an argument, tuple or mapping of arguments. Its last dimension is the length.
 
     Raises:
         WarmupError: There is none.
@@ -71,7 +71,7 @@ def _resized(value: Any, first: torch.Tensor, length: int) -> Any:
     tensor: torch.Tensor = value
     before, last = first.shape[-1], tensor.dim() - 1
     for dimension, size in enumerate(tensor.shape):
-        # As many channels, or items of a batch, as the input is long are no lengths.
+        # The first dimension is a batch, even if it has the size of the length.
         same = size == before and not (dimension == 0 and last > 0)
         if dimension == last if value is first else same:
             tensor = tensor.index_select(dimension, torch.arange(length, device=tensor.device) % size)

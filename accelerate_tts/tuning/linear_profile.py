@@ -1,4 +1,4 @@
-"""How much of a part's linear work is done for a few rows at a time, as of tokens, and how much for many."""
+"""Profile of linear layers: the share of their work with few rows, as in decode steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 __all__ = ["FEW", "LinearWork", "linear_work"]
 
 FEW = 8
-"""Rows up to which reading a weight from memory takes longer than multiplying with it.
+"""Maximum rows for which reading a weight from memory takes longer than multiplying with it.
 
-At 40 GB/s and 175 GFLOP/s, as measured on two cores with AVX-512, the two take the same time at nine rows.
+At 40 GB/s and 175 GFLOP/s, as measured on two cores with AVX-512, both take the same time at nine rows.
 """
 
 
 class LinearWork:
-    """The work of each module with a matrix for a weight, in readings of its weights."""
+    """Work of each module with a matrix as its weight, in units of one read of the weight."""
 
     def __init__(self) -> None:
         self._few: dict[int, float] = defaultdict(float)
         self._all: dict[int, float] = defaultdict(float)
 
     def note(self, module: Any, args: tuple[Any, ...]) -> None:
-        """A forward pre-hook."""
+        """Record a call; used as a forward pre-hook."""
         import torch
 
         x = args[0] if args else None
@@ -41,7 +41,7 @@ class LinearWork:
             self._few[id(module)] += work
 
     def share_of_few(self, part: nn.Module) -> float:
-        """Which share of a module's linear work, from 0.0 to 1.0, has few rows; 1.0 where none was seen."""
+        """Return the share of a module's linear work with few rows, 0.0 to 1.0; 1.0 without any linear work."""
         numbers = {id(module) for module in part.modules()}
         everything = sum(self._all[number] for number in numbers & self._all.keys())
         return sum(self._few[number] for number in numbers & self._few.keys()) / everything if everything else 1.0
@@ -49,7 +49,7 @@ class LinearWork:
 
 @contextmanager
 def linear_work(roots: tuple[nn.Module, ...]) -> Generator[LinearWork, None, None]:
-    """While open, note the linear work of every module inside `roots`."""
+    """Record the linear work of every module inside `roots` while open."""
     work = LinearWork()
     modules = {inner for root in roots for inner in root.modules() if _has_a_matrix(inner)}
     handles = [module.register_forward_pre_hook(work.note) for module in modules]

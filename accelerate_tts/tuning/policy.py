@@ -1,4 +1,4 @@
-"""How tuning decides, as data: its clock, its margins, how often it looks, what it waits for."""
+"""Policy of tuning, as data: its clock, its margins, how often it looks, what it waits for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.tuning.disturbance import Machine, ThisMachine
-from accelerate_tts.tuning.timing import Timing, compare_speed
+from accelerate_tts.tuning.timing import Timing, compare_speed, time_once
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -26,11 +26,12 @@ OVER_BUDGET = "the tuning budget"
 
 @dataclass(frozen=True)
 class TuningPolicy:
-    """How tuning decides. Immutable; tests and benchmarks give another one with `tuning_policy`.
+    """Rules by which tuning decides. Immutable; tests and benchmarks give others with `tuning_policy`.
 
     Attributes:
         clock: Seconds, for budgets and single looks.
         compare: Times two states of the same work in turn; `compare_speed`.
+        look: Times one run of a piece of work; `time_once`.
         machine: Makes what tells how disturbed the machine is.
         unworthy: Asked in place of the usual reasons not to begin a stage on a part; `None` for those.
         margin: A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a
@@ -62,10 +63,24 @@ class TuningPolicy:
             to gain something.
         thorough: A budget from which it is tried without hope, too.
         patience: Seconds that one tuning waits, in all, for a machine to become quiet.
+        enough: Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times
+            over.
+        first_passes: Passes of a budget that two at the start leave room for: to try something, and to check the
+            whole.
+        unknown_gain: What a stage is hoped to gain of which nobody knows anything.
+        comparisons: Comparisons of speeds on a machine that says that it is quiet, and is disturbed meanwhile.
+        whole_passes: Passes that the check of the whole takes at least: does the output repeat, is it right, and a
+            pair for its time.
+        total_pairs: Pairs of passes for the total, most first: those are run that fit into what is left of the budget.
+            The last number is always run, but only from the first one on is its verdict one of 95 %.
+        worst_total: What a verdict of fewer pairs must find before all is undone: so much is no noise of two passes.
+        other_lengths: Another sampled sequence of the same speech is at most so many times as long, or as short;
+        other_loudness: and at most so many times as loud, or as quiet. A broken one is not.
     """
 
     clock: Callable[[], float] = time.perf_counter
     compare: Callable[..., Timing] = compare_speed
+    look: Callable[..., float] = time_once
     machine: Callable[[], Machine] = ThisMachine
     unworthy: Callable[[Any, Part, Stage], str | None] | None = None
     margin: float = 1.02
@@ -89,6 +104,15 @@ class TuningPolicy:
     costly: float = 5.0
     thorough: float = 600.0
     patience: float = 15.0
+    enough: float = 1.0
+    first_passes: int = 4
+    unknown_gain: float = 1.05
+    comparisons: int = 2
+    whole_passes: int = 4
+    total_pairs: tuple[int, ...] = (5, 3, 1)
+    worst_total: float = 0.95
+    other_lengths: float = 2.0
+    other_loudness: float = 4.0
 
 
 _policies: list[TuningPolicy] = [TuningPolicy()]

@@ -1,8 +1,8 @@
-"""What stages gained on parts of a kind, measured beforehand: what is tried first, and what is not tried at all.
+"""Promises: gains of stages on kinds of parts, measured beforehand, by which the budget is spent.
 
-Each row is from measurements that are committed in docs/, on CPUs. A promise decides nothing about what is kept, which
-is measured here and now; it decides what a budget is spent on. What takes long to try and gained nothing on its like is
-not tried, unless the budget says that time is no matter.
+Each entry is from measurements on CPUs that are committed in docs/. Promises do not decide what is kept, which is
+always measured. A stage that is costly to try and gained nothing on similar parts is not tried, unless the budget is
+large.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["PROMISES", "Promise", "promise"]
 
 @dataclass(frozen=True)
 class Promise:
-    """What a stage gained.
+    """Measured gain of a stage.
 
     Attributes:
-        stage: The stage's name.
-        kind: The kind of part; "" is any.
-        beside: The row is for parts on which a stage is kept whose name begins so; "" is any part.
-        ratio: The least that it gained beyond doubt in the runs of the source; 1.0 is nothing, or a loss.
-        source: Where the figures are.
+        stage: Name of the stage.
+        kind: Kind of part; "" for any.
+        beside: Prefix of the name of another stage that is kept on the part; "" for any part.
+        ratio: Minimum certain speed-up in the runs of the source; 1.0 for no gain, or a loss.
+        source: Document with the figures.
     """
 
     stage: str
@@ -37,12 +37,12 @@ class Promise:
     source: str
 
 
-_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that nobody told it about"
-_PATIENCE = "docs/decisions/0045-less-patience.md"
+_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that no plan knows"
+_PATIENCE = "docs/decisions/0014-tuning-budget-and-noise.md"
 
 PROMISES = (
-    Promise("fused decoder blocks (int8)", "decoder", "", 4.0, "docs/decisions/0030-the-budget-of-long-passes.md"),
-    Promise("fused decoder blocks (bf16)", "decoder", "", 2.5, "docs/decisions/0030-the-budget-of-long-passes.md"),
+    Promise("fused decoder blocks (int8)", "decoder", "", 4.0, "docs/decisions/0014-tuning-budget-and-noise.md"),
+    Promise("fused decoder blocks (bf16)", "decoder", "", 2.5, "docs/decisions/0014-tuning-budget-and-noise.md"),
     Promise("fused decoder blocks (fp32)", "decoder", "", 1.2, _MODELS),
     Promise("channels-last convolutions", "vocoder", "", 1.14, _MODELS),
     Promise("fold weight norm", "", "", 1.02, _MODELS),
@@ -54,11 +54,11 @@ PROMISES = (
     Promise("compiled blocks", "flow", "", 1.0, _PATIENCE),
     Promise("torch.compile", "model", "", 1.2, _MODELS),
 )
-"""The first row that fits counts."""
+"""Promises in order; the first that matches applies."""
 
 
 def promise(stage: str, kind: str, kept: Collection[str] = ()) -> Promise | None:
-    """What a stage may be hoped to gain on a part of a kind, on which others are kept; `None` if nobody knows."""
+    """Return the promise of a stage for a kind of part with other stages kept; `None` if there is none."""
     for row in PROMISES:
         beside = not row.beside or any(name.startswith(row.beside) for name in kept)
         if stage == row.stage and row.kind in {"", kind} and beside:

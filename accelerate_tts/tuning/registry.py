@@ -1,4 +1,4 @@
-"""Which object was tuned how: a tuning lives as long as the module it changed, and no longer."""
+"""Registry of tuned objects: a tuning lives as long as the module it changed, and no longer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate_tts.locks import lock
 if TYPE_CHECKING:
     from torch import nn
 
-    from accelerate_tts.tuning.tune import Tuning
+    from accelerate_tts.tuning.findings import Tuning
 
 __all__ = ["Keeper", "TuningMap", "drop_keeper", "keep", "keeper_of"]
 

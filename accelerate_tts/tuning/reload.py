@@ -1,8 +1,7 @@
-"""Call a user's load function again, so that the object that serves does not notice.
+"""Repeated calls of a user's load function, without side effects on the serving object.
 
-A method is called on a twin of its object: of the same class, with the attributes that it had when it was loaded first.
-What the function returns or sets there is the caller's to throw away. Of what it may have put elsewhere, modules in
-global variables and in objects that the twin shares are put back.
+A method is called on a twin of its object: an object of the same class with the attributes from before the first load.
+The caller discards the result and the twin. Modules that the function stores in global variables are removed again.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ __all__ = ["Again", "modules_of", "remembered"]
 
 @dataclass(frozen=True)
 class Again:
-    """A load function and what it was called with.
+    """A load function and its arguments.
 
     Attributes:
-        function: The function; of a method, the plain function behind it.
-        kind: The class of its object, or `None` for a function that is no method.
-        before: The attributes that the object had before, without those that hold modules.
+        function: The function; for a method, its plain function.
+        kind: Class of its object, or `None` for a plain function.
+        before: Attributes of the object before the load, without those that hold modules.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        obstacle: Why it cannot be called again, or "".
+        obstacle: Reason why it cannot be called again, or "".
     """
 
     function: Callable[..., Any]
@@ -46,15 +45,17 @@ class Again:
     obstacle: str = ""
 
     def modules(self, what: str, device_type: str, timeout: float | None) -> dict[str, nn.Module]:
-        """The modules of what it loads now, by their path as in `find_modules`. Random numbers stay as they were.
+        """Call the load function again; return the loaded modules by their path, as `find_modules` does.
+
+        The state of random number generators is kept.
 
         Args:
-            what: Whose load function it is, for messages.
-            device_type: Whose random numbers are kept, beside the CPU's.
-            timeout: Seconds that it may take; `None` is no limit.
+            what: Name of the object, for messages.
+            device_type: Device whose random state is kept beside the CPU's.
+            timeout: Time limit in seconds; `None` is no limit.
 
         Raises:
-            ReloadError: It cannot be called again, or it raised, or did not return in time.
+            ReloadError: The function cannot be called again, raised, or did not return in time.
         """
         if self.obstacle:
             raise ReloadError(f"{what} cannot be loaded again: {self.obstacle}")
@@ -62,11 +63,11 @@ class Again:
         try:
             with seeded(device_type), _globals_kept(self.function):
                 return time_limit.within(timeout, f"loading {what} again", self._load)
-        except Exception as error:  # the user's own function, or something that it needs and that is gone
+        except Exception as error:  # the user's function, or a resource that it needs and that is gone
             reason = f"{type(error).__name__}: {error}"
         finally:
             loading_again.reset(token)
-        # Outside of `except`: the error's traceback would hold what was half loaded for as long as this one is kept.
+        # Outside of `except`: the first error's traceback would keep a half-loaded model alive.
         raise ReloadError(f"{what} could not be loaded again: {reason}")
 
     def _load(self) -> dict[str, nn.Module]:
@@ -76,19 +77,19 @@ class Again:
             twin = object.__new__(self.kind)
             twin.__dict__.update((name, _own(value)) for name, value in self.before.items())
             function = types.MethodType(function, twin)
-        # Weights made in inference mode could not be copied from later; a request may be what this is called in.
+        # Outside inference mode, since a request may call this, and inference tensors could not be used later.
         result = complete(inference_mode.call(function, self.args, dict(self.kwargs), "outside"))
         return modules_of(result, twin)
 
 
 def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Again:
-    """What is needed to call a load function again; to be asked before it is called.
+    """Save a load function's call for a repetition. Must run before the function is called.
 
     Args:
-        function: As wrapt gives it: a bound method, or a plain function.
+        function: The function as wrapt passes it: a bound method, or a plain function.
         owner: The object whose method it is, or `None`.
-        args: What it is called with.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
     """
     obstacle = ""
     plain = getattr(function, "__func__", None)
@@ -103,18 +104,18 @@ def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], 
 
 
 def modules_of(result: Any, owner: Any) -> dict[str, nn.Module]:
-    """Find the outermost modules of what a load function returned; where that holds none, of its object."""
+    """Find the outermost modules of a load function's result, or of its object if the result has none."""
     found = {} if result is None else find_modules(result)
     return found if found or owner is None else find_modules(owner)
 
 
 def _own(value: Any) -> Any:
-    """A container of its own: `self.models["a"] = ...` must not write into the serving object's."""
+    """Copy a container, so that `self.models["a"] = ...` does not write into the serving object's."""
     return copy.copy(value) if type(value) in {dict, list, set} else value
 
 
 class _globals_kept:  # noqa: N801 - used like a function, as contextlib's own are
-    """Put global variables back that a function bound to other modules."""
+    """Restores global variables that a function bound to other modules."""
 
     def __init__(self, function: Any) -> None:
         self._variables: dict[str, Any] = getattr(function, "__globals__", {})

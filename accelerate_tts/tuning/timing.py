@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize"]
+__all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize", "time_once"]
 
 _FIRST_LOOK, _SECOND_LOOK = 0.033, 0.017
 WORTH_A_SECOND_LOOK, _PAIRS_OF_A_SECOND_LOOK = 1.1, 13
@@ -156,6 +156,20 @@ def _rank(count: int, alpha: float) -> int:
             break
         rank = k
     return max(rank, 0)
+
+
+def time_once(run: Callable[[], object], device_type: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that one run of a piece of work takes.
+
+    Args:
+        run: The work.
+        device_type: See `compare_speed`.
+        clock: Seconds.
+    """
+    start = clock()
+    run()
+    synchronize(device_type)
+    return clock() - start
 
 
 def synchronize(device_type: str) -> None:

@@ -11,74 +11,74 @@ from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack, Trying, emit
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.receipts.receipt import StageResult
+from accelerate_tts.tuning.activate import fault_of
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE
 from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.disturbance import one_thread
+from accelerate_tts.tuning.draws import OtherThreadsDrawError
+from accelerate_tts.tuning.fallbacks import fallbacks
+from accelerate_tts.tuning.ledger import AppliedChange, Ledger, switch_off
 from accelerate_tts.tuning.policy import OVER_BUDGET
 from accelerate_tts.tuning.promises import promise
-from accelerate_tts.tuning.session import Kept, OtherThreadsDrawError, Session, fallbacks, switch_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.stages.protocol import Change, Stage
+    from accelerate_tts.tuning.baseline import Baseline, Reference
     from accelerate_tts.tuning.compare import Difference
-    from accelerate_tts.tuning.session import Reference
     from accelerate_tts.tuning.timing import Timing
 
-__all__ = ["Trial", "try_stage"]
-
-# What a stage is hoped to gain of which nobody knows anything.
-_UNKNOWN = 1.05
-_LOOKS = 2  # comparisons on a machine that says that it is quiet, and is disturbed meanwhile
-
-
-def try_stage(session: Session, part: Part, stage: Stage) -> None:
-    """Try one stage on one part, and record what came of it."""
-    Trial(session, part, stage).run()
+__all__ = ["Trial"]
 
 
 class Trial:
     """One stage on one part: from whether it is worth it to what came of it.
 
     Args:
-        session: The tuning; the result is added to it, and so is the change if it is kept.
+        baseline: The untouched object, and the policy by which it is decided.
+        ledger: Where the verdict is entered, and the change if it is kept.
         part: The part.
         stage: The stage.
+        known: The verdict of an earlier tuning, which is compared again, but not timed.
     """
 
-    def __init__(self, session: Session, part: Part, stage: Stage) -> None:
-        self._session = session
-        self._policy = session.policy
+    def __init__(
+        self, baseline: Baseline, ledger: Ledger, part: Part, stage: Stage, known: StageResult | None = None
+    ) -> None:
+        self._baseline = baseline
+        self._ledger = ledger
+        self._policy = baseline.policy
+        self._known = known
+        self._what = f"{baseline.plan.what}: {part.name}"
         self._part = part
         self._stage = stage
         self._times: Which = stage.times
-        self._rival: Kept | None = None
+        self._current: AppliedChange | None = None
         self._change: Change | None = None
         self._result = StageResult(part.name, stage.name, kept=False, reason="")
 
     def run(self) -> None:
-        """Try it."""
-        session, part, stage = self._session, self._part, self._stage
+        """Try it, and enter what came of it."""
+        part, stage = self._part, self._stage
         start = self._policy.clock()
-        known = session.known.get((part.name, stage.name))
         try:
             if stage.applies(part) is not None:
                 return  # nothing to try, nothing to report
-            obstacle = known if known is not None and not known.kept else self._obstacle()
+            obstacle = self._known if self._known is not None and not self._known.kept else self._obstacle()
             if obstacle is not None:
-                session.results.append(obstacle)
+                self._ledger.enter(obstacle, None)
                 return
-            emit(Trying(f"{session.plan.what}: {part.name}", stage.name))
-            self._rival = session.incumbent(part, stage.group)
-            session.reference(part)  # of the part as it was loaded, so before the first change is made
-            if self._rival is not None:
-                session.lift(self._rival)
+            emit(Trying(self._what, stage.name))
+            self._current = self._ledger.current(part.name, stage.group)
+            self._baseline.reference(part)  # of the part as it was loaded, so before the first change is made
+            if self._current is not None:
+                self._ledger.lift(self._current)
             self._change = compiling_within(self._left(), stage.name, lambda: stage.prepare(part))
-            if self._rival is not None and self._rival.times == "pass":
+            if self._current is not None and self._current.times == "pass":
                 self._times = "pass"  # calls by themselves would make it slower than it is
-            self._result = self._judge(self._change, known)
+            self._result = self._judge(self._change)
         except OtherThreadsDrawError as error:
             self._result = replace(self._result, kept=False, reason=f"not compared: {error}", sure=False)
         except Exception as error:  # a stage must never cost the user the model
@@ -88,11 +88,10 @@ class Trial:
                 self._put_back()
         graphs = None if self._change is None else self._change.graphs
         self._result = replace(self._result, graphs=graphs, seconds=self._policy.clock() - start)
+        kept = None
         if self._result.kept and self._change is not None:
-            if self._rival is not None:
-                self._replace(self._rival)
-            session.kept.append(Kept(part.name, stage.name, stage.group, self._change, self._times))
-        session.results.append(self._result)
+            kept = AppliedChange(part.name, stage.name, stage.group, self._change, self._times)
+        self._ledger.enter(self._result, kept, self._current)
 
     def _put_back(self) -> None:
         """Switch a change off that is not kept, and the one that it was to replace on again."""
@@ -101,118 +100,110 @@ class Trial:
                 switch_off((self._change,))
             except Exception as error:  # see `run`
                 self._result = replace(self._result, reason=self._failure(error))
-        if self._rival is not None:
-            self._session.put(self._rival)
+        if self._current is not None:
+            self._ledger.put(self._current)
 
     def _failure(self, error: Exception) -> str:
         """Say in an event that a stage raised, or did not come back; and why it is dropped."""
-        what = f"{self._session.plan.what}: {self._part.name}"
         if isinstance(error, TimeLimitError):
-            emit(FellBack(what, self._stage.name, str(error)))
+            emit(FellBack(self._what, self._stage.name, str(error)))
             return "; ".join(filter(None, (f"given up: it ran over {OVER_BUDGET} and was interrupted", error.stopped)))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        emit(FellBack(what, self._stage.name, reason))
+        emit(FellBack(self._what, self._stage.name, reason))
         return f"failed: {reason}"
-
-    def _replace(self, rival: Kept) -> None:
-        self._session.kept.remove(rival)
-        for number, result in enumerate(self._session.results):
-            if result.kept and (result.part, result.stage) == (rival.part, rival.stage):
-                dropped = result.dropped(f"{self._stage.name} is faster still")
-                self._session.results[number] = replace(dropped, sure=self._result.sure)
 
     # --- whether it is begun ------------------------------------------------------------------------------------
 
     def _obstacle(self) -> StageResult | None:
-        """Why it is not begun."""
-        session, part, stage = self._session, self._part, self._stage
+        """The result that says why the stage is not begun; `None` if it is."""
         if self._policy.unworthy is not None:
-            reason, sure = self._policy.unworthy(session, part, stage), True
+            reason, sure = self._policy.unworthy(self._baseline, self._part, self._stage), True
         else:
             reason, sure = self._not_worth_it()
         return None if reason is None else replace(self._result, reason=reason, sure=sure)
 
     def _not_worth_it(self) -> tuple[str | None, bool]:  # noqa: PLR0911 - each reason
-        """Why it is not begun, and whether that would be so on a quiet machine, too."""
-        session, part, stage = self._session, self._part, self._stage
-        captured = session.captured.get(part.name)
+        """Say why the stage is not begun, and if that would be so on a quiet machine, too."""
+        baseline, part, stage = self._baseline, self._part, self._stage
+        captured = baseline.captured.get(part.name)
         if captured is not None:
             if captured.count == 0 and not self._is_whole():
                 return "the warm-up never called it", True
-            total = sum(seen.seconds for seen in session.captured.values())
+            total = sum(seen.seconds for seen in baseline.captured.values())
             if captured.count and total > 0 and captured.seconds < stage.least_share * total:
-                return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it", session.pass_quiet
-        if part.kind == PROCESS and session.pass_seconds > self._policy.longest_pass:
-            seconds = session.pass_seconds
-            return f"not tried: it takes a dozen whole passes, and one takes {seconds:.0f} s", session.pass_quiet
-        if part.kind == PROCESS and not session.pass_quiet:
+                return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it", baseline.pass_quiet
+        if part.kind == PROCESS and baseline.pass_seconds > self._policy.longest_pass:
+            seconds = baseline.pass_seconds
+            return f"not tried: it takes a dozen whole passes, and one takes {seconds:.0f} s", baseline.pass_quiet
+        if part.kind == PROCESS and not baseline.pass_quiet:
             # How threads get on with each other is all that it is about.
-            return f"not tried: {session.watcher.worst.why}", False
-        smaller = next((k.stage for k in session.kept if k.part == part.name and k.stage in stage.superseded_by), None)
+            return f"not tried: {baseline.watcher.worst.why}", False
+        names = self._names_kept()
+        smaller = next((name for name in names if name in stage.superseded_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
             return f"not tried: {smaller} does the same from fewer bytes", True
         cost = stage.cost_of(part)
-        known = promise(stage.name, part.kind, session.kept_on(part)) if cost >= self._policy.costly else None
-        if known is not None and known.ratio <= 1.0 and session.budget < self._policy.thorough:
+        known = promise(stage.name, part.kind, names) if cost >= self._policy.costly else None
+        if known is not None and known.ratio <= 1.0 and baseline.budget.seconds < self._policy.thorough:
             why = f"it takes {cost:.0f} s or more, and gained nothing on the like"
             return f"not tried: {why}; a budget of {self._policy.thorough:.0f} s tries it", True
         reason = self._no_time_for_it()
         if reason is not None:
             self._missed()
-        return reason, session.watcher.worst.quiet
+        return reason, baseline.watcher.worst.quiet
 
     def _missed(self) -> None:
         """Note what there is no time for, and the budget that it would want."""
-        session, part, stage = self._session, self._part, self._stage
-        known = promise(stage.name, part.kind, session.kept_on(part))
-        ratio = _UNKNOWN if known is None else known.ratio
-        seconds = session.known_seconds(part) or session.captured_seconds(part)
-        wanted = self._policy.clock() - session.deadline + session.budget + session.reserved
+        baseline, part, stage = self._baseline, self._part, self._stage
+        known = promise(stage.name, part.kind, self._names_kept())
+        ratio = self._policy.unknown_gain if known is None else known.ratio
+        seconds = baseline.known_seconds(part) or baseline.captured_seconds(part)
+        wanted = baseline.budget.seconds - baseline.budget.left + baseline.reserved
         wanted += stage.cost_of(part) + (self._policy.first_replays + 2 * self._policy.pairs) * seconds
-        session.unmet.append((session.share(part) * (1 - 1 / ratio), part.name, stage.name, wanted))
+        self._ledger.unmet.append((baseline.share(part) * (1 - 1 / ratio), part.name, stage.name, wanted))
 
     def _no_time_for_it(self) -> str | None:
-        session = self._session
-        left = session.deadline - session.reserved - self._policy.clock()
+        left = self._baseline.budget.left - self._baseline.reserved
         if left <= 0:
             return f"not tried: {OVER_BUDGET} is spent"
         # Its outputs, and one look at its time, are replays too.
-        replays = self._policy.first_replays * session.known_seconds(self._part)
+        replays = self._policy.first_replays * self._baseline.known_seconds(self._part)
         if left < (cost := self._stage.cost_of(self._part) + replays):
             return f"not tried: it takes about {cost:.0f} s, and {left:.0f} s of {OVER_BUDGET} are left"
         return None
+
+    def _names_kept(self) -> list[str]:
+        return [kept.stage for kept in self._ledger.kept_on(self._part.name)]
 
     def _weights_bytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in self._part.module.parameters())
 
     def _left(self) -> float:
         """Seconds until a stage that does not come back is interrupted; not while it is switched, or timed."""
-        left = max(0.0, self._session.deadline - self._policy.clock())
+        left = max(0.0, self._baseline.budget.left)
         return min(self._policy.longest, left + self._policy.hangs)
 
     def _is_whole(self) -> bool:
         # A root module may be driven by other methods than __call__; then the whole pass is what is timed.
-        is_root = any(self._part.module is root for root in self._session.plan.roots)
-        return is_root and any(id(module) in self._session.called for module in self._part.module.modules())
+        is_root = any(self._part.module is root for root in self._baseline.plan.roots)
+        return is_root and any(id(module) in self._baseline.called for module in self._part.module.modules())
 
     # --- whether it is right, and faster ------------------------------------------------------------------------
 
-    def _judge(  # noqa: PLR0911 - each reason to end it
-        self, change: Change, known: StageResult | None
-    ) -> StageResult:
+    def _judge(self, change: Change) -> StageResult:  # noqa: PLR0911 - each reason to end it
         """Run the part with the change: first for its outputs, then for its time, unless that is known."""
-        session, part, result = self._session, self._part, self._result
-        reference = session.reference(part)
+        baseline, part, result = self._baseline, self._part, self._result
+        reference = baseline.reference(part)
         if reference.repeats.reason == NOTHING_TO_COMPARE:
             return replace(result, reason=NOTHING_TO_COMPARE)
         if reference.repeats.error > EXACT_TOLERANCE:
             return replace(result, reason="its own output does not repeat, so nothing can be verified")
-        with fallbacks() as fallen, session.watcher.window() as window:
+        with fallbacks() as fallen, baseline.watcher.window() as window:
             change.on()
             start = self._policy.clock()
-            outputs = compiling_within(self._left(), result.stage, lambda: session.outputs(part))
+            outputs = compiling_within(self._left(), result.stage, lambda: baseline.outputs(part))
             took = self._policy.clock() - start
-            difference = session.compared(part, outputs)
+            difference = baseline.compared(part, outputs)
         for event in fallen:
             if (event.what, event.stage) == (part.name, result.stage):
                 return replace(result, reason=f"failed: {event.reason}")
@@ -223,26 +214,22 @@ class Trial:
         fault = self._fault(change, difference)
         if fault is not None:
             return replace(result, reason=fault)
-        if known is not None:
-            return replace(known, error=result.error, spectral=result.spectral, divergence=result.divergence)
+        if self._known is not None:
+            return replace(self._known, error=result.error, spectral=result.spectral, divergence=result.divergence)
         if self._is_far_slower(reference, took) and window.disturbance.quiet and reference.quiet:
             return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
         return self._looked_at(change, replace(result, before=self._untouched))
 
     def _fault(self, change: Change, difference: Difference) -> str | None:
-        """Why a change is not even timed."""
-        if change.graphs == 0:
-            return "compiled no graph at all"
-        objection = self._session.objection(self._part, difference)
-        if objection:
-            return objection
-        if self._policy.clock() > self._session.deadline:
+        """Say why a change is not even timed; `None` if it is."""
+        fault = fault_of(self._baseline, self._part, change, difference)
+        if not fault and self._baseline.budget.left < 0:
             return f"given up: it ran over {OVER_BUDGET}"
-        return None
+        return fault or None
 
     def _is_far_slower(self, reference: Reference, took: float) -> bool:
         # Nothing was compiled in that time. (A GPU's libraries may have looked for the fastest kernels in it.)
-        if self._session.device.type != "cpu" or (self._change is not None and self._change.graphs is not None):
+        if self._baseline.device.type != "cpu" or (self._change is not None and self._change.graphs is not None):
             return False
         making_copies = self._weights_bytes() / self._policy.copied_a_second
         return took > max(self._policy.not_twice * reference.seconds, 1.0) + making_copies
@@ -250,12 +237,12 @@ class Trial:
     @property
     def _untouched(self) -> float:
         """Seconds of what is timed, as it was loaded."""
-        return self._session.pass_seconds if self._times == "pass" else self._session.reference(self._part).seconds
+        return self._baseline.pass_seconds if self._times == "pass" else self._baseline.reference(self._part).seconds
 
     def _looked_at(self, change: Change, result: StageResult) -> StageResult:
         """Look at its time, and again if the look says that it is not worth pairs; then time it in pairs."""
-        session, watcher = self._session, self._session.watcher
-        calm = session.reference(self._part).quiet and (self._times != "pass" or session.pass_quiet)
+        baseline, watcher = self._baseline, self._baseline.watcher
+        calm = baseline.reference(self._part).quiet and (self._times != "pass" or baseline.pass_quiet)
         quiet = True
         for again in (False, True):
             with watcher.window() as window:
@@ -279,14 +266,14 @@ class Trial:
 
     def _look(self) -> float:
         """Seconds of a replay, once its caches are filled."""
-        session, part, which = self._session, self._part, self._times
-        if session.device.type != "cpu":
-            session.seconds(part, which)
-        seconds = session.seconds(part, which)
-        return min(seconds, session.seconds(part, which)) if seconds < self._policy.cheap_look else seconds
+        baseline, part, which = self._baseline, self._part, self._times
+        if baseline.device.type != "cpu":
+            baseline.seconds(part, which)
+        seconds = baseline.seconds(part, which)
+        return min(seconds, baseline.seconds(part, which)) if seconds < self._policy.cheap_look else seconds
 
     def _hopeless(self, seconds: float) -> str | None:
-        """Why a change is not timed in pairs after looks at its time."""
+        """Say why a change is not timed in pairs after looks at its time; `None` if it is."""
         before = math.inf if self._times == "others" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower, at the first look"
@@ -296,19 +283,19 @@ class Trial:
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
 
     def _behind(self, seconds: float) -> str | None:
-        """Why an alternative is not timed in pairs against the one in force."""
-        if self._rival is None:
+        """Say why an alternative is not timed in pairs against the one in force; `None` if it is."""
+        if self._current is None:
             return None
-        known = self._verdicts({self._rival.stage})[-1]
+        known = self._verdicts({self._current.stage})[-1]
         if known.sure and known.after is not None:
             limit = max(self._policy.far_behind * known.after, self._policy.cheap_pairs)
-            return f"slower than {self._rival.stage}, at the first look" if seconds > limit else None
+            return f"slower than {self._current.stage}, at the first look" if seconds > limit else None
         return None
 
     def _gains_nothing(self, seconds: float) -> str | None:
-        """Why a change of a part with a long replay is not timed in pairs against what is in force."""
-        names = {kept.stage for kept in self._session.kept if kept.part == self._part.name and kept.times == "loop"}
-        kept = self._verdicts(names if self._rival is None else {self._rival.stage})
+        """Say why a change of a part with a long replay is not timed in pairs; `None` if it is."""
+        names = {kept.stage for kept in self._ledger.kept_on(self._part.name) if kept.times == "loop"}
+        kept = self._verdicts(names if self._current is None else {self._current.stage})
         if not all(result.sure for result in kept):
             return None
         now = (kept[-1].after if kept else None) or self._untouched
@@ -316,13 +303,13 @@ class Trial:
 
     def _verdicts(self, stages: set[str]) -> list[StageResult]:
         return [
-            result for result in self._session.results
+            result for result in self._ledger.results
             if result.kept and result.part == self._part.name and result.stage in stages
         ]  # fmt: skip
 
     def _no_time_for_pairs(self, seconds: float) -> str | None:
-        """Why a verdict cannot be had within the budget: pairs of replays that take up to so many seconds each."""
-        needed, left = 2 * self._policy.pairs * seconds, self._session.deadline - self._policy.clock()
+        """Say why the budget has no room for pairs of replays of up to so many seconds each; `None` if it has."""
+        needed, left = 2 * self._policy.pairs * seconds, self._baseline.budget.left
         if needed <= left + self._policy.slack:
             return None
         return f"not timed: it takes {needed:.0f} s, and {max(0.0, left):.0f} s of {OVER_BUDGET} are left"
@@ -331,12 +318,12 @@ class Trial:
 
     def _timed(self, change: Change, result: StageResult, *, quiet: bool) -> StageResult:
         """Time it in pairs, on a quiet machine if that can be had; otherwise by what others' work changes least."""
-        watcher = self._session.watcher
+        watcher = self._baseline.watcher
         switches = self._switches(change)
         timing: Timing | None = None
         how = ""
         believed = False
-        for _ in range(_LOOKS if quiet else 0):
+        for _ in range(self._policy.comparisons if quiet else 0):
             with watcher.window() as window:
                 timing = self._pairs(switches, clean=watcher.clean)
             believed = watcher.believes(timing, window.disturbance)
@@ -354,7 +341,7 @@ class Trial:
         result = replace(
             result, before=timing.before, after=timing.after, ratio=timing.ratio, low=timing.low, sure=believed
         )
-        than = "" if self._rival is None else f" than {self._rival.stage}"
+        than = "" if self._current is None else f" than {self._current.stage}"
         if timing.ratio < self._policy.margin or timing.low <= 1.0:
             why = f"slower{than}" if timing.high < 1.0 else "no gain beyond doubt"
             return replace(result, reason=f"{why} ({timing.low:.2f}x to {timing.high:.2f}x){how}")
@@ -362,36 +349,35 @@ class Trial:
         return replace(result, kept=True, reason=f"at least {timing.low:.2f}x{than}, 95 % sure{how}")
 
     def _pairs(self, switches: tuple[Callable[[], object], ...], **how: Callable[[], object]) -> Timing:
-        return self._policy.compare(*switches, self._session.device.type, self._policy.comparison, **how)
+        return self._policy.compare(*switches, self._baseline.device.type, self._policy.comparison, **how)
 
     def _can_be_alone(self, change: Change) -> bool:
-        """Whether one thread's work says something of it. dynamo compiles anew for another number of threads."""
+        """Tell if one thread's work says something of it. dynamo compiles anew for another number of threads."""
         if self._part.kind == PROCESS:  # that is about what threads do to each other
             return False
-        compiled = [change, *(kept.change for kept in self._session.kept)]
-        return self._session.device.type == "cpu" and all(one.graphs is None for one in compiled)
+        return self._baseline.device.type == "cpu" and change.graphs is None and not self._ledger.compiles
 
     def _switches(self, change: Change) -> tuple[Callable[[], object], ...]:
-        """What runs the part, and what switches to the two states before it."""
-        session, rival = self._session, self._rival
+        """Functions that run the part, and that switch to the two states before it."""
+        baseline, ledger, current = self._baseline, self._ledger, self._current
         ready: list[Callable[[], object]] = []
 
         def prepare() -> None:
             ready.clear()  # first: it has copies of what the part was given
-            ready.append(session.replay(self._part, self._times))
+            ready.append(baseline.replay(self._part, self._times))
 
         def run() -> object:
             return ready[0]()
 
         def before() -> None:
             change.off()
-            if rival is not None:
-                session.put(rival)
+            if current is not None:
+                ledger.put(current)
             prepare()
 
         def after() -> None:
-            if rival is not None:
-                session.lift(rival)
+            if current is not None:
+                ledger.lift(current)
             change.on()
             prepare()
 

@@ -1,4 +1,4 @@
-"""One tuning at a time in a process, without ever waiting for oneself."""
+"""Lock for one tuning at a time in a process, without self-deadlock."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextvars import ContextVar
 
 from accelerate_tts.locks import rlock
 
-__all__ = ["Flight"]
+__all__ = ["TuningLock"]
 
 
-class Flight:
-    """One tuning at a time: it measures, and two at once would spoil each other's figures.
+class TuningLock:
+    """Allows one tuning at a time, since two would disturb each other's timings.
 
-    A warm-up may run the user's coroutines on an event loop of another thread, or code that loads something else.
-    Whoever would then wait for a tuning that waits for him is told so instead.
+    A warm-up may run the user's coroutines on another thread's event loop, or code that loads another object. A load
+    that would wait for a tuning that waits for it is refused.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,8 @@ class Flight:
         self._loop: object = None
 
     @contextmanager
-    def turn(self, loop: object) -> Generator[bool, None, None]:
-        """Wait for the turn, and have it while open; False where waiting would never end.
+    def held(self, loop: object) -> Generator[bool, None, None]:
+        """Hold the lock while open, after waiting for it; yield False if the wait would never end.
 
         Args:
             loop: The event loop that the caller's warm-up runs coroutines on, if any.
@@ -46,7 +46,7 @@ class Flight:
                 self._loop = loop
             self._inside.set(True)
             yield True
-        finally:  # also of what comes between two lines of the above
+        finally:  # also for an interruption between two of these lines
             self._inside.set(inside)
             if held:
                 self._loop = outer

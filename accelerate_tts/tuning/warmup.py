@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
     from accelerate_tts.tuning.reload import Again
 
-__all__ = ["Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "warmup_calls"]
+__all__ = ["CUDA_GRAPH_PASSES", "Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "warmup_calls"]
 
 Call = Callable[..., Any]
+
+CUDA_GRAPH_PASSES = 3
+"""A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
 
 # Method names that take a text in the speech libraries we know, most usual first.
 _SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
@@ -37,20 +40,18 @@ _TAKES = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load function left behind.
+    """Result of a load function, and the object that it was called on.
 
     Attributes:
         result: What it returned.
         owner: The object whose method it is, or `None` for a plain function.
         loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
-        timeout: Seconds that one call of it may take in the warm-up; `None` is no limit.
         again: What calls the load function again, if that may be needed.
     """
 
     result: Any
     owner: Any = None
     loop: asyncio.AbstractEventLoop | None = None
-    timeout: float | None = None
     again: Again | None = None
 
     @property
@@ -106,7 +107,7 @@ class WarmupCall:
 
 @dataclass(frozen=True)
 class WarmupCalls:
-    """What a warm-up runs.
+    """Calls that a warm-up runs.
 
     Attributes:
         main: The calls that everything is compared and timed on: what was given, and both ends of `lengths=`.
@@ -116,6 +117,18 @@ class WarmupCalls:
     main: tuple[WarmupCall, ...] = ()
     ladder: tuple[WarmupCall, ...] = ()
 
+    def run(self) -> list[Any]:
+        """One pass through all that is compared."""
+        return [call.run() for call in self.main]
+
+    def run_others(self) -> None:
+        """Run what service will bring beside: other lengths, and tensors as the other kind of caller makes them."""
+        for call in (*self.main, *self.ladder):
+            if call in self.ladder:
+                call.run()
+            if call.variant is not None:
+                call.variant()
+
 
 def warmup_calls(
     warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None, timeout: float | None = None
@@ -123,7 +136,7 @@ def warmup_calls(
     """The calls that `warmup` stands for.
 
     Args:
-        warmup: As given to `@optimized_model`.
+        warmup: As given to `@optimized_model`, and checked by `check_warmup`.
         loaded: What it is a warm-up of.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
         lengths: The shortest and the longest input of service.
@@ -132,50 +145,72 @@ def warmup_calls(
     Raises:
         WarmupError: `warmup` does not fit what was loaded.
     """
-    check_warmup(warmup, lengths)
     if warmup is None:
         return WarmupCalls()
-    loaded = replace(loaded, timeout=timeout)
     items = warmup if isinstance(warmup, list) else [warmup]
+    maker = _CallMaker(loaded, mode, timeout)
     if lengths is None:
-        return WarmupCalls(tuple(_call_of(item, loaded, mode) for item in items))
+        return WarmupCalls(tuple(map(maker.call_of, items)))
     rungs = ladder(lengths)
-
-    def at(item: Any, length: int) -> WarmupCall:
-        if callable(item) and not _is_tensor(item):
-            return WarmupCall(_finished(loaded, item, (loaded.subject, length), {}, mode))
-        return _call_of(at_length(item, length), loaded, mode)
-
     # A callable has no length of its own: the ends are all there is.
-    given = [_call_of(item, loaded, mode) for item in items if not callable(item) or _is_tensor(item)]
-    ends = [at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
-    return WarmupCalls((*given, *ends), tuple(at(item, length) for item in items for length in rungs[1:-1]))
+    given = [maker.call_of(item) for item in items if not callable(item) or _is_tensor(item)]
+    ends = [maker.call_at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
+    return WarmupCalls(
+        (*given, *ends), tuple(maker.call_at(item, length) for item in items for length in rungs[1:-1])
+    )  # fmt: skip
 
 
-def _call_of(item: Any, loaded: Loaded, mode: Mode) -> WarmupCall:
-    if isinstance(item, str):
-        speak, decorated = _speaker(loaded)
-        return WarmupCall(_finished(loaded, speak, (item,), {}, "none" if decorated else mode))
-    if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
-        target = _target(loaded, item)
-        kwargs = (
-            {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
-        )
-        given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
-        args = tuple(_placed(value, target) for value in given)
-        run = _finished(loaded, *_copying(target, args, kwargs), mode)
-        tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
-        return WarmupCall(run, _varied(loaded, target, args, kwargs) if tensors and mode == "inference" else None)
-    return WarmupCall(_finished(loaded, item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
+@dataclass(frozen=True)
+class _CallMaker:
+    """Makes calls of what was loaded, each of which runs to its end within a time limit."""
 
+    loaded: Loaded
+    mode: Mode
+    timeout: float | None
 
-def _finished(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
-    def run() -> Any:
-        choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
-        now = mode if choice is None else choice.mode
-        return complete(inference_mode.call(target, args, kwargs, now, choice), loaded.loop)
+    def call_of(self, item: Any) -> WarmupCall:
+        """The call that one item of a warm-up stands for."""
+        loaded, mode = self.loaded, self.mode
+        if isinstance(item, str):
+            speak, decorated = _speaker(loaded)
+            return WarmupCall(self._finished(speak, (item,), {}, "none" if decorated else mode))
+        if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
+            target = _target(loaded, item)
+            kwargs = (
+                {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
+            )
+            given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
+            args = tuple(_placed(value, target) for value in given)
+            run = self._finished(*_copying(target, args, kwargs), mode)
+            tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
+            return WarmupCall(run, self._varied(target, args, kwargs) if tensors and mode == "inference" else None)
+        return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
 
-    return run if loaded.timeout is None else lambda: _limited(run, loaded.timeout)
+    def call_at(self, item: Any, length: int) -> WarmupCall:
+        """The same for an input of another length."""
+        if callable(item) and not _is_tensor(item):
+            return WarmupCall(self._finished(item, (self.loaded.subject, length), {}, self.mode))
+        return self.call_of(at_length(item, length))
+
+    def _finished(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
+        loaded = self.loaded
+
+        def run() -> Any:
+            choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
+            now = mode if choice is None else choice.mode
+            return complete(inference_mode.call(target, args, kwargs, now, choice), loaded.loop)
+
+        return run if self.timeout is None else lambda: _limited(run, self.timeout)
+
+    def _varied(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        def made_inside(value: Any) -> Any:
+            return value.clone() if _is_tensor(value) else value
+
+        def call() -> Any:
+            return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
+
+        run = self._finished(call, (), {}, "inference")
+        return lambda: run() if mode_of(self.loaded.subject, "inference") == "inference" else None
 
 
 def _limited(run: Call, timeout: float | None) -> Any:
@@ -204,17 +239,6 @@ def _copying(
         return target(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
 
     return call, (), {}
-
-
-def _varied(loaded: Loaded, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    def made_inside(value: Any) -> Any:
-        return value.clone() if _is_tensor(value) else value
-
-    def call() -> Any:
-        return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
-
-    run = _finished(loaded, call, (), {}, "inference")
-    return lambda: run() if mode_of(loaded.subject, "inference") == "inference" else None
 
 
 def _is_tensor(value: Any) -> bool:
@@ -273,7 +297,7 @@ def _decorated_methods(owner: type) -> list[str]:
 
 
 def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
-    """What a tensor, tuple or mapping is given to."""
+    """Find the module or object that a tensor, tuple or mapping is given to."""
     subject = loaded.subject
     modules = find_modules(subject)
     if "" in modules:

@@ -1,1 +1,1 @@
-"""`@cached_embedding`: embed a reference voice once."""
+"""`@cached_embedding`: embed each reference voice once."""

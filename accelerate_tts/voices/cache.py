@@ -1,4 +1,4 @@
-"""The cache behind `@cached_embedding`: what a call is asked for, who computes it, and what may be kept of it."""
+"""Cache of `@cached_embedding`: makes the key of a call, computes each key once, and stores results that are valid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Embeddings", "Options"]
 
 @dataclass(frozen=True)
 class Options:
-    """What was written at `@cached_embedding(...)`."""
+    """Options of `@cached_embedding(...)`."""
 
     limit_bytes: int
     folder: Path | None = None
@@ -44,17 +44,17 @@ class Options:
 
 @dataclass(frozen=True)
 class _Question:
-    """What one call asks for: which function, with what content, of which encoder."""
+    """The key of one call: the function, the content of its arguments, and the state of the encoder."""
 
     key: str
     durable: bool
     arguments: Digest
     encoder: str
-    packages: frozenset[str]  # of the function and the encoder: those whose dataclasses may come back from a file
+    packages: frozenset[str]  # packages of the function and the encoder, whose dataclasses a file may contain
 
 
 class Embeddings:
-    """The embeddings that one decorated function has computed."""
+    """The embeddings of one decorated function."""
 
     def __init__(self, what: str, options: Options) -> None:
         self._what = f"the embedding cache of {what}"
@@ -64,15 +64,18 @@ class Embeddings:
         self._turns = _Turns() if options.sets else None
 
     def info(self) -> CacheInfo:
-        """What the cache did and holds in memory."""
+        """Return hits, misses, and the cache's content in memory."""
         return self._store.info()
 
     def clear(self) -> None:
-        """Forget what is in memory; files stay."""
+        """Clear the cache in memory. Files stay."""
         self._store.clear()
 
     def call(self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call from what is kept, or run it; a coroutine for a coroutine function."""
+        """Return a stored result, or run the call and store its result.
+
+        A coroutine function gives a coroutine.
+        """
         if warming.get():
             return wrapped(*args, **kwargs)
         if inspect.iscoroutinefunction(wrapped):
@@ -88,7 +91,7 @@ class Embeddings:
             if leads:
                 break
             if kept is None and flight.leader == asker:
-                return self._run(wrapped, args, kwargs)  # it calls itself with what it was called with
+                return self._run(wrapped, args, kwargs)  # a recursive call with the same arguments
             found: Any = kept or flight.future.result()
             if found is not None:
                 return self._handed_out(found, owner) if isinstance(found, Kept) else self._run(wrapped, args, kwargs)
@@ -101,7 +104,7 @@ class Embeddings:
             if outcome is None:
                 result = self._run(wrapped, args, kwargs)
                 outcome = self._kept(question, wrapped, owner, result)
-        finally:  # also when it raised: whoever waits is woken, and tries himself
+        finally:  # also after an exception: waiting calls wake up and compute for themselves
             self._store.end(question.key, flight, outcome)
         return self._finished(question, owner, outcome, result, stored=stored is not None)
 
@@ -116,7 +119,7 @@ class Embeddings:
             while True:
                 if self._files is None:
                     question = self._ask(wrapped, owner, args, kwargs)
-                else:  # gigabytes of weights are read, once
+                else:  # in a thread, since gigabytes of weights may be read
                     question = await asyncio.to_thread(self._ask, wrapped, owner, args, kwargs)
                 if question is None:
                     return await self._run(wrapped, args, kwargs)
@@ -153,16 +156,16 @@ class Embeddings:
         if not stored and self._files is not None and question.durable:
             try:
                 self._files.write(question.key, outcome, question.packages)
-            except Exception as error:  # a result is of any class
+            except Exception as error:  # a result may be of any class
                 emit(NotApplied(f"{self._what}: folder=", f"{message_of(error)}; it is kept in memory"))
-        # A copy for the first asker too: he gets what everybody gets after him.
+        # The first caller gets a copy, too, so that all callers get the same.
         return self._handed_out(outcome, owner, count=stored)
 
     def _handed_out(self, kept: Kept, owner: Any, *, count: bool = True) -> Any:
         if count:
             self._store.count(hit=True)
         result, attributes = kept.copy()
-        for name in self._options.sets:  # no others, whatever a file says
+        for name in self._options.sets:  # only these, whatever a file contains
             setattr(owner, name, attributes[name])
         return result
 
@@ -172,20 +175,20 @@ class Embeddings:
         return self._files.read(question.key, question.packages, self._is_answer)
 
     def _is_answer(self, value: Any) -> bool:
-        """Whether a file holds a result and the attributes that are set, as one that we wrote does."""
+        """Check that a file's value is a pair of a result and the attributes of `sets`."""
         if type(value) is not tuple or len(value) != 2:  # noqa: PLR2004 - a pair
             return False
         attributes = value[1]
         return type(attributes) is dict and attributes.keys() == set(self._options.sets)
 
     def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
-        """What the call brought, or `ALONE` where it would be wrong or impossible to keep that."""
+        """Copy a call's result for the store; return `ALONE`, with an event, if it must not or cannot be stored."""
         try:
             kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
             if not all(map(_is_finite, tensors_of(kept.copy()))):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
-            if not question.arguments.same_files():  # nobody knows which of both contents was read
+            if not question.arguments.same_files():  # it is unknown which content the function read
                 emit(NotApplied(self._what, "a file was written while it was read, and the result is not kept"))
                 return Flight.ALONE
             same = str(self._encoder(wrapped, owner)) == question.encoder
@@ -203,12 +206,12 @@ class Embeddings:
         try:
             bound = inspect.signature(wrapped).bind(*args, **kwargs)
         except (TypeError, ValueError):
-            return None  # the call itself says best what is wrong
+            return None  # the call itself raises the right error
         try:
             return self._question(wrapped, owner, bound)
         except UnknownContentError as error:
             reason = str(error)
-        except Exception as error:  # arguments are of any class, and so is what `encoder=` looks at
+        except Exception as error:  # arguments, and what `encoder=` reads, may be of any class
             reason = f"what the call is asked for cannot be told: {type(error).__name__}: {message_of(error)}"
         emit(NotApplied(self._what, reason))
         return None
@@ -239,15 +242,15 @@ class Embeddings:
             digest.add(module)
             digest.word(_release_of(type(module).__module__))
         if not modules:
-            digest.durable = False  # nothing tells the next process that it has the same encoder
+            digest.durable = False  # the next process cannot check that it has the same encoder
         if not digest.durable and owner is not None and not isinstance(owner, type):
-            # It may hold what is no module, such as an ONNX session: only the same object has the same for certain.
+            # The owner may hold other state than modules, such as an ONNX session; only its identity covers that.
             digest.identity(owner)
         return digest
 
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
-    """The modules that a function may use: on `self`, and by the names that it and its helpers know."""
+    """Return the modules that a function may use: those on `self`, and those that it and its helpers name."""
     from torch import nn
 
     named = outside(wrapped)
@@ -259,18 +262,18 @@ def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
 
 
 def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:
-    """The packages that the function and the classes of its encoder are from."""
+    """Return the packages of the function and of its encoder's classes."""
     names = (getattr(wrapped, "__module__", None), *(type(module).__module__ for module in _modules(wrapped, owner)))
     return frozenset(str(name).partition(".")[0] for name in names if name) - {"torch", "builtins"}
 
 
 @cache
 def _release_of(module: str | None) -> str:
-    """The release of the package that a module belongs to: upstream's next one may compute something else."""
+    """Return name and version of a module's package, since another version may compute something else."""
     package = (module or "").partition(".")[0]
     try:
         return f"{package} {metadata.version(package)}" if package else ""
-    except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a package of another name
+    except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a distribution of another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
 
 
@@ -284,9 +287,9 @@ async def _nobody() -> AsyncGenerator[None, None]:
 
 
 class _Turns:
-    """One call at a time for each object whose attributes are set: else one would keep the voice of another.
+    """Locks that allow one call at a time for each object whose attributes are set, so that voices do not mix.
 
-    Threads exclude threads, and tasks of one event loop each other.
+    Threads exclude each other, and so do the tasks of one event loop.
     """
 
     def __init__(self) -> None:
@@ -296,17 +299,17 @@ class _Turns:
         self._inside: ContextVar[tuple[int, ...]] = ContextVar("accelerate_tts_embedding", default=())
 
     def of(self, owner: Any) -> AbstractContextManager[Any]:
-        """The turn of a thread."""
+        """Return the lock of an object for threads."""
         turn: AbstractContextManager[Any] = self._get(owner, None, threading.RLock)
         return turn
 
     @asynccontextmanager
     async def of_task(self, owner: Any) -> AsyncGenerator[None, None]:
-        """The turn of a task."""
+        """Hold the lock of an object for a task while open."""
         import asyncio
 
         inside = self._inside.get()
-        if id(owner) in inside:  # it calls itself, or by a task that it waits for
+        if id(owner) in inside:  # a recursive call, perhaps through a task that it waits for
             yield
             return
         async with self._get(owner, asyncio.get_running_loop(), asyncio.Lock):
@@ -324,7 +327,7 @@ class _Turns:
                 self._locks = WeakIdKeyDictionary()
             try:
                 locks = self._locks.setdefault(owner, {})
-            except TypeError:  # no room for weak references: all such objects share a turn
+            except TypeError:  # no support for weak references: all such objects share the locks
                 locks = self._common
             if loop not in locks:
                 for ended in [known for known in locks if known is not None and known.is_closed()]:

@@ -1,6 +1,6 @@
-"""What the arguments of a call and the weights of an encoder are, as a digest: equal only where the content is.
+"""Content keys: digests of a call's arguments and an encoder's state, equal only for equal content.
 
-A value whose content cannot be told (a URL, a pipe, an object of an unknown class) is refused, never guessed.
+A value whose content cannot be hashed (a URL, a pipe, an object of an unknown class) is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Digest"]
 
 _SCALARS = (type(None), bool, int, float, complex)
 _CONTAINERS = (str, bytes, bytearray, int, float, complex, list, tuple, set, frozenset, deque)
-_LONGEST_PATH = 4096  # bytes, of Linux; others allow less
+_LONGEST_PATH = 4096  # bytes, the limit of Linux; other systems allow less
 _PATH_MARKS = tuple({os.sep.encode(), (os.altsep or os.sep).encode(), b"."})
 _UNSET = object()
 
@@ -34,11 +34,12 @@ _encoders = Encoders()
 
 
 class Digest:
-    """A digest of values that are added one after another.
+    """A digest of values that are added one by one.
 
     Args:
-        durable: Modules count with their weights' bytes, so that another process finds the same digest. The attribute
-            of this name tells whether that could be kept up; otherwise modules count with a number of this process.
+        durable: Hash the bytes of modules' weights, so that another process gets the same digest. Otherwise modules are
+            identified by a number that is valid in this process. The attribute of this name turns False if a value
+            could not be hashed durably.
     """
 
     def __init__(self, *, durable: bool = False) -> None:
@@ -51,17 +52,17 @@ class Digest:
         return self._hash.hexdigest()
 
     def same_files(self) -> bool:
-        """Whether the files that were added still have the content that was added."""
+        """Check that the added files still have the hashed content."""
         try:
             return all(_files.digest(path, self._algorithm) == digest for path, digest in self.files)
         except (OSError, UnknownContentError):
             return False
 
     def identity(self, value: object) -> None:
-        """Add who `value` is: no other object of this process gets the same.
+        """Add the identity of `value`, which no other object of this process has.
 
         Raises:
-            UnknownContentError: Its class has no room for weak references.
+            UnknownContentError: Its class does not support weak references.
         """
         self.durable = False
         try:
@@ -70,20 +71,20 @@ class Digest:
             raise UnknownContentError(f"{_name(type(value))} allows no weak references; name its encoder=") from error
 
     def word(self, text: str) -> None:
-        """Add a text that is nothing but a text."""
+        """Add a text that is not a path."""
         self._put("str", text)
 
     def circumstances(self) -> None:
-        """Add what is not the encoder's own and decides what it computes: torch's switches, hooks on all modules."""
+        """Add global state that affects the encoder: torch's settings and global module hooks."""
         self._put("numerics", numerics())
         for hook in global_hooks():
             self.function(hook)
 
     def function(self, function: Any) -> None:
-        """Add what a function computes; in a digest that is not durable, also which function it is.
+        """Add a function by its code; in a digest that is not durable, also by its identity.
 
         Raises:
-            UnknownContentError: It can be told neither by what it computes nor by who it is.
+            UnknownContentError: It has neither readable code nor an identity.
         """
         words = function_words(function)
         if words is not None:
@@ -95,14 +96,14 @@ class Digest:
         """Add a value's type and content.
 
         Raises:
-            UnknownContentError: Its content cannot be told.
+            UnknownContentError: Its content cannot be hashed.
         """
         kind = type(value)
         if kind in _SCALARS:
-            # Of an int not its decimal digits: of more than 4300 of them, Python refuses to make a text.
+            # An int in hexadecimal: Python refuses to format more than 4300 decimal digits.
             self._put(kind.__name__, hex(value) if kind is int else repr(value))
         elif isinstance(value, enum.Enum):
-            self._put(_name(kind), str(value.name))  # of a combination of flags there may be no name
+            self._put(_name(kind), str(value.name))  # a combination of flags may have no name
             self.add(value.value)
         elif isinstance(value, (str, bytes)):
             self._words(value)
@@ -127,7 +128,7 @@ class Digest:
     def _put(self, tag: str, content: str | bytes | bytearray | memoryview) -> None:
         if isinstance(content, str):
             content = content.encode("utf-8", errors="surrogatepass")
-        # The lengths keep two values from running into each other.
+        # The lengths separate consecutive values unambiguously.
         self._hash.update(f"{len(tag)} {tag} {len(content)} ".encode())
         self._hash.update(content)
 
@@ -137,7 +138,7 @@ class Digest:
             self._put("dict", str(len(value)))
             for name, item in value.items():
                 if type(name) is str:
-                    self.word(name)  # no path, whatever it looks like
+                    self.word(name)  # never a path
                 else:
                     self.add(name)
                 self.add(item)
@@ -153,7 +154,7 @@ class Digest:
         kind = type(value)
         if isinstance(value, _CONTAINERS):
             raise UnknownContentError(f"a {_name(kind)} holds more than its fields")
-        # A field may be unset, and more than the fields be set: attributes, slots of a base, items.
+        # A field may be unset, and there may be more than fields: attributes, slots of a base, items.
         names = [field.name for field in dataclasses.fields(value)]
         names += [*getattr(value, "__dict__", {}), *(slot for cls in kind.__mro__ for slot in slots_of(cls))]
         held = {name: getattr(value, name, _UNSET) for name in names}
@@ -185,22 +186,22 @@ class Digest:
             raise UnknownContentError("the content behind a URL cannot be told; give the audio itself")
         separators = {os.sep, os.altsep or os.sep, "."}
         if not separators & set(text):
-            self.word(text)  # "en" stays "en" where there happens to be a file of this name
+            self.word(text)  # "en" counts as a text even if a file of this name exists
         self._path(text)
 
     def _path(self, path: str) -> None:
-        if path.startswith("~") or "$" in path:  # whoever opens it may replace these first
+        if path.startswith("~") or "$" in path:  # the function may expand these before it opens the file
             self._file(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - a text that may be no path
         self._file(path)
 
     def _file(self, path: str) -> None:
         try:
             digest = _files.digest(path, self._algorithm)
-        except (OSError, ValueError):  # no such file, or a text that can be no path
+        except (OSError, ValueError):  # no such file, or a text that cannot be a path
             self.word(path)
             return
         self.files.append((path, digest))
-        # Not the name: an upload gets another one each time. The suffix may decide how a file is read.
+        # Not the name, since each upload gets another one. The suffix may decide how a file is read.
         self._put("file", os.path.splitext(path)[1].lower())  # noqa: PTH122
         self._put("content", digest)
 
@@ -216,7 +217,7 @@ class Digest:
             raise UnknownContentError(f"a {_name(type(file))} cannot be read twice") from error
         if not isinstance(content, (str, bytes)):
             raise UnknownContentError(f"a {_name(type(file))} cannot be read at once")
-        # By the suffix of its name, whoever reads it may decide how.
+        # The suffix of its name may decide how it is read.
         name = getattr(file, "name", None)
         suffix = os.path.splitext(name)[1].lower() if isinstance(name, (str, bytes)) else ""  # noqa: PTH122
         self._put("opened", f"{_name(type(file))} {type(content).__name__} {place} {suffix!r}")
@@ -264,7 +265,7 @@ class Digest:
         if not plain or value.dtype.hasobject or value.dtype.names is not None:
             raise UnknownContentError(f"the content of an array of {value.dtype} ({_name(type(value))}) cannot be told")
         self._put("array", f"{value.dtype.str} {value.shape}")
-        if value.dtype.kind in "US":  # of texts, each of which may be a path
+        if value.dtype.kind in "US":  # an array of texts, each of which may be a path
             self._container(value.reshape(-1).tolist())
             return True
         plain = value.size and value.flags.c_contiguous and value.dtype.kind in "fiub"

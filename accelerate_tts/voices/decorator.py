@@ -1,4 +1,4 @@
-"""`@cached_embedding`: a reference voice is embedded once, however many requests speak with it."""
+"""`@cached_embedding`: embed each reference voice once, for any number of requests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Q = ParamSpec("Q")
 S = TypeVar("S")
 R_co = TypeVar("R_co", covariant=True)
 
-_MOST_MB = 2**40  # an exbibyte: what a file's size can be, with room
+_MOST_MB = 2**40  # an exbibyte, beyond the size of any file
 
 
 class CachedFunction(Protocol[P, R_co]):
-    """A function with a cache: called like the function, and asked about the cache."""
+    """A decorated function with methods of its cache."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Call it."""
+        """Call the function, or return a stored result."""
         ...
 
     @overload
@@ -41,11 +41,11 @@ class CachedFunction(Protocol[P, R_co]):
     ) -> CachedFunction[Q, R_co]: ...
 
     def cache_info(self) -> CacheInfo:
-        """Hits, misses, entries and bytes of the cache, of all instances together."""
+        """Return hits, misses, entries and bytes of the cache, for all instances together."""
         ...
 
     def cache_clear(self) -> None:
-        """Forget what is in memory; files in `folder=` stay."""
+        """Clear the cache in memory. Files in `folder=` stay."""
         ...
 
 
@@ -74,7 +74,7 @@ setattr(_CachedShell, "__bound_function_wrapper__", _CachedBound)  # noqa: B010 
 
 
 class _AnswerFromCache:
-    """What a @cached_embedding shell does at a call. A class, so that it can be pickled: without what it holds."""
+    """Handles the calls of a @cached_embedding shell. It is a class so that it can be pickled, without the cache."""
 
     def __init__(self, what: str, *options: Any) -> None:
         self._what = what
@@ -119,42 +119,41 @@ def cached_embedding(
     sets: Iterable[str] = (),
     encoder: Callable[[Any], Any] | Callable[[], Any] | None = None,
 ) -> Any:
-    """Remember the embeddings of reference voices, by the audio's content and the encoder's weights.
+    """Cache the embeddings of reference voices by the audio's content and the encoder's state.
 
-    For a function or method, sync or async, whose result depends on its arguments and an encoder alone, such as
-    resemblyzer's `embed_utterance`, XTTS's `get_conditioning_latents`, or, with `sets=("conds",)`, Chatterbox's
-    `prepare_conditionals`. Of simultaneous calls with one voice one computes. Everybody gets a copy of his own: normal
-    tensors without a graph. A call with an argument whose content cannot be told (a URL, an unknown object) runs as if
-    it was not decorated, and an event says so. An exception is not remembered.
+    Use it on a function or method, sync or async, whose result depends only on its arguments and an encoder. Examples
+    are resemblyzer's `embed_utterance`, XTTS's `get_conditioning_latents` and, with `sets=("conds",)`, Chatterbox's
+    `prepare_conditionals`. Simultaneous calls with one voice compute it once. Each caller gets a copy with normal
+    tensors, without a graph. A call with an argument whose content cannot be hashed (a URL, an unknown object) runs
+    undecorated, and emits an event. Exceptions are not cached.
 
-    A path, or a text that is one, counts with the file's bytes. The encoder counts with the modules that are found on
-    `self` and among the names that the function uses: with their weights, modes, hooks and plain attributes, and with
-    torch's switches for precision. Whatever of it changes, the embedding is computed anew. A write through `.data` is
-    seen where it changes one of some dozens of elements that are sampled of each weight in the CPU's memory. Other
-    attributes that the method reads are no part of the key; name them in `encoder`.
+    A path, or a text that names a file, is hashed by the file's bytes. The encoder is the set of modules on `self` and
+    among the names that the function uses. Their weights, modes, hooks and plain attributes are part of the key, as are
+    torch's precision settings. A write through `.data` is noticed if it changes one of some dozens of sampled elements
+    of a weight on the CPU. Other attributes that the method reads are not part of the key; name them in `encoder`.
 
     Args:
-        function: The function, when used bare.
-        limit_mb: What the cache may take in memory, and again on disk, in MiB; what was not used for longest goes.
-        folder: Where embeddings are kept for the next process: results of tensors, NumPy arrays, numbers, texts, lists,
-            tuples, dicts, and dataclasses of the packages that the function or the encoder is from (Chatterbox's
-            `Conditionals`). Objects of other classes are kept in memory only. Weights are then read once to be told
-            by content, about half a second per gigabyte. With more than 256 files in it, each process that writes may
-            exceed the limit by a sixteenth for a while.
-        sets: Attributes of `self` that the method sets; they are remembered and set again. Calls for one object then
-            take turns.
-        encoder: What the embedding depends on beside the arguments, called with `self` (a function's with nothing): a
-            module, a path, a number, or a tuple of these.
+        function: The function, when used without parentheses.
+        limit_mb: Maximum size in memory, and separately on disk, in MiB. The least recently used are evicted first.
+        folder: Folder in which embeddings are stored for the next process. Results may consist of tensors, NumPy
+            arrays, numbers, texts, lists, tuples, dicts, and dataclasses of the packages of the function or the encoder
+            (Chatterbox's `Conditionals`). Objects of other classes are cached in memory only. Weights are then hashed
+            once, at about half a second a gigabyte. With more than 256 files, each writing process may temporarily
+            exceed the limit by a sixteenth.
+        sets: Attributes of `self` that the method sets; they are stored and set again. Calls of one object then run one
+            at a time.
+        encoder: Returns what the embedding depends on beside the arguments: a module, a path, a number, or a tuple of
+            these. Called with `self`, or without arguments for a function.
 
     Raises:
-        SettingsError: A limit, a folder, a name or an encoder that means nothing.
-        TypeError: What is decorated is no function.
+        SettingsError: An option is invalid.
+        TypeError: The decorated object is not a function.
     """
     options = _checked(limit_mb, folder, sets, encoder)
 
     def decorate(decorated: Any) -> Any:
         _check_function("cached_embedding", decorated)
-        named = getattr(decorated, "__func__", decorated)  # of a class method or a bound one
+        named = getattr(decorated, "__func__", decorated)  # a class method or a bound method
         return _CachedShell(decorated, _AnswerFromCache(getattr(named, "__qualname__", repr(named)), *options))
 
     return decorate if function is None else decorate(function)
@@ -165,10 +164,10 @@ def _checked(limit_mb: Any, folder: Any, sets: Any, encoder: Any) -> tuple[Any, 
         raise SettingsError(f"limit_mb={shown(limit_mb)} must be a number of megabytes above 0, at most {_MOST_MB}")
     if folder is not None:
         check_folder("folder", folder)
-    # A text alone would be taken as a name for each of its letters.
+    # A single text would be taken as a sequence of letters.
     try:
         names = None if isinstance(sets, str) else tuple(sets)
-    except TypeError:  # it has no items
+    except TypeError:  # not iterable
         names = None
     if names is None or not all(isinstance(name, str) and name.isidentifier() for name in names):
         raise SettingsError(f"sets={shown(sets)} must be a tuple of attribute names, such as ('conds',)")

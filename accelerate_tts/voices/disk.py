@@ -1,10 +1,10 @@
-"""Embeddings on disk, for the next process: tensors, arrays and plain values, in files that nothing is executed from.
+"""Embeddings on disk, for the next process: tensors, arrays and plain values, in files that cannot execute code.
 
-A file is a line with the format version, a line with the SHA-256 of its key and the rest, a line with the length of a
-description, the description (JSON, nested lists that begin with a word for a kind), and then the bytes of tensors,
-arrays and texts, as they lie in memory. Nothing is compressed and everything has a stated length, so what comes out of
-a file is not larger than the file. Dataclasses of packages that the caller names are written field by field, and made
-again without a call of anything of theirs. Other values would need a pickle that runs code, so they are not written.
+A file has a line with the format version, a line with the SHA-256 of the key and the rest, and a line with the length
+of the description. Then come the description (JSON, nested lists that begin with the name of a type) and the raw bytes
+of tensors, arrays and texts. Nothing is compressed and every length is stated, so a value is not larger than its file.
+Dataclasses of packages that the caller names are written field by field, and restored without running their code. Other
+values would need a pickle, which runs code, so they are not written.
 """
 
 from __future__ import annotations
@@ -39,49 +39,49 @@ __all__ = ["EmbeddingFiles"]
 _MAGIC = b"accelerate-tts embedding 3\n"
 _SUFFIX = ".embedding"
 _KEY = re.compile(r"[0-9a-f]{16,128}")
-_LINE = 128  # bytes, at most, of each line of a file's head
-# A description takes some thirty times its length in memory, when it is one of empty lists.
+_LINE = 128  # maximum bytes of each line of the header
+# In memory, a description of empty lists takes some thirty times its length.
 _DESCRIPTION_SHARE, _LEAST_DESCRIPTION, _MOST_DESCRIPTION = 32, 1 << 12, 1 << 20
-_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made such a file is gone
-_MANY = 256  # files, of which a folder is looked through after each write without anybody's noticing
-_SLACK = 16  # of more files, one in so many may be written between two looks
+_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made an older temporary file is gone
+_MANY = 256  # maximum files of a folder that is scanned after each write; the scan takes negligible time
+_SLACK = 16  # with more files, a sixteenth of them may be written between two scans
 
 _DTYPES = (
     "float64", "float32", "float16", "bfloat16", "complex128", "complex64", "int64", "int32", "int16", "int8", "uint8",
     "uint16", "uint32", "uint64", "bool", "float8_e4m3fn", "float8_e5m2",
 )  # fmt: skip
-_KEYS = {type(None), bool, int, float, str, bytes}  # to look for others in a dict runs code of theirs
+_KEYS = {type(None), bool, int, float, str, bytes}  # hashing keys of other classes runs their code
 _ARRAYS = re.compile(r"[<>|]([fiuc][0-9]{1,2}|b1)")
 _DEVICES = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 
 
 class EmbeddingFiles:
-    """A folder of embeddings, readable by its owner only; shared by any number of threads and processes.
+    """A folder of embeddings, readable by its owner only, for any number of threads and processes.
 
-    What cannot be read or written costs an event and never an exception. The folder is looked through after a write;
-    of one with more than 256 files, after as many writes as are a sixteenth of them, so that a process may be so much
-    over the limit in between. The time of the folder itself says when one of its files was last used.
+    Files that cannot be read or written cause an event, not an exception. The folder is scanned after a write. With
+    more than 256 files it is scanned after as many writes as a sixteenth of them, so a process may exceed the limit by
+    that much in between. The folder's own modification time is the time of the last use of a file.
 
     Args:
-        folder: Made at the first write, with mode 0700; its files have mode 0600.
-        limit_bytes: What all files together may take; the least recently used go first.
+        folder: Created at the first write, with mode 0700; its files have mode 0600.
+        limit_bytes: Maximum bytes of all files. The least recently used are evicted first.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
         self._limit = limit_bytes
         self._lock = lock()
-        self._room = self._writes = 0  # bytes and files that may be written before the folder is looked through
+        self._room = self._writes = 0  # bytes and files that may be written before the next scan
 
     def read(
         self, key: str, packages: Collection[str] = (), fits: Callable[[Any], bool] = lambda _: True
     ) -> Kept | None:
-        """The embedding of this key; `None` if there is none, or none that is whole.
+        """Read the embedding of a key; return `None` if there is none, or with an event if the file is unusable.
 
         Args:
-            key: As it was written under.
-            packages: The packages whose dataclasses may be in it, if they are imported already.
-            fits: Whether a value is what the caller may have written.
+            key: The key that it was written under.
+            packages: Packages whose dataclasses may be in it, if they are imported already.
+            fits: Checks that a value is one that the caller writes.
         """
         path = self._path(key)
         try:
@@ -94,7 +94,7 @@ class EmbeddingFiles:
             kept = None if refused else Kept(value)
         except FileNotFoundError:
             return None
-        except Exception as error:  # whoever wrote it, it is a file that cannot be used
+        except Exception as error:  # a file that any program may have written
             emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {message_of(error)}"))
             return None
         if refused:
@@ -104,15 +104,18 @@ class EmbeddingFiles:
         return kept
 
     def write(self, key: str, kept: Kept, packages: Collection[str] = ()) -> bool:
-        """Write an embedding, in place of an older one of its key; returns whether it is there.
+        """Write an embedding, replacing an older one of the same key.
 
         Args:
-            key: Its name, of hexadecimal digits.
+            key: Its name, 16 to 128 lower-case hexadecimal digits.
             kept: The embedding.
-            packages: The packages whose dataclasses may be in it.
+            packages: Packages whose dataclasses may be in it.
+
+        Returns:
+            True if the file was written; False with an event if it is too large or the folder is not writable.
 
         Raises:
-            TypeError, ValueError: It holds something else than tensors, arrays, plain values, lists, tuples, dicts and
+            TypeError, ValueError: It holds other values than tensors, arrays, plain values, lists, tuples, dicts and
                 such dataclasses, or too many of them.
         """
         path = self._path(key)
@@ -140,7 +143,7 @@ class EmbeddingFiles:
         return True
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):  # it becomes a file name
+        if not _KEY.fullmatch(key):  # the key becomes a file name
             raise ValueError(f"key={key!r} must be 16 to 128 lower-case hex digits")
         return self._folder / f"{key}{_SUFFIX}"
 
@@ -150,21 +153,21 @@ class EmbeddingFiles:
     def _last_use(self) -> int:
         try:
             return self._folder.stat().st_mtime_ns
-        except OSError:  # it is the order of eviction that suffers
+        except OSError:  # only the order of eviction suffers
             return 0
 
     def _used(self, path: Path) -> None:
-        """Note that a file was used: later than any other, also on a clock that was set back."""
+        """Mark a file as the most recently used, also after the clock was set back."""
         last = self._last_use()
         touch(path, last)
         touch(self._folder, last)
 
     def _tidy(self) -> None:
-        """Evict the least recently used, and drop what crashed writers left."""
+        """Evict the least recently used files, and delete temporary files of crashed writers."""
         found: list[tuple[int, int, str]] = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # another process evicts too
+                with suppress(FileNotFoundError):  # another process may evict, too
                     about = entry.stat(follow_symlinks=False)
                     if entry.name.startswith(TEMPORARY):
                         if time.time() - about.st_mtime > _LEFTOVER_SECONDS:
@@ -173,7 +176,7 @@ class EmbeddingFiles:
                         found.append((about.st_mtime_ns, about.st_size, entry.path))
         found.sort()
         total = sum(size for _, size, _ in found)
-        # Of many files some more go than must, or the next write would have to look through all again.
+        # With many files, some more are evicted than necessary; otherwise the next write would scan again.
         many = len(found) > _MANY
         wanted = self._limit - self._limit // _SLACK if many and total > self._limit else self._limit
         for _, size, path in found:
@@ -228,7 +231,7 @@ def _unpacked(key: str, content: bytes, packages: Collection[str], most: int) ->
 
 
 class _Blobs:
-    """The bytes behind a description: each is taken once, in order."""
+    """The bytes behind a description. Each is taken once, in order."""
 
     def __init__(self, content: bytes, start: int) -> None:
         self._content = content
@@ -246,7 +249,7 @@ class _Blobs:
 
 
 def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any]:  # noqa: C901, PLR0911 - a table of types
-    """A value as nested lists that begin with a word for its kind; what is long goes to the blobs."""
+    """Describe a value by nested lists that begin with the name of its type; append long content to the blobs."""
     import torch
 
     kind = type(value)
@@ -274,7 +277,7 @@ def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any
         return ["array", value.dtype.str, list(value.shape), len(blobs[-1])]
     where = (kind.__module__, kind.__qualname__)
     if _dataclass(*where, packages) is kind:
-        held: dict[str, Any] = getattr(value, "__dict__", {})  # none with slots
+        held: dict[str, Any] = getattr(value, "__dict__", {})  # classes with slots are not supported
         if held.keys() == _fields(kind):
             return ["fields", *where, *([name, _said(item, packages, blobs)] for name, item in held.items())]
     raise TypeError(f"a {'.'.join(where)} cannot be stored without a pickle")
@@ -329,14 +332,14 @@ def _tensor_meant(name: str, shape: list[int], device: str, size: int, *, blobs:
     dtype: torch.dtype = getattr(torch, name)
     content = _checked(shape, size, dtype.itemsize, blobs)
     with torch.inference_mode(mode=False), torch.no_grad():
-        # Of a bool, any byte but 0 and 1 would be one that no computation expects.
+        # A bool with another byte than 0 and 1 would break computations.
         read = torch.frombuffer(bytearray(content), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         made = read.ne(0) if dtype is torch.bool else read.view(dtype)
         return made.reshape(shape).to(device)
 
 
 def _array_meant(dtype: str, shape: list[int], size: int, *, blobs: _Blobs) -> Any:
-    numpy: Any = sys.modules.get("numpy")  # which torch has imported, if it is there
+    numpy: Any = sys.modules.get("numpy")  # torch has imported it if it is installed
     if numpy is None or not _ARRAYS.fullmatch(dtype):
         raise ValueError(f"it names a dtype that is not stored, or there is no numpy: {dtype!r:.40}")
     kind = numpy.dtype(dtype)
@@ -345,7 +348,7 @@ def _array_meant(dtype: str, shape: list[int], size: int, *, blobs: _Blobs) -> A
 
 
 def _checked(shape: Any, size: Any, item: int, blobs: _Blobs) -> memoryview:
-    """The bytes of a tensor or an array, if they are as many as its shape says."""
+    """Take the bytes of a tensor or an array, and check their number against its shape."""
     if type(shape) is not list or not all(type(length) is int and length >= 0 for length in shape):
         raise ValueError("it names a shape that is none")
     if math.prod(shape) * item != size:
@@ -360,7 +363,7 @@ _COPYING = {
 
 
 def _made(module: str, name: str, fields: dict[str, Any], packages: Collection[str]) -> Any:
-    """A dataclass as it was: without its `__init__` or `__post_init__`, which are code."""
+    """Restore a dataclass without calling its `__init__` or `__post_init__`."""
     cls = _dataclass(module, name, packages)
     if cls is None or fields.keys() != _fields(cls):
         raise ValueError(f"{module}.{name} is no dataclass of {', '.join(packages)} with these fields")
@@ -374,7 +377,7 @@ def _fields(cls: Any) -> set[str]:
 
 
 def _dataclass(module: str, name: str, packages: Collection[str]) -> type | None:
-    """The dataclass of that name in a package that may be asked for one; nothing is imported to find it."""
+    """Return the dataclass of that name in an allowed package; `None` without one. Imports nothing."""
     if module.partition(".")[0] not in packages:
         return None
     found: Any = sys.modules.get(module)
@@ -383,6 +386,6 @@ def _dataclass(module: str, name: str, packages: Collection[str]) -> type | None
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         return None
     cls: type = found
-    # A class that says itself how it is copied would run that with what a file says.
+    # A class with copy methods of its own would run them on content from a file.
     says = {name for base in cls.__mro__[:-1] for name in vars(base)} & _COPYING
     return cls if not says and (cls.__module__, cls.__qualname__) == (module, name) else None

@@ -1,6 +1,6 @@
-"""State of an encoder that changes what it computes: weights, modes, hooks, hyper-parameters, torch's own switches.
+"""State that decides what an encoder computes: weights, modes, hooks, hyper-parameters, torch's own switches.
 
-Everything here is read at each call of a cached function, so it is written for speed: some microseconds a module.
+All of it is read at each call of a cached function, so the code is written for speed: some microseconds a module.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Said:
 
 
 class Encoders:
-    """States of modules that this process has met: a number for each of the weights, and the digest of their bytes."""
+    """States of the modules of this process: a number for each state of the weights, and the digest of their bytes."""
 
     def __init__(self) -> None:
         self._lock = lock()
@@ -73,15 +73,16 @@ class Encoders:
         self._said: Any = None
 
     def computation(self, module: nn.Module, walked: list[nn.Module]) -> tuple[str, list[Any]]:
-        """How a module computes, beside its weights, and the functions that decide it: each `forward`, and hooks.
+        """Describe a module's computation apart from its weights.
 
         Args:
             module: The module.
-            walked: It, and all modules in it.
+            walked: The module and all modules inside it.
 
         Returns:
-            The classes and plain attributes of every module (`training`, hyper-parameters) and of their `config`, and
-            which of them compute from copies in fewer bits at this moment; then the functions.
+            A text with the classes and plain attributes (`training`, hyper-parameters) of every module and its
+            `config`, and the formats of weight copies in use; and a list of the functions involved: each `forward`,
+            and the hooks.
         """
         values, texts, functions = _computation(walked)
         identities = list(map(id, values))
@@ -89,29 +90,39 @@ class Encoders:
             if self._said is None:
                 self._said = _by_identity()
             said: _Said | None = self._said.get(module)
-            # The values are held: the same object is the same value.
+            # The values are kept alive, so the same id is the same value.
             if said is None or said.identities != identities or said.texts != texts:
                 said = self._said[module] = _Said(values, identities, texts, repr((values, texts)))
             return said.words, functions
 
     def known(self, module: nn.Module, walked: list[nn.Module]) -> _Known:
-        """What is known of the present state of a module's weights; `walked` are it and all modules in it."""
+        """Return the record of the present state of a module's weights.
+
+        Args:
+            module: The module.
+            walked: The module and all modules inside it.
+        """
         state = _state(walked)
         with self._lock:
             if self._known is None:
                 self._known = _by_identity()
             known: _Known | None = self._known.get(module)
-            # The addresses are looked at only if the state says that the memory there is still that of the weights.
+            # The addresses are read only if the state shows that the memory still belongs to the weights.
             if known is None or known.state != state or _sampled(known.places) != known.sample:
                 held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
-                # Taken again, now that no address in it can come to belong to another storage.
+                # Computed again, now that the held references keep the addresses from being reused.
                 places = _places(walked)
                 known = _Known(_state(walked), places, _sampled(places), held, next(self._numbers))
                 self._known[module] = known
             return known
 
     def content(self, module: nn.Module, walked: list[nn.Module]) -> str | None:
-        """A digest of the module and its weights' bytes, once for each state; `None` where it would not tell all."""
+        """Return a digest of the module and its weights' bytes, computed once a state.
+
+        Returns:
+            `None` if a tensor's content is not covered (a tensor subclass, a sparse or a meta tensor), or if a weight
+            was written meanwhile.
+        """
         import torch
 
         known = self.known(module, walked)
@@ -120,7 +131,7 @@ class Encoders:
                 plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
                 for tensor in (tensor for inner in walked for tensor in _own(inner)):
                     if type(tensor) not in plain or tensor.layout is not torch.strided or tensor.is_meta:
-                        return None  # of such a tensor the fingerprint does not hold the content
+                        return None  # the fingerprint does not cover the content of such a tensor
                 made = fingerprint([module], {"torch": torch.__version__})
                 if self.known(module, modules_of(module)) is not known:
                     return None  # written meanwhile
@@ -128,10 +139,10 @@ class Encoders:
             return known.content
 
     def number(self, owner: object) -> int:
-        """A number that no other object of this process has, ever.
+        """Return a number that is unique to the object in this process, also after it is gone.
 
         Raises:
-            TypeError: The object's class has no room for weak references.
+            TypeError: The object's class does not support weak references.
         """
         with self._lock:
             if self._owners is None:
@@ -148,7 +159,7 @@ def _by_identity() -> Any:
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
-    """A module and all modules in it, each once. As `Module.modules()`, in a third of the time."""
+    """Return a module and all modules inside it, each once. Like `Module.modules()`, in a third of the time."""
     found, seen = [root], {id(root)}
     for module in found:
         if module._modules:
@@ -160,17 +171,17 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:
-    # Weights that are away (`Absent`) were not written, and a look at them would have them loaded again.
+    # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
     parameters: Iterable[Any] = () if type(module._parameters) is Absent else module._parameters.values()
     return [tensor for tensor in (*parameters, *module._buffers.values()) if tensor is not None]
 
 
 def _state(walked: list[nn.Module]) -> list[Any]:
-    """What differs once a module is exchanged or a weight is written, moved or replaced.
+    """Return a list that changes when a module is replaced, or a weight is written, moved or replaced.
 
-    A write through `.data`, to an inference tensor or by another process counts no version, and is not in it.
+    Writes through `.data`, to inference tensors or by another process count no version, and do not change it.
     """
-    state: list[Any] = list(map(weakref.ref, walked))  # equal only to references to the same living modules
+    state: list[Any] = list(map(weakref.ref, walked))  # equal only to references to the same live modules
     for module in walked:
         for tensors in (module._parameters, module._buffers):
             if not tensors:  # most modules have none, and this runs for all of them at each request
@@ -198,7 +209,7 @@ def _odd_state(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _places(walked: list[nn.Module]) -> list[Any]:
-    """Where in the CPU's memory some dozens of elements of each tensor lie, as buffers that keep nothing alive."""
+    """Return buffers over some dozens of elements of each CPU tensor. They keep no memory alive."""
     places: list[Any] = []
     line = ctypes.c_char * _SAMPLE
     for tensor in (tensor for inner in walked for tensor in _own(inner)):
@@ -207,7 +218,7 @@ def _places(walked: list[nn.Module]) -> list[Any]:
                 continue
             storage = tensor.untyped_storage()
             size = min(tensor.nbytes, storage.nbytes() - address + storage.data_ptr())
-        except (RuntimeError, NotImplementedError):  # it has no memory of its own
+        except (RuntimeError, NotImplementedError):  # the tensor has no memory of its own
             continue
         if size <= 2 * _SAMPLE:
             places.append((ctypes.c_char * size).from_address(address))
@@ -221,7 +232,7 @@ def _sampled(places: list[Any]) -> bytes:
 
 
 def _hold(tensor: torch.Tensor) -> Any:
-    """What keeps the addresses in a tensor's state from being used again, without keeping its memory."""
+    """Return an object that keeps a storage's address from being reused, without keeping its memory."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
     try:
@@ -234,8 +245,8 @@ def _hold(tensor: torch.Tensor) -> Any:
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _LISTS = frozenset({tuple, list})
-_FUNCTIONS = 64  # of a module are looked into, for what a cached function may use
-_OWN_HOOKS = ("transformers.", "accelerate_tts.")  # the former collect attention weights, the latter watch
+_FUNCTIONS = 64  # maximum functions that are searched for the names that a cached function may use
+_OWN_HOOKS = ("transformers.", "accelerate_tts.")  # the former collect attention weights, the latter observe
 
 
 def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[Any]]:
@@ -256,9 +267,9 @@ def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[An
             if inspect.isfunction(forward) and forward not in functions:
                 functions.append(forward)
         values.append(about[0])
-        # Without names, and of most modules in one step: which attribute is meant the order tells.
+        # Without names, for speed: the order identifies the attribute.
         values += [value for value in own.values() if type(value) in _SCALARS]
-        if about[1]:  # a list may come to hold something else while it is the same
+        if about[1]:  # the items of a list may change while its id stays
             texts += [f"{value}" for value in own.values() if type(value) in _LISTS and _is_plain(value)]
         if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
             functions += foreign_hooks(own.get("_forward_hooks", {}), own.get("_forward_pre_hooks", {}))
@@ -277,25 +288,25 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a value around a function decides what it computes; a list may as well be what it writes to."""
+    """Check for an immutable plain value. A list outside a function may as well be one that it writes to."""
     return type(value) in _SCALARS or (type(value) is tuple and all(map(_is_constant, value)))
 
 
 def foreign_hooks(*hooks: Any) -> list[Any]:
-    """The hooks of a user, in the order in which they are called."""
+    """Return the user's hooks, in call order."""
     found = [hook for each in hooks for hook in each.values()]
     return [hook for hook in found if not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)]
 
 
 def global_hooks() -> list[Any]:
-    """A user's hooks on the calls of all modules."""
+    """Return the user's global module hooks."""
     from torch.nn.modules import module
 
     return foreign_hooks(module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
 def numerics() -> str:
-    """Torch's own switches that decide in which precision and where something is computed."""
+    """Return torch's global settings of precision and device as a text."""
     import torch
 
     said = [str(torch.get_default_dtype()), str(torch.get_default_device())]
@@ -303,7 +314,7 @@ def numerics() -> str:
         try:
             if torch.is_autocast_enabled(device):
                 said.append(f"{device} {torch.get_autocast_dtype(device)}")
-        except RuntimeError:  # a device that this build of torch does not know
+        except RuntimeError:  # this build of torch does not have the device
             continue
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     mkldnn = getattr(torch.backends, "mkldnn", None)
@@ -322,7 +333,7 @@ def numerics() -> str:
         said.append(_switch(holder, name))
     try:
         said.append(torch.get_float32_matmul_precision())
-    except RuntimeError:  # as `allow_tf32`: it was set by the newer names, which are read above
+    except RuntimeError:  # like `allow_tf32`: it was set by the newer names, which are read above
         said.append("mixed")
     return " ".join(said)
 
@@ -330,7 +341,7 @@ def numerics() -> str:
 def _switch(holder: Any, name: str) -> str:
     try:
         return str(getattr(holder, name, ""))
-    except RuntimeError:  # it was set by a newer name, and torch refuses the older one
+    except RuntimeError:  # it was set by a newer name, and torch refuses to read the older one
         return "mixed"
 
 
@@ -338,9 +349,10 @@ _told: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictiona
 
 
 def function_words(function: Any) -> list[Any] | None:
-    """What a function computes, as far as its code, defaults and the plain values around it say.
+    """Describe a function by its code, its defaults and the plain values in its closure.
 
-    `None` for an object that is called: nothing says what it computes.
+    Returns:
+        A list of plain values; `None` for a callable object, whose computation is unknown.
     """
     if isinstance(function, functools.partial):
         inner = function_words(function.func)
@@ -350,7 +362,7 @@ def function_words(function: Any) -> list[Any] | None:
     code = getattr(function, "__code__", None)
     if code is None:
         kind = type(function)
-        if kind.__module__.startswith("torch."):  # weight_norm and its like are hooks of torch's own
+        if kind.__module__.startswith("torch."):  # weight_norm and similar hooks of torch's own
             return [kind.__module__, kind.__qualname__, sorted(i for i in vars(function).items() if _is_plain(i[1]))]
         return None
     known = _told.get(function)
@@ -362,7 +374,7 @@ def function_words(function: Any) -> list[Any] | None:
 
 
 def around(function: Any) -> dict[str, Any]:
-    """What a function takes from its module and from the functions around it, and does not assign itself."""
+    """Return the globals and closure variables that a function reads and does not assign, by name."""
     code = getattr(function, "__code__", None)
     if code is None:
         return {}
@@ -381,7 +393,7 @@ def around(function: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The names that code and the code inside it use, and those of other scopes that it assigns."""
+    """Return the names that code uses, nested code included, and the outer names that it assigns."""
     names = dict.fromkeys(code.co_names)
     assigned = {each.argval for each in dis.get_instructions(code) if each.opname in {"STORE_GLOBAL", "STORE_DEREF"}}
     for inner in code.co_consts:
@@ -393,7 +405,7 @@ def _names(code: CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def outside(function: Any) -> dict[str, Any]:
-    """`around` of a function, and of the functions of its module that it may call."""
+    """Return `around` of a function and of the functions of its module that it may call."""
     found: dict[str, Any] = {}
     stack, seen = [inspect.unwrap(getattr(function, "__func__", function))], set[int]()
     while stack and len(seen) < _FUNCTIONS:
@@ -407,5 +419,5 @@ def outside(function: Any) -> dict[str, Any]:
 
 
 def constants(function: Any) -> list[str]:
-    """The plain values with names in capitals that a function and its helpers use."""
+    """Return the upper-case constants that a function and its helpers use, as texts."""
     return [f"{name} {value!r}" for name, value in outside(function).items() if name.isupper() and _is_constant(value)]

@@ -1,4 +1,4 @@
-"""Embeddings by key, bounded in bytes, safe from every thread; each is computed once, whoever asks meanwhile waits."""
+"""Thread-safe store of embeddings by key, bounded in bytes. Each key is computed once while other callers wait."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from accelerate_tts.locks import lock
 
 __all__ = ["CacheInfo", "EmbeddingStore", "Flight", "Kept"]
 
-# A rough figure for a small Python object: it keeps a million of them from counting as nothing.
+# Estimated bytes of a small Python object, so that a million of them do not count as nothing.
 _OBJECT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache of embeddings did and holds.
+    """Statistics of an embedding cache.
 
     Attributes:
-        hits: Calls that were answered without running the function.
-        misses: Calls that ran it.
+        hits: Calls that returned a stored result.
+        misses: Calls that ran the function.
         entries: Embeddings in memory.
-        bytes: What they take there.
+        bytes: Their size in memory.
     """
 
     hits: int
@@ -37,10 +37,10 @@ class CacheInfo:
 
 
 class Kept:
-    """An embedding that nobody else can write to: copied when it comes and each time it is handed out.
+    """A private copy of an embedding. Callers get copies of it.
 
     Raises:
-        TypeError: It holds a module, or something that cannot be copied.
+        TypeError: The embedding holds a module, or an object that cannot be copied.
     """
 
     __slots__ = ("_value", "bytes")
@@ -49,7 +49,7 @@ class Kept:
         self._value, self.bytes = _copied(value)
 
     def copy(self) -> Any:
-        """A copy of the embedding; its tensors are normal ones, without a graph, whatever mode the caller is in."""
+        """Return a copy of the embedding with normal tensors, without a graph, in every mode of the caller."""
         return _copied(self._value)[0]
 
 
@@ -63,7 +63,7 @@ def _copied(value: Any) -> tuple[Any, int]:
             if isinstance(part, torch.nn.Module):
                 raise TypeError(f"it holds a module ({type(part).__name__})")
             if isinstance(part, torch.Tensor):
-                # By hand: deepcopy refuses tensors with a graph, keeps inference tensors, and copies whole storages.
+                # deepcopy refuses tensors with a graph, keeps inference tensors, and copies whole storages.
                 memo[id(part)] = part.detach().clone()
                 size += part.numel() * part.element_size()
             else:
@@ -90,10 +90,10 @@ def _bytes(part: Any) -> int:
 
 
 class Flight:
-    """One computation of an embedding, and those who wait for it.
+    """One running computation of an embedding, for which other callers wait.
 
-    Its `future` brings the embedding; `None` if the computation failed, so that whoever waits tries himself; `ALONE` if
-    its result cannot be kept, so that each computes his own.
+    Its `future` gives the embedding. It gives `None` if the computation failed, so that the next waiting caller tries,
+    and `ALONE` if the result cannot be stored, so that each caller computes its own.
     """
 
     ALONE = "alone"
@@ -101,14 +101,14 @@ class Flight:
     def __init__(self, leader: object) -> None:
         self.leader = leader
         self.future: Future[Any] = Future()
-        self.future.set_running_or_notify_cancel()  # a task that waits and is cancelled must not cancel it
+        self.future.set_running_or_notify_cancel()  # a cancelled waiting task must not cancel the future
 
 
 class EmbeddingStore:
-    """Embeddings by key. What was not used for longest goes first.
+    """Embeddings by key. The least recently used are evicted first.
 
     Args:
-        limit_bytes: What all of them together may take; a larger one is not kept.
+        limit_bytes: Maximum bytes of all embeddings. A larger one is not stored.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -119,7 +119,11 @@ class EmbeddingStore:
         self._bytes = self._hits = self._misses = 0
 
     def begin(self, key: str, asker: object) -> tuple[Kept | None, Flight, bool]:
-        """What is kept under the key; else the flight that will bring it, and whether the asker has to fly it."""
+        """Look up a key.
+
+        Returns:
+            The embedding, or `None`; the computation that will give it; and True if the caller must compute it.
+        """
         with self._lock:
             kept = self._entries.get(key)
             if kept is not None:
@@ -132,16 +136,16 @@ class EmbeddingStore:
             return None, flight, True
 
     def end(self, key: str, flight: Flight, outcome: Kept | str | None) -> None:
-        """End a flight: keep what it brought, and wake those who wait for it."""
+        """End a computation: store its result, and wake waiting callers."""
         with self._lock:
-            if self._flights.get(key) is flight:  # else `clear` was called meanwhile
+            if self._flights.get(key) is flight:  # otherwise `clear` was called meanwhile
                 del self._flights[key]
                 if isinstance(outcome, Kept):
                     self._put(key, outcome)
         flight.future.set_result(outcome)
 
     def put(self, key: str, kept: Kept) -> None:
-        """Keep an embedding."""
+        """Store an embedding."""
         with self._lock:
             self._put(key, kept)
 
@@ -150,7 +154,7 @@ class EmbeddingStore:
         if old is not None:
             self._bytes -= old.bytes
         if kept.bytes > self._limit:
-            return  # to evict all others for it would help nobody
+            return  # evicting all others for it would not help
         self._entries[key] = kept
         self._bytes += kept.bytes
         while self._bytes > self._limit:
@@ -164,12 +168,12 @@ class EmbeddingStore:
             self._misses += not hit
 
     def info(self) -> CacheInfo:
-        """What it did and holds."""
+        """Return the statistics."""
         with self._lock:
             return CacheInfo(self._hits, self._misses, len(self._entries), self._bytes)
 
     def clear(self) -> None:
-        """Forget all embeddings, those that are being computed too, and the counts."""
+        """Remove all embeddings, running computations included, and reset the counts."""
         with self._lock:
             self._entries.clear()
             self._flights.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,17 @@ _BEGIN, _END = "<!-- environments: ", "<!-- environments: end -->"
 
 _HEAD = """# Where it was run
 
-This page is made from files that runs have written; nobody writes figures here. `make environments` builds each
-environment below from its upstream's own pins in a virtual environment of its own, installs the wheel beside it without
-changing a package, runs the contract tests of that system and a check, and writes one file under
-`benchmarks/environments/rows/`.
-`make environments ONLY=name` runs one, `LAYERS=full` at upstream's full size, `make environments-page` makes this page.
+Runs have written this page; nobody writes figures here. `make environments` builds each environment
+below from its upstream's own pins, in a virtual environment of its own. It installs the wheel
+beside it without changing a package, runs the contract tests of that system and a check, and writes
+one file under `benchmarks/environments/rows/`. `make environments ONLY=name` runs one,
+`LAYERS=full` runs them at upstream's full size, and `make environments-page` writes this page.
 
-A check tunes a system that is built from its true configuration with seeded weights, with as many layers as the table
-says, then times it untouched and tuned in turn, five pairs. "One token" is a step of the decode loop; the floor is the
-time in which this machine's memory gives that step's weights once, as they were loaded. Ratios are medians, with the
-lowest and the highest of the pairs. Few layers show that everything applies; they are no speed-up of a whole system.
+A check builds a system from its true configuration with seeded weights and with as many layers as
+the table says, tunes it, and times it untouched and tuned in turn, five pairs. "One token" is one
+step of the decode loop. The floor is the time in which this machine's memory gives that step's
+weights once, as they were loaded. Ratios are medians, with the lowest and the highest of the pairs.
+Few layers show that everything applies; they are no speed-up of a whole system.
 """
 
 
@@ -143,7 +145,6 @@ def _output(check: dict[str, Any]) -> str:
 def _details(one: Environment, row: dict[str, Any]) -> str:
     machine = row["machine"]
     lines = [
-        f"### {one.name}\n",
         f"- Installed: {_code(row['requires'])}"
         + "".join(f"; beside it `{extra['requires']}`: {extra['reason']}" for extra in row["beside"]),
         f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}, "
@@ -158,7 +159,12 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
         lines += [f"- Failed: `{name}`: {_cell(why)}" for name, why in row["tests"]["failures"].items()]
     for check in row["checks"]:
         lines += _of_check(check)
-    return "\n".join(lines) + "\n"
+    return "\n".join([f"### {one.name}\n", *map(_wrapped, lines)]) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """A list item over several lines of at most 100 columns."""
+    return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _code(words: Iterable[str]) -> str:

@@ -21,9 +21,11 @@ from accelerate_tts.device.flags import hold, is_held
 from accelerate_tts.device.openblas import BLAS_THREADS, busy_libraries
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.process.openblas_threads import QuietBlasStage
+from accelerate_tts.tuning.findings import Tuning
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, Tuning, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 

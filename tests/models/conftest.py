@@ -33,8 +33,9 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from accelerate_tts.plan import Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.capture import time_modules
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 

@@ -15,7 +15,8 @@ from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.stages.compile.whole import CompileStage
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 with warnings.catch_warnings():

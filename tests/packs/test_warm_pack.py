@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,17 +31,20 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.packs.store import Pack, PackStore
-from accelerate_tts.packs.warm_pack import WarmPack, _check, pack_folder
+from accelerate_tts.packs.warm_pack import WarmPack, pack_folder
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.settings import Settings
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
-from accelerate_tts.tuning.session import Session
+from accelerate_tts.tuning.activate import check
+from accelerate_tts.tuning.first_passes import one_pass
+from accelerate_tts.tuning.ledger import Ledger
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, begin, tune
-from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from accelerate_tts.tuning.tune import find
+from accelerate_tts.tuning.warmup import Loaded, WarmupCall, WarmupCalls, warmup_calls
 
 MEL = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(1))
 MEGABYTE = 1 << 20
@@ -128,8 +131,8 @@ def all_pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timin
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Iterator[None]:
-    decide(compare=all_pays_off)
-    monkeypatch.setattr(Session, "seconds", lambda self, part, *_: 0.1 if part.name in self._references else 0.2)
+    looks = (0.2 * 0.97**number for number in itertools.count())  # each is faster than the one before
+    decide(compare=all_pays_off, look=lambda *_: next(looks))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine two wait for each other
     yield
@@ -332,13 +335,13 @@ def test_vits_and_several_roots_in_one_object(seen: list[Event]) -> None:
 # --- another process -----------------------------------------------------------------------------------------------
 
 CHILD = """
-import json, os, sys
+import itertools, json, os, sys
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from accelerate_tts import add_hook, optimized_model, optimizer, receipt_of
 from accelerate_tts.packs import compiler_cache
-from accelerate_tts.tuning import policy, session
+from accelerate_tts.tuning import policy
 from accelerate_tts.tuning.timing import Timing
 
 # Stand-in for a machine on which every stage pays off.
@@ -346,9 +349,9 @@ def pays_off(run, before, after, *_, **__):
     for switch in (before, after):
         switch(), run()
     return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
-scope = policy.tuning_policy(policy.TuningPolicy(compare=pays_off))
+looks = (0.2 * 0.97**number for number in itertools.count())
+scope = policy.tuning_policy(policy.TuningPolicy(compare=pays_off, look=lambda *_: next(looks)))
 scope.__enter__()
-session.Session.seconds = lambda self, part, *_: 0.1 if part.name in self._references else 0.2
 
 unpacked = []
 unpack = compiler_cache.unpack
@@ -673,12 +676,12 @@ JSON = st.recursive(
 
 def test_any_decisions_are_refused_or_right() -> None:
     """Any JSON at all, and a good pack with any JSON in any place of it."""
-    plan, calls, stages, tuning = tuned()
+    plan, calls, stages, findings = tuned()
     pack = WarmPack.of(plan, stages, CPU, Settings())
     assert pack is not None
     shelf = pack.store = Shelf()  # type: ignore[assignment]
-    pack.keep(tuning)
-    tuning.undo()
+    pack.keep(findings)
+    findings.tuning().undo()
     (model,) = plan.roots
     before = state(model)
     good = json.dumps(shelf.decisions)
@@ -706,8 +709,8 @@ def test_any_decisions_are_refused_or_right() -> None:
         else:
             assert [type(event) for event in seen] == [Restored]
             torch.testing.assert_close(speak(model), before[2], rtol=1e-4, atol=1e-6)
-            assert str(restored.receipt)
-            restored.undo()
+            assert str(restored.receipt())
+            restored.tuning().undo()
         assert_untouched(state(model), before)
 
     logging.disable(logging.WARNING)
@@ -719,7 +722,7 @@ def test_any_decisions_are_refused_or_right() -> None:
     shelf.decisions = json.loads(good)
     restored = pack.restore(calls, stages, CPU, Limits(60.0))
     assert restored is not None
-    restored.undo()
+    restored.tuning().undo()
     assert True in outcomes
 
 
@@ -736,9 +739,9 @@ def tuned() -> Any:
     plan = ModelPlan("Stack", tuple(find_modules(model).values()), (Part("Stack", "vocoder", model),))
     calls = warmup_calls(MEL, Loaded(model), "inference")
     stages = (FoldStage(), ChannelsLastStage())
-    tuning = tune(plan, calls, stages, CPU, Limits(60.0))
-    assert len(tuning.kept) == 2
-    return plan, calls, stages, tuning
+    findings = find(plan, calls, stages, CPU, Limits(60.0))
+    assert len(findings.kept) == 2
+    return plan, calls, stages, findings
 
 
 # --- results that are checked ----------------------------------------------------------------------------------------
@@ -798,16 +801,16 @@ def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
             return BaseModelOutputWithPast(last_hidden_state=decoder(x))
 
     part = Part("decoder", "decoder", decoder, head=Head((head,), reads_alone=reads_alone))
-    calls: Any = SimpleNamespace(main=[SimpleNamespace(run=speak)])
-    session = begin(ModelPlan("model", (decoder,), (part,)), calls, CPU, Limits(float("inf"), "fast"))
-    session.reference(part)
+    calls = WarmupCalls((WarmupCall(speak),))
+    baseline = one_pass(ModelPlan("model", (decoder,), ()), calls, CPU, Limits(float("inf"), "fast"))
+    baseline.reference(part)
     with torch.no_grad():
         decoder.weight.mul_(1.08)
     if reads_alone:
-        _check(session, [part], None)
+        check(baseline, Ledger(), [part], whole=False)
     else:
         with pytest.raises(ValueError, match="decoder: wrong output: relative error"):
-            _check(session, [part], None)
+            check(baseline, Ledger(), [part], whole=False)
 
 
 @pytest.mark.parametrize("decides", [True, False])
@@ -939,12 +942,12 @@ def test_a_fault_while_it_is_put_in_force(
 
 
 def test_a_cancelled_load_is_not_restored() -> None:
-    plan, calls, stages, tuning = tuned()
-    tuning.undo()
+    plan, calls, stages, findings = tuned()
+    findings.tuning().undo()
     before = state(plan.roots[0])
     pack = WarmPack.of(plan, stages, CPU, Settings())
     assert pack is not None
-    pack.keep(tuning)
+    pack.keep(findings)
     assert pack.restore(calls, stages, CPU, Limits(60.0, stopped=lambda: True)) is None
     assert_untouched(state(plan.roots[0]), before)
     restored = pack.restore(calls, stages, CPU, Limits(60.0))

@@ -440,9 +440,10 @@ def test_containers_of_the_owner_are_its_own() -> None:
 
 
 def test_without_a_load_function_they_stay(seen: list[Event]) -> None:
+    from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.warmup import Loaded
 
     model: Any = made()
-    get_performance_optimizer().optimize(Loaded(model), torch.randn(24, SIZE))
+    get_performance_optimizer().optimize(LoadRequest(torch.randn(24, SIZE), loaded=Loaded(model)))
     assert type(model[0]._parameters) is dict
     assert any(isinstance(event, NotApplied) and "no load function" in event.reason for event in seen)

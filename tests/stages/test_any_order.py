@@ -38,11 +38,12 @@ from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeSt
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.protocol import Change, Stage
+from accelerate_tts.tuning.baseline import Baseline
 from accelerate_tts.tuning.compare import Difference
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
-from accelerate_tts.tuning.session import Session
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 STAGES: tuple[Stage, ...] = (
@@ -391,7 +392,7 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
     before = Before(model)
     part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
     applicable = [stage for stage in STAGES if stage.applies(part) is None]
-    compared = Session.difference
+    compared = Baseline.difference
 
     @settings(max_examples=15, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
     @given(
@@ -402,11 +403,11 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
         hangs = isinstance(fault, EndlessError)
         faulty = Faulty(stage, point, fault, late, number)
 
-        def difference(session: Session, part: Part, outputs: list[Any]) -> Difference:
+        def difference(baseline: Baseline, part: Part, outputs: list[Any]) -> Difference:
             faulty.hit("verify", early=not late)
-            return compared(session, part, outputs)
+            return compared(baseline, part, outputs)
 
-        monkeypatch.setattr(Session, "difference", difference)
+        monkeypatch.setattr(Baseline, "difference", difference)
         others = [other for other in applicable if other is not stage][:2]
         plan = ModelPlan("hangs" if hangs else "model", (model,), (part,))
         calls = warmup_calls(lambda loaded: spoken(loaded), Loaded(model), "inference")

@@ -16,8 +16,10 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.cache_delta import settled
 from accelerate_tts.tuning.compare import compare, tensors_of
-from accelerate_tts.tuning.session import Session
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.first_passes import first_passes
+from accelerate_tts.tuning.ledger import Ledger
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 WIDTH, GIVEN = 32, 40
@@ -145,22 +147,12 @@ def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None
 
     part = Part("decoder", "decoder", model)
     calls = warmup_calls(speak, Loaded(model), "inference")
-    seen: list[Any] = []
-    outputs = Session.outputs
-
-    def noting(session: Session, of: Part) -> Any:
-        seen.append(outputs(session, of))
-        return seen[-1]
-
-    Session.outputs = noting  # type: ignore[method-assign]
-    try:
-        plan = ModelPlan("model", (model,), (part,))
-        tuning = tune(plan, calls, [Spoils()], DeviceInfo("cpu", "test"), Limits(30.0))
-    finally:
-        Session.outputs = outputs  # type: ignore[method-assign]
+    plan, device = ModelPlan("model", (model,), (part,)), DeviceInfo("cpu", "test")
+    outputs = first_passes(plan, calls, device, Limits(30.0), Ledger()).reference(part).outputs
+    tuning = tune(plan, calls, [Spoils()], device, Limits(30.0))
     (result,) = tuning.receipt.stages
     assert not result.kept
     assert result.reason.startswith("wrong output")
-    tokens = [output for output in seen[0] if output.last_hidden_state.shape[1] == 1]
+    tokens = [output for output in outputs if output.last_hidden_state.shape[1] == 1]
     assert tokens
     assert all(tensor.numel() == WIDTH + 1 for output in tokens for tensor in cached(output)[:-1])

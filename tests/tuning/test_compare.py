@@ -373,7 +373,7 @@ def test_a_half_precision_tensor_loosens_no_other() -> None:
 
 
 def test_deep_models_in_half_precision_differ_by_the_root_of_their_depth_more() -> None:
-    """Rounding errors of blocks are independent of each other: decision 0036 has what was measured."""
+    """Rounding errors of blocks are independent of each other: decision 0011 has what was measured."""
     exact, rounding = TOLERANCES["exact"], torch.finfo(torch.bfloat16).eps
     limits = {depth: exact.error + 4 * rounding * factor for depth, factor in ((1, 1), (10, 1), (40, 2), (400, 2))}
     for depth, limit in limits.items():

@@ -24,9 +24,10 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.disturbance import QUIET, ThisMachine, Watcher, between, one_thread
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing, compare_speed
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 CPU = DeviceInfo("cpu", "test")

@@ -23,7 +23,9 @@ from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.settings import Precision
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.compile.whole import CompileStage
-from accelerate_tts.tuning.tune import Limits, Tuning, tune
+from accelerate_tts.tuning.findings import Tuning
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 pytestmark = pytest.mark.usefixtures("steady_clock")

@@ -22,8 +22,10 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.compare import TOLERANCES
+from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.kl_divergence import divergence, head_of
-from accelerate_tts.tuning.tune import Limits, Tuning, tune
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 pytestmark = pytest.mark.usefixtures("steady_clock")

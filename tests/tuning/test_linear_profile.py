@@ -11,8 +11,9 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import LEAST_FEW_ROWS
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.linear_profile import linear_work
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import find
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 
@@ -53,10 +54,10 @@ def test_stages_for_few_rows_are_tried_where_there_are_some(rows: int, tried: bo
     model = Estimator().eval()
     x = torch.ones(1, rows, 64)
     plan = ModelPlan("estimator", (model,), (Part("estimator", "estimator", model),))
-    tuning = tune(
+    findings = find(
         plan, warmup_calls(x, Loaded(model), "inference"), [FewRowsStage()], DeviceInfo("cpu", "test"), Limits(20.0)
     )
-    assert bool(tuning.receipt.stages) == tried
-    (part,) = tuning.parts
+    assert bool(findings.receipt().stages) == tried
+    (part,) = findings.parts
     assert (part.few_rows >= LEAST_FEW_ROWS) == tried
     assert (SkinnyStage("fp32").applies(part) is None) == tried

@@ -16,9 +16,9 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.compile.regional import _rows
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
-from accelerate_tts.tuning import capture
 from accelerate_tts.tuning.capture import outputs_of, watch
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.limits import Limits
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
@@ -158,7 +158,7 @@ def test_blocks_of_several_lists_share_a_graph_unless_they_have_a_cache() -> Non
     assert [len(row) for row in _rows(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
 
 
-def test_of_a_long_step_fewer_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_long_step_fewer_calls_are_timed() -> None:
     model = Solver("forward")
     part = Part("estimator", "estimator", model.estimator, method="forward")
     with torch.inference_mode(), watch((part,), "cpu") as seen:
@@ -167,9 +167,9 @@ def test_of_a_long_step_fewer_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -
     captured = seen["estimator"]
     assert len(captured.calls) == 6
     assert len(captured.prepared(model.estimator, "loop")) == 6, "of a hundredth of a second each"
-    monkeypatch.setattr(capture, "_ENOUGH", 0.025)
+    captured.enough = 0.025
     assert 1 <= len(captured.prepared(model.estimator, "loop")) <= 3
-    monkeypatch.setattr(capture, "_ENOUGH", 0.0)
+    captured.enough = 0.0
     assert len(captured.prepared(model.estimator, "loop")) == 1
     assert len(captured.prepared(model.estimator, "all")) == 6, "all are compared"
 

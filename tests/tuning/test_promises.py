@@ -16,8 +16,10 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import default_stages
+from accelerate_tts.tuning.findings import Tuning
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.promises import PROMISES, promise
-from accelerate_tts.tuning.tune import Limits, Tuning, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 pytestmark = pytest.mark.usefixtures("steady_clock")

@@ -16,9 +16,10 @@ from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, add_hoo
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.tuning.session import Session
+from accelerate_tts.tuning.findings import Tuning
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, Tuning, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
@@ -126,10 +127,9 @@ class Alternative(Stage):
     group = "test"
 
 
-def test_a_disturbed_look_at_microseconds_decides_nothing(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
+def test_a_disturbed_look_at_microseconds_decides_nothing(decide: Any) -> None:
     looks = iter([1e-5, 0.009, 0.009])  # untouched; and twice with the change, while a neighbour is at work
-    monkeypatch.setattr(Session, "seconds", lambda *_args: next(looks))
-    decide(compare=lambda *_args, **_kwargs: Timing(2e-5, 1e-5, 2.0, 1.9, 2.1, 25))
+    decide(look=lambda *_args: next(looks), compare=lambda *_args, **_kwargs: Timing(2e-5, 1e-5, 2.0, 1.9, 2.1, 25))
     (result,) = run(Slow(), Stage(seconds=0.0)).receipt.stages
     assert result.kept
 

@@ -18,8 +18,9 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage, _place, _rows
 from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 X = torch.ones(2, 4)

@@ -1,1 +1,1 @@
-"""`accelerate-tts bench`: the five systems, untouched against tuned, on this machine."""
+"""`accelerate-tts bench`: time the five systems, untouched against tuned, on this machine."""

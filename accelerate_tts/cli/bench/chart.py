@@ -1,4 +1,4 @@
-"""The bench's chart: a bar for each variant of each system, and what was promised."""
+"""Chart of the bench: a bar for each variant of each system, and the promised range."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLOURS = {"torch.compile": "#bbbbbb", "exact": "#4477aa", "balanced": "#66ccee
 
 
 def pyplot() -> Any:
-    """What draws.
+    """Return matplotlib's module of figures.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -33,7 +33,7 @@ def pyplot() -> Any:
 
 
 def draw(found: Sequence[Found], path: Path) -> None:
-    """Draw the ratios of whole calls to a file, of the kind that its name ends in."""
+    """Draw the ratios of whole calls to a file, in the format of its suffix."""
     bars: list[tuple[str, str, float]] = []
     spans: list[tuple[tuple[float, float], int, int]] = []
     for one in found:

@@ -32,7 +32,7 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was asked for; see `accelerate-tts bench --help`."""
+    """Options of the command; see `accelerate-tts bench --help`."""
 
     size: Size = "full"
     precisions: tuple[Precision, ...] = ("exact",)
@@ -48,16 +48,16 @@ class Options:
 
 
 def run(systems: Sequence[str], options: Options) -> None:
-    """Bench systems, one after the other, each variant in a process of its own.
+    """Bench systems in sequence, each variant in a process of its own.
 
     Args:
         systems: Names of `SYSTEMS` or `PARTS`, or "all".
-        options: How.
+        options: The command's options.
 
     Raises:
-        SettingsError: A name, precision or length that there is not.
-        MissingExtraError: What draws the chart is not installed.
-        AccelerateTTSError: Nothing that was asked for gave a figure.
+        SettingsError: A name, a precision or a length is invalid.
+        MissingExtraError: matplotlib is needed for the chart and not installed.
+        AccelerateTTSError: No variant gave a figure.
     """
     names = _checked(systems, options)
     found: list[Found] = []
@@ -89,7 +89,7 @@ def _checked(systems: Sequence[str], options: Options) -> list[str]:
     for precision in options.precisions:
         check_precision(precision)
     check_tune_seconds(options.tune_seconds)
-    for option, path in (("--json", options.json), ("--plot", options.plot)):  # before minutes of tuning, not after
+    for option, path in (("--json", options.json), ("--plot", options.plot)):  # checked before minutes of tuning
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise SettingsError(f"{option} {path}: that is no file in a folder that exists")
     if options.plot is not None:
@@ -98,7 +98,7 @@ def _checked(systems: Sequence[str], options: Options) -> list[str]:
 
 
 class _Bench:
-    """Finds out about one system. What fails is noted in its place, and costs nothing else."""
+    """Measures the variants of one system. A variant that fails is noted, and the others go on."""
 
     def __init__(self, found: Found, options: Options, folder: Path) -> None:
         self._found = found
@@ -106,11 +106,11 @@ class _Bench:
         self._folder = folder
 
     def variants(self) -> Iterator[None]:
-        """Ask for one variant after the other; stops after each."""
+        """Measure the variants in sequence; yield after each."""
         eager = self._ask("eager", "eager")
         yield
         if eager is None:
-            return  # what cannot be loaded cannot be tuned
+            return  # a system that cannot be loaded cannot be tuned
         self._found.cold, self._found.peak = eager["seconds"], eager["peak"]
         if self._options.naive:
             naive = self._ask("torch.compile", "naive")

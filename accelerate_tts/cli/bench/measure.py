@@ -1,4 +1,4 @@
-"""One system, untouched against tuned, in one process: the same object with its changes switched off and on in turn."""
+"""Measurement of one system in one process: the same object with its changes switched off and on alternately."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ __all__ = [
 ]  # fmt: skip
 
 _TINY_SECONDS = 0.8
-_PATIENCE = 30.0  # seconds that a measurement waits, in all, for others to be done
+_PATIENCE = 30.0  # total seconds that a measurement waits for a quiet machine
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Two states timed in turn: median seconds of each, and of the pairs' ratios the median, lowest and highest."""
+    """Two states timed alternately: their median seconds, and median, minimum and maximum of the paired ratios."""
 
     before: float
     after: float
@@ -52,7 +52,7 @@ class Ratio:
 
     @classmethod
     def of(cls, pairs: list[tuple[float, float]]) -> Ratio:
-        """From the seconds of each pair."""
+        """Compute it from the seconds of each pair."""
         ratios = sorted(a / b for a, b in pairs)
         before, after = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
         return cls(before, after, statistics.median(ratios), ratios[0], ratios[-1])
@@ -60,33 +60,33 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the bench found for one system in one precision.
+    """Measurements of one system in one precision.
 
     Attributes:
-        whole: A whole call.
-        step: One token of the decode loop, where there is one.
-        prompt: The loop's first call.
-        error: Relative error of the tuned output to the untouched one, infinite if their shapes differ; `None` where
+        whole: Ratio of a whole call.
+        step: Ratio of a decode step, if there is a decode loop.
+        prompt: Ratio of the loop's first call (prefill).
+        error: Relative error of the tuned output against the untouched one, infinite if their shapes differ; `None` if
             the output is tokens only.
-        same_tokens: Whether all whole numbers in the output (tokens) are the same; `None` if there are none.
-        floor: Seconds in which the memory gives the weights that a token reads once, as they are loaded; at the best of
+        same_tokens: True if all integers in the output (tokens) are equal; `None` if there are none.
+        floor: Seconds to read the weights of one token from memory once, in their loaded format, at the best of
             `bandwidths`.
-        cold: Seconds of the first call of all.
+        cold: Seconds of the very first call.
         tuning: Seconds that tuning took.
-        warm_start: Seconds that a second process took in its place, with the warm pack; `None` if not asked for.
-        memory: Bytes held (`held_bytes`) after tuning, over those before it.
-        recompiles: Graphs compiled after warm-up.
-        peak: The most bytes that the process ever held (`peak_bytes`), until the first call after tuning.
-        warm_peak: The same of the second process, with the warm pack.
-        divergence: The largest divergence of a decoder's step that tuning saw of what it kept, in nats.
-        kept: What was kept, as "part: stage".
-        note: What is not as it would be with real weights.
-        receipt: Everything that tuning tried, as the receipt's own JSON has it.
-        device: torch's name for the type of the device.
-        events: What could not be used, and what had no effect: `FellBack` and `NotApplied`, each line once.
-        bandwidths: Bytes a second that memory gave before the pairs, between them and after them.
-        disturbed: Pairs that are counted though others used the machine meanwhile; those that could be were repeated.
-        disturbance: Who used it, in words; "" if nobody did.
+        warm_start: Seconds that a second process took instead, with the warm pack; `None` if not requested.
+        memory: Ratio of the bytes held (`held_bytes`) after and before tuning.
+        recompiles: Number of graphs compiled after warm-up.
+        peak: Maximum bytes that the process held (`peak_bytes`) until the first call after tuning.
+        warm_peak: The same for the second process, with the warm pack.
+        divergence: Largest divergence of a decode step among the kept stages, in nats.
+        kept: Kept stages, as "part: stage".
+        note: Differences to a system with real weights.
+        receipt: The receipt, as its JSON.
+        device: torch's name of the device type.
+        events: Texts of `FellBack` and `NotApplied` events, each once.
+        bandwidths: Memory bandwidth in bytes a second before, between and after the pairs.
+        disturbed: Number of counted pairs during which other programs used the machine. Others were repeated.
+        disturbance: The disturbance in words; "" if there was none.
     """
 
     system: str
@@ -117,12 +117,12 @@ class Measured:
     disturbance: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
 
 def device_type() -> str:
-    """The type of the device that is measured: the one that the library finds, or is told to take."""
+    """Return the type of the measured device: the detected one, or the one of the settings."""
     from accelerate_tts.device.detect import detect
     from accelerate_tts.settings import Settings
 
@@ -130,9 +130,10 @@ def device_type() -> str:
 
 
 def bytes_of_a_token(decoder: nn.Module) -> int:
-    """The bytes of the weights that a decoder reads for one token of speech.
+    """Return the bytes of the weights that a decoder reads for one token of speech.
 
-    Of tables of embeddings it reads a line; of Higgs Audio's two feed-forwards in each layer, the one for sound.
+    Embedding tables do not count, since one line of them is read. Of Higgs Audio's two feed-forwards in each layer,
+    only the one for audio counts.
     """
     from torch import nn
 
@@ -143,10 +144,10 @@ def bytes_of_a_token(decoder: nn.Module) -> int:
 
 
 def bandwidth(device: str = "cpu") -> float:
-    """Bytes a second that reading memory gives: the best of ten readings of 256 MB, by a sum and by a product each.
+    """Measure the memory bandwidth in bytes a second: the best of ten reads of 256 MB, each by a sum and by a product.
 
-    On another device than the CPU it is 1 GB, which is more than any cache has, and a reading is the mean of ten in a
-    row: starting one takes as long as the reading itself.
+    On other devices than the CPU, the size is 1 GB, larger than any cache, and ten reads in a row are timed, since one
+    launch takes as long as the read.
     """
     import torch
 
@@ -161,7 +162,7 @@ def bandwidth(device: str = "cpu") -> float:
         torch.mv(matrix, vector)
 
     best = float("inf")
-    for _ in range(10):  # the one may be bound by arithmetic, or the other
+    for _ in range(10):  # either operation may be bound by arithmetic
         for read in (summed, multiplied):
             synchronize(device)
             start = time.perf_counter()
@@ -173,7 +174,7 @@ def bandwidth(device: str = "cpu") -> float:
 
 
 def held_bytes(device: str) -> int:
-    """The bytes that this process holds: resident ones, or of a CUDA device what its allocator has, graphs' too."""
+    """Return the bytes that this process holds: resident memory, or on CUDA the allocator's reserved memory."""
     import torch
 
     if device != "cuda":
@@ -183,13 +184,13 @@ def held_bytes(device: str) -> int:
 
 
 def peak_bytes(device: str = "cpu") -> int | None:
-    """The most bytes that this process ever held, as `held_bytes`; `None` where the system does not say."""
+    """Return the maximum of `held_bytes` over the process's life; `None` if the system does not report it."""
     if device == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_reserved())
-    platform: str = sys.platform  # which a type checker must not narrow to its own
-    if platform == "linux":  # its `ru_maxrss` is that of the parent, too, from before the exec
+    platform: str = sys.platform  # typed as str, so that type checkers check all branches
+    if platform == "linux":  # `ru_maxrss` includes the parent's memory from before the exec
         status = Path("/proc/self/status").read_text("utf-8")
         found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
         return None if found is None else int(found[1]) * 1024
@@ -204,7 +205,7 @@ def peak_bytes(device: str = "cpu") -> int | None:
 
 
 def length_of(name: str, size: Size, tokens: int | None) -> float:
-    """Seconds of speech of one measured call."""
+    """Return the seconds of speech of one measured call."""
     system = system_of(name)
     if tokens is not None and system.rate is not None:
         return tokens / system.rate
@@ -212,7 +213,7 @@ def length_of(name: str, size: Size, tokens: int | None) -> float:
 
 
 def ordinary(name: str, size: Size, layers: int | None) -> Built:
-    """Build a system with seeded weights, on the device that is measured."""
+    """Build a system with seeded weights on the measured device."""
     import torch
 
     torch.manual_seed(0)
@@ -220,12 +221,12 @@ def ordinary(name: str, size: Size, layers: int | None) -> Built:
 
 
 def warm_up(name: str, size: Size) -> float:
-    """Seconds of speech of a warm-up call."""
+    """Return the seconds of speech of a warm-up call."""
     return system_of(name).warm_up if size == "full" else _TINY_SECONDS / 2
 
 
 def spoken(built: Built, seconds: float, watched: Loop | None = None) -> tuple[float, Any]:
-    """Seconds that a call took, and what it gave; with the same random numbers each time."""
+    """Make a call with fixed random numbers; return its seconds and its output."""
     import torch
 
     device = device_type()
@@ -240,7 +241,7 @@ def spoken(built: Built, seconds: float, watched: Loop | None = None) -> tuple[f
 def tuned(
     name: str, size: Size, precision: Precision, layers: int | None, seconds: float
 ) -> tuple[Built, Receipt, int]:
-    """Build a system and tune it, as a user's load function would; with the bytes held between the two."""
+    """Build a system and tune it, as a user's load function would; also return the bytes held before tuning."""
     from accelerate_tts.decorators import optimized_model
     from accelerate_tts.optimizer import receipt_of
 
@@ -262,16 +263,16 @@ def bench(  # noqa: PLR0913 - the options of the command
     name: str, size: Size, precision: Precision, *, layers: int | None, pairs: int, seconds: float,
     tokens: int | None = None,
 ) -> Measured:  # fmt: skip
-    """Tune a system, then time whole calls of it untouched and tuned, in turn.
+    """Tune a system, then time whole calls of it, untouched and tuned alternately.
 
     Args:
         name: One of `SYSTEMS` or `PARTS`.
-        size: "full" is the true architecture; "tiny" the same classes, to see the command work.
-        precision: What tuning may change.
-        layers: Fewer layers than it has, where memory is short.
-        pairs: Pairs of calls.
-        seconds: The budget of tuning.
-        tokens: Tokens of speech of one call, of a system that writes tokens; its usual length if not given.
+        size: "full" is the true architecture; "tiny" has the same classes and tests the command.
+        precision: Precision level of tuning.
+        layers: Number of layers, fewer than the system has if memory is short.
+        pairs: Number of pairs of calls.
+        seconds: Time budget of tuning.
+        tokens: Speech tokens of one call, for a system that generates tokens; its usual length if not given.
 
     Raises:
         AccelerateTTSError: Nothing was tuned.
@@ -289,7 +290,7 @@ def bench(  # noqa: PLR0913 - the options of the command
     optimizer = get_performance_optimizer()
     length = length_of(name, size, tokens)
     found = spoken(built, length)[1]
-    peak = peak_bytes(device)  # before anything that a service would not do
+    peak = peak_bytes(device)  # read before anything that a service does not do
     with optimizer.untouched(built.model):
         expected = spoken(built, length)[1]
     watcher = Watcher(current_policy().machine(), torch.get_num_threads(), _PATIENCE)
@@ -325,16 +326,16 @@ def bench(  # noqa: PLR0913 - the options of the command
 
 
 def undisturbed(measure: Callable[[], object], found: Sequence[list[Any]], count: int, watcher: Watcher) -> int:
-    """Measure so many times, and again what others disturbed: as often at most, and if the machine becomes quiet.
+    """Measure `count` times, and repeat disturbed measurements if the machine becomes quiet, at most `count` times.
 
     Args:
-        measure: Adds one measurement to each of `found`.
-        found: What is measured; the last one is taken off again if it was disturbed.
-        count: How many are wanted.
-        watcher: Tells, and waits.
+        measure: Appends one measurement to each list of `found`.
+        found: Lists of measurements. A disturbed measurement is removed before it is repeated.
+        count: Number of measurements.
+        watcher: Detects disturbances, and waits for a quiet machine.
 
     Returns:
-        How many of them were disturbed, and count all the same.
+        Number of disturbed measurements that are counted.
     """
     disturbed, again = 0, count
     while len(found[0]) < count:
@@ -352,7 +353,7 @@ def undisturbed(measure: Callable[[], object], found: Sequence[list[Any]], count
 
 
 class Loop:
-    """The seconds of a decode loop's calls."""
+    """Seconds of a decode loop's calls."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -369,7 +370,7 @@ class Loop:
 
 @contextmanager
 def _watching(decoder: Any, loop: Loop | None, device: str) -> Generator[None, None, None]:
-    """While open, time each call of a decoder: one position is a step, more are a prompt."""
+    """Time each call of a decoder while open. A call with one position is a decode step, others are prefill."""
     if decoder is None or loop is None:
         yield
         return
@@ -411,6 +412,9 @@ def _same_tokens(first: Any, second: Any) -> bool | None:
 
 
 def difference(expected: Any, found: Any) -> tuple[float | None, bool | None]:
-    """The relative error of what is no whole number, and whether the whole numbers (tokens) are the same ones."""
+    """Return the relative error of floating-point outputs, and True if all integer outputs (tokens) are equal.
+
+    Either is `None` if there are no such outputs.
+    """
     floats = _floats(expected)
     return compare(floats, _floats(found)).error if floats else None, _same_tokens(expected, found)

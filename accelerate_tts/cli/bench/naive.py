@@ -1,4 +1,4 @@
-"""What everyone tries first: `torch.compile` around the module in which the time goes, with nothing else done."""
+"""The naive baseline: `torch.compile` of the hot module, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ __all__ = ["Naive", "naive"]
 
 @dataclass(frozen=True)
 class Naive:
-    """What `torch.compile` alone gave.
+    """Measurements of `torch.compile` alone.
 
     Attributes:
-        whole: A whole call, untouched and compiled in turn.
+        whole: Ratio of a whole call, untouched and compiled alternately.
         compiling: Seconds of the first compiled call.
-        graphs: How many graphs were compiled in all.
-        error: As `Measured.error`; large where the system draws random numbers, which compiled code draws otherwise.
+        graphs: Number of compiled graphs.
+        error: As `Measured.error`. It is large if the system draws random numbers, which compiled code draws
+            differently.
         same_tokens: As `Measured.same_tokens`.
-        peak: The most bytes that were ever resident of its process.
+        peak: Maximum resident bytes of its process.
     """
 
     whole: Ratio
@@ -39,17 +40,17 @@ class Naive:
 
 
 def naive(built: Built, seconds: float, pairs: int, backend: Any = "inductor") -> Naive:
-    """Compile the hot module's `forward`, which is what runs whoever calls it, then time whole calls in turn.
+    """Compile the hot module's `forward`, then time whole calls, untouched and compiled alternately.
 
     Args:
-        built: The system, untouched.
+        built: The untouched system.
         seconds: Seconds of speech of one call.
-        pairs: Pairs of calls.
-        backend: Of `torch.compile`.
+        pairs: Number of pairs of calls.
+        backend: Backend of `torch.compile`.
 
     Raises:
-        AccelerateTTSError: No graph was compiled: what was timed would be the untouched system.
-        Exception: Whatever torch raises while it compiles; it is what its user would see.
+        AccelerateTTSError: No graph was compiled, so the untouched system would be timed.
+        Exception: Any exception of torch's compiler, as its user would see it.
     """
     import torch
     from torch._dynamo.utils import counters
@@ -60,7 +61,7 @@ def naive(built: Built, seconds: float, pairs: int, backend: Any = "inductor") -
     expected = spoken(built, seconds)[1]
     with _in_place(built.hot, compiled):
         compiling, found = spoken(built, seconds)
-        spoken(built, seconds)  # lengths that were static in the first call may be dynamic from the second on
+        spoken(built, seconds)  # lengths that are static in the first call may become dynamic in the second
     graphs = int(counters["stats"]["unique_graphs"])
     if not graphs:
         raise AccelerateTTSError("no graph was compiled: dynamo left all of it out")

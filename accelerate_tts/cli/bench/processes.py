@@ -1,4 +1,4 @@
-"""Starts the processes in which variants are measured, each with folders of the bench's own."""
+"""Processes in which variants are measured, with separate folders for packs and compiled code."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _LIMIT_SECONDS = 7200.0
 
 
 class VariantError(AccelerateTTSError):
-    """A variant that gave no figures; the message says why."""
+    """A variant failed; the message says why."""
 
 
 def ask(request: Request, folder: Path, python: Path | None = None, limit: float = _LIMIT_SECONDS) -> dict[str, Any]:
     """Measure a variant in a fresh process.
 
     Args:
-        request: Which.
-        folder: For the warm pack. What is compiled goes into a folder of this variant alone in it, so that a second
-            process has nothing compiled but what the pack brings. The user's own packs are neither read nor written.
-        python: The interpreter of another environment, which has this library and the system; this one if not given.
-        limit: Seconds that it may take.
+        request: The variant.
+        folder: Folder of the warm pack. Compiled code goes into a subfolder of each variant, so that a second process
+            has only the code that the pack brings. The user's own packs are neither read nor written.
+        python: Interpreter of another environment with this library and the system; by default this one.
+        limit: Time limit in seconds.
 
     Raises:
-        VariantError: It failed, was killed (memory, mostly) or took longer than its limit.
+        VariantError: The process failed, was killed (mostly for memory) or exceeded its time limit.
     """
     with tempfile.TemporaryDirectory() as place:
         answer, complaints = Path(place) / "answer.json", Path(place) / "stderr"
@@ -42,7 +42,7 @@ def ask(request: Request, folder: Path, python: Path | None = None, limit: float
         command = [interpreter, "-m", "accelerate_tts.cli.bench.variant", json.dumps(asdict(request)), str(answer)]
         environment = {**os.environ, **folders_of(request, folder)}
         if python is not None:
-            environment.pop("PYTHONPATH", None)  # this environment's packages are not that one's
+            environment.pop("PYTHONPATH", None)  # it names packages of this environment
         try:
             with complaints.open("wb") as stderr:
                 code = subprocess.run(  # noqa: S603 - ourselves
@@ -65,7 +65,7 @@ def ask(request: Request, folder: Path, python: Path | None = None, limit: float
 
 
 def folders_of(request: Request, folder: Path) -> dict[str, str]:
-    """The environment variables by which a process leaves the user's own packs and compiled files alone."""
+    """Return the environment variables that keep a process off the user's own packs and compiled code."""
     return {
         "ACCELERATE_TTS_PACK": "1",
         "ACCELERATE_TTS_PACK_FOLDER": str(folder / "packs"),

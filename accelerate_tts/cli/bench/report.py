@@ -1,4 +1,4 @@
-"""What the bench found, in words: a table of every figure, one row a system, and a line for each."""
+"""Report of the bench: a table of all figures, an overview with one line a system, and summaries."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OVERVIEW: tuple[str, ...] = (
     "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "cold start", "warm start",
     "peak memory",
 )  # fmt: skip
-"""The columns of `overview`: ratios of a whole call, and of the precisions that were run, in their order, the rest.
+"""Columns of `overview`: ratios of a whole call, then further figures of each precision that was run, in order.
 
-The first call is the untouched model's, cold. A cold start is the tuning that takes its place, a warm start that with a
-warm pack. The peak memory is that of a process of its own for each: untouched in MiB, the others as a multiple of it.
+The first call is the untouched model's, cold. A cold start is tuning without a warm pack, a warm start is with one.
+Each peak memory is that of a separate process, in MiB for the untouched model and as a multiple of it for the others.
 """
 
 _FAILED = "failed"
@@ -31,15 +31,15 @@ _FAILED = "failed"
 
 @dataclass
 class Found:
-    """What was found for one system.
+    """Measurements of one system.
 
     Attributes:
-        system: Its name.
+        system: Name of the system.
         cold: Seconds of the untouched model's first call.
-        peak: The most bytes that were ever resident of the untouched model's process.
-        naive: What `torch.compile` alone gave; `None` if not asked for, or failed.
-        runs: Ours, one for each precision that gave figures.
-        failed: What gave none, by precision or "eager", "torch.compile", "warm start, ...", and why.
+        peak: Maximum resident bytes of the untouched model's process.
+        naive: Measurements of `torch.compile` alone; `None` if not requested, or failed.
+        runs: Tuned measurements, one for each precision that succeeded.
+        failed: Reasons of failed variants, by precision or "eager", "torch.compile", "warm start, ...".
     """
 
     system: str
@@ -50,14 +50,14 @@ class Found:
     failed: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
 
 def overview(found: Sequence[Found]) -> list[tuple[str, ...]]:
-    """One row a system: what was promised, what `torch.compile` alone gives, and ours in each precision.
+    """Make one line a system: the promised range, `torch.compile` alone, and the tuned system in each precision.
 
-    A cell of what was tried and gave no figure says "failed"; one of what was not asked for is empty.
+    A failed variant has the cell "failed"; a variant that was not requested has an empty one.
     """
     return [OVERVIEW, *map(_row, found)]
 
@@ -99,7 +99,7 @@ def _peaks(one: Found, runs: list[Measured]) -> str:
 
 
 def rows(found: Sequence[Found]) -> list[tuple[str, ...]]:
-    """Every ratio: a whole call, and of a decoder one token and the prompt."""
+    """Make a line for every ratio: of a whole call, of a decode step and of prefill."""
     lines: list[tuple[str, ...]] = [
         ("system", "precision", "what", "eager", "tuned", "ratio", "range", "floor", "error")
     ]
@@ -126,7 +126,7 @@ def _error(one: Measured) -> str:
 
 
 def summaries(one: Found) -> list[str]:
-    """A line for each variant, with everything that is not in the tables, and for each one that failed."""
+    """Make a line for each variant with the figures that are not in the tables, and for each failure."""
     lines = [_summary(one, run) for run in one.runs]
     if one.naive is not None:
         lines.append(f"{one.system}, torch.compile: {_of_naive(one.naive)}")

@@ -1,7 +1,7 @@
-"""The five systems as the bench builds them: upstream's own classes, the true architecture, seeded random weights.
+"""The five systems of the bench: upstream's own classes, the true architecture, seeded random weights.
 
-The speaker encoder has its real weights, which its package ships. What a hub would have to give (a tokeniser's
-vocabulary, a recorded voice) is replaced by seeded noise: it changes no shape, so it changes no time.
+The speaker encoder has its real weights, which its package ships. Files from a hub (a tokeniser's vocabulary, a
+recorded voice) are replaced by seeded noise of the same shapes, which does not change the times.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Built:
     """A loaded system.
 
     Attributes:
-        model: What is tuned.
-        speak: Makes about so many seconds of speech (or embeds so many) and returns what came out.
+        model: The object that is tuned.
+        speak: Generates (or embeds) about the given seconds of speech, and returns the output.
+        hot: The module that takes most of the time, to which users would apply `torch.compile`.
         decoder: The module that a decode loop calls for each token, if there is a loop.
-        hot: What its users put `torch.compile` around: the module in which most of the time is spent.
-        note: What is not as it would be with real weights.
+        note: Differences to a system with real weights.
     """
 
     model: Any
@@ -45,12 +45,12 @@ class System:
     """A system that can be benched.
 
     Attributes:
-        promised: The speed-up that was promised for it, as (from, to).
-        package: What to install for it.
-        build: Makes it at a size; with a number of layers, where it can have fewer; on a device (torch's name for it).
+        promised: The promised range of its speed-up.
+        package: The package to install for it.
+        build: Builds it. Takes the size, the number of layers (`None` for all), and torch's name of the device.
         seconds: Seconds of speech of one measured call at full size.
         warm_up: Seconds of speech of a warm-up call at full size.
-        rate: Tokens that it writes for a second of speech; `None` if it writes none.
+        rate: Tokens a second of speech; `None` if it generates none.
     """
 
     promised: tuple[float, float]
@@ -79,11 +79,11 @@ _SECONDS_A_LETTER = 0.07
 
 _CHATTERBOX = "chatterbox-light"
 _SOUNDS = 6561
-"""Upstream's own number of speech tokens. T3 can write more, which trained weights do not choose."""
+"""Upstream's number of speech tokens. T3's vocabulary has more, which trained weights do not choose."""
 
 
 def _t3(size: Size, layers: int | None, device: str, variant: Literal["english", "multilingual", "turbo"]) -> Built:
-    """T3 of a variant, and how it writes its tokens; the configuration is upstream's own for that variant."""
+    """Build T3 of a variant with upstream's own configuration for it, and its function that generates tokens."""
     import torch
 
     t3s = _module("chatterbox.models.t3", _CHATTERBOX)
@@ -105,7 +105,7 @@ def _t3(size: Size, layers: int | None, device: str, variant: Literal["english",
     shape = dict(known["GPT2_medium" if turbo else config.llama_config_name])
     if size == "tiny":
         shape |= _SMALL[variant]
-        config.use_perceiver_resampler = False  # which has one size only
+        config.use_perceiver_resampler = False  # it has a fixed size
     if layers is not None:
         shape["n_layer" if turbo else "num_hidden_layers"] = layers
     config.llama_config_name = "bench"
@@ -119,7 +119,7 @@ def _t3(size: Size, layers: int | None, device: str, variant: Literal["english",
     ).to(device=device)
     text = _letters(60, 255, device)
     if turbo:
-        del t3.tfmr.wte  # as upstream does: its words are T3's own
+        del t3.tfmr.wte  # as upstream does: T3 has its own embeddings
 
         def written(seconds: float) -> Any:
             return t3.inference_turbo(t3_cond=voice, text_tokens=text, max_gen_len=max(4, round(25 * seconds)))
@@ -129,7 +129,7 @@ def _t3(size: Size, layers: int | None, device: str, variant: Literal["english",
         text = torch.nn.functional.pad(torch.nn.functional.pad(text, (1, 0), value=start), (0, 1), value=stop)
 
         def written(seconds: float) -> Any:
-            # The loop ends at a stop token, which random weights hardly ever choose before.
+            # The loop would also end at a stop token, which random weights hardly ever choose.
             count = max(4, round(25 * seconds))
             return t3.inference(t3_cond=voice, text_tokens=text, max_new_tokens=count, cfg_weight=0.5)
 
@@ -142,7 +142,7 @@ _SMALL_LLAMA: dict[str, Any] = {
 }  # fmt: skip
 _SMALL: dict[str, dict[str, Any]] = {
     "english": _SMALL_LLAMA,
-    # Upstream's analyzer looks at the last of sixteen heads, and at the fourteenth layer.
+    # Upstream's analyzer reads the last of sixteen heads, and the fourteenth layer.
     "multilingual": {**_SMALL_LLAMA, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 16},
     "turbo": {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024},
 }
@@ -192,7 +192,7 @@ def _xtts(size: Size, layers: int | None, device: str) -> Built:
     for name, value in sizes.items():
         setattr(config.model_args, name, value)
     model = module.Xtts(config)
-    model.eval()  # which also makes what generates
+    model.eval()  # also builds the generation model
     model.tokenizer = _Letters()
     width = config.model_args.gpt_n_model_channels
     latents, voice = torch.randn(1, 32, width), torch.randn(1, config.model_args.d_vector_dim, 1)
@@ -200,7 +200,7 @@ def _xtts(size: Size, layers: int | None, device: str) -> Built:
 
     def speak(seconds: float) -> Any:
         model.gpt.max_gen_mel_tokens = max(6, round(21.5 * seconds))
-        letters = min(390, max(8, round(seconds / _SECONDS_A_LETTER)))  # it takes 400 at most
+        letters = min(390, max(8, round(seconds / _SECONDS_A_LETTER)))  # XTTS accepts at most 400
         return model.inference("x" * letters, "en", latents, voice)["wav"]
 
     decoder = model.gpt.gpt_inference.transformer
@@ -208,12 +208,12 @@ def _xtts(size: Size, layers: int | None, device: str) -> Built:
 
 
 class _Letters:
-    """Stands in for XTTS's tokeniser, whose vocabulary is a file of the hub."""
+    """Replaces XTTS's tokeniser, whose vocabulary is a file of the hub."""
 
     tokenizer = None
 
     def encode(self, text: str, lang: str) -> list[int]:
-        """Ids below those of the start token."""
+        """Return ids below that of the start token."""
         del lang
         return [1 + ord(letter) % 259 for letter in text]
 
@@ -235,7 +235,7 @@ def _higgs(size: Size, layers: int | None, device: str) -> Built:
                   "audio_delay_token_id": 294}  # fmt: skip
     config = transformers.HiggsAudioV2Config(**sizes)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # as it is shipped; made so from the start, in half the memory
+    torch.set_default_dtype(torch.bfloat16)  # the released dtype; building in it takes half the memory
     try:
         with torch.device(device):
             model = transformers.HiggsAudioV2ForConditionalGeneration(config).eval()
@@ -285,18 +285,18 @@ SYSTEMS: dict[str, System] = {
     "mms": System((1.1, 1.2), "transformers", _mms, 4.0, 4.0),
     "xtts": System((1.2, 1.4), "'coqui-tts[codec]' six 'transformers<5.24'", _xtts, 4.0, 1.0, 21.5),
 }
-"""By the name that the command takes."""
+"""Systems by their names in the command."""
 
 PARTS: dict[str, System] = {
     "t3": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="english"), 4.0, 1.0, 25.0),
     "t3-multilingual": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="multilingual"), 4.0, 1.0, 25.0),
     "t3-turbo": System((1.5, 1.8), _CHATTERBOX, partial(_t3, variant="turbo"), 4.0, 1.0, 25.0),
 }
-"""Decoders that can be benched by themselves, by the name that the command takes. They are no part of "all"."""
+"""Decoders that can be benched alone, by their names in the command. "all" does not include them."""
 
 
 def system_of(name: str) -> System:
-    """One of `SYSTEMS` or `PARTS`.
+    """Return one of `SYSTEMS` or `PARTS`.
 
     Raises:
         KeyError: There is none of that name.

@@ -1,6 +1,6 @@
-"""One variant of one system, measured in a process of its own: so that its peak memory is its own, too.
+"""Measurement of one variant of one system in a process of its own, so that peak memory is separate, too.
 
-`python -m accelerate_tts.cli.bench.variant REQUEST ANSWER` reads the request, a JSON text, and writes the answer, a
+`python -m accelerate_tts.cli.bench.variant REQUEST ANSWER` takes the request as a JSON text, and writes the answer to a
 JSON file. `accelerate_tts.cli.bench.processes` starts it.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_ANSWER", "Request", "Variant", "answer", "finite"]
 
 NO_ANSWER = "no answer"
-"""The one key of an answer that is a reason why there is none."""
+"""The only key of an answer that reports a failure; its value is the reason."""
 
 
 Variant = Literal["eager", "naive", "tuned", "restored"]
@@ -35,11 +35,18 @@ Variant = Literal["eager", "naive", "tuned", "restored"]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """A measurement request.
 
     Attributes:
-        variant: "eager" is the system as it is loaded, "naive" the same under `torch.compile`; "tuned" is ours, and
-            "restored" ours from the warm pack that a "tuned" one has left.
+        variant: "eager" is the system as loaded, "naive" the same under `torch.compile`. "tuned" is the tuned system,
+            and "restored" the same from the warm pack that a "tuned" process has written.
+        system: Name of the system.
+        size: "full" or "tiny".
+        precision: Precision level of tuning.
+        layers: Number of layers; `None` for all.
+        pairs: Number of pairs of calls.
+        tune_seconds: Time budget of tuning.
+        tokens: Speech tokens of one call; `None` for the usual length.
     """
 
     variant: Variant
@@ -53,7 +60,10 @@ class Request:
 
 
 def answer(request: Request) -> dict[str, Any]:
-    """Measure it: the fields of `Measured` for "tuned", those of `Naive` for "naive", else seconds and peak.
+    """Measure a variant.
+
+    Returns:
+        The fields of `Measured` for "tuned", those of `Naive` for "naive", otherwise seconds and peak.
 
     Raises:
         MissingExtraError: The system's package is not installed.
@@ -82,7 +92,7 @@ def answer(request: Request) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """For JSON, which has no infinity: `None` in its place."""
+    """Replace infinities and NaN by `None`, since JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -96,16 +106,16 @@ def _say_what_is_tried(event: Event) -> None:
 
 
 def main() -> None:
-    """The process."""
+    """Run the process."""
     warnings.simplefilter("ignore")
     add_hook(_say_what_is_tried)
     told, written = sys.argv[1:]
     try:
         content = answer(Request(**json.loads(told)))
-    except Exception as error:  # whatever it is: the bench says so in the place of a figure
-        said = str(error).strip().splitlines() or [""]  # of the compiler's errors, the first of many lines
+    except Exception as error:  # the bench reports any error in place of a figure
+        said = str(error).strip().splitlines() or [""]  # the first line; the compiler's errors have many
         content = {NO_ANSWER: f"{type(error).__name__}: {said[0]}"}
-    Path(written).write_text(json.dumps(content), "utf-8")  # Python's own JSON, which has infinity
+    Path(written).write_text(json.dumps(content), "utf-8")  # Python's JSON, which may contain Infinity
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The main job: a real English voice, offline, spoken plain and through the decorators."""
+"""`accelerate-tts demo`: speak with a real English voice, offline, plain and decorated."""

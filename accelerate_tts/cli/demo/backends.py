@@ -1,4 +1,4 @@
-"""The same backend twice: as somebody would write it, and with the decorators. The difference is what we sell."""
+"""The same backend twice: plain, and with the decorators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _load() -> Voice:
 
 
 class PlainBackend:
-    """A speech backend as it usually is."""
+    """A usual speech backend."""
 
     voice: Voice
 
@@ -46,7 +46,7 @@ class PlainBackend:
 
 
 class DecoratedBackend:
-    """The same, with two decorators."""
+    """The same backend with two decorators."""
 
     voice: Voice
 

@@ -1,4 +1,4 @@
-"""`accelerate-tts demo`: speak a text plain and decorated, in turn, and show what the decorators gave."""
+"""`accelerate-tts demo`: speak a text plain and decorated alternately, and show the gain of the decorators."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare_backends", "run"]
 
-# What is timed: enough for a median to mean something, short enough for a demo.
+# Characters of the timed text: enough for a meaningful median, short enough for a demo.
 _TIMED_CHARACTERS = 200
 _SEED = 0
-_LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
+_LINE_EVERY = 5.0  # seconds between progress lines without a terminal
 
 
 class OutputError(AccelerateTTSError, OSError):
@@ -41,13 +41,13 @@ class OutputError(AccelerateTTSError, OSError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain and decorated on the same text. Times are seconds, each list one entry a call, taken in turn.
+    """Times of both backends on the same text, in seconds; lists have one entry a call, taken alternately.
 
     Attributes:
         plain: Warm calls of the plain backend.
         decorated: Warm calls of the decorated one.
         plain_cold: The plain backend's first call after loading.
-        decorated_cold: The decorated one's.
+        decorated_cold: The decorated backend's first call after loading.
         plain_load: Seconds to load plain.
         decorated_load: Seconds to load, tune and warm up.
         audio: Seconds of speech in one call.
@@ -69,7 +69,7 @@ class Comparison:
         return statistics.median(a / b for a, b in zip(self.plain, self.decorated, strict=True))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table of the demo, a header first."""
+        """Return the rows of the demo's table, the header first."""
 
         def both(name: str, plain: str, decorated: str) -> tuple[str, ...]:
             return name, plain, decorated
@@ -96,7 +96,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
 
     Raises:
         NothingToSayError: Nothing in `text` can be pronounced.
-        OutputError: A file cannot be written; known before anything is spoken.
+        OutputError: A file cannot be written. This is checked before anything is spoken.
         MissingExtraError: The demo extra is not installed.
     """
     console = Terminal(stderr=True)
@@ -130,10 +130,10 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
 def compare_backends(
     pieces: list[str], pairs: int, console: Console | None = None
 ) -> tuple[PlainBackend, DecoratedBackend, Comparison]:
-    """Load both backends and time them on the first 200 characters or so of a text, in turn, under the same seed.
+    """Load both backends and time them alternately on about the first 200 characters of a text, under the same seed.
 
-    The plain one goes first, so its cold call also pays what a process pays once; that is what a user without a
-    warm-up gets.
+    The plain backend is first, so its cold call includes the one-time costs of the process, as for a user without a
+    warm-up.
     """
     say: Callable[[str], object] = console.print if console is not None else lambda _text: None
     try:
@@ -198,7 +198,7 @@ def _timed_call(backend: Any, text: str) -> tuple[float, torch.Tensor]:
 
 
 def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, console: Console) -> int:
-    """Speak piece by piece into the file, so that a long text needs no long memory. Returns the samples written."""
+    """Speak piece by piece into the file, in bounded memory; return the number of samples written."""
     import soundfile
 
     from accelerate_tts.cli.demo.phonemes import NothingToSayError
@@ -211,11 +211,11 @@ def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, c
                 try:
                     waveform = backend.synthesize(piece)
                 except NothingToSayError:
-                    continue  # a line of dashes in a long text; a text of nothing else was refused before
+                    continue  # a line of dashes in a long text; a text of only such lines was refused before
                 file.write(waveform.numpy())
                 file.flush()
                 frames += len(waveform)
-    except soundfile.SoundFileError as error:  # the disk is full, perhaps
+    except soundfile.SoundFileError as error:  # a full disk, for example
         raise OutputError(f"{output} cannot be written: {error}") from error
     return frames
 
@@ -244,7 +244,7 @@ def _check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"there is no folder {path.parent}; make it first")
     existed = path.exists()
-    if existed and not (path.is_file() or path.is_char_device()):  # opening a pipe would wait for its other end
+    if existed and not (path.is_file() or path.is_char_device()):  # opening a pipe would block
         raise OutputError(f"{path} is no regular file; name a file")
     try:
         with path.open("ab"):
@@ -257,7 +257,7 @@ def _check_writable(path: Path) -> None:
 
 @contextmanager
 def _shown(console: Console) -> Generator[None, None, None]:
-    """Show what the engine is doing while it does it."""
+    """Print the events of tuning as they come."""
 
     def show(event: Event) -> None:
         if isinstance(event, Trying):
@@ -274,7 +274,7 @@ def _shown(console: Console) -> Generator[None, None, None]:
 
 @contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Keep other libraries' remarks about themselves out of the demo; our own are shown by the hook."""
+    """Silence the messages of other libraries; this library's events are shown by the hook."""
     import logging
     import warnings
 

@@ -1,6 +1,6 @@
-"""From any text to the token ids of a Piper voice, in pieces of bounded length.
+"""Conversion of any text to token ids of a Piper voice, in pieces of bounded length.
 
-espeak-ng (GPL-3.0) does the pronunciation, through phonemizer-fork; both belong to the demo extra alone.
+espeak-ng (GPL-3.0) provides the pronunciation through phonemizer-fork. Both belong to the demo extra only.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["NothingToSayError", "sentences", "to_ids"]
 
-# The encoder's attention grows with the square of a piece; some 300 characters are half a minute of speech.
+# The encoder's attention grows with the square of the length; 300 characters are about half a minute of speech.
 _LONGEST = 300
 _PAD, _START, _END = "_", "^", "$"
 _SENTENCE_END = re.compile(r"(?<=[.!?;:\u2026\u3002\uff01\uff1f])\s+|\n+")
 
 
 class NothingToSayError(AccelerateTTSError, ValueError):
-    """A text that has nothing pronounceable in it."""
+    """A text without anything pronounceable."""
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into pieces of at most 300 characters, at the ends of sentences where there are any.
+    """Split a text into pieces of at most 300 characters, at ends of sentences where possible.
 
-    Characters that no voice can speak (controls, lone surrogates) are left out.
+    Characters that cannot be spoken (controls, lone surrogates) are replaced by spaces.
 
     Raises:
         NothingToSayError: Nothing is left.
@@ -49,20 +49,20 @@ def _short(sentence: str) -> list[str]:
     pieces: list[str] = []
     while len(sentence) > _LONGEST:
         space = sentence.rfind(" ", 0, _LONGEST)
-        cut = space if space > 0 else _LONGEST  # one endless word is cut where it must be
+        cut = space if space > 0 else _LONGEST  # an endless word is cut in the middle
         pieces.append(sentence[:cut].strip())
         sentence = sentence[cut:].strip()
     return [piece for piece in (*pieces, sentence) if piece]
 
 
 def to_ids(voice: Voice, sentence: str) -> list[int]:
-    """The token ids of one piece: start, each phoneme with a pad behind it, end.
+    """Convert one piece to token ids: start, each phoneme followed by a pad, end.
 
     Returns:
-        The ids, or an empty list for a piece in which nothing is pronounced (punctuation only, say).
+        The ids, or an empty list for a piece without phonemes (punctuation only, for example).
     """
     spoken = _espeak(voice.language).phonemize([sentence], strip=True)
-    # Piper's tokens are code points of the decomposed form; what the voice was not trained on is passed over.
+    # Piper's tokens are code points of the decomposed form; phonemes that the voice does not have are skipped.
     phonemes = [p for p in unicodedata.normalize("NFD", "".join(spoken)) if p in voice.phoneme_ids]
     if not any(unicodedata.category(p).startswith("L") for p in phonemes):
         return []
@@ -80,7 +80,7 @@ def _espeak(language: str) -> Any:
 
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
-    quiet = logging.getLogger("accelerate_tts.phonemizer")  # it warns of each switch of language in a text
+    quiet = logging.getLogger("accelerate_tts.phonemizer")  # it would warn of each switch of language in a text
     quiet.setLevel(logging.ERROR)
     return EspeakBackend(
         language, preserve_punctuation=True, with_stress=True, language_switch="remove-flags", logger=quiet

@@ -1,9 +1,9 @@
-"""Load a Piper voice (VITS, exported to ONNX) into transformers' `VitsModel`, the class of all MMS voices.
+"""Loader of Piper voices (VITS, exported to ONNX) into transformers' `VitsModel`, the class of all MMS voices.
 
-The export keeps most weights under their training names. The flow's convolutions were weight-normed, so their folded
-weights are anonymous constants; they are found as the input of the convolution node that also takes the named bias.
-Where Piper differs from MMS, its own block is supplied: the medium-quality vocoder has residual blocks of two single
-convolutions (HiFi-GAN's type 2), MMS has three pairs (type 1).
+The export keeps most weights under their training names. The flow's convolutions have weight norm, so their folded
+weights are anonymous constants, which are found through the convolution node with the named bias. Piper's vocoder of
+medium quality has residual blocks of two single convolutions (HiFi-GAN's type 2), unlike MMS with three pairs (type 1).
+A block for it is defined here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Voice:
 
     Attributes:
         model: The `VitsModel`, in eval mode, fp32.
-        sampling_rate: Of its waveforms, in Hz.
-        phoneme_ids: From each phoneme (one Unicode code point) to its token ids.
+        sampling_rate: Sampling rate of its waveforms, in Hz.
+        phoneme_ids: Token ids by phoneme (one Unicode code point).
         language: espeak's name of its language.
     """
 
@@ -67,7 +67,7 @@ def load_voice(model_path: Path, config_path: Path) -> Voice:
         config_path: The `.onnx.json` file beside it.
 
     Raises:
-        ValueError: The file is not a single-speaker Piper voice of a known shape; the message says what is missing.
+        ValueError: The file is not a single-speaker Piper voice of a known structure. The message says what is missing.
     """
     import onnx
     from transformers import VitsModel
@@ -86,7 +86,7 @@ def load_voice(model_path: Path, config_path: Path) -> Voice:
         for level in range(len(config.upsample_rates))
         for kernel, dilations in shapes
     )
-    del model.posterior_encoder  # for training only; a Piper export has none
+    del model.posterior_encoder  # used in training only; a Piper export has none
     _fill(model, weights)
     return Voice(
         model=model.eval(),
@@ -109,7 +109,7 @@ class _Weights:
                 bias = node.input[2] if len(node.input) > 2 else ""  # noqa: PLR2004 - data, weight, bias
                 name = bias.removesuffix(".bias") if bias.endswith(".bias") else node.input[1].removesuffix(".weight")
                 self.convolutions.setdefault(name, node)
-                if node.input[1] in self._tensors:  # an anonymous, folded weight gets its name back
+                if node.input[1] in self._tensors:  # names an anonymous, folded weight
                     self._tensors.setdefault(f"{name}.weight", self._tensors[node.input[1]])
             elif node.op_type == "Gather" and node.input[1] == "input":
                 self._tensors["enc_p.emb.weight"] = self._tensors[node.input[0]]
@@ -121,14 +121,14 @@ class _Weights:
             raise ValueError(f"this ONNX file has no tensor {name!r}: not a Piper voice of a known shape") from None
 
     def count(self, pattern: str) -> int:
-        """How many of `pattern.format(0)`, `pattern.format(1)`, ... there are."""
+        """Count the tensors `pattern.format(0)`, `pattern.format(1)`, ..."""
         number = 0
         while pattern.format(number) in self._tensors:
             number += 1
         return number
 
     def attribute(self, convolution: str, name: str) -> int:
-        """The first value of an attribute of a convolution node."""
+        """Return the first value of an attribute of a convolution node."""
         node = self.convolutions[convolution]
         return next(int(item.ints[0]) for item in node.attribute if item.name == name)
 
@@ -180,7 +180,7 @@ def _fill(model: nn.Module, weights: _Weights) -> None:
                 continue
             own = {name for name, _ in module.named_parameters(recurse=False)}
             if hasattr(module, "parametrizations"):
-                own.add("weight")  # assigning it sets the weight norm's two factors
+                own.add("weight")  # assigning it sets both factors of the weight norm
             for parameter in own:
                 name = f"{module_name}.{parameter}" if module_name else parameter
                 if _unused(name):
@@ -196,7 +196,8 @@ def _fill(model: nn.Module, weights: _Weights) -> None:
 
 
 def _unused(name: str) -> bool:
-    # `post_*` is for training; the first convolution flow is skipped at synthesis ("a useless vflow") and not exported.
+    # `post_*` is used in training only. Synthesis skips the first convolution flow ("a useless vflow"), and the export
+    # does not have it.
     return name.startswith(("duration_predictor.post_", "duration_predictor.flows.1."))
 
 
@@ -230,14 +231,14 @@ _LAYER = {
 
 
 def _value(weights: _Weights, name: str) -> torch.Tensor:
-    """Piper's tensor for one of transformers' parameter names."""
+    """Return Piper's tensor for one of transformers' parameter names."""
     path, _, parameter = name.rpartition(".")
     if path == "duration_predictor.flows.0":  # the affine flow; the export folded exp(-logs) into a constant
         return weights["dp.flows.0.m"] if parameter == "translate" else -torch.log(weights["/dp/flows.0/Exp_output_0"])
     is_norm = "norm" in path
     for ours, theirs in _NAMES:
         if ours in {".conv_pre", ".conv_post"} and path.startswith("dec."):
-            continue  # the vocoder's two keep these names
+            continue  # the vocoder's two layers keep these names
         path = path.replace(ours, theirs)
     parts = path.split(".")
     if path.startswith("enc_p.encoder.layers."):

@@ -1,1 +1,1 @@
-"""What is known of each type of device: a file each, which registers a `DeviceSpec`. CONTRIBUTING.md has an example."""
+"""Device types. Each file registers a `DeviceSpec`; CONTRIBUTING.md has an example."""

@@ -1,4 +1,4 @@
-"""The CPU, which is always there."""
+"""The CPU, which is always available."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _model() -> str | None:
 def _half_dtypes() -> tuple[torch.dtype, ...]:
     import torch
 
-    # oneDNN takes bf16 on AVX-512 and up (natively with avx512_bf16 or AMX) and on ARM with its bf16 extension.
+    # oneDNN supports bf16 from AVX-512 on (natively with avx512_bf16 or AMX), and on ARM with its bf16 extension.
     return (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
 
 

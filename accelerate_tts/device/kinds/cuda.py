@@ -1,4 +1,4 @@
-"""CUDA, and ROCm, which answers to the same name."""
+"""CUDA, and ROCm, which has the same name in torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _probe() -> DeviceInfo | None:
 
 
 def _call_flags(settings: Settings) -> Wanted:
-    # TF32 is never switched on away from CUDA: the same switch reaches oneDNN's CPU kernels.
+    # TF32 is enabled on CUDA only, since the same flag affects oneDNN's CPU kernels.
     wanted: Wanted = []
     if settings.tf32:
         wanted += [(flags.MATMUL_PRECISION, "high"), (flags.CUDNN_TF32, True)]
@@ -49,7 +49,7 @@ def _free_bytes(device: DeviceInfo) -> int:
 
     del device
     free, _total = torch.cuda.mem_get_info()
-    # The allocator's cached, unused blocks count as free: they are given out again without asking the driver.
+    # Cached unused blocks of the allocator count as free, since it reuses them without the driver.
     return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
@@ -63,7 +63,7 @@ register_device(
     DeviceSpec(
         "cuda",
         _probe,
-        # CUDA graphs take away the launch cost of a GPU's kernels; a CPU has none, the mode does nothing there.
+        # CUDA graphs remove the launch cost of a GPU's kernels. On a CPU the mode has no effect.
         compile_mode="reduce-overhead",
         call_flags=_call_flags,
         half_dtypes=_half_dtypes,

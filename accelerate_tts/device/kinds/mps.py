@@ -30,7 +30,7 @@ def _probe() -> DeviceInfo | None:
 def _setup_flags(settings: Settings) -> Wanted:
     wanted: Wanted = []
     if flags.original(flags.environment(_FALLBACK)) is None:
-        # torch is imported by now, and it reads this one at its import. `import accelerate_tts` before torch sets it.
+        # torch reads this variable at its import. Importing accelerate_tts before torch sets it.
         if "torch" in sys.modules:
             emit(
                 NotApplied(

@@ -1,4 +1,4 @@
-"""XPU, Intel's GPUs, where torch knows them."""
+"""XPU, Intel's GPUs, in builds of torch that support them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _half_dtypes() -> tuple[torch.dtype, ...]:
 def _free_bytes(device: DeviceInfo) -> int | None:
     import torch
 
-    # torch.xpu.mem_get_info came with 2.7; before that the total less what torch holds is the best guess.
+    # torch.xpu.mem_get_info exists since 2.7; before, the total minus torch's own allocations is the best estimate.
     if hasattr(torch.xpu, "mem_get_info"):
         cached = torch.xpu.memory_reserved() - torch.xpu.memory_allocated()
         return int(torch.xpu.mem_get_info()[0]) + cached

@@ -21,7 +21,7 @@ struct Shape {
 // other, in several sums.
 //
 // With 32 registers it is eight rows that lie far from each other, each read from end to end: so many places of the memory
-// at once give 1.1 to 1.3 times as much as one (decision 0038). With 16 of them, where that was not measured, fp32 takes
+// at once give 1.1 to 1.3 times as much as one (decision 0006). With 16 of them, where that was not measured, fp32 takes
 // neighbouring rows, and of fewer bytes one row after the other lets the processor fetch ahead.
 #if defined(__AVX512BW__)
 constexpr bool FAR_APART = true;

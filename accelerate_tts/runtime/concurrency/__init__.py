@@ -1,1 +1,1 @@
-"""Bound how many calls of one object run at once."""
+"""Limits on the number of simultaneous calls of one object."""

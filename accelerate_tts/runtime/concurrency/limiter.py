@@ -1,9 +1,9 @@
-"""At most N calls of one object at once: `@inference(concurrency=N)`.
+"""Limiter of simultaneous calls of one object: `@inference(concurrency=N)`.
 
-The turns belong to the object: its limited methods share them, since it is the model behind them that cannot serve two
-at once. A call waits, first come first served, until fewer calls run than its own limit and those of the running ones
-allow. A coroutine waits without blocking its event loop; a stream has its turn from its first item until it ends, is
-closed or collected. What a call calls itself is a part of it and shares its turn.
+The permits belong to the object, and its limited methods share them, since they share the model. A call waits, first
+come first served, until fewer calls run than its own limit and the limits of the running calls allow. A coroutine waits
+without blocking its event loop. A stream holds its permit from its first item until it ends, is closed or collected.
+Nested calls share the permit of the outer call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE
 
 
 def check_concurrency(concurrency: object) -> None:
-    """Raise `SettingsError` unless `concurrency` is `None` or a number of calls: a whole number of at least 1."""
+    """Raise `SettingsError` unless `concurrency` is `None` or a whole number of at least 1."""
     if concurrency is None:
         return
     if not isinstance(concurrency, int) or isinstance(concurrency, bool) or not 1 <= concurrency <= _MOST:
@@ -41,12 +41,15 @@ def check_concurrency(concurrency: object) -> None:
 
 
 class Turn:
-    """One call's turn. A context manager, plain and async: entering waits for it, leaving gives it back.
+    """Permit of one call: a context manager, plain and async, that waits for the permit and releases it.
 
     Args:
-        room: Of the object.
-        limit: How many calls may run at once.
-        name: Of the function, for messages.
+        room: The object's queue.
+        limit: Maximum simultaneous calls.
+        name: Name of the function, for messages.
+
+    Raises:
+        ConcurrencyError: The permit can never be granted, since its holder waits for this call; raised on entry.
     """
 
     def __init__(self, room: Room, limit: int, name: str) -> None:
@@ -59,7 +62,7 @@ class Turn:
         if self._held():
             return
         ticket = self._ticket = Ticket(self._limit, blocking=True)
-        # A bare lock: what wakes may run in the garbage collector, inside anything that is written in Python.
+        # A bare lock: the wake-up may run in the garbage collector, inside any Python code.
         lock = threading.Lock()
         lock.acquire()
         ticket.wake = lock.release
@@ -85,7 +88,7 @@ class Turn:
         try:
             if ticket.slot is None and not ticket.refused:
                 await future
-        except BaseException:  # cancelled, in the queue or just after its turn had come
+        except BaseException:  # cancelled, in the queue or just after the permit was granted
             self.end()
             raise
         self._refuse()
@@ -124,7 +127,7 @@ class Turn:
 
     @contextmanager
     def kept_if_shared(self) -> Generator[None, None, None]:
-        """As the turn itself, but it is kept for what is returned if a stream was begun that shares it."""
+        """Hold the permit while open, and beyond for the returned stream if a nested stream shares it."""
         self.__enter__()
         try:
             yield
@@ -136,7 +139,7 @@ class Turn:
             self.end()
 
     def end(self) -> None:
-        """Give the turn back, or leave the queue. Harmless a second time."""
+        """Release the permit, or leave the queue. Idempotent."""
         ticket = self._ticket
         if ticket is not None and not ticket.ended:
             ticket.ended = True
@@ -144,7 +147,7 @@ class Turn:
 
     @contextmanager
     def inside(self) -> Generator[None, None, None]:
-        """Around each step of the call: what it calls shares its turn."""
+        """Scope of each step of the call. Nested calls share the permit."""
         slot = None if self._ticket is None else self._ticket.slot
         if slot is None:
             yield
@@ -161,17 +164,20 @@ class Turn:
 
 
 def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:
-    """Make a call when its turn comes, and step what it returned when that one's turn comes.
+    """Make a call under a permit. A returned coroutine or stream acquires its permit when it starts.
 
     Args:
-        room: Of the object.
-        limit: How many calls may run at once.
+        room: The object's queue.
+        limit: Maximum simultaneous calls.
         function: The function that `make` calls.
-        make: Makes the call; of coroutines, generators and async generators it returns those of Python itself.
+        make: Makes the call. Coroutines, generators and async generators must be Python's own.
+
+    Raises:
+        ConcurrencyError: The call would wait forever.
     """
     turn = Turn(room, limit, str(getattr(function, "__qualname__", type(function).__qualname__)))
     if _flags(function) & _KINDS:
-        result = make()  # nothing of it has run yet
+        result = make()  # the body has not started yet
     else:
         with turn.kept_if_shared(), turn.inside():
             result = make()
@@ -187,7 +193,7 @@ def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[]
 
 
 class _InTurn(Scoped):
-    """Has the turn from the first step of an async generator until it ends."""
+    """Holds the permit from the first step of an async generator until it ends."""
 
     __slots__ = ("turn",)
 
@@ -216,8 +222,8 @@ def _generator(turn: Turn, body: Any) -> Generator[Any, Any, Any]:
 
 
 def _flags(function: Any) -> int:
-    """The code flags of a function, below whatever hides them: partials, bound methods, `functools.wraps`."""
-    for _ in range(100):  # a chain of wrappers may lead back to itself
+    """Return the code flags of a function, below partials, bound methods and `functools.wraps`."""
+    for _ in range(100):  # a chain of wrappers may be circular
         if isinstance(function, functools.partial):
             function = function.func
         elif hasattr(function, "__wrapped__"):

@@ -1,7 +1,7 @@
-"""Where the calls of one object wait for their turns, and who has one.
+"""Queue of the calls of one object, and the permits that were granted.
 
-A turn may be given back anywhere, by the garbage collector too, in a thread that is just in here. So nobody waits for a
-lock: what happened to a call is put into an inbox, and whoever finds nobody at work on it works it off.
+A permit may be released by a finaliser on a thread that is already inside this code. Updates therefore go to an inbox,
+and whichever thread gets the lock processes them; no thread waits for the lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["INSIDE", "STREAMS", "Room", "Slot", "Ticket", "consumer", "room_of",
 
 
 class Slot:
-    """A turn that was given: to one call, and to whatever this one calls."""
+    """A granted permit, shared by one call and its nested calls."""
 
     __slots__ = ("consumer", "holders", "limit", "loop")
 
@@ -35,12 +35,12 @@ class Slot:
         self.limit = first.limit
         self.holders = {first}
         self.loop = first.loop
-        # Who has the stream in hand that this is the turn of: whoever took its last item, and where.
+        # The code that took the last item of the stream with this permit: task or thread, frame, and place.
         self.consumer: tuple[object, int, int] | None = None
 
 
 class Ticket:
-    """What a room knows of a call. It refers to nothing of the call itself, which may be collected meanwhile."""
+    """A queue's record of a call. It does not refer to the call itself, which may be collected meanwhile."""
 
     __slots__ = (
         "blocked",
@@ -69,22 +69,22 @@ class Ticket:
         self.wake: Callable[[], object] = bool
 
     def has_in_hand(self, slot: Slot) -> bool:
-        """Whether the code that took the stream's last item is the one that now waits, and not just its thread."""
+        """Check that the waiting code itself took the stream's last item, rather than other code on its thread."""
         if slot.consumer is None:
             return False
         who, frame, place = slot.consumer
-        # At the same place of the same function, a worker's loop perhaps, it is the next piece of other work.
+        # The same place in the same frame is a loop, such as a worker's, that has begun other work.
         return who == self.who and self.frames.get(frame, place) != place
 
 
 INSIDE: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_turns", default=())
-"""The turns of the calls that the present code is a part of."""
+"""The permits of the calls that enclose the running code."""
 STREAMS: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_streams", default=())
-"""The turns of streams of which the present code has taken items."""
+"""The permits of streams from which the running code has taken items."""
 
 
 class Room:
-    """Where the calls of one object wait."""
+    """Queue of the calls of one object."""
 
     def __init__(self) -> None:
         self._inbox: deque[Ticket] = deque()
@@ -92,22 +92,22 @@ class Room:
         self._queue: deque[Ticket] = deque()
         self._slots: list[Slot] = []
 
-    @time_limit.shield  # interrupted in here, nobody would ever be at work on the inbox again
+    @time_limit.shield  # after an interruption in here, the inbox might never be processed again
     def post(self, ticket: Ticket) -> None:
-        """Have a look taken at a ticket: it is new, or its call has ended. Any thread, at any moment; never waits."""
+        """Post a ticket that is new, or whose call has ended. Callable from any thread at any time; never waits."""
         self._inbox.append(ticket)
-        # Whoever put something in while another one was at work relies on that one to look once more at its end.
+        # A thread that posts while another one holds the lock relies on that one to check the inbox again at its end.
         while self._inbox and self._at_work.acquire(blocking=False):
             try:
                 while self._inbox:
-                    self._look_at(self._inbox[0])  # an interrupted look is taken again: it comes to the same
+                    self._look_at(self._inbox[0])  # idempotent, since an interrupted one is repeated
                     self._inbox.popleft()
                 self._admit()
             finally:
                 self._at_work.release()
 
     def settle(self, ticket: Ticket) -> None:
-        """Return when nobody is at work on this ticket, which takes another thread microseconds."""
+        """Wait until no thread processes this ticket, which takes microseconds."""
         while not ticket.seen or self._at_work.locked():
             time.sleep(0)
 
@@ -133,7 +133,7 @@ class Room:
         ticket.seen = True
 
     def _is_in_vain(self, ticket: Ticket) -> bool:
-        """Whether it would wait for ever: for a stream that its caller has in hand, or for a loop that it blocks."""
+        """Check that a call would wait forever: for a stream that its caller consumes, or for a loop that it blocks."""
         stuck = [
             slot
             for slot in self._slots
@@ -148,7 +148,7 @@ class Room:
         return min([limit, *(slot.limit for slot in self._slots)])
 
     def _admit(self) -> None:
-        # The first in the queue is waited for even where a later one could go on: else it might wait for ever.
+        # Later calls do not overtake the first in the queue, which might otherwise wait forever.
         while self._queue and len(self._slots) < self._bound(self._queue[0].limit):
             ticket = self._queue[0]
             ticket.slot = Slot(ticket)
@@ -167,20 +167,20 @@ def _woken(ticket: Ticket) -> bool:
 
 
 def running_loop() -> object:
-    """The asyncio event loop that runs in this thread, or `None`. Imports nothing to find out."""
+    """Return the asyncio event loop that runs on this thread, or `None`. Does not import asyncio."""
     events = sys.modules.get("asyncio.events")
     return None if events is None else events._get_running_loop()
 
 
 def _who() -> object:
-    """Whoever runs: the task or, outside of event loops, the thread."""
+    """Return an identifier of the running task or, outside of event loops, of the thread."""
     loop = running_loop()
     task = None if loop is None else sys.modules["asyncio"].current_task(loop)
     return threading.get_ident() if task is None else ("task", id(task))
 
 
 def _frames() -> dict[int, int]:
-    """The place in each function that is being called, by its frame. Kept, frames would keep their variables alive."""
+    """Return the bytecode offset of each frame on the stack, by frame id. Frames themselves would keep variables."""
     frame: FrameType | None = sys._getframe(1)
     found: dict[int, int] = {}
     while frame is not None:
@@ -190,7 +190,7 @@ def _frames() -> dict[int, int]:
 
 
 def consumer() -> tuple[object, int, int] | None:
-    """Whoever takes an item: the first function outside of us that is no generator, which only hands it on."""
+    """Return the code that takes an item: the first function outside this package that is not a generator."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
@@ -201,13 +201,16 @@ def consumer() -> tuple[object, int, int] | None:
     return None
 
 
-# By the identity of objects, without keeping them.
+# By the id of objects, held weakly.
 _rooms: dict[int, tuple[weakref.ref[Any], Room]] = {}
-_rooms_lock = threading.RLock()  # making a reference may run the garbage collector, and that `gone`
+_rooms_lock = threading.RLock()  # reentrant: making a weak reference may run the garbage collector, which calls `gone`
 
 
 def room_of(instance: object, function: object) -> Room:
-    """The room of an object, or of a function that is no method; of its class where no weak reference can be had."""
+    """Return the queue of an object, or of a function that is not a method.
+
+    An object without support for weak references uses the queue of its class.
+    """
     item = function if instance is None else instance
     entry = _rooms.get(id(item))
     if entry is not None and entry[0]() is item:
@@ -222,7 +225,7 @@ def room_of(instance: object, function: object) -> Room:
 
     try:
         reference = weakref.ref(item, gone)
-    except TypeError:  # a class with slots: its instances take turns together
+    except TypeError:  # a class with slots: its instances share a queue
         return room_of(type(item), function)
     with _rooms_lock:
         entry = _rooms.get(number)
@@ -232,8 +235,8 @@ def room_of(instance: object, function: object) -> Room:
 
 
 def _after_fork() -> None:
-    # The threads that held turns are not in the child, so nobody would ever give those back.
-    global _rooms_lock  # noqa: PLW0603 - it may have been held by such a thread
+    # The threads that held permits do not exist in the child, so these would never be released.
+    global _rooms_lock  # noqa: PLW0603 - such a thread may have held it
     _rooms_lock = threading.RLock()
     _rooms.clear()
 

@@ -1,11 +1,10 @@
-"""What is wrong with an output: NaN, Inf, silence where there was sound, flat clipping, runaway length.
+"""Checks of an output: NaN, Inf, silence where there was sound, flat clipping, runaway length.
 
-Pure looking: nothing is called, changed or kept alive. A tensor is looked at once, for its least and greatest value (a
-NaN or Inf anywhere in it is in one of them), and flatness on some four thousand of its samples at most. On a GPU that
-waits for the tensor to be computed.
+The checks call, change and keep nothing. A tensor is read once for its minimum and maximum (a NaN or Inf anywhere shows
+in one of them), and flatness is computed on at most some four thousand samples. On a GPU this waits for the tensor.
 
-Only what is not finite is wrong in itself. Everything else is wrong by comparison, with what the untouched model gave
-for the warm-up (`Expectation`); where that is not known, the limits are those of audio whose full scale is 1.
+Only non-finite numbers are faults by themselves. All else is compared with the untouched model's outputs in the warm-up
+(`Expectation`). If those are unknown, the limits are those of audio whose full scale is 1.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from typing import Any, NamedTuple
 
 __all__ = ["UNKNOWN", "Expectation", "Heard", "Units", "cut", "fault_of", "hear", "size_of", "units_of"]
 
-# What a result may hold, so that looking at one stays cheap: a decoder's cache has a hundred tensors.
+# Limits that keep a check cheap: a decoder's cache has a hundred tensors.
 _DEEPEST, _DEEPEST_OBJECT, _MOST_TENSORS, _MOST_ITEMS = 6, 2, 64, 4096
 # Audio has one channel or two, in a small batch; hidden states and spectrograms have more rows.
 _MOST_ROWS = 16
-# Beside a waveform, what is this much shorter is no part of the speech: lengths, durations, a speaker's embedding.
+# A tensor that is this many times shorter than the waveform is no speech: lengths, durations, a speaker embedding.
 _ASIDE = 16
 _SAMPLED = 4096
 
 _INAUDIBLE = 1e-3
-"""What lies 60 dB below the loudest of the warm-up is silence; nobody hears it beside that."""
+"""An output 60 dB below the warm-up's peak is silent."""
 _FLAT_LEVEL, _FLAT_SHARE = 0.99, 0.25
 """A wave is flat if a quarter of its samples lie within 1 % of its peaks. A sine has 9 % of them there, speech less."""
 _FLAT_TIMES, _FLAT_PEAK = 4.0, 0.1
-"""... and if that is four times what the warm-up had, at a tenth of its loudness at least: pauses are flat, too."""
+"""The share must also be four times the warm-up's, and the peak at least a tenth of the warm-up's: pauses are flat."""
 _TOO_LONG, _LEAST_UNITS = 10.0, 20
-"""Ten times the warm-up's samples per character are absurd. A text counts as twenty characters at least: a number, or
-one word with the silence around it, takes longer than its letters say."""
+"""More than ten times the warm-up's samples per character is too long. A text counts as at least twenty characters: a
+number, or one word with the silence around it, takes longer than its letters suggest."""
 _LEAST_SAMPLES = 4096
-"""Of a call whose text is not known, less than this may well be nothing to say."""
+"""Minimum samples for silence to be a fault if the text is unknown: a shorter output may have nothing to say."""
 _LEAST_LETTERS = 3
 _TEXTS = ("text", "texts", "sentence", "sentences", "input", "inputs", "prompt", "input_ids")
 _SPEAK_OF_TEXT = frozenset(
     {"text", "texts", "sentence", "sentences", "transcript", "script", "utterance", "say", "words"}
 )
-# "prompt_text" is what a reference says, "style_text" how, "text_language" in what language.
+# "prompt_text" is the text of a reference, "style_text" describes a style, "text_language" names a language.
 _OTHERS = frozenset({
     "prompt", "ref", "reference", "speaker", "voice", "voices", "style", "description", "instruct", "instruction",
     "negative", "lang", "language", "locale", "accent", "dialect", "emotion", "path", "file", "filename", "wav",
@@ -57,16 +56,15 @@ _OTHERS = frozenset({
 
 @dataclasses.dataclass(frozen=True)
 class Heard:
-    """What an output is like.
+    """Audio statistics of an output.
 
     Attributes:
-        finite: Whether no floating-point number in it is NaN or infinite.
-        audio: Whether there is anything in it that may be audio.
+        finite: True if no floating-point number is NaN or infinite.
+        audio: True if any tensor may be audio.
         samples: Samples of audio, along the last dimension.
-        swing: Half of the distance between its least and its greatest sample; of 16-bit samples as a share of full
-            scale.
-        peak: The largest magnitude of a sample, likewise.
-        flat: The share of samples within 1 % of the peaks, where there are enough of them to tell; else 0.0.
+        swing: Half the distance between the minimum and the maximum sample. Samples of 16 bits are scaled to [-1, 1].
+        peak: Largest magnitude of a sample, likewise.
+        flat: Share of samples within 1 % of the peaks; 0.0 if there are too few samples.
     """
 
     finite: bool = True
@@ -77,7 +75,7 @@ class Heard:
     flat: float = 0.0
 
     def joined(self, other: Heard) -> Heard:
-        """What two outputs are like, one after the other."""
+        """Return the statistics of two outputs in sequence."""
         return Heard(
             self.finite and other.finite,
             self.audio or other.audio,
@@ -89,11 +87,11 @@ class Heard:
 
 
 class Units(NamedTuple):
-    """How much a call was asked to say.
+    """Amount of text that a call speaks.
 
     Attributes:
-        amount: Characters of its text, or its token ids; `None` where it has neither.
-        letters: The letters and digits among them; `None` where they are not known.
+        amount: Number of characters, or of token ids; `None` if there are neither.
+        letters: Number of letters and digits; `None` if unknown.
     """
 
     amount: int | None = None
@@ -102,15 +100,15 @@ class Units(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """What the untouched model gave for the warm-up's calls of one function.
+    """Expected outputs of one function, from the untouched model's warm-up.
 
     Attributes:
-        finite: Whether no number was NaN or infinite.
-        sounds: Whether it was not silent.
-        peak: The largest magnitude of a sample.
-        flat: The largest share of samples at the peaks.
-        longest: The samples of the longest output; `None` where lengths cannot be judged.
-        rate: The largest number of samples per unit of text; `None` likewise.
+        finite: True if no number was NaN or infinite.
+        sounds: True if no output was silent.
+        peak: Largest magnitude of a sample.
+        flat: Largest share of samples at the peaks.
+        longest: Samples of the longest output; `None` if lengths cannot be judged.
+        rate: Largest number of samples per unit of text; `None` likewise.
     """
 
     finite: bool = True
@@ -122,7 +120,7 @@ class Expectation:
 
     @classmethod
     def of(cls, calls: list[tuple[Units, Heard]]) -> Expectation:
-        """What calls of the untouched model lead one to expect."""
+        """Compute the expectation from calls of the untouched model."""
         outputs = [heard for _, heard in calls]
         audible = [heard for heard in outputs if heard.audio and heard.swing > 0.0]
         rates = [heard.samples / max(units.amount, 1) for units, heard in calls if units.amount is not None]
@@ -138,17 +136,17 @@ class Expectation:
 
 
 UNKNOWN = Expectation()
-"""Of a function that the warm-up did not call: full scale is 1, and how long is too long nobody knows."""
+"""Expectation of a function that the warm-up did not call: full scale is 1, and lengths are not judged."""
 
 
 def fault_of(heard: Heard, units: Units, expected: Expectation = UNKNOWN, *, whole: bool = True) -> str | None:
-    """What is wrong with an output, in one or two words.
+    """Name the fault of an output in a few words.
 
     Args:
-        heard: What the output is like.
-        units: How much there was to say.
-        expected: What the untouched model gave for the warm-up.
-        whole: Whether this is all of the output. A silent piece is a pause.
+        heard: Statistics of the output.
+        units: Amount of text.
+        expected: Expected outputs.
+        whole: True if this is the whole output. A silent piece of a stream is a pause.
 
     Returns:
         "NaN or Inf", "clipped flat", "too long" or "silent"; `None` if nothing is wrong.
@@ -179,28 +177,28 @@ def _has_much_to_say(heard: Heard, units: Units) -> bool:
 
 
 def units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Callable[..., Any] | None = None) -> Units:
-    """How much a call with these arguments is asked to say.
+    """Find the amount of text that a call with these arguments speaks.
 
-    Each argument goes by the name of its parameter. The text is the one that is named `text` or the like; else one
-    whose name speaks of a text, and not of a reference, a style or a language; else the longest text that is neither
-    a path nor named after something else. A request object or a mapping is looked into. Without any text, whole
-    numbers in a tensor or array are token ids.
+    Arguments are ranked by the names of their parameters. First comes a string named `text` or similar. Second comes
+    one whose name contains a word for text, but none for a reference, a style or a language. Last comes the longest
+    string that is neither a path nor named after something else. A request object or a mapping is searched, too.
+    Without a string, integers in a tensor or array count as token ids.
 
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        function: What is called with them; without it, positional arguments have no name.
+        function: The called function; without it, positional arguments have no names.
     """
     try:
         names = () if function is None or not args else _parameters_of(function)
         given = [*zip_longest(names[: len(args)], args, fillvalue=""), *kwargs.items()]
         return _units_of(given)
-    except Exception:  # a proxy that is bound to nothing, say, raises when it is asked what it is
+    except Exception:  # an unbound proxy, for example, raises at any attribute
         return Units()
 
 
 def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's positional parameters, without that of a bound object."""
+    """Return the names of a function's positional parameters, without `self` of a bound method."""
     plain = getattr(function, "__func__", function)
     bound = plain is not function
     try:
@@ -222,12 +220,12 @@ def _asked_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD})
 
 
-# Asking takes 20 us; by function, without keeping it.
+# `inspect.signature` takes 20 us. Keyed weakly by function.
 _parameters: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def _rank(name: str, value: Any) -> tuple[int, int] | None:
-    """How likely an argument is the text, the least first; `None` where it cannot be."""
+    """Rank an argument as the text, lowest first; `None` if it cannot be the text."""
     texts = value if isinstance(value, (list, tuple)) else [value]
     if not texts or not all(isinstance(text, str) for text in texts[:_MOST_TENSORS]):
         return None
@@ -244,7 +242,7 @@ def _rank(name: str, value: Any) -> tuple[int, int] | None:
 
 
 def _is_no_speech(text: str) -> bool:
-    """Whether it looks like a path or an address rather than like something to say."""
+    """Check that a string looks like a path or a URL rather than speech."""
     return "://" in text or (" " not in text and bool(re.search(r"[/\\]|\.\w{1,5}$", text)) and len(text) > 1)
 
 
@@ -260,7 +258,7 @@ def _units_of(given: list[tuple[str, Any]]) -> Units:
         shape = getattr(value, "shape", ())
         if kind.endswith(("int64", "int32")) and isinstance(shape, tuple) and len(shape) > 0:
             return Units(math.prod(int(size) for size in shape))
-    for _, value in given:  # a request: a mapping, a dataclass, a model of pydantic's
+    for _, value in given:  # a request: a mapping, a dataclass, a pydantic model
         inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
         if isinstance(inner, Mapping) and any(isinstance(inner.get(name), str) for name in _TEXTS):
             return _units_of([(name, inner[name]) for name in _TEXTS if name in inner])
@@ -268,7 +266,7 @@ def _units_of(given: list[tuple[str, Any]]) -> Units:
 
 
 def hear(output: Any) -> Heard:
-    """What an output is like. Never raises: what cannot be looked at is nothing."""
+    """Compute the statistics of an output. Never raises: objects that cannot be read are skipped."""
     found: list[Heard] = []
     try:
         for leaf in _leaves(output, 0):
@@ -277,7 +275,7 @@ def hear(output: Any) -> Heard:
                 found.append(heard)
             if len(found) >= _MOST_TENSORS:
                 break
-    except Exception:  # a user's object may raise at any attribute; the guard must never cost a call
+    except Exception:  # a user's object may raise at any attribute; the guard must not fail a call
         return Heard(finite=all(heard.finite for heard in found))
     finite = all(heard.finite for heard in found)
     longest = max((heard.samples for heard in found if heard.audio), default=0)
@@ -289,7 +287,7 @@ def hear(output: Any) -> Heard:
 
 
 def size_of(chunk: Any) -> int | None:
-    """Samples of a streamed piece that can be cut along its last dimension; `None` for any other object."""
+    """Return the number of samples of a streamed piece that can be cut; `None` for any other object."""
     if isinstance(chunk, (bytes, bytearray)):
         return len(chunk)
     if not (_is_tensor(chunk) or _is_array(chunk)):
@@ -299,7 +297,7 @@ def size_of(chunk: Any) -> int | None:
 
 
 def cut(chunk: Any, samples: int) -> Any:
-    """A piece that `size_of` knows the size of, without its first samples."""
+    """Return a piece without its first samples. `size_of` must know its size."""
     return chunk[samples:] if isinstance(chunk, (bytes, bytearray)) else chunk[..., samples:]
 
 
@@ -314,21 +312,21 @@ def _is_array(value: Any) -> bool:
 
 
 def _numbers(value: Any) -> Any:
-    """A list of nothing but floats, as it is; of NumPy's, as an array; `None` for any other list."""
+    """Return a list of floats as it is, a list of NumPy floats as an array, and `None` for any other list."""
     first = value[0]
     try:
         if _is_array(first) and first.dtype.kind == "f" and first.shape == ():
-            # Five times as fast as adding them up or as asarray, which look at each number's class.
+            # Five times as fast as a sum or asarray, which look up the class of each number.
             return sys.modules["numpy"].fromiter(value, first.dtype, len(value))
         if isinstance(first, float) and isinstance(sum(value), float):
             return value
     except (TypeError, ValueError):
-        return None  # there are others among them
+        return None  # mixed with other types
     return None
 
 
 def _leaves(value: Any, depth: int) -> Iterator[Any]:
-    """Tensors, arrays, byte strings, floats and lists of numbers, in containers, dataclasses and plain objects."""
+    """Yield tensors, arrays, byte strings, floats and lists of numbers from containers, dataclasses and objects."""
     if value is None or isinstance(value, (str, int, type)) or depth > _DEEPEST:
         return
     if isinstance(value, (bytes, bytearray, float)) or _is_tensor(value) or _is_array(value):
@@ -351,18 +349,18 @@ def _items(value: Any, depth: int) -> Any:
         return value
     if dataclasses.is_dataclass(value):
         return (getattr(value, field.name, None) for field in dataclasses.fields(value))
-    # An object of the user's own around the waveform; not a module, nor a decoder's cache, whose tensors are large.
+    # A user's object around the waveform; not a module or a decoder's cache, whose tensors are large.
     if depth > _DEEPEST_OBJECT or hasattr(value, "parameters") or hasattr(value, "get_seq_length"):
         return ()
     return getattr(value, "__dict__", {}).values()
 
 
 def _of_leaf(leaf: Any) -> Heard | None:
-    """What one leaf is like; `None` for one that says nothing, such as token ids."""
+    """Compute the statistics of one leaf; `None` for irrelevant ones, such as token ids."""
     if isinstance(leaf, float):
         return Heard(math.isfinite(leaf))
     if isinstance(leaf, (bytes, bytearray)):
-        loud = float(leaf.count(0) < len(leaf))  # of encoded audio nothing else can be told
+        loud = float(leaf.count(0) < len(leaf))  # encoded audio shows no more
         return Heard(audio=True, samples=len(leaf), swing=loud, peak=loud)
     if isinstance(leaf, (list, tuple)):
         return _of_floats(leaf) if math.isfinite(sum(leaf)) else Heard(finite=False)
@@ -390,7 +388,7 @@ def _of_tensor(tensor: Any) -> Heard | None:
     if tensor.numel() == 0:
         return Heard(audio=bool(shape))
     tensor = tensor.detach()
-    # One pass, and one wait for the device: either is NaN if any number is.
+    # One pass and one wait for the device. Both bounds are NaN if any number is.
     low, high = (float(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist())
     if not _is_audio(shape):
         return Heard(math.isfinite(low) and math.isfinite(high))

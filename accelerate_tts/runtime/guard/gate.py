@@ -1,10 +1,10 @@
-"""When a tuned object may be switched: never while another call is in the middle of it.
+"""Gate of a tuned object: switches its changes only while no other call is inside.
 
-A model that is switched under a call's feet computes one layer with the changes and the next one without, in another
-precision: such a call would raise, or give what neither model gives. So calls tell when they are inside, a switch waits
-for a moment at which no other call is, and calls that come meanwhile wait at the door. Nobody waits for longer than
-`PATIENCE`, nor for a call that waits for him: the calls that he is a part of, and coroutines of an event loop that he
-blocks. A call that cannot have its second attempt then is given as it is.
+A model that is switched during a call computes one layer with the changes and the next one without, perhaps in another
+precision. The call would raise, or return what neither model returns. Calls therefore register while they are inside, a
+switch waits until no other call is, and new calls wait for the switch. No wait is longer than `PATIENCE`. No caller
+waits for calls that enclose it, nor for coroutines of an event loop that it blocks. If the switch is not possible, the
+first attempt's output is returned as it is.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 __all__ = ["PATIENCE", "WITHIN", "BusyError", "Gate", "Hold", "Step"]
 
 PATIENCE = 10.0
-"""Seconds that a switch waits for the calls which are under way, and calls that come meanwhile for the switch."""
-_POLL = 0.005  # seconds between two looks of a coroutine: it may wait on no lock
-_OPEN = 10.0  # times the patience for which the door stays open after waiting at it has been in vain
+"""Seconds that a switch waits for running calls, and that new calls wait for the switch."""
+_POLL = 0.005  # seconds between two checks of a coroutine, which must not wait on a lock
+_OPEN = 10.0  # multiple of the patience for which calls do not wait after a wait has timed out
 
 WITHIN: ContextVar[tuple[Step, ...]] = ContextVar("accelerate_tts_within", default=())
-"""The guarded calls that the present code is a part of, the outermost first."""
+"""The guarded calls that enclose the running code, outermost first."""
 
 
 class BusyError(Exception):
-    """Other calls were under way all the time. Never leaves the guard."""
+    """There was no moment without other calls. Never leaves the guard."""
 
 
 class Step:
-    """A guarded call, while it may be inside the model.
+    """A guarded call while it may be inside the model.
 
     Attributes:
         loop: The event loop that its coroutine runs on; `None` for any other call.
-        obstacle: Why it must not be made again, or "": something that it called must not.
+        obstacle: Reason why the call must not be repeated, or "".
     """
 
     __slots__ = ("__weakref__", "loop", "obstacle", "process")
@@ -55,11 +55,11 @@ class Step:
 
 
 class Hold:
-    """Has an object untouched until it is released, or collected.
+    """Keeps an object untouched until it is released or collected.
 
     Args:
-        gate: Of the object.
-        pin: What has the loaded weights at hand.
+        gate: The object's gate.
+        pin: Keeps the loaded weights in memory.
     """
 
     __slots__ = ("__weakref__", "_gate", "pin", "process")
@@ -70,7 +70,7 @@ class Hold:
         self.process = os.getpid()
 
     def release(self) -> None:
-        """Have the changes put in force again, as soon as nobody needs them off. Harmless a second time."""
+        """Let the changes be switched on again as soon as no other hold is left. Idempotent."""
         self._gate.release(self)
         self.pin = None
 
@@ -90,10 +90,10 @@ class Gate:
     """Switches one object.
 
     Args:
-        on: Puts its changes in force. Idempotent.
-        off: Puts it back as it was loaded. Idempotent.
+        on: Switches its changes on. Idempotent.
+        off: Switches them off. Idempotent.
         patience: See `PATIENCE`.
-        tell: Called with why the changes stay off, if they do.
+        tell: Called with the reason if the changes stay off.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Gate:
         self._on, self._off = on, off
         self._patience = patience
         self._tell = tell
-        # Taken again by the same thread where the collector closes an abandoned stream in here.
+        # Reentrant: the collector may close an abandoned stream on a thread that holds the lock.
         self._changed = threading.Condition(rlock())
-        # Weakly: what an interruption keeps from being taken out goes with its call.
+        # Weak: a call that an interruption kept from unregistering disappears with its object.
         self._inside: weakref.WeakSet[Step] = weakref.WeakSet()
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()
         self._pins: list[object] = []
         self._waiting = 0
-        self._is_off = False  # or may be, where an interruption came in the middle of a switch
+        self._is_off = False  # True also while a switch may have been interrupted half-way
         self._leaving = self.over = False
         self._shut_from = 0.0
         self._told = False
@@ -117,7 +117,7 @@ class Gate:
     # --- calls ----------------------------------------------------------------------------------------------------
 
     def enter(self, step: Step, *, wait: bool) -> None:
-        """A step begins: wait at the door if a switch is under way, but never in vain."""
+        """Register a call; wait first while a switch is pending, unless the wait could not end."""
         with self._changed:
             self._settle()
             while wait and self._is_shut() and not self._in_vain():
@@ -126,7 +126,7 @@ class Gate:
             self._inside.add(step)
 
     async def ready(self) -> None:
-        """Wait at the door as a coroutine."""
+        """Wait as a coroutine while a switch is pending."""
         if not self._is_shut() or running_loop() is None:
             return
         import asyncio
@@ -137,7 +137,7 @@ class Gate:
                 self._settle()
 
     def leave(self, step: Step) -> None:
-        """A step ends. Harmless a second time."""
+        """Unregister a call. Idempotent."""
         with self._changed:
             self._inside.discard(step)
             self._settle()
@@ -162,16 +162,16 @@ class Gate:
 
     @property
     def held(self) -> int:
-        """How many need the object untouched now."""
+        """Number of holds on the object now."""
         with self._changed:
             return self._held()
 
     def hold(self, pin: object, *, force: bool = False) -> Hold:
-        """Wait for a gap between calls, and have the object untouched.
+        """Wait for a gap between calls, and switch the object off.
 
         Args:
-            pin: What has the loaded weights at hand.
-            force: Switch after `patience` even if there are calls under way.
+            pin: Keeps the loaded weights in memory.
+            force: Switch after `patience` even if other calls are running.
 
         Raises:
             BusyError: There was no gap, and `force` is off.
@@ -183,7 +183,7 @@ class Gate:
         return hold
 
     async def hold_later(self, pin: object) -> Hold:
-        """`hold`, as a coroutine."""
+        """Like `hold`, as a coroutine."""
         hold = Hold(self, pin)
         end = time.monotonic() + self._patience
         with self._waits():
@@ -202,17 +202,17 @@ class Gate:
         """See `Hold.release`."""
         with self._changed:
             if hold in self._holds:
-                self._pins.append(hold.pin)  # calls that came meanwhile need the loaded weights, too
+                self._pins.append(hold.pin)  # calls that began meanwhile need the loaded weights, too
                 self._holds.discard(hold)
                 self._shut_from = time.monotonic()
             self._settle()
             self._changed.notify_all()
 
     def end(self, *, wait: bool) -> None:
-        """Put the object back for good.
+        """Switch the object off for good.
 
         Args:
-            wait: Wait for a gap, and then do it even if there is none; else it is done at the next gap.
+            wait: Wait for a gap, at most `patience`, then switch in any case; otherwise switch at the next gap.
         """
         with self._changed:
             self._leaving = True
@@ -224,19 +224,19 @@ class Gate:
                 self._settle()
 
     def _held(self) -> int:
-        process = os.getpid()  # what other threads held when this process was forked nobody will ever give back
+        process = os.getpid()  # holds of other threads from before a fork are never released
         return sum(hold.process == process for hold in self._holds)
 
     def _is_free(self) -> bool:
         return self.over or self._is_off or not self._others()
 
     def _others(self) -> list[Step]:
-        """The calls that are inside and that the present code is no part of."""
+        """Return the calls that are inside and do not enclose the running code."""
         own, process = WITHIN.get(), os.getpid()
         return [step for step in self._inside if step.process == process and step not in own]
 
     def _in_vain(self) -> bool:
-        """Whether one of the others cannot go on while this thread waits."""
+        """Check for another call that cannot continue while this thread waits, since it runs on this thread's loop."""
         loop = running_loop()
         return loop is not None and any(step.loop is loop for step in self._others())
 
@@ -259,7 +259,7 @@ class Gate:
         return _Waits(self)
 
     def wait_more(self, more: int) -> None:
-        """Count those who wait for a gap."""
+        """Count the callers that wait for a gap."""
         with self._changed:
             if more > 0 and not self._waiting:
                 self._shut_from = time.monotonic()
@@ -269,7 +269,7 @@ class Gate:
     def _take(self, hold: Hold) -> None:
         try:
             if not (self._is_off or self.over):
-                self._is_off = True  # first: interrupted half-way, it is put in force again by `_settle`
+                self._is_off = True  # set first: after an interruption, `_settle` switches on again
                 self._off()
             self._holds.add(hold)
         except BaseException:
@@ -277,7 +277,7 @@ class Gate:
             raise
 
     def _settle(self) -> None:
-        """Switch as it should be, if nobody else is inside."""
+        """Perform a pending switch if no other call is inside."""
         if self.over or not (self._is_off or self._leaving):
             return
         if self._leaving and (self._is_off or not self._others()):
@@ -285,7 +285,7 @@ class Gate:
         elif self._is_off and not self._held() and not self._others():
             try:
                 self._on()
-            except Exception as error:  # for want of memory, say: untouched it is right, half of it would not be
+            except Exception as error:  # no memory, for example: off is correct, half on would not be
                 self._finish()
                 self._tell(f"it could not be put in force again: {type(error).__name__}: {error}")
             else:
@@ -299,7 +299,7 @@ class Gate:
 
 
 class _Waits:
-    """Somebody waits for a gap."""
+    """Scope in which a caller waits for a gap."""
 
     __slots__ = ("_gate",)
 

@@ -1,9 +1,8 @@
-"""Who guards which object: counts its faults, switches its tuning off for a second attempt, and at last for good.
+"""Guards of tuned objects: count faults, switch tuning off for a second attempt, and finally for good.
 
-Tuning changes a model in place and in such a way that it can be switched back, and the loaded weights stay where they
-are. So the untouched model is reached by switching the changes off for as long as the second attempt runs, and no
-second copy is held. They are switched while no other call is inside (`gate`); one that begins meanwhile runs untouched,
-which is slower and as right.
+Tuning changes a model in place and reversibly, and keeps the loaded weights. The untouched model is therefore reached
+by switching the changes off while the second attempt runs, without a second copy of the model. They are switched while
+no other call is inside (`gate`). A call that begins meanwhile runs untouched, which is slower and equally correct.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ _OWN = "the untouched model gives the same, so this is what was given"
 
 
 class Switch(Protocol):
-    """What a guard switches: a tuning."""
+    """A tuning, as a guard switches it on and off."""
 
     def on(self) -> None:
-        """Put every change in force."""
+        """Switch every change on."""
         ...
 
     def off(self) -> None:
@@ -53,48 +52,48 @@ class Switch(Protocol):
         ...
 
     def at_hand(self) -> object:
-        """Have what `off` needs for as long as what is returned lives; ReloadError if it cannot be had."""
+        """Load what `off` needs and keep it as long as the returned object lives; ReloadError if that fails."""
         ...
 
     def keep_loaded(self) -> None:
-        """Have what `off` needs from now on; likewise."""
+        """Load what `off` needs and keep it for good; ReloadError if that fails."""
         ...
 
 
 class Watcher(Protocol):
-    """Whoever is told what the calls of an object gave."""
+    """Receives the statistics of the outputs of an object's calls."""
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
-        """What is wrong with an output of the function of this name, or `None`."""
+        """Return the fault of an output of the named function, or `None`."""
         ...
 
 
 class Listener:
-    """Learns from the untouched model's calls what to expect of each function."""
+    """Learns the expected outputs of each function from the untouched model's calls."""
 
     def __init__(self) -> None:
         self._calls: dict[str, list[tuple[Units, Heard]]] = {}
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> None:
-        """See `Watcher.judge`. Nothing is wrong with the reference."""
+        """See `Watcher.judge`. The reference has no faults."""
         if whole:
             self._calls.setdefault(name, []).append((units, heard))
 
     @property
     def expected(self) -> dict[str, Expectation]:
-        """What to expect, by the name of the function."""
+        """Expectations by the name of the function."""
         return {name: Expectation.of(calls) for name, calls in self._calls.items()}
 
 
 class Guard:
-    """Guards what is called of one tuned object.
+    """Guards the calls of one tuned object.
 
     Args:
         what: The object's name in events.
-        switch: Its tuning. Referred to weakly, since it refers to the model.
-        expected: What the untouched object gave for the warm-up, by function.
-        limit: Faults after which the tuning is put back for good.
-        patience: Seconds that a switch waits for calls that are under way, and calls for a switch.
+        switch: Its tuning, held by a weak reference, since it refers to the model.
+        expected: Expected outputs by function, from the untouched object's warm-up.
+        limit: Number of faults after which the tuning is undone for good.
+        patience: Seconds that a switch waits for running calls, and calls for a switch.
     """
 
     def __init__(
@@ -116,26 +115,26 @@ class Guard:
 
     @property
     def in_force(self) -> bool:
-        """Whether there is anything to guard against."""
+        """True while the object is tuned: the guard is not retired and the tuning is alive."""
         return not self.retired and self._switch() is not None
 
     @property
     def retired(self) -> bool:
-        """Whether the object was put back for good."""
+        """True if the tuning was undone for good."""
         return self._gate.over
 
     @property
     def held(self) -> int:
-        """How many second attempts need the object untouched now."""
+        """Number of second attempts that need the object untouched now."""
         return self._gate.held
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
-        """See `Watcher.judge`. A fault that the untouched model was seen to have too, `limit` times, is not told."""
+        """See `Watcher.judge`. A fault that the untouched model has shown `limit` times is ignored."""
         fault = checks.fault_of(heard, units, self._expected.get(name, checks.UNKNOWN), whole=whole)
         return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
 
     def enter(self, step: Step, *, wait: bool) -> None:
-        """A call is about to be inside the object. While that is being switched, it waits."""
+        """Register a call before it enters the object; wait while the object is being switched."""
         self._gate.enter(step, wait=wait)
 
     async def ready(self) -> None:
@@ -143,28 +142,28 @@ class Guard:
         await self._gate.ready()
 
     def leave(self, step: Step) -> None:
-        """The call is not inside any more. Harmless a second time."""
+        """Unregister a call that has left the object. Idempotent."""
         self._gate.leave(step)
 
     def hold(self, *, force: bool = False) -> Hold:
-        """Have the object untouched until what is returned is released or collected.
+        """Keep the object untouched until the returned object is released or collected.
 
         Args:
-            force: After `patience`, switch it under the feet of the calls that are under way.
+            force: After `patience`, switch even while other calls are running.
 
         Raises:
-            ReloadError: The loaded weights were let go, and cannot be loaded again; nothing is switched then.
-            BusyError: There was no gap between other calls, and `force` is off; likewise.
+            ReloadError: The loaded weights were freed and cannot be reloaded. Nothing is switched then.
+            BusyError: There was no gap between other calls, and `force` is off. Nothing is switched then.
         """
-        return self._gate.hold(self._at_hand(), force=force)  # before its lock, since it may take as long as a load
+        return self._gate.hold(self._at_hand(), force=force)  # loads outside the gate's lock, since it may take long
 
     async def hold_later(self) -> Hold:
-        """`hold`, as a coroutine."""
+        """Like `hold`, as a coroutine."""
         return await self._gate.hold_later(self._at_hand())
 
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
-        """Switch the changes off while open, whoever calls meanwhile: the first of several does, the last one back on.
+        """Switch the changes off while open. Of several users, the first switches off and the last on again.
 
         Raises:
             ReloadError: As for `hold`.
@@ -190,10 +189,10 @@ class Guard:
         emit(FellBack(self._what, "everything", why))
 
     def retire(self, *, wait: bool = True) -> None:
-        """Put the object back as it was loaded, for good: a retry that still runs will not switch it on again.
+        """Put the object back as it was loaded, for good. A retry that still runs will not switch it on again.
 
         Args:
-            wait: Wait for calls that are under way, for `patience` at most; else it is done as soon as there are none.
+            wait: Wait for running calls, at most `patience`; otherwise switch as soon as none is running.
 
         Raises:
             ReloadError: As for `hold`.
@@ -204,13 +203,13 @@ class Guard:
         self._gate.end(wait=wait)
 
     def own(self, name: str, fault: str) -> None:
-        """The untouched model has this fault, too."""
+        """Count a fault that the untouched model has, too."""
         with self._lock:
             self._own[name, fault] = self._own.get((name, fault), 0) + 1
         emit(Guarded(self._what, name, fault, _OWN))
 
     def count(self, name: str, fault: str, outcome: str) -> None:
-        """A fault that is ours, as far as anybody can know; after the last that is borne the tuning is put back."""
+        """Count a fault of the tuning. At `limit` faults the tuning is undone for good."""
         with self._lock:
             self._faults += 1
             faults = self._faults
@@ -225,9 +224,10 @@ class Guard:
 
 
 class Guards:
-    """All guards of one call, as of a model and a vocoder that were loaded one after the other.
+    """All guards of one call, for example of a model and a vocoder that were loaded separately.
 
-    Nobody can tell whose fault it was: the second attempt is without the changes of any, and counts for each.
+    A fault cannot be attributed to one of them, so the second attempt runs without all their changes and counts for
+    each.
     """
 
     def __init__(self, guards: tuple[Guard, ...]) -> None:
@@ -255,7 +255,7 @@ class Guards:
 
     def hold(self) -> Holds:
         """See `Guard.hold`."""
-        return Holds([guarding.hold() for guarding in self._guards])  # one that raises has those before it collected
+        return Holds([guarding.hold() for guarding in self._guards])  # if one raises, the collector releases the others
 
     async def hold_later(self) -> Holds:
         """See `Guard.hold_later`."""
@@ -273,7 +273,7 @@ class Guards:
 
 
 class Holds:
-    """Several objects, untouched until this is released."""
+    """Keeps several objects untouched until it is released."""
 
     def __init__(self, holds: list[Hold]) -> None:
         self._holds = holds
@@ -286,37 +286,38 @@ class Holds:
 
 Guarding = Guard | Guards
 
-# By the identity of objects, without keeping them: a guard refers to nothing that keeps a model alive.
+# By the id of objects, held weakly: a guard must not keep a model alive.
 _guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
-# By context: what other threads and tasks call meanwhile, of other objects, is no part of the warm-up.
+# A context variable: calls of other threads and tasks are no part of the warm-up.
 _listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
-# A function inside a second attempt is not made again by itself; the whole attempt is untouched.
+# A call inside a second attempt is not retried by itself; the whole attempt runs untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
-# What is called more deeply is looked at as a part of what called it: recursion has a limit.
+# Nesting depth up to which calls are checked; deeper ones are checked as a part of their caller's output.
 _DEEPEST = 16
 
 
 @contextmanager
 def retrying() -> Generator[None, None, None]:
-    """While open, nothing that is called in this context is guarded by itself."""
+    """Switch guards off in this context while open."""
     before = _retrying.get()
     _retrying.set(True)
     try:
         yield
     finally:
-        _retrying.set(before)  # not by a token: a generator may be closed in another context
+        _retrying.set(before)  # no token: a generator may be closed in another context
 
 
 def not_again(name: str) -> None:
-    """Say that the calls which the present code is a part of must not be made again: a function has side effects."""
+    """Forbid a retry of all enclosing guarded calls, since a function with side effects was called."""
     for step in WITHIN.get():
         step.obstacle = f"it called {name}, which has retry=False"
 
 
 def protect(item: object, guarding: Guard) -> None:
-    """Guard the `@inference` calls of an object, or that are given it; one that takes no weak reference is passed over.
+    """Guard the `@inference` calls that are methods of an object or take it as an argument.
 
-    An object that holds several tuned ones has a guard for each.
+    An object without support for weak references is skipped. An object that holds several tuned ones has a guard for
+    each.
     """
     number = id(item)
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
@@ -332,7 +333,7 @@ def protect(item: object, guarding: Guard) -> None:
 
 @contextmanager
 def listening() -> Generator[Listener, None, None]:
-    """While open, learn from the calls of `@inference` functions in this context, and in those begun from it."""
+    """Learn from `@inference` calls in this context, and in contexts copied from it, while open."""
     listener = Listener()
     token = _listener.set(listener)
     try:
@@ -342,26 +343,29 @@ def listening() -> Generator[Listener, None, None]:
 
 
 def guards_of(item: object) -> tuple[Guard, ...]:
-    """The guards of an object, the last one last."""
+    """Return the guards of an object, newest last."""
     entry = _guards.get(id(item))
     return entry[1] if entry is not None and entry[0]() is item else ()
 
 
 def guard_of(item: object) -> Guard | None:
-    """The last guard of an object, if it has one; a tuning has no other."""
+    """Return the newest guard of an object, or `None`. A tuned object has one."""
     guards = guards_of(item)
     return guards[-1] if guards else None
 
 
 def is_watched() -> bool:
-    """Whether calls in this context may have somebody who watches them."""
+    """Check that calls in this context may have a watcher."""
     if _retrying.get() or len(WITHIN.get()) >= _DEEPEST:
         return False
     return bool(_guards) or _listener.get() is not None
 
 
 def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
-    """Who watches a call: the guard of the object whose method it is, of an argument, or of what the object holds."""
+    """Return the watcher of a call, or `None`.
+
+    Guards are looked up for the object whose method it is, its attributes, and the arguments.
+    """
     if _guards and is_watched():
         items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}

@@ -1,10 +1,10 @@
-"""Make a guarded call, look at what it gives, and make a faulty one again on the untouched model.
+"""Guarded calls: check the output, and repeat a faulty call on the untouched model.
 
-The second attempt has the same random numbers: their states are kept from before the first. The object is untouched
-from the beginning of the second attempt to its end, also while a coroutine waits (for a thread, perhaps, in which the
-model runs) and while the consumer of a stream has a piece.
+The second attempt gets the same random numbers: their states are saved before the first. The object stays untouched
+during the whole second attempt, also while a coroutine waits (for example for a thread in which the model runs) and
+while the consumer of a stream works on a piece.
 
-Only a faulty output has a call made again: no error does, nor anything that another call did.
+Only a faulty output causes a retry. Exceptions and faults of other calls do not.
 """
 
 from __future__ import annotations
@@ -45,24 +45,26 @@ def call(  # noqa: PLR0913 - a call, and how it is made
     retry: bool = True,
     choice: ModeChoice | None = None,
 ) -> Any:
-    """`modes.call`, and a look at what comes of it: of a plain call at once, of the other kinds as they are stepped.
+    """Make a call as `inference_mode.call` does, and check its output.
+
+    A plain call is checked at once; coroutines and generators are checked as they run.
 
     Args:
-        watcher: Who looks.
-        function: What is called.
+        watcher: Judges the output.
+        function: The function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        mode: What it runs in.
+        mode: The mode that it runs in.
         instance: The object whose method it is.
-        retry: Whether it may be made again.
-        choice: See `modes.call`.
+        retry: True if the call may be repeated.
+        choice: See `inference_mode.call`.
     """
     attempt = _Attempt(watcher, function, args, kwargs, mode)
     attempt.instance, attempt.once, attempt.choice = instance, not retry, choice
     attempt.keep_random()
     with attempt.inside():
         result = attempt.make()
-    kind = type(result)  # modes.call gives these three kinds only, whatever the function gave
+    kind = type(result)  # inference_mode.call wraps coroutines and generators in exactly these three kinds
     if kind is types.CoroutineType:
         return named_like(result, _coroutine(attempt, Owning(result, Scoped(nullcontext))))
     if kind is types.GeneratorType:
@@ -81,7 +83,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
 
 
 class _Attempt:
-    """One call, and what is needed to make it again."""
+    """One call and the state needed to repeat it."""
 
     def __init__(
         self, watcher: Watcher, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode
@@ -107,10 +109,10 @@ class _Attempt:
 
     @contextmanager
     def inside(self, *, wait: bool = True) -> Generator[None, None, None]:
-        """While open, the call may be inside the model.
+        """Register the call as inside the model while open.
 
         Args:
-            wait: Wait until that is not being switched.
+            wait: Wait while the model is being switched.
         """
         if self.guarding is None:
             yield
@@ -130,33 +132,33 @@ class _Attempt:
             await self.guarding.ready()
 
     def runs_on_a_loop(self) -> None:
-        """Whoever blocks the event loop that it runs on cannot wait for it."""
+        """Note the event loop that the call runs on: code that blocks this loop must not wait for the call."""
         self._step.loop = running_loop()
 
     def keep_random(self) -> None:
-        """Remember the states of all random numbers; again where a body begins to run later than it was called."""
+        """Save the states of all random number generators; once more if a body starts later than the call."""
         if self.guarding is not None and not self.once:
             self._random = random_states((*self._given, self.instance))
 
     def fault_of(self, result: Any) -> str | None:
-        """What is wrong with a whole result."""
+        """Return the fault of a whole result, or `None`."""
         return self.watcher.judge(self.name, self.units, checks.hear(result), whole=True)
 
     def obstacle(self) -> str:
-        """Why the call must not be made again, or ""."""
+        """Return the reason why the call must not be repeated, or ""."""
         if self.once:
             return "the function has retry=False"
-        # The first attempt has used them up; also an open file.
+        # The first attempt has consumed them; an open file is an iterator, too.
         used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)
         return "an argument can be read once only" if used else self._step.obstacle
 
     def given(self, fault: str, why: str) -> None:
-        """Count a fault of what was given as it is."""
+        """Count a fault of an output that was returned as it is."""
         if self.guarding is not None:
             self.guarding.count(self.name, fault, _GIVEN.format(why))
 
     def hold(self, fault: str) -> Hold | Holds | None:
-        """What has the object untouched, to make the call again; `None` if that is not to be."""
+        """Switch the object off for a second attempt and return the hold; `None` if the call is not repeated."""
         obstacle = self.obstacle()
         if self.guarding is None:
             return None
@@ -170,7 +172,7 @@ class _Attempt:
         return None
 
     async def hold_later(self, fault: str) -> Hold | Holds | None:
-        """`hold`, as a coroutine."""
+        """Like `hold`, as a coroutine."""
         obstacle = self.obstacle()
         if self.guarding is None:
             return None
@@ -185,7 +187,7 @@ class _Attempt:
 
     @contextmanager
     def second(self, hold: Hold | Holds) -> Generator[None, None, None]:
-        """What a second attempt is made in, from its beginning to its end."""
+        """Run a second attempt: restore the random numbers, and release the object at the end."""
         try:
             with retrying():
                 self.put_random_back()
@@ -199,7 +201,10 @@ class _Attempt:
             self._random()
 
     def settle(self, *, same: bool) -> None:
-        """Say whose fault it was, by whether the second attempt has one, too. Before the object is switched back."""
+        """Attribute the fault: to the model if the second attempt has one, too, otherwise to the tuning.
+
+        Called before the object is switched back.
+        """
         if self.guarding is not None:
             if same:
                 self.guarding.own(self.name, self.fault)
@@ -225,10 +230,10 @@ async def _coroutine(attempt: _Attempt, body: Owning) -> Any:
 
 
 class _Stream(Hooks):
-    """Looks at the pieces of a stream, and has it begin again.
+    """Checks the pieces of a stream, and restarts it after a fault.
 
-    A second attempt begins anew, so what was delivered already is skipped: by samples where all pieces are waves, since
-    the untouched model may cut them elsewhere, by pieces otherwise.
+    A second attempt starts from the beginning, so what was already delivered is skipped: by samples if all pieces are
+    waves, since the untouched model may cut them elsewhere, otherwise by pieces.
     """
 
     def __init__(self, attempt: _Attempt) -> None:
@@ -245,7 +250,7 @@ class _Stream(Hooks):
     # --- hooks ----------------------------------------------------------------------------------------------------
 
     def span(self, *, closing: bool) -> AbstractContextManager[Any]:
-        """Untouched, in a second attempt; else the call may be inside the model."""
+        """Return the scope of a step: without guards in a second attempt, otherwise registered as inside the model."""
         if self._hold is not None:
             return retrying()
         if not self._begun:
@@ -259,7 +264,7 @@ class _Stream(Hooks):
             await self.attempt.ready()
 
     def got(self, item: Any) -> Any:
-        """The item, or what of it is new; or the second attempt."""
+        """Return the item, its undelivered part in a second attempt, or `Again` with the second attempt."""
         if self._hold is not None:
             return self._new_of(item)
         fault = self._fault_with(item)
@@ -269,7 +274,7 @@ class _Stream(Hooks):
         return self._counted(item) if self._hold is None else self._again()
 
     async def got_later(self, item: Any) -> Any:
-        """`got`, as a coroutine."""
+        """Like `got`, as a coroutine."""
         if self._hold is not None:
             return self._new_of(item)
         fault = self._fault_with(item)
@@ -279,29 +284,29 @@ class _Stream(Hooks):
         return self._counted(item) if self._hold is None else self._again()
 
     def ended(self) -> Again | None:
-        """All of the stream has come."""
+        """Check a stream that has ended; return `Again` if it is repeated."""
         if self._is_empty():
             self._hold = self.attempt.hold("silent")
             return None if self._hold is None else self._again()
         return None
 
     async def ended_later(self) -> Again | None:
-        """`ended`, as a coroutine."""
+        """Like `ended`, as a coroutine."""
         if self._is_empty():
             self._hold = await self.attempt.hold_later("silent")
             return None if self._hold is None else self._again()
         return None
 
     def sent(self) -> None:
-        """What was sent cannot be sent again."""
+        """Note that a value was sent into the stream, which cannot be sent again."""
         self._driven = True
 
     def closed(self) -> None:
-        """The object may be switched back."""
+        """Release the object, which may then be switched back."""
         if self._hold is not None:
             self._hold.release()
 
-    # --- what comes of it -----------------------------------------------------------------------------------------
+    # --- outcome --------------------------------------------------------------------------------------------------
 
     def _again(self) -> Again:
         self._pending, self._to_skip = True, self._samples or 0
@@ -330,7 +335,7 @@ class _Stream(Hooks):
         return item
 
     def _new_of(self, item: Any) -> Any:
-        """What of a second attempt's piece was not delivered yet."""
+        """Return the part of a second attempt's piece that was not delivered yet, or `SKIPPED`."""
         self._seen += 1
         size = checks.size_of(item)
         if self._samples is not None and size is not None:
@@ -340,12 +345,12 @@ class _Stream(Hooks):
         elif self._seen <= self._pieces:
             item = SKIPPED
         if item is not SKIPPED and self._pending:
-            # A runaway stream that goes on where the first one was broken off runs away, too.
+            # A stream that continues where the first one was stopped as too long is too long as well.
             self._settle(same=self._judge(checks.hear(item)) is not None or self.attempt.fault == "too long")
         return item
 
     def _fault_with(self, item: Any) -> str | None:
-        """What is wrong with a piece of the first attempt, or with all of it so far."""
+        """Return the fault of a piece of the first attempt, or of the stream so far."""
         heard = checks.hear(item)
         self._all = self._all.joined(heard)
         fault = self._judge(heard)
@@ -358,16 +363,16 @@ class _Stream(Hooks):
         return self.attempt.watcher.judge(self.attempt.name, Units(), heard, whole=False)
 
     def _is_empty(self) -> bool:
-        """Whether nothing came, there was something to say, and it may be made again; tells what else is wrong."""
+        """Check that the stream had no pieces although there was text, and may be repeated; reports a silent stream."""
         if self._hold is not None:
             if self._pending:
                 self._settle(same=self._pieces == 0 and self.attempt.fault == "silent")
             return False
         attempt = self.attempt
-        total = self._all if self._pieces else Heard(audio=True)  # nothing at all is the deepest silence
+        total = self._all if self._pieces else Heard(audio=True)  # no piece at all counts as silence
         fault = attempt.watcher.judge(attempt.name, attempt.units, total, whole=True)
         if fault != "silent" or attempt.guarding is None:
-            return False  # what else there is was told when it came
+            return False  # other faults were reported with their piece
         if self._pieces == 0:
             return self._may_begin_again(fault)
         attempt.given(fault, "all of it was delivered")

@@ -1,4 +1,4 @@
-"""inductor, as the stages use it: graphs are counted, weights may be frozen, dynamo is not silent about its limits."""
+"""inductor as the stages use it: with counted graphs, optionally frozen weights, and errors at dynamo's limits."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ __all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "compiled_b
 
 
 class Frozen(Weights):
-    """What a call with frozen weights needs: inductor's options, and to know when the weights are others."""
+    """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._modules = [(inner._modules, list(inner._modules.values())) for inner in module.modules()]
 
     def outdated(self) -> bool:
-        """See `Weights.outdated`; or a module inside was exchanged."""
+        """Check whether a weight or a module inside has changed; see `Weights.outdated`."""
         return [1 for holder, before in self._modules if list(holder.values()) != before] != [] or super().outdated()
 
     def options(self) -> Any:
-        """The options, for this thread: dynamo reads one of them while it traces, which may happen at any call."""
+        """Return a context with the options for this thread. dynamo reads one of them whenever it traces."""
         from torch._inductor import config
 
         return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0)
 
 
 class Counter:
-    """Counts graphs. Apart from the call, because dynamo keeps the backend, and what that refers to, beside it."""
+    """Counts graphs. Separate from the call, since dynamo keeps the backend and its references alive."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.graphs = 0
         self.sealed = False
         self.left_out = False
-        self.guard = ""  # that failed last
+        self.guard = ""  # the guard that failed last
 
     def count(self, shapes: str) -> None:
-        """One more graph, for inputs of these shapes."""
+        """Count a graph for inputs of these shapes; emit an event after warm-up."""
         self.graphs += 1
         if self.sealed:
             emit(Recompiled(self.what, self.graphs, shapes, self.guard))
@@ -62,7 +62,7 @@ class Counter:
 
 @cache
 def _settings_are_the_threads() -> bool:
-    """Whether what is set of dynamo's configuration is set for this thread alone (torch 2.12), or for the process."""
+    """Check that dynamo's settings are per thread (torch 2.12 and later) rather than per process."""
     from torch._dynamo import config
 
     before = config.error_on_recompile
@@ -74,7 +74,7 @@ def _settings_are_the_threads() -> bool:
 
 
 class _Strictness(threading.local):
-    """Whether this thread's call may compile, where dynamo's own setting would be every thread's."""
+    """True if this thread's call must not compile, for releases where dynamo's own setting is process-wide."""
 
     strict = False
 
@@ -83,7 +83,7 @@ _strictness = _Strictness()
 
 
 class _Process:
-    """Stands in for `_Dynamo` where dynamo's settings are the process's: other threads' calls must not be told ours."""
+    """Replaces `_Dynamo` where dynamo's settings are process-wide and must not affect other threads."""
 
     __slots__ = ("_before", "_strict")
 
@@ -98,7 +98,7 @@ class _Process:
 
 
 class _Dynamo:
-    """dynamo's configuration during a call; `config.patch` makes a class each time, which 30 blocks pay for a token."""
+    """dynamo's configuration during a call. `config.patch` is slower: it makes a class each time, 30 times a token."""
 
     __slots__ = ("_before", "_strict")
 
@@ -126,22 +126,23 @@ def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
 
 @contextmanager
 def _frozen_in_process(frozen: Frozen) -> Generator[None]:
-    # Another thread that compiles meanwhile is told the same: while tuning, not in service, where calls are strict.
+    # Another thread that compiles meanwhile gets the same options. This happens only while tuning: later calls are
+    # strict.
     with _Process(strict=False), frozen.options():
         yield
 
 
 def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextManager[None]:
-    """What dynamo and inductor have to know during a call of something compiled.
+    """Return a context with the settings of dynamo and inductor during a call of a compiled function.
 
-    All of it is this thread's own, and dynamo reads it while it traces, which may happen at any call. Without
-    `fail_on_recompile_limit_hit`, dynamo answers its limit of 8 graphs by running the function uncompiled for ever,
-    without a word to us. Before torch 2.12 (and its names before 2.7 are others) all of that is the process's, and
-    another thread's `torch.compile` would fail of it: then `compile_function` finds out by itself, without settings.
+    The settings hold for this thread, and dynamo reads them whenever it traces. Without `fail_on_recompile_limit_hit`,
+    dynamo silently runs the function uncompiled once it has 8 graphs. Before torch 2.12 the settings are process-wide,
+    with other names before 2.7, and would break another thread's `torch.compile`. There `compile_function` detects both
+    cases without settings.
 
     Args:
         frozen: The weights that become constants, if any.
-        strict: Raise `RecompileError`, which names the guard that failed, instead of compiling once more.
+        strict: Raise `RecompileError`, which names the failed guard, instead of compiling again.
     """
     if not _settings_are_the_threads():
         return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
@@ -151,17 +152,18 @@ def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextMa
 def compile_function(
     function: Callable[..., Any], mode: str, counter: Counter, *, fullgraph: bool = False
 ) -> Callable[..., Any]:
-    """torch.compile of a function, lazily, with dynamic lengths.
+    """Compile a function by torch.compile, lazily, with dynamic lengths.
 
     Args:
-        function: A closure of its own: dynamo keeps its graphs, and counts its limit of 8, by code object.
+        function: The function. It gets a code object of its own, by which dynamo keeps its graphs and counts its limit
+            of 8.
         mode: torch.compile's mode.
         counter: Counts the graphs.
-        fullgraph: Whether a graph break is an error.
+        fullgraph: Raise an error at a graph break.
     """
     import torch
 
-    _mend_workers()  # before inductor is imported, which may start them
+    _mend_workers()  # before importing inductor, which may start them
     _mend_collector()
     from torch._inductor import list_mode_options
 
@@ -169,16 +171,16 @@ def compile_function(
         return function(*args, **kwargs)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():  # which dynamo takes for true: no graph has this branch
+        if not torch.compiler.is_dynamo_compiling():  # dynamo traces this as True, so no graph has this branch
             _run_uncompiled(counter)
         return function(*args, **kwargs)
 
     plain = call if _settings_are_the_threads() else watched
-    # Globals of its own, too: dynamo puts each graph there, and these know the weights. With torch among them: after a
-    # graph break, dynamo of torch 2.6 looks for it there and ends with a NameError (seen on transformers' GPT2Model).
+    # Globals of its own, too: dynamo stores each graph there, and graphs refer to the weights. With torch among them:
+    # after a graph break, dynamo of torch 2.6 looks for it there, else it raises NameError (transformers' GPT2Model).
     known = {**plain.__globals__, "torch": torch}
     own = types.FunctionType(plain.__code__.replace(), known, "call", None, plain.__closure__)
-    # fallback_random: the compiled graph draws the same random numbers as eager does.
+    # fallback_random: the compiled graph draws the same random numbers as eager mode.
     patches = {**list_mode_options(mode), "fallback_random": True}
     inductor, loaded = _graph_compiler(), _Loaded()
 
@@ -186,7 +188,7 @@ def compile_function(
         shapes = _shapes(inputs)
         with loaded.noting():
             compiled = inductor(graph, inputs, config_patches=patches)
-        # Now: where the compiler finds that a number (an epsilon) is a constant, dynamo comes here again for the same.
+        # Counted last: if inductor specialises a number (an epsilon), dynamo calls this again for the same graph.
         counter.count(shapes)
         return compiled
 
@@ -196,14 +198,14 @@ def compile_function(
 
 
 class _Loaded:
-    """The modules of generated code that have tensors (packed weights of a frozen graph); inductor keeps them all."""
+    """Modules of generated code with tensors (packed weights of a frozen graph), which inductor keeps alive."""
 
     def __init__(self) -> None:
         self._modules: list[types.ModuleType] = []
 
     @contextmanager
     def noting(self) -> Generator[None]:
-        """While open, note those that come in."""
+        """Collect the modules that are loaded while open."""
         from torch._inductor.codecache import PyCodeCache
 
         before = {id(module) for module in PyCodeCache.modules}
@@ -211,7 +213,7 @@ class _Loaded:
         self._modules += [module for module in PyCodeCache.modules if id(module) not in before and _has_tensors(module)]
 
     def forget(self) -> None:
-        """Take them out of where inductor and the interpreter keep them."""
+        """Remove the modules from inductor's list and from `sys.modules`."""
         from torch._inductor.codecache import PyCodeCache
 
         for module in self._modules:
@@ -228,15 +230,15 @@ def _has_tensors(module: types.ModuleType) -> bool:
 
 
 def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
-    """Let what was compiled of a function go with it: graphs, guards, the backend, and weights that are constants.
+    """Free the compiled state of a function: graphs, guards, the backend, and weights that are constants.
 
-    dynamo has the graphs at the code object, in a cycle that the garbage collector does not see.
+    dynamo stores the graphs at the code object, in a cycle that the garbage collector does not detect.
     """
     import torch
     from torch._dynamo import eval_frame
 
     torch._C._dynamo.eval_frame.reset_code(code)
-    for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile puts a wrapper around it
+    for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile wraps the backend
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
@@ -245,7 +247,7 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
 def _never_compiling_if_strict(
     own: Callable[..., Any], compiled: Callable[..., Any], counter: Counter
 ) -> Callable[..., Any]:
-    """The compiled function; of a strict call only the graphs that there are, by dynamo's own mode for that."""
+    """Return the compiled function. Strict calls use existing graphs only, by `torch._dynamo.run`."""
     import torch
 
     graphs_alone: Callable[..., Any] = torch._dynamo.run(own)
@@ -257,7 +259,12 @@ def _never_compiling_if_strict(
 
 
 def _run_uncompiled(counter: Counter) -> None:
-    """What a function has to do that dynamo runs as it is: say why, as newer releases of dynamo do."""
+    """Raise the errors of newer dynamo releases when dynamo runs a function uncompiled.
+
+    Raises:
+        RecompileError: The call is strict and has no graph.
+        FailOnRecompileLimitHit: The limit of graphs is reached.
+    """
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError
 
@@ -270,11 +277,11 @@ def _run_uncompiled(counter: Counter) -> None:
 
 
 def _mend_workers() -> None:
-    """Let inductor's worker processes start in spite of a typing.py beside torch.
+    """Let inductor's worker processes start despite a typing.py beside torch.
 
-    The PyPI package `typing` 3.7.4.3 (a Python 2 backport that resemblyzer 0.1.4 asks for) puts one there. inductor
-    (torch 2.14) gives its workers that folder before the standard library, and they die of it; the variable by which
-    it can be told otherwise is set to this process's own order, which is what older releases gave them.
+    The PyPI package `typing` 3.7.4.3 (a Python 2 backport that resemblyzer 0.1.4 requires) installs one. inductor
+    (torch 2.14) puts that folder before the standard library in its workers' path, and they fail. The environment
+    variable for this path is set to this process's own order, as in older releases.
     """
     import torch
 
@@ -283,12 +290,12 @@ def _mend_workers() -> None:
 
 
 def _mend_collector() -> None:
-    """Let threads that ask for hidden states go on while another one compiles.
+    """Keep requests for hidden states on other threads correct while one thread compiles.
 
-    transformers 5 (to 5.23) keeps what a call collects of them in a variable of the context, and in one of the process
-    while something compiles; and torch.compiler.is_compiling(), by which it tells, is true in every thread then (torch
-    2.14). So a request of another thread gets none, or another one's. Only code that dynamo traces needs the second
-    variable, and `is_dynamo_compiling` is true of that code alone.
+    transformers 5 (to 5.23) collects hidden states in a context variable, and while compiling in a process-wide one. It
+    checks torch.compiler.is_compiling(), which is true on every thread then (torch 2.14). A request on another thread
+    would get none, or another request's. Only code that dynamo traces needs the process-wide variable, and
+    `is_dynamo_compiling` is true for that code alone.
     """
     import torch
 
@@ -321,14 +328,14 @@ def _graph_compiler() -> Callable[..., Any]:
 
 
 def _shapes(inputs: list[Any]) -> str:
-    # A graph's inputs begin with sizes and weights; the user's own come last.
+    # A graph's inputs begin with sizes and weights; the user's come last.
     shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
     return ", ".join(str(shape) for shape in shapes[-3:]) or "an input without tensors"
 
 
 def clone_outputs(result: Any) -> Any:
-    """Copies of a result's tensors."""
-    # A CUDA graph writes its outputs to the same addresses at every replay.
+    """Copy a result's tensors."""
+    # A CUDA graph writes its outputs to the same addresses at each replay.
     import torch
     from torch.utils import _pytree
 
@@ -336,15 +343,15 @@ def clone_outputs(result: Any) -> Any:
 
 
 def guard_of(error: BaseException) -> str:
-    """The guard that failed, of dynamo's `RecompileError`: the first of those that it lists."""
+    """Return the first failed guard that dynamo's `RecompileError` lists."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     guards = [line for line in lines if re.match(r"\d+/\d+: ", line)]
     return guards[0].split(": ", 1)[1].split("  # ")[0].strip() if guards else (lines or [""])[0]
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what the compiler really failed of."""
-    # dynamo wraps what inductor raised; the inner error is the one that names the missing compiler.
+    """Return the first line of the compiler's underlying error."""
+    # dynamo wraps inductor's error; the inner one names a missing compiler.
     inner = getattr(error, "inner_exception", None) or error
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     return f"{type(inner).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,11 +1,11 @@
-"""The repeated blocks of a part, compiled once for all of them (regional compilation). Exact to rounding.
+"""Regional compilation: the repeated blocks of a part share one compiled graph. Exact to rounding.
 
-A transformer is one block thirty times over. Compiled as a whole it is traced thirty times over, which takes minutes;
-one block takes seconds, its graph takes the weights as inputs, and every block of the row calls it. Where a block is
-called with a growing cache (kv_cache.py) and one token, the graph writes the token's keys and values into the cache's
-buffers, at dynamic lengths: this is the decode step of an autoregressive model, whoever drives its loop. The prompt, a
-cache of another kind, attention weights asked for, a length beyond the largest buffer and kinds of call that were not
-warmed up take upstream's own forward and the same cache, so nothing is lost on the way.
+A transformer repeats one block, for example thirty times. Compiling it as a whole traces thirty blocks, which takes
+minutes. Compiling one block takes seconds; its graph takes the weights as inputs, and all blocks call it. For one token
+and a growing cache (kv_cache.py), the graph writes keys and values into the cache's buffers at dynamic lengths. This is
+the decode step of an autoregressive model, independent of the loop that drives it. Prefill, other caches, requested
+attention weights, lengths beyond the largest buffer and kinds of calls that were not warmed up take upstream's own
+forward with the same cache.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 __all__ = ["CompiledBlocksStage"]
 
 _MOST_ROWS = 3
-"""Kinds of blocks of one part that are compiled, those with the most weights first."""
+"""Maximum kinds of blocks of one part that are compiled, those with the most weights first."""
 _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Blocks share a graph, and lengths grow: a recording of inductor's would be overwritten by the next block."""
+"""Blocks share a graph, and lengths grow, so the next block would overwrite a CUDA graph's recording."""
 
 
 @register_stage
 class CompiledBlocksStage(BaseStage):
-    """Compiles a part's repeated blocks, one graph for each kind of block.
+    """Compiles a part's repeated blocks, with shared graphs for each kind of block.
 
     Args:
         mode: torch.compile's mode.
@@ -77,12 +77,12 @@ class CompiledBlocksStage(BaseStage):
         return None if _rows(part.module) else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
-        """See `Stage.prepare`. Compiles nothing yet."""
+        """See `Stage.prepare`. Nothing is compiled yet."""
         return _CompiledBlocks(part, self._mode)
 
 
 def _rows(module: nn.Module) -> list[list[nn.Module]]:
-    """Blocks that differ in nothing but their weights' values, in the order in which they lie in their list."""
+    """Group blocks that differ only in the values of their weights, in the order of their list."""
     from torch import nn
 
     rows: list[list[nn.Module]] = []
@@ -92,17 +92,17 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
             continue
         alike: dict[Any, list[nn.Module]] = {}
         for block in holder:
-            if isinstance(block, (nn.ModuleList, nn.ModuleDict)):  # is never called
+            if isinstance(block, (nn.ModuleList, nn.ModuleDict)):  # never called
                 continue
             if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
                 alike.setdefault(_kind(block), []).append(block)
         for kind, row in alike.items():
-            # A place in a list is the place in the cache; without a cache, blocks of several lists share a graph.
+            # The index in a list is the index in the cache. Without a cache, blocks of several lists share a graph.
             if cache_name(parameters_of(plain_class(row[0]))) is not None:
                 rows += [row]
             else:
                 others.setdefault(kind, []).extend(row)
-    rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be in two places
+    rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be registered twice
     rows = [row for row in rows if len(row) > 1]
     fused = in_fused(module)
     rows = [row for row in rows if row[0] not in fused]
@@ -112,7 +112,7 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
 
 
 def _place(block: Any, number: int) -> int:
-    """The block's place in the cache: blocks of another kind may lie between those of a row."""
+    """Return the block's index in the cache. Blocks of another kind may lie between those of one kind."""
     attention = getattr(block, "self_attn", None) or getattr(block, "attn", None)
     place = getattr(attention, "layer_idx", None)
     return place if isinstance(place, int) else number
@@ -128,19 +128,19 @@ def _size(row: list[nn.Module]) -> int:
 
 
 class _CompiledBlocks(BaseChange):
-    """The change: each block's class gets a forward that asks its row's graph first."""
+    """The change: the forward of each block's class calls the shared graph first."""
 
     def __init__(self, part: Part, mode: str) -> None:
         self._counter = Counter(part.name)
         rows = [_Row(row, part.name, mode, self._counter) for row in _rows(part.module)]
-        # Caches have to grow in place for it, also where that alone was not worth keeping.
+        # The graph needs caches that grow in place, even where that change alone was not worth keeping.
         self._growing = growing_caches(part.module)
         known = {block: row for row in rows for block in row.blocks}
         self._swap = ClassSwap(list(known), lambda block: known[block].class_for(type(block)))
 
     @property
     def graphs(self) -> int | None:
-        """Graphs compiled so far."""
+        """Number of graphs compiled so far."""
         return self._counter.graphs
 
     def on(self) -> None:
@@ -154,7 +154,7 @@ class _CompiledBlocks(BaseChange):
         self._growing.off()
 
     def seal(self) -> None:
-        """From here on, a graph is worth an event."""
+        """Emit an event for each graph from now on."""
         self._counter.sealed = True
 
 
@@ -169,7 +169,7 @@ class _Row:
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
         self._cache = cache_name(self._names)
-        # A graph does not see when weights are written of which a stage has copies.
+        # A graph does not notice writes to weights that a stage has copied.
         self._copies = {block: Weights(block) for block in blocks if keeps_copies(block) or has_folds(block)}
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
@@ -178,7 +178,7 @@ class _Row:
         self._ready = self._broken = False
 
     def class_for(self, plain: Any) -> type:
-        """The class of this row's blocks while the change is on: one for all, since a graph is guarded by it."""
+        """Return the class of these blocks while the change is on. They share it, since a graph is guarded on it."""
         if plain not in self._classes:
 
             def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +206,7 @@ class _Row:
         return result if done else plain.forward(block, *args, **kwargs)
 
     def _layer(self, past: Any, number: int, named: dict[str, Any]) -> Any:
-        """The layer of the cache that a token goes to; `None` for a call that is upstream's business."""
+        """Return the cache layer for one token; `None` if upstream's forward must run."""
         if kv_cache.cache_classes() is None:
             return None
         if named.get("output_attentions") or kv_cache.attentions_wanted.get():
@@ -230,7 +230,11 @@ class _Row:
     def _graph(
         self, block: Any, plain: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[bool, Any]:
-        """The block by its row's graph: whether that worked, and the result."""
+        """Run a block by the shared graph.
+
+        Returns:
+            True and the result, or False and `None` if the graph cannot serve the call.
+        """
         from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
 
         copies = self._copies.get(block)
@@ -246,14 +250,14 @@ class _Row:
         try:
             with options(None, strict=self._counter.sealed):
                 result = call_normally(self._compiled, (block, store, args, kwargs), {})
-        except RecompileError as error:  # seconds of compiling, which no request can wait for
+        except RecompileError as error:  # compiling takes seconds, too long for a request
             emit(FellBack(self._what, "compiled blocks for a kind of call that was not warmed up", guard_of(error)))
             return False, None
         except FailOnRecompileLimitHit:
             emit(FellBack(self._what, "compiled blocks for further kinds of calls", "8 graphs are the limit"))
             return False, None
         except TorchDynamoException as error:
-            # Nothing was written behind the sequence's end that upstream's own forward would not write again.
+            # Whatever was written behind the sequence's end is overwritten by upstream's own forward.
             return self._give_up(reason_of(error))
         if layer is not None:
             layer.advance(1)

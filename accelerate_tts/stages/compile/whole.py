@@ -1,10 +1,9 @@
-"""torch.compile of a part, in place, counted, with a way back at every call.
+"""torch.compile of a whole part, in place, with counted graphs and a fallback at every call.
 
-`torch.compile` is lazy and silent: a missing compiler shows at the first call, a frame that it skips compiles nothing,
-and a new input may cost another compilation in the middle of a request. So the compiled call here counts its graphs
-(none at all means that the stage is dropped), lets one thread make the first call while others wait, reports each
-compilation after warm-up as an event, and turns to the untouched module when the compiler - and only the compiler -
-fails.
+`torch.compile` is lazy and silent. A missing compiler shows at the first call, a skipped frame compiles nothing, and a
+new input may compile again in the middle of a request. The compiled call therefore counts its graphs; without any, the
+stage is dropped. One thread makes the first call while others wait. Each compilation after warm-up emits an event. If
+the compiler fails, and only then, the untouched module runs.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ __all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
 _LIMIT_REACHED = "it has as many graphs as dynamo keeps (8); give lengths= that cover service"
 
 _SECONDS_A_LAYER = 0.2
-"""Of compiling, on two cores: a vocoder of some hundred layers takes 30 s, a decoder of 300 over a minute."""
+"""Compile time on two cores: a vocoder of some hundred layers takes 30 s, a decoder of 300 over a minute."""
 
 _MOSTLY = 0.5
-"""The share of its weights in linear layers from which a part is worth freezing."""
+"""Minimum share of a part's weights in linear layers for freezing to be worth it."""
 
 
 @register_stage
@@ -60,7 +59,7 @@ class CompileStage(BaseStage):
     group = "compilation"
     needs_compiler = True
     after = ("compiled blocks",)
-    # A compilation takes 10 to 30 s of a user's start on two cores; 1.5x on less than this share gives under 5 %.
+    # Compiling adds 10 to 30 s to the start on two cores, and 1.5x on less than this share gains under 5 %.
     least_share = 0.15
     cost = 10.0
 
@@ -73,7 +72,7 @@ class CompileStage(BaseStage):
         self._mode = mode
 
     def cost_of(self, part: Part) -> float:
-        """See `Stage.cost_of`: time goes with what is traced."""
+        """See `Stage.cost_of`. The cost grows with the number of traced layers."""
         return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
 
     def applies(self, part: Part) -> str | None:
@@ -93,11 +92,11 @@ class CompileStage(BaseStage):
 
 @register_stage
 class FrozenCompileStage(BaseStage):
-    """Compiles a part made of linear layers with its weights as constants, packed for kernels chosen by timing.
+    """Compiles a part made of linear layers with frozen weights, packed for kernels that are chosen by timing.
 
-    With few rows (a decode step, a short sentence) a linear layer is bound by reading its weights, and inductor's own
-    C++ kernels over packed weights read them at the memory's full rate. Without both `freezing` and `max_autotune`
-    there is no gain (docs/decisions/0009-frozen.md). For CPUs.
+    With few rows (a decode step, a short sentence), reading the weights dominates a linear layer. inductor's C++
+    kernels over packed weights read them at full memory bandwidth. Both `freezing` and `max_autotune` are needed for a
+    gain (docs/decisions/0004-compiling.md). For CPUs.
     """
 
     name = "torch.compile, frozen"
@@ -105,7 +104,7 @@ class FrozenCompileStage(BaseStage):
     devices = ("cpu",)
     needs_compiler = True
     after = ("int8 recurrent layers",)
-    # About 4 s of timing for each shape of weight, of which a transformer has five, and the compilation itself.
+    # About 4 s of timing for each of a transformer's five weight shapes, and the compilation itself.
     cost = 30.0
     least_share = 0.15
 
@@ -127,16 +126,16 @@ class FrozenCompileStage(BaseStage):
 
 
 class CompiledCall:
-    """Stands in for a module's `__call__` while the change is on.
+    """Replaces a module's `__call__` while the change is on.
 
-    It lives in the private attribute that `nn.Module.compile()` fills (torch 2.0 to 2.14), which pickling and copying
-    leave out: the module keeps its class, its `isinstance` and its state dict.
+    It is stored in the private attribute that `nn.Module.compile()` sets (torch 2.0 to 2.14), which pickling and
+    copying omit. The module keeps its class and its state dict.
     """
 
     def __init__(self, module: nn.Module, what: str, mode: str, *, frozen: bool = False) -> None:
         self._module = module
         self._frozen = Frozen(module) if frozen else None
-        # A graph does not see when weights are written that are constants in it, or of which a stage has copies.
+        # A graph does not notice writes to weights that are constants in it, or that a stage has copied.
         self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
@@ -150,7 +149,7 @@ class CompiledCall:
 
     @property
     def graphs(self) -> int | None:
-        """Graphs compiled so far."""
+        """Number of graphs compiled so far."""
         return self._counter.graphs
 
     def on(self) -> None:
@@ -161,19 +160,19 @@ class CompiledCall:
     def off(self) -> None:
         """See `Change.off`."""
         if self._module._compiled_call_impl is self:
-            vars(self._module).pop("_compiled_call_impl", None)  # what is left is the class's own, which is None
+            vars(self._module).pop("_compiled_call_impl", None)  # uncovers the class's attribute, which is None
 
     def seal(self) -> None:
         """See `Change.seal`."""
         self._counter.sealed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, compiled while that works."""
+        """Call the module, compiled if possible."""
         if is_traced():
             return self._untouched(*args, **kwargs)
         if self._ready:
             return self._run(args, kwargs)
-        with self._first_call:  # three simultaneous first calls would compile three times
+        with self._first_call:  # simultaneous first calls would each compile
             make_copies(self._module)
             result = self._run(args, kwargs)
             self._ready = True
@@ -195,7 +194,7 @@ class CompiledCall:
     def _graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._has_cuda_graphs:
             return call_normally(self._compiled, args, kwargs)
-        # The outputs are copied before the next replay writes to them, so on that thread too.
+        # The outputs are copied on the same thread, before the next replay overwrites them.
         return graph_owner().call(lambda: clone_outputs(call_normally(self._compiled, args, kwargs)))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,11 +210,11 @@ class CompiledCall:
         try:
             result = self._call(args, kwargs)
         except RecompileError as error:
-            # A frozen graph takes half a minute to compile, which no request can wait for.
+            # A frozen graph takes half a minute to compile, too long for a request.
             emit(FellBack(self._what, f"{self._stage} for a kind of call that was not warmed up", guard_of(error)))
             return self._untouched(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
-            # Lengths of the graphs that there are stay compiled; the others take the untouched module each time.
+            # Existing graphs keep serving their lengths; other calls run the untouched module each time.
             if self._ready:
                 emit(FellBack(self._what, f"{self._stage} at further lengths", _LIMIT_REACHED))
                 return self._untouched(*args, **kwargs)
@@ -224,9 +223,9 @@ class CompiledCall:
             reason = reason_of(error)
         else:
             return result
-        # Tracing with a wrong input fails in the compiler's name. Then the untouched module raises the user's own
-        # error here, and nothing is wrong with the compilation.
-        self._broken = True  # before the call: it may call its own module
+        # Tracing a wrong input fails with a compiler error. The untouched module then raises the user's error here, and
+        # the compilation stays valid.
+        self._broken = True  # set before the call, since a forward may call its own module
         self.off()
         try:
             result = self._untouched(*args, **kwargs)

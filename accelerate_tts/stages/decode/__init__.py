@@ -1,1 +1,1 @@
-"""Stages for one token of an autoregressive decoder."""
+"""Stages for the decode steps and the prefill of an autoregressive decoder."""

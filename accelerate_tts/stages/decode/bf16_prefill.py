@@ -1,9 +1,9 @@
-"""Prompts through fused blocks: their linear layers multiply the copies that serve the tokens, in bf16. For CPUs.
+"""Prefill through fused blocks in bf16, from the weight copies that serve the decode steps. For CPUs.
 
-A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which one kernel reads for a token. A prompt
-has many rows and takes upstream's own forward, in fp32. Where the processor multiplies in bf16 that copy serves the
-prompt too, without a byte more: bf16 as it is, int8 as the bf16 numbers that its integers are exactly, times the
-scale of each output. Norms, attention and what is added up stay in fp32.
+A fused block (fused_decoder.py) has a bf16 or int8 copy of its weights, which the kernel reads in a decode step.
+Prefill has many rows and takes upstream's own forward, in fp32. On processors that multiply in bf16, the copy serves
+prefill too, without more memory. int8 values are exact in bf16, and their products are multiplied by the scale of each
+output. Norms, attention and sums stay in fp32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["PromptStage"]
 
 @register_stage
 class PromptStage(BaseStage):
-    """Lets the linear layers of fused blocks serve prompts from the copies that the blocks have already."""
+    """Lets the linear layers of fused blocks run prefill in bf16, from the copies that the blocks already have."""
 
     name = "bf16 prompts"
     devices = ("cpu",)
@@ -51,7 +51,7 @@ class PromptStage(BaseStage):
 
 
 def _layers(module: nn.Module) -> dict[nn.Module, Any]:
-    """The fp32 layers of fused blocks with a copy, each with what has the copy."""
+    """Return the fp32 layers of fused blocks that have a copy, each with the object that holds the copy."""
     import torch
 
     return {
@@ -71,10 +71,10 @@ def _prompt_class(plain: type, fused: Any) -> type:
         if not _is_prompt(x):
             return plain.forward(self, x)  # type: ignore[attr-defined]
         weight, scale = fused.copy_of(self)
-        if x.shape[-1] != weight.shape[1]:  # torch's own error
+        if x.shape[-1] != weight.shape[1]:  # torch raises its own error
             return plain.forward(self, x)  # type: ignore[attr-defined]
         if weight.dtype != torch.bfloat16:
-            weight = weight.to(torch.bfloat16)  # -127 .. 127: exactly
+            weight = weight.to(torch.bfloat16)  # -127 .. 127 are exact
         y = functional.linear(x.to(torch.bfloat16), weight)
         y = y.float() if scale is None else y * scale  # in fp32 either way
         if self.bias is not None:

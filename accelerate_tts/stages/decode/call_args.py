@@ -1,4 +1,4 @@
-"""Which calls of a decoder's block are one more token for a growing cache, and which are upstream's business."""
+"""Arguments of a decoder block's call: finds its cache and recognises decode steps that a growing cache can serve."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 __all__ = ["CACHE_NAMES", "Told", "cache_name", "cache_of", "is_read", "is_spied", "take_cache", "tidy", "token_layer"]
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""What decoders and blocks of transformers have called their cache, newest name first.
+"""Names of the cache in decoders and blocks of transformers, newest first.
 
-5.24.0 renamed `past_key_values` to `cache`, in arguments and in results; the old names are taken until 5.40.0.
+5.24.0 renamed `past_key_values` to `cache`, in arguments and in results; the old names are accepted until 5.40.0.
 """
 
 
 def cache_name(names: Iterable[str]) -> str | None:
-    """What the cache is called among the names of a forward's parameters, or of a result's fields."""
+    """Return the cache's name among a forward's parameters or a result's fields."""
     known = set(names)
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
 def cache_of(named: Any) -> Any:
-    """The cache in a call's arguments or in a result, by whichever name it has there; `None` without one."""
-    if not isinstance(named, dict):  # a result without fields, or of a class of the model's own
+    """Return the cache in a call's arguments or in a result, under any of its names; `None` without one."""
+    if not isinstance(named, dict):  # a result without fields, or of a custom class
         return next((value for name in CACHE_NAMES if (value := getattr(named, name, None)) is not None), None)
     name = cache_name(named)
     return None if name is None else named[name]
 
 
 def take_cache(named: dict[str, Any]) -> Any:
-    """Take the cache out of a call's arguments: callers may still use an older name than the forward does."""
+    """Remove the cache from a call's arguments and return it. Callers may use an older name than the forward."""
     found = None
     for name in CACHE_NAMES:
         value = named.pop(name, None)
@@ -44,10 +44,12 @@ def take_cache(named: dict[str, Any]) -> Any:
 
 
 class Told:
-    """Obstacles that somebody was told of: one event when the first block of a part meets one, until none does.
+    """Obstacles that were reported. The first block of a part that meets one emits an event.
+
+    It is reported again only after all blocks that met it have been served meanwhile.
 
     Args:
-        what: What would serve the blocks, for the events that say why it does not.
+        what: Name of the optimisation in events.
     """
 
     def __init__(self, what: str) -> None:
@@ -55,14 +57,14 @@ class Told:
         self._blocks: dict[str, set[int]] = {}
 
     def tell(self, obstacle: str, block: int) -> None:
-        """A block was not served, for a reason."""
+        """Report that a block was not served."""
         known = self._blocks.setdefault(obstacle, set())
         if not known:
             emit(NotApplied(self.what, obstacle))
         known.add(block)
 
     def is_served(self, block: int) -> None:
-        """A block was served: whatever was in its way is gone."""
+        """Note that a block was served, which ends its obstacles."""
         if self._blocks:
             for known in self._blocks.values():
                 known.discard(block)
@@ -70,20 +72,20 @@ class Told:
 
 
 def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> Any:
-    """The growing layer that one token of a block goes to, with room for it; `None` for any other kind of call.
+    """Return the growing layer for one token of a block, with capacity reserved; `None` for any other call.
 
     Args:
-        told: Who is told why it is not served.
+        told: Reports why a call is not served.
         past: The cache, or the block's own pair of tensors.
-        number: The block's place in it.
-        named: The call's other arguments; `hidden_states` of shape (rows, positions, width).
+        number: The block's index in it.
+        named: The call's other arguments; `hidden_states` has shape (batch, positions, width).
     """
     layer = kv_cache.growing_layer(past, number)
     hidden = named.get("hidden_states")
     if layer is None or hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:  # noqa: PLR2004
         return None
     if hidden.shape[0] != layer.buffers()[0].shape[0]:
-        return None  # upstream's own error
+        return None  # upstream raises its own error
     if not layer.reserve(1):
         if layer.length() >= kv_cache.LARGEST:
             told.tell(f"the sequence is longer than {kv_cache.LARGEST} positions", number)
@@ -92,17 +94,20 @@ def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> An
 
 
 def is_read(attention: Any) -> bool:
-    """Whether somebody waits for calls of an attention layer to read the weights that it returns."""
+    """Check for hooks or a patched `forward` on an attention layer, which may read the weights that it returns."""
     return bool(attention._forward_hooks) or "forward" in attention.__dict__
 
 
 def is_spied(attention: Any) -> bool:
-    """Whether Chatterbox's alignment analyzer reads the weights of an attention layer, who else may or may not."""
+    """Check for a hook of Chatterbox's alignment analyzer, which reads the weights of an attention layer."""
     return any(map(is_analyzer, attention._forward_hooks.values()))
 
 
 def tidy(module: Any) -> None:
-    """Take away what `is_capture` left behind: a module's own method, of a class that it may no longer have."""
+    """Delete a `forward` that transformers left in a module's `__dict__`.
+
+    It is the module's own method, bound while the module may have had another class.
+    """
     forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__self__", None) is module and forward.__name__ == "forward":
         plain = {vars(cls).get("forward") for cls in type(module).__mro__}

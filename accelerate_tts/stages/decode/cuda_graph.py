@@ -1,14 +1,13 @@
-"""A decoder's step as a CUDA graph, whoever drives its loop. For CUDA.
+"""A decode step as a CUDA graph, independent of the loop that drives the decoder. For CUDA.
 
-On a GPU a step of one token is hundreds of kernels of a few microseconds each, and the time goes into starting them.
-Recorded once and replayed, it costs one start. The recording wants fixed addresses and shapes: static_step.py. What is
-served is one token for a growing cache (kv_cache.py), with the attention weights if upstream gives them; prompts,
-arguments that were not there when it was recorded, autocast, hooks and sequences beyond the largest bucket take
-upstream's own forward on the same cache. Recordings are bounded in number and bytes; the one that was used least
-recently goes.
+On a GPU, a decode step launches hundreds of kernels of a few microseconds each, and the launches dominate its time. A
+recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
+token for a growing cache (kv_cache.py), with the attention weights if upstream returns them. Prefill, arguments that
+were absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own
+forward on the same cache. The number and the bytes of recordings are bounded; the least recently used one is evicted.
 
-Half precision belongs inside the recording: by itself it makes a step slower there, since each cast is a kernel to be
-started; and a recording knows nothing of what is changed on the layers after it.
+Half precision belongs inside the recording. By itself it slows an eager step down, since each cast is one more kernel
+launch, and a recording does not see later changes of the layers.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ if TYPE_CHECKING:
 __all__ = ["CapturedStepStage"]
 
 _MOST_SLOTS = 4
-"""Sequences of one decoder that are served in turn without being moved."""
+"""Maximum slots of one decoder, that is, sequences that can alternate without a copy."""
 _MOST_BYTES = 2 << 30
-"""Of all slots of one decoder. A slot of T3 takes half a gigabyte for 1,024 positions."""
+"""Maximum bytes of all slots of one decoder. A slot of T3 for 1,024 positions takes half a gigabyte."""
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
 @register_stage
 class CapturedStepStage(BaseStage):
-    """Records a decoder's step of one token and replays it.
+    """Records a decode step as a CUDA graph and replays it.
 
     Args:
-        record: Makes a recording of a step; a CUDA graph. Tests that have no device give another.
-        inside: A half precision for what is recorded, and for the prompts.
+        record: Records a step. Tests without a device pass another recorder than `CudaRecording`.
+        inside: Half-precision stage for the recorded step and for prefill.
     """
 
     name = "captured decode step"
@@ -66,7 +65,7 @@ class CapturedStepStage(BaseStage):
     devices = ("cuda",)
     after = ("fused decoder blocks", "fused sequence blocks")
     cost = 3.0
-    # A replayed call brings a sequence of its own, which has to be moved in first: in a loop it lies there already.
+    # A single replayed call brings a sequence of its own, which must be copied in first; in a loop it is there already.
     times: Which = "pass"
 
     @classmethod
@@ -95,12 +94,12 @@ class CapturedStepStage(BaseStage):
         return None if self._inside is None else self._inside.obstacle(part)
 
     def prepare(self, part: Part) -> _Captured:
-        """See `Stage.prepare`. Records nothing yet."""
+        """See `Stage.prepare`. Nothing is recorded yet."""
         return _Captured(part, self.name, self._record, None if self._inside is None else self._inside.prepare(part))
 
 
 class _Captured(BaseChange):
-    """The change: each decoder's class gets a forward that looks for a recording first."""
+    """The change: the forward of each decoder's class looks for a recording first."""
 
     def __init__(
         self, part: Part, name: str, record: Callable[[Callable[[], Any]], Recording], inside: Change | None
@@ -115,7 +114,7 @@ class _Captured(BaseChange):
 
     @property
     def graphs(self) -> int | None:
-        """Recordings so far."""
+        """Number of recordings so far."""
         return sum(steps.recorded for steps in self._steps.values())
 
     def on(self) -> None:
@@ -126,7 +125,7 @@ class _Captured(BaseChange):
         self._swap.on()
 
     def off(self) -> None:
-        """See `Change.off`. The sequences that lie in slots stay served: by upstream's forward, where they lie."""
+        """See `Change.off`. Sequences in slots stay valid: upstream's forward continues them in place."""
         self._swap.off()
         self._growing.off()
         if self._inside is not None:
@@ -155,7 +154,7 @@ class _Steps:
         self._told = Told(f"the captured step of {what}")
         self._record = record
         self._names = parameters_of(plain_class(decoder))
-        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as ever
+        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
         self._weights = Weights(decoder, content=self._copies)
         self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
@@ -165,7 +164,7 @@ class _Steps:
         self.sealed = False
 
     def class_for(self, plain: Any) -> type:
-        """The decoder's class while the change is on."""
+        """Return the decoder's class while the change is on."""
 
         def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -185,7 +184,7 @@ class _Steps:
         if self._broken or not kv_cache.is_growable(past):
             return False
         keys = past.layers[0].keys
-        # Ids, embeddings or, of a model of its own, what it takes in their place: rows of one position each.
+        # Token ids, embeddings, or what a custom model takes in their place: one position for each sequence.
         given = [t for name, t in _tensors(named).items() if name != _POSITIONS and _is_position(t, keys.shape[0])]
         return bool(
             given
@@ -223,7 +222,7 @@ class _Steps:
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
         past = cache_of(named)
         inputs = _tensors(named)
-        # Positions given as None, as a head over the decoder passes them on, are the recording's own.
+        # The recording makes its own positions where they are None, as a head over the decoder passes them on.
         own = {*_OWN, *inputs, _POSITIONS}
         constants = {name: value for name, value in named.items() if name not in own}
         mask = named.get("attention_mask")
@@ -231,8 +230,8 @@ class _Steps:
             kv_cache.adopt(past)
             length = past.layers[0].length()
             if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
-                return None  # upstream's own answer to it
-            if self._weights.outdated():  # a recording knows addresses, and copies
+                return None  # upstream raises its own error
+            if self._weights.outdated():  # a recording holds addresses, and copies of weights
                 self._weights = Weights(self._decoder, content=self._copies)
                 self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
@@ -255,7 +254,7 @@ class _Steps:
         key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
         slots = self._slots.pop(key, [])
         self._slots[key] = slots
-        # Where it lies already; or where nothing does any more; or where there is no room for one more.
+        # First the slot that holds the sequence, then a free slot, then the oldest slot if no other may be made.
         slot = next((slot for slot in slots if slot.holds(past)), None)
         slot = slot or next((slot for slot in slots if slot.is_free()), None)
         if slot is None and slots and self._is_full(past, capacity):
@@ -275,7 +274,7 @@ class _Steps:
         try:
             slot = Slot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            # What a capture forbids, memory for it, or arguments that this decoder does not take beside a static cache.
+            # A forbidden operation in the capture, no memory, or arguments that do not go with a static cache.
             self._broken = True
             emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {error}".splitlines()[0]))
             return None
@@ -306,7 +305,7 @@ class _Steps:
 
 
 def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors that a decoder is called with, but for those that belong to its cache."""
+    """Return the tensor arguments of a decoder, without its cache, mask and cache positions."""
     import torch
 
     return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}

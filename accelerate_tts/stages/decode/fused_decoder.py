@@ -1,18 +1,18 @@
-"""One token through a decoder's block by one kernel of ours (decoder_block.cpp). For CPUs. Exact to rounding.
+"""A decoder block's decode step as one kernel call (decoder_block.cpp). For CPUs. Exact to rounding.
 
-A decode step is a loop over blocks, each of which is some twenty operators: beside the time in which the memory gives
-the weights, eager PyTorch spends as much again on waking threads and on Python. Here a block is one call. In fp32 it
-computes from the model's own weights, without a copy; `balanced` may keep bf16 copies of them, `fast` int8 ones with a
-scale for each output. Norms, attention, softmax and sums stay in fp32, and so does the cache.
+A decode step is a loop over blocks of some twenty operators each. Eager PyTorch spends about as much time on waking
+threads and on Python as on reading the weights from memory. Here a block is one call. In fp32 it reads the model's own
+weights, without a copy. The level `balanced` may keep bf16 copies of them, and `fast` int8 copies with a scale for each
+output. Norms, attention, softmax, sums and the cache stay in fp32.
 
-What is served: Llama's block and its likes (Chatterbox's T3, Mistral, Qwen2), Higgs Audio's with its two feed-forwards,
-and GPT-2's (XTTS), with one token for up to eight rows, and a growing cache (kv_cache.py). Everything else takes
-upstream's own forward and the same cache.
+Supported are Llama's block and its relatives (Chatterbox's T3, Mistral, Qwen2), Higgs Audio's with two feed-forwards,
+and GPT-2's (XTTS). A call is served if it is one token for a batch of up to eight, with a growing cache (kv_cache.py).
+Everything else takes upstream's own forward and the same cache.
 
-What a block and its attention layer return, beside what is computed, differs by release, by implementation of
-attention and by what was asked for: nothing, the attention weights, the cache. It is seen in upstream's own calls, the
-prompts, and a token is then answered in the same form (`_Forms`). Whoever reads an attention layer's weights by a hook
-has them from a call of that layer, which returns what the kernel made.
+The items that a block and its attention layer return behind the hidden states differ by release, by attention
+implementation and by request: none, the attention weights, the cache. They are learnt from upstream's own calls in
+prefill, and decode steps return the same form (`_Forms`). Hooks that read attention weights still run: the attention
+layer is called once and returns the kernel's weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedBlocksStage"]
 
-# What a block may be told beside what the kernel is given, and what then changes nothing for one token.
+# Arguments that a block may get beside the kernel's inputs, and that change nothing for one token.
 _IGNORED = {
     "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",
     "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal",
@@ -59,16 +59,16 @@ _IGNORED = {
 
 @register_stage
 class FusedBlocksStage(BaseStage):
-    """Serves the single tokens of a decoder's blocks by one kernel.
+    """Computes the decode steps of a decoder's blocks by one kernel.
 
     Args:
-        weights: What the weights are stored in for it.
+        weights: Format in which the kernel reads the weights.
     """
 
     name = "fused decoder blocks"
     group = "decoder blocks"
     devices = ("cpu",)
-    # Before all else that changes linear layers: what is inside fused blocks is not tried again.
+    # Before all other stages that change linear layers, since these skip layers inside fused blocks.
     after = ("channels-last convolutions",)
 
     @classmethod
@@ -101,11 +101,11 @@ def _blocks(module: nn.Module, weights: Weights) -> list[nn.Module]:
 
 
 class _FusedBlocks(BaseChange):
-    """The change: each block's class gets a forward that asks the kernel first."""
+    """The change: the forward of each block's class tries the kernel first."""
 
     def __init__(self, part: Part, weights: Weights) -> None:
         blocks = _blocks(part.module, weights)
-        # Caches have to grow in place for it, also where that alone was not worth keeping.
+        # The kernel needs caches that grow in place, even where that change alone was not worth keeping.
         self._growing = growing_caches(part.module)
         told = Told(f"the fused blocks of {part.name}")
         self._fused = {block: _Fused(block, told, weights) for block in blocks}
@@ -134,7 +134,7 @@ class _FusedBlocks(BaseChange):
 
 
 def _put_in_rows(blocks: list[_Fused], what: str) -> None:
-    """Tell the blocks of a decoder of each other, where they are its blocks from the first to the last."""
+    """Join the blocks of a decoder to one stack, if they are all of its blocks and of one kind."""
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
@@ -148,20 +148,20 @@ Form = tuple[str, ...] | None
 
 
 class _Forms:
-    """What blocks, or their attention layers, return behind the hidden states; `None` for the states alone."""
+    """Forms of results: the kinds of the items behind the hidden states; `None` for the states alone."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], Form] = {}
 
     def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
-        """See what upstream returns."""
+        """Store the form of one of upstream's results."""
         if key not in self._found:
             form = tuple(_kind(item, past) for item in result[1:]) if isinstance(result, tuple) else None
             if form is None or "" not in form:
                 self._found[key] = form
 
     def of(self, key: tuple[Any, ...]) -> Form | Literal[False]:
-        """What upstream returned; `False` where it was not seen yet."""
+        """Return the form of upstream's results; `False` if none was seen yet."""
         return self._found.get(key, False)
 
 
@@ -179,17 +179,17 @@ class _Ready(NamedTuple):
     described: Described
     layer: Any
     weights: bool
-    """Whether somebody wants its attention weights."""
+    """True if the attention weights are requested."""
 
 
 class _Answer(NamedTuple):
-    """What an attention layer is called with to return it, in place of its input."""
+    """A finished result, passed to an attention layer in place of its input. The layer returns it to its hooks."""
 
     result: tuple[Any, ...]
 
 
 class _Fused:
-    """One block and what the kernel needs of it, made when first needed and anew when its weights were written."""
+    """One block and the kernel's description of it, which is rebuilt when the weights were written."""
 
     only_tokens = True
 
@@ -202,7 +202,7 @@ class _Fused:
         self.attention = attention
         self.number = attention.layer_idx
         self._config = attention.config
-        # What was computed from the weights, and what tells when they were written: one pair, for threads.
+        # Descriptions of the weights and the watch that tells when they were written. One pair, replaced atomically.
         found = anatomies(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
@@ -220,7 +220,7 @@ class _Fused:
         self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
 
     def class_for(self, plain: Any) -> type:
-        """The block's class while the change is on."""
+        """Return the block's class while the change is on."""
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
             result = self._token(args, kwargs)
@@ -239,7 +239,7 @@ class _Fused:
         return cls
 
     def attention_class(self, plain: Any) -> type:
-        """The class of the block's attention layer while the change is on."""
+        """Return the class of the block's attention layer while the change is on."""
 
         def forward(attention: Any, *args: Any, **kwargs: Any) -> Any:
             if args and type(args[0]) is _Answer:
@@ -253,24 +253,24 @@ class _Fused:
         return subclass_with(plain, forward)
 
     def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:
-        """What the form of an answer depends on."""
+        """Return the key of a result's form."""
         how = getattr(self._config, "_attn_implementation", None)
         return what, how, bool(named.get("output_attentions")), bool(named.get("use_cache"))
 
     def copied(self) -> list[nn.Module]:
-        """The linear layers of which the kernel has copies."""
+        """Return the linear layers that the kernel has copies of."""
         if self._weights == "fp32":
             return []
         found = anatomies(self._block, self._weights).values()
         return [layer for anatomy in found for layer in anatomy.layers().values()]
 
     def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The copy of a layer's weight as it is now, (outputs, inputs), and the scale of each output if it is int8."""
+        """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output."""
         described = (self._describe(of_text) for of_text in self._kinds)
         return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """What the block makes of one token, as one item, or `None` if this call is upstream's business."""
+        """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""
         import torch
 
         if torch.is_grad_enabled() or self._block.training or is_traced():
@@ -287,7 +287,7 @@ class _Fused:
         return (self._answered(made, past, named),)
 
     def _answered(self, made: Made, past: Any, named: dict[str, Any]) -> Any:
-        """The token as upstream returns it, shown to those who read the attention layer's weights."""
+        """Return the result in upstream's form, after showing the attention weights to the layer's hooks."""
         weights = made.weights
         if weights is not None and weights.dtype != self._dtype:
             weights = weights.to(self._dtype)
@@ -308,18 +308,18 @@ class _Fused:
         rotated = self._rotation(hidden, named)
         form = self.forms.of(self._key("block", named))
         if form is False:
-            return None  # upstream's, which shows it
+            return None  # upstream's call shows the form
         first = self._ready(hidden, past, of_text, named, form)
         if first is None:
             return None
         length = first.layer.length()
         mask = named.get("attention_mask")
         if mask is not None and mask.dim() == 4:  # noqa: PLR2004
-            mask = mask[..., : length + 1]  # before 4.49 there is one position more in it, and attention cuts it, too
+            mask = mask[..., : length + 1]  # before 4.49 it has one more position, which attention cuts off, too
         given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
-            return None  # upstream's business, and its own error
+            return None  # upstream's forward, which raises its own error
         asked = [first, *self._others(hidden, past, of_text, named, form, length)]
         weights = None
         if any(one.weights for one in asked):
@@ -340,7 +340,7 @@ class _Fused:
     def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
         self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
     ) -> list[_Ready]:
-        """The blocks behind this one that are computed with it: up to the first that something is in the way of."""
+        """Return the blocks behind this one that are computed with it, up to the first with an obstacle."""
         whole = kv_cache.whole_tuple.get()
         found = []
         for place in self.row.together(self.number):
@@ -361,7 +361,7 @@ class _Fused:
     def _ready(
         self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
     ) -> _Ready | None:
-        """What the kernel needs of this block for a token, with room in its cache; `None` if it is upstream's."""
+        """Return the kernel's inputs of this block, with cache capacity reserved; `None` if upstream must run."""
         if self._is_altered():
             return None
         wanted = form is not None and _WEIGHTS in form
@@ -380,20 +380,20 @@ class _Fused:
             and (keys.shape[1], keys.shape[3]) == self._cache_shape
             and hidden.shape[-1] == self._hidden
             and holds(keys, values, hidden.shape[0], layer.length())
-        ):  # or else it is upstream's, and its own error
+        ):  # otherwise upstream runs, and raises its own error
             described = self._describe(of_text)
         if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
-            return None  # as where weights of other sizes were put in
+            return None  # weights of other sizes were put in
         return _Ready(described, layer, wanted)
 
     def _is_wanted(self) -> bool:
-        """Whether those who may read the attention layer's weights do so in this call."""
+        """Check that this call's attention weights are read: they were requested, or an analyzer has a hook."""
         collected = kv_cache.attentions_wanted.get() or "forward" in self.attention.__dict__
         return collected or is_spied(self.attention)
 
     def _rotation(self, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
-        """Cosines and sines of the token's position; before 4.48 some attention layers compute them for themselves."""
+        """Return the rotary cosines and sines; before 4.48 some attention layers compute them themselves."""
         given = named.get("position_embeddings")
         own = getattr(self.attention, "rotary_emb", None)
         return own(hidden, named["position_ids"]) if given is None and own is not None else given
@@ -424,7 +424,7 @@ class _Fused:
         return True
 
     def _is_altered(self) -> bool:
-        """Whether, since the change was made, something came into a block that the kernel would pass by."""
+        """Check for changes inside the block since the stage was applied, such as hooks, that the kernel would skip."""
         obstacle = self._inside.altered()
         if obstacle is not None:
             self._told.tell(obstacle, self.number)
@@ -438,7 +438,7 @@ class _Fused:
         watched, known = self._known
         if watched.outdated():
             known = {}
-            self._known = (self._watched(), known)  # before: what is written meanwhile is seen next time
+            self._known = (self._watched(), known)  # first the watch, so that a concurrent write is seen next time
         described = known.get(of_text)
         if described is None:
             anatomy = anatomies(self._block, self._weights).get(of_text)
@@ -450,7 +450,7 @@ class _Fused:
 
 
 def _of_text(mask: Any, names: list[str]) -> bool | None:
-    """Whether the tokens are of text, by Higgs' mask of those that are of audio; `None` if they are of both."""
+    """Check by Higgs' mask of audio tokens that all tokens are text; `None` if they are mixed."""
     if "audio_token_mask" not in names:
         return True
     if mask is None or bool(mask.all()):

@@ -1,12 +1,11 @@
-"""The cache of an autoregressive model, whoever drives its loop. Bit for bit the same.
+"""Key/value caches that grow in place, independent of the loop that drives the decoder. Bit-exact.
 
-A loop calls the decoder once with the prompt and then, for each token, with one position and the cache that the call
-before returned. Upstream copies the whole cache at each token; here its layers are made growing ones (kv_cache.py) as
-soon as they hold a sequence, and a token is written behind the last one. What is then worth compiling is the
-decoder's blocks, by blocks.py.
+A loop calls the decoder once with the prompt (prefill). For each token it then passes one position and the cache that
+the previous call returned. Upstream copies the whole cache at each token. Here its layers become growing layers
+(kv_cache.py) as soon as they hold a sequence, and a token is written behind the last one.
 
-A decoder is any module whose forward takes a cache, `inputs_embeds` and `use_cache`, as all of transformers'
-do; the innermost such module of a part is taken. The class of the cache that the caller sees stays upstream's own.
+A decoder is a module whose forward takes a cache, `inputs_embeds` and `use_cache`, as those of transformers do. The
+innermost such module of a part is changed. The caller sees a cache of upstream's own class.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ _TAKES = {"inputs_embeds", "use_cache"}
 
 @register_stage
 class GrowingCacheStage(BaseStage):
-    """Gives a decoder's cache room to grow in place. Bit for bit the same."""
+    """Lets a decoder's cache grow in place. Bit-exact."""
 
     name = "growing cache"
-    # A GPU copies a cache in less time than a position is written into it (0.79x to 0.88x on an H100); what it needs it
-    # for brings it along.
+    # On a GPU, copying a cache is faster than writing a position into it (0.79x to 0.88x on an H100). Stages that need
+    # growing caches bring them along.
     devices = ("cpu", "mps", "xpu")
-    # Where blocks were fused, the caches grow already, and there is nothing to try: of a large decoder in eager PyTorch
-    # it gains a per cent or two, and to be sure of that takes a fifth of the budget.
+    # Fused blocks already have growing caches, so nothing is tried after them. For a large decoder in eager PyTorch the
+    # gain is a per cent or two, and a certain verdict takes a fifth of the budget.
     after = ("fused decoder blocks", "fused sequence blocks")
 
     def applies(self, part: Part) -> str | None:
@@ -65,12 +64,12 @@ class GrowingCacheStage(BaseStage):
 
 
 def growing_caches(module: nn.Module) -> ClassSwap:
-    """The change that lets the caches of all decoders in a module grow; of none, where there is no decoder."""
+    """Return the change that lets the caches of all decoders in a module grow; without a decoder it changes nothing."""
     return ClassSwap(decoders(module), lambda decoder: _decoding_class(class_of(decoder)))
 
 
 def decoders(module: nn.Module) -> list[nn.Module]:
-    """The innermost modules of a part that are called with a cache."""
+    """Return the innermost modules of a part whose forward takes a cache."""
     found = [inner for inner in module.modules() if _is_decoder(inner)]
     return [
         outer for outer in found
@@ -87,7 +86,7 @@ def _is_decoder(module: Any) -> bool:
 
 
 def _parameters(cls: Any) -> list[str]:
-    """The names of what a class's forward takes, after `self`; none if it takes unnamed arguments."""
+    """Return the parameter names of a class's forward without `self`; an empty list if it takes `*args`."""
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -124,7 +123,7 @@ def _decoding_class(plain: Any) -> type:
             kv_cache.whole_tuple.set(past if isinstance(past, tuple) else None),
         )
         try:
-            # All of its blocks then meet normal tensors, and none has to make them so for itself.
+            # Converts inference tensors once, so that no block has to.
             result = call_normally(partial(plain.forward, self), args, kwargs)
         finally:
             kv_cache.attentions_wanted.reset(told[0])
@@ -144,7 +143,7 @@ def _decoding_class(plain: Any) -> type:
 
 
 def _captures_by_patching() -> bool:
-    """Whether transformers puts a `forward` over modules to collect outputs (4.54 to 4.57), and leaves another."""
+    """Check for transformers 4.54 to 4.57, which patch `forward` of modules to collect outputs and do not undo it."""
     generic: Any = sys.modules.get("transformers.utils.generic")
     return hasattr(generic, "check_model_inputs") and "transformers.utils.output_capturing" not in sys.modules
 
@@ -158,7 +157,7 @@ def _is_token(named: dict[str, Any]) -> bool:
 def _with_cache(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], past: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with another cache in them."""
+    """Return a call's arguments with the cache replaced."""
     name = cache_name(kwargs)
     if name is not None and kwargs[name] is not None:
         return args, {**kwargs, name: past}
@@ -167,7 +166,7 @@ def _with_cache(
 
 
 def _make_ready(value: Any) -> Any:
-    """A replayed call's argument; a cache in the state that it has in the middle of a loop."""
+    """Return a replayed call's argument; a cache in its state in the middle of a loop."""
     if kv_cache.is_growable(value):
         kv_cache.adopt(value)
         kv_cache.room_for(value, 1)

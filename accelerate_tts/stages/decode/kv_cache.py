@@ -1,18 +1,18 @@
 """Key/value caches of transformers that grow in place.
 
-Upstream makes a new tensor of the whole cache at every token, by `torch.cat`: with 30 layers and 500 positions a
-quarter of a gigabyte is written for each token. Here keys and values lie in buffers with room to spare, and a token is
-written behind the last one.
+Upstream concatenates the whole cache with each new token (`torch.cat`). With 30 layers and 500 positions this writes a
+quarter of a gigabyte a token. Here keys and values lie in preallocated buffers with spare capacity, and a token is
+written behind the last position.
 
-A cache with `.layers` (transformers 4.54 and later) is given layers of another class. Their `keys` and `values` are
-what they are upstream, the tensors of the positions so far, and may be assigned to; so cropping, reordering for beams,
-repeating, selecting and copying work by upstream's own code.
+The layers of a cache with `.layers` (transformers 4.54 and later) are replaced by layers of another class. Their `keys`
+and `values` are the tensors of the positions so far, as upstream, and may be assigned. Upstream's own code for
+cropping, reordering for beams, repeating, selecting and copying therefore works on them.
 
-Before, a cache was two lists of tensors, or a tuple of pairs of them that nobody changes. There a tensor itself may
-have room behind it: it is a view of a buffer, and the newest one of it. Whatever is made of it by others is a plain
-tensor, and an older view is left alone: a sequence that goes on from it is copied first.
+Before 4.54, a cache is two lists of tensors or an immutable tuple of pairs of tensors. There a tensor is a view of a
+buffer with spare capacity. Only the newest view of a buffer may be extended in place; a sequence that continues from an
+older view is copied first. Tensors that other code derives from a view are plain tensors.
 
-transformers is not imported here unless the user's model has already done so.
+This module does not import transformers; it uses it only if the user's model has imported it.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ __all__ = [
 ]
 
 attentions_wanted: ContextVar[bool] = ContextVar("attentions_wanted", default=False)
-"""Whether the decoder that runs was asked for its attention weights, which its blocks are not always told."""
+"""True while a decoder runs that was asked for its attention weights. Its blocks do not always get that argument."""
 whole_tuple: ContextVar[tuple[Any, ...] | None] = ContextVar("whole_tuple", default=None)
-"""The tuple of pairs that the decoder was called with which runs; a block of GPT-2 was given its own pair only."""
+"""The tuple of pairs that the running decoder was called with. A block of GPT-2 gets only its own pair."""
 
 _BUCKET = 128
 _MOST_ROOM = 4 << 20
-"""Bytes that a buffer holds beyond the sequence: of T3, whose caches are 60 such buffers, 500 positions."""
+"""Maximum spare bytes of a buffer: 500 positions of T3, whose cache is 60 such buffers."""
 LARGEST = 16_384
-"""Positions that a buffer may hold. What is longer goes on as upstream has it."""
+"""Maximum positions of a buffer. Longer sequences use upstream's own code."""
 
 
 def cache_classes() -> Any:
-    """The caches of transformers, as a module, if it is loaded and has cache layers; `None` otherwise."""
+    """Return the module `transformers.cache_utils` if it is loaded and has cache layers, else `None`."""
     module = sys.modules.get("transformers.cache_utils")
     return module if module is not None and hasattr(module, "DynamicLayer") else None
 
 
 def are_caches_loaded() -> bool:
-    """Whether caches of transformers are there to grow."""
+    """Check that transformers is loaded and has a `DynamicCache`."""
     return hasattr(sys.modules.get("transformers.cache_utils"), "DynamicCache")
 
 
 def is_growable(past: Any) -> bool:
-    """Whether this is a plain dynamic cache with a sequence in it, each layer of which can be a growing one.
+    """Check that this is a non-empty `DynamicCache`, each layer of which can be a growing layer.
 
-    Sliding windows, quantised, offloaded and static layers, and caches of other classes, are upstream's business.
+    Sliding-window, quantised, offloaded and static layers do not qualify, nor do caches of other classes.
     """
     classes = cache_classes()
     if classes is None or type(past) is not classes.DynamicCache or _is_processed(past):
@@ -97,12 +97,12 @@ def _fit(keys: Any, values: Any) -> bool:
 
 
 def growing_class() -> Any:
-    """The class of growing layers, for the transformers that is loaded."""
+    """Return the class of growing layers for the loaded release of transformers."""
     return _growing_class(cache_classes())
 
 
 def adopt(past: Any) -> None:
-    """Make the layers of a growable cache growing ones, in place."""
+    """Replace the layers of a growable cache by growing layers, in place."""
     base, growing = cache_classes().DynamicLayer, growing_class()
     for number, layer in enumerate(past.layers):
         if type(layer) is base:
@@ -110,8 +110,8 @@ def adopt(past: Any) -> None:
 
 
 def room_for(past: Any, positions: int) -> bool:
-    """Make room for some more positions in an adopted cache; False if that would be more than the largest buffer."""
-    answers = [layer.reserve(positions) for layer in past.layers]  # all are asked: they must stay of one capacity
+    """Reserve capacity for more positions in each layer of an adopted cache; False if that exceeds `LARGEST`."""
+    answers = [layer.reserve(positions) for layer in past.layers]  # no short circuit: all keep the same capacity
     return all(answers)
 
 
@@ -122,7 +122,7 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
     base = classes.DynamicLayer
 
     class GrowingLayer(base):  # type: ignore[misc,valid-type]  # a class of the user's transformers
-        """A `DynamicLayer` in buffers."""
+        """A `DynamicLayer` whose keys and values are views of preallocated buffers."""
 
         _store: list[Any]
         _lengths: list[int]
@@ -158,7 +158,7 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             return None if stored is None else stored[..., : self._lengths[which], :]
 
         def _write(self, which: int, tensor: Any) -> None:
-            # Assigned by cropping or reordering: the tensor itself is the buffer now, without room behind it.
+            # Assigned by cropping or reordering: the tensor becomes the buffer, without spare capacity.
             self._store[which] = tensor
             if tensor is not None and tensor.dim() >= 2:  # noqa: PLR2004 - upstream starts with an empty vector
                 self._lengths[which] = tensor.shape[-2]
@@ -166,27 +166,27 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
         # --- growing ---
 
         def holds(self) -> bool:
-            """Whether there is a sequence in it; without making a view, for each layer is asked at each token."""
+            """Check that the layer holds a sequence. Makes no view, since this runs for each layer at each token."""
             return bool(
-                getattr(self, "is_initialized", True)  # 4.54 and 4.55 know nothing of it
+                getattr(self, "is_initialized", True)  # 4.54 and 4.55 do not have it
                 and self._lengths[0] == self._lengths[1]
                 and _fit(*self._store)
             )
 
         def reserve(self, positions: int) -> bool:
-            """Room behind the last position for some more; False if that would be too long."""
+            """Reserve capacity behind the last position; False if the sequence would exceed `LARGEST`."""
             needed = self._lengths[0] + positions
             if needed > LARGEST:
                 return False
             if needed >= self._store[0].shape[-2]:
-                # One place always stays free: a slice of all would be contiguous, which a compiled step guards on.
-                # Half as much again, so that a long sequence is not copied at every bucket.
+                # One position always stays free: a slice of the whole buffer would be contiguous, and a compiled step
+                # guards on that. The capacity grows by half, so that a long sequence is not copied at every bucket.
                 capacity = min(_capacity(needed, stored) for stored in self._store)
                 self._store = [self._grown(stored, capacity) for stored in self._store]
             return True
 
         def reorder_cache(self, beam_idx: Any) -> None:
-            # With the room: upstream's own code would leave none, and the next token would make all of it anew.
+            # Reorders whole buffers: upstream's code drops the spare capacity, and the next token would reallocate.
             if not self.holds():
                 super().reorder_cache(beam_idx)
                 return
@@ -194,41 +194,41 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
                 self._store = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._store]
 
         def _grown(self, stored: Any, capacity: int) -> Any:
-            # Zeros, not what was there: attention multiplies what it masks, and 0 * NaN is NaN.
+            # Zeros, not uninitialised memory: attention multiplies masked positions by 0, and 0 * NaN is NaN.
             shape = (*stored.shape[:-2], capacity, stored.shape[-1])
-            with torch.inference_mode(mode=False):  # a sequence may be continued outside the mode it began in
+            with torch.inference_mode(mode=False):  # a sequence may continue outside inference mode
                 buffer = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
             buffer[..., : self._lengths[0], :] = stored[..., : self._lengths[0], :]
             return buffer
 
         def buffers(self) -> tuple[Any, Any]:
-            """The tensors behind `keys` and `values`, with their room."""
+            """Return the buffers of keys and values, spare capacity included."""
             return self._store[0], self._store[1]
 
         def move_to(self, keys: Any, values: Any) -> None:
-            """Let the sequence lie in these buffers from here on."""
+            """Copy the sequence into these buffers and use them from now on."""
             for which, buffer in enumerate((keys, values)):
                 buffer[..., : self._lengths[which], :].copy_(self._read(which))
                 self._store[which] = buffer
 
         def length(self) -> int:
-            """Positions so far."""
+            """Return the number of positions."""
             return self._lengths[0]
 
         def advance(self, positions: int) -> None:
-            """Count positions that were written into the buffers."""
+            """Extend the length by positions that were written into the buffers."""
             self._lengths = [length + positions for length in self._lengths]
 
         def mark(self) -> tuple[Any, ...]:
-            """Something to recognise the layer's present state by."""
+            """Return a token of the layer's present state, for `is_at`."""
             return id(self), self._lengths[0], *(stored.data_ptr() for stored in self._store)
 
         def is_at(self, mark: Any) -> bool:
-            """Whether the state is still that of a mark."""
+            """Check that the state has not changed since `mark`."""
             return bool(self.mark() == mark)
 
         def release(self) -> None:
-            """Nothing was taken for a token that is not to be written after all."""
+            """Do nothing: `reserve` takes nothing that must be given back. `PairLayer` does."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             count = key_states.shape[-2]
@@ -248,7 +248,7 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             return _plain_layer, (base, vars(self.plain(copied=True)))
 
         def plain(self, *, copied: bool) -> Any:
-            """An upstream layer with the same content."""
+            """Return an upstream layer with the same content."""
             state = {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
             for name in ("keys", "values"):
                 tensor = getattr(self, name)
@@ -256,14 +256,14 @@ def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base i
             return _plain_layer(base, state)
 
         def compared_as(self) -> list[Any]:
-            """What counts when results are compared; see tuning/compare.py."""
+            """Return the tensors by which results are compared; see tuning/compare.py."""
             return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
 
     return GrowingLayer
 
 
 def _capacity(needed: int, stored: torch.Tensor) -> int:
-    """Positions for a buffer that has to hold some: half as much again, but no more room than `_MOST_ROOM`."""
+    """Return the capacity of a buffer for `needed` positions: half as many again, at most `_MOST_ROOM` spare bytes."""
     of_a_position = stored.numel() // stored.shape[-2] * stored.element_size()
     room = min(max(1, needed // 2), max(1, _MOST_ROOM // of_a_position))
     return min(LARGEST, -(-(needed + room) // _BUCKET) * _BUCKET)
@@ -276,11 +276,11 @@ def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
 
 
 def growing_layer(past: Any, number: int) -> Any:
-    """The layer of a cache that a block's token goes to, if it grows and holds a sequence; `None` otherwise.
+    """Return the growing layer that a block's token is written to; `None` if it does not grow or holds no sequence.
 
     Args:
         past: The cache, or the block's own pair of tensors.
-        number: The block's place in the cache.
+        number: The block's index in the cache.
     """
     if isinstance(past, tuple):
         return PairLayer(*past) if _is_pair(past) else None
@@ -292,13 +292,13 @@ def growing_layer(past: Any, number: int) -> Any:
     layer = past.layers[number]
     if type(layer) is growing_class():
         return layer if layer.holds() else None
-    # Made of a tuple for this call (4.54 to 4.57 take one, and some decoders still give one).
+    # Converted from a tuple for this call (4.54 to 4.57 accept one, and some decoders still pass one).
     is_plain = type(layer) is classes.DynamicLayer and _holds(layer) and not _is_processed(past)
     return PairLayer(layer.keys, layer.values, layer) if is_plain else None
 
 
 def _is_processed(past: Any) -> bool:
-    """Whether something is done to a cache around each update: it is moved elsewhere, or (4.54, 4.55) quantised."""
+    """Check for a cache that upstream offloads or, in 4.54 and 4.55, quantises around each update."""
     return bool(getattr(past, "offloading", False)) or getattr(past, "cache_processor", None) is not None
 
 
@@ -306,12 +306,12 @@ def _is_processed(past: Any) -> bool:
 
 
 class PairLayer:
-    """Keys and values of one layer of a cache without growing layers; made for one token of a block.
+    """Keys and values of one layer of a cache without growing layers. One object serves one token of a block.
 
     Args:
-        keys: Of the positions so far, (rows, heads, positions, head size).
-        values: Likewise.
-        holder: What has the two, as its `keys` and `values`; `None` for a pair, which nobody changes.
+        keys: Keys of the positions so far, (batch, heads, positions, head size).
+        values: Values, likewise.
+        holder: Object whose `keys` and `values` are updated; `None` for a pair in a tuple, which is immutable.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, holder: Any = None) -> None:
@@ -320,17 +320,21 @@ class PairLayer:
         self._is_ours = False
 
     def buffers(self) -> tuple[Any, Any]:
-        """The tensors, with the room behind them that was taken."""
+        """Return keys and values, extended over the whole buffer once `reserve` has succeeded."""
         if not self._is_ours:
             return self.pair()
         return tuple(_longer(tensor, _room(tensor) + 1) for tensor in self.pair())  # type: ignore[return-value]
 
     def length(self) -> int:
-        """Positions so far."""
+        """Return the number of positions."""
         return int(self._keys.shape[2])
 
     def reserve(self, positions: int) -> bool:
-        """Take the room behind the last position, for this token alone; False if there is none and none can be made."""
+        """Claim the capacity behind the last position for this token alone.
+
+        Returns:
+            False if the claim is not possible and the tensors cannot be replaced by larger buffers.
+        """
         if _take(self._keys) and min(_room(self._keys), _room(self._values)) >= positions:
             self._is_ours = True
             return True
@@ -343,7 +347,7 @@ class PairLayer:
         return True
 
     def advance(self, positions: int) -> None:
-        """Count positions that were written behind the tensors."""
+        """Extend keys and values by positions that were written behind them."""
         self._keys, self._values = (_longer(tensor, positions) for tensor in self.pair())
         _offer(self._keys)
         if self._holder is not None:
@@ -352,24 +356,24 @@ class PairLayer:
             self._holder.count(positions)
 
     def pair(self) -> tuple[Any, Any]:
-        """The keys and values so far, as the next call is given them."""
+        """Return keys and values as the next call receives them."""
         return self._keys, self._values
 
     def mark(self) -> _Mark:
-        """Something to recognise the layer's present state by."""
+        """Return a token of the layer's present state, for `is_at`."""
         return _Mark(weakref.ref(self._keys), weakref.ref(self._values))
 
     def is_at(self, mark: Any) -> bool:
-        """Whether the state is still that of a mark."""
+        """Check that the state has not changed since `mark`."""
         return isinstance(mark, _Mark) and mark.keys() is self._keys and mark.values() is self._values
 
     def release(self) -> None:
-        """Give back the room that was taken for a token that is not to be written after all."""
+        """Give back the capacity that `reserve` claimed, for a token that is not written after all."""
         _offer(self._keys)
 
 
 class _Listed:
-    """One layer of a cache that is two lists (before 4.54)."""
+    """One layer of a cache of two lists (transformers before 4.54)."""
 
     def __init__(self, past: Any, number: int) -> None:
         self._past, self._number = past, number
@@ -391,7 +395,7 @@ class _Listed:
         self._past.value_cache[self._number] = tensor
 
     def count(self, positions: int) -> None:
-        """Count positions that came; the first layer's are the cache's."""
+        """Add to the cache's count of positions, which follows the first layer."""
         if self._number == 0 and hasattr(self._past, "_seen_tokens"):
             self._past._seen_tokens += positions
 
@@ -402,13 +406,13 @@ class _Mark(NamedTuple):
 
 
 def release(mark: Any) -> None:
-    """Give back what a layer took for a token, which was marked since, if the layer is still in use."""
+    """Give back the capacity that a marked layer claimed, if the layer is still alive."""
     if isinstance(mark, _Mark) and (keys := mark.keys()) is not None:
         _offer(keys)
 
 
-# Keys that are the newest view of a buffer with room, which nobody is about to write into. A tuple may be used twice,
-# by two threads at once, too: who takes a view out of here is the only one to write behind it.
+# Keys that are the newest view of a buffer and whose spare capacity is unclaimed, by id. A tuple may be used twice,
+# even by two threads at once: only the caller that removes a view from here may write behind it.
 _open: dict[int, weakref.ref[Any]] = {}
 
 
@@ -428,7 +432,7 @@ def _take(keys: torch.Tensor) -> bool:
 
 
 def _room(tensor: torch.Tensor) -> int:
-    """Positions behind a view of a buffer. One always stays free, as in a growing layer."""
+    """Return the spare positions behind a view of a buffer. One always stays free, as in a growing layer."""
     return tensor.stride(1) // max(1, tensor.stride(2)) - tensor.shape[2] - 1
 
 
@@ -438,14 +442,14 @@ def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
 
 
 def _roomy_pair(keys: torch.Tensor, values: torch.Tensor, needed: int) -> tuple[Any, Any]:
-    """The same keys and values with room behind them."""
+    """Copy keys and values into buffers with spare capacity; return views of the same shapes."""
     import torch
 
     capacity = min(_capacity(needed, tensor) for tensor in (keys, values))
     made = []
     for tensor in (keys, values):
         rows, heads, length, size = tensor.shape
-        with torch.inference_mode(mode=False):  # a sequence may be continued outside the mode it began in
+        with torch.inference_mode(mode=False):  # a sequence may continue outside inference mode
             buffer = torch.zeros((rows, heads, capacity, size), dtype=tensor.dtype, device=tensor.device)
         buffer[:, :, :length] = tensor
         made.append(buffer[:, :, :length])
@@ -468,20 +472,20 @@ def _listed_layer(past: Any, number: int) -> Any:
 
 
 def is_tuple(past: Any) -> bool:
-    """Whether this is a cache as it was once: a tuple of a pair of tensors for each layer."""
+    """Check for a legacy cache: a tuple with a pair of tensors for each layer."""
     return isinstance(past, tuple) and bool(past) and all(isinstance(pair, tuple) and _is_pair(pair) for pair in past)
 
 
 def is_listed(past: Any) -> bool:
-    """Whether this is a cache with two lists, each item of which is a tensor."""
+    """Check for a cache of two lists, each item of which is a tensor."""
     count = len(getattr(past, "key_cache", ())) if cache_classes() is None else 0
     return count > 0 and all(_listed_layer(past, number) is not None for number in range(count))
 
 
 def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A tuple of pairs of the same content, each with room for a token behind it; itself, if that is there."""
+    """Return a tuple of pairs of the same content with capacity for one more token; pairs that have it are reused."""
     if hasattr(getattr(cache_classes(), "DynamicLayer", None), "lazy_initialization"):
-        return past  # from 4.56 on a cache is made of it by copying
+        return past  # 4.56 and later copy it into a cache
     found: list[tuple[Any, Any]] = []
     for keys, values in past:
         there = _open.get(id(keys))
@@ -497,13 +501,13 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def give_room(past: Any) -> Any:
-    """The cache of a replayed call as it is in the middle of a loop: in normal tensors, with room behind them.
+    """Give a replayed call's cache normal tensors with spare capacity, as it has in the middle of a loop.
 
     Args:
-        past: A tuple of pairs, or a cache with two lists, which gets other tensors.
+        past: A tuple of pairs, or a cache of two lists, whose tensors are replaced.
 
     Returns:
-        Another tuple; the same cache.
+        A new tuple, or the same cache.
     """
     pairs = past if isinstance(past, tuple) else tuple(zip(past.key_cache, past.value_cache, strict=True))
     grown = tuple(_roomy_pair(keys, values, keys.shape[2] + 1) for keys, values in pairs)
@@ -517,13 +521,13 @@ def give_room(past: Any) -> Any:
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:
-    """The cache that a traced block is given, over one layer's buffers; made inside the traced code."""
-    layer, whole = classes  # given, since dynamo makes no object of a class that another class's method closes over
+    """Build a traced block's cache over one layer's buffers. Called inside the traced code."""
+    layer, whole = classes  # passed in: dynamo cannot instantiate a class that another class's method closes over
     return whole(layer(keys, values, length))
 
 
 def step_classes() -> tuple[Any, Any]:
-    """The classes that `step_cache` needs, for the transformers that is loaded; two `None` without one."""
+    """Return the layer and cache classes for `step_cache`; two `None` without transformers 4.54 or later."""
     classes = cache_classes()
     return (None, None) if classes is None else _step_classes(classes)
 
@@ -531,7 +535,7 @@ def step_classes() -> tuple[Any, Any]:
 @cache
 def _step_classes(classes: Any) -> tuple[Any, Any]:
     class StepLayer(classes.DynamicLayer):  # type: ignore[misc]
-        """One layer for one token, over the buffers of a growing layer. Made inside the traced block."""
+        """One layer for one token, over the buffers of a growing layer. Created inside the traced block."""
 
         def __init__(self, keys: Any, values: Any, length: int) -> None:
             self.buffers = (keys, values)
@@ -552,9 +556,9 @@ def _step_classes(classes: Any) -> tuple[Any, Any]:
             return self.length + 1, 0
 
     class StepCache(classes.Cache):  # type: ignore[misc]
-        """The whole cache as one block sees it: whichever number the block has, its token goes to the one layer.
+        """The cache of one traced block. It ignores the block's index and writes to its only layer.
 
-        So the number is nothing that a graph is guarded by, and all blocks of a row share one.
+        A graph is therefore not guarded on the index, and all blocks of a decoder share one graph.
         """
 
         def __init__(self, layer: Any) -> None:

@@ -1,8 +1,8 @@
-"""What upstream leaves behind on a decoder at each call, and would pay for at every later one.
+"""Hooks that upstream leaves on a decoder at each request, which slow down every later one.
 
-Chatterbox's multilingual T3 makes an `AlignmentStreamAnalyzer` for each request, which hooks itself onto three
-attention layers and never off again; its loop asks only the one that it made last. After some thousands of requests,
-each token calls thousands of hooks, and each analyzer keeps the attention weights of its prompt.
+Chatterbox's multilingual T3 makes an `AlignmentStreamAnalyzer` for each request. It registers hooks on three attention
+layers and never removes them; the loop uses only the newest analyzer. After thousands of requests, each token calls
+thousands of hooks, and each analyzer keeps the attention weights of its prompt.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["Leftovers"]
 
 
 class Leftovers:
-    """What is left behind on one decoder. Taken away at the start of each request; nothing else is touched."""
+    """Left-over hooks of one decoder, removed at the start of each request. Other hooks are untouched."""
 
     def __init__(self) -> None:
         self._was_told = False
 
     def tidy(self, decoder: nn.Module) -> None:
-        """Take away the hooks of all analyzers but the one that was made last."""
+        """Remove the hooks of all analyzers but the newest."""
         gone = sum(_tidied(inner._forward_hooks) for inner in decoder.modules() if len(inner._forward_hooks) > 1)
         if gone and not self._was_told:
             self._was_told = True
@@ -34,16 +34,16 @@ class Leftovers:
 
 
 def _tidied(hooks: Any) -> int:
-    """Remove what is left over from a module's hooks; how many there were."""
+    """Remove left-over hooks of a module and return their number."""
     owners = {number: _owner(hook) for number, hook in list(hooks.items()) if is_analyzer(hook)}
     last = next(reversed(owners.values()), None)
     old = [number for number, owner in owners.items() if owner is not last]
     for number in old:
-        hooks.pop(number, None)  # another thread may begin a request, too
+        hooks.pop(number, None)  # another thread may have removed it
     return len(old)
 
 
 def _owner(hook: Any) -> object:
-    """The analyzer that a hook belongs to: a function in one of its methods, which has its `self`."""
+    """Return the analyzer that a hook belongs to: the `self` in the hook's closure."""
     inside = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=False))
     return inside["self"].cell_contents if "self" in inside else hook

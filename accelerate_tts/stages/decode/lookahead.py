@@ -1,10 +1,10 @@
-"""One token through all fused blocks of a decoder in one call, while upstream's loop still asks block by block.
+"""Lookahead: one kernel call computes a token for all fused blocks, while upstream's loop calls block by block.
 
-Between two blocks there is Python, a tenth of a millisecond of it, and threads that fall asleep and are woken. So when
-the first block is asked, all that follow are computed too; each is then asked in turn, and answers with what was made,
-if it is asked for exactly that: the same bits, the same cache at the same length, the same mask and rotation. Only then
-does its cache count the token. Where a decoder does something between two of its blocks, the second is soon no longer
-computed with the first; once it was asked three times in a row for just what the first had made, it is again.
+Between two blocks, Python takes a tenth of a millisecond, and the kernel's threads fall asleep and are woken. When the
+first block is called, the blocks behind it are therefore computed too. Each later block returns its precomputed result
+if its input matches: the same bits, the same cache at the same length, the same mask and rotation. Only then does its
+cache count the token. Where a decoder changes the hidden states between two blocks, the second is no longer computed
+with the first after three mismatches in a row. Three matches in a row undo this.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
 __all__ = ["Ahead", "Made", "Row"]
 
 _SURE = 3
-"""Tokens in a row after which a place between two blocks counts as disturbed, or as undisturbed again."""
+"""Consecutive mismatches after which a block is no longer computed ahead, and matches after which it is again."""
 
 
 class Made(NamedTuple):
-    """What a block makes of a token."""
+    """Result of a block for one token."""
 
     hidden: torch.Tensor
-    """(rows, 1, hidden), in memory of its own."""
+    """Hidden states, (batch, 1, hidden), in memory of their own."""
     weights: torch.Tensor | None
-    """Its attention weights, (rows, heads, 1, positions), if they were asked for."""
+    """Attention weights, (batch, heads, 1, positions), if they were requested."""
     layer: Any
-    """Its layer of the cache, which does not count the token yet."""
+    """The block's cache layer, which does not count the token yet."""
     form: tuple[str, ...] | None
-    """What upstream returns behind the hidden states; `None` for the states alone."""
+    """Kinds of the items that upstream returns behind the hidden states; `None` for the states alone."""
 
 
 class Ahead:
-    """What some blocks of a row, one behind the other, make of one token, and what they must be asked for it.
+    """Precomputed results of consecutive blocks for one token, and the inputs for which they are valid.
 
     Args:
-        first: The place of the first of them in the row; it was asked already.
-        past: The cache; of a tuple of pairs, the first block's pair.
-        layers: The blocks' layers of it.
-        named: What the first block was given beside its input.
-        made: What each block makes of it, (blocks, rows, 1, hidden).
-        weights: Their attention weights, (blocks, rows, heads, 1, positions), if they were asked for.
-        form: What they return; see `Made`.
+        first: Index of the first block. It has been called already.
+        past: The cache; the first block's pair if the cache is a tuple of pairs.
+        layers: Cache layers of the blocks.
+        named: Arguments of the first block.
+        made: Hidden states of each block, (blocks, batch, 1, hidden).
+        weights: Attention weights of each block, (blocks, batch, heads, 1, positions), if they were requested.
+        form: Form of the results; see `Made`.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
@@ -63,7 +63,7 @@ class Ahead:
         weights: torch.Tensor | None,
         form: tuple[str, ...] | None,
     ) -> None:
-        # Weakly: a loop that breaks off leaves this behind, and not a whole cache.
+        # Weak: a loop that is abandoned leaves this object behind, and must not leave a whole cache.
         self._past: Callable[[], Any] | None = None if isinstance(past, tuple) else weakref.ref(past)
         self._marks = [layer.mark() for layer in layers]
         self._named = [(name, value) for name, value in named.items() if name != "hidden_states"]
@@ -73,7 +73,7 @@ class Ahead:
         self.next = first + 1
 
     def expects(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
-        """Whether this is the input that the next block would have been given, had it been asked before."""
+        """Check that a call's input is the one that the next block was computed for."""
         if self._past is not None and self._past() is not past:
             return False
         if len(named) != len(self._named) + 1 or any(named.get(name, self) is not value for name, value in self._named):
@@ -81,23 +81,23 @@ class Ahead:
         return _same_bits(hidden, self._made[self.next - 1 - self._first])
 
     def layer_of(self, past: Any) -> Any:
-        """The next block's layer, if its cache is as it was; `None` otherwise."""
+        """Return the next block's cache layer if it is unchanged, else `None`."""
         layer = kv_cache.growing_layer(past, self.next)
         return layer if layer is not None and layer.is_at(self._marks[self.next - self._first]) else None
 
     def take(self, layer: Any) -> Made:
-        """The next block's answer, in memory of its own."""
+        """Return the next block's result, in memory of its own."""
         place = self.next - self._first
         self.next += 1
         weights = None if self._weights is None else self._weights[place]
         return Made(self._made[place].clone(), weights, layer, self._form)
 
     def is_done(self) -> bool:
-        """Whether all blocks that were computed have answered."""
+        """Check that all computed blocks have returned their results."""
         return self.next == self._first + len(self._marks)
 
     def release(self) -> None:
-        """Nobody will ask for the rest: the room behind these caches may be used by others."""
+        """Give back the cache capacity that was claimed for results which will not be used."""
         for mark in self._marks[self.next - self._first :]:
             kv_cache.release(mark)
 
@@ -108,43 +108,43 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or torch.equal(one, other):
         return one.dtype == other.dtype
     bits = torch.int32 if one.element_size() == 4 else torch.int16  # noqa: PLR2004
-    return torch.equal(one.view(bits), other.view(bits))  # what is not a number equals nothing
+    return torch.equal(one.view(bits), other.view(bits))  # NaN does not equal itself
 
 
 class Row:
-    """The fused blocks of one decoder, in their order.
+    """The stack of one decoder's fused blocks, in order, and the results computed ahead for them.
 
     Args:
-        size: How many.
-        what: For the event that says why not all are computed in one call.
+        size: Number of blocks.
+        what: Name for the event that says why not all blocks are computed in one call.
     """
 
     def __init__(self, size: int, what: str) -> None:
         self._size = size
         self._what = what
-        self._mine = threading.local()  # calls on other threads have other caches
-        self._surprises: dict[int, int] = {}  # place: how often in a row it was asked for something else
-        self._calm: dict[int, int] = {}  # a disturbed place: how often in a row it was asked for what was foreseen
+        self._mine = threading.local()  # other threads have other caches
+        self._surprises: dict[int, int] = {}  # index of a block: consecutive mismatches
+        self._calm: dict[int, int] = {}  # index of a block that is not computed ahead: consecutive matches
 
     def together(self, place: int) -> range:
-        """The places behind this one that are worth computing with it."""
+        """Return the indices of the blocks that are computed together with this one."""
         end = self._size
         if self._calm:
             end = min((other for other in self._calm if other > place), default=end)
         return range(place + 1, end)
 
     def remember(self, ahead: Ahead) -> None:
-        """Keep what was computed until it is asked for, on this thread."""
+        """Store results that were computed ahead, for this thread."""
         if ahead.next < self._size:
             self._mine.ahead = ahead
 
     def take(self, place: int, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
-        """What was made for this block before it was asked; `None` if nothing was, or something else."""
+        """Return the precomputed result of this block; `None` if there is none for this input."""
         ahead: Ahead | None = getattr(self._mine, "ahead", None)
         if ahead is None:
             return None
         expected = place == ahead.next and ahead.expects(hidden, past, named)
-        if ahead.is_done():  # it was not computed, for something disturbs it, or did
+        if ahead.is_done():  # this block was not computed ahead; count a match or a mismatch
             self._mine.ahead = None
             self._note(place, expected=expected)
             return None
@@ -162,7 +162,7 @@ class Row:
         return made
 
     def _note(self, place: int, *, expected: bool) -> None:
-        if place == 0:  # a loop broke off, and another begins
+        if place == 0:  # a loop was abandoned, and another one begins
             return
         if place not in self._calm:
             if expected:

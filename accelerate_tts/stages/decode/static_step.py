@@ -1,9 +1,9 @@
-"""One token through a decoder as a CUDA graph needs it: the same addresses and shapes however long the sequence is.
+"""A decode step for a CUDA graph, with the same addresses and shapes for every length of the sequence.
 
-The sequence lies in buffers of a fixed capacity; how long it is, is a number on the device. Attention goes over the
-whole capacity, with a mask made of that number. Nothing asks the device for a value, and no shape depends on one
-(tests/stages/decode/test_cuda_graph.py traces it). A `Slot` is one set of such buffers with the recording that belongs
-to them; a cache of upstream's class is moved in for as long as it is the last one that was served.
+The sequence lies in buffers of a fixed capacity, and its length is a number on the device. Attention runs over the
+whole capacity, with a mask computed from that number. The step reads no value back from the device, and no shape
+depends on one (tests/stages/decode/test_cuda_graph.py traces it). A `Slot` is one set of such buffers with its
+recording. It holds the sequence of the cache that it served last.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
 __all__ = ["CAPACITIES", "CudaRecording", "Recording", "Slot", "bytes_of"]
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
-"""Positions that a slot may have room for. Each doubles the one before: a sequence is moved five times at most."""
+"""Capacities of slots, in positions. Each doubles the one before, so a sequence is moved at most five times."""
 
 
 class Recording(Protocol):
-    """A step that was recorded; made of the step."""
+    """A recorded step."""
 
     outputs: Any
-    """What the step returned. Overwritten by each replay."""
+    """Result of the step. Each replay overwrites it."""
 
     def replay(self) -> None:
-        """Run the step again on what is in its inputs now."""
+        """Run the step again on the present content of its inputs."""
         ...
 
     def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[object]:
-        """While open, this thread's work on inputs, buffers and outputs is behind that of all others before it.
+        """Order this thread's work on inputs, buffers and outputs behind all earlier work of other threads.
 
         Args:
-            for_the_last: It is done for whoever had the last turn, who may use and free what is made in it.
+            for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
         """
         ...
 
     def finish(self) -> None:
-        """Wait until all that work is done: what it is done on may be freed then."""
+        """Wait until all that work is done; its tensors may be freed then."""
         ...
 
 
 class CudaRecording:
     """A CUDA graph of a step.
 
-    It is a plain graph, not one of inductor's trees: it may be replayed by any thread, one at a time, on that thread's
-    own stream. Run on an H100: decision 0031.
+    It is a plain graph, not one of inductor's CUDA graph trees. Any thread may replay it, one at a time, on that
+    thread's own stream. Tested on an H100: decision 0009.
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
@@ -68,11 +68,11 @@ class CudaRecording:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate their workspaces at first calls, which a capture must not contain
+            for _ in range(2):  # libraries allocate workspaces in their first calls, which a capture must not contain
                 step()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with their own work on the device meanwhile.
+        # Other threads may continue their own work on the device during the capture.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.outputs = step()
 
@@ -82,10 +82,10 @@ class CudaRecording:
 
     @contextmanager
     def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
-        """See `Recording.in_turn`. Each thread has a stream of its own, and streams wait for nobody by themselves.
+        """See `Recording.in_turn`. Streams of different threads are ordered by an event.
 
-        Memory belongs to the stream that it was taken on: freed by whoever works on another one, it would be given out
-        again before that work is done.
+        Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
+        after the free, before that work is done.
         """
         import torch
 
@@ -99,7 +99,7 @@ class CudaRecording:
                 self._last = stream
 
     def finish(self) -> None:
-        """See `Recording.finish`. The allocator gives freed memory to the stream that it came from, at once."""
+        """See `Recording.finish`. The allocator returns freed memory to its own stream at once."""
         self._done.synchronize()
 
 
@@ -108,12 +108,15 @@ class Slot:
 
     Args:
         decoder: The module.
-        forward: Its untouched forward, given the module.
+        forward: Its unchanged forward, which takes the module first.
         past: A growable cache, for the shapes of its layers.
-        inputs: The tensors that the decoder is called with, but for its mask: one token each.
-        constants: What else it is called with, part of the recording.
-        capacity: Positions.
-        record: Makes the recording.
+        inputs: Tensor arguments of the decoder for one token, without the mask.
+        constants: The other arguments; they become part of the recording.
+        capacity: Maximum positions.
+        record: Records the step.
+
+    Raises:
+        TypeError: The decoder returns an object without named fields.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
@@ -132,10 +135,10 @@ class Slot:
         self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
         self._owner: weakref.ref[Any] | None = None
-        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: others may be served in another mode
+        with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             first = past.layers[0].keys
-            self.rows, dtype = first.shape[0], first.dtype  # a mask is of the dtype that attention is computed in
+            self.rows, dtype = first.shape[0], first.dtype  # the mask has the dtype of the attention
             self.buffers = [
                 tuple(t.new_zeros((*t.shape[:-2], capacity, t.shape[-1])) for t in (layer.keys, layer.values))
                 for layer in past.layers
@@ -151,7 +154,7 @@ class Slot:
             raise TypeError(f"{type(decoder).__name__} returns {type(self._recording.outputs).__name__}, without names")
 
     def step(self) -> Any:
-        """One token at `position`. This is what is recorded."""
+        """Run one token at `position`. This function is recorded."""
         import torch
 
         seen = (self._places <= self.position) & self._valid
@@ -163,15 +166,15 @@ class Slot:
         )
 
     def run(self, past: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None) -> Any:
-        """One more token of a sequence.
+        """Run one more token of a sequence.
 
         Args:
-            past: Its growing cache, moved in here if it lies elsewhere; one position longer afterwards.
-            inputs: As the slot was made with, of the same shapes.
-            mask: (rows, positions with the token), of the positions that count; all do without one.
+            past: Its growing cache. It is moved into this slot if it lies elsewhere, and grows by one position.
+            inputs: Tensors with the names and shapes that the slot was made with.
+            mask: Attended positions, (batch, positions including the token); `None` attends all.
 
         Returns:
-            What the decoder returns, in tensors of its own, with the caller's cache.
+            The decoder's result in new tensors, with the caller's cache.
         """
         import torch
 
@@ -191,7 +194,7 @@ class Slot:
             return _own(self._recording.outputs, past, length + 1)
 
     def holds(self, past: Any) -> bool:
-        """Whether a cache's sequence lies in this slot's buffers."""
+        """Check that a cache's sequence lies in this slot's buffers."""
         growing_class = kv_cache.growing_class()
         return all(
             type(layer) is growing_class and layer.buffers()[0] is keys and layer.buffers()[1] is values
@@ -199,7 +202,7 @@ class Slot:
         )
 
     def is_free(self) -> bool:
-        """Whether the cache that lay here is gone, or has buffers of its own again."""
+        """Check that no live cache uses this slot's buffers."""
         owner = None if self._owner is None else self._owner()
         return owner is None or len(owner.layers) != len(self.buffers) or not self.holds(owner)
 
@@ -210,12 +213,12 @@ class Slot:
         self._owner = weakref.ref(past)
 
     def leave(self) -> None:
-        """Give the sequence that lies here buffers of its own; nothing is left to be done on the slot's then."""
+        """Move the sequence to buffers of its own and wait for all work on the slot's buffers."""
         owner = None if self._owner is None else self._owner()
         self._owner = None
         with self._recording.in_turn(for_the_last=True):
             for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
-                # It may have left by itself: cropped, reordered, or grown out of its bucket.
+                # The cache may use other buffers by now: it was cropped, reordered, or outgrew its bucket.
                 if isinstance(layer, kv_cache.growing_class()):
                     if layer.buffers()[0] is keys:
                         layer.keys = layer.keys.clone()
@@ -225,15 +228,15 @@ class Slot:
 
 
 def bytes_of(past: Any, capacity: int) -> int:
-    """What the buffers of a slot for such a cache take."""
+    """Return the bytes of a slot's buffers for such a cache."""
     each = (tensor for layer in past.layers for tensor in (layer.keys, layer.values))
     return sum(t.numel() // max(1, t.shape[-2]) * capacity * t.element_size() for t in each)
 
 
 def _own(result: Any, past: Any, positions: int) -> Any:
-    """A result in tensors that the next replay does not write to, with the caller's own cache.
+    """Copy a result into tensors that the next replay does not overwrite, with the caller's own cache.
 
-    Attention weights are over the whole capacity there; of the positions beyond the sequence they are zero.
+    Attention weights cover the whole capacity in the recording; positions beyond the sequence are cut off.
     """
     import torch
     from torch.utils import _pytree
@@ -254,7 +257,7 @@ def _static_cache(buffers: list[Any], position: torch.Tensor) -> Any:
 @cache
 def _static_classes(classes: Any) -> tuple[Any, Any]:
     class StaticLayer(classes.DynamicLayer):  # type: ignore[misc]
-        """One layer: a token is written where a number on the device says."""
+        """One layer, which writes a token at the position that a device tensor holds."""
 
         def __init__(self, keys: Any, values: Any, position: Any) -> None:
             self.buffers = (keys, values)
@@ -267,13 +270,13 @@ def _static_classes(classes: Any) -> tuple[Any, Any]:
             return self.buffers
 
         def get_seq_length(self, *_args: Any) -> int:
-            return int(self.buffers[0].shape[-2]) - 1  # a constant: who asks is given positions and mask already
+            return int(self.buffers[0].shape[-2]) - 1  # a constant: positions and mask are given explicitly
 
         def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
             return int(self.buffers[0].shape[-2]), 0
 
     class StaticCache(classes.Cache):  # type: ignore[misc]
-        """All layers."""
+        """The cache of all layers."""
 
         def __init__(self, layers: list[Any]) -> None:
             self.layers = layers

@@ -1,12 +1,12 @@
-"""Channels-last convolutions on a CPU: 1-D convolutions in the layout that oneDNN computes in. Exact to rounding.
+"""1-D convolutions in channels-last layout on a CPU. Exact to rounding.
 
-A `Conv1d` of a plain tensor is computed in a blocked layout: its input is reordered on the way in and its output on the
-way out, at every call. In channels-last order nothing has to be reordered, and the element-wise operations between two
-convolutions keep that order by themselves. A vocoder, whose last levels have few channels and very many samples,
-spends much of its time on those reorderings (docs/decisions/0006-channels-last.md has the figures).
+oneDNN computes a `Conv1d` of a contiguous tensor in a blocked layout, and reorders its input and output at every call.
+In channels-last layout nothing is reordered, and element-wise operations between two convolutions keep that layout. A
+vocoder spends much of its time on reordering, since its last levels have few channels and very many samples
+(docs/decisions/0005-vocoders.md has the figures).
 
-The convolution is made as a 2-D one of height 1; the weights are read at each call. What a part returns is put into the
-usual order again: its callers may count on it.
+The convolution is computed as a 2-D one of height 1, and the weights are read at each call. The outputs of a part are
+made contiguous again, since callers may rely on that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["ChannelsLastStage"]
 
 @register_stage
 class ChannelsLastStage(BaseStage):
-    """Runs a part's 1-D convolutions in channels-last order. For CPUs."""
+    """Runs a part's 1-D convolutions in channels-last layout. For CPUs."""
 
     name = "channels-last convolutions"
     devices = ("cpu",)
@@ -59,8 +59,7 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
         inner
         for inner in open_modules(module)
         if isinstance(inner, (nn.Conv1d, nn.ConvTranspose1d))
-        # Depthwise convolutions are bound by memory, not by their layout; a subclass with a forward of its own does
-        # something that we do not know.
+        # Depthwise convolutions are bound by memory, not by layout. The forward of a subclass is unknown.
         and inner.groups == 1
         and inner.padding_mode == "zeros"
         and isinstance(inner.padding, tuple)
@@ -69,7 +68,7 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_plain(convolution: Any) -> bool:
-    """Whether it computes what torch's own class does, whatever its class is called."""
+    """Check that a convolution uses torch's own forward, whatever its class."""
     from torch import nn
 
     cls = nn.ConvTranspose1d if isinstance(convolution, nn.ConvTranspose1d) else nn.Conv1d
@@ -82,7 +81,7 @@ def _is_plain(convolution: Any) -> bool:
 
 @per_class
 def _border_class(plain: Any, method: str) -> type:
-    """The part's own class: what leaves the part is in the order that its callers know, and may call `.view()` on."""
+    """Make the part's class, whose outputs are contiguous again: callers may use `.view()` on them."""
     run = getattr(plain, method)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +95,7 @@ def _in_usual_order(result: Any) -> Any:
     from torch.utils import _pytree
 
     def is_changed(value: Any) -> bool:
-        # Channels before time in the shape, behind it in memory. Other strides are the model's own.
+        # (batch, channels, time) with channels innermost in memory. Other strides are the model's own.
         return isinstance(value, torch.Tensor) and (
             value.dim() == 3 and value.stride(1) == 1 and not value.is_contiguous()  # noqa: PLR2004 - see `convolve`
         )
@@ -105,7 +104,7 @@ def _in_usual_order(result: Any) -> Any:
         return result.contiguous() if is_changed(result) else result
     leaves, spec = _pytree.tree_flatten(result)
     if not any(map(is_changed, leaves)):
-        return result  # the very object, not one like it
+        return result  # the same object, not a copy
     return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
 
 
@@ -115,7 +114,7 @@ def _channels_last_class(plain: Any) -> type:
     from torch.nn import functional
 
     def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
-        if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); without a batch it is rare and short
+        if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); unbatched inputs are rare and short
             return nn.Conv1d.forward(self, input)
         y = functional.conv2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,

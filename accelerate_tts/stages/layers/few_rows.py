@@ -1,9 +1,9 @@
-"""Linear layers with few rows on a CPU: the product taken the other way round. Exact to rounding.
+"""Linear layers with few rows on a CPU, computed as the transposed product. Exact to rounding.
 
-A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch).
-`F.linear` hands that to a kernel made for many rows, which reads the weights at a half to a third of the memory's rate;
-`W @ x.T` of the same numbers reads them at the full rate (docs/decisions/0007-few-rows.md has the figures). One row is
-a matrix-vector product either way, and from about ten rows on `F.linear` is right.
+A decode step multiplies each weight matrix with two to eight rows (classifier-free guidance, a small batch). `F.linear`
+uses a kernel for many rows, which reads the weights at a half to a third of the memory bandwidth. `W @ x.T` reads them
+at full bandwidth (docs/decisions/0006-few-rows.md has the figures). One row is a matrix-vector product either way, and
+from about ten rows on `F.linear` is faster.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["FEW_ROWS", "FewRowsStage"]
 
 FEW_ROWS = range(2, 9)
-"""Numbers of rows for which the product is taken the other way round."""
+"""Numbers of rows for which the transposed product is computed."""
 
 
 @register_stage
 class FewRowsStage(BaseStage):
-    """Takes a part's linear layers the other way round when they are given two to eight rows. For CPUs."""
+    """Computes `W @ x.T` in a part's linear layers for inputs of two to eight rows. For CPUs."""
 
     name = "few-row linear layers"
     group = "linear layers"
@@ -73,7 +73,7 @@ def _few_rows_class(plain: Any) -> type:
             product = torch.mm(weight, columns)
         else:
             product = torch.addmm(self.bias.unsqueeze(1), weight, columns)
-        # Contiguous, as `F.linear` gives it: whoever calls .view() on it must not see a difference.
+        # Contiguous, as the result of `F.linear`: callers may use .view() on it.
         return product.t().contiguous().view(*input.shape[:-1], weight.shape[0])
 
     return subclass_with(plain, forward)

@@ -1,11 +1,11 @@
-"""Blocks of a flow's estimator by one kernel each, transformer_block.cpp or residual_block.cpp. In bf16, by AMX.
+"""Blocks of a flow-matching estimator, each as one kernel call (transformer_block.cpp, residual_block.cpp). bf16, AMX.
 
-An estimator (Chatterbox's S3Gen, CosyVoice, Matcha-TTS) has dozens of small blocks, and runs them at each step of its
-solver. At a few hundred frames a third of its time is attention, which torch does not multiply in AMX at these sizes,
-and another third lies between the products. The kernels multiply bf16 copies of the weights, with sums in fp32; norms,
-softmax, activations, and what one block hands to the next stay in fp32.
+An estimator (Chatterbox's S3Gen, CosyVoice, Matcha-TTS) has dozens of small blocks and runs them at each step of its
+solver. At a few hundred frames, a third of its time is attention, for which torch does not use AMX at these sizes;
+another third is spent between the matrix products. The kernels multiply bf16 copies of the weights with sums in fp32.
+Norms, softmax, activations and the outputs of blocks stay in fp32.
 
-Anything but a plain call (a mask of another kind, another dtype, gradients, hooks inside) takes upstream's own forward.
+Calls with another kind of mask, another dtype, gradients or hooks inside take upstream's own forward.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 __all__ = ["KERNELS", "FusedSequenceStage", "Served"]
 
 KERNELS = (TRANSFORMER, RESIDUAL)
-"""Each is a stage of its own."""
+"""Kernels for whole sequences. Each makes a stage of its own."""
 
 
 @register_stage
 class FusedSequenceStage(BaseStage):
-    """Serves blocks of one kind, each by one call for a whole sequence, from bf16 copies of their weights.
+    """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights.
 
     Args:
-        kernel: What serves them.
+        kernel: The kernel.
     """
 
     name = "fused sequence blocks"
@@ -79,7 +79,7 @@ class FusedSequenceStage(BaseStage):
         """See `Stage.prepare`.
 
         Raises:
-            RuntimeError: The kernels may not use AMX.
+            RuntimeError: The kernels do not use AMX.
         """
         if not multiplies_in_bf16():
             raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
@@ -92,7 +92,7 @@ class FusedSequenceStage(BaseStage):
 
 
 def has_matrix_unit() -> bool:
-    """Whether the processor multiplies bf16 in tiles, and torch knows it."""
+    """Check that the processor has AMX tiles for bf16, and that torch reports them."""
     import torch
 
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -100,20 +100,20 @@ def has_matrix_unit() -> bool:
 
 
 class Served:
-    """One block and what the kernel needs of it, made when first needed and anew when its weights were written.
+    """One block and the kernel's description of it, which is rebuilt when the weights were written.
 
     Args:
         block: The block.
-        kernel: What serves it.
-        what: The part that it is in, for people.
-        copies: In what the kernel has copies of its weights.
-        told: Who is told why it is not served; shared by the blocks of a part.
-        number: The block's place among them.
+        kernel: The kernel that computes it.
+        what: Name of its part in events.
+        copies: Format of the kernel's copies of the weights.
+        told: Reports why a block is not served; shared by the blocks of a part.
+        number: The block's index among them.
     """
 
     only_tokens = False
 
-    def __init__(  # noqa: PLR0913 - what serves, what is served, and who is told of it
+    def __init__(  # noqa: PLR0913 - a kernel, a block, and its reports
         self,
         block: nn.Module,
         kernel: Kernel,
@@ -128,11 +128,11 @@ class Served:
         self._kernel = kernel
         self._told, self._number = told or Told(f"the fused {kernel.name} of {what}"), number
         self._inside = Inside(block, kernel.watched(block))
-        # What was computed from the weights, and what tells when they were written: one pair, for threads.
+        # The watch on the weights and the description made from them. One pair, replaced atomically.
         self._known: tuple[Weights, Any] = (Weights(block), None)
 
     def class_for(self, plain: Any) -> type:
-        """The block's class while the change is on."""
+        """Return the block's class while the change is on."""
         names = parameters_of(plain)
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,16 +146,16 @@ class Served:
         return cls
 
     def copied(self) -> list[nn.Module]:
-        """The layers whose copies could serve them by themselves: none, as the kernels' are in panels."""
+        """Return the layers whose copies could be used outside the kernel: none, since they are packed in panels."""
         return []
 
     @property
     def described(self) -> Any:
-        """What the kernel was told last."""
+        """Description that was last built for the kernel."""
         return self._known[1]
 
     def serve(self, named: dict[str, Any]) -> Any:
-        """What the block makes of a call's arguments, or `None` if this call is upstream's business."""
+        """Return the block's result for a call's arguments, or `None` if upstream's forward must run."""
         import torch
 
         if torch.is_grad_enabled() or self._block.training or is_traced():
@@ -177,12 +177,12 @@ class Served:
 
         watched, described = self._known
         if described is None or watched.outdated():
-            watched = Weights(self._block)  # before: what is written meanwhile is seen next time
+            watched = Weights(self._block)  # first the watch, so that a concurrent write is seen next time
             parts = self._kernel.parts_of(self._block)
             if parts is None:
                 self._told.tell("weights were exchanged for others, which the kernel does not know", self._number)
                 return None
-            with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: they outlive this call's mode
+            with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors, since they outlive this call
                 described = self._kernel.described(parts)
             self._known = (watched, described)
         return described

@@ -1,16 +1,16 @@
 """Half-precision weights for the layers of a part, with fp32 everywhere else. For `balanced` and `fast`.
 
-Convolutions and linear layers get a half-precision twin and do their work in it; all that a half-precision number
-cannot carry stays in fp32: recurrent states, norms and other modules with weights of their own, Fourier transforms,
-exponentials and logarithms. There are two ways, and the engine times them against each other:
+Convolutions and linear layers compute with half-precision copies of their weights. Operations that need the range or
+precision of fp32 stay in it: recurrent states, norms and other modules with weights of their own, Fourier transforms,
+exponentials and logarithms. There are two variants, and tuning times them against each other:
 
-- *layers*: each layer casts its input down and its output up. Everything between them stays as it is.
-- *part*: activations stay in half precision from layer to layer, half the traffic; what cannot take it casts up for
-  itself, and the part's own outputs come back in the dtype that they had.
+- *layers*: each layer casts its input down and its output up. Everything between layers stays in fp32.
+- *part*: activations stay in half precision between layers, at half the memory traffic. Operations that need fp32 cast
+  their inputs up, and the part's outputs are fp32 again.
 
-Autocast is not used: around a part it was slower than fp32 (weights are cast at every call), around a whole pipeline it
-breaks the inverse Fourier transform of vocoders. The fp32 weights stay where they are: state dict, pickling and undoing
-are untouched, at the price of half the weights' size.
+Autocast is not used. Around a part it was slower than fp32, since weights are cast at every call; around a whole
+pipeline it breaks the inverse Fourier transform of vocoders. The fp32 weights stay in place for the state dict,
+pickling and undo, so the copies cost half the weights' size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HalfStage(BaseStage):
 
     Args:
         dtype: `torch.bfloat16` or `torch.float16`.
-        carried: Whether activations stay in it between layers.
+        carried: Keep activations in it between layers.
     """
 
     name = "half precision"
@@ -79,9 +79,9 @@ class HalfStage(BaseStage):
         return "its steps are recorded" if is_recorded(part.module) else self.obstacle(part)
 
     def obstacle(self, part: Part) -> str | None:
-        """Why there is nothing to halve in a part, whether or not its steps are recorded now."""
+        """Return the reason why a part has nothing to halve, or `None`. Recorded steps are ignored."""
         if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
-            return "its blocks are fused"  # a copy of all their weights, for the sake of the prompts
+            return "its blocks are fused"  # prefill alone would not justify copies of all weights
         layers = _layers(part.module)
         if not layers:
             return "no layer that computes in fp32"
@@ -94,12 +94,12 @@ class HalfStage(BaseStage):
         twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
         if not carried:
             return CarryingSwap(list(layers), lambda m: _layer_class(class_of(m), dtype, carried=False), HALF, twins)
-        fused = in_fused(part.module)  # each takes fp32, and is asked as a whole
+        fused = in_fused(part.module)  # a fused block takes fp32, and is one unit
         outermost = {block for block in fused if is_fused(block)}
         islands = {module for module in part.module.modules() if module not in fused and _is_island(module, layers)}
         islands |= outermost
         outer = {part.module} - layers
-        # What an island computes with its own weights has to meet fp32 from its layers too.
+        # An island computes with its own fp32 weights, so its layers must return fp32 to it.
         alone = {layer for island in islands - outermost for layer in island.children()} | {part.module}
 
         def swapped(module: nn.Module) -> type:
@@ -113,7 +113,7 @@ class HalfStage(BaseStage):
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers whose arithmetic is worth halving."""
+    """Return the fp32 convolutions and linear layers outside fused blocks."""
     from torch import nn
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -126,10 +126,10 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_leaf(layer: nn.Module) -> bool:
-    """Whether a layer with a forward of its own has nothing else that it could compute with.
+    """Check that a layer with a custom forward has no tensors but weight and bias, and no submodules.
 
-    A causal convolution pads, a layer that could have an adapter has none: both do the same with half-precision
-    weights. An adapter, or a quantised layer, does something that we do not know.
+    A causal convolution only pads, and an adapter layer without adapters is a plain one: both work with half-precision
+    weights. The forward of an active adapter or of a quantised layer is unknown.
     """
     import torch
     from torch import nn
@@ -150,7 +150,7 @@ def _in_fp32(layer: nn.Module) -> bool:
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
-    """Whether it is any other module with weights of its own: a norm, a recurrent net, an attention."""
+    """Check for any other module with weights of its own: a norm, a recurrent net, an attention."""
     from torch.nn.utils.parametrize import ParametrizationList
 
     own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
@@ -158,11 +158,11 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
 
 
 def _twin(module: Any, dtype: torch.dtype) -> Any:
-    """A shallow copy of a layer with half-precision weights."""
+    """Make a shallow copy of a layer with half-precision weights."""
     from torch.nn.utils.parametrize import is_parametrized
 
     plain = plain_class(module)
-    # A folded weight is a buffer; one that a hook computes, a plain attribute.
+    # A folded weight is a buffer, and one that a hook computes is a plain attribute.
     halves = {
         name: None if (value := getattr(module, name)) is None else value.detach().to(dtype)
         for name in ("weight", "bias")
@@ -181,8 +181,8 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     taken = {torch.float32, dtype}
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
-        half = getattr(self, HALF, None)  # a thread may be in here while another one switches the change off
-        # torch's own error for it, or a layer that was moved to another dtype since; or that was given an adapter
+        half = getattr(self, HALF, None)  # another thread may have switched the change off
+        # Other dtypes get torch's own error; the layer may also have been cast, or been given an adapter.
         if (
             half is None
             or is_watched(input)
@@ -217,12 +217,12 @@ def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
 
 
 def _raised(value: Any, dtype: torch.dtype) -> Any:
-    """The same with its half-precision tensors in fp32."""
+    """Cast the half-precision tensors of a value to fp32."""
     import torch
     from torch.nn.utils.rnn import PackedSequence
     from torch.utils import _pytree
 
-    # A packed sequence is a leaf of the tree in torch 2.6, and a branch of it in 2.14.
+    # A packed sequence is a leaf of the pytree in torch 2.6, and a node in 2.14.
     kinds = (torch.Tensor, PackedSequence)
     return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
 
@@ -235,9 +235,9 @@ def _dtype_of(value: Any) -> torch.dtype:
 
 @cache
 def _delicate() -> frozenset[Any]:
-    """Functions that half precision breaks: no kernel for it (Fourier), or no range or digits (the others).
+    """Return the functions that half precision breaks: no kernel (Fourier), or too little range or precision.
 
-    None that writes in place: it would write into the copy.
+    In-place functions are excluded, since they would write into the copy.
     """
     import torch
 
@@ -252,9 +252,9 @@ def _delicate() -> frozenset[Any]:
 
 @cache
 def _products() -> frozenset[Any]:
-    """Functions that multiply matrices of one dtype only.
+    """Return the functions that multiply matrices of one dtype only.
 
-    Upstream may rotate queries and keys by fp32 cosines and leave the values as they are (transformers before 4.54).
+    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision.
     """
     import torch
 
@@ -265,7 +265,7 @@ def _products() -> frozenset[Any]:
 
 
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
-    """Whether there are tensors of this dtype beside others in fp32; a list's tensors count, too (`einsum`)."""
+    """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
     import torch
 
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
@@ -277,16 +277,16 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 def _islands(dtype: torch.dtype) -> Any:
     from torch.overrides import TorchFunctionMode
 
-    # Not sets: a compiler that traces the mode cannot read one.
+    # No sets: dynamo cannot trace look-ups in one.
     delicate, products = dict.fromkeys(_delicate()), dict.fromkeys(_products())
 
     class Islands(TorchFunctionMode):
-        """Casts the arguments of delicate functions up while it is on, and those of products of mixed dtypes."""
+        """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             kwargs = kwargs or {}
-            # Half-precision complex numbers, as of `1j * phase`, have no kernels.
+            # Half-precision complex numbers, as in `1j * phase`, have no kernels.
             up = function in delicate or any(isinstance(argument, complex) for argument in args)
             up = up or (function in products and _is_mixed((*args, *kwargs.values()), dtype))
             if up and "out" not in kwargs:

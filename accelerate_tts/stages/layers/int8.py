@@ -1,14 +1,14 @@
-"""8-bit weights for the linear layers of a part, with activations quantised as they come. For `fast` on CPUs.
+"""Dynamic int8 quantisation of a part's linear and recurrent layers. For `fast` on CPUs.
 
-A decode step reads every weight once for one or two rows, so a quarter of the bytes can be a quarter of the time. Which
-kernels are fast depends on the processor, so there are several, and the engine times them against each other:
+A decode step reads every weight once for one or two rows, so a quarter of the bytes can take a quarter of the time. The
+fastest kernels depend on the processor, so tuning times several against each other:
 
 - *x86* or *qnnpack*: the kernels that PyTorch itself chooses for the processor (FBGEMM or oneDNN on x86);
 - *oneDNN*: the same operators with oneDNN's own packing;
-- *torchao*: its dynamic W8A8 tensors, where that package is installed.
+- *torchao*: its dynamic W8A8 tensors, if that package is installed.
 
-Weights are symmetric per output channel, activations asymmetric per tensor. A recurrent net is tried too, by itself,
-and has to pass the same comparison: of one speaker encoder only a cosine of 0.53 to the truth was left.
+Weights are symmetric per output channel, activations asymmetric per tensor. Recurrent nets are a stage of their own and
+must pass the same comparison: the embedding of one speaker encoder had a cosine of only 0.53 to the reference.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizeRecurrentStage", "QuantizeStage", "engines"]
 
-# A small layer's time is the quantising of its input.
+# Smaller layers spend their time quantising the input.
 _LEAST_WEIGHTS = 16_384
-# The fewest dimensions that the kernels take: (rows, features), and (batch, time, features).
+# Minimum dimensions of the kernels' inputs: (rows, features), and (batch, time, features).
 _ROWS, _SEQUENCES = 2, 3
-# Packing sets a flag of the process.
+# Packing sets a process-wide flag.
 _packing = lock()
 
 
@@ -110,7 +110,7 @@ class QuantizeRecurrentStage(BaseStage):
 
 
 def engines() -> list[str]:
-    """The engines of 8-bit linear layers that this machine has: torch's own choice first."""
+    """Return this machine's engines for 8-bit linear layers, torch's own choice first."""
     import torch
 
     there = set(torch.backends.quantized.supported_engines)
@@ -120,6 +120,7 @@ def engines() -> list[str]:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
+    from torch import nn
 
     return [
         inner
@@ -138,8 +139,8 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     return [
         inner
         for inner in module.modules()
-        if plain_class(inner) in {nn.LSTM, nn.GRU}  # in half precision already, too: it is an island there
-        and inner.bias  # the converter takes none without, nor one with projections
+        if plain_class(inner) in {nn.LSTM, nn.GRU}  # also inside a half-precision part, where they stay in fp32
+        and inner.bias  # the converter needs a bias, and supports no projections
         and not getattr(inner, "proj_size", 0)
         and all(parameter.dtype == torch.float32 for parameter in inner.parameters())
     ]
@@ -154,7 +155,7 @@ def _quantized_class(plain: Any, least: int) -> type:
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
         if plain.forward is not own:
             return call_patched(plain, self, input, *args, **kwargs)
-        packed = getattr(self, PACKED, None)  # a thread may be in here while another one switches the change off
+        packed = getattr(self, PACKED, None)  # another thread may have switched the change off
         is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
         if (
             packed is None
@@ -172,7 +173,7 @@ def _packed_call(engine: str) -> Any:
         import torch
 
         weight = module.weight.detach().float()
-        # Symmetric over -127 .. 127: -128 has no counterpart. A row of zeros has no scale of its own.
+        # Symmetric over -127 .. 127, without -128. The clamp gives rows of zeros a scale.
         scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
         points = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
@@ -194,7 +195,7 @@ def _packed_call(engine: str) -> Any:
 def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
     import torch
 
-    # The engine is read while packing only: what is packed knows its own kernels.
+    # The engine is read only while packing; a packed weight keeps its own kernels.
     with _packing:
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine
@@ -224,11 +225,11 @@ def _quantized_recurrent(module: Any) -> Any:
     import torch
 
     plain = plain_class(module)
-    twin: Any = object.__new__(plain)  # the converter goes by the class, and would put the user's own module into eval
-    twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # which it will copy
+    twin: Any = object.__new__(plain)  # the converter looks up the class, and would put the user's module into eval
+    twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # the converter copies it
     holder = torch.nn.ModuleDict({"inner": twin})
     with warnings.catch_warnings():
-        # torch 2.10 announced the removal of its eager quantisation in favour of torchao's, which has no LSTM.
+        # torch 2.10 deprecates its eager quantisation in favour of torchao's, which supports no LSTM.
         warnings.simplefilter("ignore")
         holder = torch.ao.quantization.quantize_dynamic(holder.eval(), {plain}, torch.qint8)  # type: ignore[no-untyped-call]
     if type(holder["inner"]) is plain:

@@ -1,10 +1,10 @@
-"""Linear layers with a few rows on a CPU, by our own kernel: each weight is read once, at the memory's rate.
+"""Linear layers with few rows on a CPU, by the kernel skinny_gemm.cpp, which reads weights at full memory bandwidth.
 
-A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so it takes the
-time that its bytes take. `F.linear` hands that to kernels made for many rows, which reach a third of the memory's rate;
-skinny_gemm.cpp reaches all of it (docs/decisions/0014-skinny.md has the figures). In fp32 it computes from the module's
-own weights, without a copy: exact to rounding. `balanced` may keep them in bf16, `fast` in int8 with a scale for each
-output; both are only stored so, sums stay in fp32, and more than a few rows take the fp32 weights as before.
+A decode step multiplies each weight matrix with one or two rows (a sequence, classifier-free guidance), so reading the
+weights dominates its time. `F.linear` uses kernels for many rows, which reach a third of the memory bandwidth
+(docs/decisions/0006-few-rows.md has the figures). In fp32 the kernel reads the module's own weights and is exact to
+rounding. The level `balanced` may store them in bf16, `fast` in int8 with a scale for each output. Sums stay in fp32,
+and inputs with more rows use the fp32 weights as before.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SkinnyStage"]
 
-# What is read from the cores' own caches is no faster by it, and an int8 copy of it gains nothing.
+# Smaller weights are read from the cores' caches, where neither the kernel nor an int8 copy gains anything.
 _LEAST_WEIGHTS = 16_384
 
 
 @register_stage
 class SkinnyStage(BaseStage):
-    """Linear layers (and transformers' Conv1D) by our own kernel when they are given up to eight rows. For CPUs.
+    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
 
     Args:
-        weights: What the weights are stored in for it.
+        weights: Format in which the kernel reads the weights.
     """
 
     name = "skinny linear layers"
@@ -98,7 +98,7 @@ class SkinnyStage(BaseStage):
 
 
 def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
-    """The layers that the kernel can serve; those in bf16 too, if from their own weights."""
+    """Return the layers that the kernel supports; with `own`, which uses the module's own weights, also bf16 ones."""
     import torch
     from torch import nn
 
@@ -106,7 +106,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
         inner
         for inner in open_modules(module)
         if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
-        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # a quantised one has no memory to point to
+        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
         and inner.weight.device.type == "cpu"
@@ -120,7 +120,7 @@ def _is_bf16(module: Any) -> bool:
 
 
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
-    """Whether it is the kernel's business; everything else, wrong inputs too, gets torch's own answer."""
+    """Check that the kernel supports an input. All others, wrong ones included, get torch's own result or error."""
     import torch
 
     return bool(
@@ -162,7 +162,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         if not _is_bias(bias, outputs):
             return plain.forward(self, x)
         if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
-            # Sums in fp32, rounded once at the end, as bf16 hardware does it.
+            # Sums in fp32, rounded once at the end, as bf16 hardware does.
             wide = None if bias is None else bias.float()
             return _call(x.float(), weight, None, wide, False).to(x.dtype)
         if not _takes(x, inputs) or not (_fits(weight) and _fits(bias)):
@@ -173,7 +173,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
 
 
 def _is_bias(bias: Any, outputs: int) -> bool:
-    """Whether it has a number for each output; torch takes what can be broadcast, and the kernel's loops do not."""
+    """Check that a bias has one number for each output. torch broadcasts other shapes, the kernel does not."""
     return bias is None or tuple(bias.shape) == (outputs,)
 
 
@@ -199,7 +199,7 @@ def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
         if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
             return plain.forward(self, x)
-        copy = getattr(self, COPY, None)  # a thread may be in here while another one switches the change off
+        copy = getattr(self, COPY, None)  # another thread may have switched the change off
         if copy is None:
             return plain.forward(self, x)
         weight, scale = copy.get()

@@ -1,13 +1,13 @@
-"""Weight-norm folding: compute `g * v / ||v||` once instead of at every call. Bit for bit the same.
+"""Weight-norm folding: compute `g * v / ||v||` once instead of at every call. Bit-exact.
 
 Both of torch's interfaces are folded: `torch.nn.utils.weight_norm` (a pre-forward hook) and
 `torch.nn.utils.parametrizations.weight_norm` (a property of a class made for that module).
 
-Removing the norm for good, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay
-where they are, and the product is a buffer that is not saved: `state_dict`, `load_state_dict`, `.to()` and
-`named_parameters` work as before, and a pickled or copied module is an untouched one. Whoever reads the weight has the
-factors looked at (weight_versions.py), and the product made anew where they were written. With gradients on, and for
-whatever traces the module, the weight is computed at each call, as upstream does it.
+Removing the norm, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay in place,
+and the product is a non-persistent buffer. `state_dict`, `load_state_dict`, `.to()` and `named_parameters` work as
+before, and a pickled or copied module is unfolded. Each read of the weight checks the factors (weight_versions.py) and
+recomputes the product if they were written. With gradients on, and under tracing, the weight is computed at each call,
+as upstream does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldStage", "has_folds"]
 
 _FOLD = "_accelerate_tts_fold"
-# The containers in a module's __dict__ that a fold changes.
+# Containers in a module's __dict__ that a fold changes.
 _EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set"}
 
 
@@ -65,7 +65,7 @@ class _Folds(BaseChange):
 
 
 def has_folds(module: nn.Module) -> bool:
-    """Whether a weight inside a module is folded now, which a graph takes for a weight like others."""
+    """Check that a weight inside a module is folded now. A compiled graph treats it as a plain weight."""
     return any(_FOLD in vars(inner) for inner in module.modules())
 
 
@@ -79,7 +79,7 @@ def _foldable(module: nn.Module) -> list[_Fold]:
             folds.append(_HookFold(inner, *hooks[0]))
             continue
         parametrized = getattr(inner, "parametrizations", None) or {}
-        if len(parametrized) == 1:  # with a second parametrized tensor the class cannot simply go
+        if len(parametrized) == 1:  # a second parametrized tensor still needs the class
             name, steps = next(iter(parametrized.items()))
             if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
                 folds.append(_ParametrizationFold(inner, name))
@@ -94,32 +94,32 @@ class _Fold:
         self.name = name
         self.own_class = type(module)
         self._on = False
-        # The product, and the factors as they were before it was made: one pair, for threads.
+        # The product, and the versions of its factors. One pair, replaced atomically.
         self._made: tuple[Weights, Any] | None = None
 
     def weight(self) -> Any:
-        """The folded tensor, computed by torch's own operation."""
+        """Compute the folded tensor by torch's own operation."""
         raise NotImplementedError
 
     def factors(self) -> list[dict[str, Any]]:
-        """Dictionaries of what it is the product of, by name."""
+        """Return the parameter dictionaries that hold the factors."""
         raise NotImplementedError
 
     def plain_class(self) -> type:
-        """The class without the norm's own machinery."""
+        """Return the class without the weight norm."""
         raise NotImplementedError
 
     def detach(self, module: nn.Module) -> None:
-        """Take the norm's machinery off."""
+        """Remove the weight norm's hook, if it has one."""
 
     def attach(self, module: nn.Module) -> None:
-        """Put the norm's machinery back."""
+        """Restore the weight norm's hook, if it has one."""
 
     def on(self) -> None:
         if self._on:
             return
         module = self.module
-        self.own_class = type(module)  # as it is now: a change that was in force when this one was made may be gone
+        self.own_class = type(module)  # read again: another change may have been switched since __init__
         weight = self.product()
         self.detach(module)
         module.__class__ = _folded_class(self.plain_class(), self.name)
@@ -134,7 +134,7 @@ class _Fold:
             self._on = False
 
     def unfold(self, module: nn.Module) -> None:
-        """Undo on `module`: the folded one itself, or a shallow twin of it."""
+        """Undo the fold on `module`, which is the folded module or a shallow copy of it."""
         del vars(module)[_FOLD]
         del module._buffers[self.name]
         module._non_persistent_buffers_set.discard(self.name)
@@ -142,22 +142,22 @@ class _Fold:
         self.attach(module)
 
     def product(self) -> Any:
-        """The folded tensor; the one that was made before, if no factor of it is another since."""
+        """Return the folded tensor; recompute it if a factor was written or replaced."""
         import torch
 
         made = self._made
         if made is None or made[0].outdated():
-            # A normal tensor even when tuning runs in inference mode: it outlives that scope.
+            # A normal tensor, even if tuning runs in inference mode, since it outlives that scope.
             with torch.inference_mode(mode=False), torch.no_grad():
                 made = self._made = (Weights.at(self.factors()), self.weight().detach().clone())
         return made[1]
 
     def current(self) -> Any:
-        """What whoever reads the weight is given."""
+        """Return the weight for a read."""
         import torch
 
         buffers = self.module._buffers
-        if torch.compiler.is_compiling():  # who compiles asks at each call (`has_folds`)
+        if torch.compiler.is_compiling():  # the compiled callers check at each call (`has_folds`)
             return buffers[self.name]
         if torch.is_grad_enabled() or is_traced():
             return self.weight()
@@ -195,7 +195,7 @@ class _HookFold(_Fold):
         hooks = module._forward_pre_hooks
         now = {**hooks, self._number: self._hook}
         later = [number for number in now if number not in self._order]
-        hooks.clear()  # where it stood, and behind it what was registered since
+        hooks.clear()  # restores the hook's place; hooks registered since then come behind
         hooks.update({number: now[number] for number in [*self._order, *later] if number in now})
 
 
@@ -221,7 +221,7 @@ class _ParametrizationFold(_Fold):
 def _folded_class(plain: type, name: str) -> type:
     def weight(self: Any) -> Any:
         fold: Any = vars(self).get(_FOLD)
-        # A half-precision twin shares the fold with its module; a weight of the user's own may stand here, too.
+        # A half-precision copy shares the fold with its module, and a user may have set a weight of their own.
         if fold is not None and fold.module is self and name in self._buffers:
             return fold.current()
         return self.__getattr__(name)
@@ -230,7 +230,7 @@ def _folded_class(plain: type, name: str) -> type:
         fold = vars(self)[_FOLD]
         twin = fold.own_class.__new__(fold.own_class)
         twin.__dict__ = {
-            # The containers that unfold() edits must be the twin's own; all else is shared.
+            # The containers that unfold() edits are copied; all else is shared.
             key: copy.copy(value) if key in _EDITED else value
             for key, value in vars(self).items()
         }
@@ -239,7 +239,7 @@ def _folded_class(plain: type, name: str) -> type:
 
     def reduce_ex(self: Any, _protocol: int) -> Any:
         twin = untouched(self)
-        # Not the twin's own __reduce_ex__: pickle insists that its __newobj__ makes an object of our class.
+        # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
         return copyreg._reconstructor, (type(twin), object, None), twin.__getstate__()  # type: ignore[attr-defined]
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:

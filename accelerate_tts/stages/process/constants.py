@@ -1,12 +1,12 @@
-"""Constants that upstream computes anew at each call: mel filter banks, windows, resampling kernels. Bit for bit.
+"""Constants that upstream recomputes at each call: mel filter banks, windows, resampling kernels. Bit-exact.
 
-librosa makes its mel filter bank at every call, torchaudio's Kaldi features theirs, and its `functional.resample` a
-kernel. Each is a pure function of a few numbers. During the reference pass these functions are watched: one that is
-called, that takes long enough to be worth a dictionary, whose second result is the first one bit for bit and that warns
-of nothing is kept by its arguments. Callers get a copy, for they may write into what they are given.
+librosa computes its mel filter bank at every call, as do torchaudio's Kaldi features, and `functional.resample`
+computes a kernel. Each is a pure function of a few numbers. These functions are observed during the reference pass.
+Results of a function are cached by its arguments if it is slow enough to gain from that, a second call gives the same
+bits, and it emits no warnings. Callers get copies, since they may write into a result.
 
-The names of the functions are replaced wherever a loaded module has them (`from librosa.filters import mel` too), until
-the last tuned object is undone. A wrapper that somebody still holds then calls upstream's function.
+The functions are replaced in every loaded module that has them (also by `from librosa.filters import mel`), until the
+last tuned object is undone. A wrapper that is still referenced then calls upstream's function.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ PURE = (
     "transformers.audio_utils:mel_filter_bank",
     "transformers.audio_utils:window_function",
 )
-"""Functions whose results hang on nothing but their arguments and torch's default dtype, as `module:name`.
+"""Functions whose results depend only on their arguments and torch's default dtype, as `module:name`.
 
-A list, since no watching tells a function that reads a global from one that does not. Adding one is adding a line.
+This is an explicit list, since observation cannot show that a function reads a global.
 """
 
 _WORTH = 50e-6
-"""Seconds that a call of upstream's must take: looking a result up and copying it takes a few microseconds."""
+"""Minimum seconds of upstream's call: a look-up and a copy take a few microseconds."""
 _MOST_RESULTS, _MOST_BYTES = 64, 16 << 20
 _DEEPEST_KEY = 3
 _ABSENT: Any = object()
 
 
 class _UnkeepableError(Exception):
-    """An argument that cannot be told from another one, or a result that cannot be copied."""
+    """An argument that cannot be a key, or a result that cannot be copied."""
 
 
 class _Function:
-    """One upstream function and its stand-in, for the whole process."""
+    """One upstream function and its process-wide replacement."""
 
     def __init__(self, name: str, upstream: Callable[..., Any]) -> None:
         self.name = name
@@ -74,7 +74,7 @@ class _Function:
                 return self.upstream(*args, **kwargs)
             return self._call(args, kwargs)
 
-        # torch.jit.script compiles what it finds here in place of a wrapper, which it could not read.
+        # torch.jit.script compiles this function in place of the wrapper, which it cannot compile.
         vars(constant).update({"__script_if_tracing_wrapper": True, "__original_fn": self.upstream})
         return constant
 
@@ -90,7 +90,7 @@ class _Function:
             for seen in self.watchers:
                 seen.setdefault(self.name, Watched()).calls += 1
             return _copied(found)
-        _within.upstream = True  # what it calls itself is a part of its time, and is not called once it is kept
+        _within.upstream = True  # nested calls are part of this call's time, and disappear once it is cached
         try:
             start = time.perf_counter()
             result = self.upstream(*args, **kwargs)
@@ -117,7 +117,7 @@ class _Function:
                 self.results[key] = kept
 
     def _again(self, args: Any, kwargs: Any) -> tuple[Any, bool, float]:
-        """A second result, whether it came with a warning, and its seconds."""
+        """Call upstream again; return the result, True if it emitted a warning, and the seconds."""
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             start = time.perf_counter()
@@ -127,7 +127,7 @@ class _Function:
 
 @dataclass
 class Watched:
-    """What was seen of one function in a pass: calls with arguments that can be kept, and what upstream's took."""
+    """Observations of one function in a pass: cacheable calls, and the seconds of upstream's calls."""
 
     calls: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -135,26 +135,26 @@ class Watched:
 
     @property
     def worth_it(self) -> bool:
-        """Whether it takes so long that keeping its results gains anything."""
+        """True if the function is pure and slow enough for caching to gain time."""
         return self.pure and bool(self.seconds) and max(self.seconds) >= _WORTH
 
     @property
     def saved(self) -> float:
-        """Seconds that a pass takes less."""
+        """Seconds that caching saves in a pass."""
         return self.calls * sum(self.seconds) / len(self.seconds)
 
 
 _lock = threading.RLock()
 _within = threading.local()
 _functions: dict[str, _Function] = {}
-"""Those whose names are replaced now."""
+"""Functions that are replaced now."""
 
 
 class KeptConstants(BaseChange):
-    """The change; see `Change`. It serves what `watching` found worth it.
+    """The change; see `Change`. It caches the functions that `watching` found worth it.
 
     Args:
-        functions: The functions to watch; see `PURE`.
+        functions: The functions to observe; see `PURE`.
     """
 
     name = "constants of upstream"
@@ -166,12 +166,12 @@ class KeptConstants(BaseChange):
 
     @contextmanager
     def watching(self) -> Generator[None, None, None]:
-        """While open, watch which of the functions are called."""
+        """Observe calls of the functions while open."""
         seen: dict[str, Watched] = {}
         functions = _replace({name for name in self.functions if _upstream(name) is not None})
         with _lock:
             for function in functions:
-                function.results.clear()  # what another object kept would be served, and not be seen
+                function.results.clear()  # results cached for another object would hide calls of upstream
                 function.watchers.append(seen)
         try:
             yield
@@ -184,11 +184,11 @@ class KeptConstants(BaseChange):
 
     @property
     def saved(self) -> float:
-        """Seconds that a pass takes less, as measured by the functions themselves."""
+        """Seconds saved in a pass, from the measured times of the functions."""
         return sum(watched.saved for watched in self.found.values())
 
     def __str__(self) -> str:
-        """The functions, with what they take, for people."""
+        """Return the functions with their calls and milliseconds, for people."""
         return ", ".join(
             f"{name.replace(':', '.')} ({watched.calls} calls, {1e3 * watched.saved:.2f} ms)"
             for name, watched in sorted(self.found.items())
@@ -214,14 +214,14 @@ class KeptConstants(BaseChange):
 
 
 def _upstream(name: str) -> Callable[..., Any] | None:
-    """The function of that name, if its module is loaded."""
+    """Return the function of that name if its module is loaded, else `None`."""
     module, _, attribute = name.partition(":")
     found = vars(sys.modules[module]).get(attribute) if sys.modules.get(module) is not None else None
     return found if callable(found) else None
 
 
 def _replace(names: set[str]) -> list[_Function]:
-    """Put the stand-ins of these functions where the functions are, in each loaded module."""
+    """Replace these functions in each loaded module."""
     with _lock:
         fresh = {}
         for name in names - _functions.keys():
@@ -233,7 +233,7 @@ def _replace(names: set[str]) -> list[_Function]:
 
 
 def _give_back() -> None:
-    """Put upstream's functions back where nobody needs the stand-ins."""
+    """Restore upstream's functions that no tuned object or observer needs replaced."""
     idle = [function for function in _functions.values() if not (function.users or function.watchers)]
     for function in idle:
         del _functions[function.name]
@@ -242,14 +242,12 @@ def _give_back() -> None:
 
 
 def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
-    """In each loaded module, put other functions in place of those with these ids."""
+    """Replace the functions with these ids in each loaded module."""
     if not by_id:
         return
     for module in list(sys.modules.values()):
         try:
-            names = object.__getattribute__(
-                module, "__dict__"
-            )  # one that is loaded when it is looked at stays unloaded
+            names = object.__getattribute__(module, "__dict__")  # does not trigger lazily loaded modules
         except AttributeError:
             continue
         for name, value in list(names.items()):
@@ -258,7 +256,7 @@ def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
 
 
 def _modes() -> bool:
-    """Whether a mode of torch is on that makes other tensors of the same calls: a device context, fake tensors."""
+    """Check for an active torch mode that changes the tensors that calls make: a device context, fake tensors."""
     import torch
 
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
@@ -271,7 +269,7 @@ def _settings() -> Hashable:
 
 
 def _key(value: Any, depth: int = 0) -> Hashable:
-    """What tells an argument from another one; 1, 1.0 and True, and 0.0 and -0.0, are different ones."""
+    """Return the cache key of an argument. It distinguishes 1, 1.0 and True, and 0.0 and -0.0."""
     import torch
 
     if type(value) in {tuple, list} and depth < _DEEPEST_KEY:
@@ -284,7 +282,7 @@ def _key(value: Any, depth: int = 0) -> Hashable:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a result that its caller may write into."""
+    """Return a copy of a result that the caller may write into."""
     import torch
 
     numpy: Any = sys.modules.get("numpy")
@@ -301,7 +299,7 @@ def _copied(value: Any) -> Any:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two results are the same bit for bit, in memory order too."""
+    """Check that two results are bit-identical, strides included."""
     import torch
 
     if type(first) is not type(second):

@@ -1,9 +1,9 @@
-"""One thread for OpenBLAS, where NumPy's idle workers would stand in the way of torch's.
+"""One thread for OpenBLAS, so that NumPy's idle workers do not slow down torch's threads.
 
-torch computes the same bit for bit; NumPy may sum in another order.
+torch's results stay bit-exact; NumPy may sum in another order.
 
-A change of the process, not of a part: it is tried on whole passes through the public path, where NumPy and torch take
-turns as they will in service. device/openblas.py says why it matters.
+This changes the process rather than a part. It is therefore tried on whole passes through the public path, where NumPy
+and torch alternate as in service. device/openblas.py explains the effect.
 """
 
 from __future__ import annotations

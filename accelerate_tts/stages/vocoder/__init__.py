@@ -1,1 +1,1 @@
-"""Stages for vocoders and VITS: the same sums in fewer operators."""
+"""Stages for vocoders and VITS: the same computation in fewer operators."""

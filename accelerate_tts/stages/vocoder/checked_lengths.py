@@ -1,16 +1,15 @@
-"""Parts on which lengths hang, to rounding, with each decision checked by its margin. For CPUs.
+"""Parts that decide lengths, exact to rounding, with each decision checked by its margin. For CPUs.
 
-VITS rounds the duration of each token up to whole frames. A rounding error there is one frame more or less, and all
-that follows is another waveform; so text encoder and durations had to be bit-exact. Here they are computed in fewer
-operators, and before anything is decided each value is held against the edge at which the decision would turn. If one
-lies within a bound of it, what was computed is thrown away, random generators are put back, and the untouched parts
-decide, for this call.
+VITS rounds the duration of each token up to whole frames. A rounding error there changes the number of frames, and with
+it the whole waveform. Text encoder and duration predictor would therefore have to be bit-exact. Here they are computed
+in fewer operators, and each value is compared with the edge at which its decision would flip. If a value lies within
+its error bound of an edge, the result is discarded, the random generators are restored, and the untouched parts decide
+for this call.
 
-The bound is not one number. How far rounding is carried through a spline that is inverted is known where it is
-inverted: by the inverse of its slope there, which ranges over three orders of magnitude. So each token has a bound of
-its own: what its splines amplify a rounding by, times a factor that is measured on this model's weights, on texts of
-random tokens against the untouched parts, and taken eight times as large as the largest that was seen. What is not a
-number, or at an edge itself, is never within the bound.
+Each token has an error bound of its own. An inverted spline amplifies a rounding error by the inverse of its slope,
+which ranges over three orders of magnitude. The bound is this amplification times a factor. The factor is measured on
+this model's weights, with texts of random tokens against the untouched parts; eight times the largest observed value is
+used. NaN, and a value exactly at an edge, always fail the check.
 """
 
 from __future__ import annotations
@@ -49,32 +48,32 @@ _CHECKED = "_accelerate_tts_checked"
 _ROUNDING = 2.0**-24
 _SAFETY = 8.0
 _LEAST_FACTOR = 64.0
-"""Of roundings: no measurement on a few texts shows that a part of a hundred operators does better than that."""
+"""Minimum factor, in roundings: a few texts cannot show that a part of a hundred operators is more accurate."""
 _TEXTS = 8
 
 
 class _TooCloseError(Exception):
-    """A decision of this call may turn with the rounding."""
+    """A decision of this call may depend on rounding."""
 
 
 def is_checked(module: nn.Module) -> bool:
-    """Whether a part on which lengths hang is served now by something that checks each decision by its margin."""
+    """Check that a part that decides lengths is replaced now by one with checked decisions."""
     return hasattr(type(module), _CHECKED)
 
 
 def holds(values: torch.Tensor, errors: torch.Tensor) -> bool:
-    """Whether rounding up gives the same whole numbers for all values that are off by their errors at most.
+    """Check that rounding up gives the same integers for all values within their error bounds.
 
     Args:
-        values: Any shape, of logarithms that were exponentiated.
-        errors: The largest error of each of the logarithms, broadcastable to it.
+        values: Exponentials, of any shape.
+        errors: Error bounds of their logarithms, broadcastable to `values`.
     """
     import torch
 
-    # exp(x + e) is off by exp(x) * (exp(e) - 1); the second term is for exp itself, and the product with the rate.
+    # exp(x + e) is off by exp(x) * (exp(e) - 1). The second term covers exp itself and the product with the rate.
     reach = values * (torch.expm1(errors) + 8 * _ROUNDING)
     distance = (values - values.round()).abs()
-    return bool((distance > reach).all())  # a NaN is not
+    return bool((distance > reach).all())  # False for NaN
 
 
 @dataclass
@@ -82,12 +81,12 @@ class _Attempt:
     """One call of an owner.
 
     Attributes:
-        guard: The owner's.
+        guard: The owner's guard.
         named: The call's arguments by name.
-        untouched: Whether the untouched parts are to decide.
-        fast: Whether something was computed to rounding.
-        measuring: Whether the value is all that is wanted.
-        later: The random generators' states that the untouched parts leave behind when they repeat a call.
+        untouched: Let the untouched parts decide.
+        fast: True once a part was computed in fewer operators.
+        measuring: Stop the call as soon as the deciding value is known.
+        later: States of the random generators that are set after the untouched parts have repeated a call.
     """
 
     guard: _Guard
@@ -103,10 +102,10 @@ _attempt: ContextVar[_Attempt | None] = ContextVar("attempt", default=None)
 
 @register_stage
 class CheckedStage(BaseStage):
-    """Serves a part on which lengths hang in fewer operators, where the decision is known.
+    """Computes a part that decides lengths in fewer operators, if its decision is known and can be checked.
 
     Args:
-        kernel: What serves it: that of the durations first, for without it nothing else can be checked.
+        kernel: Implementation of the part. The duration predictor's comes first, since it checks the decision.
     """
 
     name = "checked by margin"
@@ -143,7 +142,7 @@ class CheckedStage(BaseStage):
 
 
 class _Checked(BaseChange):
-    """The change of one part; that of the last one brings the guard along."""
+    """The change of one part. The change of the deciding part also swaps the owner's class."""
 
     def __init__(self, module: Any, served: Served, guard: _Guard) -> None:
         decides = guard.served is served
@@ -167,15 +166,15 @@ class _Checked(BaseChange):
 
 
 class _Guard:
-    """What the parts of one owner share: the decision, and how far rounding is carried.
+    """State that the parts of one owner share: the decision and its error bound.
 
     Attributes:
         decision: The decision.
-        served: What serves the part that decides.
-        factor: Roundings that a value is off by at most, before its own amplification.
-        calls: Calls whose decisions were looked at.
-        repeated: Of them, those in which the untouched parts decided.
-        last: What was looked at last.
+        served: Replacement of the deciding part.
+        factor: Error bound of a value in roundings, before its own amplification.
+        calls: Number of calls whose decisions were checked.
+        repeated: Number of calls in which the untouched parts decided.
+        last: The value that was checked last.
     """
 
     def __init__(self, decision: Decision, served: Served) -> None:
@@ -188,10 +187,10 @@ class _Guard:
         self._said = False
 
     def measure(self) -> None:
-        """Find the factor, with whatever parts are served now.
+        """Measure the factor with the parts that are replaced now.
 
         Raises:
-            RuntimeError: The owner does not call the parts as it should, so nothing can be known of them.
+            RuntimeError: The owner does not call the parts as expected, so their errors cannot be measured.
         """
         for number in range(_TEXTS):
             named = self.decision.probe(self.decision.owner, number)
@@ -216,9 +215,9 @@ class _Guard:
         raise RuntimeError(f"{type(self.decision.owner).__name__} did not call its {self.decision.parts[-1]}")
 
     def holds(self, attempt: _Attempt, found: Amplified) -> bool:
-        """Whether what was computed decides as the untouched parts would."""
+        """Check that a value decides as the untouched parts would."""
         self.calls, self.last = self.calls + 1, found
-        if self.served.described is not self._measured_with:  # other weights, of which nothing is known
+        if self.served.described is not self._measured_with:  # the weights changed, so the factor is unknown
             if not self._said:
                 what = f"decisions by margin of {type(self.decision.owner).__name__}"
                 emit(NotApplied(what, "its weights were written since it was tuned; the untouched parts decide"))
@@ -229,7 +228,7 @@ class _Guard:
 
 
 class _MeasuredError(Exception):
-    """Ends a call whose value was wanted."""
+    """Ends a call as soon as the value is known."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -237,7 +236,7 @@ class _MeasuredError(Exception):
 
 
 def _states() -> tuple[Any, Any]:
-    """Of torch's and NumPy's generators, which VITS draws from."""
+    """Return the states of torch's and NumPy's generators, which VITS draws from."""
     import torch
 
     numpy: Any = sys.modules.get("numpy")
@@ -261,7 +260,7 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
         parts = [getattr(self, name) for name in guard.decision.parts]
         if torch.compiler.is_compiling() or _attempt.get() is not None:
             return plain.forward(self, *args, **kwargs)
-        # A user's hook on a part would be called twice, and is to see what upstream computes.
+        # A user's hook on a part must be called once, and see what upstream computes.
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         attempt = _Attempt(guard, named, untouched=has_hooks(*parts))
         before = _states()
@@ -271,7 +270,7 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
                 return plain.forward(self, *args, **kwargs)
             except _TooCloseError:
                 guard.repeated += 1
-            # Others may have drawn meanwhile: what the generators are at now is where they go on from.
+            # Other code may have drawn meanwhile, so the generators continue from their present states afterwards.
             attempt.untouched, attempt.fast, attempt.later = True, False, _states()
             _put_back(before)
             return plain.forward(self, *args, **kwargs)
@@ -283,7 +282,7 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
 
 
 def _leading_class(plain: Any, served: Served, guard: _Guard) -> type:
-    """Of a part that the decision hangs on by way of the last one."""
+    """Make the class of a part that influences the decision through the deciding part."""
     names = parameters_of(plain)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -308,7 +307,7 @@ def _deciding_class(plain: Any, served: Served, guard: _Guard) -> type:
         found = None
         if _is_checked_now(attempt, guard) and len(args) <= len(names):
             found = served.serve({**dict(zip(names, args, strict=False)), **kwargs})
-        if attempt is None or attempt.guard is not guard:  # a replay, of which nothing hangs
+        if attempt is None or attempt.guard is not guard:  # a replayed call, which decides nothing
             return plain.forward(self, *args, **kwargs) if found is None else found.value
         if found is None and attempt.fast:
             raise _TooCloseError
@@ -327,7 +326,7 @@ def _deciding_class(plain: Any, served: Served, guard: _Guard) -> type:
 
 
 def _is_checked_now(attempt: _Attempt | None, guard: _Guard) -> bool:
-    """Whether a part may be computed to rounding: within a call of its owner, or where it is verified and timed."""
+    """Check that a part may be computed in fewer operators: in a call of its owner, or while tuning compares it."""
     return warming.get() if attempt is None else attempt.guard is guard and not attempt.untouched
 
 

@@ -1,7 +1,7 @@
-"""Parts of known classes in fewer operators: the same sums, with less between them. For CPUs.
+"""Parts of known classes, computed in fewer operators. For CPUs.
 
-What is known of each class is in `vits_parts` and `hifigan`. A part on which lengths hang is another stage's business
-(`margin`).
+`vits.py` and `hifigan.py` implement the classes. Parts that decide lengths belong to another stage
+(`checked_lengths.py`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["FewerOperatorsStage"]
 
 @register_stage
 class FewerOperatorsStage(BaseStage):
-    """Serves a whole part by a function that knows its class.
+    """Computes a whole part by an implementation of its class in fewer operators.
 
     Args:
-        kernels: What serves parts, each of one class.
-        copies: In what they have copies of the weights.
+        kernels: Implementations, each of one class.
+        copies: Format of their copies of the weights.
     """
 
     name = "fewer operators"
     devices = ("cpu",)
-    # Before all else that changes parts: what is served as a whole is not tried again piece by piece.
+    # Before all other stages that change parts, since a fused part is not tried again piece by piece.
     after = ("fold weight norm", "one OpenBLAS thread")
 
     @classmethod

@@ -1,14 +1,14 @@
-"""HiFi-GAN's generator in fewer operators, exact to rounding; or in bf16. For CPUs.
+"""HiFi-GAN's generator in fewer operators, in fp32 (exact to rounding) or bf16. For CPUs.
 
-Everything is kept in channels-last order from end to end (decision 0006), and:
+All tensors stay in channels-last layout (decision 0005), and:
 
-- a convolution adds its block's residual, or applies the activation behind it, while its output is in registers
-  (oneDNN's post-operations, on weights reordered once);
-- a transposed convolution of stride `s` is a plain one of `kernel / s` taps with `s` times the channels: in
-  channels-last order its outputs lie as the longer signal does, so nothing is moved;
-- the mean over the blocks is in the weights of what comes behind it, for a leaky ReLU is homogeneous.
+- a convolution adds its block's residual, or applies the following activation, while its output is in registers
+  (oneDNN's post-operations, on weights that are reordered once);
+- a transposed convolution of stride `s` is a plain one of `kernel / s` taps with `s` times the channels. In
+  channels-last layout its outputs lie in memory as the longer signal does, so nothing is moved;
+- the mean over the blocks is folded into the weights of the following layer, since a leaky ReLU is homogeneous.
 
-What it knows is transformers' `VitsHifiGan`, with residual blocks of both of HiFi-GAN's types.
+Supported is transformers' `VitsHifiGan`, with both of HiFi-GAN's types of residual blocks.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = ["PIECE", "Piece", "hifigan"]
 
 _GENERATOR, _PAIRS, _SINGLES = "VitsHifiGan", "HifiGanResidualBlock", "TwoConvolutionBlock"
 _LAST_SLOPE = 0.01
-"""Of the activation before the last convolution: torch's default."""
+"""Slope of the activation before the last convolution: torch's default."""
 
 
 class Piece(NamedTuple):
-    """The size of what is computed at once of a level.
+    """Size of a piece of the signal that is computed at once.
 
     Attributes:
-        size: Bytes of one tensor of it.
-        frames: The least frames of it: its ends are computed twice.
+        size: Bytes of one tensor of the piece.
+        frames: Minimum frames of the piece, since its ends are computed twice.
     """
 
     size: int
@@ -43,11 +43,11 @@ class Piece(NamedTuple):
 
 
 PIECE = Piece(4 << 20, 1024)
-"""Two cores with 2 MB of cache each were fastest with it (decision 0041)."""
+"""The fastest size on two cores with 2 MB of cache each (decision 0005)."""
 
 
 def hifigan(dtype: Any = None) -> Kernel:
-    """The kernel, in fp32 or in another dtype."""
+    """Make the kernel, in fp32 or in another dtype."""
     return Kernel("HiFi-GAN", _parts_of, partial(_Generator, dtype=dtype), _serve)
 
 
@@ -55,7 +55,7 @@ def _parts_of(module: Any) -> Any:
     try:
         return module if plain_class(module).__name__ == _GENERATOR and _is_known(module) else None
     except (AttributeError, IndexError, TypeError):
-        return None  # a release in which it has another shape
+        return None  # a release with another structure
 
 
 def _is_known(generator: Any) -> bool:
@@ -82,7 +82,7 @@ def _is_known(generator: Any) -> bool:
 
 
 class _Upsampling:
-    """A transposed convolution as a plain one."""
+    """A transposed convolution, computed as a plain one."""
 
     def __init__(self, layer: Any, scale: float, dtype: Any) -> None:
         import torch
@@ -132,9 +132,10 @@ class _Generator:
 
 
 def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor:
-    """The sum of the blocks' results behind a leaky ReLU, piece by piece: what a piece needs stays in the caches.
+    """Compute the sum of the blocks' results and a leaky ReLU, piece by piece, so that a piece stays in the caches.
 
-    And in the heap: the C library gives large blocks back to the system, and each page of a new one is a fault.
+    Small pieces also stay in the heap: the C library returns large blocks to the system, and each page of a new block
+    costs a page fault.
     """
     import torch
     from torch.nn import functional
@@ -154,7 +155,7 @@ def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor
 
 
 def _sum(image: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
-    """The sum of what blocks make of an image, of memory of its own."""
+    """Return the sum of the blocks' results, in new memory."""
     from torch.nn import functional
 
     bent = {slope: functional.leaky_relu(image, slope) for slope in {block.slope for block in blocks}}
@@ -180,7 +181,7 @@ class _Pairs:
         ]
 
     def __call__(self, image: torch.Tensor, bent: torch.Tensor) -> torch.Tensor:
-        """The result, of memory of its own. `bent` is the image behind the activation."""
+        """Return the result in new memory. `bent` is the image behind the activation."""
         from torch.nn import functional
 
         first, second = self.pairs[0]

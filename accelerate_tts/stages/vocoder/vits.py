@@ -1,12 +1,12 @@
-"""The parts of transformers' `VitsModel` in fewer operators, exact to rounding. On a CPU, one text at a time.
+"""The parts of transformers' `VitsModel` in fewer operators, exact to rounding. For CPUs, one text at a time.
 
-Upstream runs them with channels before time: each convolution reorders what it is given, each norm transposes it there
-and back, masks that hide nothing are multiplied in, and splines are computed by boolean indexing. Here time comes first
-in memory: a convolution of one frame is a product, a norm needs no transpose, a depthwise convolution is three products
-of shifted rows, and relative positions are a band of the scores, addressed where it lies.
+Upstream computes them in (channels, time) layout: each convolution reorders its input, each norm transposes it twice,
+masks of ones are multiplied in, and splines use boolean indexing. Here the layout is (time, channels). A convolution of
+one frame is a matrix product, a norm needs no transpose, and a depthwise convolution is three products of shifted rows.
+Relative positions are a band of the score matrix, addressed in place by strides.
 
-What they draw from random generators is drawn as upstream draws it. Anything but a plain call (a batch, a mask that
-hides something, speakers, hidden states asked for) is upstream's.
+Random numbers are drawn as upstream draws them. Other calls (a batch, a mask that hides positions, speakers, requested
+hidden states) take upstream's own forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["DURATIONS", "FLOW", "TEXT", "Amplified", "Convolution", "narrow", "w
 
 _MODULE = "transformers.models.vits.modeling_vits"
 _LEAST_LENGTH = 10
-"""Texts of fewer tokens are upstream's: bands of a smaller matrix would overlap."""
+"""Minimum tokens of a text: in a smaller matrix, the bands of relative positions would overlap."""
 
 
 def _is_of(module: Any, name: str) -> bool:
@@ -35,7 +35,7 @@ def _is_of(module: Any, name: str) -> bool:
 
 
 def _all_fp32(module: nn.Module) -> bool:
-    """Whether all weights are plain fp32 on the CPU."""
+    """Check that all weights are plain fp32 tensors on the CPU."""
     import torch
     from torch import nn
 
@@ -48,7 +48,7 @@ def _parts_of(module: Any, name: str) -> Any:
     try:
         return module if _is_of(module, name) and _all_fp32(module) and _KNOWN[name](module) else None
     except (AttributeError, IndexError, TypeError):
-        return None  # a release in which it has another shape
+        return None  # a release with another structure
 
 
 def _hides_something(mask: Any) -> bool:
@@ -56,7 +56,7 @@ def _hides_something(mask: Any) -> bool:
 
 
 def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear layer or a convolution of one frame, as (inputs, outputs) and its bias."""
+    """Return weight, (inputs, outputs), and bias of a linear layer or a convolution of one frame."""
     import torch
 
     weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
@@ -65,13 +65,14 @@ def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Convolution:
-    """A 1-D convolution over rows of time, `(time, channels)`, by oneDNN with its weights in the order that it wants.
+    """A 1-D convolution in `(time, channels)` layout by oneDNN, with weights reordered once.
 
     Args:
         weight: `(outputs, inputs, frames)`.
         bias: `(outputs,)`, or `None`.
         padding: Frames of zeros at both ends.
-        dilation: Frames between two taps.
+        dilation: Distance of two taps in frames.
+        dtype: Dtype of weights and results; fp32 by default.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class Convolution:
 
     @classmethod
     def of(cls, layer: Any, dtype: Any = None) -> Convolution:
-        """That of a `Conv1d`."""
+        """Make the convolution of a `Conv1d`."""
         return cls(layer.weight, layer.bias, layer.padding[0], layer.dilation[0], dtype)
 
     def __call__(self, rows: torch.Tensor, activation: str = "none", *scalars: float) -> torch.Tensor:
-        """What it makes of `(1, channels, 1, time)` in channels-last order, with an activation if one is named."""
+        """Convolve `(1, channels, 1, time)` in channels-last layout, and apply an activation if one is named."""
         import torch
 
         return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
@@ -99,7 +100,7 @@ class Convolution:
         )
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """The same and `other` added."""
+        """Convolve, and add `other`."""
         import torch
 
         return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
@@ -107,7 +108,7 @@ class Convolution:
         )
 
     def onto(self, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Add it to `other`, in place."""
+        """Convolve, and add the result to `other` in place."""
         import torch
 
         return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
@@ -116,12 +117,12 @@ class Convolution:
 
 
 def wide(rows: torch.Tensor) -> torch.Tensor:
-    """`(time, channels)` as `(1, channels, 1, time)`; contiguous rows are in channels-last order then."""
+    """View `(time, channels)` as `(1, channels, 1, time)`, which is channels-last for contiguous rows."""
     return rows[None, None].permute(0, 3, 1, 2)
 
 
 def narrow(image: torch.Tensor) -> torch.Tensor:
-    """`(1, channels, 1, time)` in channels-last order as `(time, channels)`."""
+    """View `(1, channels, 1, time)` in channels-last layout as `(time, channels)`."""
     return image.permute(0, 2, 3, 1)[0, 0]
 
 
@@ -139,15 +140,15 @@ class _Text:
     def __call__(self, ids: torch.Tensor) -> Any:
         import torch
 
-        numpy: Any = sys.modules["numpy"]  # upstream has it, and draws from it
+        numpy: Any = sys.modules["numpy"]  # upstream has imported it, and draws from it
         length = ids.shape[1]
         hidden = torch.nn.functional.embedding(ids[0], self.embedded)
         edge = _edge(length, self.layers[0].window)
         for layer in self.layers:
-            numpy.random.uniform(0, 1)  # for its layer drop, which is for training
+            numpy.random.uniform(0, 1)  # upstream draws for its layer drop, which acts only in training
             hidden = layer(hidden, edge)
         stats = torch.addmm(self.project[1], hidden, self.project[0])
-        stats = stats.t().contiguous().t()[None]  # the order in memory that upstream's convolution leaves
+        stats = stats.t().contiguous().t()[None]  # the strides of upstream's result
         means, variances = torch.split(stats, self.flow_size, dim=2)
         return self.output_class(
             last_hidden_state=hidden[None], prior_means=means, prior_log_variances=variances,
@@ -156,7 +157,7 @@ class _Text:
 
 
 def _edge(length: int, window: int) -> torch.Tensor:
-    """Which of the band's elements lie within the matrix: `(length, 2 * window + 1)` of ones and zeros."""
+    """Return a mask of the band's elements inside the matrix: `(length, 2 * window + 1)` of ones and zeros."""
     import torch
 
     column = torch.arange(length)[:, None] + torch.arange(-window, window + 1)
@@ -200,8 +201,8 @@ class _Layer:
         length, window = hidden.shape[0], self.window
         three = torch.addmm(self.three[1], hidden, self.three[0])
         query, key, value = three.view(length, 3, self.heads, self.size).permute(1, 2, 0, 3)
-        # A matrix of scores, with room for the corners of its band at both ends: row i's band begins `window` elements
-        # before its diagonal, and the diagonals of two rows are length + 1 apart.
+        # The score matrix, padded at both ends for the corners of its band. Row i's band begins `window` elements
+        # before its diagonal, and the diagonals of two rows are length + 1 elements apart.
         shape, band = (self.heads, length, length), (self.heads, length, 2 * window + 1)
         steps = (length * length, length + 1, 1)
         room = torch.zeros(self.heads * length * length + 2 * window)
@@ -247,12 +248,12 @@ class _Flow:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         import torch
 
-        # Flipping all channels exchanges the halves and turns both around. What is turned around is not moved: the
-        # weights of every other coupling are.
+        # Flipping all channels exchanges the halves and reverses both. The channels are not moved; instead, the weights
+        # of every other coupling are reversed.
         first, second = inputs[0].t().chunk(2, dim=1)
         for coupling in self.couplings:
             first, second = second, first - coupling(second)
-        if len(self.couplings) % 2:  # each half is turned around still
+        if len(self.couplings) % 2:  # each half is still reversed
             first, second = first.flip(1), second.flip(1)
         return torch.cat((first, second), 1).t().contiguous()[None]
 
@@ -289,9 +290,9 @@ class _Coupling:
 
 
 def _gated(layer: Any, width: int) -> Convolution:
-    """A gate's convolution, with `2 * sigmoid(2 * x) - 1` in place of `tanh(x)`, which takes five times as long.
+    """Make a gate's convolution for `2 * sigmoid(2 * x) - 1`, a fifth of the time of `tanh(x)`.
 
-    The inner two is here, the outer one in the weights of what comes behind it: powers of two round nothing.
+    The inner factor of two is in these weights, and the outer one in those of the next layer. Powers of two are exact.
     """
     import torch
 
@@ -316,7 +317,7 @@ def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
 
 
 class _Separable:
-    """Layers of a depthwise convolution and one of a single frame."""
+    """Layers of a depthwise convolution followed by a convolution of one frame."""
 
     def __init__(self, module: Any) -> None:
         self.layers = [
@@ -348,7 +349,7 @@ class _Separable:
 
 
 class _Spline:
-    """A convolutional flow, backwards."""
+    """The inverse of a convolutional flow."""
 
     def __init__(self, flow: Any) -> None:
         import torch
@@ -364,7 +365,7 @@ class _Spline:
     def __call__(
         self, first: torch.Tensor, second: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The other half, and the inverse of the spline's slope there: errors of what goes in are multiplied by it."""
+        """Return the other half, and the inverse of the spline's slope, by which errors of the input are multiplied."""
         import torch
         from torch.nn import functional
 
@@ -374,7 +375,7 @@ class _Spline:
             self.bins,
             self.bound,
             1e-3,
-        )  # the least of widths, heights and slopes, as upstream has them
+        )  # minimum of widths, heights and slopes, as upstream
         parts = functional.softmax(raw[:, : 2 * bins].view(-1, 2, bins), -1).mul_(1 - least * bins).add_(least)
         edges = functional.pad(parts.cumsum(-1), (1, 0)).mul_(2 * bound).sub_(bound)
         edges[..., 0], edges[..., -1] = -bound, bound
@@ -401,7 +402,7 @@ class _Spline:
 
 
 class Amplified(NamedTuple):
-    """A value and, of each element, about how many times a rounding error is carried into it."""
+    """A value and, for each element, the approximate amplification of a rounding error."""
 
     value: torch.Tensor
     gain: torch.Tensor
@@ -431,9 +432,9 @@ class _Durations:
         for number, spline in enumerate(self.splines, 1):
             first, second = second, first
             second, gain = spline(first, second, rows)
-            if number < len(self.splines):  # the next one sees all tokens within its reach
+            if number < len(self.splines):  # the next spline sees all tokens within its reach
                 others = others + functional.max_pool1d(gain[None], 2 * self.reach + 1, 1, self.reach)[0]
-        shift, scale = self.affine[0]  # flipped once more, so the second is the first
+        shift, scale = self.affine[0]  # after one more flip, the second half is the first
         amplification = gain.clamp_min(1.0) * others * max(1.0, abs(scale))
         return Amplified(((second - shift) * scale)[None, None], amplification[None, None])
 

@@ -32,7 +32,7 @@ from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units, fault
 from accelerate_tts.stages import catalogue
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
-from accelerate_tts.tuning.tune import Tuning
+from accelerate_tts.tuning.findings import Tuning
 
 SAMPLES = 400  # of a character
 PIECE = 1200

@@ -21,8 +21,9 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.inductor import Frozen
 from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage, FrozenCompileStage
+from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import Limits, tune
+from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 

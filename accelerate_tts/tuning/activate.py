@@ -1,0 +1,109 @@
+"""Put changes in force that were decided earlier, check them together, and end a warm-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.plan import PROCESS
+from accelerate_tts.stages.process.constants import KeptConstants
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.draws import WHOLE
+from accelerate_tts.tuning.fallbacks import fallbacks
+from accelerate_tts.tuning.ledger import AppliedChange
+from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import Change, Stage
+    from accelerate_tts.tuning.baseline import Baseline
+    from accelerate_tts.tuning.compare import Difference
+    from accelerate_tts.tuning.ledger import Ledger
+
+__all__ = ["IN_ANY_CASE", "activate", "check", "fault_of", "finish"]
+
+IN_ANY_CASE = frozenset({KeptConstants.name})
+"""Changes that `finish` makes without a trial; a warm pack has nothing to say of them."""
+
+
+def activate(
+    baseline: Baseline, ledger: Ledger, entries: Sequence[tuple[Part, Stage]], *, whole: bool
+) -> dict[tuple[str, str], str]:
+    """Put decided changes in force, and check them.
+
+    Args:
+        baseline: The untouched object; the parts of its plan are compared one by one.
+        ledger: Where the changes are entered.
+        entries: What was decided, in the order in which it was made.
+        whole: Compare the whole object's output, too.
+
+    Returns:
+        Why changes of the process were not needed, by part and stage: another object has made them already.
+
+    Raises:
+        ValueError: A change does not fit, or its output is wrong; what was made until then is in the ledger.
+    """
+    for part in baseline.plan.parts:
+        if baseline.reference(part).repeats.error > EXACT_TOLERANCE:
+            raise ValueError(f"the output of {part.name} does not repeat, so nothing can be checked")
+    spared: dict[tuple[str, str], str] = {}
+    for part, stage in entries:
+        obstacle = stage.applies(part)
+        if obstacle is not None and stage.process:
+            spared[part.name, stage.name] = obstacle
+            continue
+        if obstacle is not None:
+            raise ValueError(f"{stage.name} does not fit {part.name}: {obstacle}")
+        change = stage.prepare(part)
+        ledger.kept.append(AppliedChange(part.name, stage.name, stage.group, change))
+        change.on()
+    if ledger.kept:
+        check(baseline, ledger, baseline.plan.parts, whole=whole)
+    finish(baseline, ledger)
+    return spared
+
+
+def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: bool) -> None:
+    """Raise ValueError unless the object computes what it did: these parts, and all of it if asked to."""
+    with fallbacks() as fallen:
+        output: list[Any] = []
+        for _ in range(CUDA_GRAPH_PASSES if baseline.device.type == "cuda" else 1):
+            output = baseline.run()
+    names = {kept.part for kept in ledger.kept}
+    reasons = [event.reason for event in fallen if event.what in names]
+    reasons += [_nothing_compiled(kept.change) for kept in ledger.kept]
+    if whole:
+        reference, objection = baseline.output, baseline.tolerance.objection
+        difference = baseline.draws.confirmed(
+            compare(reference, output), objection, lambda: compare(reference, baseline.run())
+        )
+        reasons.append(objection(difference))
+    for part in parts:
+        wrong = baseline.objection(part, baseline.compared(part, baseline.outputs(part)))
+        reasons.append(wrong and f"{part.name}: {wrong}")
+    reason = next(filter(None, reasons), None)
+    if reason is not None:
+        raise ValueError(f"the result is wrong: {reason}")
+
+
+def fault_of(baseline: Baseline, part: Part, change: Change, difference: Difference) -> str:
+    """Name the fault for which a change of one part is dropped however fast it is; "" if there is none."""
+    return _nothing_compiled(change) or baseline.objection(part, difference)
+
+
+def _nothing_compiled(change: Change) -> str:
+    return "compiled no graph at all" if change.graphs == 0 else ""
+
+
+def finish(baseline: Baseline, ledger: Ledger) -> None:
+    """Warm-up ends here: the last kinds of input are run, and whatever is compiled later is worth an event."""
+    with baseline.draws.seeded(WHOLE):
+        baseline.calls.run_others()
+    for kept in ledger.kept:
+        kept.change.seal()
+    constants = baseline.constants
+    if constants.found:
+        constants.on()
+        ledger.kept.append(AppliedChange(PROCESS, KeptConstants.name, "", constants))
+        ledger.notes.append(f"kept, bit for bit, in place of computing it at each call: {constants}")

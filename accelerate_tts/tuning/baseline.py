@@ -1,0 +1,217 @@
+"""The baseline of one tuning: the untouched object, what its parts were given, and what they computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.plan import Which
+from accelerate_tts.stages.process.constants import KeptConstants
+from accelerate_tts.stages.vocoder.checked_lengths import is_checked
+from accelerate_tts.tuning.capture import outputs_of
+from accelerate_tts.tuning.compare import TOLERANCES, Tolerance, compare
+from accelerate_tts.tuning.draws import WHOLE, Draws
+from accelerate_tts.tuning.kl_divergence import divergence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from torch import nn
+
+    from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.plan import ModelPlan, Part
+    from accelerate_tts.runtime.guard.checks import Expectation
+    from accelerate_tts.tuning.capture import Captured
+    from accelerate_tts.tuning.compare import Difference
+    from accelerate_tts.tuning.disturbance import Watcher
+    from accelerate_tts.tuning.limits import Budget
+    from accelerate_tts.tuning.policy import TuningPolicy
+    from accelerate_tts.tuning.warmup import WarmupCalls
+
+__all__ = ["Baseline", "Reference"]
+
+_BIT_EXACT = Tolerance(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs of an untouched part on its captured inputs.
+
+    Attributes:
+        outputs: Of each call.
+        repeats: How far a second run of the same was from the first.
+        seconds: Seconds that a run of what is timed took.
+        quiet: Whether nothing disturbed the machine meanwhile.
+    """
+
+    outputs: list[Any]
+    repeats: Difference
+    seconds: float
+    quiet: bool = True
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no truth
+class Baseline:
+    """An object before anything was changed, and how changes of it are compared and timed.
+
+    Attributes:
+        plan: The parts, with what the passes showed of them.
+        calls: The warm-up calls, through the path that service calls take.
+        device: Where it runs.
+        tolerance: What a candidate may differ by.
+        policy: How it is decided.
+        watcher: Tells how disturbed the machine is.
+        budget: The time that there is.
+        output: Results of a pass, which the tuned object's are compared with.
+        cold: Seconds of the first pass.
+        pass_seconds: Seconds of the pass that was recorded.
+        pass_quiet: Whether nothing disturbed the machine in that pass.
+        captured: Calls of each part in that pass, by its name.
+        called: The `id` of each module that was called in it.
+        expected: Outputs of the object's `@inference` functions in it, for the guard.
+        draws: Seeds runs.
+        constants: Values that upstream was seen to compute anew though they never change.
+        reserved: Seconds of the budget that are kept for the check of the whole at the end.
+    """
+
+    plan: ModelPlan
+    calls: WarmupCalls
+    device: DeviceInfo
+    tolerance: Tolerance
+    policy: TuningPolicy
+    watcher: Watcher
+    budget: Budget
+    output: list[Any]
+    cold: float
+    pass_seconds: float
+    captured: Mapping[str, Captured]
+    expected: Mapping[str, Expectation]
+    draws: Draws
+    constants: KeptConstants
+    called: Collection[int] = ()
+    pass_quiet: bool = True
+    reserved: float = 0.0
+    _references: dict[str, Reference] = field(default_factory=dict, repr=False)
+
+    def run(self) -> list[Any]:
+        """One warm-up pass through the public path, with the same random numbers every time."""
+        with self.draws.seeded(WHOLE, watched=True):
+            return self.calls.run()
+
+    def replayable(self, part: Part) -> bool:
+        """Tell if the part can be run by itself, on its captured inputs."""
+        captured = self.captured.get(part.name)
+        return captured is not None and bool(captured.calls) and not captured.obstacle
+
+    def replay(self, part: Part, which: Which = "all") -> Callable[[], list[Any]]:
+        """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself.
+
+        Args:
+            part: The part.
+            which: Which of its calls.
+
+        Returns:
+            A function that runs it once: the copies of its inputs are made here, and are not part of its time.
+        """
+        if which == "pass" or not self.replayable(part):
+            return self.run
+        prepared = self.captured[part.name].prepared(part.module, which)
+
+        def run() -> list[Any]:
+            with self.draws.seeded(part.name):
+                return [call.run(part.module) for call in prepared]
+
+        return run
+
+    def outputs(self, part: Part) -> list[Any]:
+        """Outputs of the part now: of its replayed calls, or of its calls in a whole pass and that pass's result."""
+        captured = self.captured.get(part.name)
+        if captured is None:  # the process as a whole
+            return self.run()
+        if self.replayable(part):
+            with self.draws.seeded(part.name, watched=True):
+                return captured.outcomes(part.module)
+        with outputs_of(part) as seen:
+            whole = self.run()
+        return [*seen, *whole]
+
+    def reference(self, part: Part) -> Reference:
+        """Outputs of the untouched part. Computed once, so that the errors of several changes cannot add up unseen.
+
+        The first call must be made before anything is changed on the part.
+
+        Raises:
+            OtherThreadsDrawError: No two runs had the same random numbers.
+        """
+        known = self._references.get(part.name)
+        if known is None:
+            if self.replayable(part):
+                self.draws.leave_alone(part.name, lambda: self.captured[part.name].outcomes(part.module))
+            first = self.outputs(part)
+            repeats, first = self.draws.repeated(first, lambda: self.outputs(part), self._drawn_as(part))
+            with self.watcher.window() as window:
+                seconds = self.seconds(part)
+            known = Reference(first, repeats, seconds, window.disturbance.quiet)
+            self._references[part.name] = known
+        return known
+
+    def difference(self, part: Part, outputs: list[Any]) -> Difference:
+        """Distance of a part's outputs from its reference, by its head's probabilities too if it has one."""
+        reference = self.reference(part).outputs
+        found = compare(reference, outputs)
+        return replace(found, divergence=divergence(reference, outputs, part.head))
+
+    def compared(self, part: Part, outputs: list[Any]) -> Difference:
+        """Distance of a changed part's outputs from its reference; see `Draws.confirmed`.
+
+        Raises:
+            OtherThreadsDrawError: As for `Draws.confirmed`.
+        """
+        return self.draws.confirmed(
+            self.difference(part, outputs), partial(self.objection, part),
+            lambda: self.difference(part, self.outputs(part)), self._drawn_as(part),
+        )  # fmt: skip
+
+    def _drawn_as(self, part: Part) -> str:
+        return part.name if self.replayable(part) else WHOLE
+
+    def objection(self, part: Part, difference: Difference) -> str:
+        """Say why a changed part's outputs are not tolerated; "" if they are."""
+        bit_exact = part.decides and not is_checked(part.module)
+        tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
+        objection = (_BIT_EXACT if bit_exact else tolerance).objection(
+            difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
+        )
+        why = "; it must be bit-exact, since lengths hang on it" if bit_exact else ""
+        return f"wrong output: {objection}{why}" if objection else ""
+
+    def seconds(self, part: Part, which: Which = "loop") -> float:
+        """Seconds that one replay takes now."""
+        return self.policy.look(self.replay(part, which), self.device.type, self.policy.clock)
+
+    def known_seconds(self, part: Part) -> float:
+        """Seconds of one replay of the untouched part, as far as that is known; otherwise 0.0."""
+        known = self._references.get(part.name)
+        return 0.0 if known is None else known.seconds
+
+    def share(self, part: Part) -> float:
+        """The share of the parts' time that a part took in a warm pass; 0.0 if it was not called."""
+        total = sum(seen.seconds for seen in self.captured.values())
+        seen = self.captured.get(part.name)
+        return seen.seconds / total if seen is not None and total > 0 else 0.0
+
+    def captured_seconds(self, part: Part) -> float:
+        """About how long a replay of a part's captured calls takes: that many of all that it was given in the pass."""
+        seen = self.captured.get(part.name)
+        if seen is None:
+            return self.pass_seconds
+        return seen.seconds * len(seen.calls) / seen.count if seen.calls else self.pass_seconds
+
+
+def _depth_of(module: nn.Module) -> int:
+    """Number of blocks that lie one behind the other in a module: the most in one of its lists."""
+    from torch import nn
+
+    lists = (len(holder) for holder in module.modules() if isinstance(holder, (nn.ModuleList, nn.Sequential)))
+    return max(lists, default=1)

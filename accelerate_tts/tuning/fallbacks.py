@@ -1,0 +1,39 @@
+"""Changes that gave up by themselves while they were compared: then the untouched part was compared with itself."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from accelerate_tts.events import Event, FellBack, add_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+__all__ = ["fallbacks"]
+
+_noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_noting", default=())
+
+
+@contextmanager
+def fallbacks() -> Generator[list[FellBack], None, None]:
+    """While open, note each `FellBack` event: a change that gave up by itself computes the right thing untouched.
+
+    Those of this context only, and of what it begins: another object may fall back in service meanwhile.
+    """
+    found: list[FellBack] = []
+    outer = _noting.get()
+    here = (*outer, found)
+
+    def note(event: Event) -> None:
+        if isinstance(event, FellBack) and any(noted is found for noted in _noting.get()):
+            found.append(event)
+
+    remove = add_hook(note)
+    _noting.set(here)
+    try:
+        yield found
+    finally:
+        _noting.set(outer)
+        remove()

@@ -1,0 +1,153 @@
+"""Findings of a tuning or of a warm pack, and the `Tuning` that a loaded object keeps of them."""
+
+from __future__ import annotations
+
+import platform
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts._version import __version__
+from accelerate_tts.plan import PROCESS, Part
+from accelerate_tts.receipts.receipt import Receipt
+from accelerate_tts.tuning.ledger import AppliedChange, switch_off
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from accelerate_tts.patching.lazy_parameters import LetGo
+    from accelerate_tts.runtime.guard.checks import Expectation
+    from accelerate_tts.stages.protocol import Change
+
+__all__ = ["Findings", "Tuning", "recompile_counter", "versions"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The changes in force, and all that a receipt will say of them.
+
+    Attributes:
+        facts: Values of the receipt's attributes, by their names.
+        notes: Notes of the receipt.
+        kept: The changes in force.
+        complete: False if the warm-up failed, or there was none: it may be tried again.
+        parts: Parts that the model was divided into.
+        expected: Outputs of the untouched object's `@inference` functions for the warm-up.
+    """
+
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    kept: tuple[AppliedChange, ...] = ()
+    complete: bool = False
+    parts: tuple[Part, ...] = ()
+    expected: Mapping[str, Expectation] = field(default_factory=dict)
+
+    def receipt(self, *notes: str) -> Receipt:
+        """The receipt.
+
+        Args:
+            notes: Notes beside the own ones, of what is done with the object from here on.
+        """
+        return Receipt(**self.facts, notes=(*self.notes, *notes))
+
+    def tuning(self, *notes: str, let_go: LetGo | None = None) -> Tuning:
+        """The tuning that the object keeps.
+
+        Args:
+            notes: As for `receipt`.
+            let_go: Weights that are away while copies serve.
+        """
+        changes = tuple(kept.change for kept in self.kept)
+        return Tuning(
+            self.receipt(*notes), changes, self.complete, self.kept, self.expected, let_go,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A finished tuning: its receipt and the changes in force.
+
+    Attributes:
+        receipt: Verdicts on all that was tried.
+        changes: The changes in force.
+        complete: False if the warm-up failed, or there was none: it may be tried again.
+        kept: The changes again, with the part and the stage of each.
+        expected: Outputs of the untouched object's `@inference` functions for the warm-up.
+        let_go: Weights that are away while copies serve, where `guard_weights` says so.
+    """
+
+    receipt: Receipt
+    changes: tuple[Change, ...] = ()
+    complete: bool = False
+    kept: tuple[AppliedChange, ...] = ()
+    expected: Mapping[str, Expectation] = field(default_factory=dict)
+    let_go: LetGo | None = None
+
+    def undo(self) -> None:
+        """Put the object back exactly as it was loaded.
+
+        Raises:
+            ReloadError: Its weights were let go, and cannot be loaded again; nothing is changed then.
+        """
+        self.keep_loaded()
+        switch_off(reversed(self.changes))
+
+    def on(self) -> None:
+        """Put every change of the object in force again."""
+        for change in self._of_object():
+            change.on()
+
+    def off(self) -> None:
+        """Put the object back for a while. What was changed of the process computes the same, and stays.
+
+        The caller has the loaded weights `at_hand` until everything is `on` again.
+        """
+        switch_off(reversed(self._of_object()))
+
+    def at_hand(self) -> object:
+        """Have the loaded weights, for as long as what is returned lives. That may take as long as the load did.
+
+        Raises:
+            ReloadError: As for `undo`.
+        """
+        return None if self.let_go is None else self.let_go.at_hand()
+
+    def keep_loaded(self) -> None:
+        """Have the loaded weights from now on.
+
+        Raises:
+            ReloadError: As for `undo`.
+        """
+        if self.let_go is not None:
+            self.let_go.stay()
+
+    def put_back(self) -> Receipt:
+        """The receipt as it is after the guard has put the object back for good."""
+        reason = "put back by the guard, after faulty output in service"
+        stages = (s.dropped(reason) if s.kept and s.part != PROCESS else s for s in self.receipt.stages)
+        return replace(self.receipt, stages=tuple(stages), notes=(*self.receipt.notes, reason))
+
+    def _of_object(self) -> list[Change]:
+        of_process = {id(kept.change) for kept in self.kept if kept.part == PROCESS}
+        return [change for change in self.changes if id(change) not in of_process]
+
+
+def recompile_counter(kept: Sequence[AppliedChange]) -> Callable[[], int]:
+    """A function that counts the graphs compiled since now. Holds the changes weakly."""
+    # Weakly: a receipt that somebody keeps must not keep the model's weights.
+    changes = [applied.change for applied in kept if applied.change.graphs is not None]
+    known = [weakref.ref(change) for change in changes]
+    sealed = sum(change.graphs or 0 for change in changes)
+
+    def count() -> int:
+        alive = [change for reference in known if (change := reference()) is not None]
+        return max(0, sum(change.graphs or 0 for change in alive) - sealed)
+
+    return count
+
+
+def versions() -> dict[str, str]:
+    """The versions that a receipt names."""
+    import torch
+
+    return {"accelerate_tts": __version__, "torch": torch.__version__, "python": platform.python_version()}

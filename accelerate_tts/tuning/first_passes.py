@@ -1,0 +1,138 @@
+"""The first passes of an untouched object: they show what it computes, and what its parts are given."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate_tts.plan import PROCESS
+from accelerate_tts.runtime.guard.guard import listening
+from accelerate_tts.stages.process.constants import KeptConstants
+from accelerate_tts.tuning.baseline import Baseline
+from accelerate_tts.tuning.capture import calls_of, time_modules, watch
+from accelerate_tts.tuning.compare import TOLERANCES
+from accelerate_tts.tuning.draws import WHOLE, Draws
+from accelerate_tts.tuning.kl_divergence import head_of
+from accelerate_tts.tuning.linear_profile import linear_work
+from accelerate_tts.tuning.policy import OVER_BUDGET
+from accelerate_tts.tuning.timing import synchronize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+
+    from accelerate_tts.device.detect import DeviceInfo
+    from accelerate_tts.plan import ModelPlan, Part
+    from accelerate_tts.runtime.guard.guard import Listener
+    from accelerate_tts.tuning.capture import Captured
+    from accelerate_tts.tuning.ledger import Ledger
+    from accelerate_tts.tuning.limits import Limits
+    from accelerate_tts.tuning.policy import TuningPolicy
+    from accelerate_tts.tuning.warmup import WarmupCalls
+
+__all__ = ["first_passes", "one_pass"]
+
+
+@contextmanager
+def _recording(
+    parts: Sequence[Part], device: DeviceInfo, policy: TuningPolicy, constants: KeptConstants
+) -> Generator[tuple[dict[str, Captured], Listener], None, None]:
+    """While open, record a pass: the calls of each part, by its name, and those of `@inference` functions."""
+    with (
+        watch(tuple(parts), device.type, policy.enough) as captured,
+        listening() as listener,
+        constants.watching(),
+    ):
+        yield captured, listener
+
+
+def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits) -> Baseline:
+    """The baseline of one pass, for changes that were decided earlier and are not timed again."""
+    policy, budget, constants, draws = limits.policy, limits.budget(), KeptConstants(), Draws(device.type)
+
+    def run() -> list[Any]:
+        with draws.seeded(WHOLE, watched=True):
+            return calls.run()
+
+    start = policy.clock()
+    replayed = [part for part in plan.parts if part.name != PROCESS]
+    with _recording(replayed, device, policy, constants) as (captured, listener), draws.finding():
+        output = run()
+    synchronize(device.type)
+    cold = policy.clock() - start
+    if not draws.found(output, run):
+        output = run()
+    return Baseline(
+        _with_heads(plan, captured), calls, device, TOLERANCES[limits.precision], policy, limits.watcher(),
+        budget, output, cold, cold, captured, listener.expected, draws, constants,
+    )  # fmt: skip
+
+
+def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits, ledger: Ledger) -> Baseline:
+    """The baseline of a cold pass, and of a warm one that is the reference and shows each part's inputs.
+
+    Where passes take so long that nothing could be tried after two of them, the cold one is the reference, too.
+    """
+    policy, watcher, budget, constants = limits.policy, limits.watcher(), limits.budget(), KeptConstants()
+    clock, draws = policy.clock, Draws(device.type)
+
+    def run() -> list[Any]:
+        with draws.seeded(WHOLE, watched=True):
+            return calls.run()
+
+    def recorded(cold: Callable[[], float]) -> Baseline:
+        with (
+            watcher.window() as window,
+            _recording(plan.parts, device, policy, constants) as (captured, listener),
+            calls_of(plan.roots) as called,
+            linear_work(plan.roots) as work,
+        ):
+            start = clock()
+            output = run()
+            seconds = clock() - start
+        first = cold()
+        parts = tuple(
+            replace(part, cached=captured[part.name].cached, few_rows=work.share_of_few(part.module))
+            for part in _with_heads(plan, captured).parts
+        )
+        reserved = min(policy.whole_passes * seconds, max(0.0, budget.left) / 3)
+        return Baseline(
+            replace(plan, parts=parts), calls, device, TOLERANCES[limits.precision], policy, watcher, budget,
+            output, first, seconds, captured, listener.expected, draws, constants, called, window.disturbance.quiet,
+            reserved,
+        )  # fmt: skip
+
+    begun = clock()
+
+    def since() -> float:
+        synchronize(device.type)
+        return clock() - begun
+
+    baseline: Baseline | None = None
+    with draws.finding():
+        if plan.refine is None:
+            baseline = recorded(since)
+            first, cold = baseline.output, baseline.cold
+        else:
+            with time_modules(plan.roots, device.type) as seconds:
+                first = run()
+            plan = replace(plan, parts=plan.refine(seconds), refine=None)
+            cold = since()
+    if not draws.found(first, run):
+        baseline = None
+    del first
+    if baseline is None or policy.first_passes * cold <= budget.seconds:
+        baseline = None  # first: it has copies of what the parts were given
+        return recorded(lambda: cold)
+    ledger.notes.append(f"the first pass is what all is compared with, for {OVER_BUDGET} allows no other")
+    return baseline
+
+
+def _with_heads(plan: ModelPlan, captured: Mapping[str, Captured]) -> ModelPlan:
+    """The plan, whose decoders have the heads by whose probabilities they are judged, where they were in their loop."""
+    parts = (
+        part if part.head is not None or part.name not in captured or not captured[part.name].cached
+        else replace(part, head=head_of(part.module, plan.roots))
+        for part in plan.parts
+    )  # fmt: skip
+    return replace(plan, parts=tuple(parts))

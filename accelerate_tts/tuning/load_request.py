@@ -1,0 +1,86 @@
+"""`LoadRequest`: all that one decorated load asks for, from the decorator down to the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accelerate_tts.errors import SettingsError, abridged
+from accelerate_tts.settings import Mode, Precision, Settings, check_mode, check_precision, check_tune_seconds
+from accelerate_tts.tuning.length_ladder import LONGEST
+from accelerate_tts.tuning.warmup import Loaded, WarmupCalls, check_warmup, warmup_calls
+
+__all__ = ["LoadRequest", "never"]
+
+
+def never() -> bool:
+    """Return False: nobody stops this load. A function with a name, so that a request can be pickled."""
+    return False
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """Options of one `@optimized_model` and, once the load function has returned, what it left behind.
+
+    It is checked here, and nowhere else.
+
+    Attributes:
+        warmup: What a real call looks like, as for `@optimized_model`.
+        mode: The mode of service calls that do not go through `@inference`.
+        precision: What tuning may change: "exact", "balanced" or "fast"; `None` leaves the settings' own.
+        tune_seconds: Its budget in seconds; `None` leaves the settings' own.
+        lengths: The shortest and the longest input that service will bring.
+        loaded: What the load function left behind.
+        stopped: Asked between stages; once it is true, everything is undone.
+
+    Raises:
+        WarmupError: `warmup` can never work, alone or with `lengths`.
+        SettingsError: Another value means nothing.
+    """
+
+    warmup: Any = None
+    mode: Mode = "inference"
+    precision: Precision | None = None
+    tune_seconds: float | None = None
+    lengths: tuple[int, int] | None = None
+    loaded: Loaded = field(default_factory=lambda: Loaded(None))
+    stopped: Callable[[], bool] = never
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
+        if self.precision is not None:
+            check_precision(self.precision)
+        if self.tune_seconds is not None:
+            check_tune_seconds(self.tune_seconds)
+        if self.lengths is not None and not _is_range(self.lengths):
+            raise SettingsError(
+                f"lengths={abridged(self.lengths)} must be two whole numbers, the shortest and the longest, from 1 to"
+                f" {LONGEST}, such as (10, 300)"
+            )
+        check_warmup(self.warmup, self.lengths)
+
+    def applied_to(self, settings: Settings) -> Settings:
+        """The settings with what is given here in their place."""
+        given: dict[str, Any] = {"precision": self.precision, "tune_seconds": self.tune_seconds}
+        return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+    def calls(self, timeout: float | None) -> WarmupCalls:
+        """The warm-up calls of what was loaded.
+
+        Args:
+            timeout: Seconds that each of them may take; `None` is no limit.
+
+        Raises:
+            WarmupError: `warmup` does not fit what was loaded.
+        """
+        return warmup_calls(self.warmup, self.loaded, self.mode, self.lengths, timeout)
+
+
+def _is_range(lengths: object) -> bool:
+    return (
+        isinstance(lengths, tuple)
+        and len(lengths) == 2  # noqa: PLR2004 - the shortest and the longest
+        and all(isinstance(length, int) and not isinstance(length, bool) for length in lengths)
+        and 1 <= lengths[0] <= lengths[1] <= LONGEST
+    )
