@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["class_of", "plain_class"]
+__all__ = ["class_of", "is_torchs_linear", "plain_class"]
 
 PLAIN = "_accelerate_tts_plain"
 
@@ -15,6 +15,19 @@ PLAIN = "_accelerate_tts_plain"
 def class_of(module: Any) -> Any:
     """Return the module's present class, typed so that type checkers accept it as a cache key."""
     return type(module)
+
+
+def is_torchs_linear(cls: Any) -> bool:
+    """Whether a class computes as torch's linear layer does: it inherits that forward, and nobody has patched it.
+
+    A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
+    """
+    from torch import nn
+
+    forward: Any = nn.Linear.forward
+    # Not `__module__`, which `functools.wraps` copies.
+    ours = getattr(forward, "__globals__", {}).get("__name__") == nn.Linear.__module__
+    return bool(ours and issubclass(cls, nn.Linear) and cls.forward is forward)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -30,6 +30,7 @@ __all__ = [
     "RECORDED",
     "CarryingSwap",
     "ClassSwap",
+    "call_patched",
     "copies_of",
     "fused_by",
     "in_fused",
@@ -291,6 +292,18 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
     made.__bases__ = (plain,)
     return made  # type: ignore[no-any-return]
+
+
+def call_patched(plain: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a class's forward that somebody has exchanged since a stage took its place; one event says so."""
+    forward = plain.forward
+    if _patched.get(plain) is not forward:
+        _patched[plain] = forward
+        emit(FellBack(f"layers of {plain.__name__}", "what tuning made of them", "the class was given another forward"))
+    return forward(module, *args, **kwargs)
+
+
+_patched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def per_class(make: Callable[P, type]) -> Callable[P, type]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of
+from accelerate_tts.inspection.classes import class_of, is_torchs_linear
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
+from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
@@ -48,10 +48,7 @@ class FewRowsStage(BaseStage):
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
-    from torch import nn
-
-    # The forward of a subclass (an adapter, a quantised layer) is unknown.
-    return [m for m in open_modules(module) if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward]
+    return [m for m in open_modules(module) if is_torchs_linear(type(m))]
 
 
 @per_class
@@ -59,7 +56,11 @@ def _few_rows_class(plain: Any) -> type:
     import torch
     from torch.nn import functional
 
+    own = plain.forward
+
     def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        if plain.forward is not own:
+            return call_patched(plain, self, input)
         if is_watched(input):
             return plain.forward(self, input)
         weight = self.weight

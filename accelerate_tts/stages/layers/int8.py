@@ -17,10 +17,17 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.locks import lock
-from accelerate_tts.patching.class_swap import PACKED, CarryingSwap, open_modules, per_class, subclass_with
+from accelerate_tts.patching.class_swap import (
+    PACKED,
+    CarryingSwap,
+    call_patched,
+    open_modules,
+    per_class,
+    subclass_with,
+)
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
@@ -119,7 +126,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
         inner
         for inner in open_modules(module)
         if isinstance(inner, nn.Linear)
-        and plain_class(inner).forward is nn.Linear.forward
+        and is_torchs_linear(plain_class(inner))
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()
     ]
@@ -143,7 +150,11 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
 def _quantized_class(plain: Any, least: int) -> type:
     import torch
 
+    own = plain.forward
+
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
+        if plain.forward is not own:
+            return call_patched(plain, self, input, *args, **kwargs)
         packed = getattr(self, PACKED, None)  # another thread may have switched the change off
         is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
         if (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import missing, skinny_linear
 from accelerate_tts.kernels.weight_formats import (
@@ -23,7 +23,15 @@ from accelerate_tts.kernels.weight_formats import (
     in_int8,
     is_transposed,
 )
-from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, open_modules, per_class, subclass_with
+from accelerate_tts.patching.class_swap import (
+    COPY,
+    CarryingSwap,
+    ClassSwap,
+    call_patched,
+    open_modules,
+    per_class,
+    subclass_with,
+)
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -97,8 +105,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     return [
         inner
         for inner in open_modules(module)
-        # The forward of a subclass (an adapter, a quantised layer) is unknown.
-        if (is_transposed(inner) or (isinstance(inner, nn.Linear) and plain_class(inner).forward is nn.Linear.forward))
+        if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
@@ -144,7 +151,11 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
 def _exact_class(plain: Any, transposed: bool) -> type:
     import torch
 
+    own = plain.forward
+
     def forward(self: Any, x: Any) -> Any:
+        if plain.forward is not own:
+            return call_patched(plain, self, x)
         weight, bias = self.weight, self.bias
         inputs = weight.shape[0 if transposed else 1]
         outputs = weight.shape[1 if transposed else 0]
@@ -179,7 +190,11 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 
 @per_class
 def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
+    own = plain.forward
+
     def forward(self: Any, x: Any) -> Any:
+        if plain.forward is not own:
+            return call_patched(plain, self, x)
         bias = self.bias
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
         if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
