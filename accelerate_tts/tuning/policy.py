@@ -55,7 +55,8 @@ class TuningPolicy:
         copied_a_second: Bytes of weights that a slow machine makes copies of in other formats, in a second. They are
             made when first needed.
         from_memory: Bytes of weights that no processor's caches hold: then what reads fewer of them is faster.
-        longest_pass: Seconds of a warm-up pass up to which changes of the process are tried.
+        longest_pass: Seconds of a warm-up pass up to which changes of the process are tried: they take a dozen of it.
+        pass_share: Share of the budget that such a pass may take: a dozen of them then take a sixth.
         first_replays: Replays before the pairs: the outputs, and a look.
         pairs: Pairs of replays that a verdict needs.
         slack: Seconds over the budget that a verdict may take.
@@ -98,6 +99,7 @@ class TuningPolicy:
     copied_a_second: float = 2.5e8
     from_memory: int = 512 << 20
     longest_pass: float = 3.0
+    pass_share: float = 1 / 72
     first_replays: int = 2
     pairs: int = 5
     slack: float = 2.0

@@ -132,9 +132,10 @@ class Trial:
             total = sum(seen.seconds for seen in baseline.captured.values())
             if captured.count and total > 0 and captured.seconds < stage.least_share * total:
                 return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it", baseline.pass_quiet
-        if part.kind == PROCESS and baseline.pass_seconds > self._policy.longest_pass:
+        longest = min(self._policy.longest_pass, baseline.budget.seconds * self._policy.pass_share)
+        if part.kind == PROCESS and baseline.pass_seconds > longest:
             seconds = baseline.pass_seconds
-            return f"not tried: it takes a dozen whole passes, and one takes {seconds:.0f} s", baseline.pass_quiet
+            return f"not tried: it takes a dozen whole passes, and one takes {seconds:.1f} s", baseline.pass_quiet
         if part.kind == PROCESS and not baseline.pass_quiet:
             # How threads get on with each other is all that it is about.
             return f"not tried: {baseline.watcher.worst.why}", False

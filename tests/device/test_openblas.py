@@ -250,7 +250,7 @@ def test_the_stage_is_switched_on_and_off(libraries: list[Library]) -> None:
     assert QuietBlasStage().applies(PART) == "no OpenBLAS with several threads is loaded"
 
 
-def tuned(ratio: float) -> Tuning:
+def tuned(ratio: float, **changes: Any) -> Tuning:
     """Tuned with that stage alone, as if it had made the whole pass faster by a ratio."""
 
     def compare_speed(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
@@ -261,7 +261,7 @@ def tuned(ratio: float) -> Tuning:
 
     plan = ModelPlan("model", (MODEL,), (Part("model", "model", MODEL),))
     calls = warmup_calls(X, Loaded(MODEL), "inference")
-    policy = replace(current_policy(), compare=compare_speed, looks=False)
+    policy = replace(current_policy(), compare=compare_speed, looks=False, **changes)
     return tune(plan, calls, [QuietBlasStage()], DeviceInfo("cpu", "test"), Limits(60.0, policy=policy))
 
 
@@ -284,6 +284,13 @@ def test_dropped_by_tuning(libraries: list[Library], monkeypatch: pytest.MonkeyP
     assert "slower" in result.reason
     assert threads(libraries) == [4, 2]
     assert not is_held(BLAS_THREADS)
+
+
+def test_a_pass_that_takes_too_much_of_the_budget_is_not_repeated_for_it(libraries: list[Library]) -> None:
+    """Of a 60 s budget it took 40 s, of a system whose passes take 3 s."""
+    (result,) = tuned(1.5, pass_share=0.0).receipt.stages
+    assert not result.kept
+    assert "a dozen whole passes" in result.reason
 
 
 def test_two_models_hold_the_real_library(real: str, monkeypatch: pytest.MonkeyPatch) -> None:
