@@ -77,6 +77,7 @@ class Environment:
         extra: The extra of ours that is installed with the wheel, as "demo"; "" for none.
         upstream: The packages whose versions the page shows, next to those of torch and transformers.
         tests: Files and folders of tests.
+        quick: Those of them that a quick run takes; all if there are none.
         checks: What is tuned and timed.
         note: What else the page says.
     """
@@ -88,6 +89,7 @@ class Environment:
     extra: str = ""
     upstream: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     note: str = ""
 
@@ -118,7 +120,8 @@ def _environment(table: Mapping[str, Any], several: Mapping[str, list[str]]) -> 
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
         made["beside"] = tuple(Extra(**extra) for extra in table.get("beside", []))
-        made["tests"] = tuple(path for told in table.get("tests", []) for path in several.get(told, [told]))
+        for key in ("tests", "quick"):
+            made[key] = tuple(path for told in table.get(key, []) for path in several.get(told, [told]))
         made["checks"] = tuple(Check(**check) for check in table.get("checks", []))
         one = Environment(**made)
     except TypeError as error:
@@ -127,7 +130,7 @@ def _environment(table: Mapping[str, Any], several: Mapping[str, list[str]]) -> 
         check_precision(check.precision)
         if check.system not in {*SYSTEMS, *PARTS, "describe"}:
             raise EnvironmentsError(f"{FILE.name}, {name}: {check.system!r} is not one of {[*SYSTEMS, *PARTS]}")
-    missing = [path for path in one.tests if not (ROOT / path).exists()]
+    missing = [path for path in (*one.tests, *one.quick) if not (ROOT / path).exists()]
     if missing or not one.requires or not all(extra.reason for extra in one.beside):
         raise EnvironmentsError(f"{FILE.name}, {name}: {missing or 'requires or a reason is empty'}")
     return one

@@ -70,6 +70,7 @@ class Options:
             removed if not given.
         tests: Whether the tests are run.
         checks: Whether the checks are.
+        quick: Whether only an environment's quick tests and its first check are, as at each change.
     """
 
     wheel: Path
@@ -78,6 +79,7 @@ class Options:
     keep: Path | None = None
     tests: bool = True
     checks: bool = True
+    quick: bool = False
 
 
 @dataclass
@@ -131,6 +133,9 @@ def run(one: Environment, options: Options, folder: Path, say: Callable[[str], N
         one.name, list(one.requires), [asdict(extra) for extra in one.beside],
         datetime.now(timezone.utc).date().isoformat(), _commit(), machine(), note=one.note,
     )  # fmt: skip
+    if options.quick:
+        one = replace(one, tests=one.quick or one.tests, checks=one.checks[:1])
+        row.note = f"A quick run: {' '.join(one.tests)}, and the first check alone. {one.note}".strip()
     place = folder / "venv" if options.keep is None else options.keep.absolute() / one.name
     try:
         with _timed(row, "install"):
@@ -407,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=FILE, help="another file of environments")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="only the checks")
     parser.add_argument("--no-checks", dest="checks", action="store_false", help="only the tests")
+    parser.add_argument("--quick", action="store_true", help="only the quick tests and the first check, for CI")
     parser.add_argument("--list", action="store_true", help="only show the names")
     told = parser.parse_args(arguments)
     try:
@@ -415,7 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told.list:
             sys.stdout.write("".join(f"{one.name}: {' '.join(one.requires)}\n" for one in wanted))
             return 0
-        options = Options(_wheel(told.wheel), told.rows, _layers(told.layers), told.keep, told.tests, told.checks)
+        options = Options(_wheel(told.wheel), told.rows, _layers(told.layers), told.keep, told.tests, told.checks,
+                          told.quick)  # fmt: skip
     except EnvironmentsError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
