@@ -97,7 +97,7 @@ def _nothing_compiled(change: Change) -> str:
 
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
-    """Warm-up ends here: the last kinds of input are run, and whatever is compiled later is worth an event."""
+    """End the warm-up: run the remaining kinds of inputs, and report later compilations as events."""
     with baseline.draws.seeded(WHOLE):
         baseline.calls.run_others()
     for kept in ledger.kept:

@@ -95,7 +95,7 @@ class Baseline:
     _references: dict[str, Reference] = field(default_factory=dict, repr=False)
 
     def run(self) -> list[Any]:
-        """One warm-up pass through the public path, with the same random numbers every time."""
+        """Run a warm-up pass through the public path, with the same random numbers every time."""
         with self.draws.seeded(WHOLE, watched=True):
             return self.calls.run()
 
@@ -105,14 +105,14 @@ class Baseline:
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
     def replay(self, part: Part, which: Which = "all") -> Callable[[], list[Any]]:
-        """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself.
+        """Prepare a replay of the part on its captured inputs, or a whole pass if it cannot be run by itself.
 
         Args:
             part: The part.
-            which: Which of its calls.
+            which: The calls to replay.
 
         Returns:
-            A function that runs it once: the copies of its inputs are made here, and are not part of its time.
+            A function that runs it once. The inputs are copied here, outside of its time.
         """
         if which == "pass" or not self.replayable(part):
             return self.run
@@ -196,7 +196,7 @@ class Baseline:
         return 0.0 if known is None else known.seconds
 
     def share(self, part: Part) -> float:
-        """The share of the parts' time that a part took in a warm pass; 0.0 if it was not called."""
+        """Return the part's share of the time of all parts in a warm pass; 0.0 if it was not called."""
         total = sum(seen.seconds for seen in self.captured.values())
         seen = self.captured.get(part.name)
         return seen.seconds / total if seen is not None and total > 0 else 0.0

@@ -61,7 +61,7 @@ class LoadRequest:
         check_warmup(self.warmup, self.lengths)
 
     def applied_to(self, settings: Settings) -> Settings:
-        """The settings with what is given here in their place."""
+        """Return the settings with these options applied."""
         given: dict[str, Any] = {"precision": self.precision, "tune_seconds": self.tune_seconds}
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
 
 OVER_BUDGET = "the tuning budget"
-"""In the reason of a stage that a larger budget would have given another chance."""
+"""Phrase in the reasons of stages that a larger budget would have tried or finished."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ _policies: list[TuningPolicy] = [TuningPolicy()]
 
 
 def current_policy() -> TuningPolicy:
-    """The policy of tunings that are begun now, in this process."""
+    """Return the policy of tunings that begin now in this process."""
     return _policies[-1]
 
 
 @contextmanager
 def tuning_policy(policy: TuningPolicy) -> Generator[TuningPolicy, None, None]:
-    """While open, tunings that are begun anywhere in this process decide by `policy`."""
+    """Set the policy of all tunings that begin in this process while open."""
     _policies.append(policy)
     try:
         yield policy
