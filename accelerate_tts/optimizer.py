@@ -193,7 +193,7 @@ class PerformanceOptimizer:
         around it is warmed up only. A warm pack of the same object takes the place of tuning.
 
         Args:
-            request: What was loaded, and what is asked for it.
+            request: The loaded object and its options.
 
         Returns:
             The receipt, or `None` if what was loaded holds no module, or if waiting for another tuning would wait for

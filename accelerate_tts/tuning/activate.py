@@ -34,8 +34,8 @@ def activate(
 
     Args:
         baseline: The untouched object; the parts of its plan are compared one by one.
-        ledger: Where the changes are entered.
-        entries: What was decided, in the order in which it was made.
+        ledger: Records the changes.
+        entries: The decided changes, in order.
         whole: Compare the whole object's output, too.
 
     Returns:

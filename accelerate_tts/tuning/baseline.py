@@ -40,9 +40,9 @@ class Reference:
 
     Attributes:
         outputs: Of each call.
-        repeats: How far a second run of the same was from the first.
+        repeats: Difference between two runs.
         seconds: Seconds that a run of what is timed took.
-        quiet: Whether nothing disturbed the machine meanwhile.
+        quiet: True if the machine was not disturbed meanwhile.
     """
 
     outputs: list[Any]
@@ -58,15 +58,15 @@ class Baseline:
     Attributes:
         plan: The parts, with what the passes showed of them.
         calls: The warm-up calls, through the path that service calls take.
-        device: Where it runs.
-        tolerance: What a candidate may differ by.
-        policy: How it is decided.
+        device: The device.
+        tolerance: Maximum difference of a candidate's outputs.
+        policy: The policy of tuning.
         watcher: Tells how disturbed the machine is.
         budget: The time that there is.
         output: Results of a pass, which the tuned object's are compared with.
         cold: Seconds of the first pass.
         pass_seconds: Seconds of the pass that was recorded.
-        pass_quiet: Whether nothing disturbed the machine in that pass.
+        pass_quiet: True if the machine was not disturbed in that pass.
         captured: Calls of each part in that pass, by its name.
         called: The `id` of each module that was called in it.
         expected: Outputs of the object's `@inference` functions in it, for the guard.

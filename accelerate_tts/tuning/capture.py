@@ -43,12 +43,12 @@ class Captured:
     """Calls of one part in one pass.
 
     Attributes:
-        method: What is called to run the part.
+        method: The method that runs the part.
         enough: Seconds of a loop's calls that one timing needs.
         calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
-        count: How often it was called.
+        count: Number of calls.
         seconds: Wall-clock seconds inside it.
-        obstacle: Why it cannot be replayed, or "".
+        obstacle: Reason why it cannot be replayed, or "".
         sorts: Of each sort of call (a prompt, a single token: the shapes of what is new), how many there were and what
             they took.
     """

@@ -149,7 +149,7 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
 
 
 def _loss(result: StageResult) -> tuple[bool, float]:
-    """Seconds of a pass that are lost without a stage. A decoder's, whose steps were found right, goes last."""
+    """Return the sort key of a stage's loss in seconds. Decoders, whose steps were verified, come last."""
     return _is_sampled(result), (result.before or 0.0) - (result.after or 0.0)
 
 

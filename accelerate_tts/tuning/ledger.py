@@ -36,8 +36,7 @@ class Ledger:
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
         notes: Whatever else the user should know.
-        unmet: What there was no time for: what it may be hoped to gain of a pass, its part and stage, and the budget
-            that it wants.
+        unmet: Stages without time: expected gain of a pass, part, stage, and the budget that it needs.
     """
 
     results: list[StageResult] = field(default_factory=list)
@@ -46,11 +45,11 @@ class Ledger:
     unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
 
     def kept_on(self, part: str) -> list[AppliedChange]:
-        """The changes that are in force on a part."""
+        """Return the changes that are on for a part."""
         return [kept for kept in self.kept if kept.part == part]
 
     def current(self, part: str, group: str) -> AppliedChange | None:
-        """The alternative of a group that is in force on a part."""
+        """Return the kept alternative of a group on a part."""
         return next((kept for kept in self.kept_on(part) if group and kept.group == group), None)
 
     @property
@@ -63,7 +62,7 @@ class Ledger:
 
         Args:
             result: The verdict.
-            change: What was kept, if anything was.
+            change: The kept change, if any.
             instead_of: The alternative whose place it takes.
         """
         if change is not None:

@@ -159,7 +159,7 @@ def _rank(count: int, alpha: float) -> int:
 
 
 def time_once(run: Callable[[], object], device_type: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds that one run of a piece of work takes.
+    """Return the seconds of one run of a piece of work.
 
     Args:
         run: The work.

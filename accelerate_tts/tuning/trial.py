@@ -38,7 +38,7 @@ class Trial:
 
     Args:
         baseline: The untouched object, and the policy by which it is decided.
-        ledger: Where the verdict is entered, and the change if it is kept.
+        ledger: Records the verdict, and the change if it is kept.
         part: The part.
         stage: The stage.
         known: The verdict of an earlier tuning, which is compared again, but not timed.
@@ -115,7 +115,7 @@ class Trial:
     # --- reasons not to begin -----------------------------------------------------------------------------------
 
     def _obstacle(self) -> StageResult | None:
-        """The result that says why the stage is not begun; `None` if it is."""
+        """Return the result with the reason not to begin the stage; `None` if it is begun."""
         if self._policy.unworthy is not None:
             reason, sure = self._policy.unworthy(self._baseline, self._part, self._stage), True
         else:

@@ -59,9 +59,9 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     Args:
         plan: Its parts.
         calls: Warm-up calls through the path that service calls will take.
-        stages: What to try, in order.
-        device: Where it runs.
-        limits: When to stop.
+        stages: The stages to try, in order.
+        device: The device.
+        limits: Limits of tuning.
         known: Verdicts of an earlier tuning that stand: these changes are compared, but not timed again.
 
     Returns:

@@ -43,10 +43,10 @@ class Loaded:
     """Result of a load function, and the object that it was called on.
 
     Attributes:
-        result: What it returned.
+        result: Its return value.
         owner: The object whose method it is, or `None` for a plain function.
         loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
-        again: What calls the load function again, if that may be needed.
+        again: Calls the load function again, if that may be needed.
     """
 
     result: Any
@@ -118,7 +118,7 @@ class WarmupCalls:
     ladder: tuple[WarmupCall, ...] = ()
 
     def run(self) -> list[Any]:
-        """One pass through all that is compared."""
+        """Run one pass of all calls that are compared."""
         return [call.run() for call in self.main]
 
     def run_others(self) -> None:
@@ -133,11 +133,11 @@ class WarmupCalls:
 def warmup_calls(
     warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None, timeout: float | None = None
 ) -> WarmupCalls:
-    """The calls that `warmup` stands for.
+    """Convert `warmup` to calls of the loaded object.
 
     Args:
         warmup: As given to `@optimized_model`, and checked by `check_warmup`.
-        loaded: What it is a warm-up of.
+        loaded: The loaded object.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
         lengths: The shortest and the longest input of service.
         timeout: Seconds that each call may take before it is interrupted with a `TimeLimitError`; `None` is no limit.
@@ -169,7 +169,7 @@ class _CallMaker:
     timeout: float | None
 
     def call_of(self, item: Any) -> WarmupCall:
-        """The call that one item of a warm-up stands for."""
+        """Convert one item of a warm-up to a call."""
         loaded, mode = self.loaded, self.mode
         if isinstance(item, str):
             speak, decorated = _speaker(loaded)
@@ -187,7 +187,7 @@ class _CallMaker:
         return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
 
     def call_at(self, item: Any, length: int) -> WarmupCall:
-        """The same for an input of another length."""
+        """Convert an item, resized to another length, to a call."""
         if callable(item) and not _is_tensor(item):
             return WarmupCall(self._finished(item, (self.loaded.subject, length), {}, self.mode))
         return self.call_of(at_length(item, length))
