@@ -1,4 +1,4 @@
-"""`@optimized_model` and `@inference`: thin shells around the shared engine, with the decorated signature kept."""
+"""`@optimized_model` and `@inference`: thin wrappers around the shared engine that keep the decorated signature."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | static
 
 
 class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
-    """A wrapt function wrapper that can be copied and pickled, which wrapt's own refuses.
+    """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
 
-    A function is pickled by its name, so decorated functions can be sent to worker processes; a wrapper kept on an
-    instance (`module.forward = inference(module.forward)`) goes with `copy.deepcopy` and `torch.save`.
+    A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
+    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
@@ -59,8 +59,8 @@ class _InferenceShell(_Shell):
 class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A decorated function that was read from an instance or a class.
 
-    It is pickled and copied as a method is: by its object and its name. `weakref.WeakMethod` takes a method apart, into
-    its function and its object, and calls the method's class with these two; so that works here, too.
+    It is pickled and copied like a method, by its object and its name. `weakref.WeakMethod` calls the class of a method
+    with its function and its object, so this class supports that call.
     """
 
     def __new__(cls, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> Any:
@@ -70,7 +70,7 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
         return wrapped.__get__(None, instance) if of_class else wrapped.__get__(instance, type(instance))
 
     def __init__(self, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> None:
-        if rest or named:  # else it is a method of `__new__`, and ready
+        if rest or named:  # otherwise `__new__` has made it ready
             super().__init__(wrapped, instance, *rest, **named)  # type: ignore[call-arg]  # wrapt's stub names one
 
     @property
@@ -116,21 +116,21 @@ class _RunInMode:
         self.retry = retry
 
     def call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        """Make a call; a method and not `__call__`, which would take a frame more of what recursion may have."""
+        """Make a call. It is a method rather than `__call__`, which would need one more frame of the stack."""
         if not is_active():
             return wrapped(*args, **kwargs)
-        if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)`: as a method, too
+        if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)` becomes a method, too
             wrapped = MethodType(wrapped.__wrapped__, instance)
         if not self.retry:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
         if self.concurrency is None:
             if inference_mode.is_on(self.mode) and not retries.is_watched():
-                # Inside another call that is in this mode: recursion has a limit, so no frame more than need be.
+                # Inside another call in this mode: saves frames, since recursion is limited.
                 result = wrapped(*args, **kwargs)
                 return inference_mode.adopt(result, self.mode) if inference_mode.is_suspended(result) else result
             return self._run(wrapped, instance, args, kwargs)
-        # A bound method that was read from the object anew has the same object behind it, or the same function.
+        # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
         return limiter.call(limiter.room_of(instance, function), self.concurrency, wrapped, make)
@@ -162,35 +162,35 @@ def inference(
     concurrency: int | None = None,
     retry: bool = True,
 ) -> Any:
-    """Run a synthesis function without autograd, whatever kind of function it is.
+    """Run a synthesis function without autograd.
 
-    A call of a tuned object whose output is faulty (NaN or Inf, silence, flat clipping, runaway length) is **made
-    again** on the untouched model, and its caller gets that. So whatever else the function does, such as charging or
-    writing to a database, is done twice then. Give such a function `retry=False`, or keep what it computes in a
+    A call of a tuned object with a faulty output (NaN or Inf, silence, flat clipping, runaway length) is **repeated**
+    on the untouched model, and the caller gets the second output. Side effects of the function, such as charging or
+    writing to a database, then happen twice. Give such a function `retry=False`, or move the computation into a
     decorated function of its own.
 
-    Plain, `async`, generator and async generator functions, methods, class and static methods. The mode is on while
-    the body runs and off at every suspension, so other tasks and callers never see it. Threads and tasks that the body
-    starts do not inherit it: give them `carry_mode(work)`.
+    Supported are plain, `async`, generator and async generator functions, methods, class and static methods. The mode
+    is on while the body runs and off at every suspension, so other tasks and callers never see it. Threads and tasks
+    that the body starts do not inherit it: give them `carry_mode(work)`.
 
     Args:
-        function: The function, when used bare.
-        mode: "inference" (`torch.inference_mode()`), or "no_grad" for a model whose outputs are edited in place or
-            used for training later, or "none".
-        concurrency: How many calls of one object (or of one function that is no method) may run at once; `None` is no
-            limit. The others wait, first come first served, a coroutine without blocking its event loop. A stream has
-            its turn from its first item until it ends, is closed or collected, so 1 keeps the chunks of two requests
-            apart. Methods with `concurrency=` of one object share its turns. What a call calls itself is a part
-            of it; so is what it awaits through `asyncio.to_thread`, but not a thread that it starts otherwise.
-        retry: Whether a call whose output is faulty may be made again. With False the output is given as it is, with
-            a `Guarded` event, and a decorated function that called this one is not made again either. A call that
-            raises is never made again for a fault, nor is one whose own output is good.
+        function: The function, when used without parentheses.
+        mode: "inference" (`torch.inference_mode()`), "no_grad" for a model whose outputs are modified in place or used
+            for training later, or "none".
+        concurrency: Maximum simultaneous calls of one object (or of one plain function); `None` is no limit. Further
+            calls wait, first come first served, coroutines without blocking their event loop. A stream holds its permit
+            from its first item until it ends, is closed or collected, so 1 keeps the chunks of two requests apart.
+            Methods with `concurrency=` of one object share its permits. Nested calls share the permit of the outer
+            call, also through `asyncio.to_thread`, but not on threads that are started otherwise.
+        retry: Repeat a call with a faulty output. If False, the output is returned as it is, with a `Guarded` event,
+            and decorated functions that called this one are not repeated either. Exceptions never cause a repetition,
+            nor do faults of other calls.
 
     Raises:
-        SettingsError: An unknown mode, a `concurrency` that is no whole number of at least 1, or a `retry` that is not
-            True or False.
-        ConcurrencyError: At a call: it would wait for ever for a call that waits for it.
-        TypeError: What is decorated is no function.
+        SettingsError: The mode is unknown, `concurrency` is not a whole number of at least 1, or `retry` is not True or
+            False.
+        ConcurrencyError: At a call that would wait forever for a call that waits for it.
+        TypeError: The decorated object is not a function.
     """
     check_mode(mode)
     limiter.check_concurrency(concurrency)
@@ -227,31 +227,32 @@ def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a
     tune_seconds: float | None = None,
     lengths: tuple[int, int] | None = None,
 ) -> Any:
-    """Tune, verify and warm up what a load function loads, in place, before anybody gets it.
+    """Tune, verify and warm up the object that a load function loads, in place, before it is returned.
 
-    The function may be sync or async, a method or not, and return a module, an object or tuple that holds modules, or
-    nothing, having set attributes on `self`. What it returns is passed on as it is. Each optimisation is tried on the
-    warm-up's own inputs and kept only if it is faster and right; `receipt_of(...)` tells. An async load tunes in a
-    worker thread while its event loop goes on.
+    The function may be sync or async, a method or a plain function. It returns a module, or an object or tuple that
+    holds modules, or sets attributes on `self` and returns nothing. Its return value is unchanged. Each optimisation is
+    tried on the warm-up's inputs and kept only if it is faster and correct; `receipt_of(...)` returns the receipt. An
+    async load tunes on a worker thread without blocking its event loop.
 
     Args:
-        function: The function, when used bare; nothing is verified then, so nothing is changed but the device set-up.
-        warmup: What a real call looks like. A text for an object that speaks text (by its `@inference` method, else by
-            `synthesize`, `generate`, `tts`, ...); a tensor, a tuple of arguments or a mapping of keyword arguments
-            for the loaded module; a callable, called with what was loaded (the returned object, or `self`); a list
-            of several of these, such as a short and a long text.
-        mode: The mode of service calls that do not go through `@inference`.
-        precision: What may be changed: "exact" (rounding only: relative error 1e-4), "balanced" (half precision where
-            it is faster: 2e-2) or "fast" (8-bit weights too: 4e-2); `None` takes `Settings.precision`.
-        tune_seconds: Budget for trying things, in seconds; `None` takes `Settings.tune_seconds`.
-        lengths: The shortest and longest input of service calls, which are warmed up beside `warmup` so that none of
-            them compiles later: characters of a text, positions of a tensor's last dimension; with a callable warm-up
-            whatever it takes as its second argument, `warmup=lambda loaded, length: ...`.
+        function: The function, when used without parentheses. Nothing can be verified then, so only the device is set
+            up.
+        warmup: Example of a real call. A text for an object that speaks text (by its `@inference` method, otherwise by
+            `synthesize`, `generate`, `tts`, ...); a tensor, a tuple of arguments or a mapping of keyword arguments for
+            the loaded module; a callable that takes the loaded object (the return value, or `self`); or a list of
+            these, such as a short and a long text.
+        mode: Mode of service calls that do not go through `@inference`.
+        precision: Precision level: "exact" (rounding only, relative error 1e-4), "balanced" (half precision where it is
+            faster, 2e-2) or "fast" (8-bit weights, too, 4e-2); `None` selects `Settings.precision`.
+        tune_seconds: Time budget of tuning in seconds; `None` selects `Settings.tune_seconds`.
+        lengths: The shortest and the longest input in service. Lengths between them are warmed up beside `warmup`, so
+            that none compiles later: characters of a text, positions of a tensor's last dimension, or the second
+            argument of a callable, `warmup=lambda loaded, length: ...`.
 
     Raises:
-        WarmupError: At decoration, for a warm-up that can never work; at loading, for one that does not fit.
-        SettingsError: An unknown mode or precision, a budget or a range of lengths that means nothing.
-        TypeError: What is decorated is no function.
+        WarmupError: At decoration for an invalid warm-up; at loading for one that does not fit the loaded object.
+        SettingsError: The mode, precision, budget or range of lengths is invalid.
+        TypeError: The decorated object is not a function.
     """
     from accelerate_tts.tuning.load_request import LoadRequest
 
@@ -289,7 +290,7 @@ class _Optimize:
         return result
 
     async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Again | None) -> Any:
-        import asyncio  # 40 ms, which a decorated synchronous class should not pay at its import
+        import asyncio  # takes 40 ms, which importing a decorated synchronous class should not cost
 
         from accelerate_tts.optimizer import get_performance_optimizer
         from accelerate_tts.tuning.warmup import Loaded
@@ -301,7 +302,7 @@ class _Optimize:
         try:
             await asyncio.to_thread(get_performance_optimizer().optimize, request)
         except asyncio.CancelledError:
-            cancelled.set()  # the thread cannot be interrupted; it undoes what it did before its next step
+            cancelled.set()  # the thread cannot be interrupted; it undoes its changes before the next stage
             raise
         return result
 

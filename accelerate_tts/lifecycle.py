@@ -1,4 +1,4 @@
-"""Objects that load functions left behind: tuned, warmed up, remembered, and put back."""
+"""Lifecycle of loaded objects: tune, warm up, register, and undo."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switch
 _FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps them in a file"
 _GUARD_OFF = "guard: off, by Settings.guard"
 
-# One for the process.
+# One lock for the process.
 _tuning_lock = TuningLock()
 
 
@@ -114,10 +114,10 @@ class LoadedObjects:
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
             self._remember(loaded, tuning, *plan.roots)
-        except BaseException:  # Ctrl-C: whoever has a tuned model has its receipt, its guard and its way back
+        except BaseException:  # Ctrl-C: a tuned model must have its receipt, its guard and its undo
             self._take_back(plan, begun, tuning)
             raise
-        self._tidy()  # captured inputs and rejected copies were made in between what stays
+        self._tidy()  # frees captured inputs and rejected copies
         return tuning.receipt
 
     def _take_back(self, plan: ModelPlan, begun: list[Ledger], tuning: Tuning | None) -> None:
@@ -157,7 +157,11 @@ class LoadedObjects:
     def _let_go(
         self, what: str, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> tuple[LetGo | None, str]:
-        """Let loaded weights go, and see whether they are missed."""
+        """Free original weights, and run the warm-up to see that they are not read.
+
+        Returns:
+            The object that reloads them, or `None`, and a note for the receipt.
+        """
         from accelerate_tts.patching.offload import let_go_of
         from accelerate_tts.runtime.seeding import seeded
 
@@ -168,17 +172,17 @@ class LoadedObjects:
             return None, f"the loaded weights stay in memory: {why}"
         start = time.perf_counter()
         timeout = self._settings.warmup_timeout
-        # A graph knows what its weights were, and would be compiled anew.
+        # A graph refers to its weights, and would be compiled again.
         compiled = {kept.part for kept in findings.kept if kept.change.graphs is not None}
         besides = {inner for part in findings.parts if part.name in compiled for inner in part.module.modules()}
         let_go = let_go_of(what, found, lambda: again.modules(what, device, timeout), besides)
         seconds = time.perf_counter() - start
         gone = 0 if let_go is None else let_go.leave()
         try:
-            with seeded(device):  # somebody may ask a layer for its weights at each call
+            with seeded(device):  # other code may read a layer's weights at each call
                 for call in calls.main if gone else ():
                     call.run()
-        except Exception as error:  # the user's model; what was loaded is not thrown away
+        except Exception as error:  # the user's model raised; the loaded model is kept
             emit(WarmupFailed(what, f"{type(error).__name__}: {error}"))
         if let_go is None or not let_go.gone:
             return let_go, "guard_weights='reload': no loaded weights could be let go; they stay in memory"
@@ -188,7 +192,7 @@ class LoadedObjects:
         )
 
     def _warm_up_new(self, request: LoadRequest, found: dict[str, nn.Module]) -> None:
-        """An object around modules that need no tuning (or around none) is warmed up, unless it was already."""
+        """Warm up an object whose modules need no tuning (or that has none), unless it is warm already."""
         from accelerate_tts.runtime.seeding import seeded
 
         name = type(request.loaded.subject).__name__
@@ -203,7 +207,7 @@ class LoadedObjects:
                     call.run()
         except WarmupError:
             raise
-        except Exception as error:  # the user's own warm-up; what was loaded is not thrown away
+        except Exception as error:  # the user's warm-up failed; the loaded object is kept
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
             return
         emit(Warmed(name, time.perf_counter() - start))
@@ -227,17 +231,17 @@ class LoadedObjects:
         return tuning.put_back() if guarding is not None and guarding.retired else tuning.receipt
 
     def tuning_of(self, tuned: object) -> Tuning | None:
-        """The last tuning of an object or, of a container, of the first tuned module in it."""
+        """Return the last tuning of an object, or for a container that of its first tuned module."""
         known = self._tunings.get(tuned)
         return known or next(iter(self._tunings_in(tuned)), None)
 
     def _tunings_in(self, tuned: object) -> list[Tuning]:
-        """All tunings of an object, or of what a container holds, in the order in which they came."""
+        """Return all tunings of an object, or of the modules in a container, in order."""
         known = self._tunings.all(tuned)
         if known or not isinstance(tuned, (tuple, list, dict)):
             return known
         from accelerate_tts.inspection.object_tree import (
-            find_modules,  # a container cannot be known itself, but what is in it is
+            find_modules,  # a container itself is not registered, but its modules are
         )
 
         found = {id(tuning): tuning for root in find_modules(tuned).values() for tuning in self._tunings.all(root)}
@@ -245,11 +249,11 @@ class LoadedObjects:
 
     def undo(self, tuned: object) -> bool:
         """See `PerformanceOptimizer.undo`."""
-        # Without a lock: it may load weights again, whose events may have a hook that calls this. So every step may be
-        # taken twice, and who takes the last one tells of it.
+        # Without a lock, since reloading weights emits events, whose hooks may call this. Every step may run twice, and
+        # the caller that finishes emits the event.
         tunings = self._tunings_in(tuned)
         for tuning in tunings:
-            tuning.keep_loaded()  # of all, before anything is undone: it may fail
+            tuning.keep_loaded()  # for all tunings before any is undone, since it may fail
         undone = []
         for tuning in reversed(tunings):
             guarding = guards.guard_of(tuning)
@@ -286,7 +290,7 @@ def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
 
 
 def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:
-    """The device that most of an object's weights are on, which need not be the best one that there is."""
+    """Return the device that holds most of an object's weights. It may differ from the detected device."""
     sizes: Counter[str] = Counter()
     for parameter in (parameter for root in plan.roots for parameter in root.parameters()):
         sizes[parameter.device.type] += parameter.numel() * parameter.element_size()
@@ -300,11 +304,11 @@ def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:
 @contextmanager
 def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
     guarding = guards.guard_of(tuning)
-    if guarding is not None:  # it counts who has switched the changes off, and knows when they are off for good
+    if guarding is not None:  # the guard counts the holders, and knows if the changes are off for good
         with guarding.untouched():
             yield guarding.in_force
         return
-    _pin = tuning.at_hand()  # held until the changes are on again
+    _pin = tuning.at_hand()  # keeps the weights until the changes are on again
     for change in reversed(tuning.changes):
         change.off()
     try:

@@ -1,4 +1,4 @@
-"""`PerformanceOptimizer`, the one shared engine behind the decorators, and its process-wide accessor."""
+"""`PerformanceOptimizer`, the shared engine behind the decorators, and its process-wide accessor."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ __all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_
 
 T = TypeVar("T")
 
-# A batch never takes more than this share of what is free: fragmentation and the next request need the rest.
+# Maximum share of free memory for a batch; fragmentation and the next request need the rest.
 _BATCH_SHARE = 0.8
 
 
 class PerformanceOptimizer:
-    """Detects the device, makes it ready, and optimises and warms up models on it.
+    """Detects the device, sets it up, and optimises and warms up models on it.
 
-    Every method may be called from any thread. `initialize()` is called by those that need it.
+    All methods are thread-safe. Methods that need it call `initialize()`.
 
     Args:
-        settings: Options; read from the environment if not given.
+        settings: The settings; read from the environment if not given.
 
     Raises:
-        SettingsError: An environment variable has a value that means nothing.
+        SettingsError: An environment variable has an invalid value.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -57,11 +57,11 @@ class PerformanceOptimizer:
     # --- device ----------------------------------------------------------------------------------------------
 
     def initialize(self) -> torch.device:
-        """Detect the device and apply its set-up, once; later calls return the same device.
+        """Detect the device and set it up, once; later calls return the same device.
 
-        CUDA and ROCm: TF32 for matrix products and cuDNN, cuDNN autotune. MPS: the fallback and watermark
-        variables. Everywhere: CPU threads that fit affinity, quota and `settings.workers`. A variable that the
-        user has set is left alone. `close()` puts everything back.
+        CUDA and ROCm: TF32 for matrix products and cuDNN, cuDNN autotune. MPS: the fallback and watermark variables.
+        All devices: CPU threads that fit affinity, quota and `settings.workers`. Variables that the user has set are
+        not changed. `close()` restores everything.
 
         Raises:
             SettingsError: `settings.device` is not available on this machine.
@@ -72,7 +72,7 @@ class PerformanceOptimizer:
 
     @property
     def device(self) -> detect.DeviceInfo:
-        """The detected device in detail; initializes if need be."""
+        """The detected device in detail; initialises it if needed."""
         return self._ready()
 
     def _ready(self) -> detect.DeviceInfo:
@@ -87,25 +87,25 @@ class PerformanceOptimizer:
             return self._device
 
     def close(self) -> None:
-        """Put back every flag and variable that `initialize()` changed. Models stay as they are."""
+        """Restore every flag and variable that `initialize()` changed. Models are not changed."""
         with self._lock:
             if self._hold is not None:
                 self._hold.release()
             self._hold = self._device = None
 
     def call_flags(self) -> list[tuple[flags.Flag, Any]]:
-        """The process-wide flags that a `fast_inference()` scope holds on this device. Sets nothing itself."""
+        """Return the process-wide flags that a `fast_inference()` scope holds on this device, without setting them."""
         return setup.call_flags(self._device or detect.detect(self.settings.device), self.settings)
 
     # --- models ----------------------------------------------------------------------------------------------
 
     def compile_model(self, model: T, model_name: str, warmup_input: Any = None) -> T:
-        """Compile a module in place with the mode of the device, and warm it up if an input is given.
+        """Compile a module in place with the device's mode, and warm it up if an input is given.
 
-        Compiling happens at the first call. If the compiler fails there, the module goes on untouched and a
-        `FellBack` event says why; so too if a warm-up shows that nothing was compiled. Lengths are dynamic, but some
-        operations divide them into ranges: warm up with a short and a long input. After a warm-up each further
-        compilation is a `Recompiled` event.
+        The first call compiles. If the compiler fails, or a warm-up shows that nothing was compiled, the untouched
+        module is used and a `FellBack` event gives the reason. Lengths are dynamic, but some operations divide them
+        into ranges: warm up with a short and a long input. After a warm-up, each further compilation is a `Recompiled`
+        event.
 
         Args:
             model: A `torch.nn.Module`. It keeps its class, state dict and pickling.
@@ -113,10 +113,10 @@ class PerformanceOptimizer:
             warmup_input: As for `warmup_model`.
 
         Returns:
-            `model` itself, compiled or not. Not tried on MPS, or where `settings.compile` is off.
+            `model` itself, compiled or not. It is not compiled on MPS, or if `settings.compile` is off.
 
         Raises:
-            ModelError: `model` is no `torch.nn.Module`.
+            ModelError: `model` is not a `torch.nn.Module`.
         """
         from torch import nn
 
@@ -151,8 +151,7 @@ class PerformanceOptimizer:
     def warmup_model(self, model: Any, warmup_input: Any) -> bool:
         """Run a model once, in inference mode, so that its first real call is warm.
 
-        The user's random state is as before afterwards. Where a CUDA graph has to be recorded, the pass is made
-        three times.
+        The user's random state is restored. If a CUDA graph must be recorded, the pass runs three times.
 
         Args:
             model: A module, or any object that `@optimized_model` takes.
@@ -160,7 +159,7 @@ class PerformanceOptimizer:
                 model, or a list of these, each run in turn. Tensors are moved to the module's device.
 
         Returns:
-            True if it ran; False if it raised, with a `WarmupFailed` event that says what.
+            True if it succeeded; False with a `WarmupFailed` event if it raised.
 
         Raises:
             WarmupError: `warmup_input` is none of these.
@@ -181,7 +180,7 @@ class PerformanceOptimizer:
                         call.run()
                         if call.variant is not None and _is_compiled(model):
                             call.variant()
-        except Exception as error:  # whatever the model raises: the contract is a bool, and the event has the reason
+        except Exception as error:  # any error of the model: the result is a bool, and the event has the reason
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
             return False
         emit(Warmed(name, time.perf_counter() - start))
@@ -194,7 +193,7 @@ class PerformanceOptimizer:
         around it is warmed up only. A warm pack of the same object takes the place of tuning.
 
         Args:
-            request: What was loaded, and what is asked for it.
+            request: The loaded object and its options.
 
         Returns:
             The receipt, or `None` if what was loaded holds no module, or if waiting for another tuning would wait for
@@ -216,30 +215,37 @@ class PerformanceOptimizer:
         return remembered(function, owner, args, kwargs)
 
     def receipt(self, tuned: object) -> Receipt | None:
-        """The receipt of a tuned object: what was loaded, or its backend; of several loads, the last."""
+        """Return the receipt of a loaded object or its backend; the last one after several loads."""
         return self._loaded.receipt(tuned)
 
     def _tuning_of(self, tuned: object) -> Tuning | None:
         return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
-        """Put a tuned object back exactly as it was loaded, all of it. Returns whether there was something to undo."""
+        """Put a tuned object back exactly as it was loaded.
+
+        Returns:
+            True if there was something to undo.
+        """
         return self._loaded.undo(tuned)
 
     def untouched(self, tuned: object) -> AbstractContextManager[bool]:
-        """Run a tuned object as it was loaded while the scope is open, to compare the two on one's own input.
+        """Switch a tuned object's optimisations off while the scope is open, to compare both states on your own input.
 
-        Not while other threads use the object: some of their calls would be untouched too.
+        Calls of other threads in the meantime are untouched, too.
 
         Returns:
-            A context manager; entering it gives whether there is anything in force that was switched off.
+            A context manager that yields True if there was anything to switch off.
         """
         return self._loaded.untouched(tuned)
 
     def export_packs(self, path: str | PathLike[str]) -> int:
-        """Write every warm pack of this user into one file, for another machine. Returns how many.
+        """Write all warm packs of this user into one file, for another machine.
 
-        Another machine takes the decisions from it; the compiled code too if both have the same `Settings.pack_key`.
+        The other machine uses the decisions, and the compiled code if both have the same `Settings.pack_key`.
+
+        Returns:
+            Number of packs written.
 
         Raises:
             PackError: The file cannot be written.
@@ -249,10 +255,13 @@ class PerformanceOptimizer:
         return pack_store(self.settings).export(None, _file(path))
 
     def load_packs(self, path: str | PathLike[str]) -> int:
-        """Take the warm packs of such a file into this user's folder. Returns how many.
+        """Load the warm packs of an exported file into this user's folder.
+
+        Returns:
+            Number of packs loaded.
 
         Raises:
-            PackError: It is no such file.
+            PackError: The file cannot be read, or was not exported by `export_packs`.
         """
         from accelerate_tts.packs.warm_pack import pack_store
 
@@ -261,7 +270,7 @@ class PerformanceOptimizer:
     # --- calls and memory ------------------------------------------------------------------------------------
 
     def get_inference_context(self) -> AbstractContextManager[Any]:
-        """`torch.inference_mode()` where there is torch, else a null context. For synchronous code only."""
+        """Return `torch.inference_mode()`, or a null context without torch. For synchronous code only."""
         return create_inference_context()
 
     def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
@@ -290,14 +299,14 @@ class PerformanceOptimizer:
         return detect.spec_of(device).batch_size(device) or default or 1
 
     def measure_item_bytes(self, model: Any, warmup_input: Any) -> int | None:
-        """Run a model once on one item and return the bytes this took at its peak, at least 1.
+        """Run a model once on one item and return its peak memory in bytes, at least 1.
 
         Args:
             model: As for `warmup_model`.
             warmup_input: One item, as for `warmup_model`.
 
         Returns:
-            The bytes, or `None` where the system keeps no peak that can be reset (MPS; a CPU away from Linux).
+            The bytes, or `None` if the system has no peak counter that can be reset (MPS; a CPU except on Linux).
         """
         from accelerate_tts.runtime.seeding import seeded
         from accelerate_tts.tuning.load_request import LoadRequest
@@ -315,10 +324,11 @@ class PerformanceOptimizer:
         return None if peak is None else max(1, peak)
 
     def cleanup_memory(self, force: bool = False) -> None:
-        """Give memory back: garbage collection, the device's allocator cache, `malloc_trim` under glibc.
+        """Free unused memory: garbage collection, the device's allocator cache, `malloc_trim` under glibc.
 
-        Never raises, and never touches memory in use. Without `force` it only looks (half a millisecond) unless less
-        than a tenth of the device's memory is free: a collection at every call would cost more than it frees.
+        Never raises, and never touches memory in use. Without `force` it acts only if less than a tenth of the device's
+        memory is free, since a collection at every call would cost more than it frees. The check takes half a
+        millisecond.
         """
         try:
             device = self._ready()
@@ -337,10 +347,10 @@ _optimizer: PerformanceOptimizer | None = None
 
 
 def get_performance_optimizer() -> PerformanceOptimizer:
-    """The optimizer that the whole process shares, made at its first use from the environment's settings.
+    """Return the process-wide optimizer, which is made at its first use from the environment's settings.
 
     Raises:
-        SettingsError: An environment variable has a value that means nothing.
+        SettingsError: An environment variable has an invalid value.
     """
     global _optimizer  # noqa: PLW0603 - the process-wide instance, made once under a lock
     if _optimizer is None:
@@ -351,18 +361,18 @@ def get_performance_optimizer() -> PerformanceOptimizer:
 
 
 def create_inference_context() -> AbstractContextManager[Any]:
-    """`torch.inference_mode()` where there is torch, else a null context.
+    """Return `torch.inference_mode()`, or a null context without torch.
 
-    Synchronous code only: entered around an `await` or a `yield` it would leak. `@inference` does those right.
+    For synchronous code only: around an `await` or a `yield` the mode would leak. `@inference` handles those.
     """
     return inference_mode.mode_factory("inference")() if is_active() else nullcontext()
 
 
 def receipt_of(tuned: object) -> Receipt | None:
-    """The receipt of an object that `@optimized_model` tuned, or `None`.
+    """Return the receipt of an object that `@optimized_model` tuned, or `None`.
 
     Args:
-        tuned: What was loaded, or the backend whose load method was decorated.
+        tuned: The loaded object, or the backend whose load method was decorated.
     """
     return get_performance_optimizer().receipt(tuned)
 

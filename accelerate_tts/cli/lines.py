@@ -15,6 +15,6 @@ def cleaned(line: str) -> str:
 
 
 def say(line: str) -> None:
-    """Write a line to standard output, at once, also into a file: a tuning takes minutes."""
+    """Write a line to standard output, flushed at once, also into a file, since tuning takes minutes."""
     sys.stdout.write(f"{cleaned(line)}\n")
     sys.stdout.flush()

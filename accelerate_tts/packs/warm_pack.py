@@ -1,8 +1,8 @@
-"""Warm packs: a tuning's decisions and compiled code from an earlier process, checked once and put in force.
+"""Warm packs: decisions and compiled code of an earlier process's tuning, checked once and applied.
 
-The second process measures nothing. It runs the warm-up once as it was loaded, which is the reference, applies what the
-pack says, loads the compiled code, runs the warm-up again and compares. A pack that does not fit, or does not compute
-the same, costs one event and the usual tuning.
+The second process times nothing. It runs the warm-up once on the untouched object for reference outputs, applies the
+pack's changes, loads the compiled code, runs the warm-up again and compares. A pack that does not fit, or does not
+compute the same, causes an event and normal tuning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WarmPack", "pack_folder", "pack_store"]
 
-# Of the decisions. Those of 1 do not say how sure they are.
+# Version of the decisions. Version 1 does not mark uncertain verdicts.
 _FORMAT = 2
 
 
@@ -55,22 +55,22 @@ def pack_folder(settings: Settings) -> Path:
 
 
 def pack_store(settings: Settings) -> PackStore:
-    """The store of warm packs that the settings name."""
-    # A variable of the environment may hold bytes that are no UTF-8.
+    """Return the store of warm packs of the settings."""
+    # An environment variable may contain bytes that are not UTF-8.
     secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
     return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
 
 
 @dataclass
 class WarmPack:
-    """The warm pack of one loaded object: there or still to be written.
+    """The warm pack of one loaded object, existing or not yet written.
 
     Attributes:
-        store: Where packs are.
+        store: The store of packs.
         plan: The object's plan, before anything was changed.
-        key: What the pack is for.
+        key: Key of the pack.
         seconds: The tuning budget of this process.
-        retune: Whether what an earlier process was not sure of may be tried again.
+        retune: True if uncertain verdicts of an earlier process may be tried again.
     """
 
     store: PackStore
@@ -85,9 +85,16 @@ class WarmPack:
     def of(
         cls, plan: ModelPlan, stages: Sequence[Stage], device: DeviceInfo, settings: Settings, **options: Any
     ) -> WarmPack | None:
-        """The pack for a plan under these circumstances; `options` are whatever else tuning was told.
+        """Return the pack for a plan, or `None`.
 
-        An object that cannot be told from others (a `repr` that raises, say) costs one event and has no pack.
+        An object without a fingerprint (whose `repr` raises, for example) causes an event and has no pack.
+
+        Args:
+            plan: The object's plan.
+            stages: The stages that would be tried.
+            device: The device.
+            settings: The settings.
+            options: Further options of tuning, which become part of the key.
         """
         import torch
 
@@ -96,7 +103,7 @@ class WarmPack:
             "torch": torch.__version__,
             "python": sys.version_info[:2],
             "device": (device.kind, device.name, torch.backends.cpu.get_cpu_capability()),
-            "kernels": level() if device.kind == "cpu" else "",  # what was tuned without them may gain by them
+            "kernels": level() if device.kind == "cpu" else "",  # a tuning without kernels may gain by them
             "threads": torch.get_num_threads(),
             "flags": (settings.compile_mode, settings.tf32, settings.cudnn_benchmark),
             "training": acts_in_training(plan),
@@ -108,17 +115,17 @@ class WarmPack:
             return cls(
                 pack_store(settings), plan, key, settings.tune_seconds, compiler_cache.snapshot(), settings.retune
             )
-        except Exception as error:  # a pack is a convenience: whatever is wrong with it, tuning is still there
+        except Exception as error:  # a pack is optional: without it the object is tuned
             emit(PackIgnored(f"the warm pack of {plan.what}", f"{type(error).__name__}: {error}"))
             return None
 
     def restore(
         self, calls: WarmupCalls, stages: Sequence[Stage], device: DeviceInfo, limits: Limits
     ) -> Findings | None:
-        """Put in force what the pack says; `None`, with everything as it was, if there is none or it does not fit.
+        """Apply the pack's changes; return `None`, with the object untouched, if there is no pack or it does not fit.
 
-        `None` as well if it says that it is not sure, and the machine is quiet now: the tuning that follows tries that
-        again, and takes the rest from `known`.
+        Also returns `None` if the pack has uncertain verdicts and the machine is quiet now. The tuning that follows
+        tries these again, and takes the others from `known`.
         """
         pack = self.store.read(self.key) if calls.main else None
         if pack is None:
@@ -142,7 +149,7 @@ class WarmPack:
                 return None
         except Exception as error:  # see `of`
             ledger.off()
-            if not isinstance(error, _WarmupFailedError):  # tuning meets the same, and says so
+            if not isinstance(error, _WarmupFailedError):  # tuning will report the same error
                 emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
             return None
         except BaseException:
@@ -150,7 +157,7 @@ class WarmPack:
             raise
         findings = self._restored(baseline, ledger, entries, receipt, spared, time.perf_counter() - start)
         if pack.artifacts is None and self._code_of(findings.kept) is not None:
-            # Somebody else's, without code that we trust: what was compiled here instead is kept under our own key.
+            # The pack has no trusted code: the code that was compiled here is stored under this user's signature.
             self._write(findings, receipt)
         return findings
 
@@ -183,7 +190,7 @@ class WarmPack:
         return tuple(result for result in self._earlier.stages if result.part not in again)
 
     def renew(self, findings: Findings) -> None:
-        """Write the pack of a tuning that followed, unless the earlier process was surer. Says what came of it."""
+        """Write the pack of the repeated tuning, unless the earlier one had fewer uncertain verdicts; emit an event."""
         before = self._earlier
         if before is None or not findings.complete:
             self.keep(findings)
@@ -194,7 +201,7 @@ class WarmPack:
         emit(Retuned(self.plan.what, len(before.unsure), len(after.unsure), before.ratio, after.ratio))
 
     def keep(self, findings: Findings) -> None:
-        """Write the pack of a complete tuning. What cannot be written costs one event."""
+        """Write the pack of a complete tuning. A failure causes an event."""
         if findings.complete:
             self._write(findings, findings.receipt())
 
@@ -202,7 +209,7 @@ class WarmPack:
         decided = [entry for entry in findings.kept if entry.stage not in IN_ANY_CASE]
         kept = [found for entry in decided if (found := _described(self.plan, findings, entry)) is not None]
         if len(kept) < len(decided):
-            return  # a part that cannot be found again by its path
+            return  # a part has no path by which it can be found again
         try:
             decisions = {
                 "format": _FORMAT, "kept": kept, "receipt": receipt.to_json(), "tune_seconds": self.seconds,
@@ -217,7 +224,7 @@ class WarmPack:
 
 
 class _WarmupFailedError(Exception):
-    """The user's own warm-up raised, before anything was changed."""
+    """The user's warm-up raised before anything was changed."""
 
 
 def _described(plan: ModelPlan, findings: Findings, kept: AppliedChange) -> dict[str, Any] | None:
@@ -235,10 +242,14 @@ def _described(plan: ModelPlan, findings: Findings, kept: AppliedChange) -> dict
 def _read(
     decisions: Mapping[str, Any], plan: ModelPlan, stages: Sequence[Stage], seconds: float
 ) -> tuple[Receipt, list[tuple[Part, Stage]]]:
-    """The receipt, and what is to be put in force: all texts and numbers of a file that anybody may have written."""
+    """Read the receipt and the changes to apply from untrusted decisions.
+
+    Raises:
+        ValueError: The decisions do not fit the plan or the stages, or ran out of a smaller budget.
+    """
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
-        # One look on a busy machine could drop what is best, and left a verdict like any other.
+        # A single look on a busy machine could drop the best stage, without being marked as uncertain.
         verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
         receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]

@@ -34,8 +34,8 @@ def activate(
 
     Args:
         baseline: The untouched object; the parts of its plan are compared one by one.
-        ledger: Where the changes are entered.
-        entries: What was decided, in the order in which it was made.
+        ledger: Records the changes.
+        entries: The decided changes, in order.
         whole: Compare the whole object's output, too.
 
     Returns:
@@ -97,7 +97,7 @@ def _nothing_compiled(change: Change) -> str:
 
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
-    """Warm-up ends here: the last kinds of input are run, and whatever is compiled later is worth an event."""
+    """End the warm-up: run the remaining kinds of inputs, and report later compilations as events."""
     with baseline.draws.seeded(WHOLE):
         baseline.calls.run_others()
     for kept in ledger.kept:

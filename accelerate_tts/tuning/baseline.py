@@ -40,9 +40,9 @@ class Reference:
 
     Attributes:
         outputs: Of each call.
-        repeats: How far a second run of the same was from the first.
+        repeats: Difference between two runs.
         seconds: Seconds that a run of what is timed took.
-        quiet: Whether nothing disturbed the machine meanwhile.
+        quiet: True if the machine was not disturbed meanwhile.
     """
 
     outputs: list[Any]
@@ -58,15 +58,15 @@ class Baseline:
     Attributes:
         plan: The parts, with what the passes showed of them.
         calls: The warm-up calls, through the path that service calls take.
-        device: Where it runs.
-        tolerance: What a candidate may differ by.
-        policy: How it is decided.
+        device: The device.
+        tolerance: Maximum difference of a candidate's outputs.
+        policy: The policy of tuning.
         watcher: Tells how disturbed the machine is.
         budget: The time that there is.
         output: Results of a pass, which the tuned object's are compared with.
         cold: Seconds of the first pass.
         pass_seconds: Seconds of the pass that was recorded.
-        pass_quiet: Whether nothing disturbed the machine in that pass.
+        pass_quiet: True if the machine was not disturbed in that pass.
         captured: Calls of each part in that pass, by its name.
         called: The `id` of each module that was called in it.
         expected: Outputs of the object's `@inference` functions in it, for the guard.
@@ -95,7 +95,7 @@ class Baseline:
     _references: dict[str, Reference] = field(default_factory=dict, repr=False)
 
     def run(self) -> list[Any]:
-        """One warm-up pass through the public path, with the same random numbers every time."""
+        """Run a warm-up pass through the public path, with the same random numbers every time."""
         with self.draws.seeded(WHOLE, watched=True):
             return self.calls.run()
 
@@ -105,14 +105,14 @@ class Baseline:
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
     def replay(self, part: Part, which: Which = "all") -> Callable[[], list[Any]]:
-        """The part by itself on its captured inputs, or the whole pass where it cannot be run by itself.
+        """Prepare a replay of the part on its captured inputs, or a whole pass if it cannot be run by itself.
 
         Args:
             part: The part.
-            which: Which of its calls.
+            which: The calls to replay.
 
         Returns:
-            A function that runs it once: the copies of its inputs are made here, and are not part of its time.
+            A function that runs it once. The inputs are copied here, outside of its time.
         """
         if which == "pass" or not self.replayable(part):
             return self.run
@@ -196,7 +196,7 @@ class Baseline:
         return 0.0 if known is None else known.seconds
 
     def share(self, part: Part) -> float:
-        """The share of the parts' time that a part took in a warm pass; 0.0 if it was not called."""
+        """Return the part's share of the time of all parts in a warm pass; 0.0 if it was not called."""
         total = sum(seen.seconds for seen in self.captured.values())
         seen = self.captured.get(part.name)
         return seen.seconds / total if seen is not None and total > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Watch a warm-up pass: which inputs each part was really given, and how long it took."""
+"""Capture of a warm-up pass: the real inputs and the time of each part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
 class NotReplayableError(Exception):
-    """An input (a cache object, say) cannot be copied, so the part cannot be run by itself."""
+    """An input cannot be copied, so the part cannot be run by itself."""
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Captured:
     """Calls of one part in one pass.
 
     Attributes:
-        method: What is called to run the part.
+        method: The method that runs the part.
         enough: Seconds of a loop's calls that one timing needs.
         calls: A few of the inputs, copied before the part could change them: the first ones of each sort.
-        count: How often it was called.
+        count: Number of calls.
         seconds: Wall-clock seconds inside it.
-        obstacle: Why it cannot be replayed, or "".
+        obstacle: Reason why it cannot be replayed, or "".
         sorts: Of each sort of call (a prompt, a single token: the shapes of what is new), how many there were and what
             they took.
     """
@@ -62,10 +62,10 @@ class Captured:
     sorts: dict[Sort, _Tally] = field(default_factory=dict)
 
     def prepared(self, module: Any, which: Which) -> list[Prepared]:
-        """The captured calls with fresh copies of their inputs, ready to be run.
+        """Return captured calls with fresh copies of their inputs.
 
         Args:
-            module: What they will be run on; its class may have something to say about caches (`READY`).
+            module: The module that they will run on. Its class may prepare caches (`READY`).
             which: See `Which`.
         """
         return [call.prepared(module) for call in self._chosen(which)]
@@ -108,7 +108,7 @@ class Captured:
         if which == "others":
             return [call for call in self.calls if call.sort != longest] or self.calls
         calls = [call for call in self.calls if call.sort == longest] or self.calls
-        # The latest, where a cache has grown to its length in service.
+        # The latest calls, in which a cache has the lengths of service.
         return calls[-max(1, math.ceil(self.enough * tally.count / tally.seconds)) :]
 
 
@@ -119,20 +119,20 @@ class _Tally:
 
     @property
     def is_milestone(self) -> bool:
-        """A power of two: so often is the latest call kept in place of an earlier one, since a loop's cache grows."""
+        """True at powers of two, when the latest call replaces an earlier one, since a loop's cache grows."""
         return self.count >= _A_LOOP and self.count & (self.count - 1) == 0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A captured call with copies of its inputs, which are used up by running it."""
+    """A captured call with copies of its inputs, for one run."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     call: _Call
 
     def run(self, module: Any) -> Any:
-        """Run it under the modes that it had, and return its output."""
+        """Run the call under its original modes, and return its output."""
         import torch
 
         call = self.call
@@ -145,7 +145,7 @@ class Prepared:
             return getattr(module, call.method)(*self.args, **self.kwargs)
 
 
-@dataclass(eq=False)  # tensors have no truth
+@dataclass(eq=False)  # tensors have no truth value
 class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -157,10 +157,10 @@ class _Call:
     method: str
 
     def prepared(self, module: Any) -> Prepared:
-        """The call with fresh copies of its inputs, ready to be run on a module."""
+        """Return the call with fresh copies of its inputs."""
         import torch
 
-        # Made as they were made then: whoever writes into an inference tensor outside that mode fails.
+        # Copied in the original mode: writing into an inference tensor outside inference mode fails.
         with torch.inference_mode(self.inference):
             args, kwargs = _copied(self.args), _copied(self.kwargs)
         ready = getattr(type(module), READY, None)
@@ -183,7 +183,7 @@ def watch(parts: tuple[Part, ...], device_type: str, enough: float = 1.0) -> Gen
 
 @contextmanager
 def _around(part: Part, before: Callable[..., None], after: Callable[..., None]) -> Generator[None, None, None]:
-    """While open, call `before(module, args, kwargs)` and `after(module, args, output)` around what runs a part."""
+    """Call `before(module, args, kwargs)` and `after(module, args, output)` around each run of a part while open."""
     module, method = part.module, part.method
     if method == CALL:
         handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
@@ -214,9 +214,9 @@ def _around(part: Part, before: Callable[..., None], after: Callable[..., None])
 
 @contextmanager
 def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any, float], None, None]:
-    """While open, add up the seconds that every module inside `roots` takes, into the yielded mapping.
+    """Add up the seconds of every module inside `roots` in the yielded mapping while open.
 
-    A module that is never called (because `generate()` or `forward` is, or it is a mere list) does not appear.
+    Modules that are never called (because `generate()` or `forward` is called, or for a list of modules) are missing.
     """
     seconds: dict[Any, float] = {}
     handles: list[Any] = []
@@ -231,7 +231,7 @@ def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any
 
 @contextmanager
 def calls_of(roots: tuple[Any, ...]) -> Generator[set[int], None, None]:
-    """While open, note the `id` of every module inside `roots` that is called, in the yielded set."""
+    """Collect the `id` of every called module inside `roots` in the yielded set while open."""
     called: set[int] = set()
     modules = {inner for root in roots for inner in root.modules()}
 
@@ -263,7 +263,7 @@ def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> l
 
 @contextmanager
 def outputs_of(part: Part) -> Generator[list[Any], None, None]:
-    """While open, copy the tensors of what each of the first calls of a part returns into the yielded list."""
+    """Copy the output tensors of a part's first calls into the yielded list while open."""
     seen: list[Any] = []
 
     def after(_module: Any, _args: Any, output: Any) -> None:
@@ -306,7 +306,7 @@ def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None]
 
 
 def _sort_of(values: tuple[Any, ...]) -> Sort:
-    """The shapes of the floating-point tensors given, or of any tensors if there are none (token ids)."""
+    """Return the shapes of the floating-point tensors, or of the first tensor if there are none (token ids)."""
     import torch
 
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -335,6 +335,6 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
         return value
-    if is_cache(value):  # it has to be the one of this very moment
+    if is_cache(value):  # its present state, since the loop goes on with the object
         return copy.deepcopy(value)
     raise NotReplayableError(f"it is given a {type(value).__name__}, which cannot be copied")

@@ -1,4 +1,4 @@
-"""Disturbance of the machine: what others took of the processors that a piece of work wanted.
+"""Disturbance of the machine: the share of the processors that other programs took from a piece of work.
 
 Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
 layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes

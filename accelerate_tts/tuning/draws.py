@@ -57,7 +57,7 @@ class Draws:
 
     @contextmanager
     def seeded(self, what: str, *, watched: bool = False) -> Generator[None, None, None]:
-        """While open, a part or the whole draws the same random numbers every time.
+        """Give a part or the whole object the same random numbers every time while open.
 
         Args:
             what: The part's name, or `WHOLE`.

@@ -1,4 +1,4 @@
-"""The last word: the tuned object against the untouched one, through the public path that service calls take."""
+"""Final check: the tuned object against the untouched one, through the public path."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
     enough, least = policy.total_pairs[0], policy.total_pairs[-1]
     fewest = next((pairs for pairs in policy.total_pairs if 2 * pairs * seconds <= left), least)
     if fewest == least and tuned_seconds and (ratio := seconds / tuned_seconds) * lengths > 1.0:
-        # Long passes: the two that have just shown what comes of it are a pair already, and as good as another one.
+        # For long passes, the two passes that gave the outputs are a pair already.
         timing, sure = Timing(seconds, tuned_seconds, ratio, ratio, ratio, 1), True
     else:
         timing, sure = _timed(baseline, ledger, fewest)
     timing = _for_the_same_length(timing, lengths)
     if timing.ratio < 1.0 <= timing.high and timing.pairs >= enough and sure:
-        # A gain of 10 % on 5 % of the time drowns in the noise of the whole: a total that seems slower, but is not
-        # beyond doubt, is timed once more, and that decides.
+        # A gain of 10 % on 5 % of the time is within the noise of the whole. A total that seems slower, without
+        # certainty, is timed once more, and the second timing decides.
         timing, sure = _timed(baseline, ledger, fewest)
         timing = _for_the_same_length(timing, lengths)
     if timing.pairs < enough:
         ledger.notes.append(f"the total was timed in {timing.pairs} pairs only, for {OVER_BUDGET} allowed no more")
-    # What is slower beside others' work may well be faster without; its parts have been compared one by one.
+    # A total that is slower on a busy machine may be faster on a quiet one; its parts have been compared separately.
     if sure and timing.ratio < (1.0 if timing.pairs >= enough else policy.worst_total):
         _give_up(baseline, ledger, f"slower in total ({timing.ratio:.2f}x)", "everything")
         return _unchanged(timing.before)
@@ -80,10 +80,10 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
 
 
 def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | None:
-    """The check in one pass, where more would go beyond the budget: `None` unless it is right and faster at once.
+    """Check in one pass, if more would exceed the budget; return `None` unless the result is correct and faster.
 
-    What is the same as the reference needs no other pass to show that it repeats; and how long the reference took is
-    known, with what recording the inputs took in it.
+    An output equal to the reference needs no other pass to show that it repeats. The reference's seconds are known,
+    and include the capture of inputs.
     """
     candidate, seconds = _clocked(baseline)
     difference = compare(baseline.output, candidate)
@@ -95,7 +95,10 @@ def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | 
 
 
 def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, bool]:
-    """The total, and whether nothing disturbed it. If others are at work it is the processor time of one thread."""
+    """Time the whole object; return the timing, and True if it was not disturbed.
+
+    On a busy machine, the processor time of one thread is measured if nothing is compiled.
+    """
     watcher, policy = baseline.watcher, baseline.policy
     states = (baseline.run, ledger.off, ledger.on, baseline.device.type, policy.total)
     for last in (False, True):
@@ -115,10 +118,10 @@ def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, boo
 
 
 def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Difference | None, float, float]:
-    """Undo what makes the whole wrong.
+    """Undo changes until the whole result is correct.
 
     Returns:
-        The difference of the whole, how many times as long its result is now, and the seconds that a pass took.
+        The difference of the whole, the ratio of the results' lengths, and the seconds of a pass.
     """
     while ledger.kept:
         for _ in range(LOOKS):
@@ -135,7 +138,7 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
                 return None, _size(candidate) / _size(reference), seconds
         if not objection:
             return difference, 1.0, seconds
-        # A small error of one part can be a large one of the speech, and another part's none: one at a time.
+        # One change at a time: a small error of one part may be a large error of the speech.
         inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
         if inexact is None:
             _give_up(baseline, ledger, f"wrong in total: {objection}", "everything")
@@ -146,7 +149,7 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
 
 
 def _loss(result: StageResult) -> tuple[bool, float]:
-    """Seconds of a pass that are lost without a stage. A decoder's, whose steps were found right, goes last."""
+    """Return the sort key of a stage's loss in seconds. Decoders, whose steps were verified, come last."""
     return _is_sampled(result), (result.before or 0.0) - (result.after or 0.0)
 
 
@@ -201,7 +204,7 @@ def _size(results: list[Any]) -> int:
 
 
 def _for_the_same_length(timing: Timing, lengths: float) -> Timing:
-    """The timing as it would be if the tuned object said no more or less than the untouched one."""
+    """Scale the timing to results of the same length."""
     return timing if lengths == 1.0 else replace(
         timing, ratio=timing.ratio * lengths, low=timing.low * lengths, high=timing.high * lengths,
     )  # fmt: skip

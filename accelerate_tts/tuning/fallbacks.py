@@ -18,9 +18,9 @@ _noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_not
 
 @contextmanager
 def fallbacks() -> Generator[list[FellBack], None, None]:
-    """While open, note each `FellBack` event: a change that gave up by itself computes the right thing untouched.
+    """Collect `FellBack` events while open, since a change that gave up computes the correct untouched outputs.
 
-    Those of this context only, and of what it begins: another object may fall back in service meanwhile.
+    Only events of this context and its copies count: another object may fall back in service meanwhile.
     """
     found: list[FellBack] = []
     outer = _noting.get()

@@ -87,25 +87,25 @@ class Tuning:
         """Put the object back exactly as it was loaded.
 
         Raises:
-            ReloadError: Its weights were let go, and cannot be loaded again; nothing is changed then.
+            ReloadError: Its weights were freed and cannot be reloaded. Nothing is changed then.
         """
         self.keep_loaded()
         switch_off(reversed(self.changes))
 
     def on(self) -> None:
-        """Put every change of the object in force again."""
+        """Switch every change of the object on again."""
         for change in self._of_object():
             change.on()
 
     def off(self) -> None:
-        """Put the object back for a while. What was changed of the process computes the same, and stays.
+        """Switch the changes of the object off. Changes of the process compute the same, and stay.
 
-        The caller has the loaded weights `at_hand` until everything is `on` again.
+        The caller must hold the original weights `at_hand` until the changes are `on` again.
         """
         switch_off(reversed(self._of_object()))
 
     def at_hand(self) -> object:
-        """Have the loaded weights, for as long as what is returned lives. That may take as long as the load did.
+        """Reload the original weights and keep them as long as the returned object lives. May take as long as the load.
 
         Raises:
             ReloadError: As for `undo`.
@@ -113,7 +113,7 @@ class Tuning:
         return None if self.let_go is None else self.let_go.at_hand()
 
     def keep_loaded(self) -> None:
-        """Have the loaded weights from now on.
+        """Reload the original weights and keep them.
 
         Raises:
             ReloadError: As for `undo`.
@@ -122,7 +122,7 @@ class Tuning:
             self.let_go.stay()
 
     def put_back(self) -> Receipt:
-        """The receipt as it is after the guard has put the object back for good."""
+        """Return the receipt after the guard has undone the tuning for good."""
         reason = "put back by the guard, after faulty output in service"
         stages = (s.dropped(reason) if s.kept and s.part != PROCESS else s for s in self.receipt.stages)
         return replace(self.receipt, stages=tuple(stages), notes=(*self.receipt.notes, reason))
@@ -133,8 +133,8 @@ class Tuning:
 
 
 def recompile_counter(kept: Sequence[AppliedChange]) -> Callable[[], int]:
-    """A function that counts the graphs compiled since now. Holds the changes weakly."""
-    # Weakly: a receipt that somebody keeps must not keep the model's weights.
+    """Return a function that counts the graphs compiled from now on."""
+    # Weak references: a stored receipt must not keep the model's weights alive.
     changes = [applied.change for applied in kept if applied.change.graphs is not None]
     known = [weakref.ref(change) for change in changes]
     sealed = sum(change.graphs or 0 for change in changes)
@@ -147,7 +147,7 @@ def recompile_counter(kept: Sequence[AppliedChange]) -> Callable[[], int]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a receipt names."""
+    """Return the versions that a receipt names."""
     import torch
 
     return {"accelerate_tts": __version__, "torch": torch.__version__, "python": platform.python_version()}

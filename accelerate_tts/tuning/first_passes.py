@@ -37,7 +37,7 @@ __all__ = ["first_passes", "one_pass"]
 def _recording(
     parts: Sequence[Part], device: DeviceInfo, policy: TuningPolicy, constants: KeptConstants
 ) -> Generator[tuple[dict[str, Captured], Listener], None, None]:
-    """While open, record a pass: the calls of each part, by its name, and those of `@inference` functions."""
+    """Record a pass while open: the calls of each part, by its name, and those of `@inference` functions."""
     with (
         watch(tuple(parts), device.type, policy.enough) as captured,
         listening() as listener,
@@ -47,7 +47,7 @@ def _recording(
 
 
 def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits) -> Baseline:
-    """The baseline of one pass, for changes that were decided earlier and are not timed again."""
+    """Make the baseline of one pass, for changes that were decided earlier and are not timed again."""
     policy, budget, constants, draws = limits.policy, limits.budget(), KeptConstants(), Draws(device.type)
 
     def run() -> list[Any]:
@@ -69,7 +69,7 @@ def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Li
 
 
 def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits, ledger: Ledger) -> Baseline:
-    """The baseline of a cold pass, and of a warm one that is the reference and shows each part's inputs.
+    """Make the baseline of a cold pass, and of a warm one that gives the reference and each part's inputs.
 
     Where passes take so long that nothing could be tried after two of them, the cold one is the reference, too.
     """
@@ -129,7 +129,7 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
 
 
 def _with_heads(plan: ModelPlan, captured: Mapping[str, Captured]) -> ModelPlan:
-    """The plan, whose decoders have the heads by whose probabilities they are judged, where they were in their loop."""
+    """Return the plan with the output heads of its decoders that were called in a loop."""
     parts = (
         part if part.head is not None or part.name not in captured or not captured[part.name].cached
         else replace(part, head=head_of(part.module, plan.roots))

@@ -19,7 +19,7 @@ __all__ = ["AppliedChange", "Ledger", "switch_off"]
 
 @dataclass(frozen=True)
 class AppliedChange:
-    """A change in force: on which part, of which stage, of which group of alternatives, and which calls were timed."""
+    """A change that is kept: its part, stage, group of alternatives, and the calls that were timed."""
 
     part: str
     stage: str
@@ -36,8 +36,7 @@ class Ledger:
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
         notes: Whatever else the user should know.
-        unmet: What there was no time for: what it may be hoped to gain of a pass, its part and stage, and the budget
-            that it wants.
+        unmet: Stages without time: expected gain of a pass, part, stage, and the budget that it needs.
     """
 
     results: list[StageResult] = field(default_factory=list)
@@ -46,11 +45,11 @@ class Ledger:
     unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
 
     def kept_on(self, part: str) -> list[AppliedChange]:
-        """The changes that are in force on a part."""
+        """Return the changes that are on for a part."""
         return [kept for kept in self.kept if kept.part == part]
 
     def current(self, part: str, group: str) -> AppliedChange | None:
-        """The alternative of a group that is in force on a part."""
+        """Return the kept alternative of a group on a part."""
         return next((kept for kept in self.kept_on(part) if group and kept.group == group), None)
 
     @property
@@ -63,7 +62,7 @@ class Ledger:
 
         Args:
             result: The verdict.
-            change: What was kept, if anything was.
+            change: The kept change, if any.
             instead_of: The alternative whose place it takes.
         """
         if change is not None:
@@ -79,7 +78,7 @@ class Ledger:
                 self.results[number] = replace(result.dropped(f"{faster.stage} is faster still"), sure=faster.sure)
 
     def on(self) -> None:
-        """Put every kept change in force."""
+        """Switch every kept change on."""
         for kept in self.kept:
             kept.change.on()
 
@@ -88,18 +87,18 @@ class Ledger:
         switch_off(kept.change for kept in reversed(self.kept))
 
     def put(self, kept: AppliedChange) -> None:
-        """Put one of the kept changes in force again, where it was: below those that were made after it."""
+        """Switch a kept change on again, below the changes that were made after it."""
         with self._above(kept):
             kept.change.on()
 
     def lift(self, kept: AppliedChange) -> None:
-        """Switch one of the kept changes off, from below those that were made after it."""
+        """Switch a kept change off, below the changes that were made after it."""
         with self._above(kept):
             switch_off((kept.change,))
 
     @contextmanager
     def _above(self, kept: AppliedChange) -> Generator[None, None, None]:
-        # A change that was made of a module's class remembers what that was; so the last one made goes first.
+        # A change stores the class that the module had before, so changes are switched off in reverse order.
         above = [other.change for other in self.kept[self.kept.index(kept) + 1 :]]
         try:
             switch_off(reversed(above))
@@ -111,7 +110,13 @@ class Ledger:
     def drop(
         self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True, *, sure: bool = True
     ) -> None:
-        """Give up kept changes, all of them unless told which, and say why (and how sure) in their results."""
+        """Give up kept changes, and record the reason in their results.
+
+        Args:
+            reason: The reason.
+            unwanted: Selects the results whose changes are given up; all by default.
+            sure: False if the reason is uncertain.
+        """
         self.off()
         for number, result in enumerate(self.results):
             if result.kept and unwanted(result):
@@ -122,12 +127,12 @@ class Ledger:
 
 
 def switch_off(changes: Iterable[Change]) -> None:
-    """Switch changes off, each of them whatever becomes of the others.
+    """Switch all changes off, even if one raises.
 
-    One that fails half-way (for want of memory, say) is asked once more, since `Change.off` is idempotent.
+    A change that fails half-way (for lack of memory, for example) is tried once more, since `Change.off` is idempotent.
 
     Raises:
-        Exception: The first that there was, once all have been switched off.
+        Exception: The first exception, after all changes were switched off.
     """
     first: Exception | None = None
     for change in changes:
@@ -135,7 +140,7 @@ def switch_off(changes: Iterable[Change]) -> None:
             try:
                 change.off()
                 break
-            except Exception as error:  # raised below, when nothing is left to be done
+            except Exception as error:  # raised below, after all others
                 first = first or error
     if first is not None:
         raise first

@@ -38,13 +38,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Limits:
-    """When tuning stops.
+    """Limits of tuning.
 
     Attributes:
         seconds: The budget; no further stage is begun after it, and one that ran over it is given up.
-        precision: What may be changed, and by how much.
+        precision: Precision level.
         stopped: Asked before each stage; once it is true, everything is undone.
-        policy: How it is decided.
+        policy: The policy of tuning.
         began: Given the ledger of what is being tuned, before anything is changed.
     """
 
@@ -55,7 +55,7 @@ class Limits:
     began: Callable[[Ledger], object] = bool
 
     def budget(self) -> Budget:
-        """The budget of a tuning that begins now."""
+        """Return the budget of a tuning that begins now."""
         clock = self.policy.clock
         return Budget(self.seconds, clock() + self.seconds, clock)
 

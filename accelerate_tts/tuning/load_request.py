@@ -26,12 +26,12 @@ class LoadRequest:
     It is checked here, and nowhere else.
 
     Attributes:
-        warmup: What a real call looks like, as for `@optimized_model`.
+        warmup: Example of a real call, as for `@optimized_model`.
         mode: The mode of service calls that do not go through `@inference`.
-        precision: What tuning may change: "exact", "balanced" or "fast"; `None` leaves the settings' own.
+        precision: Precision level: "exact", "balanced" or "fast"; `None` keeps that of the settings.
         tune_seconds: Its budget in seconds; `None` leaves the settings' own.
         lengths: The shortest and the longest input that service will bring.
-        loaded: What the load function left behind.
+        loaded: Result of the load function.
         stopped: Asked between stages; once it is true, everything is undone.
 
     Raises:
@@ -61,12 +61,12 @@ class LoadRequest:
         check_warmup(self.warmup, self.lengths)
 
     def applied_to(self, settings: Settings) -> Settings:
-        """The settings with what is given here in their place."""
+        """Return the settings with these options applied."""
         given: dict[str, Any] = {"precision": self.precision, "tune_seconds": self.tune_seconds}
         return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
     def calls(self, timeout: float | None) -> WarmupCalls:
-        """The warm-up calls of what was loaded.
+        """Return the warm-up calls of the loaded object.
 
         Args:
             timeout: Seconds that each of them may take; `None` is no limit.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
 
 OVER_BUDGET = "the tuning budget"
-"""In the reason of a stage that a larger budget would have given another chance."""
+"""Phrase in the reasons of stages that a larger budget would have tried or finished."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TuningPolicy:
         total: The same for the comparison of the whole.
         hangs: Seconds beyond the budget after which a stage that is being prepared, or run for the first time, hangs.
         longest: Seconds that preparing a stage, and running it for the first time, may take at most each.
-        looks: Whether single looks may drop a stage at all, in place of pairs.
+        looks: True if single looks may drop a stage without pairs.
         hopeless: A candidate that takes this many times as long as the untouched part, after a run that filled its
             caches, is dropped without being timed in pairs: half precision on a CPU without it can be a hundred times
             slower.
@@ -68,13 +68,13 @@ class TuningPolicy:
             over.
         first_passes: Passes of a budget that two at the start leave room for: to try something, and to check the
             whole.
-        unknown_gain: What a stage is hoped to gain of which nobody knows anything.
+        unknown_gain: Assumed speed-up of a stage without a promise.
         comparisons: Comparisons of speeds on a machine that says that it is quiet, and is disturbed meanwhile.
         whole_passes: Passes that the check of the whole takes at least: does the output repeat, is it right, and a
             pair for its time.
         total_pairs: Pairs of passes for the total, most first: those are run that fit into what is left of the budget.
             The last number is always run, but only from the first one on is its verdict one of 95 %.
-        worst_total: What a verdict of fewer pairs must find before all is undone: so much is no noise of two passes.
+        worst_total: Ratio below which fewer pairs undo everything; it is beyond the noise of two passes.
         other_lengths: Another sampled sequence of the same speech is at most so many times as long, or as short;
         other_loudness: and at most so many times as loud, or as quiet. A broken one is not.
     """
@@ -121,13 +121,13 @@ _policies: list[TuningPolicy] = [TuningPolicy()]
 
 
 def current_policy() -> TuningPolicy:
-    """The policy of tunings that are begun now, in this process."""
+    """Return the policy of tunings that begin now in this process."""
     return _policies[-1]
 
 
 @contextmanager
 def tuning_policy(policy: TuningPolicy) -> Generator[TuningPolicy, None, None]:
-    """While open, tunings that are begun anywhere in this process decide by `policy`."""
+    """Set the policy of all tunings that begin in this process while open."""
     _policies.append(policy)
     try:
         yield policy

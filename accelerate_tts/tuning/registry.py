@@ -19,9 +19,9 @@ _KEEPER = "_accelerate_tts_tuning"
 
 
 class Keeper:
-    """Hangs a tuning on the module that it changed, so that it lives as long as the module and no longer.
+    """Attaches a tuning to the module that it changed, so that both have the same lifetime.
 
-    In a copy or a pickle of the module it is None: those are untouched modules, and need no accelerate_tts to load.
+    It is None in a copy or a pickle of the module: those are untouched, and load without accelerate_tts.
     """
 
     __slots__ = ("tuning",)
@@ -37,25 +37,25 @@ class Keeper:
 
 
 def keep(module: nn.Module) -> Keeper:
-    """Hang an empty keeper on a module."""
+    """Attach an empty keeper to a module."""
     keeper = vars(module)[_KEEPER] = Keeper()
     return keeper
 
 
 def keeper_of(module: nn.Module) -> Keeper:
-    """The keeper that hangs on a module."""
+    """Return the keeper of a module."""
     return vars(module)[_KEEPER]  # type: ignore[no-any-return]
 
 
 def drop_keeper(module: nn.Module) -> None:
-    """Take the keeper off a module. Harmless a second time."""
+    """Remove the keeper of a module. Idempotent."""
     vars(module).pop(_KEEPER, None)
 
 
 class TuningMap:
-    """Tunings by the identity of objects: it keeps neither alive, and objects need not be hashable.
+    """Tunings by the identity of objects, with weak references to both. Objects need not be hashable.
 
-    A tuning refers to the modules it changed, so a strong reference to it from here would keep a model for ever.
+    A tuning refers to the modules that it changed, so a strong reference to it would keep a model alive forever.
     """
 
     def __init__(self) -> None:
@@ -63,19 +63,19 @@ class TuningMap:
         self._entries: dict[int, tuple[weakref.ref[Any], tuple[weakref.ref[Tuning], ...]]] = {}
 
     def get(self, item: object) -> Tuning | None:
-        """The last tuning of an object, or `None`."""
+        """Return the last tuning of an object, or `None`."""
         tunings = self.all(item)
         return tunings[-1] if tunings else None
 
     def all(self, item: object) -> list[Tuning]:
-        """Every tuning of an object, such as a backend that loaded a model and a vocoder one after the other."""
+        """Return all tunings of an object, such as a backend that loaded a model and a vocoder separately."""
         entry = self._entries.get(id(item))
         if entry is None or entry[0]() is not item:
             return []
         return [tuning for reference in entry[1] if (tuning := reference()) is not None]
 
     def put(self, item: object, tuning: Tuning) -> None:
-        """Remember how an object was tuned, beside what is known; one that takes no weak reference is passed over."""
+        """Add a tuning of an object. An object without support for weak references is skipped."""
         number = id(item)
 
         def gone(_reference: object) -> None:
@@ -83,19 +83,19 @@ class TuningMap:
 
         try:
             reference = weakref.ref(item, gone)
-        except TypeError:  # a tuple or a class with slots: its modules are known, and that is enough
+        except TypeError:  # a tuple or a class with slots; its modules are registered themselves
             return
         with self._lock:
-            # Of one module the last tuning is the one in force: the one before was given up, or there was none.
+            # A module has one tuning: an earlier one was given up.
             others = [] if _KEEPER in getattr(item, "__dict__", {}) else self.all(item)
             known = (*(weakref.ref(other) for other in others if other is not tuning), weakref.ref(tuning))
             self._entries[number] = (reference, known)
 
     def forget(self, tuning: Tuning) -> bool:
-        """Forget a tuning for every object, and take it off the modules that kept it alive with all its copies.
+        """Remove a tuning from all objects, and from the modules that keep it alive.
 
         Returns:
-            Whether it was known.
+            True if it was registered.
         """
         known = False
         with self._lock:

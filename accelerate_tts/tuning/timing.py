@@ -1,17 +1,17 @@
-"""Timing two states of the same work, so that noise does not flip the verdict.
+"""Timing of two states of the same work, robust against noise.
 
-The two are run in turn, A B A B ..., so that a slow phase of the machine hits both alike; each pair gives one ratio.
-The verdict rests on the order statistics of those ratios, which assume nothing of their distribution: the k-th smallest
-of n ratios lies below the true median with a probability that is a binomial sum, and k is the largest for which the
-chance of being wrong stays under 3.3 %. With 5 pairs that is the smallest ratio (3.1 %), with 11 the third (3.3 %).
+The states run alternately, A B A B ..., so that a slow phase of the machine affects both; each pair gives one ratio.
+The verdict uses order statistics of the ratios, without assumptions on their distribution. The k-th smallest of n
+ratios lies below the true median with a probability that is a binomial sum. k is the largest number for which the
+probability of an error is below 3.3 %: the smallest ratio of 5 pairs (3.1 %), the third smallest of 11 (3.3 %).
 
-Where the median says that there is much to gain and the bound does not, something was in the way of a pair, or the
-times have two modes (threads of two libraries that now and then meet). Then as many pairs are run again, 13 in all at
-least, and all of them are looked at once more, with 1.7 %: two looks together are wrong in 5 % of cases at most. Of 13
-pairs the third smallest ratio counts (1.1 %), so two disturbed ones do not decide.
+If the median shows a large gain and the bound does not, a pair was disturbed, or the times have two modes (threads of
+two libraries that sometimes collide). Then as many pairs are run again, at least 13 in total, and all are judged again
+at 1.7 %. Both verdicts together are wrong in at most 5 % of cases. Of 13 pairs the third smallest ratio counts (1.1 %),
+so two disturbed pairs do not decide.
 
-Where it can be told of each timing whether its threads had their processors, pairs of which one half was disturbed do
-not count, as soon as there are as many others as a verdict needs.
+If disturbances of single timings can be detected, disturbed pairs do not count once there are enough others for a
+verdict.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ __all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize", "tim
 _FIRST_LOOK, _SECOND_LOOK = 0.033, 0.017
 WORTH_A_SECOND_LOOK, _PAIRS_OF_A_SECOND_LOOK = 1.1, 13
 _MOST_PAIRS = 25
-# Where each of the fewest pairs says that one state is faster by so much, more pairs would only say it again.
+# If the minimum number of pairs shows this ratio without exception, no further pairs are needed.
 _CLEAR = 1.1
 _PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Two states timed against each other.
+    """Timing of two states.
 
     Attributes:
         before: Median seconds in the first state.
-        after: Median seconds in the second.
-        ratio: Median of the pairs' ratios; above 1 the second is faster.
-        low: A bound that the true median ratio is above with 95 % confidence.
-        high: A bound that it is below with 95 % confidence.
+        after: Median seconds in the second state.
+        ratio: Median of the paired ratios; above 1 the second state is faster.
+        low: Lower bound of the true median ratio with 95 % confidence.
+        high: Upper bound of it with 95 % confidence.
         pairs: Number of pairs.
-        clean: Whether nothing disturbed the pairs that this rests on, as far as that was watched.
+        clean: True if none of these pairs is known to be disturbed.
     """
 
     before: float
@@ -69,19 +69,19 @@ def compare_speed(  # noqa: C901, PLR0913 - the work, its two states, and what l
     clock: Callable[[], float] = time.perf_counter,
     clean: Callable[[], Callable[[], bool]] | None = None,
 ) -> Timing:
-    """Time one piece of work in two states, in turn.
+    """Time one piece of work in two states, alternately.
 
     Args:
         run: The work. It should have run once in both states already.
-        before: Switches to the first state, the way it was. Not timed.
-        after: Switches to the second, the candidate. Not timed.
-        device_type: torch's device type, whose work is waited for before a clock is read.
-        seconds: About how long this may take; a second look takes as long again, or 8 pairs. At most 25 pairs are run
-            for each.
-        fewest: The pairs that are run in any case, unless the second state takes ten times as long as the first (a
-            candidate that compiles again and again). With fewer than 5 the bounds hold with less than 95 %.
-        clock: Seconds; `time.process_time` for the time that processors worked.
-        clean: Called when a timing begins; what it returns says at the end whether nothing disturbed it.
+        before: Switches to the first state, the reference. Not timed.
+        after: Switches to the second state, the candidate. Not timed.
+        device_type: torch's device type. The device is synchronised before the clock is read.
+        seconds: Approximate duration; a second round takes as long again, or 8 pairs. Each has at most 25 pairs.
+        fewest: Minimum number of pairs, unless the second state takes ten times as long as the first (a candidate that
+            compiles repeatedly). With fewer than 5, the confidence of the bounds is below 95 %.
+        clock: Returns seconds; `time.process_time` measures processor time.
+        clean: Called when a timing begins. It returns a function that is called at the end, and returns True if the
+            timing was not disturbed.
     """
     dirty: set[int] = set()
 
@@ -105,7 +105,7 @@ def compare_speed(  # noqa: C901, PLR0913 - the work, its two states, and what l
         for number in range(len(first), count):
             if sum(second) > _PATIENCE * (sum(first) + seconds):
                 break
-            # The order within a pair alternates: whoever runs second finds warmer or fuller caches.
+            # The order within a pair alternates, since the second run finds warmer or fuller caches.
             if number % 2:
                 second.append(timed(after, number))
                 first.append(timed(before, number))
@@ -159,7 +159,7 @@ def _rank(count: int, alpha: float) -> int:
 
 
 def time_once(run: Callable[[], object], device_type: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds that one run of a piece of work takes.
+    """Return the seconds of one run of a piece of work.
 
     Args:
         run: The work.
@@ -173,7 +173,7 @@ def time_once(run: Callable[[], object], device_type: str, clock: Callable[[], f
 
 
 def synchronize(device_type: str) -> None:
-    """Wait until the device has done what was asked of it; nothing to do on a CPU."""
+    """Wait until the device has finished all work. Does nothing on a CPU."""
     if device_type == "cpu":
         return
     import torch

@@ -1,4 +1,4 @@
-"""Try one stage on one part: compute with it, compare, time it against what was there, keep it or switch it off."""
+"""Trial of one stage on one part: compute with it, compare the outputs, time it, keep it or switch it off."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Trial:
 
     Args:
         baseline: The untouched object, and the policy by which it is decided.
-        ledger: Where the verdict is entered, and the change if it is kept.
+        ledger: Records the verdict, and the change if it is kept.
         part: The part.
         stage: The stage.
         known: The verdict of an earlier tuning, which is compared again, but not timed.
@@ -77,7 +77,7 @@ class Trial:
                 self._ledger.lift(self._current)
             self._change = compiling_within(self._left(), stage.name, lambda: stage.prepare(part))
             if self._current is not None and self._current.times == "pass":
-                self._times = "pass"  # calls by themselves would make it slower than it is
+                self._times = "pass"  # single calls would show it slower than it is
             self._result = self._judge(self._change)
         except OtherThreadsDrawError as error:
             self._result = replace(self._result, kept=False, reason=f"not compared: {error}", sure=False)
@@ -94,7 +94,7 @@ class Trial:
         self._ledger.enter(self._result, kept, self._current)
 
     def _put_back(self) -> None:
-        """Switch a change off that is not kept, and the one that it was to replace on again."""
+        """Switch off the change that is not kept, and switch the current alternative on again."""
         if self._change is not None:
             try:
                 switch_off((self._change,))
@@ -104,7 +104,7 @@ class Trial:
             self._ledger.put(self._current)
 
     def _failure(self, error: Exception) -> str:
-        """Say in an event that a stage raised, or did not come back; and why it is dropped."""
+        """Report in an event that a stage raised or hung; return the reason for the receipt."""
         if isinstance(error, TimeLimitError):
             emit(FellBack(self._what, self._stage.name, str(error)))
             return "; ".join(filter(None, (f"given up: it ran over {OVER_BUDGET} and was interrupted", error.stopped)))
@@ -112,10 +112,10 @@ class Trial:
         emit(FellBack(self._what, self._stage.name, reason))
         return f"failed: {reason}"
 
-    # --- whether it is begun ------------------------------------------------------------------------------------
+    # --- reasons not to begin -----------------------------------------------------------------------------------
 
     def _obstacle(self) -> StageResult | None:
-        """The result that says why the stage is not begun; `None` if it is."""
+        """Return the result with the reason not to begin the stage; `None` if it is begun."""
         if self._policy.unworthy is not None:
             reason, sure = self._policy.unworthy(self._baseline, self._part, self._stage), True
         else:
@@ -137,7 +137,7 @@ class Trial:
             seconds = baseline.pass_seconds
             return f"not tried: it takes a dozen whole passes, and one takes {seconds:.1f} s", baseline.pass_quiet
         if part.kind == PROCESS and not baseline.pass_quiet:
-            # How threads get on with each other is all that it is about.
+            # Such a stage is only about interactions of threads.
             return f"not tried: {baseline.watcher.worst.why}", False
         names = self._names_kept()
         smaller = next((name for name in names if name in stage.superseded_by), None)
@@ -154,7 +154,7 @@ class Trial:
         return reason, baseline.watcher.worst.quiet
 
     def _missed(self) -> None:
-        """Note what there is no time for, and the budget that it would want."""
+        """Record that there is no time for the stage, and the budget that it needs."""
         baseline, part, stage = self._baseline, self._part, self._stage
         known = promise(stage.name, part.kind, self._names_kept())
         ratio = self._policy.unknown_gain if known is None else known.ratio
@@ -167,7 +167,7 @@ class Trial:
         left = self._baseline.budget.left - self._baseline.reserved
         if left <= 0:
             return f"not tried: {OVER_BUDGET} is spent"
-        # Its outputs, and one look at its time, are replays too.
+        # The outputs and a look are replays, too.
         replays = self._policy.first_replays * self._baseline.known_seconds(self._part)
         if left < (cost := self._stage.cost_of(self._part) + replays):
             return f"not tried: it takes about {cost:.0f} s, and {left:.0f} s of {OVER_BUDGET} are left"
@@ -180,19 +180,19 @@ class Trial:
         return sum(weight.numel() * weight.element_size() for weight in self._part.module.parameters())
 
     def _left(self) -> float:
-        """Seconds until a stage that does not come back is interrupted; not while it is switched, or timed."""
+        """Return the seconds until a hanging stage is interrupted. Switching and timing are not limited."""
         left = max(0.0, self._baseline.budget.left)
         return min(self._policy.longest, left + self._policy.hangs)
 
     def _is_whole(self) -> bool:
-        # A root module may be driven by other methods than __call__; then the whole pass is what is timed.
+        # A root module may be driven by other methods than __call__; then the whole pass is timed.
         is_root = any(self._part.module is root for root in self._baseline.plan.roots)
         return is_root and any(id(module) in self._baseline.called for module in self._part.module.modules())
 
-    # --- whether it is right, and faster ------------------------------------------------------------------------
+    # --- correctness and speed ----------------------------------------------------------------------------------
 
     def _judge(self, change: Change) -> StageResult:  # noqa: PLR0911 - each reason to end it
-        """Run the part with the change: first for its outputs, then for its time, unless that is known."""
+        """Run the part with the change, first for its outputs, then for its time unless that is known."""
         baseline, part, result = self._baseline, self._part, self._result
         reference = baseline.reference(part)
         if reference.repeats.reason == NOTHING_TO_COMPARE:
@@ -229,7 +229,7 @@ class Trial:
         return fault or None
 
     def _is_far_slower(self, reference: Reference, took: float) -> bool:
-        # Nothing was compiled in that time. (A GPU's libraries may have looked for the fastest kernels in it.)
+        # Only if nothing was compiled in that time. A GPU's libraries may have searched for the fastest kernels.
         if self._baseline.device.type != "cpu" or (self._change is not None and self._change.graphs is not None):
             return False
         making_copies = self._weights_bytes() / self._policy.copied_a_second
@@ -237,11 +237,11 @@ class Trial:
 
     @property
     def _untouched(self) -> float:
-        """Seconds of what is timed, as it was loaded."""
+        """Seconds of the untouched part in the timed calls."""
         return self._baseline.pass_seconds if self._times == "pass" else self._baseline.reference(self._part).seconds
 
     def _looked_at(self, change: Change, result: StageResult) -> StageResult:
-        """Look at its time, and again if the look says that it is not worth pairs; then time it in pairs."""
+        """Take a look at its time, a second one if the first shows no gain, and then time it in pairs."""
         baseline, watcher = self._baseline, self._baseline.watcher
         calm = baseline.reference(self._part).quiet and (self._times != "pass" or baseline.pass_quiet)
         quiet = True
@@ -252,7 +252,7 @@ class Trial:
             hopeless = self._hopeless(seconds) if self._policy.looks and calm else None
             if hopeless is None:
                 break
-            # No single look drops a change, unless another one takes long; but what was compiled took longer.
+            # A single look drops a change only if a look takes long, and nothing was compiled, which takes longer.
             enough = again or (seconds > self._policy.long_replay and change.graphs is None)
             if window.disturbance.quiet and enough:
                 return replace(result, after=seconds, reason=hopeless)
@@ -266,7 +266,7 @@ class Trial:
         return self._timed(change, result, quiet=quiet)
 
     def _look(self) -> float:
-        """Seconds of a replay, once its caches are filled."""
+        """Return the seconds of a replay with warm caches."""
         baseline, part, which = self._baseline, self._part, self._times
         if baseline.device.type != "cpu":
             baseline.seconds(part, which)
@@ -278,7 +278,7 @@ class Trial:
         before = math.inf if self._times == "others" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower, at the first look"
-        # Whole passes are long. What other libraries' threads are in the way of shows in one look, or is not worth it.
+        # Whole passes are long. Collisions of other libraries' threads show in one look, or are not worth more.
         if self._part.kind == PROCESS and seconds > before / self._policy.margin:
             return "no gain, at the first look"
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
@@ -315,10 +315,10 @@ class Trial:
             return None
         return f"not timed: it takes {needed:.0f} s, and {max(0.0, left):.0f} s of {OVER_BUDGET} are left"
 
-    # --- its time -----------------------------------------------------------------------------------------------
+    # --- timing -------------------------------------------------------------------------------------------------
 
     def _timed(self, change: Change, result: StageResult, *, quiet: bool) -> StageResult:
-        """Time it in pairs, on a quiet machine if that can be had; otherwise by what others' work changes least."""
+        """Time it in pairs, on a quiet machine if possible; otherwise by the processor time of one thread."""
         watcher = self._baseline.watcher
         switches = self._switches(change)
         timing: Timing | None = None
@@ -364,7 +364,7 @@ class Trial:
         ready: list[Callable[[], object]] = []
 
         def prepare() -> None:
-            ready.clear()  # first: it has copies of what the part was given
+            ready.clear()  # first, since it holds copies of the part's inputs
             ready.append(baseline.replay(self._part, self._times))
 
         def run() -> object:
@@ -386,4 +386,4 @@ class Trial:
 
 
 def _finite(figure: float | None) -> float | None:
-    return None if figure is None or math.isinf(figure) else figure  # JSON, and so a receipt, has no infinity
+    return None if figure is None or math.isinf(figure) else figure  # JSON has no infinity

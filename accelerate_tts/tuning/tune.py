@@ -1,7 +1,7 @@
-"""Try each stage on each part with the part's own inputs; keep what is faster and right; say so in a receipt.
+"""Tuning: try each stage on each part with captured inputs, keep what is faster and correct, and write a receipt.
 
-The one rule: whatever goes wrong in here, the object that leaves is at least as good as the one that came. A stage
-that raises, compiles nothing, is slower, cannot be told from noise or computes something else is switched off again.
+Whatever fails, the object is at least as good as before. A stage that raises, compiles nothing, is slower, has no gain
+beyond noise, or computes something else is switched off again.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     Args:
         plan: Its parts.
         calls: Warm-up calls through the path that service calls will take.
-        stages: What to try, in order.
-        device: Where it runs.
-        limits: When to stop.
+        stages: The stages to try, in order.
+        device: The device.
+        limits: Limits of tuning.
         known: Verdicts of an earlier tuning that stand: these changes are compared, but not timed again.
 
     Returns:
@@ -82,7 +82,7 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         ledger.notes.append(warn_of_training(plan))
     try:
         baseline = first_passes(plan, calls, device, limits, ledger)
-    except Exception as error:  # the user's own warm-up; the model was loaded, and that is not thrown away
+    except Exception as error:  # the user's warm-up failed; the loaded model is kept
         reason = f"{type(error).__name__}: {error}"
         emit(WarmupFailed(plan.what, reason))
         return Findings({**facts, "seconds": clock() - start}, (f"the warm-up failed: {reason}",))
@@ -90,7 +90,7 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         facts |= _tried(baseline, ledger, stages, limits, {(result.part, result.stage): result for result in known})
     except _StoppedError as error:
         reason = str(error)
-    except Exception as error:  # the user's model raised in a later pass; what was loaded is not thrown away
+    except Exception as error:  # the user's model raised in a later pass; the loaded model is kept
         reason = f"{type(error).__name__}: {error}"
     except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
         ledger.off()
@@ -137,7 +137,7 @@ def acts_in_training(plan: ModelPlan) -> bool:
 
 
 def warn_of_training(plan: ModelPlan) -> str:
-    """Say that a module is in train mode, as an event and as a note."""
+    """Emit an event that a module is in train mode; return the text for a note."""
     why = "a module is in train mode, where dropout and batch statistics are on; call .eval() on it in the load"
     emit(NotApplied(f"tuning of {plan.what} for inference", why))
     return why
@@ -179,17 +179,17 @@ def _look_again(
     baseline: Baseline, ledger: Ledger, stages: Sequence[Stage], limits: Limits,
     known: Mapping[tuple[str, str], StageResult],
 ) -> None:  # fmt: skip
-    """Try once more, on top of what was kept, what could not be told from noise, or was dropped beside others' work.
+    """Repeat trials, on top of the kept changes, whose gain was not certain or that were dropped on a busy machine.
 
-    On a machine with neighbours such verdicts come by chance, and may cost what is built on them: of a vocoder in half
-    precision, over a layout that was not kept, half of the gain. What compiled is not compiled again.
+    On a shared machine such verdicts are random, and later stages may depend on them: a vocoder in half precision lost
+    half of its gain over a layout that was not kept. Compiled stages are not repeated.
     """
     named = {stage.name: stage for stage in stages}
     parts = {part.name: part for part in baseline.plan.parts}
     for result in [result for result in ledger.results if _is_undecided(result)]:
         part, stage = parts.get(result.part), named.get(result.stage)
         if any(kept.change.graphs for kept in ledger.kept_on(result.part)):
-            continue  # what was compiled would be compiled anew, with this in it
+            continue  # a compiled stage would be compiled again with this change
         if part is None or stage is None or limits.stopped() or not (result.sure or baseline.watcher.look().quiet):
             continue
         ledger.results.remove(result)
@@ -210,7 +210,7 @@ def _is_undecided(result: StageResult) -> bool:
 
 
 def _say_how_sure(baseline: Baseline, ledger: Ledger) -> None:
-    """Say on the receipt, and in an event, what was decided beside others' work."""
+    """Report uncertain verdicts on the receipt and in an event."""
     watcher, results = baseline.watcher, ledger.results
     unsure = sum(not result.sure for result in results)
     if watcher.waited:
@@ -223,7 +223,7 @@ def _say_how_sure(baseline: Baseline, ledger: Ledger) -> None:
 
 
 def _say_what_was_missed(baseline: Baseline, ledger: Ledger) -> None:
-    """Name the budget that the most promising of what there was no time for would want."""
+    """Report the budget that the most promising stage without time needs."""
     for gain, part, stage, wanted in sorted(ledger.unmet, reverse=True)[:1]:
         if gain > 0:
             what, budget = f"{baseline.plan.what}: {part}", baseline.budget.seconds

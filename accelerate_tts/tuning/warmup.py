@@ -1,4 +1,4 @@
-"""Turn whatever `warmup=` was given into calls of what was loaded, and carry such calls to their end."""
+"""Conversion of `warmup=` to complete calls of the loaded object."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["CUDA_GRAPH_PASSES", "Loaded", "WarmupCall", "WarmupCalls", "check_wa
 Call = Callable[..., Any]
 
 CUDA_GRAPH_PASSES = 3
-"""A captured CUDA graph needs an eager pass, a recording pass and a replay before it is warm."""
+"""Passes until a CUDA graph is warm: eager, recording and replay."""
 
-# Method names that take a text in the speech libraries we know, most usual first.
+# Names of methods that take a text in known speech libraries, most usual first.
 _SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
 _WARMUP = "a warm-up call"
 _TAKES = (
@@ -43,10 +43,10 @@ class Loaded:
     """Result of a load function, and the object that it was called on.
 
     Attributes:
-        result: What it returned.
+        result: Its return value.
         owner: The object whose method it is, or `None` for a plain function.
         loop: The event loop that is free to run coroutines while the caller works in another thread, if any.
-        again: What calls the load function again, if that may be needed.
+        again: Calls the load function again, if that may be needed.
     """
 
     result: Any
@@ -56,7 +56,7 @@ class Loaded:
 
     @property
     def subject(self) -> Any:
-        """The loaded object: what was returned or, where that is nothing, the owner."""
+        """The loaded object: the return value or, if that is `None`, the owner."""
         return self.owner if self.result is None else self.result
 
 
@@ -93,12 +93,12 @@ def _check_lengths(warmup: Any) -> None:
 
 @dataclass(frozen=True)
 class WarmupCall:
-    """One warm-up call, run to its end; it returns the whole output.
+    """One warm-up call, which runs to its end and returns the whole output.
 
     Attributes:
         run: The call.
-        variant: The same call with its tensors made in inference mode, where it was given tensors made outside. dynamo
-            guards on that difference, and a service may send either; `None` where there is nothing to vary.
+        variant: The same call with tensors made in inference mode instead of outside. dynamo guards on that difference,
+            and a service may use either. `None` if there are no tensors to vary.
     """
 
     run: Call
@@ -118,7 +118,7 @@ class WarmupCalls:
     ladder: tuple[WarmupCall, ...] = ()
 
     def run(self) -> list[Any]:
-        """One pass through all that is compared."""
+        """Run one pass of all calls that are compared."""
         return [call.run() for call in self.main]
 
     def run_others(self) -> None:
@@ -133,11 +133,11 @@ class WarmupCalls:
 def warmup_calls(
     warmup: Any, loaded: Loaded, mode: Mode, lengths: tuple[int, int] | None = None, timeout: float | None = None
 ) -> WarmupCalls:
-    """The calls that `warmup` stands for.
+    """Convert `warmup` to calls of the loaded object.
 
     Args:
         warmup: As given to `@optimized_model`, and checked by `check_warmup`.
-        loaded: What it is a warm-up of.
+        loaded: The loaded object.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
         lengths: The shortest and the longest input of service.
         timeout: Seconds that each call may take before it is interrupted with a `TimeLimitError`; `None` is no limit.
@@ -152,7 +152,7 @@ def warmup_calls(
     if lengths is None:
         return WarmupCalls(tuple(map(maker.call_of, items)))
     rungs = ladder(lengths)
-    # A callable has no length of its own: the ends are all there is.
+    # A callable has no length of its own, so only the ends are run.
     given = [maker.call_of(item) for item in items if not callable(item) or _is_tensor(item)]
     ends = [maker.call_at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
     return WarmupCalls(
@@ -169,7 +169,7 @@ class _CallMaker:
     timeout: float | None
 
     def call_of(self, item: Any) -> WarmupCall:
-        """The call that one item of a warm-up stands for."""
+        """Convert one item of a warm-up to a call."""
         loaded, mode = self.loaded, self.mode
         if isinstance(item, str):
             speak, decorated = _speaker(loaded)
@@ -187,7 +187,7 @@ class _CallMaker:
         return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
 
     def call_at(self, item: Any, length: int) -> WarmupCall:
-        """The same for an input of another length."""
+        """Convert an item, resized to another length, to a call."""
         if callable(item) and not _is_tensor(item):
             return WarmupCall(self._finished(item, (self.loaded.subject, length), {}, self.mode))
         return self.call_of(at_length(item, length))
@@ -219,7 +219,7 @@ def _limited(run: Call, timeout: float | None) -> Any:
     try:
         return compiling_within(timeout, _WARMUP, run)
     except TimeLimitError:
-        # It may have come between the switching of the mode and the `with` that switches it back.
+        # The interruption may have come between the switch of the mode and the `with` that restores it.
         torch.set_grad_enabled(grad)
         raise
 
@@ -227,12 +227,12 @@ def _limited(run: Call, timeout: float | None) -> Any:
 def _copying(
     target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
-    """The call with copies of its tensors: a model that writes into its input must not write into the user's."""
+    """Wrap a call so that it gets copies of its tensors, since a model may write into its inputs."""
 
     def copied(value: Any) -> Any:
         import torch
 
-        with torch.inference_mode(mode=False):  # a normal tensor, as the user's own was
+        with torch.inference_mode(mode=False):  # a normal tensor, as the user's own
             return value.clone() if _is_tensor(value) else value
 
     def call() -> Any:
@@ -242,7 +242,7 @@ def _copying(
 
 
 def _is_tensor(value: Any) -> bool:
-    # By its protocol, so that checking a decorator's argument does not import torch.
+    # By its protocol, since checking a decorator's argument must not import torch.
     return hasattr(type(value), "__torch_function__") and not callable(value)
 
 
@@ -257,7 +257,7 @@ def _accepts(function: Callable[..., Any], count: int) -> bool:
 
 
 def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
-    """The method that speaks a text, and whether it is decorated with @inference."""
+    """Return the method that speaks a text, and True if it is decorated with @inference."""
     from torch import nn
 
     subjects = [item for item in (loaded.owner, loaded.result) if item is not None]
@@ -305,7 +305,7 @@ def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
     if loaded.result is not None and not isinstance(subject, (tuple, list)) and callable(subject):
         return subject  # type: ignore[no-any-return]  # callable() narrows Any to nothing better
     if modules and (len(modules) == 1 or isinstance(subject, (tuple, list))):
-        return next(iter(modules.values()))  # of several in a returned tuple, the first
+        return next(iter(modules.values()))  # the first one of a returned tuple
     found = f"holds the modules {', '.join(modules)}" if modules else "holds no module"
     raise WarmupError(
         f"warmup is a {type(item).__name__}, but {_describe(subject)} cannot be called and {found};"
@@ -314,7 +314,7 @@ def _target(loaded: Loaded, item: Any) -> Callable[..., Any]:
 
 
 def _placed(value: Any, target: Any) -> Any:
-    """A tensor on the device of the module it is given to; other values as they are."""
+    """Move a tensor to the device of the module that it is for; return other values unchanged."""
     from torch import nn
 
     if not isinstance(target, nn.Module) or not _is_tensor(value):
