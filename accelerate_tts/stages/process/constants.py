@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,7 @@ class KeptConstants(BaseChange):
     def __init__(self, functions: tuple[str, ...] = PURE) -> None:
         self.functions = functions
         self.found: dict[str, Watched] = {}
-        self._is_on = False
+        self._release: Callable[[], object] | None = None
 
     @contextmanager
     def watching(self) -> Generator[None, None, None]:
@@ -197,20 +198,29 @@ class KeptConstants(BaseChange):
     def on(self) -> None:
         """See `Change.on`."""
         with _lock:
-            if not self._is_on:
-                for function in _replace(set(self.found)):
+            if self._release is None:
+                functions = _replace(set(self.found))
+                for function in functions:
                     function.users += 1
-                self._is_on = True
+                # A tuned object that is dropped is not undone first.
+                release = weakref.finalize(self, _leave, tuple(functions))
+                release.atexit = False
+                self._release = release
 
     def off(self) -> None:
         """See `Change.off`."""
         with _lock:
-            if self._is_on:
-                self._is_on = False
-                for name in self.found:
-                    if name in _functions:
-                        _functions[name].users -= 1
-                _give_back()
+            if self._release is not None:
+                self._release()
+                self._release = None
+
+
+def _leave(functions: tuple[_Function, ...]) -> None:
+    """Count one user less of these functions, and restore those that have none left."""
+    with _lock:
+        for function in functions:
+            function.users -= 1
+        _give_back()
 
 
 def _upstream(name: str) -> Callable[..., Any] | None:
@@ -234,9 +244,10 @@ def _replace(names: set[str]) -> list[_Function]:
 
 def _give_back() -> None:
     """Restore upstream's functions that no tuned object or observer needs replaced."""
-    idle = [function for function in _functions.values() if not (function.users or function.watchers)]
+    # Of a list: the garbage collector may come in between, with an object that leaves.
+    idle = [function for function in list(_functions.values()) if not (function.users or function.watchers)]
     for function in idle:
-        del _functions[function.name]
+        _functions.pop(function.name, None)
         function.results.clear()
     _exchange({id(function.stand_in): function.upstream for function in idle})
 
