@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ from accelerate_tts.locks import rlock
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-__all__ = ["ALL", "Window", "drawing", "loading_again", "other_threads", "seeded", "warming"]
+__all__ = ["ALL", "Window", "drawing", "loading_again", "other_threads", "others_draw", "seeded", "warming"]
 
 ALL = frozenset({"python", "numpy", "torch"})
 """Libraries with generators. `torch` includes the generators of the CPU and the device."""
@@ -120,6 +121,21 @@ def other_threads() -> bool:
     return any(
         thread is not current and not thread.name.startswith("accelerate_tts") for thread in threading.enumerate()
     )
+
+
+def others_draw(device_type: str, seconds: float = 0.02) -> bool:
+    """Watch the generators for a moment in which this thread draws nothing: does another thread draw from them?
+
+    Args:
+        device_type: Device whose torch generators are watched beside the CPU's.
+        seconds: Length of the moment. A thread that draws more rarely is not seen.
+    """
+    if not other_threads():
+        return False
+    sources = _sources(device_type)
+    before = _digests(sources)
+    time.sleep(seconds)
+    return _digests(sources) != before
 
 
 def _sources(device_type: str) -> dict[tuple[str, str], _Source]:

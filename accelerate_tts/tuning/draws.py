@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.runtime.seeding import ALL, drawing, other_threads, seeded
+from accelerate_tts.runtime.seeding import ALL, drawing, other_threads, others_draw, seeded
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ class Draws:
     def finding(self) -> Generator[None, None, None]:
         """While open, a first pass shows from which generators the object draws; `found` settles what came of it.
 
-        As long as that is not known, nothing is seeded beside other threads.
+        As long as that is not known, nothing is seeded beside other threads that draw. Those that are there and draw
+        nothing change nothing: a service has threads, and its random numbers are restored as those of a script.
         """
-        self._shared = other_threads()
+        self._shared = others_draw(self._device_type)
         self.left_alone = ALL if self._shared else frozenset()
         self._unknown = True
         try:
