@@ -232,7 +232,8 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
         self.__class__ = plain_class(self)
         return self
 
-    vars(forward).setdefault("__wrapped__", getattr(plain, method))  # read by torch.fx and inspect.signature
+    if forward is not getattr(plain, method):  # a function that wraps itself could not be unwrapped
+        vars(forward).setdefault("__wrapped__", getattr(plain, method))  # read by torch.fx and inspect.signature
     names |= {method: forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable}
     if hasattr(plain, "__deepcopy__"):  # otherwise the reduction is used; torch checks for the attribute
         names["__deepcopy__"] = deepcopy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 from collections.abc import Callable
@@ -280,3 +281,10 @@ def test_a_class_is_made_once_for_as_long_as_anybody_has_it() -> None:
     del first, change
     gc.collect()
     assert reference() is None
+
+
+def test_upstreams_own_forward_may_be_the_replacement() -> None:
+    """It was made to wrap itself, for the whole process: no voice of a model with such a layer was ever cached."""
+    cls = subclass_with(nn.Linear, nn.Linear.forward)
+    assert inspect.unwrap(cls.forward) is nn.Linear.forward  # type: ignore[attr-defined]
+    assert not hasattr(nn.Linear.forward, "__wrapped__")
