@@ -29,7 +29,8 @@ class Terminal(Console):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"highlight": False, "emoji": False, "markup": False, **options})
+        told: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False, **options}
+        super().__init__(**told)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """See rich. Its own control codes (of a progress bar) are not texts, and pass."""

@@ -173,9 +173,12 @@ def _digests(sources: dict[tuple[str, str], _Source]) -> dict[tuple[str, str], s
 
 
 def _bytes_of(state: Any) -> bytes:
-    if isinstance(state, (tuple, list)) and not all(isinstance(item, int) for item in state):
-        return b"".join(_bytes_of(item) for item in state)
-    return repr(state.tolist() if hasattr(state, "tolist") else state).encode()  # of a tensor, or an array
+    if hasattr(state, "tolist"):  # a tensor, or an array
+        return repr(state.tolist()).encode()
+    items: Any = state
+    if isinstance(state, (tuple, list)) and not all(isinstance(item, int) for item in items):
+        return b"".join(_bytes_of(item) for item in items)
+    return repr(items).encode()
 
 
 @contextmanager

@@ -243,11 +243,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         yield value
     elif isinstance(value, (bytes, bytearray)):
         yield from _of_bytes(bytes(value))
-    elif (
-        isinstance(value, (str, int, float, complex, type, ModuleType))
-        or value is None
-        or (isinstance(value, torch.nn.Module) and not is_cache(value))
-    ):
+    elif isinstance(value, (str, int, float, complex, type, ModuleType)) or value is None or _is_model(value):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if value.dtype.kind in "fiub":
@@ -262,6 +258,13 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         else:
             for item in _items(value):
                 yield from _tensors(item, seen)
+
+
+def _is_model(value: Any) -> bool:
+    """Check for a module that is not a key/value cache, as those of transformers 4.46 are."""
+    import torch
+
+    return isinstance(value, torch.nn.Module) and not is_cache(value)
 
 
 def _of_bytes(value: bytes) -> Iterator[Any]:

@@ -237,7 +237,8 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     import torch
     from torch._dynamo import eval_frame
 
-    torch._C._dynamo.eval_frame.reset_code(code)
+    native: Any = torch._C
+    native._dynamo.eval_frame.reset_code(code)
     for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile wraps the backend
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
