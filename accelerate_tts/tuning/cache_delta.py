@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_cache", "settled"]
+__all__ = ["is_cache", "is_past", "settled"]
 
 _PAIR = ("keys", "values")
 
@@ -38,6 +38,11 @@ class Added:
 def is_cache(value: Any) -> bool:
     """Check for a key/value cache of any class."""
     return callable(getattr(value, "get_seq_length", None))
+
+
+def is_past(value: Any) -> bool:
+    """Check for what a decoder's call is given of a sequence: a cache, or a tuple of pairs of tensors."""
+    return is_cache(value) or (type(value) is tuple and bool(_tensors(value)))
 
 
 def settled(output: Any, given: tuple[Any, ...]) -> Any:

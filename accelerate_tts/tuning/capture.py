@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.plan import CALL, READY, Which
-from accelerate_tts.tuning.cache_delta import is_cache, settled
+from accelerate_tts.tuning.cache_delta import is_cache, is_past, settled
 from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.tuning.timing import synchronize
 
@@ -77,7 +77,7 @@ class Captured:
     @property
     def cached(self) -> bool:
         """Tell if it was called with a key/value cache, as a decoder in its loop is."""
-        return any(is_cache(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
+        return any(is_past(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
         """Index among the kept calls for one more of a sort; `None` if it is not worth keeping.

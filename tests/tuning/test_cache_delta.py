@@ -14,7 +14,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.tuning.cache_delta import settled
+from accelerate_tts.tuning.cache_delta import is_past, settled
 from accelerate_tts.tuning.compare import compare, tensors_of
 from accelerate_tts.tuning.first_passes import first_passes
 from accelerate_tts.tuning.ledger import Ledger
@@ -156,3 +156,12 @@ def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None
     tokens = [output for output in outputs if output.last_hidden_state.shape[1] == 1]
     assert tokens
     assert all(tensor.numel() == WIDTH + 1 for output in tokens for tensor in cached(output)[:-1])
+
+
+def test_a_tuple_of_pairs_is_a_past_too() -> None:
+    """Chatterbox 0.1.1 to 0.1.6 give one: it was compiled frozen as if it had none, which cost the whole budget."""
+    pair = (torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    assert is_past((pair, pair))
+    assert is_past(transformers.DynamicCache())
+    for other in ((), pair, [pair], (pair, None), torch.zeros(1, 2, 3, 4), (torch.zeros(2), torch.zeros(2))):
+        assert not is_past(other)
