@@ -150,8 +150,9 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
         f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}, "
         + (", ".join(machine["isa"]) or "no instruction set that is known by name"),
     ]
-    if one.note:
-        lines.append(f"- {one.note}")
+    note = row["note"] or one.note  # a quick run says so in its row's
+    if note:
+        lines.append(f"- {note}")
     if row["seconds"]:
         lines.append("- Seconds: " + ", ".join(f"{what} {seconds:.0f}" for what, seconds in row["seconds"].items()))
     if row["tests"] is not None:
