@@ -108,8 +108,8 @@ class Draws:
         return not (self._shared and own)
 
     def leave_alone(self, what: str, run: Callable[[], object]) -> None:
-        """Leave the generators alone that a part does not draw from, beside other threads."""
-        if self.left_alone == ALL or not other_threads():
+        """Leave the generators alone that a part does not draw from, beside other threads that draw."""
+        if self.left_alone == ALL or not self._shared:
             return
         self._left_by[what] = ALL
         with drawing() as seen:

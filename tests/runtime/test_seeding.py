@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +110,34 @@ def test_other_generators_than_the_model_s_own_are_left_alone() -> None:
     assert found == [SOURCES["python"]() for _ in found]
 
 
+@pytest.fixture(params=["alone", "beside a thread that draws nothing"])
+def company(request: pytest.FixtureRequest) -> Iterator[None]:
+    ends = threading.Event()
+    idle = threading.Thread(target=ends.wait, daemon=True)
+    if request.param != "alone":
+        idle.start()
+    yield
+    ends.set()
+    if request.param != "alone":
+        idle.join()
+
+
+_ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
+
+
+def test_a_load_moves_no_generator() -> None:
+    """In a process of its own: other tests may have left threads that draw, and then a warm-up moves the generators."""
+    name = f"{__file__}::test_a_load_moves_no_generator_of_its_own_thread"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", name],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent, env={**os.environ, _ALONE: "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout
+
+
+@pytest.mark.skipif(_ALONE not in os.environ, reason="it is run in a process of its own, by the test before it")
+@pytest.mark.usefixtures("company")
 @pytest.mark.parametrize("kind", [Deterministic, Sampling, Drawing])
 def test_a_load_moves_no_generator_of_its_own_thread(kind: type[nn.Module]) -> None:
     model = kind().eval()
