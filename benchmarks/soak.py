@@ -55,7 +55,7 @@ SHORTEST, LONGEST = 5, 80
 
 
 class Small:
-    """What there is in every speech system, as small as can be: 2,000 calls take seconds."""
+    """A speech system with each kind of part, small enough for 2,000 calls in seconds."""
 
     @optimized_model(warmup=lambda self: [self.call(SHORTEST), self.call(LONGEST)])
     def load(self) -> None:
@@ -126,7 +126,7 @@ SYSTEMS: dict[str, Callable[[], Any]] = {"small": Small, "mms": Mms, "llama": Ll
 
 @dataclass
 class Soaked:
-    """What was seen during the calls of one system: resident bytes and tensors at each sample."""
+    """Resident bytes and tensors at each sample during the calls of one system."""
 
     name: str
     calls: int
@@ -137,7 +137,7 @@ class Soaked:
 
     @property
     def faults(self) -> list[str]:
-        """What grew, in words; empty if all is flat."""
+        """Name what grew; empty if nothing did."""
         found = []
         early, late = thirds(self.resident)
         before, after = statistics.median(early), statistics.median(late)
@@ -175,7 +175,7 @@ def tensors() -> list[torch.Tensor]:
 
 
 def holder_of(thing: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> str:
-    """Who holds an object, as a path from the nearest thing with a name, such as `Voice.history[...]`."""
+    """Name the holder of an object, as a path from the nearest thing with a name, such as `Voice.history[...]`."""
     found = gc.get_referrers(thing)
     ours = {id(found), *seen}
     for holder in found:
@@ -214,7 +214,7 @@ def _above(holder: Any, step: str, depth: int, seen: set[int]) -> str:
 
 
 def registries(backend: Any) -> dict[str, int]:
-    """How many entries there are in what could grow for ever: what the library remembers, graphs, caches."""
+    """Count the entries of all that could grow for ever: what the library remembers, graphs, caches."""
     receipt = receipt_of(backend)
     found = {
         "guards": len(guards._guards), "rooms": len(queue._rooms), "locks": len(locks._locks),
@@ -252,7 +252,7 @@ def soak(name: str, call: Callable[[int], Any], calls: int, backend: Any = None)
 
 @dataclass
 class Loaded:
-    """What was left of the weights of models that were loaded, tuned, called and dropped."""
+    """Weights still alive after their models were loaded, tuned, called and dropped."""
 
     name: str
     loads: int

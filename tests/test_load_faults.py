@@ -207,7 +207,7 @@ class Interrupting:
         return self
 
     def _leaves_a_with(self, frame: Any) -> bool:
-        """Whether a block's last line was before: then `__exit__` comes, and no signal is taken in between.
+        """Check for the end of a `with` block: `__exit__` comes next, and no signal is taken in between.
 
         A tracer is called there all the same. What it raises is outside of the block, and nothing is ever released.
         """
