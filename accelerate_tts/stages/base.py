@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from accelerate_tts.kernels.weight_formats import FORMATS, formats_under
 from accelerate_tts.patching.class_swap import in_fused
 
 if TYPE_CHECKING:
@@ -11,11 +12,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from accelerate_tts.kernels.weight_formats import Weights
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.settings import Precision
     from accelerate_tts.stages.protocol import Stage, Target
 
-__all__ = ["LEAST_FEW_ROWS", "BaseStage", "are_left_over"]
+__all__ = ["LEAST_FEW_ROWS", "BaseStage", "FormatStage", "are_left_over"]
 
 
 LEAST_FEW_ROWS = 0.05
@@ -78,3 +80,22 @@ def are_left_over(layers: list[nn.Module], module: nn.Module) -> bool:
     everything = sum(weight.numel() for weight in module.parameters())
     some = sum(weight.numel() for layer in layers for weight in layer.parameters())
     return some < LEAST_FEW_ROWS * everything and bool(in_fused(module))
+
+
+class FormatStage(BaseStage):
+    """A stage whose kernel reads weights in one of several formats; each format is a variant of its own.
+
+    Args:
+        weights: Format in which the kernel reads the weights.
+    """
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[Stage]:
+        """See `BaseStage.variants`: one for each format, the fewest bytes first."""
+        return cast("Iterable[Stage]", map(cls, formats_under(target.precision)))  # a subclass is a whole stage
+
+    def __init__(self, weights: Weights = "fp32") -> None:
+        smaller = FORMATS[: FORMATS.index(weights)]
+        self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
+        self.name = f"{self.name} ({weights})"
+        self._weights: Weights = weights

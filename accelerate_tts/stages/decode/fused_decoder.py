@@ -26,12 +26,12 @@ from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.block_layout import anatomies
 from accelerate_tts.kernels.calls import decoder_blocks, missing
 from accelerate_tts.kernels.decoder_block import Described, holds, plain, run, shared
-from accelerate_tts.kernels.weight_formats import FORMATS, MOST_ROWS, Weights, formats_under
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.patching.weight_versions import Weights as Watched
-from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import Told, cache_of, is_read, is_spied, take_cache, tidy, token_layer
@@ -39,14 +39,12 @@ from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import TypeGuard
 
     import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
-    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["FusedBlocksStage"]
 
@@ -58,7 +56,7 @@ _IGNORED = {
 
 
 @register_stage
-class FusedBlocksStage(BaseStage):
+class FusedBlocksStage(FormatStage):
     """Computes the decode steps of a decoder's blocks by one kernel.
 
     Args:
@@ -70,17 +68,6 @@ class FusedBlocksStage(BaseStage):
     devices = ("cpu",)
     # Before all other stages that change linear layers, since these skip layers inside fused blocks.
     after = ("channels-last convolutions",)
-
-    @classmethod
-    def variants(cls, target: Target) -> Iterable[FusedBlocksStage]:
-        """See `BaseStage.variants`: one for each format, the fewest bytes first."""
-        return map(cls, formats_under(target.precision))
-
-    def __init__(self, weights: Weights = "fp32") -> None:
-        smaller = FORMATS[: FORMATS.index(weights)]
-        self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
-        self.name = f"{self.name} ({weights})"
-        self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""

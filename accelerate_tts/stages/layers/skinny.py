@@ -15,10 +15,8 @@ from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import missing, skinny_linear
 from accelerate_tts.kernels.weight_formats import (
-    FORMATS,
     MOST_ROWS,
     Weights,
-    formats_under,
     in_bf16,
     in_int8,
     is_transposed,
@@ -33,16 +31,13 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
-from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
+from accelerate_tts.stages.base import LEAST_FEW_ROWS, FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
     from accelerate_tts.plan import Part
-    from accelerate_tts.stages.protocol import Target
 
 __all__ = ["SkinnyStage"]
 
@@ -51,7 +46,7 @@ _LEAST_WEIGHTS = 16_384
 
 
 @register_stage
-class SkinnyStage(BaseStage):
+class SkinnyStage(FormatStage):
     """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
 
     Args:
@@ -62,17 +57,6 @@ class SkinnyStage(BaseStage):
     group = "linear layers"
     devices = ("cpu",)
     after = ("half precision",)
-
-    @classmethod
-    def variants(cls, target: Target) -> Iterable[SkinnyStage]:
-        """See `BaseStage.variants`: one for each format, the fewest bytes first."""
-        return map(cls, formats_under(target.precision))
-
-    def __init__(self, weights: Weights = "fp32") -> None:
-        smaller = FORMATS[: FORMATS.index(weights)]
-        self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
-        self.name = f"{self.name} ({weights})"
-        self._weights: Weights = weights
 
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`."""
