@@ -66,6 +66,11 @@ class Decision:
     edges: Callable[[Any, Mapping[str, Any], Any], Any]
     probe: Callable[[Any, int], dict[str, Any]]
 
+    @property
+    def last(self) -> Any:
+        """The deciding part: the last one."""
+        return getattr(self.owner, self.parts[-1])
+
 
 @dataclass(frozen=True)
 class Part:

@@ -119,7 +119,11 @@ def _tried(
         if limits.stopped():
             raise _StoppedError("the load was cancelled")
         Trial(baseline, ledger, part, stage, known.get((part.name, stage.name))).run()
-    _look_again(baseline, ledger, stages, limits, known)
+    if _look_again(baseline, ledger, stages, limits, known):  # what did not apply before may apply now
+        judged = {(result.part, result.stage) for result in ledger.results}
+        for part, stage in _in_order(baseline, stages):
+            if (part.name, stage.name) not in judged and not limits.stopped():
+                Trial(baseline, ledger, part, stage, known.get((part.name, stage.name))).run()
     timing, difference = check_whole(baseline, ledger)
     finish(baseline, ledger)
     _say_how_sure(baseline, ledger)
@@ -160,30 +164,40 @@ def _in_order(baseline: Baseline, stages: Sequence[Stage]) -> Iterator[tuple[Par
     """Order the trials. What is about the process as a whole comes first: it disturbs every later comparison.
 
     Then all that is tried quickly, and then the rest: the budget that a compilation of one part takes must not be
-    missing for the fold of another one. Of each, parts come in the order of the time that is spent in them. On a part
-    the order of the stages stands, since what comes later is built on what was kept before.
+    missing for the fold of another one. Of each, parts come in the order of the time that is spent in them; those that
+    lead to a decision come together, the deciding part first, since its change checks what the others lead to. On a
+    part the order of the stages stands, since what comes later is built on what was kept before.
     """
     plan, costly = baseline.plan, baseline.policy.costly
     for stage in stages:
         if stage.process and plan.roots:
             yield Part(PROCESS, "process", plan.roots[0]), stage
-    parts = sorted(plan.parts, key=baseline.share, reverse=True)
     for late in (False, True):
-        for part in parts:
+        for part in sorted(plan.parts, key=lambda part: _rank(baseline, part)):
             for stage in stages:
                 if not stage.process and (stage.cost_of(part) >= costly) is late:
                     yield part, stage
 
 
+def _rank(baseline: Baseline, part: Part) -> tuple[float, bool, float]:
+    """Rank a part: by the share of all parts that lead to its decision, the deciding part first, then by its share."""
+    share = baseline.share(part)
+    if part.decision is None:
+        return -share, False, -share
+    together = sum(baseline.share(other) for other in baseline.plan.parts if other.decision is part.decision)
+    return -together, part.module is not part.decision.last, -share
+
+
 def _look_again(
     baseline: Baseline, ledger: Ledger, stages: Sequence[Stage], limits: Limits,
     known: Mapping[tuple[str, str], StageResult],
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Repeat trials, on top of the kept changes, whose gain was not certain or that were dropped on a busy machine.
 
     On a shared machine such verdicts are random, and later stages may depend on them: a vocoder in half precision lost
-    half of its gain over a layout that was not kept. Compiled stages are not repeated.
+    half of its gain over a layout that was not kept. Compiled stages are not repeated. Returns whether one is kept now.
     """
+    kept_before = len(ledger.kept)
     named = {stage.name: stage for stage in stages}
     parts = {part.name: part for part in baseline.plan.parts}
     for result in [result for result in ledger.results if _is_undecided(result)]:
@@ -199,6 +213,7 @@ def _look_again(
             ledger.results.append(result)
         elif ledger.results[-1].ratio is None:  # there was no time for it, so the first verdict stands
             ledger.results[-1] = result
+    return len(ledger.kept) > kept_before
 
 
 def _is_undecided(result: StageResult) -> bool:

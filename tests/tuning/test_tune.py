@@ -14,7 +14,7 @@ from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, add_hook
 from accelerate_tts.inspection.object_tree import find_modules
-from accelerate_tts.plan import ModelPlan, Part
+from accelerate_tts.plan import Decision, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
@@ -238,6 +238,53 @@ def test_what_looked_much_faster_and_was_not_sure_is_tried_again(then: str, deci
     else:
         assert tried == ["first", "second", "third", "first"], "and what gained nothing is not"
         assert kept == ({"first", "second"} if then == "faster" else {"second"})
+
+
+class Aloud(nn.Module):
+    """Two parts that lead to a decision: the first one takes more of the time, the last one decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+        self.text, self.durations = Slow(0.02), Slow(0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = self.durations(self.text(x))
+        return value
+
+
+class Checked(Stage):
+    """Applies to a part that leads to a decision once the deciding part is changed."""
+
+    def applies(self, part: Part) -> str | None:
+        assert part.decision is not None
+        last = part.decision.last
+        return None if part.module is last or last.seconds == 0.0 else "the decision is not checked"
+
+    def prepare(self, part: Part) -> Stage:
+        return Stage(seconds=0.0).prepare(part)
+
+
+def speak(model: Aloud) -> Tuning:
+    decision = Decision(model, ("text", "durations"), lambda _owner, _named, value: value, lambda _owner, _number: {})
+    parts = [Part(name, "model", getattr(model, name), decides=True, decision=decision) for name in decision.parts]
+    plan = ModelPlan("aloud", (model,), tuple(parts))
+    return tune(plan, warmup_calls(X, Loaded(model), "inference"), [Checked()], CPU, Limits(60.0))
+
+
+def test_the_part_that_decides_comes_before_those_that_lead_to_it() -> None:
+    model = Aloud()
+    kept = [(result.part, result.kept) for result in speak(model).receipt.stages]
+    assert kept == [("text", True), ("durations", True)]
+    assert model.text.seconds == model.durations.seconds == 0.0
+
+
+def test_what_applies_only_after_a_second_look_is_tried_then(decide: Any) -> None:
+    unsure, sure = Timing(2.0, 1.5, 1.3, 0.9, 1.6, 13), Timing(2.0, 1.0, 2.0, 1.5, 2.5, 5)
+    answers = [unsure]  # the deciding part's first look; the second look at it, the text's and the whole are sure
+    decide(compare=lambda *_args, **_kwargs: answers.pop() if answers else sure)
+    kept = [(result.part, result.kept) for result in speak(Aloud()).receipt.stages]
+    assert kept == [("text", True), ("durations", True)]
 
 
 class Speaking(nn.Module):

@@ -127,7 +127,7 @@ class CheckedStage(BaseStage):
         decision = part.decision
         if decision is None or part.method != CALL:
             return "no decision is known that hangs on it"
-        last = getattr(decision.owner, decision.parts[-1])
+        last = decision.last
         if last is not part.module and not is_checked(last):
             return "the decision that hangs on it is not checked"
         return None if self._kernel.parts_of(part.module) is not None else "not of the class that is known"
@@ -135,7 +135,7 @@ class CheckedStage(BaseStage):
     def prepare(self, part: Part) -> _Checked:
         """See `Stage.prepare`."""
         decision = cast("Decision", part.decision)
-        last = getattr(decision.owner, decision.parts[-1])
+        last = decision.last
         served = Served(part.module, self._kernel, part.name, "fp32")
         guard = _Guard(decision, served) if last is part.module else getattr(type(last), _CHECKED)
         return _Checked(part.module, served, guard)
@@ -287,7 +287,7 @@ def _leading_class(plain: Any, served: Served, guard: _Guard) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attempt = _attempt.get()
-        last = getattr(guard.decision.owner, guard.decision.parts[-1])
+        last = guard.decision.last
         if _is_checked_now(attempt, guard) and is_checked(last) and len(args) <= len(names):
             found = served.serve({**dict(zip(names, args, strict=False)), **kwargs})
             if found is not None:
