@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.packed import Kernel, are_plain, is_fp32
-from accelerate_tts.stages.vocoder.vits import Convolution
+from accelerate_tts.stages.vocoder.convolution import Convolution
 
 if TYPE_CHECKING:
     import torch

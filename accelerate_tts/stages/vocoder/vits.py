@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.packed import Kernel, is_fp32
+from accelerate_tts.stages.vocoder.convolution import Convolution, narrow, wide
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DURATIONS", "FLOW", "TEXT", "Amplified", "Convolution", "narrow", "wide"]
+__all__ = ["DURATIONS", "FLOW", "TEXT", "Amplified"]
 
 _MODULE = "transformers.models.vits.modeling_vits"
 _LEAST_LENGTH = 10
@@ -62,68 +63,6 @@ def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
     bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
     return weight.t().contiguous(), bias
-
-
-class Convolution:
-    """A 1-D convolution in `(time, channels)` layout by oneDNN, with weights reordered once.
-
-    Args:
-        weight: `(outputs, inputs, frames)`.
-        bias: `(outputs,)`, or `None`.
-        padding: Frames of zeros at both ends.
-        dilation: Distance of two taps in frames.
-        dtype: Dtype of weights and results; fp32 by default.
-    """
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, dilation: int = 1, dtype: Any = None
-    ) -> None:
-        import torch
-
-        dtype = dtype or torch.float32
-        self._bias = None if bias is None else bias.detach().clone().to(dtype)
-        self._geometry: tuple[Any, ...] = [0, padding], [1, 1], [1, dilation], 1
-        wide = weight.detach().to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(wide, *self._geometry, None)
-
-    @classmethod
-    def of(cls, layer: Any, dtype: Any = None) -> Convolution:
-        """Make the convolution of a `Conv1d`."""
-        return cls(layer.weight, layer.bias, layer.padding[0], layer.dilation[0], dtype)
-
-    def __call__(self, rows: torch.Tensor, activation: str = "none", *scalars: float) -> torch.Tensor:
-        """Convolve `(1, channels, 1, time)` in channels-last layout, and apply an activation if one is named."""
-        import torch
-
-        return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
-            rows, self._weight, self._bias, *self._geometry, activation, list(scalars), ""
-        )
-
-    def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Convolve, and add `other`."""
-        import torch
-
-        return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
-            rows, other, self._weight, self._bias, *self._geometry, "add", 1.0, None, [], None
-        )
-
-    def onto(self, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Convolve, and add the result to `other` in place."""
-        import torch
-
-        return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
-            other, rows, self._weight, self._bias, *self._geometry, "add", 1.0, None, [], None
-        )
-
-
-def wide(rows: torch.Tensor) -> torch.Tensor:
-    """View `(time, channels)` as `(1, channels, 1, time)`, which is channels-last for contiguous rows."""
-    return rows[None, None].permute(0, 3, 1, 2)
-
-
-def narrow(image: torch.Tensor) -> torch.Tensor:
-    """View `(1, channels, 1, time)` in channels-last layout as `(time, channels)`."""
-    return image.permute(0, 2, 3, 1)[0, 0]
 
 
 # The text encoder
