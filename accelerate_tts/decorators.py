@@ -189,7 +189,8 @@ def inference(
     Raises:
         SettingsError: The mode is unknown, `concurrency` is not a whole number of at least 1, or `retry` is not True or
             False.
-        ConcurrencyError: At a call that would wait forever for a call that waits for it.
+        ConcurrencyError: At a call that would wait forever for a call that waits for it. On a thread it comes after 30
+            seconds in which no other thread or task took an item of the stream that the call waits for.
         TypeError: The decorated object is not a function.
     """
     check_mode(mode)

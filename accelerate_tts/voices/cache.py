@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.object_tree import reachable_modules
 from accelerate_tts.locks import lock
 from accelerate_tts.runtime.seeding import warming
@@ -294,7 +295,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._lock = lock()
-        self._locks: Any = None
+        self._locks = IdentityMap[dict[Any, Any]]()
         self._common: dict[Any, Any] = {}
         self._inside: ContextVar[tuple[int, ...]] = ContextVar("accelerate_tts_embedding", default=())
 
@@ -321,12 +322,8 @@ class _Turns:
 
     def _get(self, owner: Any, loop: Any, make: Callable[[], Any]) -> Any:
         with self._lock:
-            if self._locks is None:
-                from torch.utils.weak import WeakIdKeyDictionary
-
-                self._locks = WeakIdKeyDictionary()
             try:
-                locks = self._locks.setdefault(owner, {})
+                locks = self._locks.setdefault(owner, dict)
             except TypeError:  # no support for weak references: all such objects share the locks
                 locks = self._common
             if loop not in locks:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
@@ -286,8 +287,7 @@ class Holds:
 
 Guarding = Guard | Guards
 
-# By the id of objects, held weakly: a guard must not keep a model alive.
-_guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
+_guards = IdentityMap[tuple[Guard, ...]]()
 # A context variable: calls of other threads and tasks are no part of the warm-up.
 _listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
 # A call inside a second attempt is not retried by itself; the whole attempt runs untouched.
@@ -319,16 +319,9 @@ def protect(item: object, guarding: Guard) -> None:
     An object without support for weak references is skipped. An object that holds several tuned ones has a guard for
     each.
     """
-    number = id(item)
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
-
-    def gone(reference: object) -> None:
-        entry = _guards.get(number)
-        if entry is not None and entry[0] is reference:
-            del _guards[number]
-
     with suppress(TypeError):
-        _guards[number] = (weakref.ref(item, gone), (*others, guarding))
+        _guards.put(item, (*others, guarding))
 
 
 @contextmanager
@@ -344,8 +337,7 @@ def listening() -> Generator[Listener, None, None]:
 
 def guards_of(item: object) -> tuple[Guard, ...]:
     """Return the guards of an object, newest last."""
-    entry = _guards.get(id(item))
-    return entry[1] if entry is not None and entry[0]() is item else ()
+    return _guards.get(item) or ()
 
 
 def guard_of(item: object) -> Guard | None:
