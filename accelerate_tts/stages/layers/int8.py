@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import (
     PACKED,
@@ -173,8 +174,7 @@ def _packed_call(engine: str) -> Any:
         import torch
 
         weight = module.weight.detach().float()
-        # Symmetric over -127 .. 127, without -128. The clamp gives rows of zeros a scale.
-        scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
+        scales = int8_scales(weight).double()
         points = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.14 announces the removal of its quantised tensors
