@@ -17,7 +17,7 @@ import wrapt
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import inference_mode
-from accelerate_tts.runtime.concurrency import limiter
+from accelerate_tts.runtime.concurrency import limiter, queue
 from accelerate_tts.runtime.guard import guard as retries
 from accelerate_tts.runtime.guard import guarded_call
 from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
@@ -133,7 +133,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(limiter.room_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.room_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None

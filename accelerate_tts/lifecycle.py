@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device import setup
-from accelerate_tts.device.detect import DEVICES, detect
+from accelerate_tts.device.detect import detect
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.settings import Settings
+from accelerate_tts.settings import DEVICES, Settings
 from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
 from accelerate_tts.tuning.tuning_lock import TuningLock
 

@@ -51,4 +51,5 @@ def _is_foreign(module: Any) -> bool:
 
 
 def module_of(hook: Any) -> str:
+    """Return the name of a function's module, or ""."""
     return str(getattr(hook, "__module__", ""))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.kernels.library import kernels, missing
+from accelerate_tts.kernels.library import kernels
 from accelerate_tts.kernels.structs import FORMATS
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "decoder_blocks",
-    "missing",
     "multiplies_in_bf16",
     "residual_block",
     "skinny_linear",

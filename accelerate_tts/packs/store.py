@@ -21,7 +21,7 @@ from accelerate_tts.packs.format import LINE_LIMIT, MOST_DECISIONS, Pack, sealed
 from accelerate_tts.storage.files import SECRET_BYTES, BadFileError, alone, read_secret, regular, temporary
 from accelerate_tts.storage.lru_folder import LruFolder
 
-__all__ = ["Pack", "PackInfo", "PackStore"]
+__all__ = ["PackInfo", "PackStore"]
 
 _EXPORT_MAGIC = b"accelerate-tts packs 1\n"
 _EXPORT_ENTRY = re.compile(rb"([0-9a-f]{16,128}) ([0-9]{1,15})\n")

@@ -16,7 +16,8 @@ from accelerate_tts._version import __version__
 from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.packs import compiler_cache
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.plan import PROCESS, Part
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.storage.files import own_folder

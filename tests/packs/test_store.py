@@ -30,7 +30,8 @@ from accelerate_tts.errors import AccelerateTTSError, PackError
 from accelerate_tts.events import Event, PackIgnored, add_hook
 from accelerate_tts.packs import format as pack_format
 from accelerate_tts.packs import store as pack_store
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.storage import files
 
 KEY = "0123456789abcdef" * 4

@@ -30,7 +30,8 @@ from accelerate_tts import Event, Receipt, events, optimized_model, optimizer, r
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.inspection.object_tree import find_modules
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.packs.warm_pack import WarmPack, pack_folder
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part

@@ -361,10 +361,12 @@ class Loop:
 
     @property
     def step(self) -> float:
+        """Median seconds of a decode step."""
         return statistics.median(self.steps)
 
     @property
     def prompt(self) -> float:
+        """Median seconds of a prefill."""
         return statistics.median(self.prompts)
 
 

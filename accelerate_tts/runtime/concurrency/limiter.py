@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
-from accelerate_tts.runtime.concurrency.queue import INSIDE, Room, Ticket, room_of, running_code, running_loop
+from accelerate_tts.runtime.concurrency.queue import INSIDE, Room, Ticket, running_code, running_loop
 from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Room", "Turn", "call", "check_concurrency", "room_of"]
+__all__ = ["Turn", "call", "check_concurrency"]
 
 _MOST = 2**31 - 1
 _AT_ONCE = 0.1  # seconds

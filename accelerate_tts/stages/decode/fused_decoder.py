@@ -24,8 +24,9 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.block_layout import anatomies
-from accelerate_tts.kernels.calls import decoder_blocks, missing
+from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.decoder_block import Described, holds, plain, run, shared
+from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with

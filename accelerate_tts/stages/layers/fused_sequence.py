@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.kernels.calls import missing, multiplies_in_bf16
+from accelerate_tts.kernels.calls import multiplies_in_bf16
+from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.residual_block import RESIDUAL
 from accelerate_tts.kernels.transformer_block import TRANSFORMER
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.kernels.calls import missing, skinny_linear
+from accelerate_tts.kernels.calls import skinny_linear
+from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import (
     MOST_ROWS,
     Weights,

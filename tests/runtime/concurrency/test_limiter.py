@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from accelerate_tts import ConcurrencyError, SettingsError, inference, optimized_model
 from accelerate_tts.errors import shown
-from accelerate_tts.runtime.concurrency import limiter, queue
+from accelerate_tts.runtime.concurrency import queue
 
 WAIT = 30.0  # seconds after which a test gives up on something that should have happened
 
@@ -102,7 +102,7 @@ def backend(limit: int | None) -> Any:
 
 def free(item: Any) -> bool:
     """Whether nobody has a turn or waits for one."""
-    room = limiter.room_of(item, item)
+    room = queue.room_of(item, item)
     return not room._slots and not room._queue and not room._inbox
 
 
@@ -116,7 +116,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def waiting(item: Any) -> int:
-    return len(limiter.room_of(item, item)._queue)
+    return len(queue.room_of(item, item)._queue)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_copies_and_pickles_have_turns_of_their_own() -> None:
     twin = copy.deepcopy(module)
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(lambda item: item(torch.ones(2)), [module, twin]))) == 2
-    assert limiter.room_of(module, None) is not limiter.room_of(twin, None)
+    assert queue.room_of(module, None) is not queue.room_of(twin, None)
 
 
 def test_a_room_lives_as_long_as_its_object() -> None:
@@ -450,7 +450,7 @@ def test_streams_go_from_thread_to_thread_and_are_collected_in_others() -> None:
 
 def hasty(item: Any) -> Any:
     """The object, for whose permits a thread waits a moment only, if it would wait for ever."""
-    limiter.room_of(item, item).wait_limit = 0.02
+    queue.room_of(item, item).wait_limit = 0.02
     return item
 
 
