@@ -178,7 +178,7 @@ class PerformanceOptimizer:
                 with seeded(device.type):
                     for call in calls:
                         call.run()
-                        if call.variant is not None and _is_compiled(model):
+                        if call.variant is not None and getattr(model, "_compiled_call_impl", None) is not None:
                             call.variant()
         except Exception as error:  # any error of the model: the result is a bool, and the event has the reason
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
@@ -336,10 +336,6 @@ class PerformanceOptimizer:
                 memory.cleanup(device)
         except Exception as error:  # "never raises": a failing driver query must not break the user's call
             emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
-
-
-def _is_compiled(model: Any) -> bool:
-    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 _accessor_lock = lock()

@@ -7,6 +7,7 @@ compute the same, causes an event and normal tuning.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -48,6 +49,7 @@ __all__ = ["WarmPack", "pack_folder", "pack_store"]
 
 # Version of the decisions. Version 1 does not mark uncertain verdicts.
 _FORMAT = 2
+_BY_CHANCE = re.compile(r"at the first look|^undone: slower")
 
 
 def pack_folder(settings: Settings) -> Path:
@@ -174,10 +176,13 @@ class WarmPack:
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(entries), seconds))
+        dropped = {key: f"not needed here: {obstacle}" for key, obstacle in spared.items()}
+        keyed = [((result.part, result.stage), result) for result in receipt.stages]
+        stages = tuple(result.dropped(dropped[key]) if key in dropped else result for key, result in keyed)
         facts = {
             **{item.name: getattr(receipt, item.name) for item in fields(receipt) if item.name != "notes"},
             "what": self.plan.what, "seconds": seconds, "cold": baseline.cold, "recompiled": 0,
-            "stages": tuple(_without(result, spared) for result in receipt.stages), "_live": recompile_counter(kept),
+            "stages": stages, "_live": recompile_counter(kept),
         }  # fmt: skip
         parts = tuple(part for part, _ in entries)
         return Findings(facts, (*receipt.notes, note), kept, complete=True, parts=parts, expected=baseline.expected)
@@ -251,7 +256,9 @@ def _read(
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
         # A single look on a busy machine could drop the best stage, without being marked as uncertain.
-        verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
+        verdicts = [
+            replace(one, sure=one.sure and (one.kept or not _BY_CHANCE.search(one.reason))) for one in receipt.stages
+        ]
         receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]
     if before < seconds and any(OVER_BUDGET in result.reason for result in receipt.stages):
@@ -276,10 +283,6 @@ def _read(
     return receipt, entries
 
 
-def _may_be_by_chance(result: StageResult) -> bool:
-    return not result.kept and ("at the first look" in result.reason or result.reason.startswith("undone: slower"))
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -291,8 +294,3 @@ def _untouched(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: 
         return one_pass(plan, calls, device, limits)
     except Exception as error:
         raise _WarmupFailedError from error
-
-
-def _without(result: StageResult, spared: Mapping[tuple[str, str], str]) -> StageResult:
-    obstacle = spared.get((result.part, result.stage))
-    return result if obstacle is None else result.dropped(f"not needed here: {obstacle}")

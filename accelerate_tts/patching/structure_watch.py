@@ -31,6 +31,7 @@ class Inside:
     def __init__(
         self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
     ) -> None:
+        from torch import nn
         from torch.nn.modules import module as globally
 
         self._read = read
@@ -43,7 +44,7 @@ class Inside:
             for inner in block.modules()
             for name, value in vars(inner).items()
             if name not in _NOT_READ and isinstance(value, _KINDS) and (inner is not block or name != "training")
-            if not _is_layer(inner)
+            if plain_class(inner) is not nn.Linear  # the most frequent module, of which only the tensors matter
         ]
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
@@ -85,10 +86,3 @@ class Inside:
 
 
 _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_super_init", "dump_patches"}
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
-    from torch import nn
-
-    return plain_class(module) is nn.Linear

@@ -91,10 +91,7 @@ class Weights:
                 return True
         if self._digests is not None and self._digests.differ():
             return True
-        return bool(self._places) and _pace.allows(lambda: self._differ(tensors))
-
-    def _differ(self, tensors: list[torch.Tensor]) -> bool:
-        return any(places.differ(tensors[number]) for number, places in self._places)
+        return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:

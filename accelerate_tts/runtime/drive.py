@@ -258,15 +258,11 @@ def _first_step(body: Any) -> Awaitable[Any]:
     # of them. The collector must not either: in a cycle it finalises the body first, without a finaliser it would
     # close it at once, and an await in its clean-up would be an error.
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_driver)
+    sys.set_asyncgen_hooks(None, lambda _body: None)
     try:
         return body.asend(None)  # type: ignore[no-any-return]
     finally:
         sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_driver(_body: Any) -> None:
-    pass
 
 
 def named_like(body: Any, driver: Any) -> Any:

@@ -150,7 +150,10 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
                 return now + _SOON
             if self.raised is None or self.raised() is None:  # otherwise the last one is still propagating
                 self.fired = self.due = True
-                _raise_in(self.thread, self.kind)
+                import ctypes
+
+                thread, kind = ctypes.c_ulong(self.thread), ctypes.py_object(self.kind)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, kind)
         finally:
             self.raising = False
         if self.free is not None:  # last, so that the exception is pending when the wait ends
@@ -205,12 +208,6 @@ def _is_shielded(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
-    import ctypes
-
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 _here = threading.local()

@@ -142,6 +142,8 @@ def compare(reference: Any, candidate: Any) -> Difference:
     equal. A different number of tensors, shape, dtype or memory layout, or a NaN that the reference does not have, is
     an infinite error with its reason. So is a result without anything to compare.
     """
+    import torch
+
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if len(left) != len(right):
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
@@ -154,7 +156,7 @@ def compare(reference: Any, candidate: Any) -> Difference:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail
             return Difference(math.inf, "a different memory layout")
-        rounding = _rounding(a.dtype)
+        rounding = torch.finfo(a.dtype).eps if a.dtype in {torch.bfloat16, torch.float16} else 0.0
         error = _error(*_as_waves(a, b)) if _is_pcm(a) else _error(a, b)
         if math.isinf(error):
             return Difference(math.inf, "values that are not finite or not equal")
@@ -162,12 +164,6 @@ def compare(reference: Any, candidate: Any) -> Difference:
         if _is_audio(a) or _is_pcm(a):
             spectral = max(spectral or 0.0, spectral_distance(a, b))
     return Difference(max(errors.values()), "", spectral, max(errors), errors=tuple(sorted(errors.items())))
-
-
-def _rounding(dtype: Any) -> float:
-    import torch
-
-    return torch.finfo(dtype).eps if dtype in {torch.bfloat16, torch.float16} else 0.0
 
 
 def spectral_distance(reference: Any, candidate: Any) -> float:
@@ -243,7 +239,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         yield value
     elif isinstance(value, (bytes, bytearray)):
         yield from _of_bytes(bytes(value))
-    elif isinstance(value, (str, int, float, complex, type, ModuleType)) or value is None or _is_model(value):
+    elif (
+        isinstance(value, (str, int, float, complex, type, ModuleType))
+        or value is None
+        or (isinstance(value, torch.nn.Module) and not is_cache(value))  # caches of transformers 4.46 are modules
+    ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if value.dtype.kind in "fiub":
@@ -258,13 +258,6 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         else:
             for item in _items(value):
                 yield from _tensors(item, seen)
-
-
-def _is_model(value: Any) -> bool:
-    """Check for a module that is not a key/value cache, as those of transformers 4.46 are."""
-    import torch
-
-    return isinstance(value, torch.nn.Module) and not is_cache(value)
 
 
 def _of_bytes(value: bytes) -> Iterator[Any]:

@@ -186,7 +186,7 @@ class Embeddings:
         """Copy a call's result for the store; return `ALONE`, with an event, if it must not or cannot be stored."""
         try:
             kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
-            if not all(map(_is_finite, tensors_of(kept.copy()))):
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(kept.copy())):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
             if not question.arguments.same_files():  # it is unknown which content the function read
@@ -276,10 +276,6 @@ def _release_of(module: str | None) -> str:
         return f"{package} {metadata.version(package)}" if package else ""
     except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a distribution of another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
-
-
-def _is_finite(tensor: Any) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
 @asynccontextmanager

@@ -110,7 +110,7 @@ class Guard:
         self._expected = expected
         self._limit = limit
         self._lock = rlock()
-        self._gate = Gate(self._on, self._off, patience, self._stays_off)
+        self._gate = Gate(self._on, self._off, patience, lambda why: emit(FellBack(what, "everything", why)))
         self._faults = 0
         self._own: dict[tuple[str, str], int] = {}
 
@@ -185,9 +185,6 @@ class Guard:
         switch = self._switch()
         if switch is not None:
             switch.off()
-
-    def _stays_off(self, why: str) -> None:
-        emit(FellBack(self._what, "everything", why))
 
     def retire(self, *, wait: bool = True) -> None:
         """Put the object back as it was loaded, for good. A retry that still runs will not switch it on again.

@@ -165,6 +165,7 @@ def compile_function(
 
     _mend_workers()  # before importing inductor, which may start them
     _mend_collector()
+    from torch._dynamo import lookup_backend
     from torch._inductor import list_mode_options
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +183,8 @@ def compile_function(
     own = types.FunctionType(plain.__code__.replace(), known, "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager mode.
     patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor, loaded = _graph_compiler(), _Loaded()
+    inductor: Any = _compilers[-1] if _compilers else lookup_backend("inductor")
+    loaded = _Loaded()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
         shapes = _shapes(inputs)
@@ -223,12 +225,6 @@ class _Loaded:
         self._modules.clear()
 
 
-def _has_tensors(module: types.ModuleType) -> bool:
-    import torch
-
-    return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
-
-
 def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     """Free the compiled state of a function: graphs, guards, the backend, and weights that are constants.
 
@@ -243,6 +239,12 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
+
+
+def _has_tensors(module: types.ModuleType) -> bool:
+    import torch
+
+    return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
 
 
 def _never_compiling_if_strict(
@@ -320,12 +322,6 @@ def compiled_by(compiler: Callable[..., Any]) -> Generator[None]:
         yield
     finally:
         _compilers.remove(compiler)
-
-
-def _graph_compiler() -> Callable[..., Any]:
-    from torch._dynamo import lookup_backend
-
-    return _compilers[-1] if _compilers else lookup_backend("inductor")
 
 
 def _shapes(inputs: list[Any]) -> str:

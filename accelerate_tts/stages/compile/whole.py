@@ -143,7 +143,8 @@ class CompiledCall:
         self._first_call = rlock()  # a forward may call its own module
         self._ready = False
         self._broken = False
-        self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
+        on_cuda = any(parameter.is_cuda for parameter in module.parameters())
+        self._has_cuda_graphs = on_cuda and mode in {"reduce-overhead", "max-autotune"}
         self._compiled = compile_function(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
@@ -243,7 +244,3 @@ def _linear_share(module: nn.Module) -> float:
     total = sum(parameter.numel() for parameter in module.parameters())
     linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
     return linear / total if total else 0.0
-
-
-def _on_cuda(module: nn.Module) -> bool:
-    return any(parameter.device.type == "cuda" for parameter in module.parameters())

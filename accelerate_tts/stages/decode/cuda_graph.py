@@ -233,7 +233,9 @@ class _Steps:
                 return None  # upstream raises its own error
             if self._weights.outdated():  # a recording holds addresses, and copies of weights
                 self._weights = Weights(self._decoder, content=self._copies)
-                self._clear()
+                for slot in self._all():
+                    slot.leave()
+                self._slots = {}
             slot = self._slot_for(plain, past, length, inputs, constants)
             if slot is None:
                 return None
@@ -297,11 +299,6 @@ class _Steps:
             while slots and self._is_full(past, capacity):
                 slots.pop(0).leave()
         self._slots = {key: slots for key, slots in self._slots.items() if slots}
-
-    def _clear(self) -> None:
-        for slot in self._all():
-            slot.leave()
-        self._slots = {}
 
 
 def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:

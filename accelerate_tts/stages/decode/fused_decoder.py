@@ -357,7 +357,9 @@ class _Fused:
             shown = self.forms.of(self._key("attention", named))
             if shown is False or shown is None:
                 return None
-            wanted = wanted or (_WEIGHTS in shown and self._is_wanted())
+            if _WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
+                collected = kv_cache.attentions_wanted.get() or "forward" in self.attention.__dict__
+                wanted = collected or is_spied(self.attention)
         layer = token_layer(self._told, past, self.number, named)
         if layer is None:
             return None
@@ -374,11 +376,6 @@ class _Fused:
             layer.release()
             return None  # weights of other sizes were put in
         return _Ready(described, layer, wanted)
-
-    def _is_wanted(self) -> bool:
-        """Check that this call's attention weights are read: they were requested, or an analyzer has a hook."""
-        collected = kv_cache.attentions_wanted.get() or "forward" in self.attention.__dict__
-        return collected or is_spied(self.attention)
 
     def _rotation(self, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
         """Return the rotary cosines and sines; before 4.48 some attention layers compute them themselves."""

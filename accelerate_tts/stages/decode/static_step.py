@@ -160,7 +160,8 @@ class Slot:
         seen = (self._places <= self.position) & self._valid
         mask = torch.where(seen, self._open, self._hidden)[:, None, None, :]
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
-        past = _static_cache(self.buffers, self.position)
+        layer, whole = _static_classes(kv_cache.cache_classes())
+        past = whole([layer(keys, values, self.position) for keys, values in self.buffers])
         return self._forward(
             self._decoder, **inputs, **self._constants, attention_mask=mask, **{self._cache: past}, use_cache=True
         )
@@ -180,7 +181,10 @@ class Slot:
 
         with torch.inference_mode(mode=False), torch.no_grad(), self._recording.in_turn():
             if not self.holds(past):
-                self._move_in(past)
+                self.leave()
+                for layer, buffers in zip(past.layers, self.buffers, strict=True):
+                    layer.move_to(*buffers)
+                self._owner = weakref.ref(past)
             length = past.layers[0].length()
             self.position.fill_(length)
             for name, tensor in inputs.items():
@@ -205,12 +209,6 @@ class Slot:
         """Check that no live cache uses this slot's buffers."""
         owner = None if self._owner is None else self._owner()
         return owner is None or len(owner.layers) != len(self.buffers) or not self.holds(owner)
-
-    def _move_in(self, past: Any) -> None:
-        self.leave()
-        for layer, buffers in zip(past.layers, self.buffers, strict=True):
-            layer.move_to(*buffers)
-        self._owner = weakref.ref(past)
 
     def leave(self) -> None:
         """Move the sequence to buffers of its own and wait for all work on the slot's buffers."""
@@ -247,11 +245,6 @@ def _own(result: Any, past: Any, positions: int) -> Any:
         fields["attentions"] = tuple(weights[..., :positions] for weights in fields["attentions"])
     fields = _pytree.tree_map_only(torch.Tensor, torch.clone, fields)
     return type(result)(**fields, **{cache: past})
-
-
-def _static_cache(buffers: list[Any], position: torch.Tensor) -> Any:
-    layer, whole = _static_classes(kv_cache.cache_classes())
-    return whole([layer(keys, values, position) for keys, values in buffers])
 
 
 @cache

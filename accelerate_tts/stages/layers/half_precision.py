@@ -114,6 +114,7 @@ class HalfStage(BaseStage):
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Return the fp32 convolutions and linear layers outside fused blocks."""
+    import torch
     from torch import nn
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -121,7 +122,9 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [
         inner
         for inner in open_modules(module)
-        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
+        if isinstance(inner, kinds)
+        and inner.weight.dtype == torch.float32
+        and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 
@@ -140,13 +143,6 @@ def _is_leaf(layer: nn.Module) -> bool:
         and tensors <= {"weight", "bias"}
         and all(type(layer._parameters.get(name)) in {nn.Parameter, torch.Tensor} for name in tensors)
     )
-
-
-def _in_fp32(layer: nn.Module) -> bool:
-    import torch
-
-    weight: Any = layer.weight
-    return bool(weight.dtype == torch.float32)
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
@@ -224,13 +220,7 @@ def _raised(value: Any, dtype: torch.dtype) -> Any:
 
     # A packed sequence is a leaf of the pytree in torch 2.6, and a node in 2.14.
     kinds = (torch.Tensor, PackedSequence)
-    return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
-
-
-def _dtype_of(value: Any) -> torch.dtype:
-    import torch
-
-    return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
+    return _pytree.tree_map_only(kinds, lambda t: t.float() if t.data.dtype == dtype else t, value)
 
 
 @cache

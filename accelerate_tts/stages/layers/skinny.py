@@ -93,15 +93,12 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
         if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
-        and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
+        and (
+            inner.weight.dtype == torch.float32
+            or (own and inner.weight.dtype == torch.bfloat16 and not is_transposed(inner))
+        )
         and inner.weight.device.type == "cpu"
     ]
-
-
-def _is_bf16(module: Any) -> bool:
-    import torch
-
-    return module.weight.dtype == torch.bfloat16 and not is_transposed(module)
 
 
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
