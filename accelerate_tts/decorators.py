@@ -142,11 +142,11 @@ class _RunInMode:
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
         mode = self.mode if choice is None else choice.mode
-        watcher = retries.watcher_of(instance, args, kwargs)
-        if watcher is None:
+        watchers = retries.watchers_of(instance, args, kwargs)
+        if not watchers:
             return inference_mode.call(wrapped, args, kwargs, mode, choice)
         return guarded_call.call(
-            watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
+            watchers, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
         )
 
 
