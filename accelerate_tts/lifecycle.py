@@ -138,7 +138,7 @@ class LoadedObjects:
         """The tuning, once loaded weights are where they were asked to go; its receipt says what the guard costs."""
         if not findings.kept:
             return findings.tuning()
-        from accelerate_tts.packs.warm_pack import pack_folder
+        from accelerate_tts.packs.store import pack_folder
         from accelerate_tts.patching.offload import copied_storages, originals_to_file
 
         beside = sum(copied_storages(plan.roots).values()) / 2**20

@@ -250,7 +250,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be written.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).export(None, _file(path))
 
@@ -263,7 +263,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be read, or was not exported by `export_packs`.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).load(_file(path))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -17,8 +19,6 @@ def is_traced(*inputs: Any) -> bool:
     Args:
         inputs: See `is_watched`.
     """
-    import torch
-
     return torch.compiler.is_compiling() or is_watched(*inputs)
 
 
@@ -32,8 +32,6 @@ def is_watched(*inputs: Any) -> bool:
     Args:
         inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
     """
-    import torch
-
     if torch.compiler.is_compiling():  # the package's operators may be in a compiled graph, but not in an exported one
         return _is_exporting()()
     for given in inputs:
@@ -44,16 +42,12 @@ def is_watched(*inputs: Any) -> bool:
 
 @cache
 def _is_exporting() -> Callable[[], bool]:
-    import torch
-
     known: Any = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
     return known or (lambda: False)
 
 
 @cache
 def _is_at_work() -> Callable[[], bool]:
-    import torch
-
     core: Any = torch._C
     tracing, transform, modes = (
         core._get_tracing_state, core._functorch.peek_interpreter_stack, core._len_torch_dispatch_stack,

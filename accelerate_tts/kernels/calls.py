@@ -13,6 +13,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.kernels.library import kernels
 from accelerate_tts.kernels.structs import FORMATS
 
@@ -73,8 +75,6 @@ def skinny_linear() -> Callable[..., Any]:
     Raises:
         KernelError: As for `decoder_blocks`.
     """
-    import torch
-
     kernel = kernels().skinny_linear
     formats = {
         (torch.float32, False): FORMATS.index("fp32"),
@@ -121,7 +121,6 @@ def _misfit(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> str
 @cache
 def _operator() -> Any:
     """Register the operator, once a process, since torch accepts no second registration."""
-    import torch
 
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         return skinny_linear()(x, weight, scale, bias, transposed)

@@ -14,14 +14,18 @@ from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate_tts.errors import PackError
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.packs.format import LINE_LIMIT, MOST_DECISIONS, Pack, sealed, unpack
-from accelerate_tts.storage.files import SECRET_BYTES, BadFileError, alone, read_secret, regular, temporary
+from accelerate_tts.storage.files import SECRET_BYTES, BadFileError, alone, own_folder, read_secret, regular, temporary
 from accelerate_tts.storage.lru_folder import LruFolder
 
-__all__ = ["PackInfo", "PackStore"]
+if TYPE_CHECKING:
+    from accelerate_tts.settings import Settings
+
+__all__ = ["PackInfo", "PackStore", "pack_folder", "pack_store"]
 
 _EXPORT_MAGIC = b"accelerate-tts packs 1\n"
 _EXPORT_ENTRY = re.compile(rb"([0-9a-f]{16,128}) ([0-9]{1,15})\n")
@@ -255,6 +259,18 @@ class PackStore:
                 except OSError:  # a file system without hard links
                     made.rename(path)
             return found or fresh
+
+
+def pack_folder(settings: Settings) -> Path:
+    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
+    return own_folder("packs", settings.pack_folder)
+
+
+def pack_store(settings: Settings) -> PackStore:
+    """Return the store of warm packs of the settings."""
+    # An environment variable may contain bytes that are not UTF-8.
+    secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
+    return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
 
 
 def _replaceable(path: Path) -> Path:

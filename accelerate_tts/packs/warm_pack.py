@@ -13,15 +13,16 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from accelerate_tts._version import __version__
 from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.packs import compiler_cache
 from accelerate_tts.packs.format import Pack
-from accelerate_tts.packs.store import PackStore
+from accelerate_tts.packs.store import PackStore, pack_store
 from accelerate_tts.plan import PROCESS, Part
 from accelerate_tts.receipts.receipt import Receipt
-from accelerate_tts.storage.files import own_folder
 from accelerate_tts.storage.fingerprint import fingerprint
 from accelerate_tts.tuning.activate import IN_ANY_CASE, activate
 from accelerate_tts.tuning.findings import Findings, recompile_counter
@@ -32,7 +33,6 @@ from accelerate_tts.tuning.tune import acts_in_training, warn_of_training
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch import nn
 
@@ -45,23 +45,11 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
 
-__all__ = ["WarmPack", "pack_folder", "pack_store"]
+__all__ = ["WarmPack"]
 
 # Version of the decisions. Version 1 does not mark uncertain verdicts.
 _FORMAT = 2
 _BY_CHANCE = re.compile(r"at the first look|^undone: slower")
-
-
-def pack_folder(settings: Settings) -> Path:
-    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
-    return own_folder("packs", settings.pack_folder)
-
-
-def pack_store(settings: Settings) -> PackStore:
-    """Return the store of warm packs of the settings."""
-    # An environment variable may contain bytes that are not UTF-8.
-    secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
-    return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
 
 
 @dataclass
@@ -99,8 +87,6 @@ class WarmPack:
             settings: The settings.
             options: Further options of tuning, which become part of the key.
         """
-        import torch
-
         circumstances = {
             "accelerate_tts": __version__,
             "torch": torch.__version__,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+
 from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.patching.weight_versions import Weights
 
@@ -32,8 +34,6 @@ class Derived(Generic[T]):
 
     def get(self) -> T:
         """Return the value for the present weights."""
-        import torch
-
         made = self._made
         # A compiler cannot trace the check; the callers of compiled code do it at each call (`keeps_copies`).
         # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.

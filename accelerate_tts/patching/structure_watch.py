@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, is_capture
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import nn
 
 __all__ = ["Inside"]
 
@@ -31,7 +31,6 @@ class Inside:
     def __init__(
         self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
     ) -> None:
-        from torch import nn
         from torch.nn.modules import module as globally
 
         self._read = read

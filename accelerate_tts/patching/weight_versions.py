@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.kernels.library import kernels, missing
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = ["Weights", "lie_in_files"]
@@ -113,8 +114,6 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    import torch
-
     return tensor.layout is torch.strided
 
 
@@ -181,8 +180,6 @@ class _Places:
     """The bits of some elements of a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        import torch
-
         span = _span(tensor)
         # Spread evenly and not aligned with rows: fractional parts of multiples of the golden ratio.
         places = sorted({int(span * (number * _GOLDEN % 1)) for number in range(_PLACES)}) if span else []
@@ -191,8 +188,6 @@ class _Places:
             self._bits = self._read(tensor)
 
     def _read(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
         flat = tensor.detach().as_strided((_span(tensor),), (1,))
         if flat.is_complex():
             return torch.view_as_real(flat[self._places]).contiguous().view(torch.uint8)
@@ -200,8 +195,6 @@ class _Places:
 
     def differ(self, tensor: torch.Tensor) -> bool:
         """Check whether an element has changed."""
-        import torch
-
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # a capture must not synchronise; the calls around it check
         with torch.inference_mode(mode=False), torch.no_grad():

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
@@ -252,8 +254,6 @@ class Embeddings:
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
     """Return the modules that a function may use: those on `self`, and those that it and its helpers name."""
-    from torch import nn
-
     named = outside(wrapped)
     if owner is None:
         return list(reachable_modules(named).values())

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.locks import lock
@@ -27,7 +29,6 @@ from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.storage.fingerprint import code_of, fingerprint
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = [
@@ -121,8 +122,6 @@ class Encoders:
             `None` if a tensor's content is not covered (a tensor subclass, a sparse or a meta tensor), or if a weight
             was written meanwhile.
         """
-        import torch
-
         known = self.known(module, walked)
         with known.lock:
             if known.content is None:
@@ -294,8 +293,6 @@ def global_hooks() -> list[Any]:
 
 def numerics() -> str:
     """Return torch's global settings of precision and device as a text."""
-    import torch
-
     said = [str(torch.get_default_dtype()), str(torch.get_default_device())]
     for device in ("cpu", "cuda", "mps", "xpu"):
         try:

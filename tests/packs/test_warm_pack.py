@@ -31,8 +31,8 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.packs.format import Pack
-from accelerate_tts.packs.store import PackStore
-from accelerate_tts.packs.warm_pack import WarmPack, pack_folder
+from accelerate_tts.packs.store import PackStore, pack_folder
+from accelerate_tts.packs.warm_pack import WarmPack
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.settings import Settings

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils import _pytree
+
 from accelerate_tts.events import Recompiled, emit
 from accelerate_tts.patching.weight_versions import Weights
 
@@ -161,8 +164,6 @@ def compile_function(
         counter: Counts the graphs.
         fullgraph: Raise an error at a graph break.
     """
-    import torch
-
     _mend_workers()  # before importing inductor, which may start them
     _mend_collector()
     from torch._dynamo import lookup_backend
@@ -230,7 +231,6 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
 
     dynamo stores the graphs at the code object, in a cycle that the garbage collector does not detect.
     """
-    import torch
     from torch._dynamo import eval_frame
 
     native: Any = torch._C
@@ -242,8 +242,6 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
 
 
 def _has_tensors(module: types.ModuleType) -> bool:
-    import torch
-
     return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
 
 
@@ -251,8 +249,6 @@ def _never_compiling_if_strict(
     own: Callable[..., Any], compiled: Callable[..., Any], counter: Counter
 ) -> Callable[..., Any]:
     """Return the compiled function. Strict calls use existing graphs only, by `torch._dynamo.run`."""
-    import torch
-
     graphs_alone: Callable[..., Any] = torch._dynamo.run(own)
 
     def either(*args: Any, **kwargs: Any) -> Any:
@@ -286,8 +282,6 @@ def _mend_workers() -> None:
     (torch 2.14) puts that folder before the standard library in its workers' path, and they fail. The environment
     variable for this path is set to this process's own order, as in older releases.
     """
-    import torch
-
     if (Path(torch.__file__).parent.parent / "typing.py").exists():
         os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
@@ -300,8 +294,6 @@ def _mend_collector() -> None:
     would get none, or another request's. Only code that dynamo traces needs the process-wide variable, and
     `is_dynamo_compiling` is true for that code alone.
     """
-    import torch
-
     module: Any = sys.modules.get("transformers.utils.output_capturing")
     if hasattr(module, "is_torchdynamo_compiling"):
         module.is_torchdynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -333,9 +325,6 @@ def _shapes(inputs: list[Any]) -> str:
 def clone_outputs(result: Any) -> Any:
     """Copy a result's tensors."""
     # A CUDA graph writes its outputs to the same addresses at each replay.
-    import torch
-    from torch.utils import _pytree
-
     return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
@@ -32,8 +35,6 @@ from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -83,8 +84,6 @@ class CompiledBlocksStage(BaseStage):
 
 def _rows(module: nn.Module) -> list[list[nn.Module]]:
     """Group blocks that differ only in the values of their weights, in the order of their list."""
-    from torch import nn
-
     rows: list[list[nn.Module]] = []
     others: dict[Any, list[nn.Module]] = {}
     for holder in module.modules():
@@ -189,8 +188,6 @@ class _Row:
         return self._classes[plain]
 
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        import torch
-
         if self._broken or torch.is_grad_enabled() or block.training or is_traced():
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:

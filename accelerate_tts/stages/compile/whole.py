@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
@@ -33,8 +35,6 @@ from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -239,8 +239,6 @@ class CompiledCall:
 
 
 def _linear_share(module: nn.Module) -> float:
-    from torch import nn
-
     total = sum(parameter.numel() for parameter in module.parameters())
     linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
     return linear / total if total else 0.0

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
@@ -20,7 +23,6 @@ from accelerate_tts.stages.catalogue import register_stage
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
@@ -52,8 +54,6 @@ class PromptStage(BaseStage):
 
 def _layers(module: nn.Module) -> dict[nn.Module, Any]:
     """Return the fp32 layers of fused blocks that have a copy, each with the object that holds the copy."""
-    import torch
-
     return {
         layer: fused
         for block in module.modules()
@@ -64,9 +64,6 @@ def _layers(module: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _prompt_class(plain: type, fused: Any) -> type:
-    import torch
-    from torch.nn import functional
-
     def forward(self: Any, x: Any) -> Any:
         if not _is_prompt(x):
             return plain.forward(self, x)  # type: ignore[attr-defined]
@@ -85,8 +82,6 @@ def _prompt_class(plain: type, fused: Any) -> type:
 
 
 def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:
-    import torch
-
     return bool(
         type(x) is torch.Tensor
         and x.dtype == torch.float32

@@ -15,6 +15,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
@@ -34,7 +36,6 @@ from accelerate_tts.stages.layers.half_precision import HalfStage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
@@ -177,8 +178,6 @@ class _Steps:
         return cls
 
     def _is_token(self, named: dict[str, Any]) -> bool:
-        import torch
-
         decoder: Any = self._decoder
         past: Any = cache_of(named)
         if self._broken or not kv_cache.is_growable(past):
@@ -303,8 +302,6 @@ class _Steps:
 
 def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensor arguments of a decoder, without its cache, mask and cache positions."""
-    import torch
-
     return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}
 
 

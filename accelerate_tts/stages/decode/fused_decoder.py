@@ -20,6 +20,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
@@ -42,7 +44,6 @@ from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
@@ -154,8 +155,6 @@ class _Forms:
 
 
 def _kind(item: Any, past: Any) -> str:
-    import torch
-
     if item is None:
         return _NOTHING
     if item is past or isinstance(item, tuple):
@@ -259,8 +258,6 @@ class _Fused:
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""
-        import torch
-
         if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -288,8 +285,6 @@ class _Fused:
         return made.hidden if made.form is None else (made.hidden, *(given[kind] for kind in made.form))
 
     def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
-        import torch
-
         of_text = _of_text(named.get("audio_token_mask"), self._names)
         if of_text is None or self._is_unknown(named):
             return None
@@ -384,8 +379,6 @@ class _Fused:
         return own(hidden, named["position_ids"]) if given is None and own is not None else given
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
-        import torch
-
         return bool(
             type(hidden) is torch.Tensor
             and hidden.dtype == self._dtype

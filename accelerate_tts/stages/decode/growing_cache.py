@@ -16,6 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, per_class, subclass_with
@@ -98,8 +100,6 @@ def _parameters(cls: Any) -> list[str]:
 
 @per_class
 def _decoding_class(plain: Any) -> type:
-    import torch
-
     names = _parameters(plain)
     left: WeakKeyDictionary[Any, Leftovers] = WeakKeyDictionary()
 

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.stages.decode import kv_cache
@@ -21,8 +24,6 @@ from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
-
-    import torch
 
 __all__ = ["CAPACITIES", "CudaRecording", "Recording", "Slot", "bytes_of"]
 
@@ -61,8 +62,6 @@ class CudaRecording:
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        import torch
-
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._last = torch.cuda.current_stream()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -87,8 +86,6 @@ class CudaRecording:
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
-        import torch
-
         stream = self._last if for_the_last else torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_event(self._done)
@@ -129,8 +126,6 @@ class Slot:
         capacity: int,
         record: Callable[[Callable[[], Any]], Recording],
     ) -> None:
-        import torch
-
         self._decoder, self._forward, self._constants = decoder, forward, constants
         self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
@@ -155,8 +150,6 @@ class Slot:
 
     def step(self) -> Any:
         """Run one token at `position`. This function is recorded."""
-        import torch
-
         seen = (self._places <= self.position) & self._valid
         mask = torch.where(seen, self._open, self._hidden)[:, None, None, :]
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
@@ -177,8 +170,6 @@ class Slot:
         Returns:
             The decoder's result in new tensors, with the caller's cache.
         """
-        import torch
-
         with torch.inference_mode(mode=False), torch.no_grad(), self._recording.in_turn():
             if not self.holds(past):
                 self.leave()
@@ -236,9 +227,6 @@ def _own(result: Any, past: Any, positions: int) -> Any:
 
     Attention weights cover the whole capacity in the recording; positions beyond the sequence are cut off.
     """
-    import torch
-    from torch.utils import _pytree
-
     cache = cache_name(result.keys()) or CACHE_NAMES[0]
     fields = {name: value for name, value in result.items() if name != cache}
     if "attentions" in fields:

@@ -13,6 +13,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import channels_last, nn
+from torch.nn import functional
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
 from accelerate_tts.plan import CALL
@@ -20,8 +25,6 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from accelerate_tts.plan import Part
 
 __all__ = ["ChannelsLastStage"]
@@ -53,8 +56,6 @@ class ChannelsLastStage(BaseStage):
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
@@ -69,8 +70,6 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
 
 def _is_plain(convolution: Any) -> bool:
     """Check that a convolution uses torch's own forward, whatever its class."""
-    from torch import nn
-
     cls = nn.ConvTranspose1d if isinstance(convolution, nn.ConvTranspose1d) else nn.Conv1d
     steps = ("forward", "_conv_forward", "_output_padding")
     return all(
@@ -91,9 +90,6 @@ def _border_class(plain: Any, method: str) -> type:
 
 
 def _in_usual_order(result: Any) -> Any:
-    import torch
-    from torch.utils import _pytree
-
     def is_changed(value: Any) -> bool:
         # (batch, channels, time) with channels innermost in memory. Other strides are the model's own.
         return isinstance(value, torch.Tensor) and (
@@ -110,9 +106,6 @@ def _in_usual_order(result: Any) -> Any:
 
 @per_class
 def _channels_last_class(plain: Any) -> type:
-    from torch import channels_last, nn
-    from torch.nn import functional
-
     def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
         if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); unbatched inputs are rare and short
             return nn.Conv1d.forward(self, input)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from accelerate_tts.inspection.classes import class_of, is_torchs_linear
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
@@ -53,9 +56,6 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 @per_class
 def _few_rows_class(plain: Any) -> type:
-    import torch
-    from torch.nn import functional
-
     own = plain.forward
 
     def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name

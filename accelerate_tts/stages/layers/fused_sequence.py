@@ -13,6 +13,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
@@ -94,8 +96,6 @@ class FusedSequenceStage(BaseStage):
 
 def has_matrix_unit() -> bool:
     """Check that the processor has AMX tiles for bf16, and that torch reports them."""
-    import torch
-
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return known is not None and bool(known()) and bool(half_dtypes("cpu"))
 
@@ -157,8 +157,6 @@ class Served:
 
     def serve(self, named: dict[str, Any]) -> Any:
         """Return the block's result for a call's arguments, or `None` if upstream's forward must run."""
-        import torch
-
         if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         if torch.is_autocast_enabled("cpu"):
@@ -174,8 +172,6 @@ class Served:
         return self._kernel.serve(described, named)
 
     def _describe(self) -> Any:
-        import torch
-
         watched, described = self._known
         if described is None or watched.outdated():
             watched = Weights(self._block)  # first the watch, so that a concurrent write is seen next time

@@ -18,6 +18,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import (
@@ -39,9 +46,6 @@ from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    import torch
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -114,9 +118,6 @@ class HalfStage(BaseStage):
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Return the fp32 convolutions and linear layers outside fused blocks."""
-    import torch
-    from torch import nn
-
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
     return [
@@ -134,9 +135,6 @@ def _is_leaf(layer: nn.Module) -> bool:
     A causal convolution only pads, and an adapter layer without adapters is a plain one: both work with half-precision
     weights. The forward of an active adapter or of a quantised layer is unknown.
     """
-    import torch
-    from torch import nn
-
     tensors = {name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
     return (
         not layer._modules
@@ -147,16 +145,12 @@ def _is_leaf(layer: nn.Module) -> bool:
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
     """Check for any other module with weights of its own: a norm, a recurrent net, an attention."""
-    from torch.nn.utils.parametrize import ParametrizationList
-
     own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
     return own and module not in layers and not isinstance(module, ParametrizationList)
 
 
 def _twin(module: Any, dtype: torch.dtype) -> Any:
     """Make a shallow copy of a layer with half-precision weights."""
-    from torch.nn.utils.parametrize import is_parametrized
-
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
     halves = {
@@ -172,8 +166,6 @@ def _twin(module: Any, dtype: torch.dtype) -> Any:
 
 @per_class
 def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
-    import torch
-
     taken = {torch.float32, dtype}
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
@@ -214,10 +206,6 @@ def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
 
 def _raised(value: Any, dtype: torch.dtype) -> Any:
     """Cast the half-precision tensors of a value to fp32."""
-    import torch
-    from torch.nn.utils.rnn import PackedSequence
-    from torch.utils import _pytree
-
     # A packed sequence is a leaf of the pytree in torch 2.6, and a node in 2.14.
     kinds = (torch.Tensor, PackedSequence)
     return _pytree.tree_map_only(kinds, lambda t: t.float() if t.data.dtype == dtype else t, value)
@@ -229,8 +217,6 @@ def _delicate() -> frozenset[Any]:
 
     In-place functions are excluded, since they would write into the copy.
     """
-    import torch
-
     names = ["stft", "istft", "cumsum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logsumexp"]
     names += ["sin", "cos", "pow"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names]
@@ -246,8 +232,6 @@ def _products() -> frozenset[Any]:
 
     Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision.
     """
-    import torch
-
     names = ["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "einsum"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names if hasattr(holder, name)]
     functions += [torch.Tensor.__matmul__, torch.Tensor.__rmatmul__]
@@ -256,8 +240,6 @@ def _products() -> frozenset[Any]:
 
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
     """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
-    import torch
-
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
     found = {item.dtype for item in flat if isinstance(item, torch.Tensor)}
     return dtype in found and torch.float32 in found
@@ -265,8 +247,6 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 @cache
 def _islands(dtype: torch.dtype) -> Any:
-    from torch.overrides import TorchFunctionMode
-
     # No sets: dynamo cannot trace look-ups in one.
     delicate, products = dict.fromkeys(_delicate()), dict.fromkeys(_products())
 

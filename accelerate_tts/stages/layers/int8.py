@@ -17,6 +17,9 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
@@ -35,8 +38,6 @@ from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -112,8 +113,6 @@ class QuantizeRecurrentStage(BaseStage):
 
 def engines() -> list[str]:
     """Return this machine's engines for 8-bit linear layers, torch's own choice first."""
-    import torch
-
     there = set(torch.backends.quantized.supported_engines)
     own = next((name for name in ("x86", "fbgemm", "qnnpack") if name in there), None)
     found = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
@@ -121,8 +120,6 @@ def engines() -> list[str]:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
@@ -134,9 +131,6 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 
 def _recurrent(module: nn.Module) -> list[nn.Module]:
-    import torch
-    from torch import nn
-
     return [
         inner
         for inner in module.modules()
@@ -149,8 +143,6 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
 
 @per_class
 def _quantized_class(plain: Any, least: int) -> type:
-    import torch
-
     own = plain.forward
 
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
@@ -171,8 +163,6 @@ def _quantized_class(plain: Any, least: int) -> type:
 
 def _packed_call(engine: str) -> Any:
     def make(module: Any) -> Any:
-        import torch
-
         weight = module.weight.detach().float()
         scales = int8_scales(weight).double()
         points = torch.zeros(len(scales), dtype=torch.int64)
@@ -193,8 +183,6 @@ def _packed_call(engine: str) -> Any:
 
 
 def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
-    import torch
-
     # The engine is read only while packing; a packed weight keeps its own kernels.
     with _packing:
         before = torch.backends.quantized.engine
@@ -206,7 +194,6 @@ def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
 
 
 def _torchao_call(module: Any) -> Any:
-    from torch import nn
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     twin = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -222,8 +209,6 @@ def _torchao_call(module: Any) -> Any:
 
 
 def _quantized_recurrent(module: Any) -> Any:
-    import torch
-
     plain = plain_class(module)
     twin: Any = object.__new__(plain)  # the converter looks up the class, and would put the user's module into eval
     twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # the converter copies it

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import skinny_linear
@@ -36,8 +39,6 @@ from accelerate_tts.stages.base import LEAST_FEW_ROWS, FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from accelerate_tts.plan import Part
 
 __all__ = ["SkinnyStage"]
@@ -84,9 +85,6 @@ class SkinnyStage(FormatStage):
 
 def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     """Return the layers that the kernel supports; with `own`, which uses the module's own weights, also bf16 ones."""
-    import torch
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
@@ -103,8 +101,6 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
 
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
     """Check that the kernel supports an input. All others, wrong ones included, get torch's own result or error."""
-    import torch
-
     return bool(
         type(x) is torch.Tensor
         and x.dtype == (dtype or torch.float32)
@@ -119,8 +115,6 @@ def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
 
 
 def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
-    import torch
-
     inputs = weight.shape[0 if transposed else 1]
     rows = x.reshape(-1, inputs).contiguous()
     compiling = torch.compiler.is_compiling()
@@ -131,8 +125,6 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
 
 @per_class
 def _exact_class(plain: Any, transposed: bool) -> type:
-    import torch
-
     own = plain.forward
 
     def forward(self: Any, x: Any) -> Any:
@@ -160,8 +152,6 @@ def _is_bias(bias: Any, outputs: int) -> bool:
 
 
 def _fits(tensor: Any, dtype: Any = None) -> bool:
-    import torch
-
     return tensor is None or bool(
         type(tensor) in {torch.Tensor, torch.nn.Parameter}
         and tensor.dtype == (dtype or torch.float32)

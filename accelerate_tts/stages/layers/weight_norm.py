@@ -16,6 +16,8 @@ import copy
 import copyreg
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import per_class, unannounced
@@ -143,8 +145,6 @@ class _Fold:
 
     def product(self) -> Any:
         """Return the folded tensor; recompute it if a factor was written or replaced."""
-        import torch
-
         made = self._made
         if made is None or made[0].outdated():
             # A normal tensor, even if tuning runs in inference mode, since it outlives that scope.
@@ -154,8 +154,6 @@ class _Fold:
 
     def current(self) -> Any:
         """Return the weight for a read."""
-        import torch
-
         buffers = self.module._buffers
         if torch.compiler.is_compiling():  # the compiled callers check at each call (`has_folds`)
             return buffers[self.name]

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.patching.change import BaseChange
 
 if TYPE_CHECKING:
@@ -67,8 +69,6 @@ class _Function:
         self.stand_in = self._make()
 
     def _make(self) -> Callable[..., Any]:
-        import torch
-
         @functools.wraps(self.upstream)
         def constant(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not (self.users or self.watchers):
@@ -268,21 +268,15 @@ def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
 
 def _modes() -> bool:
     """Check for an active torch mode that changes the tensors that calls make: a device context, fake tensors."""
-    import torch
-
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 def _settings() -> Hashable:
-    import torch
-
     return torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _key(value: Any, depth: int = 0) -> Hashable:
     """Return the cache key of an argument. It distinguishes 1, 1.0 and True, and 0.0 and -0.0."""
-    import torch
-
     if type(value) in {tuple, list} and depth < _DEEPEST_KEY:
         return type(value), *(_key(item, depth + 1) for item in value)
     if type(value) is float:
@@ -294,8 +288,6 @@ def _key(value: Any, depth: int = 0) -> Hashable:
 
 def _copied(value: Any) -> Any:
     """Return a copy of a result that the caller may write into."""
-    import torch
-
     numpy: Any = sys.modules.get("numpy")
     array: Any = value
     if type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad:
@@ -311,8 +303,6 @@ def _copied(value: Any) -> Any:
 
 def _same(first: Any, second: Any) -> bool:
     """Check that two results are bit-identical, strides included."""
-    import torch
-
     if type(first) is not type(second):
         return False
     if isinstance(first, torch.Tensor):
