@@ -155,12 +155,7 @@ def inference(function: F, /) -> F: ...
 @overload
 def inference(*, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True) -> Callable[[F], F]: ...
 def inference(
-    function: Any = None,
-    /,
-    *,
-    mode: Mode = "inference",
-    concurrency: int | None = None,
-    retry: bool = True,
+    function: Any = None, /, *, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True
 ) -> Any:
     """Run a synthesis function without autograd.
 

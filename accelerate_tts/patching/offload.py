@@ -55,10 +55,7 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
 
 
 def let_go_of(
-    what: str,
-    found: Mapping[str, nn.Module],
-    again: Callable[[], dict[str, nn.Module]],
-    besides: set[nn.Module],
+    what: str, found: Mapping[str, nn.Module], again: Callable[[], dict[str, nn.Module]], besides: set[nn.Module]
 ) -> LetGo | None:
     """Prepare to free the weights of layers that compute everything from copies. Nothing is freed yet.
 

@@ -98,12 +98,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        what: str,
-        switch: Switch,
-        expected: Mapping[str, Expectation],
-        limit: int,
-        patience: float = PATIENCE,
+        self, what: str, switch: Switch, expected: Mapping[str, Expectation], limit: int, patience: float = PATIENCE
     ) -> None:
         self._what = what
         self._switch = weakref.ref(switch)

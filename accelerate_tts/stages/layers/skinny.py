@@ -18,13 +18,7 @@ from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import missing
-from accelerate_tts.kernels.weight_formats import (
-    MOST_ROWS,
-    Weights,
-    in_bf16,
-    in_int8,
-    is_transposed,
-)
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
 from accelerate_tts.patching.class_swap import (
     COPY,
     CarryingSwap,
