@@ -122,7 +122,6 @@ class CarryingSwap(ClassSwap):
         self._covered: dict[Any, Any] | None = None  # previous values, while the change is on
 
     def on(self) -> None:
-        """See `Change.on`."""
         if self._covered is None:
             self._covered = {module: vars(module).get(self._attribute) for module in self._carried}
             for module, value in self._carried.items():
@@ -130,7 +129,6 @@ class CarryingSwap(ClassSwap):
         super().on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         super().off()
         for module, before in (self._covered or {}).items():
             if before is None:

@@ -72,7 +72,6 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
         return None if _rows(part.module) else "no repeated blocks in it"
@@ -143,12 +142,10 @@ class _CompiledBlocks(BaseChange):
         return self._counter.graphs
 
     def on(self) -> None:
-        """See `Change.on`."""
         self._growing.on()
         self._swap.on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         self._swap.off()
         self._growing.off()
 

@@ -76,7 +76,6 @@ class CompileStage(BaseStage):
         return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if is_fused(part.module):
             return "it is served as a whole"
         if part.method != CALL:
@@ -109,7 +108,6 @@ class FrozenCompileStage(BaseStage):
     least_share = 0.15
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
         if is_fused(part.module):
@@ -159,12 +157,10 @@ class CompiledCall:
             self._module._compiled_call_impl = self
 
     def off(self) -> None:
-        """See `Change.off`."""
         if self._module._compiled_call_impl is self:
             vars(self._module).pop("_compiled_call_impl", None)  # uncovers the class's attribute, which is None
 
     def seal(self) -> None:
-        """See `Change.seal`."""
         self._counter.sealed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -41,13 +41,11 @@ class PromptStage(BaseStage):
     times: Which = "others"
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if not half_dtypes("cpu"):
             return "this processor does not multiply in bf16"
         return None if _layers(part.module) else "no fused blocks with copies of fp32 weights in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         layers = _layers(part.module)
         return ClassSwap(list(layers), lambda layer: _prompt_class(type(layer), layers[layer]))
 

@@ -85,7 +85,6 @@ class CapturedStepStage(BaseStage):
             self.name = f"{self.name}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
         if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
@@ -119,7 +118,6 @@ class _Captured(BaseChange):
         return sum(steps.recorded for steps in self._steps.values())
 
     def on(self) -> None:
-        """See `Change.on`."""
         if self._inside is not None:
             self._inside.on()
         self._growing.on()
@@ -133,7 +131,6 @@ class _Captured(BaseChange):
             self._inside.off()
 
     def seal(self) -> None:
-        """See `Change.seal`."""
         for steps in self._steps.values():
             steps.sealed = True
 

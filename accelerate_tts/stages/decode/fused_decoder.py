@@ -72,7 +72,6 @@ class FusedBlocksStage(FormatStage):
     after = ("channels-last convolutions",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if (reason := missing()) is not None:
             return reason
         if not kv_cache.are_caches_loaded():
@@ -80,7 +79,6 @@ class FusedBlocksStage(FormatStage):
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
-        """See `Stage.prepare`."""
         decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
@@ -107,7 +105,6 @@ class _FusedBlocks(BaseChange):
         )
 
     def on(self) -> None:
-        """See `Change.on`."""
         for block, fused in self._fused.items():
             tidy(block)
             tidy(fused.attention)
@@ -116,7 +113,6 @@ class _FusedBlocks(BaseChange):
             swap.on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         for swap in reversed(self._swaps):
             swap.off()
         self._growing.off()

@@ -52,7 +52,6 @@ class GrowingCacheStage(BaseStage):
     after = ("fused decoder blocks", "fused sequence blocks")
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
         found = decoders(part.module)
@@ -61,7 +60,6 @@ class GrowingCacheStage(BaseStage):
         return None if found else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         return growing_caches(part.module)
 
 

@@ -39,11 +39,9 @@ class ChannelsLastStage(BaseStage):
     after = ("fewer operators", "checked by margin")
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _convolutions(part.module) else "no 1-D convolution in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         convolutions = set(_convolutions(part.module))
         method = "forward" if part.method == CALL else part.method
 

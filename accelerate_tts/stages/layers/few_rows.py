@@ -40,13 +40,11 @@ class FewRowsStage(BaseStage):
     after = ("skinny linear layers",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.few_rows < LEAST_FEW_ROWS:
             return "next to nothing of its linear work has few rows"
         return None if _linears(part.module) else "no linear layer in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         return ClassSwap(_linears(part.module), lambda module: _few_rows_class(class_of(module)))
 
 

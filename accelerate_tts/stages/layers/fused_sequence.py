@@ -68,7 +68,6 @@ class FusedSequenceStage(BaseStage):
         self._kernel = kernel
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if not has_matrix_unit():
             return "this processor has no AMX"
         if (reason := missing()) is not None:

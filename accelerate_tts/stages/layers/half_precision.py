@@ -79,7 +79,6 @@ class HalfStage(BaseStage):
         self._carried = carried
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return "its steps are recorded" if is_recorded(part.module) else self.obstacle(part)
 
     def obstacle(self, part: Part) -> str | None:
@@ -92,7 +91,6 @@ class HalfStage(BaseStage):
         return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         dtype, carried = self._dtype, self._carried
         layers = set(_layers(part.module))
         twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}

@@ -77,14 +77,12 @@ class QuantizeStage(BaseStage):
         self._engine = engine
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         layers = _linears(part.module)
         if not layers:
             return "no large linear layer in it"
         return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
         calls = {module: Derived(module, make) for module in _linears(part.module)}
         return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
@@ -100,11 +98,9 @@ class QuantizeRecurrentStage(BaseStage):
     after = ("int8 linear layers",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _recurrent(part.module) else "no recurrent layer in it"
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
         return CarryingSwap(
             list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES), PACKED, calls

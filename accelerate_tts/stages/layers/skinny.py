@@ -55,7 +55,6 @@ class SkinnyStage(FormatStage):
     after = ("half precision",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.few_rows < LEAST_FEW_ROWS:
             return "next to nothing of its linear work has few rows"
         if (reason := missing()) is not None:
@@ -66,7 +65,6 @@ class SkinnyStage(FormatStage):
         return _layers(part.module, own=self._weights == "fp32")
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         skinny_linear()
         layers = self._layers(part)
         if self._weights == "fp32":

@@ -45,11 +45,9 @@ class FoldStage(BaseStage):
     least_share = 0.0
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _foldable(part.module) else "no weight norm in it"
 
     def prepare(self, part: Part) -> _Folds:
-        """See `Stage.prepare`."""
         return _Folds(_foldable(part.module))
 
 

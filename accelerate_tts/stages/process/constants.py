@@ -196,7 +196,6 @@ class KeptConstants(BaseChange):
         )
 
     def on(self) -> None:
-        """See `Change.on`."""
         with _lock:
             if self._release is None:
                 functions = _replace(set(self.found))
@@ -208,7 +207,6 @@ class KeptConstants(BaseChange):
                 self._release = release
 
     def off(self) -> None:
-        """See `Change.off`."""
         with _lock:
             if self._release is not None:
                 self._release()
