@@ -10,7 +10,6 @@ forward with the same cache.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,7 +179,6 @@ class _Row:
             def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
                 return self._call(block, plain, args, kwargs)
 
-            vars(forward)["__signature__"] = inspect.signature(plain.forward)
             self._classes[plain] = subclass_with(plain, forward)
         return self._classes[plain]
 

@@ -51,6 +51,16 @@ _MOSTLY = 0.5
 """Minimum share of a part's weights in linear layers for freezing to be worth it."""
 
 
+def _obstacle(part: Part) -> str | None:
+    if part.module._compiled_call_impl is not None:
+        return "is compiled already"
+    if is_fused(part.module):
+        return "it is served as a whole"
+    if part.method != CALL:
+        return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+    return "its cache grows at every call: the decode step is compiled by itself" if part.cached else None
+
+
 @register_stage
 class CompileStage(BaseStage):
     """Compiles a part as one piece, with dynamic lengths."""
@@ -76,13 +86,7 @@ class CompileStage(BaseStage):
         return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
 
     def applies(self, part: Part) -> str | None:
-        if is_fused(part.module):
-            return "it is served as a whole"
-        if part.method != CALL:
-            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
-        if part.cached:
-            return "its cache grows at every call: the decode step is compiled by itself"
-        return "is compiled already" if part.module._compiled_call_impl is not None else None
+        return _obstacle(part)
 
     def prepare(self, part: Part) -> CompiledCall:
         """See `Stage.prepare`. Compiles nothing yet."""
@@ -108,15 +112,8 @@ class FrozenCompileStage(BaseStage):
     least_share = 0.15
 
     def applies(self, part: Part) -> str | None:
-        if part.module._compiled_call_impl is not None:
-            return "is compiled already"
-        if is_fused(part.module):
-            return "it is served as a whole"
-        if part.method != CALL:
-            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
-        if part.cached:
-            return "its cache grows at every call: the decode step is compiled by itself"
-        return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+        few = None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+        return _obstacle(part) or few
 
     def prepare(self, part: Part) -> CompiledCall:
         """See `Stage.prepare`. Compiles nothing yet."""

@@ -12,7 +12,6 @@ launch, and a recording does not see later changes of the layers.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,7 +168,6 @@ class _Steps:
             result = self._token(plain, named) if self._is_token(named) else None
             return plain.forward(decoder, *args, **kwargs) if result is None else result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
         cls = subclass_with(plain, forward)
         setattr(cls, RECORDED, True)
         return cls

@@ -17,7 +17,6 @@ layer is called once and returns the kernel's weights.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -216,7 +215,6 @@ class _Fused:
             self.forms.learn(self._key("block", named), result, cache_of(named))
             return result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies="" if self._weights == "fp32" else self._weights)
         setattr(cls, FUSED, self)
         return cls
@@ -232,7 +230,6 @@ class _Fused:
                 self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
             return result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         return subclass_with(plain, forward)
 
     def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:

@@ -134,7 +134,6 @@ def _decoding_class(plain: Any) -> type:
             kv_cache.adopt(after)
         return result
 
-    vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
     cls = subclass_with(plain, forward)
     setattr(cls, READY, staticmethod(_make_ready))
     return cls

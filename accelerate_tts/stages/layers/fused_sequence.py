@@ -10,7 +10,6 @@ Calls with another kind of mask, another dtype, gradients or hooks inside take u
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +139,6 @@ class Served:
             result = self.serve(named) if len(args) <= len(names) else None
             return plain.forward(self._block, *args, **kwargs) if result is None else result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies=self._copies)
         setattr(cls, FUSED, self)
         return cls
