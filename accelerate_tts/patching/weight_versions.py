@@ -202,12 +202,7 @@ class _Places:
 
 
 class _Pace:
-    """Limits checks to a share of the elapsed time.
-
-    Args:
-        share: The share.
-        clock: Returns seconds.
-    """
+    """Limits checks to a share of the elapsed time."""
 
     def __init__(self, share: float = _MOST_OF_TIME, clock: Callable[[], float] = time.perf_counter) -> None:
         self._share, self._clock = share, clock

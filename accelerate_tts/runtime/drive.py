@@ -190,12 +190,7 @@ class Owning(_Stepping):
 async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exits
     body: Any, hooks: Hooks
 ) -> AsyncGenerator[Any, Any]:
-    """Drive an async generator to its end.
-
-    Args:
-        body: The async generator.
-        hooks: Hooks around its steps.
-    """
+    """Drive an async generator to its end."""
     value: Any = None
     error: BaseException | None = None
     first = True

@@ -60,12 +60,7 @@ def _is_referable(owner: object) -> bool:
 
 
 def mode_of(owner: object, mode: Mode) -> Mode:
-    """Return the mode for calls of an object.
-
-    Args:
-        owner: The object.
-        mode: The mode of the decorator.
-    """
+    """Return the mode for calls of an object."""
     known = _known.get(owner if _is_referable(owner) else type(owner)) if _known else None
     return mode if known is None or known.mode is None else known.mode
 

@@ -49,10 +49,6 @@ class EmbeddingFiles:
     """A folder of embeddings, readable by its owner only, for any number of threads and processes.
 
     Files that cannot be read or written cause an event, not an exception.
-
-    Args:
-        folder: See `LruFolder`.
-        limit_bytes: See `LruFolder`.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:

@@ -77,10 +77,6 @@ class Encoders:
     def computation(self, module: nn.Module, walked: list[nn.Module]) -> tuple[str, list[Any]]:
         """Describe a module's computation apart from its weights.
 
-        Args:
-            module: The module.
-            walked: The module and all modules inside it.
-
         Returns:
             A text with the classes and plain attributes (`training`, hyper-parameters) of every module and its
             `config`, and the formats of weight copies in use; and a list of the functions involved: each `forward`,
@@ -97,12 +93,7 @@ class Encoders:
             return said.words, functions
 
     def known(self, module: nn.Module, walked: list[nn.Module]) -> _Known:
-        """Return the record of the present state of a module's weights.
-
-        Args:
-            module: The module.
-            walked: The module and all modules inside it.
-        """
+        """Return the record of the present state of a module's weights."""
         state = _state(walked)
         with self._lock:
             known = self._known.get(module)

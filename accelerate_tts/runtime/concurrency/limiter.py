@@ -44,11 +44,6 @@ def check_concurrency(concurrency: object) -> None:
 class Turn:
     """Permit of one call: a context manager, plain and async, that waits for the permit and releases it.
 
-    Args:
-        room: The object's queue.
-        limit: Maximum simultaneous calls.
-        name: Name of the function, for messages.
-
     Raises:
         ConcurrencyError: The permit can never be granted, since its holder waits for this call; raised on entry.
     """

@@ -48,11 +48,7 @@ _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autot
 
 @register_stage
 class CompiledBlocksStage(BaseStage):
-    """Compiles a part's repeated blocks, with shared graphs for each kind of block.
-
-    Args:
-        mode: torch.compile's mode.
-    """
+    """Compiles a part's repeated blocks, with shared graphs for each kind of block."""
 
     name = "compiled blocks"
     group = "compilation"

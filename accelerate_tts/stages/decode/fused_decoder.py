@@ -58,11 +58,7 @@ _IGNORED = {
 
 @register_stage
 class FusedBlocksStage(FormatStage):
-    """Computes the decode steps of a decoder's blocks by one kernel.
-
-    Args:
-        weights: Format in which the kernel reads the weights.
-    """
+    """Computes the decode steps of a decoder's blocks by one kernel."""
 
     name = "fused decoder blocks"
     group = "decoder blocks"

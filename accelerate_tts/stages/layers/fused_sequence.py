@@ -45,11 +45,7 @@ KERNELS = (TRANSFORMER, RESIDUAL)
 
 @register_stage
 class FusedSequenceStage(BaseStage):
-    """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights.
-
-    Args:
-        kernel: The kernel.
-    """
+    """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights."""
 
     name = "fused sequence blocks"
     devices = ("cpu",)

@@ -43,11 +43,7 @@ _LEAST_WEIGHTS = 16_384
 
 @register_stage
 class SkinnyStage(FormatStage):
-    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
-
-    Args:
-        weights: Format in which the kernel reads the weights.
-    """
+    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs."""
 
     name = "skinny linear layers"
     group = "linear layers"
