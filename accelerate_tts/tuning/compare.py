@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.tuning.cache_delta import is_cache
 
 if TYPE_CHECKING:
@@ -142,8 +144,6 @@ def compare(reference: Any, candidate: Any) -> Difference:
     equal. A different number of tensors, shape, dtype or memory layout, or a NaN that the reference does not have, is
     an infinite error with its reason. So is a result without anything to compare.
     """
-    import torch
-
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if len(left) != len(right):
         return Difference(math.inf, f"{len(right)} tensors instead of {len(left)}")
@@ -178,8 +178,6 @@ def spectral_distance(reference: Any, candidate: Any) -> float:
         1024 samples (Hann window, half overlapping). Bins are clamped to 60 dB below the strongest bin of the
         reference, since weaker ones are inaudible. 0.0 for two silences; infinite if a sample is not finite.
     """
-    import torch
-
     with torch.inference_mode():
         a, b = (_power(wave.detach().cpu().to(torch.float64)) for wave in (reference, candidate))
         floor = float(a.max()) * 10 ** (-_AUDIBLE / 10)
@@ -191,8 +189,6 @@ def spectral_distance(reference: Any, candidate: Any) -> float:
 
 
 def _power(wave: Any) -> Any:
-    import torch
-
     flat = wave.reshape(-1, wave.shape[-1])
     window = torch.hann_window(_FRAME, dtype=flat.dtype)
     spectrum = torch.stft(flat, _FRAME, _FRAME // 2, window=window, center=False, return_complex=True)
@@ -204,8 +200,6 @@ def _is_audio(tensor: Any) -> bool:
 
 
 def _is_pcm(tensor: Any) -> bool:
-    import torch
-
     return bool(tensor.dtype == torch.int16) and _is_long(tensor)
 
 
@@ -233,8 +227,6 @@ def tensors_of(value: Any) -> Iterator[Any]:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
-    import torch
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (bytes, bytearray)):
@@ -261,8 +253,6 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _of_bytes(value: bytes) -> Iterator[Any]:
-    import torch
-
     data = value.find(b"data") + 8 if value[:4] == b"RIFF" and value[8:12] == b"WAVE" else 0
     if data > 8 and int.from_bytes(value[34:36], "little") == _BITS:  # noqa: PLR2004
         channels = max(1, int.from_bytes(value[22:24], "little"))
@@ -284,8 +274,6 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _error(reference: Any, candidate: Any) -> float:
-    import torch
-
     with torch.inference_mode():
         if not (reference.is_floating_point() or reference.is_complex()):
             return 0.0 if torch.equal(reference, candidate) else math.inf

@@ -19,16 +19,15 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.storage.files import BadFileError, regular
 from accelerate_tts.storage.lru_folder import LruFolder
 from accelerate_tts.voices.memory import Kept
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["EmbeddingFiles"]
 
@@ -157,8 +156,6 @@ class _Blobs:
 
 def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any]:  # noqa: C901, PLR0911 - a table of types
     """Describe a value by nested lists that begin with the name of its type; append long content to the blobs."""
-    import torch
-
     kind = type(value)
     if value is None or kind is bool:
         return ["plain", value]
@@ -191,8 +188,6 @@ def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any
 
 
 def _tensor_said(tensor: torch.Tensor, blobs: list[bytes]) -> list[Any]:
-    import torch
-
     name, device = str(tensor.dtype).removeprefix("torch."), str(tensor.device)
     if name not in _DTYPES or tensor.layout is not torch.strided or not _DEVICES.fullmatch(device):
         raise TypeError(f"a {tensor.layout} tensor of {tensor.dtype} on {device} cannot be stored")
@@ -232,8 +227,6 @@ def _meant(said: Any, packages: Collection[str], blobs: _Blobs) -> Any:  # noqa:
 
 
 def _tensor_meant(name: str, shape: list[int], device: str, size: int, *, blobs: _Blobs) -> torch.Tensor:
-    import torch
-
     if name not in _DTYPES or not _DEVICES.fullmatch(device):
         raise ValueError(f"it names a dtype or a device that is not stored: {name!r:.40}, {device!r:.40}")
     dtype: torch.dtype = getattr(torch, name)
