@@ -16,13 +16,10 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.concurrency.queue import running_loop
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["PATIENCE", "WITHIN", "BusyError", "Gate", "Hold", "Step"]
 
@@ -78,9 +75,7 @@ class Hold:
     def __enter__(self) -> None:
         return
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __del__(self) -> None:

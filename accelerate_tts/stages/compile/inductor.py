@@ -122,16 +122,8 @@ class _Dynamo:
 
 
 @contextmanager
-def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
-    with _Dynamo(strict), frozen.options():
-        yield
-
-
-@contextmanager
-def _frozen_in_process(frozen: Frozen) -> Generator[None]:
-    # Another thread that compiles meanwhile gets the same options. This happens only while tuning: later calls are
-    # strict.
-    with _Process(strict=False), frozen.options():
+def _frozen_options(settings: _Dynamo | _Process, frozen: Frozen) -> Generator[None]:
+    with settings, frozen.options():
         yield
 
 
@@ -147,9 +139,11 @@ def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextMa
         frozen: The weights that become constants, if any.
         strict: Raise `RecompileError`, which names the failed guard, instead of compiling again.
     """
-    if not _settings_are_the_threads():
-        return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
-    return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
+    if _settings_are_the_threads():
+        return _Dynamo(strict) if frozen is None else _frozen_options(_Dynamo(strict), frozen)
+    # Another thread that compiles meanwhile gets the same options. This happens only while tuning: later calls are
+    # strict.
+    return _Process(strict) if frozen is None or strict else _frozen_options(_Process(strict), frozen)
 
 
 def compile_function(
