@@ -227,9 +227,7 @@ class _Steps:
                 return None  # upstream raises its own error
             if self._weights.outdated():  # a recording holds addresses, and copies of weights
                 self._weights = Weights(self._decoder, content=self._copies)
-                for slot in self._all():
-                    slot.leave()
-                self._slots = {}
+                self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
             if slot is None:
                 return None
@@ -282,6 +280,11 @@ class _Steps:
 
     def _all(self) -> list[Slot]:
         return [slot for slots in self._slots.values() for slot in slots]
+
+    def _clear(self) -> None:
+        for slot in self._all():
+            slot.leave()
+        self._slots = {}
 
     def _is_full(self, past: Any, more: int) -> bool:
         slots = self._all()
