@@ -150,10 +150,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
                 return now + _SOON
             if self.raised is None or self.raised() is None:  # otherwise the last one is still propagating
                 self.fired = self.due = True
-                import ctypes
-
-                thread, kind = ctypes.c_ulong(self.thread), ctypes.py_object(self.kind)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, kind)
+                _raise_in(self.thread, self.kind)
         finally:
             self.raising = False
         if self.free is not None:  # last, so that the exception is pending when the wait ends
@@ -200,6 +197,12 @@ def shield(function: F) -> F:
     """Forbid interruptions while this function runs, since an interrupted run would leave broken state."""
     _shielded.add(function.__code__)
     return function
+
+
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    import ctypes
+
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def _is_shielded(frame: FrameType | None) -> bool:
