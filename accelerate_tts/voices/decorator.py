@@ -49,14 +49,17 @@ class CachedFunction(Protocol[P, R_co]):
         ...
 
 
-class _Cached:
-    _self_wrapper: _AnswerFromCache
+def _cache_of(shell: Any) -> Embeddings:
+    answer: _AnswerFromCache = shell._self_wrapper
+    return answer.embeddings
 
+
+class _Cached:
     def cache_info(self) -> CacheInfo:
-        return self._self_wrapper.embeddings.info()
+        return _cache_of(self).info()
 
     def cache_clear(self) -> None:
-        self._self_wrapper.embeddings.clear()
+        _cache_of(self).clear()
 
 
 class _CachedBound(_Cached, _BoundShell):

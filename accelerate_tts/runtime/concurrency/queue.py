@@ -124,7 +124,7 @@ class Room:
 
     def _admit(self) -> None:
         # Later calls do not overtake the first in the queue, which might otherwise wait forever.
-        while self._queue and len(self._slots) < min(each.limit for each in (self._queue[0], *self._slots)):
+        while self._queue and len(self._slots) < min([self._queue[0].limit, *(slot.limit for slot in self._slots)]):
             ticket = self._queue[0]
             ticket.slot = Slot(ticket)
             self._slots.append(ticket.slot)
