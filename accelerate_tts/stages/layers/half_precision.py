@@ -206,7 +206,11 @@ def _raised(value: Any, dtype: torch.dtype) -> Any:
     """Cast the half-precision tensors of a value to fp32."""
     # A packed sequence is a leaf of the pytree in torch 2.6, and a node in 2.14.
     kinds = (torch.Tensor, PackedSequence)
-    return _pytree.tree_map_only(kinds, lambda t: t.float() if t.data.dtype == dtype else t, value)
+    return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
+
+
+def _dtype_of(value: Any) -> torch.dtype:
+    return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
 
 
 @cache
