@@ -33,6 +33,7 @@ from accelerate_tts.runtime.guard.guard import guard_of
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.load_request import LoadRequest
 from accelerate_tts.tuning.warmup import Loaded
+from doubles import is_faster
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -235,11 +236,10 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     from accelerate_tts.device import memory
     from accelerate_tts.stages import catalogue
     from accelerate_tts.stages.layers.weight_norm import FoldStage
-    from accelerate_tts.tuning.timing import Timing
 
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: [FoldStage()])
     monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
-    decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
+    decide(compare=is_faster)
 
 
 _ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
@@ -309,7 +309,7 @@ def test_a_hook_may_undo_what_an_undo_reloads() -> None:
     backend = Backend(None, 0)
     backend.load()
     optimizer, undone = get_performance_optimizer(), []
-    tuning = optimizer._tuning_of(backend)
+    tuning = optimizer.tuning_of(backend)
     assert tuning is not None
 
     class Reloading:

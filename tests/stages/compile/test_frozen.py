@@ -22,9 +22,9 @@ from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.inductor import Frozen
 from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage, FrozenCompileStage
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import pays_off
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -361,13 +361,7 @@ def test_what_the_user_has_compiled_is_left_alone(traced: list[Any]) -> None:
 
 
 def test_kept_by_tuning_and_undone(traced: list[Any], decide: Any, seen: list[Event]) -> None:
-    def faster(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
-        for switch in (before, after):
-            switch()
-            run()
-        return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
-
-    decide(compare=faster, hopeless=float("inf"))
+    decide(compare=pays_off, hopeless=float("inf"))
     model = build()
     reference = run(model, x())
     plan = ModelPlan("model", (model,), (part_of(model),))
@@ -405,6 +399,6 @@ def test_workers_are_told_the_path_only_where_a_typing_py_stands_in_the_way(
         (tmp_path / "typing.py").write_text("raise SystemError('a Python 2 backport')")
     if set_already:
         monkeypatch.setenv("TORCH_CUSTOM_PYTHONPATH", "/the/users")
-    inductor._mend_workers()
+    inductor.mend_workers()
     expected = "/the/users" if set_already else os.pathsep.join(["/first", "/second"]) if there else None
     assert os.environ.get("TORCH_CUSTOM_PYTHONPATH") == expected
