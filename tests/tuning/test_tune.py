@@ -294,7 +294,7 @@ def test_what_is_compiled_is_not_compiled_again_for_a_doubt(graphs: int | None, 
 
 
 @pytest.mark.parametrize("graphs", [None, 1])
-def test_what_is_compiled_is_not_compiled_again_for_a_doubt_about_another(graphs: int | None, decide: Any) -> None:
+def test_nothing_is_tried_again_above_a_compilation(graphs: int | None, decide: Any) -> None:
     answers = [SURE, UNSURE]
     decide(compare=lambda *_args, **_kwargs: answers.pop(0) if answers else SURE, looks=False)
     other = Stage("other", seconds=0.0)
