@@ -17,6 +17,7 @@ import torch
 from accelerate_tts import events, settings
 from accelerate_tts.device import flags
 from accelerate_tts.device.usage import Usage
+from accelerate_tts.kernels import decoder_block
 from accelerate_tts.optimizer import replace_performance_optimizer
 from accelerate_tts.stages.compile.inductor import compiled_by
 from accelerate_tts.tuning import capture
@@ -103,6 +104,20 @@ def seen() -> Iterator[list[events.Event]]:
     remove = events.add_hook(found.append)
     yield found
     remove()
+
+
+@pytest.fixture
+def blocks_a_call(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each call of the decoders' kernel was for."""
+    found: list[int] = []
+    kernel = decoder_block.decoder_blocks()
+
+    def counted(blocks: Any, tokens: Any, count: int, threads: int) -> None:
+        found.append(count)
+        kernel(blocks, tokens, count, threads)
+
+    monkeypatch.setattr(decoder_block, "decoder_blocks", lambda: counted)
+    return found
 
 
 Compiler = Callable[..., object]

@@ -1,17 +1,22 @@
-"""Doubles that several test files share: a stage, and verdicts on its speed."""
+"""Doubles that several test files share: a stage, verdicts on its speed, and small modules."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from accelerate_tts.optimizer import PerformanceOptimizer, replace_performance_optimizer
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.timing import Timing
-
-if TYPE_CHECKING:
-    from torch import nn
 
 TWICE_AS_FAST = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
 
@@ -38,6 +43,20 @@ def begin_process(optimizer: PerformanceOptimizer | None = None) -> None:
     before = replace_performance_optimizer(optimizer)
     if before is not None:
         before.close()  # or what it set of this process would stay so
+
+
+ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
+
+
+def run_alone(file: str, name: str) -> None:
+    """Run a test in a process of its own, with `ALONE` set. It must pass; it is skipped everywhere else."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", f"{file}::{name}"],
+        capture_output=True, text=True, check=False, cwd=Path(file).parent, env={**os.environ, ALONE: "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[1-9]\d* passed", done.stdout)
+    assert "skipped" not in done.stdout
 
 
 class Stage(BaseStage):
@@ -125,3 +144,31 @@ class _Set:
     def seal(self) -> None:
         self.stage.sealed = True
         self.stage.at("seal")
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A small speaker encoder."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return self.linear(wave).tanh()
+
+
+class Repeats(nn.Module):
+    """A graph for each number of steps: the loop is unrolled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            x = torch.tanh(self.linear(x)) + 1
+        return x

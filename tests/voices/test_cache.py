@@ -24,22 +24,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 from accelerate_tts import Event, cached_embedding, events
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.memory import EmbeddingStore, Kept
-
-
-class Encoder(nn.Module):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        return self.linear(wave).tanh()
+from doubles import Encoder
 
 
 class Service:

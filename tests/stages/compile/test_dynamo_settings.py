@@ -13,35 +13,23 @@ from accelerate_tts import Event
 from accelerate_tts.events import FellBack, Recompiled
 from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.whole import CompiledCall
+from doubles import Repeats
 
 NAMES = [name for name in ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit", "error_on_recompile")
          if hasattr(torch._dynamo.config, name)]  # fmt: skip
 
 
-class Steps(nn.Module):
-    """A graph for each number of steps, and a look at what other threads are told meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        for _ in range(steps):
-            x = torch.tanh(self.linear(x)) + 1
-        return x
-
-
 @pytest.fixture(params=["this release", "settings of the process"])
-def model(request: pytest.FixtureRequest, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> Steps:
+def model(request: pytest.FixtureRequest, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> Repeats:
     """A module that dynamo alone compiles; also as releases need it whose settings are the process's."""
     if request.param == "settings of the process":
         monkeypatch.setattr(inductor, "settings_are_the_threads", lambda: False)
     torch.manual_seed(0)
-    return Steps().eval()
+    return Repeats().eval()
 
 
 @pytest.fixture
-def call(model: Steps) -> CompiledCall:
+def call(model: Repeats) -> CompiledCall:
     made = CompiledCall(model, "steps", "default")
     made.on()
     return made
@@ -61,7 +49,7 @@ def elsewhere() -> list[Any]:
 
 
 @torch.no_grad()
-def test_no_other_thread_is_told(model: Steps) -> None:
+def test_no_other_thread_is_told(model: Repeats) -> None:
     before, during = settings(), []
 
     def compiler(*given: Any) -> Any:
@@ -80,8 +68,8 @@ def test_no_other_thread_is_told(model: Steps) -> None:
 
 
 @torch.no_grad()
-def test_a_sealed_call_is_never_compiled_without_a_word(model: Steps, call: CompiledCall, seen: list[Event]) -> None:
-    plain = Steps().eval()
+def test_a_sealed_call_is_never_compiled_without_a_word(model: Repeats, call: CompiledCall, seen: list[Event]) -> None:
+    plain = Repeats().eval()
     plain.load_state_dict(model.state_dict())
     inputs = torch.ones(2, 4)
     call(inputs, 1)
@@ -94,7 +82,7 @@ def test_a_sealed_call_is_never_compiled_without_a_word(model: Steps, call: Comp
 
 
 @torch.no_grad()
-def test_at_the_limit_it_is_said(model: Steps, call: CompiledCall, seen: list[Event]) -> None:
+def test_at_the_limit_it_is_said(model: Repeats, call: CompiledCall, seen: list[Event]) -> None:
     inputs = torch.ones(2, 4)
     for steps in range(1, 12):
         model(inputs, steps)

@@ -24,7 +24,7 @@ from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage, Froz
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import pays_off
+from doubles import Repeats, pays_off
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -266,19 +266,6 @@ def test_a_module_that_writes_its_own_buffers_is_never_served_stale(traced: list
     with torch.no_grad():
         assert [float(model(torch.ones(1, 4)).mean()) for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
     assert len(fallen(seen)) == 1
-
-
-class Repeats(nn.Module):
-    """A graph for each number of steps: the loop is unrolled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        for _ in range(steps):
-            x = torch.tanh(self.linear(x)) + 1
-        return x
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
