@@ -202,7 +202,8 @@ def test_simultaneous_first_calls_compile_once(optimizer: PerformanceOptimizer) 
         thread.join()
     assert isinstance(call, stage.CompiledCall)
     assert call.graphs == 1
-    assert all(torch.equal(result, results[0]) for result in results)
+    for result in results:  # upstream's forward is among them: while one thread compiles, torch says so on every thread
+        torch.testing.assert_close(result, results[0])
 
 
 def test_many_parts_do_not_share_dynamos_limit(optimizer: PerformanceOptimizer, uncompiled: None) -> None:
