@@ -151,7 +151,7 @@ def _judged(first: list[float], second: list[float], alpha: float) -> Timing:
 
 
 def rank_of(count: int, alpha: float) -> int:
-    """Return the index of the sorted ratio that is above the true median with a probability of at most `alpha`."""
+    """Return the largest index at which a sorted ratio exceeds the true median with at most the probability `alpha`."""
     chance, rank = 0.0, -1
     for k in range(count):
         chance += math.comb(count, k) / 2**count
