@@ -52,7 +52,8 @@ def made_once() -> None:
     _made_once[0] += 1
 
 
-_known = IdentityMap[_Known]()
+known_owners = IdentityMap[_Known]()
+"""Modes that were found for objects."""
 
 
 def _is_referable(owner: object) -> bool:
@@ -61,7 +62,7 @@ def _is_referable(owner: object) -> bool:
 
 def mode_of(owner: object, mode: Mode) -> Mode:
     """Return the mode for calls of an object."""
-    known = _known.get(owner if _is_referable(owner) else type(owner)) if _known else None
+    known = known_owners.get(owner if _is_referable(owner) else type(owner)) if known_owners else None
     return mode if known is None or known.mode is None else known.mode
 
 
@@ -94,7 +95,7 @@ class ModeChoice:
         self._before = _made_once[0]
         self._first: Exception | None = None
         # Saved for the first call only. A later call of another kind that fails is repeated with other random numbers.
-        fresh = mode == "inference" and _known.get(self.owner) is None
+        fresh = mode == "inference" and known_owners.get(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
         # torch writes into an inference tensor before it raises, so the inputs' content must be restored.
         self._given = _contents(owner, args, kwargs) if fresh else None
@@ -107,9 +108,9 @@ class ModeChoice:
             given: True if a part of the result was already delivered, so that the call cannot be repeated.
         """
         kind = _kind_of(error)
-        known = _known.get(self.owner)
+        known = known_owners.get(self.owner)
         if self._first is not None:  # the milder mode did not help
-            _known.setdefault(self.owner, _Known).gave_up = True
+            known_owners.setdefault(self.owner, _Known).gave_up = True
             return False
         if not kind or self.mode == "none" or (known is not None and known.gave_up) or _is_callers():
             return False
@@ -143,7 +144,7 @@ class ModeChoice:
         """Note that the call succeeded. If that was in a milder mode, the object's later calls use it."""
         # The error is dropped: its traceback keeps the failed attempt's tensors, and this object.
         error, self._first = error or self._first, None
-        known = _known.setdefault(self.owner, _Known)
+        known = known_owners.setdefault(self.owner, _Known)
         if error is None or known.mode == self.mode:
             return
         known.mode = self.mode
