@@ -108,8 +108,9 @@ class _Fold:
         self.module = module
         self._norm = norm
         self._class: type | None = None
-        # The versions and steps that the product was made of, and the product. One tuple, replaced atomically.
-        self._made: tuple[Weights, list[Any], torch.Tensor] | None = None
+        # Watches on the factors and on the product, the steps that it was made by, and the product. One tuple, replaced
+        # atomically.
+        self._made: tuple[Weights, Weights, list[Any], torch.Tensor] | None = None
 
     def weight(self) -> Any:
         """Compute the weight by torch's own operation."""
@@ -151,12 +152,14 @@ class _Fold:
         import torch
 
         made = self._made
-        if made is None or made[0].outdated() or made[1] != self.steps():
+        # Whoever writes to a weight that upstream computes at each call has no effect on the next call.
+        if made is None or made[0].outdated() or made[1].outdated() or made[2] != self.steps():
             # A normal tensor, even if tuning runs in inference mode, since it outlives that scope.
             with torch.inference_mode(mode=False), torch.no_grad():
                 watched = Weights.at(self.factors())  # first the watch, so that a concurrent write is seen next time
-                made = self._made = (watched, self.steps(), self.weight().detach().clone())
-        return made[2]
+                product = self.weight().detach().clone()
+                made = self._made = (watched, Weights.at([{"": product}]), self.steps(), product)
+        return made[3]
 
 
 class _HookFold(_Fold):

@@ -1,4 +1,4 @@
-"""Compiled parts whose hooks or classes change after they were compiled: dynamo does not notice, so this package does."""
+"""Compiled parts whose hooks or classes change later: dynamo does not notice, so this package does."""
 
 from __future__ import annotations
 
