@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.classes import class_of
+from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
@@ -125,7 +126,7 @@ def _channels_last_class(plain: Any) -> type:
     def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
         if plain.forward is not own:
             return call_patched(plain, self, input)
-        if input.dim() != 3 or not is_as_before(self):  # noqa: PLR2004 - (batch, channels, time)
+        if input.dim() != 3 or is_watched(input) or not is_as_before(self):  # noqa: PLR2004 - (batch, channels, time)
             return plain.forward(self, input)
         y = functional.conv2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
@@ -136,7 +137,7 @@ def _channels_last_class(plain: Any) -> type:
     def convolve_transposed(self: Any, input: Any, output_size: list[int] | None = None) -> Any:  # noqa: A002
         if plain.forward is not own:
             return call_patched(plain, self, input, output_size)
-        if input.dim() != 3 or output_size is not None or not is_as_before(self):  # noqa: PLR2004
+        if input.dim() != 3 or output_size is not None or is_watched(input) or not is_as_before(self):  # noqa: PLR2004
             return plain.forward(self, input, output_size)
         y = functional.conv_transpose2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,

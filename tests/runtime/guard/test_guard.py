@@ -516,6 +516,38 @@ def test_a_generator_that_is_kept_has_its_state_back(place: str, make: Any, seen
     assert len(told(seen)) == 1
 
 
+@pytest.mark.parametrize("which", GENERATORS)
+def test_a_generator_that_another_thread_draws_from_is_left_alone(which: str, guarded: Any) -> None:
+    """It must not be given numbers twice. The other generators are put back all the same."""
+    backend, own = guarded(), GENERATORS[which]()
+    backend.sessions = {"somebody else": own}
+    shared: dict[str, Any] = {"torch": torch.default_generator, "NumPy's old": np.random.mtrand._rand, "Python": random}
+    for generator in (own, shared.get(which)):
+        if generator is None:  # NumPy has no new generator for all
+            continue
+        drawn: list[float] = []
+        done = threading.Event()
+
+        def draw(generator: Any = generator, drawn: list[float] = drawn, done: threading.Event = done) -> None:
+            while not done.is_set():
+                if isinstance(generator, torch.Generator):
+                    drawn.append(float(torch.rand((), generator=generator, dtype=torch.float64)))
+                else:
+                    drawn.append(float(getattr(generator, "random_sample", generator.random)()))
+                time.sleep(0)
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        try:
+            for _ in range(2):
+                assert backend.speak(TEXT).isfinite().all(), "it is made again"
+        finally:
+            done.set()
+            thread.join()
+        assert len(drawn) > 20
+        assert len(set(drawn)) == len(drawn)
+
+
 def test_decorated_functions_inside_a_second_attempt_are_left_alone(seen: list[Event]) -> None:
     class Nested(Backend):
         @inference
