@@ -421,7 +421,7 @@ FAMILIES = {
     "old norm, folded": Family(lambda: tower(nn.utils.weight_norm), convolved, NORMED, (FOLD,)),
     "new norm": Family(lambda: tower(parametrizations.weight_norm), convolved, (FOLD, *NORMED)),
     "new norm, folded": Family(lambda: tower(parametrizations.weight_norm), convolved, NORMED, (FOLD,)),
-    "Llama": Family(lambda: decoder("Llama"), decoded, (*FUSED, "growing cache", *NORMED[1:], *LINEAR[::2], INT8[0])),
+    "Llama": Family(lambda: decoder("Llama"), decoded, (*FUSED, "growing cache", *NORMED[1:], *LINEAR[::2], *INT8[:1])),
     "Llama, bf16": Family(lambda: decoder("Llama"), decoded, ("bf16 prompts",), FUSED[1:2]),
     "Llama, int8": Family(lambda: decoder("Llama"), decoded, ("bf16 prompts",), FUSED[2:]),
     "GPT2": Family(lambda: decoder("GPT2"), decoded, (*FUSED, *LINEAR[1:])),

@@ -125,6 +125,8 @@ def by_fx(model: nn.Module, x: torch.Tensor) -> Any:
 
 
 def by_export(model: nn.Module, x: torch.Tensor) -> Any:
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("before torch 2.7, nothing tells of an export")
     program = torch.export.export(model, (x,), strict=False)
     assert "accelerate_tts" not in str(program.graph)
     return program.module()(x)
