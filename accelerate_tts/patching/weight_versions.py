@@ -51,7 +51,7 @@ class Weights:
         found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in modules]
         self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
         # A module without tensors, too, may be put in: another step of a parametrization.
-        self._children = [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
+        self._children += [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
 
     @classmethod
     def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
@@ -62,7 +62,7 @@ class Weights:
 
     def _watch(self, holders: list[Holder], *, content: bool) -> None:
         self._holders = holders
-        self._children: list[tuple[dict[str, Any], list[Any]]] = []
+        self._children: list[tuple[Any, list[Any]]] = []
         tensors = self._tensors()
         # Before anything is derived from them, so that a concurrent write is seen by the next check.
         self._addresses, self._versions = _state(tensors)

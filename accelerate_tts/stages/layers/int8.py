@@ -181,7 +181,7 @@ def _packed_call(engine: str) -> Any:
             warnings.simplefilter("ignore")  # torch 2.14 announces the removal of its quantised tensors
             quantized = torch.quantize_per_channel(weight, scales, points, 0, torch.qint8)
         bias = None if module.bias is None else module.bias.detach().float()
-        apart = None if is_bias(bias, len(weight)) else bias.clone()
+        apart = None if bias is None or is_bias(bias, len(weight)) else bias.clone()
         packed = _prepacked(engine, quantized, bias if apart is None else None)
         # On x86 without VNNI the 16-bit sums of FBGEMM and oneDNN overflow unless activations leave one bit free.
         on_x86 = "fbgemm" in torch.backends.quantized.supported_engines

@@ -241,7 +241,7 @@ def _list_class(plain: Any) -> type:
 
 def _reduced(plain: type) -> Any:
     def reduce_ex(self: Any, _protocol: int) -> Any:
-        twin: Any = plain.__new__(plain)
+        twin: Any = object.__new__(plain)
         twin.__dict__ = {name: value for name, value in vars(self).items() if name not in {_FOLD, _PRODUCT}}
         # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
         return copyreg._reconstructor, (plain, object, None), twin.__getstate__()  # type: ignore[attr-defined]
