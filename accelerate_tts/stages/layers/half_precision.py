@@ -34,6 +34,7 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
+from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
@@ -151,10 +152,15 @@ def _in_fp32(layer: nn.Module) -> bool:
 
 
 def _is_cast(layer: nn.Module) -> bool:
-    """Check that a layer was cast since, by its parameters: a weight that a hook computes is that of the last call."""
+    """Check that a layer was cast to half precision since, by its parameters.
+
+    A weight that a hook computes is that of the last call.
+    """
     import torch
 
-    return next(layer.parameters()).dtype != torch.float32
+    if type(layer._parameters) is Absent:  # reading offloaded weights would reload them
+        return False
+    return next(layer.parameters()).dtype in {torch.bfloat16, torch.float16}
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
@@ -166,7 +172,7 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
 
 
 def _twin(module: Any, dtype: torch.dtype) -> Any:
-    """Make a shallow copy of a layer with half-precision weights; `None` if the layer was cast to another dtype."""
+    """Make a shallow copy of a layer with half-precision weights; `None` if the layer has such weights itself."""
     from torch.nn.utils.parametrize import is_parametrized
 
     if _is_cast(module):
