@@ -39,7 +39,7 @@ Holder = dict[str, Any]
 
 
 class Weights:
-    """The present state of all tensors of a module and its submodules.
+    """The present state of all tensors of a module and its submodules, and of the submodules' order.
 
     Args:
         module: The module. Names are watched rather than tensors, since `load_state_dict(assign=True)` replaces them.
@@ -48,8 +48,11 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
-        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in module.modules()]
+        modules = list(module.modules())
+        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in modules]
         self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
+        # A module without tensors, too, may be put in: another step of a parametrization.
+        self._children += [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
 
     @classmethod
     def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
@@ -60,6 +63,7 @@ class Weights:
 
     def _watch(self, holders: list[Holder], *, content: bool) -> None:
         self._holders = holders
+        self._children: list[tuple[Any, list[Any]]] = []
         tensors = self._tensors()
         # Before anything is derived from them, so that a concurrent write is seen by the next check.
         self._addresses, self._versions = _state(tensors)
@@ -81,7 +85,9 @@ class Weights:
         return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
 
     def outdated(self) -> bool:
-        """Check whether a tensor has been written, moved or replaced."""
+        """Check whether a tensor has been written, moved or replaced, or a module replaced."""
+        if [1 for holder, before in self._children if list(holder.values()) != before]:
+            return True
         tensors = self._tensors()  # keeps them alive while their memory is read
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:

@@ -23,21 +23,12 @@ from accelerate_tts.patching.weight_versions import Weights
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from torch import nn
 
 __all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "compiled_by", "guard_of", "options", "reason_of"]
 
 
 class Frozen(Weights):
     """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._modules = [(inner._modules, list(inner._modules.values())) for inner in module.modules()]
-
-    def outdated(self) -> bool:
-        """Check whether a weight or a module inside has changed; see `Weights.outdated`."""
-        return [1 for holder, before in self._modules if list(holder.values()) != before] != [] or super().outdated()
 
     def options(self) -> Any:
         """Return a context with the options for this thread. dynamo reads one of them whenever it traces."""

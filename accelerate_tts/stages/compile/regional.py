@@ -23,6 +23,7 @@ from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -156,6 +157,7 @@ class _Row:
         self.blocks = {block: place_of(block, number) for number, block in enumerate(blocks)}
         self._what = what
         self._told = Told(f"the compiled blocks of {what}")
+        self._calls = {block: Calls(block, itself=False) for block in blocks}
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
@@ -181,8 +183,13 @@ class _Row:
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._broken or torch.is_grad_enabled() or block.training or is_traced():
             return plain.forward(block, *args, **kwargs)
+        if (obstacle := self._calls[block].altered()) is not None:
+            self._told.tell(obstacle, self.blocks[block])
+            return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)
+            if done:
+                self._told.is_served(self.blocks[block])
         else:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             past = take_cache(named)

@@ -17,6 +17,7 @@ from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.class_swap import is_fused, keeps_copies, make_copies
 from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
@@ -31,6 +32,7 @@ from accelerate_tts.stages.compile.inductor import (
     options,
     reason_of,
 )
+from accelerate_tts.stages.decode.call_args import Told
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
@@ -145,6 +147,7 @@ class CompiledCall:
         self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
+        self._calls, self._told = Calls(module), Told(f"the compiled {what}")
         self._counter = Counter(what)
         self._first_call = rlock()  # a forward may call its own module
         self._ready = False
@@ -175,6 +178,10 @@ class CompiledCall:
         """Call the module, compiled if possible."""
         if is_traced():
             return self._untouched(*args, **kwargs)
+        if (obstacle := self._calls.altered()) is not None:
+            self._told.tell(obstacle, 0)
+            return self._untouched(*args, **kwargs)
+        self._told.is_served(0)
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # simultaneous first calls would each compile

@@ -65,9 +65,10 @@ def _prompt_class(plain: type, fused: Any) -> type:
     def forward(self: Any, x: Any) -> Any:
         if not _is_prompt(x):
             return plain.forward(self, x)  # type: ignore[attr-defined]
-        weight, scale = fused.copy_of(self)
-        if x.shape[-1] != weight.shape[1]:  # torch raises its own error
+        copied = fused.copy_of(self)
+        if copied is None or x.shape[-1] != copied[0].shape[1]:  # torch raises its own error
             return plain.forward(self, x)  # type: ignore[attr-defined]
+        weight, scale = copied
         if weight.dtype != torch.bfloat16:
             weight = weight.to(torch.bfloat16)  # -127 .. 127 are exact
         y = functional.linear(x.to(torch.bfloat16), weight)

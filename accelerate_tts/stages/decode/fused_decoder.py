@@ -240,10 +240,15 @@ class _Fused:
         found = anatomies(self._block, self._weights).values()
         return [layer for anatomy in found for layer in anatomy.layers().values()]
 
-    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output."""
+    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output.
+
+        `None` if the block was changed or the kernel does not know its weights.
+        """
+        if self._is_altered():
+            return None
         described = (self._describe(of_text) for of_text in self._kinds)
-        return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
+        return next((each.copies[layer] for each in described if each is not None and layer in each.copies), None)
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, per_class, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
@@ -102,7 +103,7 @@ def _decoding_class(plain: Any) -> type:
     left: WeakKeyDictionary[Any, Leftovers] = WeakKeyDictionary()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.training or is_traced():
             return plain.forward(self, *args, **kwargs)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         past = cache_of(named)

@@ -31,6 +31,7 @@ from accelerate_tts.patching.class_swap import (
     COPY,
     HALF,
     CarryingSwap,
+    call_patched,
     fused_by,
     in_fused,
     is_fused,
@@ -40,6 +41,7 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
+from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
@@ -107,9 +109,9 @@ class HalfStage(BaseStage):
         def swapped(module: nn.Module) -> type:
             if module in twins:
                 return _layer_class(class_of(module), dtype, carried=module not in alone)
-            return (
-                _border_class(module, dtype, part.method) if module in outer else _island_class(class_of(module), dtype)
-            )
+            if module in outer:
+                return _border_class(module, dtype, part.method, next(iter(layers)))
+            return _island_class(class_of(module), dtype)
 
         return CarryingSwap([*layers, *(islands - outer), *outer], swapped, HALF, twins)
 
@@ -141,6 +143,16 @@ def _is_leaf(layer: nn.Module) -> bool:
     )
 
 
+def _is_cast(layer: nn.Module) -> bool:
+    """Check that a layer was cast to half precision since, by its parameters.
+
+    A weight that a hook computes is that of the last call.
+    """
+    if type(layer._parameters) is Absent:  # reading offloaded weights would reload them
+        return False
+    return next(layer.parameters()).dtype in {torch.bfloat16, torch.float16}
+
+
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
     """Check for any other module with weights of its own: a norm, a recurrent net, an attention."""
     own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
@@ -148,7 +160,9 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
 
 
 def half_copy(module: Any, dtype: torch.dtype) -> Any:
-    """Make a shallow copy of a layer with half-precision weights."""
+    """Make a shallow copy of a layer with half-precision weights; `None` if the layer has such weights itself."""
+    if _is_cast(module):
+        return None
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
     halves = {
@@ -164,9 +178,12 @@ def half_copy(module: Any, dtype: torch.dtype) -> Any:
 
 @per_class
 def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
-    taken = {torch.float32, dtype}
+
+    taken, own = {torch.float32, dtype}, plain.forward
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
+        if plain.forward is not own:
+            return call_patched(plain, self, input, *args, **kwargs)  # type: ignore[no-any-return]
         half = getattr(self, HALF, None)  # another thread may have switched the change off
         # Other dtypes get torch's own error; the layer may also have been cast, or been given an adapter.
         if (
@@ -176,7 +193,10 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
             or [name for name in self._modules if name != "parametrizations"]
         ):
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
-        y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
+        twin = half.get()
+        if twin is None:
+            return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+        y = plain.forward(twin, input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
@@ -185,16 +205,21 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
 @per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]:  # it was cast
+            return plain.forward(self, *args, **kwargs)
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))
 
     return subclass_with(plain, forward)
 
 
-def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
+def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layer: nn.Module) -> type:
+    """Make the class of a part. `layer` is one of its layers, and shows if the part was cast."""
     name = "forward" if method == CALL else method
     plain, mode = getattr(type(module), name), _islands(dtype)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_cast(layer):
+            return plain(self, *args, **kwargs)
         with mode():
             result = plain(self, *args, **kwargs)
         return _raised(result, dtype)
@@ -230,13 +255,16 @@ def delicate_functions() -> frozenset[Any]:
 
 @cache
 def _products() -> frozenset[Any]:
-    """Return the functions that multiply matrices of one dtype only.
+    """Return the functions that multiply tensors of one dtype only.
 
-    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision.
+    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision. A layer
+    that was exchanged or parametrized after tuning has fp32 weights.
     """
     names = ["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "einsum"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names if hasattr(holder, name)]
     functions += [torch.Tensor.__matmul__, torch.Tensor.__rmatmul__]
+    convolutions = [f"conv{transpose}{number}d" for transpose in ("", "_transpose") for number in (1, 2, 3)]
+    functions += [getattr(torch.nn.functional, name) for name in ("linear", "bilinear", *convolutions)]
     return frozenset([*functions, torch.nn.functional.scaled_dot_product_attention])
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
@@ -103,7 +103,7 @@ class QuantizeRecurrentStage(BaseStage):
     def prepare(self, part: Part) -> CarryingSwap:
         calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
         return CarryingSwap(
-            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES), PACKED, calls
+            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES, only_fp32=True), PACKED, calls
         )  # fmt: skip
 
 
@@ -138,7 +138,8 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
 
 
 @per_class
-def _quantized_class(plain: Any, least: int) -> type:
+def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type:
+
     own = plain.forward
 
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
@@ -150,6 +151,7 @@ def _quantized_class(plain: Any, least: int) -> type:
             packed is None
             or is_watched(*(() if is_sequence else (input,)))
             or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
+            or (only_fp32 and (input.data if is_sequence else input).dtype != torch.float32)
         ):
             return plain.forward(self, input, *args, **kwargs)
         return packed.get()(input, *args, **kwargs)
@@ -165,13 +167,16 @@ def _packed_call(engine: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.14 announces the removal of its quantised tensors
             quantized = torch.quantize_per_channel(weight, scales, points, 0, torch.qint8)
-        packed = _prepacked(engine, quantized, None if module.bias is None else module.bias.detach().float())
+        bias = None if module.bias is None else module.bias.detach().float()
+        apart = None if bias is None or is_bias(bias, len(weight)) else bias.clone()
+        packed = _prepacked(engine, quantized, bias if apart is None else None)
         # On x86 without VNNI the 16-bit sums of FBGEMM and oneDNN overflow unless activations leave one bit free.
         on_x86 = "fbgemm" in torch.backends.quantized.supported_engines
         reduced = on_x86 and engine != "qnnpack" and not torch.cpu._is_vnni_supported()
 
         def call(x: Any) -> Any:
-            return torch.ops.quantized.linear_dynamic(x.float(), packed, reduced).to(x.dtype)
+            y = torch.ops.quantized.linear_dynamic(x.float(), packed, reduced)
+            return (y if apart is None else y + apart).to(x.dtype)
 
         return call
 
@@ -199,7 +204,7 @@ def _torchao_call(module: Any) -> Any:
     quantize_(twin, Int8DynamicActivationInt8WeightConfig())
 
     def call(x: Any) -> Any:
-        return twin(x.float()).to(x.dtype)
+        return twin.forward(x.float()).to(x.dtype)  # not by a call, which would run global hooks once more
 
     return call
 

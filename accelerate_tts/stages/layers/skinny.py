@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import missing
@@ -121,7 +121,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         weight, bias = self.weight, self.bias
         inputs = weight.shape[0 if transposed else 1]
         outputs = weight.shape[1 if transposed else 0]
-        if not _is_bias(bias, outputs):
+        if not is_bias(bias, outputs):
             return plain.forward(self, x)
         if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
             # Sums in fp32, rounded once at the end, as bf16 hardware does.
@@ -132,11 +132,6 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         return _call(x, weight, None, bias, transposed)
 
     return subclass_with(plain, forward)
-
-
-def _is_bias(bias: Any, outputs: int) -> bool:
-    """Check that a bias has one number for each output. torch broadcasts other shapes, the kernel does not."""
-    return bias is None or tuple(bias.shape) == (outputs,)
 
 
 def _fits(tensor: Any, dtype: Any = None) -> bool:
@@ -157,7 +152,7 @@ def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
             return call_patched(plain, self, x)
         bias = self.bias
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
-        if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
+        if not _takes(x, inputs) or not (_fits(bias) and is_bias(bias, outputs)):
             return plain.forward(self, x)
         copy = getattr(self, COPY, None)  # another thread may have switched the change off
         if copy is None:
