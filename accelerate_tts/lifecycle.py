@@ -141,7 +141,7 @@ class LoadedObjects:
         from accelerate_tts.packs.store import pack_folder
         from accelerate_tts.patching.offload import copied_storages, originals_to_file
 
-        beside = sum(copied_storages(plan.roots).values()) / 2**20
+        beside = sum(storage.nbytes() for storage in copied_storages(plan.roots).values()) / 2**20
         notes = [_GUARD_ON if self._settings.guard else _GUARD_OFF]
         if beside >= 1.0:
             notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")

@@ -46,11 +46,11 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
         return 0
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        moved = move_to_file(storages.items(), folder)
+        moved = move_to_file([(place, storage.nbytes()) for place, storage in storages.items()], folder)
     except OSError as error:
         emit(NotApplied(f"weights of {what} in a file", str(error)))
         return 0
-    lie_in_files(storages.items())
+    lie_in_files(storages.values())
     return moved
 
 
@@ -91,10 +91,10 @@ def _computes_from_copies(module: nn.Module) -> bool:
     return COPY not in own and any(isinstance(own.get(attribute), Derived) for attribute in (HALF, PACKED))
 
 
-def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
-    """Return addresses and bytes of the movable original weights of layers that compute from copies."""
+def copied_storages(roots: Iterable[nn.Module]) -> dict[int, torch.UntypedStorage]:
+    """Return the movable storages of the original weights of layers that compute from copies, by their addresses."""
     return {
-        storage.data_ptr(): storage.nbytes()
+        storage.data_ptr(): storage
         for root in roots
         for module in root.modules()
         if serves_copies(module)

@@ -21,6 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from accelerate_tts.kernels.library import kernels, missing
 
@@ -132,13 +133,38 @@ def _span(tensor: torch.Tensor) -> int:
 
 # --- on a CPU, by the kernels' library --------------------------------------------------------------------------------
 
-file_regions: list[tuple[int, int]] = []
-"""Address and bytes of memory whose pages are read from a file on access."""
+
+class _Files:
+    """Memory whose pages are read from a file on access. `state` changes with each registration."""
+
+    def __init__(self) -> None:
+        self.state = 0
+        self._regions: list[tuple[int, int, StorageWeakRef]] = []
+
+    def register(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        self._regions = [region for region in self._regions if not _is_gone(region[2])]
+        for storage in storages:
+            self._regions.append((storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage)))  # type: ignore[no-untyped-call]
+        self.state += 1
+
+    def hold(self, start: int, size: int) -> bool:
+        """Check for a region of a storage that is alive: later its address may be another tensor's."""
+        return any(
+            place < start + size and start < place + length and not _is_gone(storage)
+            for place, length, storage in self._regions
+        )
 
 
-def lie_in_files(regions: Iterable[tuple[int, int]]) -> None:
-    """Register memory, by address and bytes, whose pages are read from a file on access."""
-    file_regions.extend(regions)
+def _is_gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
+_files = _Files()
+
+
+def lie_in_files(storages: Iterable[torch.UntypedStorage]) -> None:
+    """Register memory whose pages are read from a file on access, until it is freed."""
+    _files.register(storages)
 
 
 class _Digests:
@@ -154,7 +180,7 @@ class _Digests:
             digests(start, size, room)
         self._regions = list(zip(starts, sizes, strict=True))
         self._steps = (ctypes.c_int64 * count)(*map(_step, map(len, self._kept)))
-        self._moved = 0
+        self._seen_files = 0
         self._tables = (
             (ctypes.c_void_p * count)(*starts), (ctypes.c_int64 * count)(*sizes),
             (ctypes.c_void_p * count)(*(ctypes.addressof(kept) for kept in self._kept)), (ctypes.c_int64 * count)(),
@@ -164,10 +190,10 @@ class _Digests:
 
     def differ(self) -> bool:
         """Check whether a piece has changed. The tensors must be at the same addresses, and held by the caller."""
-        if self._moved != len(file_regions):
-            self._moved = len(file_regions)
-            for number, (start, size) in enumerate(self._regions):
-                if any(place < start + size and start < place + length for place, length in file_regions):
+        if self._seen_files != _files.state:
+            self._seen_files = _files.state
+            for number, region in enumerate(self._regions):
+                if _files.hold(*region):
                     self._steps[number] = 0
         return bool(self._changed(*self._asked))
 
