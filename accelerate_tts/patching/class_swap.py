@@ -277,9 +277,37 @@ def _without_ours(cls: type) -> type:
     return cls
 
 
+class _NoLayout:
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        """Call no further `__init_subclass__`."""
+
+
 class _Unannounced:
     def __init_subclass__(cls) -> None:
         """Call no further `__init_subclass__`."""
+
+
+_LAYOUT = ("__basicsize__", "__itemsize__", "__dictoffset__", "__weakrefoffset__")
+
+
+def _layout_base(cls: Any) -> Any:
+    """Return the base beneath the class that gives objects of `cls` their layout: `ABC` for a `class Model(ABC, Module)`.
+
+    Python exchanges bases only between classes that add the same to the same base.
+    """
+    while all(getattr(cls, name) == getattr(cls.__base__, name) for name in _LAYOUT):
+        cls = cls.__base__
+    return cls.__base__
+
+
+def _made(plain: type, members: dict[str, Any], first: type) -> Any:
+    kind = type(plain)
+    maker = ABCMeta if issubclass(kind, ABCMeta) else type
+    made: Any = maker.__new__(kind, plain.__name__, (first, plain), members)
+    made.__bases__ = (plain,)
+    return made
 
 
 def unannounced(plain: type, members: dict[str, Any]) -> type:
@@ -288,11 +316,11 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     Either may register every subclass and keep it alive.
     """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    kind = type(plain)
-    maker = ABCMeta if issubclass(kind, ABCMeta) else type
-    made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
-    made.__bases__ = (plain,)
-    return made  # type: ignore[no-any-return]
+    base = _layout_base(plain)
+    silent: Any = _Unannounced
+    if base is not object and not base.__dictoffset__:  # with more slots than a base with a dictionary, it is the base
+        silent = _made(base, {"__init_subclass__": vars(_NoLayout)["__init_subclass__"]}, _NoLayout)
+    return _made(plain, {**names, **members}, silent)  # type: ignore[no-any-return]
 
 
 def call_patched(plain: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
