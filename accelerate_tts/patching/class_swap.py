@@ -293,7 +293,7 @@ _LAYOUT = ("__basicsize__", "__itemsize__", "__dictoffset__", "__weakrefoffset__
 
 
 def _layout_base(cls: Any) -> Any:
-    """Return the base beneath the class that gives objects of `cls` their layout: `ABC` for a `class Model(ABC, Module)`.
+    """Return the base to which `cls` or a class before it adds what its objects hold: `ABC` for `Model(ABC, Module)`.
 
     Python exchanges bases only between classes that add the same to the same base.
     """
@@ -318,7 +318,8 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     base = _layout_base(plain)
     silent: Any = _Unannounced
-    if base is not object and not base.__dictoffset__:  # with more slots than a base with a dictionary, it is the base
+    # A class that only has more slots than a base with a dictionary gives its objects their layout itself.
+    if base is not object and not base.__dictoffset__:
         silent = _made(base, {"__init_subclass__": vars(_NoLayout)["__init_subclass__"]}, _NoLayout)
     return _made(plain, {**names, **members}, silent)  # type: ignore[no-any-return]
 

@@ -209,7 +209,7 @@ class AbstractFirst(abc.ABC, nn.Linear):
     pass
 
 
-class GenericFirst(Generic[T], nn.Linear):
+class GenericFirst(Generic[T], nn.Linear):  # noqa: PYI059 - users write it so
     pass
 
 
