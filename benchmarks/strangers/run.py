@@ -129,9 +129,10 @@ def _decorated(made: System, load: str, seconds: float) -> Any:
     from accelerate_tts import inference, optimized_model
 
     warmup: Any = made.warmup if made.warmup is not None else lambda backend: backend.speak(*made.inputs[0])
+    precision = _precision(load)
 
     class Backend:
-        @optimized_model(warmup=warmup, precision=_precision(load), tune_seconds=seconds)
+        @optimized_model(warmup=warmup, precision=precision, tune_seconds=seconds)
         def load(self) -> None:
             self.model = made.model
 
@@ -377,6 +378,10 @@ def _line(load: dict[str, Any]) -> str:
     return f"{output}{mode}{kept}{', ' + load['note'] if load['note'] else ''}"
 
 
+def _place(load: dict[str, Any]) -> int:
+    return LOADS.index(load["load"]) if load["load"] in LOADS else len(LOADS)
+
+
 def page(results: dict[str, Any]) -> str:
     """The table of docs/STRANGERS.md."""
     lines = [
@@ -439,24 +444,32 @@ def main() -> int:
         "accelerate_tts": __version__, "torch": _version("torch"), "Python": platform.python_version()
     }  # fmt: skip
     names = [name for name in SYSTEMS if not chosen.names or name.startswith(tuple(chosen.names))]
+    loads = chosen.loads.split(",")
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(SYSTEMS[name].package, []).append(name)
 
     def told(name: str, row: dict[str, Any]) -> None:
         load = row["loads"][-1]
+        keep(name, row)
         print(f"[{names.index(name) + 1}/{len(names)}] {name} {load['load']}: {_line(load)}", flush=True)
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        """Write a row, with the loads of earlier runs that this run does not make; a run may be broken off."""
+        earlier = results["systems"].get(name, {}).get("loads", []) if row["loads"] else []
+        others = [load for load in earlier if load["load"] not in {*loads, "process"}]
+        results["systems"][name] = {**row, "loads": sorted([*others, *row["loads"]], key=_place)}
+        chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     failed = []
     for group in groups.values():
-        for name, row in run_together(group, chosen.loads.split(","), chosen.seconds, told).items():
-            results["systems"][name] = row
+        for name, row in run_together(group, loads, chosen.seconds, told).items():
+            keep(name, row)
             failed += [name] if fails(row) else []
             if row["skipped"] or not row["undecorated"].startswith("works"):
                 print(
                     f"{name}: left out: {row['skipped'] or 'undecorated it fails: ' + row['undecorated']}", flush=True
                 )
-        chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     ran = sum(bool(row["loads"]) for row in results["systems"].values())
     print(f"{ran} systems in {chosen.results.name}; {len(failed)} fail decorated: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
