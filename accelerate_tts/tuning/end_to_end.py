@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.errors import TimeLimitError, message_of
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
@@ -25,8 +26,8 @@ __all__ = ["check_whole"]
 def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference | None]:
     """Compare the whole object with what it was, and undo what the comparison does not bear out.
 
-    A wrong result costs the changes that are not exact first, one after the other, what gains least first; and
-    everything if that does not help. A slower one costs everything.
+    A wrong result, or an error that the untouched object does not raise, costs the changes that are not exact first,
+    one after the other, what gains least first; and everything if that does not help. A slower one costs everything.
 
     Args:
         baseline: The untouched object.
@@ -85,7 +86,12 @@ def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | 
     An output equal to the reference needs no other pass to show that it repeats. The reference's seconds are known,
     and include the capture of inputs.
     """
-    candidate, seconds = _clocked(baseline)
+    try:
+        candidate, seconds = _clocked(baseline)
+    except TimeLimitError:
+        raise
+    except Exception:  # `_right` finds out by which change
+        return None
     difference = compare(baseline.output, candidate)
     ratio = baseline.pass_seconds / seconds
     if difference.reason or baseline.tolerance.objection(difference) or ratio <= 1.0:
@@ -125,14 +131,24 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
     """
     while ledger.kept:
         for _ in range(LOOKS):
-            candidate, seconds = _clocked(baseline)
+            try:
+                candidate, seconds = _clocked(baseline)
+            except TimeLimitError:
+                raise
+            except Exception as error:
+                ledger.off()
+                _clocked(baseline)  # raises where the untouched object fails too, which is no change's fault
+                ledger.on()
+                objection = f"{type(error).__name__}: {message_of(error)}"
+                candidate = None
+                break
             difference = compare(reference, candidate)
             objection = baseline.tolerance.objection(difference)
             if not objection or not baseline.draws.by_others():
                 break
         else:
             raise OtherThreadsDrawError
-        if objection and any(map(_is_sampled, ledger.results)):
+        if candidate is not None and objection and any(map(_is_sampled, ledger.results)):
             objection = _unlike(baseline, ledger, reference, candidate)
             if not objection:
                 return None, _size(candidate) / _size(reference), seconds

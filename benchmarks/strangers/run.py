@@ -228,7 +228,8 @@ def _one_load(
     finally:
         remove()
     for event in events:
-        if isinstance(event, (WarmupFailed, Guarded)):
+        # A guard that finds a fault which the untouched model has, too, counts none: random weights may be silent.
+        if isinstance(event, WarmupFailed) or (isinstance(event, Guarded) and event.count):
             row["failed"] = row["failed"] or str(event)[:300]
     row["events"] = [
         str(event)[:400] for event in events if isinstance(event, (NotApplied, FellBack, WarmupFailed, Guarded))

@@ -689,6 +689,24 @@ def test_what_is_not_exact_stays_when_the_whole_is_right(seen: list[Event]) -> N
     assert not [event for event in seen if isinstance(event, FellBack)]
 
 
+def test_a_change_that_raises_in_the_whole_alone_costs_no_other_change(seen: list[Event]) -> None:
+    class Strict(Slow):
+        """What it makes of its part's output fails where that was changed."""
+
+        def speak(self) -> torch.Tensor:
+            y = self(X)
+            if not torch.equal(y, nn.functional.linear(X, self.linear.weight, self.linear.bias)):
+                raise RuntimeError("expected scalar type Float but found BFloat16")
+            return y
+
+    model = Strict(0.04)
+    exact, rough = Stage("exact", seconds=0.02), Stage("rough", seconds=0.0, then=lambda y: y * 1.005)
+    receipt = saved(run(model, exact, rough, precision="balanced", warmup=lambda loaded: loaded.speak()))
+    assert [result.kept for result in receipt.stages] == [True, False]
+    assert "RuntimeError: expected scalar type" in receipt.stages[1].reason
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["rough of slow"]
+
+
 def test_nothing_stays_when_the_exact_ones_are_to_blame_too(seen: list[Event]) -> None:
     class Telling(Amplified):
         def speak(self) -> torch.Tensor:

@@ -191,9 +191,21 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         ):
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
-        return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
+        # Only a call of the part raises what comes out. A service may call another method, or a module inside, too.
+        return y if carried and _is_inside(dtype) else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
+
+
+def _is_inside(dtype: torch.dtype) -> bool:
+    """Check that a call of the part is running, which raises its outputs to fp32."""
+    import torch
+    from torch import overrides
+
+    if torch.compiler.is_compiling():  # a part is compiled with its border
+        return True
+    kind = _islands(dtype)
+    return any(isinstance(mode, kind) for mode in overrides._get_current_function_mode_stack())
 
 
 @per_class
