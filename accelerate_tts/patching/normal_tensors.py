@@ -50,7 +50,8 @@ def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
         return type(value)([_normal(item, copies) for item in value])
     if type(value) is dict:
         return {name: _normal(item, copies) for name, item in value.items()}
-    if _is_cache(value):
+    # A block of a decoder is called so for each token: what cannot be a cache is let through first.
+    if value is not None and not isinstance(value, (int, float, str, torch.nn.Module)) and _is_cache(value):
         _make_normal(value)
     return value
 

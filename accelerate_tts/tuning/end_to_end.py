@@ -129,6 +129,7 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
     Returns:
         The difference of the whole, the ratio of the results' lengths, and the seconds of a pass.
     """
+    candidate: list[Any] | None
     while ledger.kept:
         for _ in range(LOOKS):
             try:
