@@ -27,7 +27,8 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
     """Compare the whole object with what it was, and undo what the comparison does not bear out.
 
     A wrong result, or an error that the untouched object does not raise, costs the changes that are not exact first,
-    one after the other, what gains least first; and everything if that does not help. A slower one costs everything.
+    one after the other, what gains least first; and everything if that does not help. An error then costs the exact
+    ones, one after the other, too. A slower one costs everything.
 
     Args:
         baseline: The untouched object.
@@ -156,13 +157,21 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
         if not objection:
             return difference, 1.0, seconds
         # One change at a time: a small error of one part may be a large error of the speech.
-        inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
-        if inexact is None:
+        suspect = _suspect(ledger, raised=candidate is None)
+        if suspect is None:
             _give_up(baseline, ledger, f"wrong in total: {objection}", "everything")
         else:
-            what = f"{inexact.stage} of {inexact.part}"
-            _give_up(baseline, ledger, f"wrong in total: {objection}", what, inexact)
+            what = f"{suspect.stage} of {suspect.part}"
+            _give_up(baseline, ledger, f"wrong in total: {objection}", what, suspect)
     return Difference(0.0), 1.0, 0.0
+
+
+def _suspect(ledger: Ledger, *, raised: bool) -> StageResult | None:
+    """Return the change that is undone next; `None` for everything."""
+    inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
+    if inexact is None and raised:  # an exact change may raise: the last one goes first
+        return next((result for result in reversed(ledger.results) if result.kept), None)
+    return inexact
 
 
 def _loss(result: StageResult) -> tuple[bool, float]:

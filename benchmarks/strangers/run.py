@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -349,11 +350,20 @@ def run_together(
     return rows
 
 
+class _Ended(subprocess.Popen[str]):
+    """A process that ends with the block that uses it, however that ends."""
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self.kill()
+        super().__exit__(*error)
+
+
 def _started(names: Sequence[str], loads: Sequence[str], seconds: float) -> subprocess.Popen[str]:
     folder = tempfile.mkdtemp()
     told = {"ACCELERATE_TTS_PACK_FOLDER": folder, "ACCELERATE_TTS_TUNE_PATIENCE": "0", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__)), *names, "--child", "--loads", ",".join(loads)]
-    return subprocess.Popen(
+    return _Ended(
         [*command, "--seconds", str(seconds)], env={**os.environ, **told}, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
@@ -420,6 +430,13 @@ def write_page(results: dict[str, Any]) -> None:
     PAGE.write_text(before + table + after, encoding="utf-8")
 
 
+def _means(given: str, name: str) -> bool:
+    """Tell if a name that was given means a system: its own name, or the beginning of several."""
+    from systems import SYSTEMS
+
+    return given == name or (given not in SYSTEMS and name.startswith(given))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", help="systems, or beginnings of their names; all by default")
@@ -429,6 +446,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write docs/STRANGERS.md from the results, and run nothing")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the systems ends, too
     sys.path.insert(0, str(HERE))
     if chosen.child:
         child(chosen.names, chosen.loads.split(","), chosen.seconds)
@@ -444,7 +462,7 @@ def main() -> int:
     results["versions"] = {
         "accelerate_tts": __version__, "torch": _version("torch"), "Python": platform.python_version()
     }  # fmt: skip
-    names = [name for name in SYSTEMS if not chosen.names or name.startswith(tuple(chosen.names))]
+    names = [name for name in SYSTEMS if not chosen.names or any(_means(given, name) for given in chosen.names)]
     loads = chosen.loads.split(",")
     groups: dict[str, list[str]] = {}
     for name in names:

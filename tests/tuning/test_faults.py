@@ -237,7 +237,19 @@ class Public:
                 raise self.error
 
 
-@pytest.mark.parametrize("number", [0, 1, 4])
+def test_an_exact_change_that_raises_in_the_whole_is_undone_alone(seen: list[Event]) -> None:
+    model = Slow()
+    public = Public(MemoryError("late"))
+    stages = Stage("good", seconds=0.01), Stage("bad", {"run": public.fault}, seconds=0.0)
+    receipt = saved(run(model, *stages, warmup=public))
+    assert [result.reason for result in receipt.stages if not result.kept] == [
+        "undone: wrong in total: MemoryError: late"
+    ]
+    assert [result.stage for result in receipt.kept] == ["good"]
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["bad of slow"]
+
+
+@pytest.mark.parametrize("number", [1, 4])
 def test_a_fault_in_a_pass_of_the_whole_undoes_everything(number: int, seen: list[Event]) -> None:
     model = Slow()
     before = Before(model)

@@ -16,7 +16,7 @@ pickling and undo, so the copies cost half the weights' size.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
@@ -204,8 +204,8 @@ def _is_inside(dtype: torch.dtype) -> bool:
 
     if torch.compiler.is_compiling():  # a part is compiled with its border
         return True
-    kind = _islands(dtype)
-    return any(isinstance(mode, kind) for mode in overrides._get_current_function_mode_stack())
+    kind, modes = _islands(dtype), cast("Any", overrides)._get_current_function_mode_stack()
+    return any(isinstance(mode, kind) for mode in modes)
 
 
 @per_class
