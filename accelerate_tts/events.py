@@ -10,6 +10,7 @@ system can count them without a dependency of this library::
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -17,7 +18,7 @@ from accelerate_tts.errors import printable, shown
 from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 __all__ = [
     "BackedOff",
@@ -41,6 +42,7 @@ __all__ = [
     "WarmupFailed",
     "add_hook",
     "emit",
+    "isolated",
 ]
 
 logger = logging.getLogger("accelerate_tts")
@@ -48,9 +50,12 @@ logger = logging.getLogger("accelerate_tts")
 
 @dataclass(frozen=True)
 class Event:
-    """Base class of events. `str(event)` is the logged line."""
+    """Base class of events. `str(event)` is the logged line; `class Name(Event, degraded=True)` is a degradation."""
 
     degraded: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, degraded: bool = False) -> None:
+        cls.degraded = cls.degraded or degraded
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Restored(Event):
 
 
 @dataclass(frozen=True)
-class TunedUnderLoad(Event):
+class TunedUnderLoad(Event, degraded=True):
     """An object was tuned while other programs used the machine. A later load tries uncertain verdicts again.
 
     Attributes:
@@ -125,8 +130,6 @@ class TunedUnderLoad(Event):
         unsure: Number of uncertain verdicts, on stages kept and dropped.
         tried: Number of all verdicts.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -138,7 +141,7 @@ class TunedUnderLoad(Event):
 
 
 @dataclass(frozen=True)
-class BudgetTooSmall(Event):
+class BudgetTooSmall(Event, degraded=True):
     """The time budget was too small for the most promising stage.
 
     Attributes:
@@ -147,8 +150,6 @@ class BudgetTooSmall(Event):
         seconds: The budget in seconds (`tune_seconds`).
         wants: Approximate budget in seconds with which it would have been tried.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     stage: str
@@ -196,10 +197,8 @@ class Undone(Event):
 
 
 @dataclass(frozen=True)
-class Recompiled(Event):
+class Recompiled(Event, degraded=True):
     """A compiled part got an input that the warm-up did not cover, and was compiled again in service."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     graphs: int
@@ -212,10 +211,8 @@ class Recompiled(Event):
 
 
 @dataclass(frozen=True)
-class FellBack(Event):
+class FellBack(Event, degraded=True):
     """An optimisation could not be used; the untouched model is used instead."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     stage: str
@@ -226,7 +223,7 @@ class FellBack(Event):
 
 
 @dataclass(frozen=True)
-class Guarded(Event):
+class Guarded(Event, degraded=True):
     """A faulty output was detected in service.
 
     Attributes:
@@ -236,8 +233,6 @@ class Guarded(Event):
         outcome: Description of the output that the caller got.
         count: Number of the object's faults that are attributed to its tuning, this one included; 0 if this one is not.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     function: str
@@ -251,10 +246,8 @@ class Guarded(Event):
 
 
 @dataclass(frozen=True)
-class WarmupFailed(Event):
+class WarmupFailed(Event, degraded=True):
     """A warm-up pass raised an exception; the object stays as loaded."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -264,10 +257,8 @@ class WarmupFailed(Event):
 
 
 @dataclass(frozen=True)
-class NotApplied(Event):
+class NotApplied(Event, degraded=True):
     """A setting or a feature had no effect. The reason says why."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -277,10 +268,8 @@ class NotApplied(Event):
 
 
 @dataclass(frozen=True)
-class PackIgnored(Event):
+class PackIgnored(Event, degraded=True):
     """A warm pack or a file of it could not be read or written; its work is repeated."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -301,10 +290,8 @@ class Tidied(Event):
 
 
 @dataclass(frozen=True)
-class BackedOff(Event):
+class BackedOff(Event, degraded=True):
     """A batch did not fit into memory; its items are tried again in smaller batches."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     batch: int
@@ -358,6 +345,19 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
             _hooks = tuple(known for known in _hooks if known is not registration)
 
     return remove
+
+
+@contextmanager
+def isolated() -> Generator[None, None, None]:
+    """Begin without hooks and without logged events, as in a new process, and put both back at the end. For tests."""
+    global _hooks, _logged
+    with _lock:
+        before, _hooks, _logged = (_hooks, _logged), (), set()
+    try:
+        yield
+    finally:
+        with _lock:
+            _hooks, _logged = before
 
 
 def emit(event: Event) -> None:

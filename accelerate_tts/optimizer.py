@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
 
-__all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
+__all__ = [
+    "PerformanceOptimizer",
+    "create_inference_context",
+    "get_performance_optimizer",
+    "receipt_of",
+    "replace_performance_optimizer",
+]
 
 T = TypeVar("T")
 
@@ -178,7 +184,7 @@ class PerformanceOptimizer:
                 with seeded(device.type):
                     for call in calls:
                         call.run()
-                        if call.variant is not None and _is_compiled(model):
+                        if call.variant is not None and getattr(model, "_compiled_call_impl", None) is not None:
                             call.variant()
         except Exception as error:  # any error of the model: the result is a bool, and the event has the reason
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
@@ -218,7 +224,8 @@ class PerformanceOptimizer:
         """Return the receipt of a loaded object or its backend; the last one after several loads."""
         return self._loaded.receipt(tuned)
 
-    def _tuning_of(self, tuned: object) -> Tuning | None:
+    def tuning_of(self, tuned: object) -> Tuning | None:
+        """Return the tuning of a loaded object or its backend, or `None`."""
         return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
@@ -250,7 +257,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be written.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).export(None, _file(path))
 
@@ -263,7 +270,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be read, or was not exported by `export_packs`.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).load(_file(path))
 
@@ -338,10 +345,6 @@ class PerformanceOptimizer:
             emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
 
 
-def _is_compiled(model: Any) -> bool:
-    return getattr(model, "_compiled_call_impl", None) is not None
-
-
 _accessor_lock = lock()
 _optimizer: PerformanceOptimizer | None = None
 
@@ -358,6 +361,18 @@ def get_performance_optimizer() -> PerformanceOptimizer:
             if _optimizer is None:
                 _optimizer = PerformanceOptimizer()
     return _optimizer
+
+
+def replace_performance_optimizer(optimizer: PerformanceOptimizer | None) -> PerformanceOptimizer | None:
+    """Replace the process-wide optimizer, and return the previous one, which is not closed.
+
+    Args:
+        optimizer: The new one. `None` has the next use make one from the environment's settings, as in a new process.
+    """
+    global _optimizer
+    with _accessor_lock:
+        previous, _optimizer = _optimizer, optimizer
+    return previous
 
 
 def create_inference_context() -> AbstractContextManager[Any]:

@@ -17,7 +17,6 @@ from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -30,6 +29,7 @@ __all__ = [
     "Flag",
     "Hold",
     "environment",
+    "held",
     "hold",
 ]
 
@@ -81,12 +81,7 @@ class Hold:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -247,6 +242,12 @@ def is_held(flag: Flag) -> bool:
     """Check that `flag` is held now, so that its present state is not the user's."""
     with _lock:
         return flag in _held
+
+
+def held() -> frozenset[Flag]:
+    """Return the flags that are held now."""
+    with _lock:
+        return frozenset(_held)
 
 
 def original(flag: Flag) -> Any:

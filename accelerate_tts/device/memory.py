@@ -102,7 +102,7 @@ def cleanup(device: DeviceInfo) -> None:
     steps: list[tuple[str, Callable[[], object]]] = [("garbage collection", gc.collect)]
     if device.type != "cpu":
         steps.append((f"{device.type.upper()} cache", getattr(torch, device.type).empty_cache))
-    steps.append(("malloc_trim", _trim_heap))
+    steps.append(("malloc_trim", trim_heap))
     for name, step in steps:
         try:
             step()
@@ -126,8 +126,11 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return call
 
 
-def _trim_heap() -> None:
-    # Many small freed tensors stay in glibc's arenas, and in the resident set, until this call.
+def trim_heap() -> None:
+    """Return freed heap pages to the system, under glibc.
+
+    Many small freed tensors stay in its arenas, and in the resident set, until this call.
+    """
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
@@ -152,13 +155,15 @@ def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
         work()
         backend.synchronize()
         return max(0, int(backend.max_memory_allocated()) - int(before))
-    _trim_heap()
+    trim_heap()
     if device.type != "cpu" or not _reset_peak():
         work()
         return None
     before = resident_bytes()
     work()
-    return max(0, _peak_resident() - before)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return max(0, peak - before)
 
 
 def _reset_peak() -> bool:
@@ -167,10 +172,3 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _peak_resident() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,8 +22,6 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     changed. In-place writes to a copied input are copied back to the caller's tensor. A cache of transformers that was
     filled in inference mode (a static one is written in place) gets normal tensors, once.
     """
-    import torch
-
     copies: list[tuple[Any, Any, int]] = []
     args, kwargs = _normal(args, copies), _normal(kwargs, copies)
     if not copies and not torch.is_inference_mode_enabled():
@@ -36,8 +36,6 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 
 def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
-    import torch
-
     if isinstance(value, torch.Tensor):
         if not value.is_inference():
             return value

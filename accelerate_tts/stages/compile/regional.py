@@ -10,8 +10,10 @@ forward with the same cache.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
@@ -21,6 +23,7 @@ from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -32,8 +35,6 @@ from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -48,11 +49,7 @@ _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autot
 
 @register_stage
 class CompiledBlocksStage(BaseStage):
-    """Compiles a part's repeated blocks, with shared graphs for each kind of block.
-
-    Args:
-        mode: torch.compile's mode.
-    """
+    """Compiles a part's repeated blocks, with shared graphs for each kind of block."""
 
     name = "compiled blocks"
     group = "compilation"
@@ -71,20 +68,17 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
-        return None if _rows(part.module) else "no repeated blocks in it"
+        return None if block_rows(part.module) else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
         """See `Stage.prepare`. Nothing is compiled yet."""
         return _CompiledBlocks(part, self._mode)
 
 
-def _rows(module: nn.Module) -> list[list[nn.Module]]:
+def block_rows(module: nn.Module) -> list[list[nn.Module]]:
     """Group blocks that differ only in the values of their weights, in the order of their list."""
-    from torch import nn
-
     rows: list[list[nn.Module]] = []
     others: dict[Any, list[nn.Module]] = {}
     for holder in module.modules():
@@ -111,7 +105,7 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
     return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
 
 
-def _place(block: Any, number: int) -> int:
+def place_of(block: Any, number: int) -> int:
     """Return the block's index in the cache. Blocks of another kind may lie between those of one kind."""
     attention = getattr(block, "self_attn", None) or getattr(block, "attn", None)
     place = getattr(attention, "layer_idx", None)
@@ -132,7 +126,7 @@ class _CompiledBlocks(BaseChange):
 
     def __init__(self, part: Part, mode: str) -> None:
         self._counter = Counter(part.name)
-        rows = [_Row(row, part.name, mode, self._counter) for row in _rows(part.module)]
+        rows = [_Row(row, part.name, mode, self._counter) for row in block_rows(part.module)]
         # The graph needs caches that grow in place, even where that change alone was not worth keeping.
         self._growing = growing_caches(part.module)
         known = {block: row for row in rows for block in row.blocks}
@@ -144,12 +138,10 @@ class _CompiledBlocks(BaseChange):
         return self._counter.graphs
 
     def on(self) -> None:
-        """See `Change.on`."""
         self._growing.on()
         self._swap.on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         self._swap.off()
         self._growing.off()
 
@@ -162,9 +154,10 @@ class _Row:
     """Blocks of one kind and the graphs that they share."""
 
     def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
-        self.blocks = {block: _place(block, number) for number, block in enumerate(blocks)}
+        self.blocks = {block: place_of(block, number) for number, block in enumerate(blocks)}
         self._what = what
         self._told = Told(f"the compiled blocks of {what}")
+        self._calls = {block: Calls(block, itself=False) for block in blocks}
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
@@ -184,17 +177,19 @@ class _Row:
             def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
                 return self._call(block, plain, args, kwargs)
 
-            vars(forward)["__signature__"] = inspect.signature(plain.forward)
             self._classes[plain] = subclass_with(plain, forward)
         return self._classes[plain]
 
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        import torch
-
         if self._broken or torch.is_grad_enabled() or block.training or is_traced():
+            return plain.forward(block, *args, **kwargs)
+        if (obstacle := self._calls[block].altered()) is not None:
+            self._told.tell(obstacle, self.blocks[block])
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)
+            if done:
+                self._told.is_served(self.blocks[block])
         else:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             past = take_cache(named)

@@ -330,7 +330,7 @@ def test_the_operator_is_registered_once_though_the_kernel_is_loaded_again() -> 
     """As after an interruption in the middle of the first time."""
     x = torch.randn(2, 16)
     first = torch.ops.accelerate_tts.skinny_linear if calls.skinny_linear() else None
-    library._loaded.cache_clear()
+    library.loaded_library.cache_clear()
     calls.skinny_linear.cache_clear()
     weight = torch.randn(8, 16)
     again = calls.skinny_linear()(x, weight, None, None, False)
