@@ -331,7 +331,7 @@ def _layout_base(cls: Any) -> Any:
     return cls.__base__
 
 
-def _made(plain: type, members: dict[str, Any], first: type, kind: type) -> Any:
+def _made(plain: type, members: dict[str, Any], first: type, kind: Any) -> Any:
     maker = ABCMeta if issubclass(kind, ABCMeta) else type
     made: Any = maker.__new__(kind, plain.__name__, (first, plain), members)
     made.__bases__ = (plain,)
