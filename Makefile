@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
-	releases environments environments-page
+	releases environments environments-page strangers strangers-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -87,6 +87,12 @@ environments: .venv/.wheel ## Each environment that users have, built and run: h
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py
+
+strangers: .venv/.wheel ## Speech systems that no plan knows, decorated and compared with themselves; ONLY="bark csm" ARGS="--loads exact"
+	@$(BIN)/python benchmarks/strangers/run.py $(ONLY) $(ARGS)
+
+strangers-page: .venv/.wheel ## docs/STRANGERS.md from the results that were written
+	@$(BIN)/python benchmarks/strangers/run.py --page
 
 releases: .venv/.wheel ## Are the parts of each upstream release where models/*.py says they are? (fetches the releases)
 	@$(BIN)/python .ci/releases.py $(ARGS)

@@ -239,6 +239,6 @@ PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 def test_lines_are_short(page: Path) -> None:
     """Of at most 100 columns, but for the tables that a script writes."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    if page in (DOCS / "ENVIRONMENTS.md", ROOT / "README.md"):
+    if page in (DOCS / "ENVIRONMENTS.md", DOCS / "STRANGERS.md", ROOT / "README.md"):
         lines = [line for line in lines if not line.startswith("|")]
     assert [line for line in lines if len(line) > 100] == []

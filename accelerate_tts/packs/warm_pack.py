@@ -71,6 +71,7 @@ class WarmPack:
     _code: compiler_cache.Snapshot
     retune: bool = True
     _earlier: Receipt | None = field(default=None, init=False)
+    _training: bool = field(default=False, init=False)
 
     @classmethod
     def of(
@@ -120,6 +121,7 @@ class WarmPack:
         if pack is None:
             return None
         start = time.perf_counter()
+        self._training = acts_in_training(self.plan)  # a call may leave the model in train mode, as WaveRNN's does
         ledger = Ledger()
         limits.began(ledger)
         try:
@@ -159,7 +161,7 @@ class WarmPack:
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
             note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
-        if acts_in_training(self.plan):
+        if self._training:
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(entries), seconds))
         dropped = {key: f"not needed here: {obstacle}" for key, obstacle in spared.items()}

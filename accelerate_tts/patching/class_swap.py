@@ -306,9 +306,36 @@ def _removable(kind: type) -> Any:
     return _Removable if kind is type else type(_Removable.__name__, (_Removable, kind), {})
 
 
+class _NoLayout:
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        """Call no further `__init_subclass__`."""
+
+
 class _Unannounced:
     def __init_subclass__(cls) -> None:
         """Call no further `__init_subclass__`."""
+
+
+_LAYOUT = ("__basicsize__", "__itemsize__", "__dictoffset__", "__weakrefoffset__")
+
+
+def _layout_base(cls: Any) -> Any:
+    """Return the base to which `cls` or a class before it adds what its objects hold: `ABC` for `Model(ABC, Module)`.
+
+    Python exchanges bases only between classes that add the same to the same base.
+    """
+    while all(getattr(cls, name) == getattr(cls.__base__, name) for name in _LAYOUT):
+        cls = cls.__base__
+    return cls.__base__
+
+
+def _made(plain: type, members: dict[str, Any], first: type, kind: Any) -> Any:
+    maker = ABCMeta if issubclass(kind, ABCMeta) else type
+    made: Any = maker.__new__(kind, plain.__name__, (first, plain), members)
+    made.__bases__ = (plain,)
+    return made
 
 
 def unannounced(plain: type, members: dict[str, Any]) -> type:
@@ -317,11 +344,13 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     Either may register every subclass and keep it alive.
     """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    base = _layout_base(plain)
+    silent: Any = _Unannounced
+    # A class that only has more slots than a base with a dictionary gives its objects their layout itself.
+    if base is not object and not base.__dictoffset__:
+        silent = _made(base, {"__init_subclass__": vars(_NoLayout)["__init_subclass__"]}, _NoLayout, type(base))
     kind = _removable(type(plain)) if _without_ours(plain).__module__ == _PARAMETRIZED else type(plain)
-    maker = ABCMeta if issubclass(kind, ABCMeta) else type
-    made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
-    made.__bases__ = (plain,)
-    return made  # type: ignore[no-any-return]
+    return _made(plain, {**names, **members}, silent, kind)  # type: ignore[no-any-return]
 
 
 def call_patched(plain: Any, module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,8 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
     dynamo guards on inference mode and on the inputs that were made in it. A graph compiled for a caller in one mode
     would otherwise not serve a caller in the other, and compiling takes half a minute. With gradients on, nothing is
-    changed. In-place writes to a copied input are copied back to the caller's tensor.
+    changed. In-place writes to a copied input are copied back to the caller's tensor. A cache of transformers that was
+    filled in inference mode (a static one is written in place) gets normal tensors, once.
     """
     copies: list[tuple[Any, Any, int]] = []
     args, kwargs = _normal(args, copies), _normal(kwargs, copies)
@@ -41,9 +43,42 @@ def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
             copy = value.clone()
         copies.append((value, copy, copy._version))  # a clone of an inference tensor may start with version 1
         return copy
-    # Only these types: a cache or a model's own container is passed on as it is.
+    # Only these types: a model's own container is passed on as it is.
     if type(value) in {tuple, list}:
         return type(value)([_normal(item, copies) for item in value])
     if type(value) is dict:
         return {name: _normal(item, copies) for name, item in value.items()}
+    # A block of a decoder is called so for each token: what cannot be a cache is let through first.
+    if value is not None and not isinstance(value, (int, float, str, torch.nn.Module)) and _is_cache(value):
+        _make_normal(value)
     return value
+
+
+def _is_cache(value: Any) -> bool:
+    """Check for a cache of transformers that may be written in place; a `DynamicCache` never is."""
+    classes = sys.modules.get("transformers.cache_utils")
+    cache = getattr(classes, "Cache", None)
+    return cache is not None and isinstance(value, cache) and type(value) is not getattr(classes, "DynamicCache", None)
+
+
+def _make_normal(cache: Any) -> None:
+    """Replace inference tensors in the attributes of a cache and its layers. The cache itself stays."""
+    import torch
+
+    def normal(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            with torch.inference_mode(mode=False):
+                return value.clone()
+        return value
+
+    for name, value in vars(cache).items():
+        if isinstance(value, list):  # of layers or, in earlier releases, of tensors
+            value[:] = [normal(item) for item in value]
+            for layer in value:
+                for attribute, inner in vars(layer).items() if hasattr(layer, "update") else ():
+                    if inner is not (made := normal(inner)):
+                        setattr(layer, attribute, made)
+        elif _is_cache(value):  # of an encoder-decoder, which holds two
+            _make_normal(value)
+        elif value is not (made := normal(value)):
+            setattr(cache, name, made)

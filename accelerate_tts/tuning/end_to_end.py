@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.errors import TimeLimitError, message_of
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
@@ -25,8 +26,9 @@ __all__ = ["check_whole"]
 def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference | None]:
     """Compare the whole object with what it was, and undo what the comparison does not bear out.
 
-    A wrong result costs the changes that are not exact first, one after the other, what gains least first; and
-    everything if that does not help. A slower one costs everything.
+    A wrong result, or an error that the untouched object does not raise, costs the changes that are not exact first,
+    one after the other, what gains least first; and everything if that does not help. An error then costs the exact
+    ones, one after the other, too. A slower one costs everything.
 
     Args:
         baseline: The untouched object.
@@ -85,7 +87,12 @@ def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | 
     An output equal to the reference needs no other pass to show that it repeats. The reference's seconds are known,
     and include the capture of inputs.
     """
-    candidate, seconds = _clocked(baseline)
+    try:
+        candidate, seconds = _clocked(baseline)
+    except TimeLimitError:
+        raise
+    except Exception:  # `_right` finds out by which change
+        return None
     difference = compare(baseline.output, candidate)
     ratio = baseline.pass_seconds / seconds
     if difference.reason or baseline.tolerance.objection(difference) or ratio <= 1.0:
@@ -123,29 +130,48 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
     Returns:
         The difference of the whole, the ratio of the results' lengths, and the seconds of a pass.
     """
+    candidate: list[Any] | None
     while ledger.kept:
         for _ in range(LOOKS):
-            candidate, seconds = _clocked(baseline)
+            try:
+                candidate, seconds = _clocked(baseline)
+            except TimeLimitError:
+                raise
+            except Exception as error:
+                ledger.off()
+                _clocked(baseline)  # raises where the untouched object fails too, which is no change's fault
+                ledger.on()
+                objection = f"{type(error).__name__}: {message_of(error)}"
+                candidate = None
+                break
             difference = compare(reference, candidate)
             objection = baseline.tolerance.objection(difference)
             if not objection or not baseline.draws.by_others():
                 break
         else:
             raise OtherThreadsDrawError
-        if objection and any(map(_is_sampled, ledger.results)):
+        if candidate is not None and objection and any(map(_is_sampled, ledger.results)):
             objection = _unlike(baseline, ledger, reference, candidate)
             if not objection:
                 return None, _size(candidate) / _size(reference), seconds
         if not objection:
             return difference, 1.0, seconds
         # One change at a time: a small error of one part may be a large error of the speech.
-        inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
-        if inexact is None:
+        suspect = _suspect(ledger, raised=candidate is None)
+        if suspect is None:
             _give_up(baseline, ledger, f"wrong in total: {objection}", "everything")
         else:
-            what = f"{inexact.stage} of {inexact.part}"
-            _give_up(baseline, ledger, f"wrong in total: {objection}", what, inexact)
+            what = f"{suspect.stage} of {suspect.part}"
+            _give_up(baseline, ledger, f"wrong in total: {objection}", what, suspect)
     return Difference(0.0), 1.0, 0.0
+
+
+def _suspect(ledger: Ledger, *, raised: bool) -> StageResult | None:
+    """Return the change that is undone next; `None` for everything."""
+    inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
+    if inexact is None and raised:  # an exact change may raise: the last one goes first
+        return next((result for result in reversed(ledger.results) if result.kept), None)
+    return inexact
 
 
 def _loss(result: StageResult) -> tuple[bool, float]:

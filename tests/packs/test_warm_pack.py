@@ -955,6 +955,27 @@ def test_train_mode_is_said_of_a_restored_object_too(stage: Stage, seen: list[Ev
         assert sum("train mode" in note for note in receipt(model).notes) == 1
 
 
+def test_a_call_that_leaves_train_mode_on_is_not_the_loads_fault(stage: Stage, seen: list[Event]) -> None:
+    class Trains(Stack):
+        def forward(self, mel: torch.Tensor) -> torch.Tensor:  # as Coqui's WaveRNN does
+            wave = super().eval()._spoken(mel)
+            self.train()
+            return wave
+
+        def _spoken(self, mel: torch.Tensor) -> torch.Tensor:
+            return super().forward(mel)
+
+    def made() -> nn.Module:
+        model = Trains()
+        model.drop = nn.Dropout(0.1)
+        return model.eval()
+
+    for restored in (False, True):
+        load(made)
+        events = happened(seen)
+        assert (events["Restored"], events["NotApplied"]) == (restored, 0)
+
+
 # --- folders -------------------------------------------------------------------------------------------------------
 
 

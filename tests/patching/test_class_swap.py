@@ -9,7 +9,7 @@ import inspect
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 
+T = TypeVar("T")
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 MEL = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(2))
 
@@ -202,6 +203,34 @@ class Abstract(nn.Linear, abc.ABC):
 class Concrete(Abstract):
     def say(self) -> str:
         return "it"
+
+
+class AbstractFirst(abc.ABC, nn.Linear):
+    pass
+
+
+class GenericFirst(Generic[T], nn.Linear):  # noqa: PYI059 - users write it so
+    pass
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("more",)
+
+
+@pytest.mark.parametrize("plain", [AbstractFirst, GenericFirst, Slotted])
+def test_a_class_whose_first_base_is_no_module_is_swapped(plain: Any) -> None:
+    # Python exchanges the bases of a class only for others of the same layout base, which is `ABC` here.
+    layer = plain(8, 8)
+    before = plain.__bases__[0].__subclasses__()
+    swap = ClassSwap([layer], lambda module: subclass_with(type(module), lambda self, x: self.weight @ x + 1))
+    swap.on()
+    assert type(layer).__mro__[1:] == plain.__mro__
+    assert torch.equal(layer(torch.zeros(8)), torch.ones(8))
+    swap.off()
+    assert type(layer) is plain
+    del swap
+    gc.collect()
+    assert plain.__bases__[0].__subclasses__() == before
 
 
 def test_no_registry_hears_of_our_classes(seen: list[Event]) -> None:

@@ -176,7 +176,19 @@ class Public:
                 raise self.error
 
 
-@pytest.mark.parametrize("number", [0, 1, 4])
+def test_an_exact_change_that_raises_in_the_whole_is_undone_alone(seen: list[Event]) -> None:
+    model = Slow()
+    public = Public(MemoryError("late"))
+    stages = Stage("good", seconds=0.01), Stage("bad", {"run": public.fault}, seconds=0.0)
+    receipt = saved(run(model, *stages, warmup=public))
+    assert [result.reason for result in receipt.stages if not result.kept] == [
+        "undone: wrong in total: MemoryError: late"
+    ]
+    assert [result.stage for result in receipt.kept] == ["good"]
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["bad of slow"]
+
+
+@pytest.mark.parametrize("number", [1, 4])
 def test_a_fault_in_a_pass_of_the_whole_undoes_everything(number: int, seen: list[Event]) -> None:
     model = Slow()
     before = Before(model)
@@ -626,6 +638,24 @@ def test_what_is_not_exact_stays_when_the_whole_is_right(seen: list[Event]) -> N
     assert receipt.stages[0].kept
     assert receipt.error == pytest.approx(0.005, rel=0.1)
     assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+def test_a_change_that_raises_in_the_whole_alone_costs_no_other_change(seen: list[Event]) -> None:
+    class Strict(Slow):
+        """What it makes of its part's output fails where that was changed."""
+
+        def speak(self) -> torch.Tensor:
+            y = self(X)
+            if not torch.equal(y, nn.functional.linear(X, self.linear.weight, self.linear.bias)):
+                raise RuntimeError("expected scalar type Float but found BFloat16")
+            return y
+
+    model = Strict(0.04)
+    exact, rough = Stage("exact", seconds=0.02), Stage("rough", seconds=0.0, then=lambda y: y * 1.005)
+    receipt = saved(run(model, exact, rough, precision="balanced", warmup=lambda loaded: loaded.speak()))
+    assert [result.kept for result in receipt.stages] == [True, False]
+    assert "RuntimeError: expected scalar type" in receipt.stages[1].reason
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["rough of slow"]
 
 
 def test_nothing_stays_when_the_exact_ones_are_to_blame_too(seen: list[Event]) -> None:

@@ -16,10 +16,10 @@ pickling and undo, so the copies cost half the weights' size.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import nn, overrides
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -197,9 +197,18 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         if twin is None:
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(twin, input.to(dtype), *args, **kwargs)
-        return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
+        # Only a call of the part raises what comes out. A service may call another method, or a module inside, too.
+        return y if carried and _is_inside(dtype) else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
+
+
+def _is_inside(dtype: torch.dtype) -> bool:
+    """Check that a call of the part is running, which raises its outputs to fp32."""
+    if torch.compiler.is_compiling():  # a part is compiled with its border
+        return True
+    kind, modes = _islands(dtype), cast("Any", overrides)._get_current_function_mode_stack()
+    return any(isinstance(mode, kind) for mode in modes)
 
 
 @per_class

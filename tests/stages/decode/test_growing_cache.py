@@ -96,6 +96,18 @@ def by_hand(
 # --- the growing cache ---------------------------------------------------------------------------------------
 
 
+def test_a_static_cache_that_upstream_made_in_inference_mode_is_written() -> None:
+    # Upstream counts its positions in a tensor, in place, and our step runs outside inference mode.
+    model = llama()
+    options = {"cache_implementation": "static", "disable_compile": True}
+    expected = tokens(model, 8, **options)
+    grown = change(GrowingCacheStage(), model)
+    grown.on()
+    assert torch.equal(tokens(model, 8, **options), expected)
+    grown.off()
+    assert torch.equal(tokens(model, 8, **options), expected)
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_growing_changes_no_bit(make: Callable[[], Any]) -> None:
     model = make()

@@ -823,6 +823,31 @@ def test_alike_layers_share_a_class_so_that_a_compiler_makes_one_graph_for_all()
     assert copy.deepcopy(model)[0].__dict__.keys() == nn.Linear(8, 8).__dict__.keys()
 
 
+def test_another_method_and_a_module_inside_give_fp32_too() -> None:
+    # A tuned service may call what the warm-up did not: an encoder beside the speech.
+    class Voice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x).tanh()
+
+        def embed(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) @ x.transpose(1, 2)
+
+    voice = Voice().eval()
+    with torch.inference_mode():
+        expected = voice(X), voice.embed(X), voice.body[0](X)
+        change = HalfStage(torch.bfloat16, carried=True).prepare(Part("voice", "model", voice))
+        change.on()
+        found = voice(X), voice.embed(X), voice.body[0](X)
+    for mine, other in zip(expected, found, strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other, mine, rtol=NEAR, atol=3 * NEAR)
+
+
 def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
     class Vocoder(nn.Module):
         def __init__(self) -> None:

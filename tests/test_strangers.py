@@ -1,0 +1,79 @@
+"""The strangers' runner: what it calls a difference and a failure, and which systems it leaves out.
+
+That the systems work decorated is shown by `make strangers`, which runs each of them in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "strangers"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """The runner and the systems."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("run"), importlib.import_module("systems")
+    for name in ("run", "systems"):
+        del sys.modules[name]
+
+
+def test_outputs_are_compared_leaf_by_leaf(scripts: Any) -> None:
+    run, _ = scripts
+    wave = torch.ones(4)
+    assert run.difference([wave], [wave.clone()]) == (0.0, "")
+    assert run.difference([wave, wave], [wave, wave * 1.5]) == (pytest.approx(0.5), "")
+    assert run.difference([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == (float("inf"), "other tokens")
+    assert run.difference([wave], [wave, wave])[0] == float("inf")
+    assert run.difference([wave], [wave.double()])[0] == float("inf")
+    broken = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    assert run.difference([broken], [broken.clone()])[0] == 0.0
+    assert run.difference([wave], [broken])[0] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("undecorated", "failed", "expected"),
+    [("works", None, False), ("works", "other tokens", True), ("ValueError: no", "x", False)],
+)
+def test_what_fails_undecorated_is_no_failure_of_ours(
+    scripts: Any, undecorated: str, failed: str | None, expected: bool
+) -> None:
+    run, _ = scripts
+    assert run.fails({"undecorated": undecorated, "loads": [{"failed": failed}]}) is expected
+
+
+def test_a_system_whose_package_is_absent_is_left_out_with_the_reason(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, systems = scripts
+    absent = systems.Stranger("none", "no_such_package", "no-such-package", lambda: None)
+    monkeypatch.setitem(systems.SYSTEMS, "none", absent)
+    row = run.run_together(["none"], ["exact"], 1.0, lambda *_args: None)["none"]
+    assert row["skipped"] == "no_such_package is not installed"
+    assert not run.fails(row)
+
+
+def test_one_system_is_loaded_decorated_and_compared(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, systems = scripts
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        inputs = ((torch.ones(1, 4),), (torch.ones(2, 4),))
+        return systems.System(torch.nn.Linear(4, 4).eval(), lambda model, x: model(x), inputs)
+
+    stranger = systems.Stranger("linear", "torch", "torch", build)
+    expected, repeats = run._undecorated(stranger)
+    assert repeats
+    row = run._one_load(stranger, "exact", expected, 1.0, sampled=False)
+    assert (row["failed"], row["error"], row["mode"]) == (None, 0.0, "inference")
+    wrong = [[leaf + 1 for leaf in output] for output in expected]
+    assert "relative error" in run._one_load(stranger, "exact", wrong, 1.0, sampled=False)["failed"]
