@@ -122,7 +122,7 @@ class TunedUnderLoad(Event):
     Attributes:
         what: The tuned object.
         reason: The other programs and the resources that they used.
-        unsure: Number of uncertain verdicts, on stages kept and dropped.
+        unsure: Number of uncertain verdicts, on any stage.
         tried: Number of all verdicts.
     """
 
@@ -134,7 +134,7 @@ class TunedUnderLoad(Event):
     tried: int
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.unsure} of {self.tried} verdicts are not sure, since {self.reason}"
+        return f"{self.what}: {self.unsure} of {self.tried} verdicts are uncertain, since {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Retuned(Event):
     ratio: float
 
     def __str__(self) -> str:
-        again = f", {self.unsure} are still not sure" if self.unsure else ""
+        again = f", {self.unsure} are still uncertain" if self.unsure else ""
         return (
             f"{self.what}: {self.tried} verdicts of a busy machine tried again{again};"
             f" {self.before:.2f}x before, {self.ratio:.2f}x now"

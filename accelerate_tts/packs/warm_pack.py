@@ -169,7 +169,7 @@ class WarmPack:
         kept = tuple(ledger.kept)
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
-            note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
+            note += f"; {len(receipt.unsure)} verdicts are uncertain, and wait for a quiet machine"
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(entries), seconds))

@@ -93,7 +93,7 @@ def fault_of(baseline: Baseline, part: Part, change: Change, difference: Differe
 
 
 def _nothing_compiled(change: Change) -> str:
-    return "compiled no graph at all" if change.graphs == 0 else ""
+    return "compiled no graph" if change.graphs == 0 else ""
 
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
@@ -106,4 +106,4 @@ def finish(baseline: Baseline, ledger: Ledger) -> None:
     if constants.found:
         constants.on()
         ledger.kept.append(AppliedChange(PROCESS, KeptConstants.name, "", constants))
-        ledger.notes.append(f"kept, bit for bit, in place of computing it at each call: {constants}")
+        ledger.notes.append(f"computed once instead of at each call, with bit-exact results: {constants}")

@@ -180,11 +180,9 @@ class Baseline:
         """Say why a changed part's outputs are not tolerated; "" if they are."""
         bit_exact = part.decides and not is_checked(part.module)
         tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
-        objection = (_BIT_EXACT if bit_exact else tolerance).objection(
+        return (_BIT_EXACT if bit_exact else tolerance).objection(
             difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
         )
-        why = "; it must be bit-exact, since lengths hang on it" if bit_exact else ""
-        return f"wrong output: {objection}{why}" if objection else ""
 
     def seconds(self, part: Part, which: Which = "loop") -> float:
         """Seconds that one replay takes now."""

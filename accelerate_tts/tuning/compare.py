@@ -83,12 +83,12 @@ class Tolerance:
         for rounding, error in difference.errors or ((difference.rounding, difference.error),):
             limit = allowed + _ROUNDINGS * deeper * rounding
             if not error <= limit:  # NaN fails
-                return f"relative error {error:.1e}, allowed is {limit:.0e}"
+                return f"error {error:.1e}, {f'limit {limit:.0e}' if limit else 'must be bit-exact'}"
         divergence = self.divergence + (_ROUNDINGS * deeper * difference.rounding) ** 2
         if difference.spectral is not None and not difference.spectral <= self.spectral:
-            return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
+            return f"log-spectral distance {difference.spectral:.1f} dB, limit {self.spectral:.1f} dB"
         if difference.divergence is not None and not difference.divergence <= divergence:
-            return f"a step diverges by {difference.divergence:.1e} nats, allowed are {divergence:.0e}"
+            return f"a step diverges by {difference.divergence:.1e} nats, limit {divergence:.0e}"
         return ""
 
 

@@ -31,8 +31,8 @@ class OtherThreadsDrawError(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "other threads draw random numbers meanwhile, so no two runs have the same; load before they start, or give"
-            " them generators of their own"
+            "other threads draw random numbers, so no two runs have the same; load before they start, or give them"
+            " their own generators"
         )
 
 

@@ -50,7 +50,7 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
     lengths, tuned_seconds = 1.0, 0.0
     if repeats.error > EXACT_TOLERANCE:
         why = repeats.reason if repeats.reason == NOTHING_TO_COMPARE else "the output does not repeat under one seed"
-        ledger.notes.append(f"only the parts were verified, not the whole: {why}")
+        ledger.notes.append(f"only the parts were compared, not the whole: {why}")
     else:
         difference, lengths, tuned_seconds = _right(baseline, ledger, reference)
         if not ledger.kept:
@@ -70,10 +70,10 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
         timing, sure = _timed(baseline, ledger, fewest)
         timing = _for_the_same_length(timing, lengths)
     if timing.pairs < enough:
-        ledger.notes.append(f"the total was timed in {timing.pairs} pairs only, for {OVER_BUDGET} allowed no more")
+        ledger.notes.append(f"the whole was timed in {timing.pairs} pairs only: {OVER_BUDGET} allowed no more")
     # A total that is slower on a busy machine may be faster on a quiet one; its parts have been compared separately.
     if sure and timing.ratio < (1.0 if timing.pairs >= enough else policy.worst_total):
-        _give_up(baseline, ledger, f"slower in total ({timing.ratio:.2f}x)", "everything")
+        _give_up(baseline, ledger, f"the whole is slower, {timing.ratio:.2f}x", "everything")
         return _unchanged(timing.before)
     ledger.on()
     return timing, difference
@@ -90,7 +90,7 @@ def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | 
     ratio = baseline.pass_seconds / seconds
     if difference.reason or baseline.tolerance.objection(difference) or ratio <= 1.0:
         return None
-    ledger.notes.append(f"the total is one pass against the one that was recorded, for {OVER_BUDGET} allowed no more")
+    ledger.notes.append(f"the whole was timed in one pass, against the recorded one: {OVER_BUDGET} allowed no more")
     return Timing(baseline.pass_seconds, seconds, ratio, ratio, ratio, 1), difference
 
 
@@ -111,9 +111,9 @@ def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, boo
     if baseline.device.type == "cpu" and not ledger.compiles:
         with one_thread():
             timing = policy.compare(*states, fewest=fewest, clock=time.process_time)
-        ledger.notes.append("the total is the processor time of one thread, since others were at work")
+        ledger.notes.append("the machine was busy: the whole was timed by the processor time of one thread")
     else:
-        ledger.notes.append("the total was timed while others were at work")
+        ledger.notes.append("the machine was busy while the whole was timed")
     return timing, False
 
 
@@ -141,10 +141,10 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
         # One change at a time: a small error of one part may be a large error of the speech.
         inexact = min(filter(_is_inexact, ledger.results), key=_loss, default=None)
         if inexact is None:
-            _give_up(baseline, ledger, f"wrong in total: {objection}", "everything")
+            _give_up(baseline, ledger, f"the whole is wrong: {objection}", "everything")
         else:
             what = f"{inexact.stage} of {inexact.part}"
-            _give_up(baseline, ledger, f"wrong in total: {objection}", what, inexact)
+            _give_up(baseline, ledger, f"the whole is wrong: {objection}", what, inexact)
     return Difference(0.0), 1.0, 0.0
 
 
@@ -177,9 +177,8 @@ def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate:
     if not objection:
         worst = max(result.divergence or 0.0 for result in ledger.results if _is_sampled(result))
         ledger.notes.append(
-            "another sequence is sampled than in fp32: the probabilities of a step diverge by at most"
-            f" {worst:.1e} nats, {baseline.tolerance.divergence:.0e} are allowed;"
-            " without that change the whole is as it was"
+            f"another sequence is sampled than in fp32: a step diverges by at most {worst:.1e} nats, limit"
+            f" {baseline.tolerance.divergence:.0e}; without that change the whole output is the same"
         )
     return objection
 
@@ -187,7 +186,7 @@ def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate:
 def _implausible(reference: list[Any], candidate: list[Any], policy: TuningPolicy) -> str:
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if [(a.dtype, a.dim()) for a in left] != [(b.dtype, b.dim()) for b in right]:
-        return "other kinds of tensors come of it"
+        return "the results are tensors of other kinds"
     for a, b in zip(left, right, strict=True):
         if not 1 / policy.other_lengths <= max(b.numel(), 1) / max(a.numel(), 1) <= policy.other_lengths:
             return f"a result of shape {tuple(b.shape)} instead of {tuple(a.shape)}"

@@ -123,7 +123,7 @@ class Tuning:
 
     def put_back(self) -> Receipt:
         """Return the receipt after the guard has undone the tuning for good."""
-        reason = "put back by the guard, after faulty output in service"
+        reason = "undone by the guard: faulty output in service"
         stages = (s.dropped(reason) if s.kept and s.part != PROCESS else s for s in self.receipt.stages)
         return replace(self.receipt, stages=tuple(stages), notes=(*self.receipt.notes, reason))
 

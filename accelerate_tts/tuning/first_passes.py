@@ -124,7 +124,7 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
     if baseline is None or policy.first_passes * cold <= budget.seconds:
         baseline = None  # first: it has copies of what the parts were given
         return recorded(lambda: cold)
-    ledger.notes.append(f"the first pass is what all is compared with, for {OVER_BUDGET} allows no other")
+    ledger.notes.append(f"outputs are compared with those of the first pass: {OVER_BUDGET} allows no other")
     return baseline
 
 

@@ -75,7 +75,7 @@ class Ledger:
         self.kept.remove(slower)
         for number, result in enumerate(self.results):
             if result.kept and (result.part, result.stage) == (slower.part, slower.stage):
-                self.results[number] = replace(result.dropped(f"{faster.stage} is faster still"), sure=faster.sure)
+                self.results[number] = replace(result.dropped(f"{faster.stage} is faster"), sure=faster.sure)
 
     def on(self) -> None:
         """Switch every kept change on."""

@@ -232,8 +232,8 @@ def _say_how_sure(baseline: Baseline, ledger: Ledger) -> None:
         ledger.notes.append(f"waited {watcher.waited:.1f} s for a quiet machine")
     if unsure:
         who = watcher.worst.why or "other threads drew random numbers"
-        why = f"{who}; {unsure} of {len(results)} verdicts are not sure"
-        ledger.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
+        why = f"{who}; {unsure} of {len(results)} verdicts are uncertain"
+        ledger.notes.append(f"tuning was disturbed: {why}, and the next load from a warm pack tries them again")
         emit(TunedUnderLoad(baseline.plan.what, who, unsure, len(results)))
 
 
@@ -243,7 +243,7 @@ def _say_what_was_missed(baseline: Baseline, ledger: Ledger) -> None:
         if gain > 0:
             what, budget = f"{baseline.plan.what}: {part}", baseline.budget.seconds
             emit(BudgetTooSmall(what, stage, budget, float(math.ceil(wanted))))
-            ledger.notes.append(f"{stage} of {part} is promising, and wants a budget of about {math.ceil(wanted)} s")
+            ledger.notes.append(f"{stage} on {part} may gain, and needs tune_seconds of about {math.ceil(wanted)}")
 
 
 def _by_part(baseline: Baseline, ledger: Ledger) -> tuple[StageResult, ...]:

@@ -177,9 +177,9 @@ def _of_check(check: dict[str, Any]) -> Iterator[str]:
         yield f"- {check['system']}: {_cell(line)}"
     stages = check.get("stages", [])
     kept = [f"{s['part']}: {s['stage']}" for s in stages if s["kept"]]
-    dropped = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
+    others = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
     if stages:
-        yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Dropped: {'; '.join(dropped) or 'nothing'}"
+        yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Not kept: {'; '.join(others) or 'nothing'}"
     for event in check.get("events", []):
         yield f"- {check['system']}, event: {_cell(event)}"
 

@@ -299,9 +299,9 @@ def shown(receipt: Receipt, folder: Path) -> str:
 
 def test_a_receipt_is_shown(tmp_path: Path) -> None:
     output = shown(RECEIPT, tmp_path)
-    for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept: faster"):
+    for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept, faster"):
         assert text in output
-    for text in ("encoder: torch.compile 200 us 200 us 1.00x bit-exact dropped: no gain", "the whole 1.40 s 1.05 s"):
+    for text in ("encoder: torch.compile 200 us 200 us 1.00x bit-exact rejected: no gain", "the whole 1.40 s 1.05 s"):
         assert text in output
     for text in ("1.33x", "1 kept, 0 recompiles", "tuning took 4.5 s (torch 2.14)", "note: a note"):
         assert text in output

@@ -226,8 +226,8 @@ class Checked:
         assert all(name in names or name.startswith(unnamed) for name in tried)
         assert all(name in tried or any(t.startswith(f"{name}.") for t in tried) for name in names)
         # What lies inside an unnamed part may be normalised at once, and then has no scale that could be wrong.
-        named = [(stage.part, stage.reason) for stage in spoiled.stages if stage.part in names]
-        assert all(reason.startswith("wrong output") for _, reason in named), named
+        named = [stage for stage in spoiled.stages if stage.part in names]
+        assert all(stage.verdict.startswith("rejected: ") and stage.before is None for stage in named), named
         self.same_weights()
 
     def copies_are_untouched(self) -> None:

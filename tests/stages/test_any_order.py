@@ -289,7 +289,7 @@ FAULTS: tuple[Exception, ...] = (
 )
 NAMED = {
     NoNumbersError: "values that are not finite",
-    EndlessError: "it ran over the tuning budget and was interrupted",
+    EndlessError: "over the tuning budget, interrupted",
 }
 CASES = [
     *((fault, point, number) for fault in FAULTS[:-2] for point in ("prepare", "on", "call", "verify", "off")

@@ -152,7 +152,7 @@ def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None
     tuning = tune(plan, calls, [Spoils()], device, Limits(30.0))
     (result,) = tuning.receipt.stages
     assert not result.kept
-    assert result.reason.startswith("wrong output")
+    assert result.verdict.startswith("rejected: error ")
     tokens = [output for output in outputs if output.last_hidden_state.shape[1] == 1]
     assert tokens
     assert all(tensor.numel() == WIDTH + 1 for output in tokens for tensor in cached(output)[:-1])

@@ -144,7 +144,7 @@ def test_a_compiler_that_never_returns_costs_its_stage(
         tuning = tune(plan, calls, [stage, FoldStage()], DeviceInfo("cpu", "test"), Limits(WAIT))
     failed = tuning.receipt.stages[0]
     assert not failed.kept
-    assert failed.reason.startswith("given up: it ran over the tuning budget and was interrupted; its compiler (")
+    assert failed.reason.startswith("stopped: over the tuning budget, interrupted; its compiler (")
     assert failed.reason.endswith("hanging-g++) did not return and was stopped")
     (event,) = [event for event in seen if isinstance(event, FellBack)]
     assert (event.stage, "hanging-g++" in event.reason) == (stage.name, True)

@@ -289,7 +289,7 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
     model, receipt, compare = run(Busy(), Stage())
     (result,) = receipt.stages
     assert (result.kept, result.sure) == (True, False), result.reason
-    assert result.reason.endswith("by the processor time of one thread")
+    assert result.reason.endswith(", processor time of one thread")
     assert set(compare.alone) == {1}
     assert model.fast
     assert receipt.ratio == 2.0
@@ -297,9 +297,9 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
     assert (event.unsure, event.tried) == (1, 1)
     assert "other processes used 1.5 of 2 processors" in event.reason
     said = "\n".join(receipt.notes)
-    assert said.count("beside others' work") == 1
+    assert said.count("tuning was disturbed") == 1
     assert "s for a quiet machine" in said
-    assert "(not sure)" in str(receipt)
+    assert "(uncertain)" in str(receipt)
 
 
 def test_it_waits_until_the_machine_is_quiet_and_is_sure_then(seen: list[Event]) -> None:
@@ -415,7 +415,7 @@ def test_a_later_load_tries_again_what_was_not_sure_and_renews_the_pack(
     seen.clear()
     _, receipt = load()  # still busy: what the pack says is in force
     assert [type(event) for event in seen if isinstance(event, (Restored, Retuned))] == [Restored]
-    assert any("2 verdicts are not sure" in note for note in receipt.notes)
+    assert any("2 verdicts are uncertain" in note for note in receipt.notes)
     assert len(receipt.unsure) == 2
     busy.busy = False
     seen.clear()

@@ -666,7 +666,7 @@ def test_a_tuned_backend_is_guarded(fault: str, stage: Faster, seen: list[Event]
     after = receipt_of(service.voice)
     assert after is not None
     assert not after.kept
-    assert "put back by the guard" in str(after)
+    assert "undone by the guard" in str(after)
     assert optimizer.get_performance_optimizer().undo(service)
 
 
