@@ -264,7 +264,7 @@ def test_a_method_that_returns_nothing_warms_up_through_the_inference_method() -
 
 
 class AsyncBackend:
-    """Everything async; its lock belongs to the event loop of the service."""
+    """A backend of async methods, whose lock belongs to the event loop of the service."""
 
     def __init__(self) -> None:
         self.threads: set[str] = set()

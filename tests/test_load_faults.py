@@ -1,4 +1,4 @@
-"""What goes wrong in a load, in its warm-up or in a call: a working model or the user's own exception, and no leak."""
+"""Faults in a load, its warm-up or a call: a working model or the user's own exception, and no leak."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_ctrl_c_in_the_tidying_that_ends_a_load(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("quick")
 def test_a_hook_may_undo_what_an_undo_reloads() -> None:
-    """It used to wait for the lock of the undo that it was called in."""
+    """The hook's undo used to wait for the lock of the undo around it."""
     backend = Backend(None, 0)
     backend.load()
     optimizer, undone = get_performance_optimizer(), []

@@ -55,7 +55,7 @@ def invoke(*arguments: str, code: int = 0) -> Any:
 
 
 def findings(code: int = 0) -> dict[str, Finding]:
-    """What `doctor --json` printed, by name."""
+    """Findings that `doctor --json` printed, by name."""
     return {finding["name"]: finding for finding in json.loads(invoke("doctor", "--json", code=code).stdout)}
 
 
@@ -291,7 +291,7 @@ RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 1.4, 1.0
 
 
 def shown(receipt: Receipt, folder: Path) -> str:
-    """What `accelerate-tts receipt` prints of it, with each run of white space as one space."""
+    """Output of `accelerate-tts receipt`, with each run of white space as one space."""
     path = folder / "receipt.json"
     receipt.save(path)
     return " ".join(invoke("receipt", str(path)).stdout.split())

@@ -1,4 +1,4 @@
-"""Models that nobody told us about: parts found by watching, nothing slower, nothing wrong."""
+"""Unknown models: parts are found by their time, and nothing becomes slower or wrong."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def parts_of(subject: Any, warmup: Any) -> list[str]:
 
 
 class Everything(BaseStage):
-    """A stage that does nothing on every part: what it is tried on is what the parts are."""
+    """A stage that changes nothing, to record the parts that it is tried on."""
 
     name = "nothing"
     least_share = 0.0

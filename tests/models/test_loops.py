@@ -18,7 +18,7 @@ TOKENS = 300
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks each call of the kernel was for."""
+    """Numbers of blocks that the calls of the kernel computed."""
     found: list[int] = []
     kernel = decoder_block.decoder_blocks()
     monkeypatch.setattr(

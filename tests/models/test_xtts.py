@@ -31,7 +31,7 @@ class Speaking:
 
 @pytest.mark.parametrize("way", ["whole", "streamed"])
 def test_contract(contract: Any, example: Any, way: str) -> None:
-    """The stream is held to be the untouched stream: upstream's own differs from its whole, being cross-faded."""
+    """The stream is compared with the untouched stream, since upstream cross-fades it and it differs from the whole."""
     random = example("xtts_backend").random
     right = [("model.gpt.gpt", "growing cache")]
     contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS, None, right)

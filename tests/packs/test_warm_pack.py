@@ -156,7 +156,7 @@ def load(make: Callable[[], Any] = Stack, **options: Any) -> Any:
 
 
 def happened(seen: list[Event]) -> Counter[str]:
-    """How many events of each kind there were, but those of every load; they are forgotten."""
+    """Count the events by kind, without those of every load, and forget them."""
     found = Counter(type(event).__name__ for event in seen)
     seen.clear()
     del found["Prepared"]
@@ -179,7 +179,7 @@ def speak(model: nn.Module, mel: torch.Tensor = MEL) -> torch.Tensor:
 
 
 def state(model: nn.Module) -> Any:
-    """Everything that a stage might have left changed."""
+    """State that a stage might have left changed."""
     modules = [
         (name, type(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))}, m._compiled_call_impl,
          list(m._buffers), list(m._forward_pre_hooks), list(m._load_state_dict_post_hooks))
@@ -536,7 +536,7 @@ def test_another_machine_or_version_is_tuned_for_itself(
 
 
 def in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as this library can tell: the settings are read anew."""
+    """Start a new process, as far as this library can tell: the settings are read again."""
     if optimizer._optimizer is not None:
         optimizer._optimizer.close()
     monkeypatch.setattr(optimizer, "_optimizer", None)
@@ -789,7 +789,7 @@ def test_where_the_whole_cannot_be_compared_its_parts_are(stage: Stage, seen: li
 
 @pytest.mark.parametrize("reads_alone", [True, False])
 def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
-    """As tuning judges it: with weights in 8 bits its states may differ more, if only its head reads them (Higgs)."""
+    """The check uses the limits of tuning: hidden states that only the head reads may differ more (Higgs)."""
     torch.manual_seed(0)
     decoder, head = nn.Linear(16, 16), nn.Linear(16, 9)
     with torch.no_grad():
@@ -1121,7 +1121,7 @@ def test_shipping_with_and_without_a_shared_key(
     assert kept(load()) == [("Stack", "test stage")]
     assert happened(seen)["Restored"] == 1
     assert library.exists(), "unpacked, or compiled here"
-    # What was compiled here is now kept here, under this machine's own key.
+    # The code that was compiled here is now stored under this machine's own key.
     stage.done = lambda: None
     removed(tmp_path / "inductor")
     in_a_fresh_process(monkeypatch)

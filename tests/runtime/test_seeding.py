@@ -1,4 +1,4 @@
-"""Random numbers while a thread of the process tunes: nobody's are repeated, and nobody disturbs a comparison."""
+"""Random numbers beside a tuning: other threads never get repeated ones, and never disturb a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a decoder's result to compare: what a call added to its cache, and whether the rest is untouched."""
+"""Cache deltas: a decoder's result is compared by the positions that the call added, and by changes of the rest."""
 
 from __future__ import annotations
 

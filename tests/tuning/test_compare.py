@@ -153,7 +153,7 @@ def test_equal_waves_are_at_no_distance(shape: tuple[int, ...], dtype: torch.dty
 @settings(max_examples=25, deadline=None)
 @given(decibels=st.floats(-40, 40), length=st.integers(4096, 9000), seed=st.integers(0, 99))
 def test_another_loudness_is_so_many_decibels(decibels: float, length: int, seed: int) -> None:
-    """Of white noise every bin of every frame is audible, and moves by as much."""
+    """Every bin of white noise is audible and changes by as much as the gain."""
     wave = noise(length, seed=seed).double()
     expected = abs(decibels)
     found = spectral_distance(wave, wave * 10 ** (decibels / 20))
@@ -248,7 +248,7 @@ def test_the_worst_tensor_counts() -> None:
 def test_error_and_signal_to_noise_ratio() -> None:
     assert Difference(0.0).snr == math.inf
     assert Difference(0.1).snr == pytest.approx(20.0)
-    # What the comments of TOLERANCES say of it.
+    # The statements in the comments of TOLERANCES.
     assert [round(Difference(TOLERANCES[precision].error).snr) for precision in ("exact", "balanced", "fast")] == [
         80, 34, 28,
     ]  # fmt: skip

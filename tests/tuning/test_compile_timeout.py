@@ -62,7 +62,7 @@ def hanging(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def time_flies(hanging: Path) -> Iterator[None]:
-    """What is left of every limit passes as soon as a compiler hangs: tracing takes longer on a busy machine."""
+    """Let time limits expire as soon as a compiler hangs, since tracing takes longer on a busy machine."""
     ended = threading.Event()
 
     def wait() -> None:
@@ -95,7 +95,7 @@ def own_child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Model(nn.Module):
-    """What it computes differs at each use, so that inductor has no kernel of it in memory."""
+    """A function that differs at each use, so that inductor has no cached kernel of it."""
 
     count = 0
 
@@ -112,7 +112,7 @@ class Model(nn.Module):
 
 
 def waits() -> bool:
-    """Whether a thread waits for a compiler."""
+    """Check that a thread waits for a compiler."""
     return any(compile_timeout._stack(frame)[1] is not None for frame in sys._current_frames().values())
 
 
@@ -121,7 +121,7 @@ def state(model: nn.Module) -> list[object]:
 
 
 def sleepers(tmp_path: Path) -> list[psutil.Process]:
-    """What is left of the compiler's processes."""
+    """Return the compiler's processes that are still alive."""
     started = [int(line) for line in (tmp_path / "pids").read_text().split()]
     return [psutil.Process(pid) for pid in started if psutil.pid_exists(pid)]
 
@@ -160,7 +160,7 @@ def test_a_compiler_that_never_returns_costs_its_stage(
 @posix
 @pytest.mark.usefixtures("time_flies")
 def test_a_compilation_of_the_users_own_goes_on(hanging: Path, tmp_path: Path) -> None:
-    """In another thread of his: its compiler is his, whenever it was started."""
+    """A compiler that a user's own thread waits for is left alone, whenever it was started."""
     ended = threading.Event()
 
     def compile_something() -> None:

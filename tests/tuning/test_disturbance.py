@@ -1,4 +1,4 @@
-"""A busy machine: how it is noticed, what is decided then, and that it is tried again."""
+"""A busy machine: detection, verdicts on it, and the repetition of uncertain ones."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def test_a_total_that_is_slower_beside_others_work_undoes_nothing(seen: list[Eve
 
 @pytest.mark.parametrize("disturbed", [1, 2])
 def test_no_single_look_drops_a_stage(disturbed: int, decide: Any) -> None:
-    """By something that no counter shows."""
+    """The disturbance is one that no counter shows."""
     calls = iter([0.0, *[0.2] * disturbed])  # for its outputs, and the looks
     offset = [0.0]
     model = Model()
@@ -449,7 +449,7 @@ def test_retuning_can_be_switched_off(machine: tuple[Busy, list[Stage]], monkeyp
 def test_what_an_older_pack_dropped_at_a_look_is_tried_again(
     reason: str, machine: tuple[Busy, list[Stage]], tmp_path: Path, seen: list[Event]
 ) -> None:
-    """Its verdicts do not say how sure they are."""
+    """Verdicts of an older pack are not marked as certain or uncertain."""
     machine[0].busy = False
     load()
     store = PackStore(tmp_path, 2**30)
@@ -468,7 +468,7 @@ def test_what_an_older_pack_dropped_at_a_look_is_tried_again(
 
 
 def test_what_was_sure_on_another_part_is_put_in_force_without_being_timed() -> None:
-    """And what was dropped there is not even prepared."""
+    """A stage that was rejected there is not even prepared."""
     machine = Busy(busy=False)
     model, other = Model(), Model()
     both = nn.ModuleList([model, other]).eval()

@@ -1,4 +1,4 @@
-"""Whatever a stage does at whatever point: the object works, untouched or better, and the receipt says what was."""
+"""Faults of a stage at any point: the object works, untouched or better, and the receipt reports the fault."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Stage(BaseStage):
 
     Args:
         name: Its name.
-        faults: What is called at "applies", "prepare", "on", "run", "off" or "seal".
+        faults: Functions that are called at "applies", "prepare", "on", "run", "off" or "seal".
         group: The group of alternatives that it belongs to.
-        attributes: What is set; `seconds` of 0.0, say, is a stage that is worth keeping.
+        attributes: Attributes that it sets; `seconds=0.0`, for example, makes it worth keeping.
     """
 
     least_share = 0.0
@@ -130,7 +130,7 @@ def run(
 
 
 class Before:
-    """What a model was, to be compared with what it is."""
+    """State of a model, to be compared with a later one."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -274,7 +274,7 @@ def once(error: BaseException, number: int = 0) -> Callable[[], None]:
 
 
 def test_a_fault_in_switching_off_is_not_the_end_of_it(seen: list[Event]) -> None:
-    """What is dropped for another reason is switched off all the same, and what was kept before stays."""
+    """A rejected change is switched off although that raises once, and earlier changes stay."""
     model = Slow()
     before = Before(model)
     bad = Stage("bad", {"off": once(MemoryError("late"))}, seconds=0.0, then=nan)
@@ -626,7 +626,7 @@ def test_groups_of_two_parts_do_not_compete() -> None:
 
 
 class Amplified(Slow):
-    """What is a small error of the part's output is a large one of the speech."""
+    """A small error of the part's output is a large error of the speech."""
 
     tolerant = False
 

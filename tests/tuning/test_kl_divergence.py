@@ -69,7 +69,7 @@ def test_hidden_states_need_a_head_and_codebooks_are_apart() -> None:
 
 
 def test_frames_of_sound_beside_text_are_compared_too() -> None:
-    """Of boson-multimodal's Higgs Audio, (frames, codebooks, vocabulary): while it speaks, its text says little."""
+    """boson-multimodal's Higgs Audio has audio logits, (frames, codebooks, vocabulary), which count while it speaks."""
     generator = torch.Generator().manual_seed(0)
     text, sound = torch.randn(1, 2, 6, generator=generator), torch.randn(3, 8, 5, generator=generator)
     off = sound.clone()

@@ -286,7 +286,7 @@ def all_are_faster(run: Callable[[], object], before: Any, after: Any, *_args: o
 
 
 class CompiledWhereItMayBe(CompileStage):
-    """Not where durations hang on the output: it would be dropped there for its rounding, half a minute later."""
+    """Leaves out parts that decide durations: they would be rejected for their rounding, half a minute later."""
 
     least_share = 0.0
 
@@ -295,7 +295,7 @@ class CompiledWhereItMayBe(CompileStage):
 
 
 def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
-    # What is compiled is kept here, however slow it is: this is about what happens to it afterwards.
+    # Compiled changes are kept even if slow: the test is about later calls.
     decide(compare=all_are_faster, hopeless=float("inf"), unworthy=lambda *_given: None)
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))
     ids = torch.randint(1, 38, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -393,7 +393,7 @@ def test_no_length_of_service_compiles_again_in_other_models(
     monkeypatch.setattr(stage, "least_share", 0.0)
     request.getfixturevalue("uncompiled")
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (stage,))
-    # Where a model is taken apart is not what this is about, and hangs on the clock.
+    # The division into parts depends on the clock, and is not tested here.
     monkeypatch.setattr(generic, "_DEEPEST", 0)
     torch.manual_seed(0)
     model, plain = make().eval(), make().eval()

@@ -1,4 +1,4 @@
-"""How much of a part's linear work has few rows: what a stage for few rows is tried by."""
+"""Share of a part's linear work with few rows, by which stages for few rows are tried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a budget is spent on: the parts that take most first, what takes long last, and nothing without hope."""
+"""Use of the budget: the largest parts first, long trials last, and no trial of a stage that never gained."""
 
 from __future__ import annotations
 

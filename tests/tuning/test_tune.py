@@ -150,7 +150,7 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
 def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copies(
     large: bool, kept: bool, decide: Any
 ) -> None:
-    """A decoder's bf16 copy beside its int8 one, while the two compete, is what a process would need the memory for."""
+    """Competing bf16 and int8 copies of a decoder would take memory at the same time."""
     decide(from_memory=1 if large else 2**30)
     fewer, more = Alternative(seconds=0.0), Alternative(seconds=0.0 if kept else 0.001)
     fewer.name, more.name, more.superseded_by = "int8", "bf16", ("int8",)
@@ -323,7 +323,7 @@ def pass_of(times: str) -> set[tuple[str, str]]:
 
 
 class Remembering(Speaking):
-    """Slow with any other sequence than the last one's, once it has been told to remember."""
+    """Slow for a sequence other than the last one, once remembering is on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,7 +340,7 @@ class Remembering(Speaking):
 def test_what_holds_one_loops_sequence_is_not_judged_by_calls_that_bring_another_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A replayed call has a copy of its sequence; in the loop that it was taken from, it lies there already."""
+    """A replayed call copies its sequence, which the loop already has in place."""
 
     def speak(loaded: Any) -> torch.Tensor:
         state, past = loaded(torch.ones(4, 32))

@@ -1,4 +1,4 @@
-"""What decides where figures are close: verdicts within the budget, the total, and what is not even run twice."""
+"""Verdicts on close figures: within the budget, of the total, and after a single run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ X = torch.ones(2, 4)
 
 
 class Model(nn.Module):
-    """Computes one thing, and does what a test wants while it is changed."""
+    """Scales its input, and runs a test's callback while it is changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,10 +135,10 @@ def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide:
 def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
     untouched: float, tuned: float, asked: int | None, decide: Any
 ) -> None:
-    """Of a budget of 60 s; passes are made to seem that long, and a pair is one of each.
+    """The budget is 60 s; passes seem as long as given, and a pair is one pass of each state.
 
-    Where one pair is all that there is time for, the passes that showed what comes of them are that pair, unless they
-    say that the tuned object is the slower one.
+    Where there is time for one pair only, the passes that gave the outputs are that pair, unless the tuned object is
+    slower in them.
     """
     pairs: list[int] = []
 
@@ -171,7 +171,7 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
 def test_no_verdict_is_begun_that_the_budget_does_not_allow(
     seconds: float, slack: float, tried: bool, decide: Any
 ) -> None:
-    """Five pairs of two replays each that take so long, of a budget of 60 s, and a slack."""
+    """Five pairs of two such replays must fit into a budget of 60 s and the slack."""
     offset = [0.0]
 
     def slow() -> None:

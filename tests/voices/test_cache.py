@@ -200,7 +200,7 @@ async def test_tasks_that_set_the_attribute_of_one_object_keep_no_wrong_voice() 
 
 
 def with_folder(folder: Path, seed: int = 0) -> Any:
-    """What a process starts with: nothing in memory."""
+    """State of a new process: nothing in memory."""
 
     class Stored(Service):
         @cached_embedding(folder=folder, sets=("last",))
@@ -340,7 +340,7 @@ def test_what_is_cleared_meanwhile_is_not_kept() -> None:
 
 @dataclass
 class Voice:
-    """What a package may return: it says when code of it runs."""
+    """A result class of a package that records when its code runs."""
 
     name: str
     vector: torch.Tensor
@@ -407,7 +407,7 @@ def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
 
 @dataclass
 class Copying:
-    """It says itself how it is copied: not to be made from a file, since copies are handed out."""
+    """A class that defines how it is copied is not restored from a file, since callers get copies."""
 
     name: str
 

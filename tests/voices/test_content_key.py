@@ -1,4 +1,4 @@
-"""What the same voice is: files, arrays and other arguments count by their content, or are not remembered at all."""
+"""Keys of voices: files, arrays and other arguments count by their content, or are not cached at all."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def with_items(kind: Any, *items: Any) -> Any:
 
 
 def answers(*values: Any) -> list[int]:
-    """What each of these values is answered with, by a function whose every run gives another number."""
+    """Return the answers to these values, by a function that returns a new number at each run."""
     count = itertools.count()
 
     @cached_embedding

@@ -30,7 +30,7 @@ WAIT = 30.0  # seconds after which a test gives up on something that should have
 
 
 class Meter:
-    """How many are inside at once, and how many were at most; from any thread."""
+    """Count concurrent calls and their maximum, in any thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -101,7 +101,7 @@ def backend(limit: int | None) -> Any:
 
 
 def free(item: Any) -> bool:
-    """Whether nobody has a turn or waits for one."""
+    """Check that no permit is held and no call waits."""
     room = limiter.room_of(item, item)
     return not room._slots and not room._queue and not room._inbox
 

@@ -60,7 +60,7 @@ class Rerun:
 
 
 class Stream:
-    """A stand-in for a CUDA stream that notes what it is told."""
+    """A stand-in for a CUDA stream that records its calls."""
 
     def __init__(self, name: str, told: list[str]) -> None:
         self.name = name
@@ -461,7 +461,7 @@ def slot_of(model: Any, rows: int = 2) -> Any:
 
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
-"""What asks the device for a value, and what has as many results as there are true ones."""
+"""Operators that read a value from the device, or whose result has a size that depends on values."""
 
 
 class Operators(TorchDispatchMode):

@@ -45,7 +45,7 @@ def pair() -> Iterator[tuple[Any, Any]]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks each call of the kernel was for."""
+    """Numbers of blocks that the calls of the kernel computed."""
     found: list[int] = []
     kernel = decoder_block.decoder_blocks()
 

@@ -107,7 +107,7 @@ class FourierByMethods(Fourier):
 
 
 class FourierOfHalf(Fourier):
-    """Complex numbers of what comes right from a layer; a transform forth and back; powers that fp16 cannot hold."""
+    """Complex numbers directly from a layer, a transform and its inverse, and powers beyond the range of fp16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         magnitude, phase = self.conv(x).chunk(2, 1)
@@ -120,7 +120,7 @@ class FourierOfHalf(Fourier):
 
 
 class InPlace(Fourier):
-    """What is written in place must not be written into a copy."""
+    """An in-place write must not go into a copy."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
@@ -350,7 +350,7 @@ def test_outputs_of_every_kind_come_back_in_their_own_dtype(carried: bool) -> No
 
 
 def test_the_half_copy_of_a_parametrized_layer_is_a_plain_one() -> None:
-    """It would look for the parametrization that it was not given."""
+    """The parametrized class would look for parametrizations that the copy does not have."""
     for name in ("weight norm, parametrization", "weight norm, hook", "convolutions"):
         model = build(name)
         assert type(stage_module._twin(model[0], torch.bfloat16)) is nn.Conv1d
@@ -547,7 +547,7 @@ def test_the_mode_ends_with_an_exception() -> None:
 def test_a_compiled_graph_over_half_copies_is_given_up_when_the_weights_are_written(
     carried: bool, uncompiled: None, seen: list[Event]
 ) -> None:
-    """It has the copies for its weights, and cannot know that they are old."""
+    """A frozen graph holds the copies as its weights, and cannot see that they are outdated."""
     model, other = build("fourier"), build("fourier")
     change = halved(model, carried=carried)
     expected = run(model)

@@ -75,7 +75,7 @@ def test_the_kernel_at_any_shape(rows: int, inputs: int, outputs: int, bias: boo
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-40, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_numbers_at_the_edge(value: float, dtype: torch.dtype) -> None:
-    """What is not finite must not come out as a number, for the guard and the user's own checks to see it."""
+    """NaN and Inf must stay visible in the result, for the guard and for the user's own checks."""
     x = torch.ones(2, 64)
     x[1, 40] = value
     scale = torch.ones(3) if dtype == torch.int8 else None
