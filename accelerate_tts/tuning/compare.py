@@ -40,7 +40,7 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 # some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0011). Where
 # the result is tokens, they are compared as well, and must be the same.
 _ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
-# What nothing reads but a head whose probabilities are compared themselves may be so many times as far off.
+# Factor on the limit for hidden states that only a head reads, since its probabilities are compared themselves.
 _READ_BY_A_HEAD = 3.0
 _AUDIBLE = 60.0
 _FRAME = 1024

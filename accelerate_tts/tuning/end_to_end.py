@@ -23,17 +23,17 @@ __all__ = ["check_whole"]
 
 
 def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference | None]:
-    """Compare the whole object with what it was, and undo what the comparison does not bear out.
+    """Compare the whole tuned object with the untouched one, and undo changes if it is wrong or slower.
 
-    A wrong result costs the changes that are not exact first, one after the other, what gains least first; and
-    everything if that does not help. A slower one costs everything.
+    If the result is wrong, inexact changes are undone one by one, the smallest gain first, and then everything. If it
+    is slower, everything is undone.
 
     Args:
         baseline: The untouched object.
-        ledger: The changes in force; those that are still kept are in force afterwards.
+        ledger: The changes in force. Afterwards, those that are still kept are in force.
 
     Returns:
-        The timing of the two, and how far apart they are; `None` where the output does not repeat.
+        The timing of the two, and their difference; `None` if the output does not repeat.
     """
     policy, reference = baseline.policy, baseline.output
     if not ledger.kept:
@@ -163,7 +163,7 @@ def _is_sampled(result: StageResult) -> bool:
 
 
 def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate: list[Any]) -> str:
-    """Say what is wrong beside another sampled sequence, or "": the rest must be right without that change."""
+    """Return an objection other than another sampled sequence, or "": without that change the rest must be right."""
     sampled = {(result.part, result.stage) for result in ledger.results if _is_sampled(result)}
     changes = [kept.change for kept in ledger.kept if (kept.part, kept.stage) in sampled]
     for change in reversed(changes):
@@ -215,7 +215,7 @@ def _give_up(baseline: Baseline, ledger: Ledger, reason: str, what: str, only: S
 
 
 def _clocked(baseline: Baseline) -> tuple[list[Any], float]:
-    """Results of a pass, and the seconds that it takes."""
+    """Run a pass; return its results and its seconds."""
     start = baseline.policy.clock()
     results = baseline.run()
     synchronize(baseline.device.type)

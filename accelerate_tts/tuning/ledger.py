@@ -35,7 +35,7 @@ class Ledger:
     Attributes:
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
-        notes: Whatever else the user should know.
+        notes: Further remarks for the user.
         unmet: Stages without time: expected gain of a pass, part, stage, and the budget that it needs.
     """
 

@@ -1,4 +1,4 @@
-"""Policy of tuning, as data: its clock, its margins, how often it looks, what it waits for."""
+"""Policy of tuning as data: clock, margins, numbers of runs, and limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
 
 OVER_BUDGET = "the tuning budget"
-"""Phrase in the reasons of stages that a larger budget would have tried or finished."""
+"""Phrase in the reasons of stages that a larger budget would have tried or finished. Warm packs look for it."""
 
 
 @dataclass(frozen=True)

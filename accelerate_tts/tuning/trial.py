@@ -34,10 +34,10 @@ __all__ = ["Trial"]
 
 
 class Trial:
-    """One stage on one part: from whether it is worth it to what came of it.
+    """Trial of one stage on one part, from the reasons not to begin to the verdict.
 
     Args:
-        baseline: The untouched object, and the policy by which it is decided.
+        baseline: The untouched object, and the policy of tuning.
         ledger: Records the verdict, and the change if it is kept.
         part: The part.
         stage: The stage.
@@ -60,7 +60,7 @@ class Trial:
         self._result = StageResult(part.name, stage.name, kept=False, reason="")
 
     def run(self) -> None:
-        """Try it, and enter what came of it."""
+        """Try the stage, and enter the verdict in the ledger."""
         part, stage = self._part, self._stage
         start = self._policy.clock()
         try:
@@ -123,7 +123,7 @@ class Trial:
         return None if reason is None else replace(self._result, reason=reason, sure=sure)
 
     def _not_worth_it(self) -> tuple[str | None, bool]:  # noqa: PLR0911 - each reason
-        """Say why the stage is not begun, and if that would be so on a quiet machine, too."""
+        """Return the reason not to begin the stage, and True if it holds on a quiet machine, too."""
         baseline, part, stage = self._baseline, self._part, self._stage
         captured = baseline.captured.get(part.name)
         if captured is not None:
@@ -222,7 +222,7 @@ class Trial:
         return self._looked_at(change, replace(result, before=self._untouched))
 
     def _fault(self, change: Change, difference: Difference) -> str | None:
-        """Say why a change is not even timed; `None` if it is."""
+        """Return the reason why a change is not timed; `None` if it is timed."""
         fault = fault_of(self._baseline, self._part, change, difference)
         if not fault and self._baseline.budget.left < 0:
             return f"stopped: over {OVER_BUDGET}"
@@ -241,7 +241,7 @@ class Trial:
         return self._baseline.pass_seconds if self._times == "pass" else self._baseline.reference(self._part).seconds
 
     def _looked_at(self, change: Change, result: StageResult) -> StageResult:
-        """Take a look at its time, a second one if the first shows no gain, and then time it in pairs."""
+        """Take a single look at the time, a second one if the first shows no gain, and then time it in pairs."""
         baseline, watcher = self._baseline, self._baseline.watcher
         calm = baseline.reference(self._part).quiet and (self._times != "pass" or baseline.pass_quiet)
         quiet = True
@@ -274,7 +274,7 @@ class Trial:
         return min(seconds, baseline.seconds(part, which)) if seconds < self._policy.cheap_look else seconds
 
     def _hopeless(self, seconds: float) -> str | None:
-        """Say why a change is not timed in pairs after looks at its time; `None` if it is."""
+        """Return the reason why a change is not timed in pairs after single looks; `None` if it is."""
         before = math.inf if self._times == "others" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower at the first look"
@@ -284,7 +284,7 @@ class Trial:
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
 
     def _behind(self, seconds: float) -> str | None:
-        """Say why an alternative is not timed in pairs against the one in force; `None` if it is."""
+        """Return the reason why an alternative is not timed in pairs against the one in force; `None` if it is."""
         if self._current is None:
             return None
         known = self._verdicts({self._current.stage})[-1]
@@ -294,7 +294,7 @@ class Trial:
         return None
 
     def _gains_nothing(self, seconds: float) -> str | None:
-        """Say why a change of a part with a long replay is not timed in pairs; `None` if it is."""
+        """Return the reason why a change of a part with a long replay is not timed in pairs; `None` if it is."""
         names = {kept.stage for kept in self._ledger.kept_on(self._part.name) if kept.times == "loop"}
         kept = self._verdicts(names if self._current is None else {self._current.stage})
         if not all(result.sure for result in kept):
@@ -309,7 +309,7 @@ class Trial:
         ]  # fmt: skip
 
     def _no_time_for_pairs(self, seconds: float) -> str | None:
-        """Say why the budget has no room for pairs of replays of up to so many seconds each; `None` if it has."""
+        """Return a reason if the budget has no time for pairs of replays of so many seconds each; `None` if it has."""
         needed, left = 2 * self._policy.pairs * seconds, self._baseline.budget.left
         if needed <= left + self._policy.slack:
             return None
@@ -354,8 +354,8 @@ class Trial:
         return self._policy.compare(*switches, self._baseline.device.type, self._policy.comparison, **how)
 
     def _can_be_alone(self, change: Change) -> bool:
-        """Tell if one thread's work says something of it. dynamo compiles anew for another number of threads."""
-        if self._part.kind == PROCESS:  # that is about what threads do to each other
+        """Check that timing on one thread is meaningful. dynamo compiles again for another number of threads."""
+        if self._part.kind == PROCESS:  # its effect is on how threads interact
             return False
         return self._baseline.device.type == "cpu" and change.graphs is None and not self._ledger.compiles
 
