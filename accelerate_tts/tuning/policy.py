@@ -57,6 +57,7 @@ class TuningPolicy:
         from_memory: Bytes of weights that no processor's caches hold: then what reads fewer of them is faster.
         longest_pass: Seconds of a warm-up pass up to which changes of the process are tried: they take a dozen of it.
         pass_share: Share of the budget that such a pass may take: a dozen of them then take a sixth.
+        process_gain: Gain that a look at a change of the process must show, whose pairs are a dozen whole passes.
         first_replays: Replays before the pairs: the outputs, and a look.
         pairs: Pairs of replays that a verdict needs.
         slack: Seconds over the budget that a verdict may take.
@@ -100,6 +101,7 @@ class TuningPolicy:
     from_memory: int = 512 << 20
     longest_pass: float = 3.0
     pass_share: float = 1 / 72
+    process_gain: float = 1.1
     first_replays: int = 2
     pairs: int = 5
     slack: float = 2.0

@@ -279,7 +279,7 @@ class Trial:
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower at the first look"
         # Whole passes are long. Collisions of other libraries' threads show in one look, or are not worth more.
-        if self._part.kind == PROCESS and seconds > before / self._policy.margin:
+        if self._part.kind == PROCESS and seconds > before / self._policy.process_gain:
             return "no gain at the first look"
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
 

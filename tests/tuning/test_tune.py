@@ -14,7 +14,7 @@ from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, add_hook
 from accelerate_tts.inspection.object_tree import find_modules
-from accelerate_tts.plan import Decision, ModelPlan, Part
+from accelerate_tts.plan import PROCESS, Decision, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
@@ -143,6 +143,26 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
     assert dropped.reason == "slower than first at the first look"
     assert dropped.ratio is None
     assert model.seconds == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "pairs"), [(0.475, 0), (0.35, 1)])
+def test_a_change_of_the_process_that_gains_little_in_a_look_is_not_timed_in_pairs(
+    seconds: float, pairs: int, decide: Any
+) -> None:
+    """Its pairs are whole passes."""
+    timed: list[Timing] = []
+
+    def compare(*_args: Any, **_kwargs: Any) -> Timing:
+        timed.append(Timing(0.5, seconds, 0.5 / seconds, 0.5 / seconds, 0.5 / seconds, 5))
+        return timed[-1]
+
+    decide(compare=compare)
+    stage = Stage(seconds=seconds)
+    stage.process = True
+    (result,) = run(Slow(0.5), stage).receipt.stages
+    assert result.part == PROCESS
+    assert len(timed) == 2 * pairs, "of the change, and of the whole if it was kept"
+    assert result.kept is bool(pairs)
 
 
 @pytest.mark.parametrize("large", [True, False])
