@@ -156,7 +156,7 @@ class BudgetTooSmall(Event):
     wants: float
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.stage} wants a tune_seconds of about {self.wants:.0f}, and had {self.seconds:g}"
+        return f"{self.what}: {self.stage} needs tune_seconds of about {self.wants:.0f}, had {self.seconds:g}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Recompiled(Event):
 
     def __str__(self) -> str:
         why = f", since {self.guard} does not hold" if self.guard else ""
-        return f"{self.what}: recompiled in service for {self.shapes}{why} (graph {self.graphs}); warm up with the like"
+        return f"{self.what}: recompiled in service for {self.shapes}{why} (graph {self.graphs}); warm up with one"
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class Tidied(Event):
     left: str
 
     def __str__(self) -> str:
-        return f"{self.what}: taken away at each request: {self.left}"
+        return f"{self.what}: removed at each request: {self.left}"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Tuned("Vits", 2, 5, 1.376, 41.26), ["Vits", "2 of 5", "1.38x", "41.3 s"]),
     (Undone("Vits"), ["Vits", "untouched"]),
     (Restored("Vits", 3, 2.34), ["Vits", "3 optimisations", "warm pack", "2.3 s"]),
-    (BudgetTooSmall("Vits: flow", "fold", 20.0, 45.0), ["Vits: flow", "fold wants", "about 45", "had 20"]),
+    (BudgetTooSmall("Vits: flow", "fold", 20.0, 45.0), ["Vits: flow", "fold needs", "about 45", "had 20"]),
     (Retuned("Vits", 4, 1, 1.0, 2.345), ["Vits", "4 verdicts", "1 are still uncertain", "1.00x before, 2.35x now"]),
     (Retuned("Vits", 4, 0, 1.0, 2.345), ["Vits", "tried again; 1.00x before"]),
     (TunedUnderLoad("Vits", "others worked", 3, 5), ["Vits", "3 of 5 verdicts are uncertain", "others worked"]),

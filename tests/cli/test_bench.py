@@ -146,7 +146,7 @@ def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(VariantError, match=r"/nowhere/python could not be started: .*No such file"):
         processes.ask(Request("eager", "mms", "tiny", "exact", None, 1, 1.0, None), tmp_path, Path("/nowhere/python"))
     for code, said in (
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9; of memory, perhaps"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9, perhaps for lack of memory"),
         ("raise SystemExit('no such thing')", "no such thing"),
         ("import sys; open(sys.argv[2], 'w').write('{\"no answer\": \"MemoryError: too much\"}')", "MemoryError: too"),
     ):

@@ -80,7 +80,7 @@ class CompileStage(BaseStage):
         if is_fused(part.module):
             return "it is served as a whole"
         if part.method != CALL:
-            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+            return f"it is run by .{part.method}(), which torch.compile does not replace"
         if part.cached:
             return "its cache grows at every call: the decode step is compiled by itself"
         return "is compiled already" if part.module._compiled_call_impl is not None else None
@@ -115,7 +115,7 @@ class FrozenCompileStage(BaseStage):
         if is_fused(part.module):
             return "it is served as a whole"
         if part.method != CALL:
-            return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+            return f"it is run by .{part.method}(), which torch.compile does not replace"
         if part.cached:
             return "its cache grows at every call: the decode step is compiled by itself"
         return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
