@@ -171,7 +171,7 @@ class Receipt:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
         rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
-        rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
+        rows.append(("whole", "all kept stages", *self.figures(), self.verdict))
         rows = [tuple(map(printable, row)) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [printable(f"{self.what} on {self.device}")]

@@ -185,7 +185,7 @@ def test_the_table_has_every_stage_and_the_whole() -> None:
         ["flow", "channels-last", "-", "-", "-", "-", "-", "0 us", "not tried: 1.5 % of the time"],
     ]
     assert rows_of(page, "tfoot") == [
-        ["the whole", "all that was kept", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
+        ["the whole", "all kept stages", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
          "1 kept, 0 recompiles since warm-up"]
     ]  # fmt: skip
     kinds = [row.attributes["class"] for part in ("tbody", "tfoot") for row in page.one(part).all("tr")]
