@@ -126,7 +126,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
 
 
 class Routes:
-    """In place of FastAPI: it only has to take the functions."""
+    """Stand-in for FastAPI, which accepts the functions."""
 
     def __init__(self, *, lifespan: Any) -> None:
         self.lifespan = lifespan

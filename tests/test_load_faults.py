@@ -246,7 +246,7 @@ _ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
 
 
 def test_ctrl_c_at_the_end_of_a_load() -> None:
-    """In a process of its own: beside what other tests have left, a lock was once held at the end; why is not known."""
+    """Run in a process of its own: after other tests a lock was once held at the end, for no known reason."""
     name = f"{__file__}::test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", name],

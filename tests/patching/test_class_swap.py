@@ -67,7 +67,7 @@ def spectral(module: nn.Module) -> None:
 
 
 def sharded(module: nn.Module) -> None:
-    """As FSDP2 does it: a class of two bases."""
+    """Make a class of two bases, as FSDP2 does."""
     base = type(module)
     module.__class__ = type(f"FSDP{base.__name__}", (Sharded, base), {})
 

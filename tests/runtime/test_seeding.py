@@ -126,7 +126,7 @@ _ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
 
 
 def test_a_load_moves_no_generator() -> None:
-    """In a process of its own: other tests may have left threads that draw, and then a warm-up moves the generators."""
+    """Run in a process of its own: beside threads of other tests that draw, a warm-up moves the generators."""
     name = f"{__file__}::test_a_load_moves_no_generator_of_its_own_thread"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", name],

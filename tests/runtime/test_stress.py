@@ -299,7 +299,7 @@ def test_generators_go_from_thread_to_thread() -> None:
 
 @pytest.mark.parametrize("cyclic", [False, True])
 def test_abandoned_generators_are_finalised_in_another_thread(cyclic: bool) -> None:
-    """In a cycle the collector closes the body itself, in its own mode; it keeps that mode all the same."""
+    """The collector closes a body in a cycle, in the collector's own mode, which stays unchanged."""
     log, places = Log(), Counter[str]()
 
     def make(kind: str) -> Any:

@@ -253,7 +253,7 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
 def test_what_dynamo_has_traced_is_untouched_again(
     stage: Any, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, by way of torch.compile; its backend is the cheapest."""
+    """The same through torch.compile with the cheapest backend."""
     for module in (compile_stages, regional):
         monkeypatch.setattr(module, "compile_function", inductor.compile_function)
     model = tower(False, True, nn.GRU)
@@ -453,7 +453,7 @@ def test_an_alternative_is_replaced_from_below_another_change() -> None:
 
     class OverFusedBlocks(GrowingCacheStage):
         def applies(self, part: Part) -> None:
-            """Though the caches grow already."""
+            """Apply even if the caches grow already."""
 
     model = decoder("Llama")
     before = Before(model)

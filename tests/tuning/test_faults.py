@@ -114,7 +114,7 @@ class _Change(BaseChange):
 
 @pytest.fixture(autouse=True)
 def five_pairs(decide: Any) -> Iterator[None]:
-    """As few comparisons as the engine makes; and one thread, since on a busy machine two wait for each other."""
+    """Compare as little as the engine allows, on one thread: on a busy machine two threads wait for each other."""
     decide(comparison=0.05, total=0.05)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -397,7 +397,7 @@ def test_a_wrong_result_is_dropped_and_said() -> None:
 
 
 def test_a_stage_that_is_wrong_only_now_and_then() -> None:
-    """Right in its own comparison, wrong afterwards: the last word is the whole's."""
+    """A stage that is right in its own comparison and wrong later is undone by the check of the whole."""
     calls: list[int] = []
 
     def then(y: torch.Tensor) -> torch.Tensor:

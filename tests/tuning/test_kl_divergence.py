@@ -256,7 +256,7 @@ def test_a_step_that_diverges_is_dropped() -> None:
 
 def test_the_rest_must_be_right_without_it(seen: list[Event]) -> None:
     class Louder(Speaker):
-        """Another part's small error is a large one of the whole."""
+        """Enlarges a small error of another part in the whole output."""
 
         def speak(self) -> torch.Tensor:
             wave = super().speak()

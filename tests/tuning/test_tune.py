@@ -149,7 +149,7 @@ def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
 def test_a_change_of_the_process_that_gains_little_in_a_look_is_not_timed_in_pairs(
     seconds: float, pairs: int, decide: Any
 ) -> None:
-    """Its pairs are whole passes."""
+    """Pairs of a change of the process are whole passes."""
     timed: list[Timing] = []
 
     def compare(*_args: Any, **_kwargs: Any) -> Timing:
@@ -467,7 +467,7 @@ def test_the_same_random_numbers_for_both() -> None:
 
 
 def test_wrong_in_total_undoes_everything(seen: list[Event]) -> None:
-    """Right for the part's own captured calls, wrong on the public path."""
+    """A change that is right for the part's captured calls and wrong on the public path."""
 
     class TwoFaced(Slow):
         calls = 0

@@ -194,7 +194,7 @@ def test_no_verdict_is_begun_that_the_budget_does_not_allow(
 
 @pytest.mark.parametrize("graphs", [None, 1])
 def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decide: Any) -> None:
-    """Unless it compiled in that time: the first run says nothing then."""
+    """A run that also compiled does not count, since its time says nothing."""
     calls: list[int] = []
     clock = [0.0]
 

@@ -396,7 +396,7 @@ KEY = "ab" * 16
 def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
     tmp_path: Path, seen: list[Event], told: list[Any]
 ) -> None:
-    """As somebody else's file, or an older one's, may."""
+    """Foreign and older files may have such a description."""
     files = EmbeddingFiles(tmp_path, 10**6)
     packages = {"subprocess", "json", "not_imported", Voice.__module__.partition(".")[0]}
     planted(tmp_path, KEY, ["list", [Voice.__module__ if word == "HERE" else word for word in told]])

@@ -83,7 +83,7 @@ def test_a_file_that_has_long_been_the_same_is_not_read_again(
 def test_a_file_that_is_written_without_a_sign_in_its_times(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As through a mapping on a file system in memory."""
+    """The file changes without a new time, as through a mapping on a file system in memory."""
     path = tmp_path / "voice.wav"
     path.write_bytes(b"RIFFabcd" * 10_000)
     later = time.time_ns() + 10_000_000_000

@@ -140,7 +140,7 @@ def test_chatterbox_s_own_method_sets_the_conditionals(chatterbox: Callable[[], 
 def test_chatterbox_s_voice_is_there_in_the_next_process(
     chatterbox: Callable[[], Any], tmp_path: Path, seen: list[Event]
 ) -> None:
-    """Its classes are dataclasses of the encoder's package, whosever the method is."""
+    """The results are dataclasses of the encoder's package, whichever object has the method."""
 
     class Service:
         def __init__(self) -> None:

@@ -501,7 +501,7 @@ async def test_a_plain_call_that_would_block_the_loop_of_the_turn_is_refused() -
 
 
 def test_a_thread_that_gave_its_stream_away_in_a_context_of_its_own_may_wait() -> None:
-    """As web frameworks do: each item is taken in a thread of a pool, in a copy of the context."""
+    """Take each item in a thread of a pool, in a copy of the context, as web frameworks do."""
     one = backend(1)
     stream = one.stream("x", 2)
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as other:

@@ -217,7 +217,7 @@ def test_a_stream_that_turns_bad_goes_on_where_it_was(
 
 
 def test_a_second_attempt_of_a_stream_is_untouched_until_it_ends(guarded: Any) -> None:
-    """Its body may be in the middle of a sentence: half of it with the changes would be neither model's."""
+    """A body in the middle of a sentence must not change models: half with the changes is the output of neither."""
     backend = guarded(nan)
     other = [backend.voice.fault is None for _ in backend.stream(TEXT)]
     assert len(other) == len(TEXT) * SAMPLES // PIECE

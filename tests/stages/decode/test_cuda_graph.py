@@ -72,7 +72,7 @@ class Stream:
 
 @contextmanager
 def on(stream: Stream, now: list[Stream]) -> Iterator[None]:
-    """As `torch.cuda.stream`."""
+    """Stand-in for `torch.cuda.stream`."""
     now.append(stream)
     yield
     now.pop()
@@ -186,7 +186,7 @@ def test_tokens_are_served_by_one_recording_and_are_upstreams(name: str, rows: i
 
 @pytest.mark.parametrize("make", [transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel])
 def test_arguments_given_as_none_are_none_of_its_inputs(make: Any, seen: list[Event]) -> None:
-    """As a head over the decoder passes them on; a recording gives the decoder positions of its own."""
+    """A head over the decoder passes `position_ids=None` on; a recording gives the decoder its own positions."""
     model = make((llama() if make is transformers.LlamaForCausalLM else gpt2()).config).eval()
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
 

@@ -433,7 +433,7 @@ def test_a_forward_that_was_put_over_a_layer_is_used(served: list[Any]) -> None:
 
 
 class Wrapped(torch.Tensor):
-    """As a quantised or sharded weight: a tensor without memory of its own."""
+    """A tensor without its own memory, like a quantised or sharded weight."""
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_what_is_not_a_number_is_no_surprise(pair: tuple[Any, Any], calls: list[
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["token", "crop", "break off", "copy"])), max_size=14))
 @settings(max_examples=12, deadline=None)
 def test_sequences_in_any_order(steps: list[tuple[int, str]]) -> None:
-    """Three sequences in turn, cropped, copied and broken off: each goes on as upstream's does."""
+    """Three sequences in turn, cropped, copied and broken off: each continues as upstream's does."""
     plain, tuned = llama(), llama()
     FusedBlocksStage().prepare(Part("model", "decoder", tuned)).on()
     pasts = [[prompt(model, seed) for model in (plain, tuned)] for seed in range(3)]
