@@ -52,7 +52,9 @@ def test_residuals_activations_and_batches(dtype: torch.dtype) -> None:
             assert torch.allclose(convolution(image, "relu").float()[:, :, 0], expected.relu(), **near)
             assert torch.allclose(convolution.plus(image, other).float()[:, :, 0], expected + other[:, :, 0], **near)
             added = other.clone()
-            assert torch.allclose(convolution.onto(added, image).float(), convolution.plus(image, other).float(), **near)
+            assert torch.allclose(
+                convolution.onto(added, image).float(), convolution.plus(image, other).float(), **near
+            )
 
 
 def test_another_number_of_threads_is_another_layout() -> None:
