@@ -183,7 +183,7 @@ class WarmPack:
 
     @property
     def known(self) -> tuple[StageResult, ...]:
-        """Verdicts that an earlier process was sure of, of parts of which it was sure of everything."""
+        """Verdicts of an earlier process on the parts of which all its verdicts are certain."""
         if self._earlier is None:
             return ()
         again = {result.part for result in self._earlier.unsure}
@@ -249,7 +249,7 @@ def _read(
     """
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
-        # A single look on a busy machine could drop the best stage, without being marked as uncertain.
+        # A single look on a busy machine could reject the best stage, without being marked as uncertain.
         verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
         receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]

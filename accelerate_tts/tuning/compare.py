@@ -36,9 +36,9 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 """
 
 
-# A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
-# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0011). Where
-# the result is tokens, they are compared as well, and must be the same.
+# A model that computes in bf16 is exact to bf16's rounding. Two orders of summation differ by a few steps of 2^-7 after
+# some ten blocks, each of which rounds; beyond ten, the difference grows with the root of their number (decision 0011).
+# Where the result is tokens, they are compared as well, and must be the same.
 _ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
 # Factor on the limit for hidden states that only a head reads, since its probabilities are compared themselves.
 _READ_BY_A_HEAD = 3.0

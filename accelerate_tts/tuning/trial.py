@@ -252,7 +252,7 @@ class Trial:
             hopeless = self._hopeless(seconds) if self._policy.looks and calm else None
             if hopeless is None:
                 break
-            # A single look drops a change only if a look takes long, and nothing was compiled, which takes longer.
+            # A single look rejects a change only if it takes long, and nothing was compiled, which takes longer.
             enough = again or (seconds > self._policy.long_replay and change.graphs is None)
             if window.disturbance.quiet and enough:
                 return replace(result, after=seconds, reason=hopeless)
