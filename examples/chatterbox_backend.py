@@ -99,8 +99,8 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
         t3.inference_turbo = at_most(t3.inference_turbo, max_gen_len=tokens)
     else:
         limited = at_most(t3.inference, max_new_tokens=tokens)
-        # The English class drops what has no sound, the multilingual one takes it for granted that there is none.
-        t3.inference = lambda **given: limited(**given) % SOUNDS if variant == "multilingual" else limited(**given)
+        # Later releases of the English class drop tokens without a sound; the other classes expect none.
+        t3.inference = lambda **given: limited(**given) % SOUNDS
     frames = 20 if tiny else 100  # of the reference, at 50 a second
     voice = Conditionals(
         T3Cond(torch.rand(1, 256), None, torch.randint(0, SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
