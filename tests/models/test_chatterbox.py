@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -69,11 +68,14 @@ def test_fifty_sentences(steady: Any, example: Any) -> None:
 
     def spoken(model: Any, text: str) -> torch.Tensor:
         limited = module.at_most(getattr(type(model.t3), method), **{limit: 3 + len(text) // 2})
-        setattr(model.t3, method, partial(limited, model.t3))
+        # Random weights choose tokens without a sound, too, which not all releases drop.
+        setattr(model.t3, method, lambda *args, **given: limited(model.t3, *args, **given) % module.SOUNDS)
         return model.generate(text)
 
     make = lambda: without_encoder(module.random(tiny=True, variant=variant))  # noqa: E731
-    steady(make, {name: blocks for name, _ in PARTS}, spoken, traced=True)
+    # The loop of releases without turbo has caches that are tuples, with which blocks are not compiled.
+    parts = [name for name, kind in PARTS if turbo or kind != "decoder"]
+    steady(make, dict.fromkeys(parts, blocks), spoken, traced=True)
 
 
 def test_the_speaker_encoder_is_a_part_of_its_own(example: Any) -> None:

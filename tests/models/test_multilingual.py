@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -104,6 +105,33 @@ def test_hooks_do_not_pile_up(make: Any, seen: list[Event]) -> None:
     speak(tuned, 5, count=3)
     speak(tuned, 6, count=3)
     assert hooks(tuned) == 9, "as upstream again"
+
+
+def test_forwards_do_not_pile_up(make: Any, calls: list[int], seen: list[Event]) -> None:
+    """As in 0.1.1, whose analyzer wraps a layer's forward in another one at each request, and never takes it away."""
+    untouched, tuned = make(), make()
+    fuse(tuned)
+    expected = speak(untouched, 0)[0]
+
+    def wrap(attention: Any) -> None:
+        before = attention.forward
+
+        def patched_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            del self
+            return before(*args, **{**kwargs, "output_attentions": True})
+
+        patched_forward.__module__ = "chatterbox.models.t3.inference.alignment_stream_analyzer"
+        attention.forward = MethodType(patched_forward, attention)
+
+    for _ in range(1500):
+        for t3 in (untouched, tuned):
+            wrap(t3.tfmr.layers[9].self_attn)
+    with pytest.raises(RecursionError):
+        speak(untouched, 0)
+    calls.clear()
+    assert torch.equal(speak(tuned, 0)[0], expected)
+    assert set(calls) == {LAYERS}
+    assert [event for event in seen if not isinstance(event, Tidied)] == []
 
 
 def test_an_end_that_is_forced_and_one_that_is_forbidden(make: Any) -> None:

@@ -122,12 +122,16 @@ def is_spied(attention: Any) -> bool:
 
 
 def tidy(module: Any) -> None:
-    """Delete a `forward` that transformers left in a module's `__dict__`.
+    """Delete a `forward` that transformers, or an alignment analyzer, left in a module's `__dict__`.
 
-    It is the module's own method, bound while the module may have had another class.
+    That of transformers is the module's own method, bound while the module may have had another class. That of the
+    analyzer of Chatterbox 0.1.1 and 0.1.2 asks for attention weights, which their loops ask for anyway. It calls the
+    one of the request before, so that after a thousand requests Python's stack overflows.
     """
     forward = vars(module).get("forward")
-    if forward is not None and getattr(forward, "__self__", None) is module and forward.__name__ == "forward":
+    if forward is not None and is_analyzer(forward):
+        del module.__dict__["forward"]
+    elif forward is not None and getattr(forward, "__self__", None) is module and forward.__name__ == "forward":
         plain = {vars(cls).get("forward") for cls in type(module).__mro__}
         if forward.__func__ in plain or module_of(forward).startswith("accelerate_tts."):
             del module.__dict__["forward"]

@@ -1,8 +1,9 @@
-"""Hooks that upstream leaves on a decoder at each request, which slow down every later one.
+"""What upstream leaves on a decoder at each request, and what slows down every later one.
 
 Chatterbox's multilingual T3 makes an `AlignmentStreamAnalyzer` for each request. It registers hooks on three attention
 layers and never removes them; the loop uses only the newest analyzer. After thousands of requests, each token calls
-thousands of hooks, and each analyzer keeps the attention weights of its prompt.
+thousands of hooks, and each analyzer keeps the attention weights of its prompt. Chatterbox 0.1.1 has one in its English
+model, which also puts a `forward` around that of the request before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import Tidied, emit
 from accelerate_tts.inspection.signatures import is_analyzer
+from accelerate_tts.stages.decode.call_args import tidy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +27,9 @@ class Leftovers:
         self._was_told = False
 
     def tidy(self, decoder: nn.Module) -> None:
-        """Remove the hooks of all analyzers but the newest."""
+        """Remove the hooks of all analyzers but the newest, and each `forward` of theirs."""
+        for inner in decoder.modules():
+            tidy(inner)
         gone = sum(_tidied(inner._forward_hooks) for inner in decoder.modules() if len(inner._forward_hooks) > 1)
         if gone and not self._was_told:
             self._was_told = True
