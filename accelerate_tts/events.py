@@ -10,6 +10,7 @@ system can count them without a dependency of this library::
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -17,7 +18,7 @@ from accelerate_tts.errors import printable, shown
 from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 __all__ = [
     "BackedOff",
@@ -41,6 +42,7 @@ __all__ = [
     "WarmupFailed",
     "add_hook",
     "emit",
+    "isolated",
 ]
 
 logger = logging.getLogger("accelerate_tts")
@@ -358,6 +360,19 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
             _hooks = tuple(known for known in _hooks if known is not registration)
 
     return remove
+
+
+@contextmanager
+def isolated() -> Generator[None, None, None]:
+    """Begin without hooks and without logged events, as in a new process, and put both back at the end. For tests."""
+    global _hooks, _logged
+    with _lock:
+        before, _hooks, _logged = (_hooks, _logged), (), set()
+    try:
+        yield
+    finally:
+        with _lock:
+            _hooks, _logged = before
 
 
 def emit(event: Event) -> None:

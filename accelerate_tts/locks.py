@@ -12,7 +12,7 @@ import threading
 import weakref
 from typing import Any
 
-__all__ = ["lock", "rlock"]
+__all__ = ["all_locks", "lock", "rlock"]
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -31,8 +31,13 @@ def rlock() -> threading.RLock:
     return made
 
 
+def all_locks() -> list[Any]:
+    """Return the living locks that were made here."""
+    return list(_locks)
+
+
 def _after_fork() -> None:
-    for each in list(_locks):
+    for each in all_locks():
         each._at_fork_reinit()  # as the standard library does with its own locks locks
 
 

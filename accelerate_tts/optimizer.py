@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
 
-__all__ = ["PerformanceOptimizer", "create_inference_context", "get_performance_optimizer", "receipt_of"]
+__all__ = [
+    "PerformanceOptimizer",
+    "create_inference_context",
+    "get_performance_optimizer",
+    "receipt_of",
+    "replace_performance_optimizer",
+]
 
 T = TypeVar("T")
 
@@ -218,7 +224,8 @@ class PerformanceOptimizer:
         """Return the receipt of a loaded object or its backend; the last one after several loads."""
         return self._loaded.receipt(tuned)
 
-    def _tuning_of(self, tuned: object) -> Tuning | None:
+    def tuning_of(self, tuned: object) -> Tuning | None:
+        """Return the tuning of a loaded object or its backend, or `None`."""
         return self._loaded.tuning_of(tuned)
 
     def undo(self, tuned: object) -> bool:
@@ -358,6 +365,18 @@ def get_performance_optimizer() -> PerformanceOptimizer:
             if _optimizer is None:
                 _optimizer = PerformanceOptimizer()
     return _optimizer
+
+
+def replace_performance_optimizer(optimizer: PerformanceOptimizer | None) -> PerformanceOptimizer | None:
+    """Replace the process-wide optimizer, and return the previous one, which is not closed.
+
+    Args:
+        optimizer: The new one. `None` has the next use make one from the environment's settings, as in a new process.
+    """
+    global _optimizer
+    with _accessor_lock:
+        previous, _optimizer = _optimizer, optimizer
+    return previous
 
 
 def create_inference_context() -> AbstractContextManager[Any]:

@@ -84,7 +84,7 @@ def measure(precision: str, wave: Any) -> dict[str, Any]:
     assert isinstance(receipt, Receipt)
     print(receipt, flush=True)
     cosine = float(plain.embed_utterance(wave) @ service.embed(wave))
-    tuning = get_performance_optimizer()._tuning_of(service)
+    tuning = get_performance_optimizer().tuning_of(service)
     assert tuning is not None
     state: dict[str, Any] = {}
 

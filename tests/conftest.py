@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts import events, optimizer, settings
+from accelerate_tts import events, settings
 from accelerate_tts.device import flags
 from accelerate_tts.device.usage import Usage
+from accelerate_tts.kernels import decoder_block
+from accelerate_tts.optimizer import replace_performance_optimizer
 from accelerate_tts.stages.compile.inductor import compiled_by
 from accelerate_tts.tuning import capture
 from accelerate_tts.tuning.policy import TuningPolicy, current_policy, tuning_policy
-from accelerate_tts.tuning.timing import Timing, compare_speed
+from accelerate_tts.tuning.timing import compare_speed
+from doubles import is_faster
 
 # The machine that runs the tests must not decide what the settings are. Which kernels it runs may be chosen.
 for variable in [name for name in os.environ if name.startswith(("ACCELERATE_TTS_", "TRANSLATOR_"))]:
@@ -68,20 +71,20 @@ def decide() -> Iterator[Decide]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_process() -> Iterator[None]:
     """No optimizer yet, nothing logged yet, switched on; at the end every flag and variable is put back."""
-    monkeypatch.setattr(optimizer, "_optimizer", None)
-    monkeypatch.setattr(events, "_hooks", ())
-    monkeypatch.setattr(events, "_logged", set())
-    before, held = dict(os.environ), set(flags._held)
-    yield
-    if optimizer._optimizer is not None:
-        optimizer._optimizer.close()
+    before, held = dict(os.environ), flags.held()
+    another = replace_performance_optimizer(None)
+    with events.isolated():
+        yield
+    made = replace_performance_optimizer(another)
+    if made is not None:
+        made.close()
     settings.set_active(True)
-    assert settings._switch.testing == 0, "a test left a testing() scope open"
-    if flags._held.keys() - held:
+    assert not settings.is_testing(), "a test left a testing() scope open"
+    if flags.held() - held:
         gc.collect()  # what a tuning holds is let go with its model, and that may be a part of a cycle
-    left = flags._held.keys() - held
+    left = flags.held() - held
     assert not left, f"a test left an optimizer open, which holds {sorted(flag.name for flag in left)}"
     os.environ.clear()
     os.environ.update(before)
@@ -101,6 +104,20 @@ def seen() -> Iterator[list[events.Event]]:
     remove = events.add_hook(found.append)
     yield found
     remove()
+
+
+@pytest.fixture
+def blocks_a_call(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each call of the decoders' kernel was for."""
+    found: list[int] = []
+    kernel = decoder_block.decoder_blocks()
+
+    def counted(blocks: Any, tokens: Any, count: int, threads: int) -> None:
+        found.append(count)
+        kernel(blocks, tokens, count, threads)
+
+    monkeypatch.setattr(decoder_block, "decoder_blocks", lambda: counted)
+    return found
 
 
 Compiler = Callable[..., object]
@@ -130,8 +147,7 @@ def uncompiled(compile_by: Callable[[Compiler], None]) -> None:
 @pytest.fixture
 def bf16_is_faster(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """A machine (a stand-in) that computes in bf16, and on which every stage pays off."""
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
+    decide(compare=is_faster, looks=False, unworthy=lambda *_given: None)
     monkeypatch.setattr("accelerate_tts.device.half_dtypes.half_dtypes", lambda _device: (torch.bfloat16,))
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from accelerate_tts import Event, WarmupError, inference, optimized_model, optimizer, receipt_of, set_active, testing
+from accelerate_tts import Event, WarmupError, inference, optimized_model, receipt_of, set_active, testing
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Tuned, WarmupFailed
+from doubles import begin_process
 
 on = torch.is_inference_mode_enabled
 
@@ -408,8 +409,7 @@ def test_the_precision_reaches_the_receipt(monkeypatch: pytest.MonkeyPatch) -> N
     quick: dict[str, Any] = {"warmup": MEL, "tune_seconds": 0.0}
     assert precision_of(optimized_model(**quick)(vocoder)) == "exact"
     assert precision_of(optimized_model(precision="fast", **quick)(vocoder)) == "fast"
-    optimizer.get_performance_optimizer().close()
-    monkeypatch.setattr(optimizer, "_optimizer", None)  # as in a process that is started with it
+    begin_process()
     monkeypatch.setenv("ACCELERATE_TTS_PRECISION", "balanced")
     assert precision_of(optimized_model(**quick)(vocoder)) == "balanced"
     assert precision_of(optimized_model(precision="exact", **quick)(vocoder)) == "exact"

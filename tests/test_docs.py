@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from accelerate_tts.environment import VARIABLES
-from accelerate_tts.tuning.timing import Timing
+from doubles import is_faster
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -51,8 +51,7 @@ def run(name: str, **names: Any) -> dict[str, Any]:
 def example(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Callable[[str], ModuleType]:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; compiling has tests of its own
     # Nothing is timed, and whatever is right is kept: the pages are to run with all of it.
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster)
+    decide(compare=is_faster)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     warnings.simplefilter("ignore", FutureWarning)  # of the upstream packages' own imports
     return importlib.import_module

@@ -128,12 +128,12 @@ def test_one_that_fails_has_a_row_and_stops_nothing(
 def test_a_command_that_hangs_or_fails_says_so(scripts: tuple[Any, Any]) -> None:
     run, _ = scripts
     with pytest.raises(run.StepError, match=r"longer than 1 s"):
-        run._step([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+        run.run_step([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
     code = "import sys; print('ERROR: No matching distribution\\n[notice] a new pip', file=sys.stderr); sys.exit(1)"
     with pytest.raises(run.StepError, match="ERROR: No matching distribution"):
-        run._step([sys.executable, "-c", code], 10.0)
+        run.run_step([sys.executable, "-c", code], 10.0)
     with pytest.raises(run.StepError, match="could not be started"):
-        run._step(["/nowhere/python"], 1.0)
+        run.run_step(["/nowhere/python"], 1.0)
 
 
 def test_a_report_of_pytests_own_is_read(scripts: tuple[Any, Any], tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ import contextvars
 import gc
 import linecache
 import os
-import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from accelerate_tts.runtime.guard.guard import guard_of
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.load_request import LoadRequest
 from accelerate_tts.tuning.warmup import Loaded
+from doubles import ALONE, is_faster, run_alone
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -235,28 +234,18 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     from accelerate_tts.device import memory
     from accelerate_tts.stages import catalogue
     from accelerate_tts.stages.layers.weight_norm import FoldStage
-    from accelerate_tts.tuning.timing import Timing
 
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: [FoldStage()])
     monkeypatch.setattr(memory, "cleanup", lambda *_args, **_kwargs: None, raising=False)
-    decide(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5))
-
-
-_ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
+    decide(compare=is_faster)
 
 
 def test_ctrl_c_at_the_end_of_a_load() -> None:
     """Run in a process of its own: after other tests a lock was once held at the end, for no known reason."""
-    name = f"{__file__}::test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", name],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent, env={**os.environ, _ALONE: "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    run_alone(__file__, "test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing")
 
 
-@pytest.mark.skipif(_ALONE not in os.environ, reason="it is run in a process of its own, by the test before it")
+@pytest.mark.skipif(ALONE not in os.environ, reason="it is run in a process of its own, by the test before it")
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing() -> None:
     whole, tracer = interrupted(0)
@@ -309,7 +298,7 @@ def test_a_hook_may_undo_what_an_undo_reloads() -> None:
     backend = Backend(None, 0)
     backend.load()
     optimizer, undone = get_performance_optimizer(), []
-    tuning = optimizer._tuning_of(backend)
+    tuning = optimizer.tuning_of(backend)
     assert tuning is not None
 
     class Reloading:

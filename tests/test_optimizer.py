@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ from accelerate_tts.patching.class_swap import ClassSwap, subclass_with
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.tuning.timing import Timing
+from doubles import pays_off
 
 GIB = 1024**3
 
@@ -120,9 +119,11 @@ def test_warmup_model_refuses_what_means_nothing(optimizer: PerformanceOptimizer
         (DeviceInfo("xpu", "stand-in", 16 * GIB), 3),
     ],
 )
-def test_batch_size_table(optimizer: PerformanceOptimizer, device: DeviceInfo, expected: int) -> None:
+def test_batch_size_table(
+    optimizer: PerformanceOptimizer, device: DeviceInfo, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stand-in: the detected device is given, for hardware that is not here."""
-    optimizer._device = device
+    monkeypatch.setattr(detect, "detect", lambda _wanted: device)
     assert optimizer.get_optimal_batch_size(default=3) == expected
 
 
@@ -165,11 +166,15 @@ def test_inference_context(optimizer: PerformanceOptimizer, monkeypatch: pytest.
     inference_mode.mode_factory.cache_clear()
 
 
-def test_cleanup_never_raises(optimizer: PerformanceOptimizer, seen: list[Event]) -> None:
+def test_cleanup_never_raises(
+    optimizer: PerformanceOptimizer, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
     optimizer.cleanup_memory()
     optimizer.cleanup_memory(force=True)
     assert not [event for event in seen if event.degraded]
-    optimizer._device = DeviceInfo("cuda", "stand-in", GIB)  # stand-in whose every driver call raises here
+    optimizer.close()
+    device = DeviceInfo("cuda", "stand-in", GIB)  # every driver call raises here
+    monkeypatch.setattr(detect, "detect", lambda _wanted: device)
     optimizer.cleanup_memory()
     optimizer.cleanup_memory(force=True)
     assert [event for event in seen if event.degraded]
@@ -224,13 +229,7 @@ def _tuned_by_a_swap(monkeypatch: pytest.MonkeyPatch, decide: Any, model: nn.Mod
             made.append(weakref.ref(change))
             return change
 
-    def faster(run: Callable[[], object], *switches: Any, **_: Any) -> Timing:
-        for switch in switches[:2]:
-            switch()
-            run()
-        return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
-
-    decide(compare=faster, looks=False)  # what is kept must not hang on this machine's noise
+    decide(compare=pays_off, looks=False)  # what is kept must not hang on this machine's noise
     monkeypatch.setattr("accelerate_tts.stages.catalogue.default_stages", lambda *_: (Copies(),))
     monkeypatch.setenv("ACCELERATE_TTS_PACK", "0")
     tuned = optimized_model(warmup=torch.ones(1, 4))(lambda: model)()

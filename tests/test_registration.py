@@ -20,7 +20,7 @@ from accelerate_tts.models import Part, describe, register_system
 from accelerate_tts.models.catalogue import SYSTEMS
 from accelerate_tts.registration import Registry
 from accelerate_tts.stages.catalogue import STAGES, default_stages
-from accelerate_tts.tuning.timing import Timing
+from doubles import is_faster
 
 STAGE = """
 from accelerate_tts.stages import BaseStage, register_stage
@@ -129,9 +129,8 @@ def test_the_example_of_a_stage_and_a_system(
     group = "accelerate_tts.stages" if own == "entry point" else "nobody.asks.for.this"
     install("own_stage", code, group)
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
     decide(
-        compare=lambda *_args, **_kwargs: faster,
+        compare=is_faster,
         looks=False,
         unworthy=lambda *given: None if given[-1].name == "tables made once" else "not in this test",
     )

@@ -33,7 +33,7 @@ def show(as_json: bool) -> None:
         sys.stdout.write(json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
         return
     if entries:
-        rows = [(entry.key[:12], decimal(entry.bytes), _when(entry.used)) for entry in entries]
+        rows = [(entry.key[:12], decimal(entry.bytes), time_text(entry.used)) for entry in entries]
         wide_console().print(table([("pack", "size", "last used"), *rows], "Warm packs", {"size", "last used"}))
     total = decimal(sum(entry.bytes for entry in entries))
     _say(f"{_packs(len(entries))}, {total} of at most {settings.pack_limit_mb} MB, in {pack_folder(settings)}")
@@ -88,7 +88,8 @@ def _packs(count: int) -> str:
     return f"{count} warm pack{'' if count == 1 else 's'}"
 
 
-def _when(used: float) -> str:
+def time_text(used: float) -> str:
+    """Return a file's time for people, or "?" if no calendar has it."""
     try:
         return datetime.fromtimestamp(used, tz=timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M")
     except (OverflowError, ValueError, OSError):  # a file's time may be out of range

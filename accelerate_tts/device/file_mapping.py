@@ -40,7 +40,7 @@ def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"memory cannot be mapped in place on {sys.platform}")
-    kind = _file_system(folder)
+    kind = file_system(folder)
     if kind in _IN_MEMORY:
         raise OSError(f"{folder} lies in memory itself ({kind})")
     if kind in _REMOTE or kind.startswith("fuse"):
@@ -79,7 +79,7 @@ def _map(file: int, start: int, size: int, offset: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _file_system(folder: Path) -> str:
+def file_system(folder: Path) -> str:
     """Return the type of a folder's file system from the kernel's list of mounts; "" if it is not listed."""
     device = folder.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"

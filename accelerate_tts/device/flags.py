@@ -30,6 +30,7 @@ __all__ = [
     "Flag",
     "Hold",
     "environment",
+    "held",
     "hold",
 ]
 
@@ -247,6 +248,12 @@ def is_held(flag: Flag) -> bool:
     """Check that `flag` is held now, so that its present state is not the user's."""
     with _lock:
         return flag in _held
+
+
+def held() -> frozenset[Flag]:
+    """Return the flags that are held now."""
+    with _lock:
+        return frozenset(_held)
 
 
 def original(flag: Flag) -> Any:

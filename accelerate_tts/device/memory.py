@@ -102,7 +102,7 @@ def cleanup(device: DeviceInfo) -> None:
     steps: list[tuple[str, Callable[[], object]]] = [("garbage collection", gc.collect)]
     if device.type != "cpu":
         steps.append((f"{device.type.upper()} cache", getattr(torch, device.type).empty_cache))
-    steps.append(("malloc_trim", _trim_heap))
+    steps.append(("malloc_trim", trim_heap))
     for name, step in steps:
         try:
             step()
@@ -126,8 +126,11 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return call
 
 
-def _trim_heap() -> None:
-    # Many small freed tensors stay in glibc's arenas, and in the resident set, until this call.
+def trim_heap() -> None:
+    """Return freed heap pages to the system, under glibc.
+
+    Many small freed tensors stay in its arenas, and in the resident set, until this call.
+    """
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
@@ -152,7 +155,7 @@ def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
         work()
         backend.synchronize()
         return max(0, int(backend.max_memory_allocated()) - int(before))
-    _trim_heap()
+    trim_heap()
     if device.type != "cpu" or not _reset_peak():
         work()
         return None

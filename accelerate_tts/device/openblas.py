@@ -27,7 +27,7 @@ _NAMES = [
 ]
 
 
-class _Library:
+class Library:
     """One loaded OpenBLAS."""
 
     def __init__(self, path: str, get: Any, set_: Any) -> None:
@@ -46,15 +46,17 @@ class _Library:
 
 def busy_libraries() -> list[str]:
     """Return the paths of loaded OpenBLAS libraries with more than one thread. They are found on Linux only."""
-    return [library.path for library in _libraries() if library.threads > 1]
+    return [library.path for library in loaded_libraries() if library.threads > 1]
 
 
-def _libraries() -> list[_Library]:
-    found = (_opened(path) for path in _loaded_paths())
+def loaded_libraries() -> list[Library]:
+    """Return the OpenBLAS libraries that are loaded now."""
+    found = (opened(path) for path in loaded_paths())
     return [library for library in found if library is not None]
 
 
-def _loaded_paths() -> list[str]:
+def loaded_paths() -> list[str]:
+    """Return the paths of loaded files that are OpenBLAS by their name, from the process's memory maps."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # another system; NumPy for macOS uses Accelerate, which does not spin
@@ -64,7 +66,8 @@ def _loaded_paths() -> list[str]:
     return sorted(path for path in paths if ".so" in path)
 
 
-def _opened(path: str) -> _Library | None:
+def opened(path: str) -> Library | None:
+    """Return the loaded library of this path; `None` if it is not loaded, or no OpenBLAS."""
     try:
         # Finds the loaded library without loading one: if its file was replaced or removed since (by an upgrade under a
         # running process), another library must not be loaded.
@@ -73,7 +76,7 @@ def _opened(path: str) -> _Library | None:
         return None
     for getter, setter in _NAMES:
         if hasattr(library, getter) and hasattr(library, setter):
-            return _Library(path, getattr(library, getter), getattr(library, setter))
+            return Library(path, getattr(library, getter), getattr(library, setter))
     return None
 
 
@@ -83,18 +86,18 @@ _later: dict[str, int] = {}
 
 def _save() -> dict[str, int]:
     _later.clear()
-    return {library.path: library.threads for library in _libraries()}
+    return {library.path: library.threads for library in loaded_libraries()}
 
 
 def _restore(saved: dict[str, int]) -> None:
     before = {**_later, **saved}
-    for library in _libraries():
+    for library in loaded_libraries():
         if library.path in before:
             library.threads = before[library.path]
 
 
 def _write(count: int) -> None:
-    for library in _libraries():
+    for library in loaded_libraries():
         _later.setdefault(library.path, library.threads)
         library.threads = count
 

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 __all__ = ["BuildError", "NoCompilerError", "build", "write_commands"]
 
 _HERE = Path(__file__).parent
-_TOKENS = ("skinny_gemm", "decoder_block")
-_SEQUENCES = ("packed_gemm", "transformer_block", "residual_block")
+TOKENS = ("skinny_gemm", "decoder_block")
+SEQUENCES = ("packed_gemm", "transformer_block", "residual_block")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _BF16 = (*_VNNI, "-mavx512bf16")
 # The plainest first: of identical inline definitions, linkers keep the first, which must run on every processor.
-_X86: dict[str, tuple[str, ...]] = {
+X86: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": _AVX2,
     "avx512": _AVX512,
@@ -112,12 +112,12 @@ def _compiled(compiler: list[str], folder: Path, machine: str) -> list[Path]:
         _run([*compiler, *_flags(), *flags, "-c", str(_HERE / "csrc" / f"{unit}.cpp"), "-o", str(made)])
         return made
 
-    jobs = _jobs(_levels(compiler, machine, folder))
+    jobs = jobs_of(_levels(compiler, machine, folder))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(compiled, jobs))
 
 
-def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]]:
+def jobs_of(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]]:
     """Return the compilations: a unit, its instruction set, and its flags."""
     tokens, sequences = _taken(levels, _NOT_FOR_TOKENS), _taken(levels, _NOT_FOR_SEQUENCES)
     listed = " ".join(f"X({level},{tokens[level]},{sequences[level]})" for level in levels)
@@ -125,7 +125,7 @@ def _jobs(levels: dict[str, tuple[str, ...]]) -> list[tuple[str, str, list[str]]
         ("dispatch", "", [f"-DKERNELS_LEVELS(X)={listed}"]), ("weight_digests", "", []),
     ]  # fmt: skip
     for level, flags in levels.items():
-        units = (*(_TOKENS if tokens[level] == level else ()), *(_SEQUENCES if sequences[level] == level else ()))
+        units = (*(TOKENS if tokens[level] == level else ()), *(SEQUENCES if sequences[level] == level else ()))
         jobs += [(unit, level, [f"-DKERNELS_LEVEL={level}", *flags]) for unit in units]
     return jobs
 
@@ -148,7 +148,7 @@ def write_commands() -> Path:
             "file": f"{unit}.cpp",
             "arguments": [*compiler, *_flags(), *flags, f"{unit}.cpp"],
         }
-        for unit, _, flags in reversed(_jobs(levels))  # clangd uses the first, so the best level comes first
+        for unit, _, flags in reversed(jobs_of(levels))  # clangd uses the first, so the best level comes first
     ]
     target = _HERE / "csrc" / "compile_commands.json"
     target.write_text(json.dumps(commands, indent=1), encoding="utf-8")
@@ -196,7 +196,7 @@ def _levels(compiler: list[str], machine: str, folder: Path) -> dict[str, tuple[
         command = [*compiler, *flags, "-c", str(probe), "-o", str(folder / "probe.o")]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0  # noqa: S603
 
-    return {level: flags for level, flags in _X86.items() if known(flags)}
+    return {level: flags for level, flags in X86.items() if known(flags)}
 
 
 def _run(command: list[str]) -> None:

@@ -30,7 +30,8 @@ __all__ = ["KernelError", "Library", "kernels", "level", "load", "missing"]
 VARIABLE = "ACCELERATE_TTS_KERNELS"
 NONE = "none"
 
-_PLACE = Path(__file__).with_name(library_name())
+PLACE = Path(__file__).with_name(library_name())
+"""Path of the package's own library."""
 _REBUILD = "install a wheel for this platform, or build it anew: python -m accelerate_tts.kernels.build"
 _BUILD = (
     "install a wheel for this platform, or have a C++ compiler when it is built"
@@ -99,7 +100,7 @@ def kernels() -> Library:
     Raises:
         KernelError: It cannot be used. The error was reported at the first call, and is raised at each.
     """
-    found = _loaded()
+    found = loaded_library()
     if isinstance(found, KernelError):
         raise found
     return found
@@ -107,20 +108,21 @@ def kernels() -> Library:
 
 def missing() -> str | None:
     """Return the reason why there are no kernels, or `None` if there are."""
-    found = _loaded()
+    found = loaded_library()
     return str(found) if isinstance(found, KernelError) else None
 
 
 def level() -> str:
     """Return the instruction set in use, or "none"."""
-    found = _loaded()
+    found = loaded_library()
     return NONE if isinstance(found, KernelError) else found.level
 
 
 @cache
-def _loaded() -> Library | KernelError:
+def loaded_library() -> Library | KernelError:
+    """Load the package's own library once, and return it or the reason why it cannot be used."""
     try:
-        return load(_PLACE, os.environ.get(VARIABLE, ""))
+        return load(PLACE, os.environ.get(VARIABLE, ""))
     except KernelError as error:
         if os.environ.get(VARIABLE) != NONE:  # otherwise the user asked for it
             emit(FellBack("accelerate_tts", "the kernels' library", str(error)))

@@ -52,13 +52,14 @@ def snapshot() -> Snapshot:
     return made
 
 
-def pack(before: frozenset[str]) -> bytes | None:
+def pack(before: frozenset[str], most: int = _MOST_BYTES) -> bytes | None:
     """Archive the files that are new since a snapshot, compressed; `None` if there are none, or they are too large.
 
     Args:
         before: The earlier files. For a `Snapshot`, files that were used since are included, too.
+        most: Maximum bytes of the files.
     """
-    folder = _folder()
+    folder = cache_folder()
     # An atomic copy, since other threads open files meanwhile.
     used = {_key(name) for name in before.opened.copy()} if isinstance(before, Snapshot) else set[str]()
     names = [
@@ -72,7 +73,7 @@ def pack(before: frozenset[str]) -> bytes | None:
             except FileNotFoundError:  # another process may have cleaned up
                 continue
             size += len(content)
-            if size > _MOST_BYTES:
+            if size > most:
                 return None
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
@@ -131,7 +132,7 @@ def _unpacked(content: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bo
         raise ValueError(f"the entry {abridged(entry.name)} of the compiled code is no plain file in its folder")
     if not 0 <= entry.size <= most:
         raise BadFileError(f"the entry {abridged(entry.name)} of the compiled code has {entry.size} bytes")
-    target = _folder() / name
+    target = cache_folder() / name
     file = content.extractfile(entry)
     if file is None or target.exists():
         return False
@@ -158,10 +159,10 @@ def _key(name: str) -> str:
 
 def _watch(snapshot: Snapshot) -> None:
     """Record opened files of the compiler's folder while the snapshot is alive."""
-    prefix = os.fspath(_folder()) + os.sep
-    if not _watched:
+    prefix = os.fspath(cache_folder()) + os.sep
+    if not watched:
         sys.addaudithook(_audit)  # once, since Python cannot remove an audit hook
-    _watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in _watched if entry[0]() is not None)]
+    watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in watched if entry[0]() is not None)]
 
 
 def _audit(event: str, given: tuple[object, ...]) -> None:
@@ -171,17 +172,21 @@ def _audit(event: str, given: tuple[object, ...]) -> None:
         return
     path = given[place]
     if isinstance(path, str):
-        for reference, prefix in _watched:
+        for reference, prefix in watched:
             if path.startswith(prefix) and (found := reference()) is not None:
                 found.opened.add(path[len(prefix) :].replace(os.sep, "/"))
 
 
 _OPENING = {"open": 0, "import": 1, "ctypes.dlopen": 0}
-_watched: list[tuple[weakref.ref[Snapshot], str]] = []
+watched: list[tuple[weakref.ref[Snapshot], str]] = []
+"""Living snapshots, each with the prefix of the paths that it records, newest first."""
 
 
-def _folder() -> Path:
-    # The name that inductor uses (torch 2.6 to 2.14), without importing inductor, which takes two seconds.
+def cache_folder() -> Path:
+    """Return the compiler's folder, as inductor names it (torch 2.6 to 2.14).
+
+    inductor itself is not imported, which takes two seconds.
+    """
     own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if own:
         return Path(own)
@@ -193,7 +198,7 @@ def _folder() -> Path:
 
 
 def _files() -> list[str]:
-    folder = _folder()
+    folder = cache_folder()
     found: list[str] = []
     for path, _, names in os.walk(folder):
         found += [(Path(path) / name).relative_to(folder).as_posix() for name in names]

@@ -101,11 +101,11 @@ def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
         for module in root.modules()
         if serves_copies(module)
         for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None and (storage := _movable(tensor)) is not None
+        if tensor is not None and (storage := movable(tensor)) is not None
     }
 
 
-def _movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+def movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Return a tensor's storage if it is private to this process and large enough, else `None`."""
     import torch
 

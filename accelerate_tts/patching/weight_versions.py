@@ -7,7 +7,7 @@ every tensor and compares it. A change of a whole tensor is seen by the next che
 when their piece is next, after at most as many checks as the tensor has kilobytes.
 
 On other devices, and without kernels, reading is expensive. There a fixed set of elements is compared, and checks take
-at most a hundredth of the time (`_Pace`). Of weights in a file (offload.py) only one piece is read, so that the rest
+at most a hundredth of the time (`Pace`). Of weights in a file (offload.py) only one piece is read, so that the rest
 stays out of memory.
 """
 
@@ -130,12 +130,13 @@ def _span(tensor: torch.Tensor) -> int:
 
 # --- on a CPU, by the kernels' library --------------------------------------------------------------------------------
 
-_files: list[tuple[int, int]] = []
+file_regions: list[tuple[int, int]] = []
+"""Address and bytes of memory whose pages are read from a file on access."""
 
 
 def lie_in_files(regions: Iterable[tuple[int, int]]) -> None:
     """Register memory, by address and bytes, whose pages are read from a file on access."""
-    _files.extend(regions)
+    file_regions.extend(regions)
 
 
 class _Digests:
@@ -161,10 +162,10 @@ class _Digests:
 
     def differ(self) -> bool:
         """Check whether a piece has changed. The tensors must be at the same addresses, and held by the caller."""
-        if self._moved != len(_files):
-            self._moved = len(_files)
+        if self._moved != len(file_regions):
+            self._moved = len(file_regions)
             for number, (start, size) in enumerate(self._regions):
-                if any(place < start + size and start < place + length for place, length in _files):
+                if any(place < start + size and start < place + length for place, length in file_regions):
                     self._steps[number] = 0
         return bool(self._changed(*self._asked))
 
@@ -211,7 +212,7 @@ class _Places:
             return not torch.equal(self._read(tensor), self._bits)
 
 
-class _Pace:
+class Pace:
     """Limits checks to a share of the elapsed time.
 
     Args:
@@ -234,4 +235,4 @@ class _Pace:
         return found
 
 
-_pace = _Pace()
+_pace = Pace()

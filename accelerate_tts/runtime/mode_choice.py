@@ -53,12 +53,12 @@ def made_once() -> None:
     _made_once[0] += 1
 
 
-# By the id of objects, held weakly.
-_known: dict[int, _Known] = {}
+known_owners: dict[int, _Known] = {}
+"""Modes that were found for objects, by their id. The objects are held weakly."""
 
 
 def _known_of(owner: object) -> _Known | None:
-    known = _known.get(id(owner))
+    known = known_owners.get(id(owner))
     return known if known is not None and known.owner() is owner else None
 
 
@@ -73,7 +73,7 @@ def mode_of(owner: object, mode: Mode) -> Mode:
         owner: The object.
         mode: The mode of the decorator.
     """
-    known = _known_of(owner if _is_referable(owner) else type(owner)) if _known else None
+    known = _known_of(owner if _is_referable(owner) else type(owner)) if known_owners else None
     return mode if known is None or known.mode is None else known.mode
 
 
@@ -175,11 +175,11 @@ class ModeChoice:
             number = id(self.owner)
 
             def gone(reference: object) -> None:
-                entry = _known.get(number)
+                entry = known_owners.get(number)
                 if entry is not None and entry.owner is reference:
-                    del _known[number]
+                    del known_owners[number]
 
-            known = _known[number] = _Known(weakref.ref(self.owner, gone))
+            known = known_owners[number] = _Known(weakref.ref(self.owner, gone))
         return known
 
 

@@ -19,28 +19,58 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Generator
     from types import CodeType, FrameType, TracebackType
 
-__all__ = ["remaining", "shield", "time_limit", "within"]
+__all__ = ["WatchdogPolicy", "known_limits", "remaining", "shield", "time_limit", "watchdog_policy", "within"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_AGAIN = 1.0  # seconds between two interruptions of code that swallows exceptions
 _SOON = 0.002  # seconds until the next check of a limit that just begins or ends
 _ARRIVES = 100_000  # maximum rounds of the empty loop in which an exception arrives; one or two suffice
-_DEAF = 10.0  # seconds after which an event reports that the work does not react
 
 
-class _Interruption(BaseException):
+@dataclass(frozen=True)
+class WatchdogPolicy:
+    """Rules of the watchdog. Tests give others with `watchdog_policy`.
+
+    Attributes:
+        clock: Returns seconds.
+        again: Seconds between two interruptions of code that swallows exceptions.
+        deaf: Seconds after which an event reports that the work does not react.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    again: float = 1.0
+    deaf: float = 10.0
+
+
+_policies: list[WatchdogPolicy] = [WatchdogPolicy()]
+
+
+@contextmanager
+def watchdog_policy(policy: WatchdogPolicy) -> Generator[None, None, None]:
+    """Set the policy of all limits of this process while open. They are checked at once, by its clock."""
+    _policies.append(policy)
+    _check_all()
+    try:
+        yield
+    finally:
+        _policies.remove(policy)
+        _check_all()
+
+
+class Interruption(BaseException):
     """The exception that is raised in the thread. Each limit has a subclass of its own."""
 
     limit: weakref.ref[time_limit]
@@ -79,17 +109,17 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         self.over = True
         self.fired = self.due = self.heard = self.told = self.raising = False
         self.raised: weakref.ref[BaseException] | None = None
-        self.kind: type[_Interruption] = _Interruption
+        self.kind: type[Interruption] = Interruption
         self._outer: weakref.ref[time_limit] | None = None
 
     def __enter__(self) -> None:
         if self.seconds is None:
             return
         self.thread = threading.get_ident()
-        self.kind = type("_Interruption", (_Interruption,), {"limit": weakref.ref(self)})
+        self.kind = type("Interruption", (Interruption,), {"limit": weakref.ref(self)})
         self._outer = getattr(_here, "limit", None)
         _here.limit = weakref.ref(self)
-        self.end = time.monotonic() + self.seconds
+        self.end = _policies[-1].clock() + self.seconds
         self.over = False
         _watch(self)
 
@@ -128,7 +158,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
     def left(self) -> float:
         """Return the seconds until this limit or an outer one passes; may be negative."""
         outer = None if self._outer is None else self._outer()
-        left = self.end - time.monotonic()
+        left = self.end - _policies[-1].clock()
         return left if outer is None else min(left, outer.left())
 
     def look(self, now: float) -> float | None:
@@ -150,16 +180,17 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
                 return now + _SOON
             if self.raised is None or self.raised() is None:  # otherwise the last one is still propagating
                 self.fired = self.due = True
-                _raise_in(self.thread, self.kind)
+                raise_in(self.thread, self.kind)
         finally:
             self.raising = False
         if self.free is not None:  # last, so that the exception is pending when the wait ends
             self.freed = self.free() or self.freed
-        return now + _AGAIN
+        return now + _policies[-1].again
 
     def is_deaf(self, now: float) -> bool:
         """Check once that the work does not react to the interruption. The caller holds the lock."""
-        self.told, before = self.told or (self.fired and not self.heard and now > self.end + _DEAF), self.told
+        deaf = self.fired and not self.heard and now > self.end + _policies[-1].deaf
+        self.told, before = self.told or deaf, self.told
         return self.told and not before and not self.over
 
 
@@ -179,7 +210,7 @@ def within(seconds: float | None, what: str, work: Callable[[], T], free: Callab
     try:
         with limit:
             return work()
-    except _Interruption as interruption:  # it arrived just as the body ended
+    except Interruption as interruption:  # it arrived just as the body ended
         limit.close()
         if not isinstance(interruption, limit.kind):
             raise  # an outer limit's exception
@@ -207,7 +238,8 @@ def _is_shielded(frame: FrameType | None) -> bool:
     return False
 
 
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
+def raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Raise an exception in a thread between two bytecodes, as soon as it runs Python code."""
     import ctypes
 
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
@@ -220,7 +252,7 @@ for _function in (
     time_limit.__exit__,
     time_limit.close,
     time_limit._let_arrive,
-    _Interruption.__init__,
+    Interruption.__init__,
 ):
     shield(_function)
 
@@ -247,12 +279,24 @@ def _watch(limit: time_limit) -> None:
             _bell.notify()
 
 
+def _check_all() -> None:
+    with _bell:
+        _bell.notify()
+
+
+def known_limits() -> int:
+    """Return the number of limits that are remembered, ended ones among them."""
+    with _bell:
+        return len(_limits)
+
+
 def _keep_watch() -> None:
     while True:
         with _bell:
-            deaf = _looked(time.monotonic())
+            clock = _policies[-1].clock
+            deaf = _looked(clock())
             if not deaf:
-                _bell.wait(max(0.0, _limits[0][0] - time.monotonic()) if _limits else None)
+                _bell.wait(max(0.0, _limits[0][0] - clock()) if _limits else None)
         for what in deaf:
             emit(
                 NotApplied(

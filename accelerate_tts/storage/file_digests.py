@@ -73,7 +73,7 @@ class FileDigests:
         digest = hashlib.new(algorithm)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
             before = os.fstat(file.fileno())
-            key = (algorithm, *_identity(path, before))
+            key = (algorithm, *identity(path, before))
             sample = _sample(file, before.st_size)
             with self._lock:
                 known = self._known.get(key)
@@ -81,12 +81,11 @@ class FileDigests:
                     self._known.move_to_end(key)
                     return known[1]
             file.seek(0)
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            read_into(digest, file)
             after = os.fstat(file.fileno())
         now = time.time_ns()
         # Cached only if the last change is old enough that a later change must give other times.
-        if _identity(path, before) == _identity(path, after) and max(after.st_mtime_ns, after.st_ctime_ns) < (
+        if identity(path, before) == identity(path, after) and max(after.st_mtime_ns, after.st_ctime_ns) < (
             now - _SETTLED_NS
         ):
             with self._lock:
@@ -94,6 +93,12 @@ class FileDigests:
                 while len(self._known) > _FILES_KNOWN:
                     self._known.popitem(last=False)
         return digest.hexdigest()
+
+
+def read_into(digest: Any, file: IO[bytes]) -> None:
+    """Update a digest with the rest of a file, block by block."""
+    while block := file.read(_BLOCK):
+        digest.update(block)
 
 
 def _sample(file: IO[bytes], size: int) -> bytes:
@@ -107,6 +112,9 @@ def _sample(file: IO[bytes], size: int) -> bytes:
     return b"".join(found)
 
 
-def _identity(path: str, about: os.stat_result) -> tuple[Any, ...]:
-    # Unlike the modification time, the inode's change time cannot be set by a program.
+def identity(path: str, about: os.stat_result) -> tuple[Any, ...]:
+    """Return the metadata that differs after a write.
+
+    Unlike the modification time, the inode's change time cannot be set by a program.
+    """
     return (path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)

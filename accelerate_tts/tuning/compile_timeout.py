@@ -37,7 +37,7 @@ def compiling_within(seconds: float | None, what: str, work: Callable[[], T]) ->
     Raises:
         TimeLimitError: The work was interrupted. The message names the stopped compilers.
     """
-    compilers = _Compilers()
+    compilers = Compilers()
     try:
         return within(seconds, what, work, compilers.stop)
     except TimeLimitError:
@@ -45,17 +45,17 @@ def compiling_within(seconds: float | None, what: str, work: Callable[[], T]) ->
         raise
 
 
-class _Compilers:
+class Compilers:
     """Compilers that are started for this thread after the construction of this object."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
-        self._before = {process.pid for process in self._waited_for() if process is not None}
+        self._before = {process.pid for process in self.waited_for() if process is not None}
 
     def stop(self) -> str:
         """Stop the running compilers; return a clause that names them, or ""."""
         stopped: list[str] = []
-        for process in self._waited_for():
+        for process in self.waited_for():
             if process is not None and process.pid not in self._before:
                 stopped.append(_name(process))
                 _kill(process.pid)
@@ -64,16 +64,16 @@ class _Compilers:
     def drain(self) -> None:
         """Stop the queued compilations of the thread pool, which would delay the next one."""
         end = time.monotonic() + _DRAINED
-        while list(self._waited_for()) and time.monotonic() < end:
+        while list(self.waited_for()) and time.monotonic() < end:
             self.stop()
             time.sleep(_MOMENT)
 
-    def _waited_for(self) -> Iterator[subprocess.Popen[bytes] | None]:
+    def waited_for(self) -> Iterator[subprocess.Popen[bytes] | None]:
         """Yield, for each thread in which inductor compiles, the process that it waits for, or `None`."""
         if "torch._inductor" not in sys.modules:
             return
         for thread, frame in sys._current_frames().items():
-            modules, process = _stack(frame)
+            modules, process = on_stack(frame)
             # A user's torch.compile on another thread has dynamo on its stack; inductor's pool does not.
             is_pool = any(name == "torch._inductor.codecache" for name in modules) and not any(
                 name.startswith("torch._dynamo") for name in modules
@@ -82,7 +82,7 @@ class _Compilers:
                 yield process
 
 
-def _stack(frame: FrameType | None) -> tuple[set[str], subprocess.Popen[bytes] | None]:
+def on_stack(frame: FrameType | None) -> tuple[set[str], subprocess.Popen[bytes] | None]:
     """Return the modules on a thread's stack, and the process that inductor waits for there."""
     modules: set[str] = set()
     waiting: subprocess.Popen[bytes] | None = None

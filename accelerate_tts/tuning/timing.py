@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize", "time_once"]
 
-_FIRST_LOOK, _SECOND_LOOK = 0.033, 0.017
-WORTH_A_SECOND_LOOK, _PAIRS_OF_A_SECOND_LOOK = 1.1, 13
+FIRST_LOOK, SECOND_LOOK = 0.033, 0.017
+"""Maximum probability that the verdict of a look is wrong."""
+WORTH_A_SECOND_LOOK, PAIRS_OF_A_SECOND_LOOK = 1.1, 13
+"""Median ratio from which an undecided first look is followed by a second one, and its minimum number of pairs."""
 _MOST_PAIRS = 25
 # If the minimum number of pairs shows this ratio without exception, no further pairs are needed.
 _CLEAR = 1.1
@@ -120,14 +122,14 @@ def compare_speed(  # noqa: C901, PLR0913 - the work, its two states, and what l
         return _judged([first[number] for number in undisturbed], [second[number] for number in undisturbed], alpha)
 
     run_pairs(min(fewest, pairs))
-    timing = judged(_FIRST_LOOK)
+    timing = judged(FIRST_LOOK)
     if not _is_clear(timing):
         run_pairs(pairs)
-        timing = judged(_FIRST_LOOK)
+        timing = judged(FIRST_LOOK)
     undecided = timing.low <= 1.0 and timing.ratio >= WORTH_A_SECOND_LOOK
     if (undecided or not timing.clean) and clock() - begun <= 2 * seconds:
-        run_pairs(max(2 * pairs, _PAIRS_OF_A_SECOND_LOOK))
-        timing = judged(_SECOND_LOOK)
+        run_pairs(max(2 * pairs, PAIRS_OF_A_SECOND_LOOK))
+        timing = judged(SECOND_LOOK)
     return timing
 
 
@@ -137,7 +139,7 @@ def _is_clear(timing: Timing) -> bool:
 
 def _judged(first: list[float], second: list[float], alpha: float) -> Timing:
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
-    rank = _rank(len(ratios), alpha)
+    rank = rank_of(len(ratios), alpha)
     return Timing(
         before=statistics.median(first),
         after=statistics.median(second),
@@ -148,7 +150,8 @@ def _judged(first: list[float], second: list[float], alpha: float) -> Timing:
     )
 
 
-def _rank(count: int, alpha: float) -> int:
+def rank_of(count: int, alpha: float) -> int:
+    """Return the largest index at which a sorted ratio exceeds the true median with at most the probability `alpha`."""
     chance, rank = 0.0, -1
     for k in range(count):
         chance += math.comb(count, k) / 2**count

@@ -175,21 +175,21 @@ def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], No
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
     def install(*told: str) -> None:
-        _step([*pip, "install", "--quiet", *told], _INSTALL_SECONDS, _without_ours())
+        run_step([*pip, "install", "--quiet", *told], _INSTALL_SECONDS, _without_ours())
 
     if made_of.exists() and made_of.read_text("utf-8") == wanted:  # kept by an earlier run
         say(f"taking what {place} has of {' '.join(one.requires)}")
         install("--force-reinstall", "--no-deps", str(wheel))
     else:
         say(f"installing {' '.join(one.requires)} on Python {one.python}")
-        _step([interpreter_of(one.python), "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
+        run_step([interpreter_of(one.python), "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
         install("--upgrade", "pip")  # whatever Python brought: an old one may resolve for hours
         first = [extra.requires for extra in one.beside if extra.build]
         if first:
             install(*first)
         others = [extra.requires for extra in one.beside if not extra.build]
         install(*(["--no-build-isolation"] if first else []), *one.requires, *others)
-        listed = _step([*pip, "freeze", "--all"], _INSTALL_SECONDS, _without_ours())
+        listed = run_step([*pip, "freeze", "--all"], _INSTALL_SECONDS, _without_ours())
         frozen.write_text("\n".join(line for line in listed.splitlines() if "==" in line), "utf-8")
         made_of.write_text(wanted, "utf-8")
     say(f"installing {wheel.name} and the tests' tools beside it")
@@ -223,7 +223,7 @@ def _versions(python: Path, one: Environment) -> tuple[str, dict[str, str]]:
         "    try:\n        found[name] = metadata.version(name)\n    except metadata.PackageNotFoundError:\n"
         "        pass\nprint(json.dumps([platform.python_version(), found]))"
     )
-    version, found = json.loads(_step([str(python), "-c", code, *names], 60.0))
+    version, found = json.loads(run_step([str(python), "-c", code, *names], 60.0))
     return version, found
 
 
@@ -235,7 +235,7 @@ def _tests(one: Environment, python: Path, folder: Path, say: Callable[[str], No
                f"--junitxml={report}", "--durations=5"]  # fmt: skip
     log = folder / "tests.log"
     with log.open("wb") as output:
-        _step(command, _TEST_SECONDS, {**_clean(folder), "OMP_NUM_THREADS": "1"}, output, {0, 1})
+        run_step(command, _TEST_SECONDS, {**_clean(folder), "OMP_NUM_THREADS": "1"}, output, {0, 1})
     if not report.exists():
         raise StepError(f"the tests left no report: {_last(log.read_text('utf-8', 'replace'))}")
     found = results(report.read_text("utf-8"))
@@ -299,7 +299,7 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
 
 def _described(one: Environment, python: Path, folder: Path) -> dict[str, Any]:
     script = ROOT / ".ci" / "releases.py"
-    said = _step([str(python), str(script), "--here", one.upstream[0]], 300.0, _clean(folder))
+    said = run_step([str(python), str(script), "--here", one.upstream[0]], 300.0, _clean(folder))
     return {"said": said.strip().splitlines()}
 
 
@@ -316,7 +316,7 @@ def _without_ours() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
-def _step(
+def run_step(
     command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, output: Any = None,
     allowed: frozenset[int] | set[int] = frozenset({0}),
 ) -> str:  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError, optimizer
+from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError
 from accelerate_tts.cli.app import app
 from accelerate_tts.cli.bench import chart, command, measure, processes, report, systems, variant
 from accelerate_tts.cli.bench.measure import Measured, Ratio, undisturbed
@@ -25,6 +25,7 @@ from accelerate_tts.cli.bench.report import Found, summaries
 from accelerate_tts.cli.bench.variant import Request
 from accelerate_tts.device.usage import Usage
 from accelerate_tts.tuning.disturbance import Watcher
+from doubles import begin_process
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         for name, value in folders_of(request, folder).items():
             if name != "TORCHINDUCTOR_CACHE_DIR":  # our own kernels need not be built again
                 monkeypatch.setenv(name, value)
-        if optimizer._optimizer is not None:
-            optimizer._optimizer.close()  # or what it set of this process would stay so
-        monkeypatch.setattr(optimizer, "_optimizer", PerformanceOptimizer(Settings.from_environment()))
+        begin_process(PerformanceOptimizer(Settings.from_environment()))
         try:
             return json.loads(json.dumps(variant.answer(request)))
         except Exception as error:

@@ -80,9 +80,9 @@ def test_an_existing_file_survives_a_refused_text(tmp_path: Path) -> None:
 
 def test_what_is_timed_is_short_however_long_the_text() -> None:
     pieces = sentences("A sentence of some length, to be spoken aloud. " * 200)
-    assert len(command._timed_part(pieces)) <= 300
-    assert command._timed_part(["one"]) == "one"
-    assert command._timed_part(iter(["one", "two"])) == "one\ntwo"
+    assert len(command.timed_part(pieces)) <= 300
+    assert command.timed_part(["one"]) == "one"
+    assert command.timed_part(iter(["one", "two"])) == "one\ntwo"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 import accelerate_tts.cli
-from accelerate_tts.cli.demo.command import OutputError, _check_writable
+from accelerate_tts.cli.demo.command import OutputError, check_writable
 from accelerate_tts.cli.lines import say
 from accelerate_tts.cli.tables import table
 from accelerate_tts.cli.terminal import Terminal
@@ -108,8 +108,8 @@ def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str |
 def test_the_demo_s_file_is_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match="name a file"):
-        _check_writable(tmp_path / "pipe")
-    _check_writable(Path("/dev/full"))  # what is written to it is told when it is written
+        check_writable(tmp_path / "pipe")
+    check_writable(Path("/dev/full"))  # what is written to it is told when it is written
 
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"

@@ -77,7 +77,7 @@ def test_an_empty_list(folder: Path) -> None:
 
 @pytest.mark.parametrize("used", [1e18, -1e18, float("inf")])
 def test_a_time_that_no_calendar_has(used: float) -> None:
-    assert pack._when(used) == "?"
+    assert pack.time_text(used) == "?"
 
 
 # --- export and load -----------------------------------------------------------------------------------------------

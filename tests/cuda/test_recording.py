@@ -13,14 +13,16 @@ import torch
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.decode import cuda_graph
-from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
 
 PROMPT = 6
 
 
-def capture(model: Any) -> Any:
-    stage, part = CapturedStepStage(), Part("model", "decoder", model)
+BOUNDS = Bounds()
+
+
+def capture(model: Any, bounds: Bounds = BOUNDS) -> Any:
+    stage, part = CapturedStepStage(bounds=bounds), Part("model", "decoder", model)
     assert stage.applies(part) is None
     change = stage.prepare(part)
     change.on()
@@ -78,11 +80,10 @@ def test_threads_with_streams_of_their_own_share_recordings(model: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         for a, b in zip(expected, pool.map(ask, range(8)), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
-    assert sum(len(steps._all()) for steps in change._steps.values()) <= cuda_graph._MOST_SLOTS
+    assert len(change.slots) <= BOUNDS.slots
 
 
-def test_sequences_that_take_the_one_slot_from_each_other(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "_MOST_SLOTS", 1)
+def test_sequences_that_take_the_one_slot_from_each_other(model: Any) -> None:
     ids = torch.randint(3, 50, (2, 9, 1, 5), generator=torch.Generator().manual_seed(0)).cuda()
 
     def run() -> list[torch.Tensor]:
@@ -98,7 +99,7 @@ def test_sequences_that_take_the_one_slot_from_each_other(model: Any, monkeypatc
         return found
 
     expected = run()
-    change = capture(model)
+    change = capture(model, Bounds(slots=1))
     for a, b in zip(expected, run(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert change.graphs == 1

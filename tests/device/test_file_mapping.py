@@ -22,7 +22,7 @@ SIZE = 32 << 20
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Where the tests' own folder lies in memory, all but the saving is as on a disk.
-    monkeypatch.setattr(file_mapping, "_IN_MEMORY", set())
+    monkeypatch.setattr(file_mapping, "file_system", lambda _folder: "ext4")
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def test_it_can_be_written_to_and_freed(disk: Path) -> None:
 @given(st.lists(st.integers(1, 40_000), min_size=1, max_size=6), st.integers(0, 5000))
 def test_regions_of_any_size_and_alignment_keep_their_content(sizes: list[int], shift: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_mapping, "_IN_MEMORY", set())
+        patch.setattr(file_mapping, "file_system", lambda _folder: "ext4")
         whole = torch.randint(0, 255, (sum(sizes) + shift,), dtype=torch.uint8)
         expected = whole.clone()
         regions, start = [], whole.data_ptr() + shift
@@ -98,14 +98,14 @@ def test_a_full_disk_moves_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @linux
 def test_a_folder_that_lies_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_mapping, "_file_system", lambda _folder: "tmpfs")
+    monkeypatch.setattr(file_mapping, "file_system", lambda _folder: "tmpfs")
     with pytest.raises(OSError, match=r"lies in memory itself \(tmpfs\)"):
         move_to_file([region(torch.rand(SIZE // 4))], tmp_path)
 
 
 @linux
 def test_the_kind_of_file_system_is_the_kernels() -> None:
-    assert file_mapping._file_system(Path("/proc/self").parent) == "proc"
+    assert file_mapping.file_system(Path("/proc/self").parent) == "proc"
 
 
 def test_elsewhere_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_file_system_that_may_go_away_gets_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A mapped page that cannot be read again ends the process by SIGBUS."""
-    monkeypatch.setattr(file_mapping, "_file_system", lambda _folder: kind)
+    monkeypatch.setattr(file_mapping, "file_system", lambda _folder: kind)
     tensor = torch.zeros(1 << 20)
     with pytest.raises(OSError, match="ACCELERATE_TTS_PACK_FOLDER"):
         move_to_file([region(tensor)], tmp_path)

@@ -187,7 +187,7 @@ def test_cleanup_never_raises_with_or_without_the_device(device: DeviceInfo) -> 
         (DEVICES[1], torch.cuda, "empty_cache", "CUDA cache"),
         (DEVICES[2], torch.xpu, "empty_cache", "XPU cache"),
         (DEVICES[3], torch.mps, "empty_cache", "MPS cache"),
-        (CPU, memory, "_trim_heap", "malloc_trim"),
+        (CPU, memory, "trim_heap", "malloc_trim"),
     ],
 )
 def test_a_failing_step_is_told_and_the_others_are_done(
@@ -195,7 +195,7 @@ def test_a_failing_step_is_told_and_the_others_are_done(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(gc, "collect", lambda: done.append("garbage collection"))
-    monkeypatch.setattr(memory, "_trim_heap", lambda: done.append("malloc_trim"))
+    monkeypatch.setattr(memory, "trim_heap", lambda: done.append("malloc_trim"))
 
     def refuse() -> None:
         raise RuntimeError("the driver is gone")

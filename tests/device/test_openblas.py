@@ -40,7 +40,7 @@ class Library:
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> list[Library]:
     found = [Library("/numpy/libopenblas.so", 4), Library("/scipy/libopenblas.so", 2)]
-    monkeypatch.setattr(openblas, "_libraries", lambda: found)
+    monkeypatch.setattr(openblas, "loaded_libraries", lambda: found)
     return found
 
 
@@ -102,7 +102,7 @@ def test_any_sequence_ends_where_it_began(actions: list[tuple[str, int]]) -> Non
     loaded = [Library("a", 4), Library("b", 1)]
     before = {library.path: library.threads for library in loaded}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openblas, "_libraries", lambda: loaded)
+        patch.setattr(openblas, "loaded_libraries", lambda: loaded)
         held: list[tuple[int, Any]] = []
         for action, number in actions:
             if action == "hold":
@@ -143,13 +143,13 @@ MAPS = """\
 
 def test_the_paths_are_read_from_the_maps_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_args, **_kwargs: MAPS)
-    assert openblas._loaded_paths() == ["/opt/libopenblas.so.0 (deleted)", "/opt/with space/libscipy_openblas64_-1.so"]
+    assert openblas.loaded_paths() == ["/opt/libopenblas.so.0 (deleted)", "/opt/with space/libscipy_openblas64_-1.so"]
     assert busy_libraries() == []  # neither file is there
 
 
 def real_path() -> str:
     np.ones((2, 2)) @ np.ones((2, 2))
-    libraries = openblas._libraries()
+    libraries = openblas.loaded_libraries()
     if not libraries:
         pytest.skip("no OpenBLAS is loaded: this NumPy was built with another BLAS, or this is no Linux")
     return libraries[0].path
@@ -158,23 +158,23 @@ def real_path() -> str:
 def test_a_file_that_took_the_place_of_a_loaded_library_is_not_loaded(tmp_path: Path) -> None:
     replaced = tmp_path / "libopenblas.so"
     replaced.write_bytes(Path(real_path()).read_bytes())  # as an upgrade under a running process leaves it
-    assert openblas._opened(str(replaced)) is None
+    assert openblas.opened(str(replaced)) is None
     assert str(replaced) not in Path("/proc/self/maps").read_text(encoding="utf-8")
-    assert openblas._opened(str(tmp_path / "removed.so")) is None
+    assert openblas.opened(str(tmp_path / "removed.so")) is None
 
 
 def test_a_library_without_the_functions_is_passed_over() -> None:
     real_path()  # skips where there is no /proc
     libc = ctypes.util.find_library("c")
     assert libc is not None
-    assert openblas._opened(libc) is None
+    assert openblas.opened(libc) is None
 
 
 @pytest.fixture
 def real() -> Iterator[str]:
     """The path of NumPy's own OpenBLAS, with two threads during the test."""
     path = real_path()
-    library = openblas._opened(path)
+    library = openblas.opened(path)
     assert library is not None
     before = library.threads
     library.threads = 2
@@ -212,7 +212,7 @@ def test_every_openblas_of_this_environment_is_found() -> None:
         for entry in threadpoolctl.threadpool_info()
         if entry["internal_api"] == "openblas"
     }
-    assert known <= {Path(library.path).resolve() for library in openblas._libraries()}
+    assert known <= {Path(library.path).resolve() for library in openblas.loaded_libraries()}
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_a_pass_that_takes_too_much_of_the_budget_is_not_repeated_for_it(librari
 def test_two_models_hold_the_real_library(real: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tuned(1.5)
     assert outside(real) == 1
-    library = openblas._opened(real)
+    library = openblas.opened(real)
     assert library is not None
     library.threads = 2  # somebody else's doing: a second model tuned now finds it busy
     second = tuned(1.5)

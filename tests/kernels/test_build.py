@@ -55,11 +55,11 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_each_level_takes_its_own_kernels_or_those_below() -> None:
     build = module("accelerate_tts/kernels/build.py")
-    for machine, levels in (("x86_64", build._X86), ("aarch64", {"base": ()})):
-        jobs = build._jobs(levels)
+    for machine, levels in (("x86_64", build.X86), ("aarch64", {"base": ()})):
+        jobs = build.jobs_of(levels)
         compiled = {(unit, level) for unit, level, _ in jobs}
         assert len(compiled) == len(jobs), machine
-        assert {(unit, "base") for unit in (*build._TOKENS, *build._SEQUENCES)} <= compiled
+        assert {(unit, "base") for unit in (*build.TOKENS, *build.SEQUENCES)} <= compiled
         assert jobs[0][:2] == ("dispatch", "")
 
 

@@ -64,7 +64,7 @@ def check(skinny_linear):
 
 for level in sys.argv[1:]:
     os.environ["ACCELERATE_TTS_KERNELS"] = level
-    library._loaded.cache_clear()
+    library.loaded_library.cache_clear()
     calls.skinny_linear.cache_clear()
     check(calls.skinny_linear())
     print(library.kernels().level)
@@ -155,16 +155,16 @@ def test_a_failure_is_reported_once_and_remembered(
         tried.append(path)
         return load(path, limit)
 
-    monkeypatch.setattr(library, "_PLACE", tmp_path / "_kernels.so")
+    monkeypatch.setattr(library, "PLACE", tmp_path / "_kernels.so")
     monkeypatch.setattr(library, "load", counted)
-    library._loaded.cache_clear()
+    library.loaded_library.cache_clear()
     try:
         for _ in range(3):
             with pytest.raises(KernelError, match="built without kernels"):
                 kernels()
         assert "built without kernels" in str(library.missing())
     finally:
-        library._loaded.cache_clear()
+        library.loaded_library.cache_clear()
     assert len(tried) == 1
     (event,) = [event for event in seen if isinstance(event, FellBack)]
     assert "built without kernels" in event.reason

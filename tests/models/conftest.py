@@ -34,9 +34,9 @@ from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import is_faster
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,8 +70,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     """Keep every correct change on every part, without timing it; compile nothing."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/stages does
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None)
+    decide(compare=is_faster, looks=False, unworthy=lambda *_given: None)
 
 
 @pytest.fixture

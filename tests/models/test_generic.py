@@ -20,13 +20,12 @@ from accelerate_tts import Receipt, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.models import describe, generic
 from accelerate_tts.optimizer import get_performance_optimizer
-from accelerate_tts.plan import Part
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.capture import time_modules
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 
 @pytest.fixture(autouse=True)
@@ -96,28 +95,8 @@ def test_tuned_is_right_and_undone_is_untouched(make: Any) -> None:
 
 def parts_of(subject: Any, warmup: Any) -> list[str]:
     calls = warmup_calls(warmup, Loaded(subject), "inference")
-    receipt = tune(describe(subject), calls, [Everything()], DeviceInfo("cpu", "test"), Limits(60.0)).receipt
+    receipt = tune(describe(subject), calls, [Stage("nothing")], DeviceInfo("cpu", "test"), Limits(60.0)).receipt
     return [stage.part for stage in receipt.stages]
-
-
-class Everything(BaseStage):
-    """A stage that changes nothing, to record the parts that it is tried on."""
-
-    name = "nothing"
-    least_share = 0.0
-    graphs: int | None = None
-
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> Everything:
-        return self
-
-    def on(self) -> None: ...
-
-    def off(self) -> None: ...
-
-    def seal(self) -> None: ...
 
 
 def test_the_parts_of_a_pipeline_are_found_by_watching() -> None:

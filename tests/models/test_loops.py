@@ -8,23 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts.kernels import decoder_block
 from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
 TOKENS = 300
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of blocks that the calls of the kernel computed."""
-    found: list[int] = []
-    kernel = decoder_block.decoder_blocks()
-    monkeypatch.setattr(
-        decoder_block, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given))
-    )
-    return found
 
 
 @pytest.fixture
@@ -60,7 +48,7 @@ def same(run: Callable[..., torch.Tensor], requests: list[dict[str, Any]], fuse:
     return [tokens.shape[1] for tokens in tuned]
 
 
-def test_chatterbox(example: Any, fused: Callable[[Any], None], calls: list[int]) -> None:
+def test_chatterbox(example: Any, fused: Callable[[Any], None], blocks_a_call: list[int]) -> None:
     model = example("chatterbox_backend").random(tiny=True)
     t3 = model.t3
     text = torch.nn.functional.pad(model.tokenizer.text_to_tokens("Hello."), (1, 0), value=255)
@@ -72,10 +60,10 @@ def test_chatterbox(example: Any, fused: Callable[[Any], None], calls: list[int]
     requests = [{"max_new_tokens": TOKENS}, {"cfg_weight": 0.2, "temperature": 1.1}, {"cfg_weight": 0.9, "top_p": 0.7}]
     counts = same(run, requests, lambda: fused(model))
     assert counts == [TOKENS, 40, 40]
-    assert calls == [len(t3.tfmr.layers)] * sum(counts), "one call for each token; upstream runs the last one too"
+    assert blocks_a_call == [len(t3.tfmr.layers)] * sum(counts), "one call a token; upstream runs the last one too"
 
 
-def test_chatterbox_turbo(example: Any, fused: Callable[[Any], None], calls: list[int]) -> None:
+def test_chatterbox_turbo(example: Any, fused: Callable[[Any], None], blocks_a_call: list[int]) -> None:
     module = example("chatterbox_backend")
     pytest.importorskip(module.VARIANTS["turbo"][0], reason="this release of Chatterbox has no turbo model")
     model = module.random(tiny=True, variant="turbo")
@@ -87,10 +75,10 @@ def test_chatterbox_turbo(example: Any, fused: Callable[[Any], None], calls: lis
 
     counts = same(run, [{}], lambda: fused(model))
     assert counts == [TOKENS]
-    assert set(calls) == {len(model.t3.tfmr.h)}
+    assert set(blocks_a_call) == {len(model.t3.tfmr.h)}
 
 
-def test_xtts(example: Any, fused: Callable[[Any], None], calls: list[int]) -> None:
+def test_xtts(example: Any, fused: Callable[[Any], None], blocks_a_call: list[int]) -> None:
     loaded = example("xtts_backend").random(tiny=True)
     gpt = loaded.model.gpt
     gpt.max_gen_mel_tokens = TOKENS
@@ -106,10 +94,10 @@ def test_xtts(example: Any, fused: Callable[[Any], None], calls: list[int]) -> N
         {"max_new_tokens": 40, "temperature": 1.2, "top_p": 0.8, "repetition_penalty": 3.0},
     ]
     assert same(run, requests, lambda: fused(loaded.model))[0] >= TOKENS
-    assert set(calls) == {len(gpt.gpt.h)}
+    assert set(blocks_a_call) == {len(gpt.gpt.h)}
 
 
-def test_higgs(example: Any, fused: Callable[[Any], None], calls: list[int]) -> None:
+def test_higgs(example: Any, fused: Callable[[Any], None], blocks_a_call: list[int]) -> None:
     loaded = example("higgs_backend").random(tiny=True)
 
     def run(**numbers: Any) -> torch.Tensor:
@@ -120,4 +108,4 @@ def test_higgs(example: Any, fused: Callable[[Any], None], calls: list[int]) -> 
     # Its own stop comes by chance in each: several, of which each is another sample.
     requests: list[dict[str, Any]] = [{}, {"temperature": 0.6}, {}, {"temperature": 0.8}, {}, {"top_k": 20}]
     assert sum(same(run, requests, lambda: fused(loaded.model))) >= TOKENS
-    assert set(calls) == {len(loaded.model.model.layers)}
+    assert set(blocks_a_call) == {len(loaded.model.model.layers)}

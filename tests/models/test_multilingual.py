@@ -10,7 +10,6 @@ import torch
 
 from accelerate_tts import Event
 from accelerate_tts.events import Tidied
-from accelerate_tts.kernels import decoder_block
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -42,17 +41,6 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of blocks that the calls of the kernel computed."""
-    found: list[int] = []
-    kernel = decoder_block.decoder_blocks()
-    monkeypatch.setattr(
-        decoder_block, "decoder_blocks", lambda: lambda *given: (found.append(given[2]), kernel(*given))
-    )
-    return found
-
-
 def speak(t3: Any, seed: int, letters: int = 12, count: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of a text, and where in it the analyzer saw each."""
     torch.manual_seed(seed)
@@ -78,7 +66,7 @@ def hooks(t3: Any) -> int:
     )
 
 
-def test_the_analyzer_decides_as_it_does_upstream(make: Any, calls: list[int], seen: list[Event]) -> None:
+def test_the_analyzer_decides_as_it_does_upstream(make: Any, blocks_a_call: list[int], seen: list[Event]) -> None:
     untouched, tuned = make(), make()
     fuse(tuned)
     for seed in range(4):
@@ -87,8 +75,8 @@ def test_the_analyzer_decides_as_it_does_upstream(make: Any, calls: list[int], s
         assert expected[1].shape == found[1].shape
         assert torch.allclose(expected[1], found[1], atol=1e-5)
         assert expected[1].max() > 0, "it looked at something"
-    assert calls
-    assert set(calls) == {LAYERS}, "all blocks in one call, those that are looked at too"
+    assert blocks_a_call
+    assert set(blocks_a_call) == {LAYERS}, "all blocks in one call, those that are looked at too"
     assert [event for event in seen if not isinstance(event, Tidied)] == []
 
 

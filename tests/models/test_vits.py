@@ -13,7 +13,7 @@ from accelerate_tts.events import NotApplied, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
-from accelerate_tts.tuning.timing import Timing
+from doubles import is_faster
 
 
 def small() -> VitsModel:
@@ -66,10 +66,9 @@ def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Even
 
 def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
     """Keep every correct change, so that it is in force on any machine."""
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
     # One part is compiled: half a minute of compiling the duration predictor would be for nothing.
     refused = lambda _session, part, stage: "refused here" if stage.cost and part.name != "decoder" else None  # noqa: E731
-    decide(compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=refused)
+    decide(compare=is_faster, looks=False, unworthy=refused)
     reference, model = small(), small()
     keys = list(model.state_dict())
 

@@ -107,7 +107,7 @@ def test_what_is_opened_is_noted_for_those_alone_who_ask(cache: Path, tmp_path: 
     compiler_cache.snapshot()
     assert gone() is None
     # Others may be held by tunings of the same process that other tests have left to the garbage collector.
-    assert [prefix for _, prefix in compiler_cache._watched].count(f"{cache}{os.sep}") == 2
+    assert [prefix for _, prefix in compiler_cache.watched].count(f"{cache}{os.sep}") == 2
 
 
 def test_locks_and_half_written_files_stay_behind(cache: Path) -> None:
@@ -120,25 +120,22 @@ def test_locks_and_half_written_files_stay_behind(cache: Path) -> None:
     assert compiler_cache.unpack(packed) == 1
 
 
-def test_nothing_new_no_folder_and_too_much(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_new_no_folder_and_too_much(cache: Path) -> None:
     assert compiler_cache.snapshot() == frozenset()
     assert compiler_cache.pack(frozenset()) is None
     assert not cache.exists()
     write(cache, FILES)
     assert compiler_cache.pack(compiler_cache.snapshot()) is None
-    monkeypatch.setattr(compiler_cache, "_MOST_BYTES", sum(map(len, FILES.values())))
-    assert compiler_cache.pack(frozenset()) is not None
-    monkeypatch.setattr(compiler_cache, "_MOST_BYTES", sum(map(len, FILES.values())) - 1)
-    assert compiler_cache.pack(frozenset()) is None
+    size = sum(map(len, FILES.values()))
+    assert compiler_cache.pack(frozenset(), most=size) is not None
+    assert compiler_cache.pack(frozenset(), most=size - 1) is None
 
 
-def test_a_file_that_another_process_removes_meanwhile_is_left_out(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_another_process_removes_meanwhile_is_left_out(cache: Path) -> None:
+    """A link to nowhere is listed, and cannot be read, as what is removed in between."""
     write(cache, FILES)
-    listed = compiler_cache._files()
     (cache / "top").unlink()
-    monkeypatch.setattr(compiler_cache, "_files", lambda: listed)
+    (cache / "top").symlink_to("removed")
     packed = compiler_cache.pack(frozenset())
     assert packed is not None
     assert compiler_cache.unpack(packed) == 0
@@ -208,7 +205,7 @@ def test_the_folder_is_the_one_that_inductor_takes(monkeypatch: pytest.MonkeyPat
         expected = default_cache_dir()
     except KeyError:
         pytest.skip("this release of inductor fails without a user's name (torch 2.6)")
-    assert os.fspath(compiler_cache._folder()) == expected
+    assert os.fspath(compiler_cache.cache_folder()) == expected
 
 
 def test_files_that_other_threads_open_meanwhile_disturb_no_packing(

@@ -32,19 +32,17 @@ from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, T
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.packs.store import Pack, PackStore
 from accelerate_tts.packs.warm_pack import WarmPack, pack_folder
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.settings import Settings
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.tuning.activate import check
 from accelerate_tts.tuning.first_passes import one_pass
 from accelerate_tts.tuning.ledger import Ledger
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import find
 from accelerate_tts.tuning.warmup import Loaded, WarmupCall, WarmupCalls, warmup_calls
+from doubles import Stage, begin_process, pays_off
 
 MEL = torch.randn(1, 8, 24, generator=torch.Generator().manual_seed(1))
 MEGABYTE = 1 << 20
@@ -70,46 +68,6 @@ class Stack(nn.Module):
         return mel.mean(1) + self.offset
 
 
-class Stage(BaseStage):
-    """Sets attributes of a part's module: a change that can be as right or as wrong as a test wants it."""
-
-    least_share = 0.0
-
-    def __init__(self, name: str = "test stage", **attributes: Any) -> None:
-        self.name = name
-        self.attributes = attributes
-        self.obstacle: str | None = None
-        self.fault: BaseException | None = None
-        self.graphs: int | None = None
-        self.done: Callable[[], None] = lambda: None
-
-    def applies(self, part: Part) -> str | None:
-        return self.obstacle
-
-    def prepare(self, part: Part) -> _Set:
-        return _Set(self, part.module)
-
-
-class _Set(BaseChange):
-    def __init__(self, stage: Stage, module: nn.Module) -> None:
-        self.stage = stage
-        self.module = module
-        self.before = {name: vars(module)[name] for name in stage.attributes}
-
-    @property
-    def graphs(self) -> int | None:
-        return self.stage.graphs
-
-    def on(self) -> None:
-        vars(self.module).update(self.stage.attributes)
-        self.stage.done()
-        if self.stage.fault is not None:
-            raise self.stage.fault
-
-    def off(self) -> None:
-        vars(self.module).update(self.before)
-
-
 @pytest.fixture(autouse=True)
 def packs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Packs are on, in a folder of the test's own, which is not there yet."""
@@ -121,18 +79,10 @@ def packs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "packs"
 
 
-def all_pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timing:
-    """Stand-in for a machine on which every stage pays off: what is kept must not hang on this machine's noise."""
-    for switch in (before, after):
-        switch()
-        run()
-    return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Iterator[None]:
     looks = (0.2 * 0.97**number for number in itertools.count())  # each is faster than the one before
-    decide(compare=all_pays_off, look=lambda *_: next(looks))
+    decide(compare=pays_off, look=lambda *_: next(looks))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine two wait for each other
     yield
@@ -525,7 +475,7 @@ def test_another_machine_or_version_is_tuned_for_itself(
     else:
         name = {"compile mode": "COMPILE_MODE", "TF32": "TF32"}[what]
         monkeypatch.setenv(f"ACCELERATE_TTS_{name}", {"TF32": "0"}.get(name, "max-autotune"))
-        in_a_fresh_process(monkeypatch)
+        begin_process()
     happened(seen)
     try:
         load()
@@ -533,13 +483,6 @@ def test_another_machine_or_version_is_tuned_for_itself(
         assert len(list(packs.glob("*.pack"))) == 2
     finally:
         torch.set_num_threads(threads)
-
-
-def in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a new process, as far as this library can tell: the settings are read again."""
-    if optimizer._optimizer is not None:
-        optimizer._optimizer.close()
-    monkeypatch.setattr(optimizer, "_optimizer", None)
 
 
 def test_random_warm_up_tensors_have_one_pack(stage: Stage, seen: list[Event]) -> None:
@@ -868,7 +811,6 @@ def test_compiled_code_that_turns_out_to_be_none(stage: Stage, seen: list[Event]
 
 def test_a_change_that_falls_back_by_itself_is_not_in_force(stage: Stage, seen: list[Event]) -> None:
     load()
-    stage.done = lambda: None
     happened(seen)
     original = Stack.forward
 
@@ -889,6 +831,13 @@ def test_a_change_that_falls_back_by_itself_is_not_in_force(stage: Stage, seen: 
     assert happened(seen)["Restored"] == 0
 
 
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
 # --- interrupted, cancelled, failed ----------------------------------------------------------------------------------
 
 
@@ -896,14 +845,14 @@ def test_a_change_that_falls_back_by_itself_is_not_in_force(stage: Stage, seen: 
 def test_an_interrupt_while_it_is_put_in_force(error: BaseException, stage: Stage, seen: list[Event]) -> None:
     load()
     happened(seen)
-    stage.fault = error
+    stage.faults["on"] = raising(error)
     model = Stack()
     before = state(model)
     with pytest.raises(type(error)):
         load(lambda: model)
     assert_untouched(state(model), before)
     assert happened(seen) == {}
-    stage.fault = None
+    stage.faults.clear()
     assert kept(load(lambda: model))
     assert happened(seen) == {"Restored": 1}
 
@@ -934,7 +883,7 @@ def test_a_fault_while_it_is_put_in_force(
 ) -> None:
     load()
     happened(seen)
-    stage.fault = error
+    stage.faults["on"] = raising(error)
     model = load(lambda: meanwhile.watched())
     assert happened(seen) == {"PackIgnored": 1, "Trying": 1, "FellBack": 1, "Tuned": 1}
     meanwhile.assert_untouched()
@@ -1103,7 +1052,8 @@ def test_shipping_with_and_without_a_shared_key(
         library.parent.mkdir(parents=True, exist_ok=True)
         library.write_bytes(b"code")
 
-    stage.graphs, stage.done = 1, compiled
+    stage.graphs = 1
+    stage.faults["on"] = compiled
     if shared:
         monkeypatch.setenv("ACCELERATE_TTS_PACK_KEY", "the same on both")
     load()
@@ -1111,9 +1061,10 @@ def test_shipping_with_and_without_a_shared_key(
     assert optimizer.get_performance_optimizer().export_packs(parcel) == 1
 
     removed(tmp_path / "inductor")
-    stage.done = (lambda: None) if shared else compiled
+    if shared:
+        stage.faults.clear()
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "another machine"))
-    in_a_fresh_process(monkeypatch)
+    begin_process()
     happened(seen)
     assert optimizer.get_performance_optimizer().load_packs(str(parcel)) == 1
     assert happened(seen) == ({} if shared else {"PackIgnored": 1})  # the code is left behind, and that is said
@@ -1122,9 +1073,9 @@ def test_shipping_with_and_without_a_shared_key(
     assert happened(seen)["Restored"] == 1
     assert library.exists(), "unpacked, or compiled here"
     # The code that was compiled here is now stored under this machine's own key.
-    stage.done = lambda: None
+    stage.faults.clear()
     removed(tmp_path / "inductor")
-    in_a_fresh_process(monkeypatch)
+    begin_process()
     assert kept(load()) == [("Stack", "test stage")]
     assert happened(seen)["Restored"] == 1
     assert library.exists()

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack
-from accelerate_tts.patching.class_swap import ClassSwap, per_class, subclass_with
+from accelerate_tts.patching.class_swap import COPY, CarryingSwap, ClassSwap, per_class, subclass_with
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
@@ -288,3 +288,21 @@ def test_upstreams_own_forward_may_be_the_replacement() -> None:
     cls = subclass_with(nn.Linear, nn.Linear.forward)
     assert inspect.unwrap(cls.forward) is nn.Linear.forward  # type: ignore[attr-defined]
     assert not hasattr(nn.Linear.forward, "__wrapped__")
+
+
+def test_what_a_swap_carries_covers_what_another_one_carries() -> None:
+    layer = nn.Linear(2, 2)
+    before = dict(vars(layer))
+    swaps = [
+        CarryingSwap([layer], lambda m: subclass_with(type(m), lambda self, x: x), COPY, {layer: name})
+        for name in ("first", "second")
+    ]
+    for swap in swaps:
+        swap.on()
+        swap.on()
+    assert vars(layer)[COPY] == "second"
+    for swap, left in zip(reversed(swaps), ("first", None), strict=True):
+        swap.off()
+        swap.off()
+        assert vars(layer).get(COPY) == left
+    assert vars(layer) == before

@@ -25,10 +25,10 @@ from accelerate_tts import (
     optimized_model,
     receipt_of,
 )
-from accelerate_tts import optimizer as optimizer_module
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied
 from accelerate_tts.patching.lazy_parameters import Absent
+from doubles import begin_process
 
 SIZE = 256
 LOADED: list[weakref.ref[nn.Module]] = []
@@ -36,9 +36,9 @@ LOADED: list[weakref.ref[nn.Module]] = []
 
 
 @pytest.fixture(autouse=True)
-def _reloading(bf16_is_faster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _reloading(bf16_is_faster: None) -> None:
     settings = Settings(device="cpu", compile=False, pack=False, precision="balanced", guard_weights="reload")
-    monkeypatch.setattr(optimizer_module, "_optimizer", PerformanceOptimizer(settings))
+    begin_process(PerformanceOptimizer(settings))
     LOADED.clear()
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from accelerate_tts import Event, PerformanceOptimizer, Settings, optimized_model, receipt_of
-from accelerate_tts import optimizer as optimizer_module
 from accelerate_tts.device import file_mapping
 from accelerate_tts.events import NotApplied
 from accelerate_tts.packs.warm_pack import pack_folder
@@ -18,13 +17,15 @@ from accelerate_tts.patching import offload
 from accelerate_tts.patching.offload import originals_to_file
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.layers.half_precision import HalfStage
+from doubles import begin_process
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mapped in place on Linux only")
 
 
 @pytest.fixture(autouse=True)
 def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_mapping, "_IN_MEMORY", set())
+    """Where the tests' own folder lies in memory, all but the saving is as on a disk."""
+    monkeypatch.setattr(file_mapping, "file_system", lambda _folder: "ext4")
 
 
 def model() -> nn.Module:
@@ -63,10 +64,10 @@ def test_where_it_cannot_be_done_the_weights_stay_and_an_event_says_so(tmp_path:
 
 def test_shared_memory_and_other_devices_are_left_alone() -> None:
     shared = torch.randn(1 << 16).share_memory_()
-    assert offload._movable(shared) is None
-    assert offload._movable(torch.empty(1 << 16, device="meta")) is None
-    assert offload._movable(torch.randn(4)) is None
-    assert offload._movable(torch.randn(1 << 16)) is not None
+    assert offload.movable(shared) is None
+    assert offload.movable(torch.empty(1 << 16, device="meta")) is None
+    assert offload.movable(torch.randn(4)) is None
+    assert offload.movable(torch.randn(1 << 16)) is not None
 
 
 def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
@@ -81,7 +82,7 @@ def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
         optimizer = PerformanceOptimizer(settings)
         plain = model()
         x = torch.randn(64, 256)
-        monkeypatch.setattr(optimizer_module, "_optimizer", optimizer)
+        begin_process(optimizer)
         receipt = receipt_of(optimized_model(warmup=x)(lambda: plain)())  # noqa: B023 - called at once
         assert receipt is not None
         notes[where] = " ".join(receipt.notes)

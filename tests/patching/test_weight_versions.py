@@ -114,7 +114,7 @@ def test_where_there_are_no_kernels_some_places_are_compared(monkeypatch: pytest
 
 def test_looks_where_they_are_dear_take_a_share_of_the_time() -> None:
     now = [0.0]
-    pace = weight_versions._Pace(share=0.01, clock=lambda: now[0])
+    pace = weight_versions.Pace(share=0.01, clock=lambda: now[0])
     looks = []
 
     def look() -> bool:
@@ -144,7 +144,7 @@ def test_a_file_is_read_at_one_place() -> None:
             layer.weight.data.view(-1, 256)[number] = before[number]
         assert seen == 1
     finally:
-        weight_versions._files.clear()
+        weight_versions.file_regions.clear()
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------
@@ -287,10 +287,8 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], A
 
 def change_of(stage: Any, model: nn.Module, name: str) -> Any:
     if stage is None:  # weights that are constants in a graph; which compiler made them so is no matter
-        call = CompiledCall(model, "model", "default", frozen=True)
         weights = copy.deepcopy(model)
-        call._compiled = weights._call_impl
-        return call
+        return CompiledCall(model, "model", "default", frozen=True, compiler=lambda *_: weights.forward)
     if "folded" in name:
         FoldStage().prepare(Part("model", "vocoder", model)).on()
     return stage.prepare(Part("model", "decoder", model))

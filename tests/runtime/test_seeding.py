@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from torch import nn
 
 from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.runtime.seeding import drawing, seeded
+from doubles import ALONE, run_alone
 
 SOURCES: dict[str, Callable[[], float]] = {
     "python": lambda: random.random(),
@@ -122,21 +120,12 @@ def company(request: pytest.FixtureRequest) -> Iterator[None]:
         idle.join()
 
 
-_ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
-
-
 def test_a_load_moves_no_generator() -> None:
     """Run in a process of its own: beside threads of other tests that draw, a warm-up moves the generators."""
-    name = f"{__file__}::test_a_load_moves_no_generator_of_its_own_thread"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", name],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent, env={**os.environ, _ALONE: "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout
+    run_alone(__file__, "test_a_load_moves_no_generator_of_its_own_thread")
 
 
-@pytest.mark.skipif(_ALONE not in os.environ, reason="it is run in a process of its own, by the test before it")
+@pytest.mark.skipif(ALONE not in os.environ, reason="it is run in a process of its own, by the test before it")
 @pytest.mark.usefixtures("company")
 @pytest.mark.parametrize("kind", [Deterministic, Sampling, Drawing])
 def test_a_load_moves_no_generator_of_its_own_thread(kind: type[nn.Module]) -> None:

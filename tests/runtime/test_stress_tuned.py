@@ -20,7 +20,7 @@ import transformers
 from accelerate_tts import Event, inference, optimized_model, receipt_of
 from accelerate_tts.events import Guarded
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.tuning.timing import Timing
+from doubles import is_faster
 
 THREADS = 32
 IDS = [torch.arange(1, 4 + length)[None] % 37 + 1 for length in range(6)]
@@ -86,9 +86,9 @@ def folded(model: Any) -> bool:
 
 @pytest.fixture
 def voice(monkeypatch: pytest.MonkeyPatch, decide: Any) -> Voice:
-    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
-    decide(compare=lambda *_args, **_kwargs: faster)
+    decide(compare=is_faster)
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    monkeypatch.setenv("ACCELERATE_TTS_GUARD_LIMIT", "1000")
     made = Voice()
     made.load()
     receipt = receipt_of(made)
@@ -148,7 +148,6 @@ def test_faults_in_some_threads_change_no_answer_in_others(
     """One tuned output in eight is NaN: its call is made again untouched, while the others go on."""
     guard = guards.guard_of(voice.model)
     assert guard is not None
-    guard._limit = 1000
     voice.faulty = set(range(0, 32, 8))
     with torch.inference_mode(), guard.untouched():
         plain = [voice.model(ids).waveform for ids in IDS]

@@ -18,15 +18,24 @@ import pytest
 from accelerate_tts.errors import AccelerateTTSError, TimeLimitError
 from accelerate_tts.events import Event, NotApplied
 from accelerate_tts.runtime import time_limit as watchdog
-from accelerate_tts.runtime.time_limit import remaining, shield, time_limit, within
+from accelerate_tts.runtime.time_limit import (
+    WatchdogPolicy,
+    known_limits,
+    remaining,
+    shield,
+    time_limit,
+    watchdog_policy,
+    within,
+)
 
 WAIT = 30.0  # seconds after which a test gives up
 SHORT = 0.02  # seconds of a limit that is to pass
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_AGAIN", 0.02)
+def impatient() -> Iterator[None]:
+    with watchdog_policy(WatchdogPolicy(again=0.02)):
+        yield
 
 
 def endless() -> None:
@@ -194,7 +203,7 @@ def test_one_that_comes_while_the_limit_ends_leaves_nothing_behind() -> None:
             with limit:
                 ready.set()
                 go.wait()
-        except watchdog._Interruption:
+        except watchdog.Interruption:
             said = "interrupted"
             limit.close()  # as `within` does
         return said, remaining(), sum(range(10_000))
@@ -207,13 +216,13 @@ def test_one_that_comes_while_the_limit_ends_leaves_nothing_behind() -> None:
         while not limit.over:
             time.sleep(0.001)
         limit.fired = limit.due = True
-        watchdog._raise_in(limit.thread, limit.kind)
+        watchdog.raise_in(limit.thread, limit.kind)
         limit.raising = False
         said, left, total = job.result(WAIT)
     assert said in {"in time", "interrupted"}, "dropped, or told; it comes no later"
     assert (left, total, limit.due) == (None, 49_995_000, False)
-    assert watchdog._bell.acquire(timeout=WAIT), "later limits need it"
-    watchdog._bell.release()
+    with pytest.raises(TimeLimitError):  # later limits need the same lock
+        within(SHORT, "x", endless)
 
 
 def test_shielded_work_is_left_alone_until_it_ends() -> None:
@@ -234,11 +243,8 @@ def test_shielded_work_is_left_alone_until_it_ends() -> None:
     assert ended == [1]
 
 
-def test_work_in_native_code_is_told_of_and_interrupted_when_it_returns(
-    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
-) -> None:
-    monkeypatch.setattr(watchdog, "_DEAF", 0.05)
-    with pytest.raises(TimeLimitError):
+def test_work_in_native_code_is_told_of_and_interrupted_when_it_returns(seen: list[Event]) -> None:
+    with watchdog_policy(WatchdogPolicy(again=0.02, deaf=0.05)), pytest.raises(TimeLimitError):
         within(SHORT, "the warm-up", lambda: time.sleep(0.4))
     told = [event for event in seen if isinstance(event, NotApplied)]
     assert [event.what for event in told] == ["the time limit of the warm-up"]
@@ -256,7 +262,22 @@ def test_a_limit_keeps_nothing_alive_and_many_are_not_remembered() -> None:
     assert seen() is None
     for _ in range(2000):
         within(WAIT, "x", int)
-    assert len(watchdog._limits) <= watchdog._most <= 512
+    assert known_limits() <= 512
+
+
+def test_limits_pass_by_the_clock_of_the_policy() -> None:
+    """One that stands still lets none pass, and one that goes ahead all at once."""
+    with watchdog_policy(WatchdogPolicy(clock=lambda: 5.0)):
+        assert within(SHORT, "x", lambda: time.sleep(4 * SHORT) or 7) == 7  # type: ignore[func-returns-value]
+        with time_limit(100.0, "x"):
+            assert remaining() == 100.0
+
+    def work() -> None:
+        with watchdog_policy(WatchdogPolicy(clock=lambda: time.monotonic() + 2 * WAIT)):
+            endless()
+
+    with pytest.raises(TimeLimitError):
+        within(WAIT, "x", work)
 
 
 def test_the_error_is_of_this_library_and_no_os_error() -> None:

@@ -20,7 +20,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.runtime import time_limit
+from accelerate_tts.runtime.time_limit import WatchdogPolicy, watchdog_policy
 from accelerate_tts.settings import Precision
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.compile import inductor, regional
@@ -42,9 +42,9 @@ from accelerate_tts.tuning.baseline import Baseline
 from accelerate_tts.tuning.compare import Difference
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import pays_off
 
 STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
@@ -371,18 +371,12 @@ class Faulty:
         raise self._fault.with_traceback(None)  # else the one of every earlier time goes on growing
 
 
-def pays_off(run: Any, before: Any, after: Any, *_: Any, **__: Any) -> Timing:
-    for switch in (before, after):
-        switch()
-        run()
-    return Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5)
-
-
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
+def quick(decide: Any) -> Iterator[None]:
     """A machine on which every stage pays off, and a budget that has passed when something hangs."""
     decide(compare=pays_off, looks=False)
-    monkeypatch.setattr(time_limit, "_AGAIN", 0.05)
+    with watchdog_policy(WatchdogPolicy(again=0.05)):
+        yield
 
 
 @pytest.mark.usefixtures("quick")

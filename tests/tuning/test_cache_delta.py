@@ -11,7 +11,6 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from accelerate_tts.device.detect import DeviceInfo
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.cache_delta import is_past, settled
@@ -21,6 +20,7 @@ from accelerate_tts.tuning.ledger import Ledger
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 WIDTH, GIVEN = 32, 40
 
@@ -110,30 +110,20 @@ def test_what_is_not_the_cache_that_was_given_is_compared_whole(model: Any, how:
     assert settled(output, given).past_key_values is output.past_key_values
 
 
-class Spoils(BaseChange, BaseStage):
+class Spoils(Stage):
     """A change under which a step writes to a position that is not its own."""
 
-    name = "spoils"
+    least_share = BaseStage.least_share
 
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> Spoils:
-        self.module = part.module
-        return self
-
-    def on(self) -> None:
-        plain = type(self.module).forward
+    def changes(self, module: Any) -> dict[str, Any]:
+        plain = type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = plain(self.module, *args, **kwargs)
+            output = plain(module, *args, **kwargs)
             pairs_of(output.past_key_values)[0][0][..., 0, :] += 0.1
             return output
 
-        self.module.forward = forward
-
-    def off(self) -> None:
-        vars(self.module).pop("forward", None)
+        return {"forward": forward}
 
 
 def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None:
@@ -149,7 +139,7 @@ def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None
     calls = warmup_calls(speak, Loaded(model), "inference")
     plan, device = ModelPlan("model", (model,), (part,)), DeviceInfo("cpu", "test")
     outputs = first_passes(plan, calls, device, Limits(30.0), Ledger()).reference(part).outputs
-    tuning = tune(plan, calls, [Spoils()], device, Limits(30.0))
+    tuning = tune(plan, calls, [Spoils("spoils")], device, Limits(30.0))
     (result,) = tuning.receipt.stages
     assert not result.kept
     assert result.verdict.startswith("rejected: error ")

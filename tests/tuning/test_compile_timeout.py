@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.runtime import time_limit
+from accelerate_tts.runtime.time_limit import WatchdogPolicy, watchdog_policy
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.tuning import compile_timeout
@@ -43,9 +42,10 @@ def processor_known() -> None:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(time_limit, "_AGAIN", 0.2)
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    with watchdog_policy(WatchdogPolicy(again=0.2)):
+        yield
 
 
 @pytest.fixture
@@ -68,13 +68,8 @@ def time_flies(hanging: Path) -> Iterator[None]:
     def wait() -> None:
         while not ((hanging.parent / "pids").exists() and waits()) and not ended.wait(0.05):
             pass
-        with time_limit._bell:
-            for number, (_, count, limit) in enumerate(time_limit._limits):
-                if (known := limit()) is not None and not known.over:
-                    known.end = time.monotonic()
-                    time_limit._limits[number] = known.end, count, limit
-            heapq.heapify(time_limit._limits)
-            time_limit._bell.notify()
+        with watchdog_policy(WatchdogPolicy(again=0.2, clock=lambda: time.monotonic() + 10 * WAIT)):
+            ended.wait()
 
     waiting = threading.Thread(target=wait)
     waiting.start()
@@ -113,7 +108,7 @@ class Model(nn.Module):
 
 def waits() -> bool:
     """Check that a thread waits for a compiler."""
-    return any(compile_timeout._stack(frame)[1] is not None for frame in sys._current_frames().values())
+    return any(compile_timeout.on_stack(frame)[1] is not None for frame in sys._current_frames().values())
 
 
 def state(model: nn.Module) -> list[object]:
@@ -154,7 +149,7 @@ def test_a_compiler_that_never_returns_costs_its_stage(
         assert torch.equal(model(X), expected)
     assert own_child.poll() is None
     assert not sleepers(tmp_path)
-    assert not list(compile_timeout._Compilers()._waited_for())
+    assert not list(compile_timeout.Compilers().waited_for())
 
 
 @posix
@@ -183,6 +178,7 @@ def test_a_compilation_of_the_users_own_goes_on(hanging: Path, tmp_path: Path) -
         compile_timeout.compiling_within(WAIT, "the stage", work)
     (his,) = sleepers(tmp_path)
     assert not ended.is_set()
-    compile_timeout._kill(his.pid)
+    for process in (*his.children(recursive=True), his):
+        process.kill()
     user.join(WAIT)
     assert ended.is_set()

@@ -20,15 +20,14 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.usage import Usage, usage, waited
 from accelerate_tts.events import FellBack, Restored, Retuned, TunedUnderLoad
 from accelerate_tts.packs.store import Pack, PackStore
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.disturbance import QUIET, ThisMachine, Watcher, between, one_thread
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing, compare_speed
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 CPU = DeviceInfo("cpu", "test")
 X = torch.ones(2, 4)
@@ -80,32 +79,8 @@ class Model(nn.Module):
         return x * self.weight
 
 
-class Stage(BaseStage):
-    least_share = 0.0
-
-    def __init__(self, name: str = "stage", *, graphs: int | None = None, process: bool = False) -> None:
-        self.name = name
-        self.process = process
-        self.graphs = graphs
-        self.prepared = 0
-
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> BaseChange:
-        self.prepared += 1
-        stage = self
-
-        class Change(BaseChange):
-            graphs = stage.graphs  # type: ignore[assignment]
-
-            def on(self) -> None:
-                part.module.fast = True
-
-            def off(self) -> None:
-                part.module.fast = False
-
-        return Change()
+def fast(name: str = "stage", **options: Any) -> Stage:
+    return Stage(name, fast=True, **options)
 
 
 FASTER, SAME = Timing(2.0, 1.0, 2.0, 1.9, 2.1, 5), Timing(2.0, 2.0, 1.0, 0.6, 1.4, 5)
@@ -286,7 +261,7 @@ def test_pairs_of_which_one_half_was_disturbed_do_not_count() -> None:
 
 
 def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(seen: list[Event]) -> None:
-    model, receipt, compare = run(Busy(), Stage())
+    model, receipt, compare = run(Busy(), fast())
     (result,) = receipt.stages
     assert (result.kept, result.sure) == (True, False), result.reason
     assert result.reason.endswith(", processor time of one thread")
@@ -303,7 +278,7 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
 
 
 def test_it_waits_until_the_machine_is_quiet_and_is_sure_then(seen: list[Event]) -> None:
-    _, receipt, compare = run(Busy(quiet_after=2.0), Stage())
+    _, receipt, compare = run(Busy(quiet_after=2.0), fast())
     (result,) = receipt.stages
     assert (result.kept, result.sure) == (True, True), result.reason
     assert not compare.alone
@@ -312,7 +287,7 @@ def test_it_waits_until_the_machine_is_quiet_and_is_sure_then(seen: list[Event])
 
 
 def test_undisturbed_pairs_are_believed_though_others_work() -> None:
-    _, receipt, _ = run(Busy(), Stage(), clean=True)
+    _, receipt, _ = run(Busy(), fast(), clean=True)
     assert (receipt.stages[0].kept, receipt.stages[0].sure) == (True, False)  # the look before was disturbed
     machine = Busy(busy=False)
 
@@ -324,14 +299,14 @@ def test_undisturbed_pairs_are_believed_though_others_work() -> None:
     model = Model()
     plan = ModelPlan("model", (model,), (Part("part", "model", model),))
     policy = replace(current_policy(), machine=lambda: machine, compare=Begins(machine, clean=True))
-    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [Stage()], CPU, Limits(60.0, policy=policy))
+    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [fast()], CPU, Limits(60.0, policy=policy))
     (result,) = tuning.receipt.stages
     assert (result.kept, result.sure) == (True, True)
 
 
 def test_what_is_compiled_cannot_be_timed_alone_and_is_not_sure_either_way(seen: list[Event]) -> None:
     """dynamo would compile it anew for one thread; and a total that shows nothing undoes nothing."""
-    model, receipt, compare = run(Busy(), Stage(graphs=1))
+    model, receipt, compare = run(Busy(), fast(graphs=1))
     (result,) = receipt.stages
     assert (result.kept, result.sure) == (False, False)
     assert not compare.alone
@@ -339,7 +314,7 @@ def test_what_is_compiled_cannot_be_timed_alone_and_is_not_sure_either_way(seen:
 
 
 def test_what_threads_do_to_each_other_is_not_tried_beside_others_work() -> None:
-    _, receipt, _ = run(Busy(), Stage(process=True))
+    _, receipt, _ = run(Busy(), fast(process=True))
     (result,) = receipt.stages
     assert result.part == PROCESS
     assert (result.sure, result.reason) == (False, "not tried: other processes used 1.5 of 2 processors")
@@ -358,7 +333,7 @@ def test_a_total_that_is_slower_beside_others_work_undoes_nothing(seen: list[Eve
     model = Model()
     plan = ModelPlan("model", (model,), (Part("part", "model", model),))
     policy = replace(current_policy(), machine=lambda: machine, compare=Slower(machine), patience=0.0)
-    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [Stage()], CPU, Limits(60.0, policy=policy))
+    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [fast()], CPU, Limits(60.0, policy=policy))
     assert tuning.receipt.stages[0].kept
     assert model.fast
     assert not any(isinstance(event, FellBack) for event in seen)
@@ -379,7 +354,7 @@ def test_no_single_look_drops_a_stage(disturbed: int, decide: Any) -> None:
 
     model.forward = forward  # type: ignore[method-assign]
     plan = ModelPlan("model", (model,), (Part("part", "model", model),))
-    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [Stage()], CPU, Limits(60.0))
+    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [fast()], CPU, Limits(60.0))
     assert tuning.receipt.stages[0].kept is (disturbed == 1), tuning.receipt.stages[0].reason
 
 
@@ -389,7 +364,7 @@ def test_no_single_look_drops_a_stage(disturbed: int, decide: Any) -> None:
 @pytest.fixture
 def machine(decide: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Busy, list[Stage]]]:
     made = Busy()
-    first, second = Stage("first", graphs=None), Stage("second", graphs=1)
+    first, second = fast("first"), fast("second", graphs=1)
     decide(machine=lambda: made, compare=Compare(made))
     monkeypatch.setattr("accelerate_tts.stages.catalogue.default_stages", lambda *_: (first, second))
     for name, value in {"PACK": "1", "RETUNE": "1", "PACK_FOLDER": str(tmp_path), "TUNE_PATIENCE": "1"}.items():
@@ -426,12 +401,12 @@ def test_a_later_load_tries_again_what_was_not_sure_and_renews_the_pack(
     assert {result.stage: (result.kept, result.sure) for result in receipt.stages} == {
         "first": (True, True), "second": (True, True),
     }  # fmt: skip
-    tried = first.prepared, second.prepared
+    tried = len(first.prepared), len(second.prepared)
     seen.clear()
     _, receipt = load()  # which is the new pack
     assert [type(event) for event in seen if isinstance(event, (Restored, Retuned))] == [Restored]
     assert not receipt.unsure
-    assert (first.prepared, second.prepared) == (tried[0] + 1, tried[1] + 1)
+    assert (len(first.prepared), len(second.prepared)) == (tried[0] + 1, tried[1] + 1)
 
 
 def test_retuning_can_be_switched_off(machine: tuple[Busy, list[Stage]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,16 +451,16 @@ def test_what_was_sure_on_another_part_is_put_in_force_without_being_timed() -> 
     plan = ModelPlan("both", (both,), (Part("a", "model", model), Part("b", "model", other)))
     compare = Compare(machine)
     policy = replace(current_policy(), machine=lambda: machine, compare=compare)
-    stages = [Stage("good"), Stage("bad")]
+    stages = [fast("good"), fast("bad")]
     first = tune(plan, calls, stages, CPU, Limits(60.0, policy=policy))
     known = [
         replace(result, kept=result.stage == "good", reason="of an earlier process")
         for result in first.receipt.stages if result.part == "a"
     ]  # fmt: skip
     first.undo()
-    prepared = [stage.prepared for stage in stages]
+    prepared = [len(stage.prepared) for stage in stages]
     second = tune(plan, calls, stages, CPU, Limits(60.0, policy=policy), known)
     of_a = [(result.stage, result.kept, result.reason) for result in second.receipt.stages if result.part == "a"]
     assert of_a == [("good", True, "of an earlier process"), ("bad", False, "of an earlier process")]
-    assert [stage.prepared for stage in stages] == [prepared[0] + 2, prepared[1] + 1]
+    assert [len(stage.prepared) for stage in stages] == [prepared[0] + 2, prepared[1] + 1]
     assert model.fast

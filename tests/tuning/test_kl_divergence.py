@@ -18,15 +18,14 @@ from transformers.utils import ModelOutput
 from accelerate_tts import Event
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Head, ModelPlan, Part
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.compare import TOLERANCES
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.kl_divergence import divergence, head_of
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -195,29 +194,6 @@ class Speaker(nn.Module):
                 break
             waves.append(self.voice(probabilities))
         return torch.cat(waves, 1)
-
-
-class Stage(BaseStage):
-    least_share = 0.0
-
-    def __init__(self, name: str, **attributes: float) -> None:
-        self.name, self.attributes = name, attributes
-
-    def applies(self, part: Part) -> str | None:
-        return None if all(hasattr(part.module, name) for name in self.attributes) else "not its business"
-
-    def prepare(self, part: Part) -> BaseChange:
-        before = {name: getattr(part.module, name) for name in self.attributes}
-
-        class Change(BaseChange):
-            def on(self) -> None:
-                vars(part.module).update(attributes)
-
-            def off(self) -> None:
-                vars(part.module).update(before)
-
-        attributes = self.attributes
-        return Change()
 
 
 def run(model: Speaker, *stages: Stage, precision: Any = "balanced") -> Tuning:

@@ -24,8 +24,8 @@ from accelerate_tts.stages import catalogue
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.tuning.length_ladder import at_length, ladder
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.warmup import Loaded, check_warmup, warmup_calls
+from doubles import pays_off
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -278,13 +278,6 @@ def vits() -> VitsModel:
     return VitsModel(config).eval()
 
 
-def all_are_faster(run: Callable[[], object], before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
-    for switch in (before, after):
-        switch()
-        run()
-    return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
-
-
 class CompiledWhereItMayBe(CompileStage):
     """Leaves out parts that decide durations: they would be rejected for their rounding, half a minute later."""
 
@@ -296,7 +289,7 @@ class CompiledWhereItMayBe(CompileStage):
 
 def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
     # Compiled changes are kept even if slow: the test is about later calls.
-    decide(compare=all_are_faster, hopeless=float("inf"), unworthy=lambda *_given: None)
+    decide(compare=pays_off, hopeless=float("inf"), unworthy=lambda *_given: None)
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))
     ids = torch.randint(1, 38, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -389,12 +382,12 @@ def test_no_length_of_service_compiles_again_in_other_models(
     """dynamo's guards decide, and which those are is shown here; what its graphs are compiled to is left as it is."""
     if make is Decoder:
         request.getfixturevalue("layered_caches")
-    decide(compare=all_are_faster, looks=False)
+    decide(compare=pays_off, looks=False)
     monkeypatch.setattr(stage, "least_share", 0.0)
     request.getfixturevalue("uncompiled")
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (stage,))
     # The division into parts depends on the clock, and is not tested here.
-    monkeypatch.setattr(generic, "_DEEPEST", 0)
+    monkeypatch.setattr(generic, "refine", lambda whole, _seconds: whole)
     torch.manual_seed(0)
     model, plain = make().eval(), make().eval()
     plain.load_state_dict(model.state_dict())

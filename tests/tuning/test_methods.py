@@ -11,15 +11,14 @@ from torch import nn
 
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.models.named import Known
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.compile.regional import _rows
+from accelerate_tts.stages.compile.regional import block_rows
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.tuning.capture import outputs_of, watch
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -53,23 +52,6 @@ class Solver(nn.Module):
         return x
 
 
-class Faster(BaseStage):
-    name = "faster"
-
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> BaseChange:
-        class Change(BaseChange):
-            def on(self) -> None:
-                part.module.seconds = 0.0
-
-            def off(self) -> None:
-                part.module.seconds = 0.01
-
-        return Change()
-
-
 METHODS = ["__call__", "forward", "inference"]
 
 
@@ -96,7 +78,7 @@ def test_tuning_tries_stages_on_it(method: str) -> None:
     model = Solver(method)
     plan = ModelPlan("solver", (model,), (Part("estimator", "estimator", model.estimator, method=method),))
     calls = warmup_calls(lambda loaded: loaded.speak(), Loaded(model), "inference")
-    tuning = tune(plan, calls, [Faster()], DeviceInfo("cpu", "test"), Limits(30.0))
+    tuning = tune(plan, calls, [Stage("faster", seconds=0.0)], DeviceInfo("cpu", "test"), Limits(30.0))
     (result,) = tuning.receipt.stages
     assert result.kept, result.reason
     assert result.before is not None
@@ -151,11 +133,11 @@ def test_blocks_of_several_lists_share_a_graph_unless_they_have_a_cache() -> Non
             return hidden_states
 
     lists = nn.ModuleList([nn.ModuleList([block(), block()]), nn.ModuleList([block()])])
-    assert [len(row) for row in _rows(lists)] == [3]
+    assert [len(row) for row in block_rows(lists)] == [3]
     cached = nn.ModuleList([nn.ModuleList([block(Cached), block(Cached)]) for _ in range(2)])
-    assert [len(row) for row in _rows(cached)] == [2, 2]
+    assert [len(row) for row in block_rows(cached)] == [2, 2]
     shared = nn.ModuleList([block(), block()])
-    assert [len(row) for row in _rows(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
+    assert [len(row) for row in block_rows(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
 
 
 def test_of_a_long_step_fewer_calls_are_timed() -> None:

@@ -12,7 +12,6 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import BudgetTooSmall, Trying
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import default_stages
@@ -21,6 +20,7 @@ from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.promises import PROMISES, promise
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -50,27 +50,17 @@ class Speech(nn.Module):
         return self.vocoder(self.encoder(x))  # type: ignore[no-any-return]
 
 
-class Halves(BaseStage):
+class Halves(Stage):
     """Takes half of the time. Trying it takes as long as it is told."""
 
+    least_share = BaseStage.least_share
+
     def __init__(self, name: str = "halves", cost: float = 0.0) -> None:
-        self.name, self.cost = name, cost
+        super().__init__(name, {"prepare": lambda: time.sleep(cost)})
+        self.cost = cost
 
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> BaseChange:
-        time.sleep(self.cost)
-        module, before = part.module, part.module.seconds
-
-        class Change(BaseChange):
-            def on(self) -> None:
-                module.seconds = before / 2
-
-            def off(self) -> None:
-                module.seconds = before
-
-        return Change()
+    def changes(self, module: Any) -> dict[str, Any]:
+        return {"seconds": module.seconds / 2}
 
 
 def run(model: Speech, *stages: Halves, budget: float) -> Tuning:

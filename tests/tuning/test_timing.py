@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from accelerate_tts.tuning import timing
 
-LOOKS = (timing._FIRST_LOOK, timing._SECOND_LOOK)
+LOOKS = (timing.FIRST_LOOK, timing.SECOND_LOOK)
 
 
 @given(st.integers(1, 200), st.sampled_from(LOOKS))
 def test_the_rank_leaves_at_most_what_a_look_may_be_wrong_by(count: int, alpha: float) -> None:
-    rank = timing._rank(count, alpha)
+    rank = timing.rank_of(count, alpha)
     wrong = sum(comb(count, k) for k in range(rank + 1)) / 2**count
     if count >= 6:
         assert wrong <= alpha
@@ -29,8 +29,8 @@ def test_all_looks_together_are_wrong_in_five_percent_at_most() -> None:
 
 
 def test_the_documented_ranks() -> None:
-    assert [timing._rank(count, timing._FIRST_LOOK) for count in (5, 11)] == [0, 2]
-    assert timing._rank(timing._PAIRS_OF_A_SECOND_LOOK, timing._SECOND_LOOK) == 2
+    assert [timing.rank_of(count, timing.FIRST_LOOK) for count in (5, 11)] == [0, 2]
+    assert timing.rank_of(timing.PAIRS_OF_A_SECOND_LOOK, timing.SECOND_LOOK) == 2
 
 
 def _times(first: list[float], second: list[float]) -> timing.Timing:

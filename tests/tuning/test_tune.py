@@ -15,12 +15,12 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, Trying, Tuned, WarmupFailed, add_hook
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.plan import PROCESS, Decision, ModelPlan, Part
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -41,40 +41,6 @@ class Slow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(self.seconds)
         return self.linear(x) + self.offset
-
-
-class Stage(BaseStage):
-    """A stage that sets attributes of `Slow`; what the engine is tested with."""
-
-    name = "test stage"
-    least_share = 0.0
-
-    def __init__(self, fault: Callable[[], None] | None = None, graphs: int | None = None, **attributes: Any) -> None:
-        self.attributes = attributes
-        self.fault = fault
-        self.graphs = graphs
-        self.prepared = 0
-        self.sealed = False
-
-    def applies(self, part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> Stage:
-        self.prepared += 1
-        self.module = part.module
-        self.before = {name: getattr(part.module, name) for name in self.attributes}
-        return self
-
-    def on(self) -> None:
-        if self.fault is not None:
-            self.fault()
-        vars(self.module).update(self.attributes)
-
-    def off(self) -> None:
-        vars(self.module).update(self.before)
-
-    def seal(self) -> None:
-        self.sealed = True
 
 
 def run(model: nn.Module, *stages: Stage, budget: float = 60.0, warmup: Any = X) -> Tuning:
@@ -121,10 +87,9 @@ def test_everything_else_is_dropped_and_undone(stage: Stage, reason: str) -> Non
     assert receipt.ratio == 1.0
 
 
-class Alternative(Stage):
+def alternative(**attributes: Any) -> Stage:
     """One of several ways to the same end."""
-
-    group = "test"
+    return Stage(group="test", **attributes)
 
 
 def test_a_disturbed_look_at_microseconds_decides_nothing(decide: Any) -> None:
@@ -136,7 +101,7 @@ def test_a_disturbed_look_at_microseconds_decides_nothing(decide: Any) -> None:
 
 def test_an_alternative_that_is_far_behind_is_not_timed_in_pairs() -> None:
     model = Slow()
-    first, second = Alternative(seconds=0.0), Alternative(seconds=0.015)
+    first, second = alternative(seconds=0.0), alternative(seconds=0.015)
     first.name, second.name = "first", "second"
     kept, dropped = run(model, first, second).receipt.stages
     assert kept.kept
@@ -172,14 +137,14 @@ def test_what_the_same_does_from_fewer_bytes_spares_a_large_part_the_other_copie
 ) -> None:
     """Competing bf16 and int8 copies of a decoder would take memory at the same time."""
     decide(from_memory=1 if large else 2**30)
-    fewer, more = Alternative(seconds=0.0), Alternative(seconds=0.0 if kept else 0.001)
+    fewer, more = alternative(seconds=0.0), alternative(seconds=0.0 if kept else 0.001)
     fewer.name, more.name, more.superseded_by = "int8", "bf16", ("int8",)
     if not kept:
         fewer.attributes = {"offset": 1.0}  # wrong
     first, second = run(Slow(), fewer, more).receipt.stages
     assert first.kept is kept
     spared = large and kept
-    assert more.prepared == (0 if spared else 1)
+    assert len(more.prepared) == (0 if spared else 1)
     assert second.reason.startswith("not tried: int8 does the same") is spared
     assert second.kept is not kept
 
@@ -205,8 +170,8 @@ def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(large: boo
     class Copying(Stage):
         made = False
 
-        def prepare(self, part: Part) -> Copying:
-            super().prepare(part)
+        def prepare(self, part: Part) -> Any:
+            change = super().prepare(part)
             plain = part.module.forward
 
             def forward(x: torch.Tensor) -> torch.Tensor:
@@ -216,7 +181,7 @@ def test_the_first_run_of_a_large_part_may_make_copies_of_its_weights(large: boo
                 return plain(x)  # type: ignore[no-any-return]
 
             part.module.forward = forward  # type: ignore[method-assign]
-            return self
+            return change
 
     (result,) = run(Slow(), Copying(seconds=0.0)).receipt.stages
     assert result.kept is large
@@ -281,7 +246,7 @@ class Checked(Stage):
         last = part.decision.last
         return None if part.module is last or last.seconds == 0.0 else "the decision is not checked"
 
-    def prepare(self, part: Part) -> Stage:
+    def prepare(self, part: Part) -> Any:
         return Stage(seconds=0.0).prepare(part)
 
 
@@ -300,11 +265,41 @@ def test_the_part_that_decides_comes_before_those_that_lead_to_it() -> None:
 
 
 def test_what_applies_only_after_a_second_look_is_tried_then(decide: Any) -> None:
-    unsure, sure = Timing(2.0, 1.5, 1.3, 0.9, 1.6, 13), Timing(2.0, 1.0, 2.0, 1.5, 2.5, 5)
-    answers = [unsure]  # the deciding part's first look; the second look at it, the text's and the whole are sure
-    decide(compare=lambda *_args, **_kwargs: answers.pop() if answers else sure)
+    answers = [UNSURE]  # the deciding part's first look; the second look at it, the text's and the whole are sure
+    decide(compare=lambda *_args, **_kwargs: answers.pop() if answers else SURE)
     kept = [(result.part, result.kept) for result in speak(Aloud()).receipt.stages]
     assert kept == [("text", True), ("durations", True)]
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_what_decides_lengths_must_be_bit_exact(decides: bool) -> None:
+    model, stage = Slow(), Stage(seconds=0.0, offset=1e-7)  # rounding
+    plan = ModelPlan("model", (model,), (Part("slow", "model", model, decides=decides),))
+    tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), [stage], CPU, Limits(60.0))
+    (result,) = tuning.receipt.stages
+    assert result.kept is not decides
+    assert ("must be bit-exact" in result.reason) is decides
+
+
+SURE, UNSURE = Timing(2.0, 1.0, 2.0, 1.5, 2.5, 5), Timing(2.0, 1.5, 1.3, 0.9, 1.6, 13)
+
+
+@pytest.mark.parametrize("graphs", [None, 1])
+def test_what_is_compiled_is_not_compiled_again_for_a_doubt(graphs: int | None, decide: Any) -> None:
+    decide(compare=lambda *_args, **_kwargs: UNSURE, looks=False)
+    stage = Stage(seconds=0.01, graphs=graphs)
+    (result,) = run(Slow(), stage).receipt.stages
+    assert not result.kept
+    assert len(stage.prepared) == (2 if graphs is None else 1)
+
+
+@pytest.mark.parametrize("graphs", [None, 1])
+def test_nothing_is_tried_again_above_a_compilation(graphs: int | None, decide: Any) -> None:
+    answers = [SURE, UNSURE]
+    decide(compare=lambda *_args, **_kwargs: answers.pop(0) if answers else SURE, looks=False)
+    other = Stage("other", seconds=0.0)
+    run(Slow(), Stage("kept", seconds=0.01, graphs=graphs), other)
+    assert len(other.prepared) == (2 if graphs is None else 1)
 
 
 class Speaking(nn.Module):
@@ -370,7 +365,7 @@ def test_what_holds_one_loops_sequence_is_not_judged_by_calls_that_bring_another
 
     verdicts = {}
     for times in ("loop", "pass"):
-        first, rival = Alternative(token=0.0, moving=0.008), Alternative(token=0.003, moving=0.0)
+        first, rival = alternative(token=0.0, moving=0.008), alternative(token=0.003, moving=0.0)
         first.name, rival.name, first.times = "remembers", "rival", times
         stages = run(Remembering(), first, rival, warmup=speak).receipt.stages
         verdicts[times] = {stage.stage for stage in stages if stage.kept}
@@ -379,13 +374,13 @@ def test_what_holds_one_loops_sequence_is_not_judged_by_calls_that_bring_another
 
 def test_what_the_warm_up_never_calls_is_not_tried() -> None:
     """A second root, such as a voice encoder beside a pipeline whose warm-up has a voice already."""
-    used, idle = Slow(), nn.Sequential(nn.Linear(32, 32))
+    used, idle = Slow(), Slow()
     plan = ModelPlan("model", (used, idle), (Part("used", "model", used), Part("idle", "model", idle)))
     stage = Stage(seconds=0.0)
     receipt = tune(plan, warmup_calls(lambda _: used(X), Loaded(used), "inference"), [stage], CPU, Limits(60)).receipt
     assert [(result.part, result.kept) for result in receipt.stages] == [("used", True), ("idle", False)]
     assert receipt.stages[1].reason == "not tried: the warm-up never called it"
-    assert stage.prepared == 1
+    assert len(stage.prepared) == 1
 
 
 def test_a_root_that_is_driven_by_another_method_is_tried_on_whole_passes() -> None:
@@ -413,7 +408,7 @@ def fail(error: BaseException) -> Callable[[], None]:
 def test_a_fault_inside_a_stage_costs_nothing(error: Exception, seen: list[Event]) -> None:
     model = Slow()
     good = Stage(seconds=0.0)
-    receipt = run(model, Stage(fault=fail(error)), good).receipt
+    receipt = run(model, Stage(faults={"on": fail(error)}), good).receipt
     assert [result.kept for result in receipt.stages] == [False, True]
     assert type(error).__name__ in receipt.stages[0].reason
     assert [event.stage for event in seen if isinstance(event, FellBack)] == ["test stage"]
@@ -423,14 +418,14 @@ def test_a_fault_inside_a_stage_costs_nothing(error: Exception, seen: list[Event
 def test_an_interrupt_leaves_no_half_tuned_model() -> None:
     model = Slow()
     with pytest.raises(KeyboardInterrupt):
-        run(model, Stage(seconds=0.0), Stage(fault=fail(KeyboardInterrupt())))
+        run(model, Stage(seconds=0.0), Stage(faults={"on": fail(KeyboardInterrupt())}))
     assert model.seconds == 0.02
 
 
 def test_the_budget_is_respected() -> None:
     model = Slow()
     receipt = run(model, stage := Stage(seconds=0.0), budget=0.0).receipt
-    assert stage.prepared == 0
+    assert not stage.prepared
     assert receipt.stages[0].reason == "not tried: the tuning budget is spent"
     assert model.seconds == 0.02
 
@@ -438,7 +433,7 @@ def test_the_budget_is_respected() -> None:
 def test_a_failing_warmup_leaves_the_model_alone(seen: list[Event]) -> None:
     model = Slow()
     receipt = run(model, stage := Stage(seconds=0.0), warmup=torch.zeros(1, 5)).receipt
-    assert stage.prepared == 0
+    assert not stage.prepared
     assert "warm-up failed: RuntimeError" in receipt.notes[0]
     assert [type(event) for event in seen] == [WarmupFailed]
 
@@ -575,8 +570,8 @@ def test_a_cancelled_load_is_undone() -> None:
     plan = ModelPlan("model", (model,), (Part("slow", "model", model),))
     first, second = Stage(seconds=0.0), Stage(seconds=0.0)
     calls = warmup_calls(X, Loaded(model), "inference")
-    tuning = tune(plan, calls, [first, second], CPU, Limits(60.0, stopped=lambda: first.prepared > 0))
-    assert second.prepared == 0
+    tuning = tune(plan, calls, [first, second], CPU, Limits(60.0, stopped=lambda: bool(first.prepared)))
+    assert not second.prepared
     assert not tuning.complete
     assert "cancelled" in tuning.receipt.notes[0]
     assert model.seconds == 0.02

@@ -13,15 +13,14 @@ from torch import nn
 from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.compile.regional import CompiledBlocksStage, _place, _rows
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage, block_rows, place_of
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Stage
 
 X = torch.ones(2, 4)
 
@@ -40,31 +39,6 @@ class Model(nn.Module):
         self.then()
         self.on_call()
         return x * self.weight
-
-
-class Stage(BaseStage):
-    name = "stage"
-
-    def __init__(self, then: Callable[[], object] = str, graphs: int | None = None) -> None:
-        self.then = then
-        self.graphs = graphs
-
-    def applies(self, _part: Part) -> str | None:
-        return None
-
-    def prepare(self, part: Part) -> BaseChange:
-        stage = self
-
-        class Change(BaseChange):
-            graphs = stage.graphs  # type: ignore[assignment]
-
-            def on(self) -> None:
-                part.module.then = stage.then
-
-            def off(self) -> None:
-                part.module.then = int
-
-        return Change()
 
 
 def run(stage: Stage, budget: float = 60.0, model: Model | None = None) -> tuple[Model, Receipt]:
@@ -119,7 +93,7 @@ def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide:
     last = timings[-1]
     timings = [GOOD, *timings]
     decide(compare=said(timings))
-    model, receipt = run(Stage())
+    model, receipt = run(Stage("stage", then=str))
     (result,) = receipt.stages
     assert not timings, "each was asked for"
     assert (result.kept, model.then is str, receipt.ratio) == (stays, stays, last.ratio if stays else 1.0)
@@ -154,7 +128,7 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
 
     decide(compare=compare, clock=lambda: time.perf_counter() + offset[0])
     model = Model()
-    _, receipt = run(Stage(), model=model, budget=60.0)
+    _, receipt = run(Stage(then=str), model=model, budget=60.0)
     assert pairs == ([] if asked is None else [asked])
     assert model.then is str
     if asked is None:
@@ -178,7 +152,7 @@ def test_no_verdict_is_begun_that_the_budget_does_not_allow(
         offset[0] += seconds
 
     decide(slack=slack, clock=lambda: time.perf_counter() + offset[0], not_twice=float("inf"))
-    model, receipt = run(Stage(slow))
+    model, receipt = run(Stage(then=slow))
     (result,) = receipt.stages
     assert (result.kept, result.ratio is None) == (tried, not tried)
     if not tried:
@@ -203,7 +177,7 @@ def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decid
         clock[0] += 11.0
 
     decide(clock=lambda: time.perf_counter() + clock[0])  # a run of the changed part seems to take 11 s
-    _, receipt = run(Stage(slow, graphs), budget=1000.0)
+    _, receipt = run(Stage(then=slow, graphs=graphs), budget=1000.0)
     (result,) = receipt.stages
     if graphs is None:
         assert (result.kept, result.reason) == (False, "far slower at the first look")
@@ -279,9 +253,9 @@ def test_a_block_is_served_at_the_place_that_its_attention_names() -> None:
     blocks = nn.ModuleList([Block(0, "self_attn"), Other(1, "self_attn"), Block(2, "self_attn"), Other(3, "self_attn")])
     model = nn.ModuleDict({"layers": blocks})
     assert CompiledBlocksStage("default").applies(Part("part", "decoder", model)) is None
-    assert sorted([_place(block, number) for number, block in enumerate(row)] for row in _rows(model)) == [
+    assert sorted([place_of(block, number) for number, block in enumerate(row)] for row in block_rows(model)) == [
         [0, 2], [1, 3],
     ]  # fmt: skip
-    assert _place(Block(7, "attn"), 1) == 7  # as GPT-2 calls it
-    assert _place(Block(None, "attn"), 1) == 1
-    assert _place(Block(0, ""), 1) == 1
+    assert place_of(Block(7, "attn"), 1) == 7  # as GPT-2 calls it
+    assert place_of(Block(None, "attn"), 1) == 1
+    assert place_of(Block(0, ""), 1) == 1

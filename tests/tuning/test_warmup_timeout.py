@@ -15,7 +15,7 @@ from torch import nn
 
 from accelerate_tts import get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.events import Event, WarmupFailed
-from accelerate_tts.runtime import time_limit
+from accelerate_tts.runtime.time_limit import WatchdogPolicy, remaining, watchdog_policy
 from accelerate_tts.settings import Settings
 
 X = torch.ones(1, 8)
@@ -24,10 +24,11 @@ LIMIT = 0.3  # seconds of a warm-up call
 
 
 @pytest.fixture(autouse=True)
-def limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_TTS_WARMUP_TIMEOUT", str(LIMIT))
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    monkeypatch.setattr(time_limit, "_AGAIN", 0.05)
+    with watchdog_policy(WatchdogPolicy(again=0.05)):
+        yield
 
 
 def never() -> None:
@@ -187,5 +188,5 @@ def test_without_a_limit_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Settings().warmup_timeout == 600.0
     monkeypatch.setenv("ACCELERATE_TTS_WARMUP_TIMEOUT", "none")
     left: list[Any] = []
-    assert get_performance_optimizer().warmup_model(nn.Linear(8, 8), lambda _: left.append(time_limit.remaining()))
+    assert get_performance_optimizer().warmup_model(nn.Linear(8, 8), lambda _: left.append(remaining()))
     assert left == [None]

@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,24 +22,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 from accelerate_tts import Event, cached_embedding, events
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.memory import EmbeddingStore, Kept
-
-
-class Encoder(nn.Module):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        return self.linear(wave).tanh()
+from doubles import Encoder
 
 
 class Service:
@@ -308,25 +299,29 @@ async def test_an_async_function_with_a_folder(tmp_path: Path) -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 60)), max_size=60), st.integers(1, 800), st.randoms()
 )
+@example([("a", 10), ("b", 10)], 40, Random(0))  # each fits, exactly
 def test_the_limit_holds_and_no_wrong_value_comes_back(puts: list[tuple[str, int]], limit: int, random: Random) -> None:
     store = EmbeddingStore(limit)
-    wanted: dict[str, int] = {}
+    wanted: OrderedDict[str, int] = OrderedDict()  # least recently used first
     for key, size in puts:
         kept, flight, leads = store.begin(key, None)
         if kept is not None:
             assert kept.copy().numel() == wanted[key]
+            wanted.move_to_end(key)
             if random.random() < 0.5:
                 continue
             store.put(key, Kept(torch.zeros(size)))
         else:
-            assert leads
+            assert leads, "nobody computes it any more"
+            assert key not in wanted
             store.end(key, flight, Kept(torch.zeros(size)))
-        wanted[key] = size
-        assert store.info().bytes <= limit
-        held = [wanted[key] * 4 for key in wanted if key in store._entries]
-        assert store.info().bytes == sum(held)
-        assert store.info().entries == len(held)
-        assert not store._flights
+        wanted.pop(key, None)
+        if 4 * size <= limit:
+            wanted[key] = size
+        while 4 * sum(wanted.values()) > limit:
+            wanted.popitem(last=False)
+        assert store.info().bytes == 4 * sum(wanted.values())
+        assert store.info().entries == len(wanted)
 
 
 def test_what_is_cleared_meanwhile_is_not_kept() -> None:
@@ -336,6 +331,20 @@ def test_what_is_cleared_meanwhile_is_not_kept() -> None:
     store.end("a", flight, Kept(1))
     assert store.info().entries == 0
     assert flight.future.result().copy() == 1
+
+
+def test_what_was_begun_before_it_was_cleared_ends_nothing_that_was_begun_since() -> None:
+    store = EmbeddingStore(1000)
+    _, before, _ = store.begin("a", None)
+    store.clear()
+    _, since, leads = store.begin("a", None)
+    assert leads
+    store.end("a", before, Kept(1))
+    assert store.begin("a", None) == (None, since, False)
+    store.end("a", since, Kept(2))
+    kept, _, _ = store.begin("a", None)
+    assert kept is not None
+    assert kept.copy() == 2
 
 
 @dataclass

@@ -63,6 +63,16 @@ def test_a_file_counts_by_its_content(service: Service, tmp_path: Path) -> None:
     assert service.calls == 2
 
 
+@pytest.mark.parametrize(("name", "calls"), [("VOICE.WAV", 1), ("voice.mp3", 2)])
+def test_of_a_files_name_its_suffix_counts_however_it_is_written(
+    name: str, calls: int, service: Service, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "voice.wav", tmp_path / name):
+        path.write_bytes(b"RIFFabcd")
+        service.embed_file(path)
+    assert service.calls == calls
+
+
 def test_a_file_that_has_long_been_the_same_is_not_read_again(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +81,7 @@ def test_a_file_that_has_long_been_the_same_is_not_read_again(
     later = time.time_ns() + 10_000_000_000
     monkeypatch.setattr(time, "time_ns", lambda: later)
     service.embed_file(path)
-    monkeypatch.setattr(file_digests, "_BLOCK", "nobody reads a block")
+    monkeypatch.setattr(file_digests, "read_into", lambda *_: pytest.fail("it is read again"))
     service.embed_file(path)
     monkeypatch.undo()
     assert service.calls == 1
@@ -88,7 +98,7 @@ def test_a_file_that_is_written_without_a_sign_in_its_times(
     path.write_bytes(b"RIFFabcd" * 10_000)
     later = time.time_ns() + 10_000_000_000
     monkeypatch.setattr(time, "time_ns", lambda: later)
-    monkeypatch.setattr(file_digests, "_identity", lambda path, _about: (path,))
+    monkeypatch.setattr(file_digests, "identity", lambda path, _about: (path,))
     service.embed_file(path)
     path.write_bytes(b"XXXXabcd" * 10_000)
     assert service.embed_file(path)[0] == ord("X")

@@ -102,7 +102,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
     console = Terminal(stderr=True)
     pieces = sentences(text)
     for path in filter(None, (output, receipt_file)):
-        _check_writable(path)
+        check_writable(path)
     with console.status("importing torch"):  # a second or two
         import_module("torch")
     with _quiet(), _shown(console):
@@ -146,7 +146,7 @@ def compare_backends(
     say("loading the voice, plain")
     plain, plain_load = _timed_load(PlainBackend)
     say("first call of the plain backend")
-    text = _timed_part(piece for piece in pieces if to_ids(plain.voice, piece))
+    text = timed_part(piece for piece in pieces if to_ids(plain.voice, piece))
     if not text:
         raise NothingToSayError(f"nothing in {pieces[0][:40]!r} can be pronounced; give a sentence of English")
     plain_cold, reference = _timed_call(plain, text)
@@ -172,7 +172,8 @@ def compare_backends(
     return plain, decorated, comparison
 
 
-def _timed_part(pieces: Iterable[str]) -> str:
+def timed_part(pieces: Iterable[str]) -> str:
+    """Return the first pieces of a text, at least one, as far as they are short enough to be timed."""
     timed = ""
     for piece in pieces:
         if timed and len(timed) + len(piece) > _TIMED_CHARACTERS:
@@ -238,7 +239,8 @@ def _progress(pieces: list[str], console: Console) -> Iterator[str]:
                 console.print(f"speaking: {number} of {len(pieces)} sentences")
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raise `OutputError` unless `path` can be written. An existing file is not changed."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -61,7 +61,7 @@ class Counter:
 
 
 @cache
-def _settings_are_the_threads() -> bool:
+def settings_are_the_threads() -> bool:
     """Check that dynamo's settings are per thread (torch 2.12 and later) rather than per process."""
     from torch._dynamo import config
 
@@ -144,7 +144,7 @@ def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextMa
         frozen: The weights that become constants, if any.
         strict: Raise `RecompileError`, which names the failed guard, instead of compiling again.
     """
-    if not _settings_are_the_threads():
+    if not settings_are_the_threads():
         return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
     return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
 
@@ -163,7 +163,7 @@ def compile_function(
     """
     import torch
 
-    _mend_workers()  # before importing inductor, which may start them
+    mend_workers()  # before importing inductor, which may start them
     _mend_collector()
     from torch._inductor import list_mode_options
 
@@ -175,7 +175,7 @@ def compile_function(
             _run_uncompiled(counter)
         return function(*args, **kwargs)
 
-    plain = call if _settings_are_the_threads() else watched
+    plain = call if settings_are_the_threads() else watched
     # Globals of its own, too: dynamo stores each graph there, and graphs refer to the weights. With torch among them:
     # after a graph break, dynamo of torch 2.6 looks for it there, else it raises NameError (transformers' GPT2Model).
     known = {**plain.__globals__, "torch": torch}
@@ -277,7 +277,7 @@ def _run_uncompiled(counter: Counter) -> None:
     counter.left_out = True  # dynamo compiles what the function calls, but not itself
 
 
-def _mend_workers() -> None:
+def mend_workers() -> None:
     """Let inductor's worker processes start despite a typing.py beside torch.
 
     The PyPI package `typing` 3.7.4.3 (a Python 2 backport that resemblyzer 0.1.4 requires) installs one. inductor

@@ -74,14 +74,14 @@ class CompiledBlocksStage(BaseStage):
         """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
-        return None if _rows(part.module) else "no repeated blocks in it"
+        return None if block_rows(part.module) else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
         """See `Stage.prepare`. Nothing is compiled yet."""
         return _CompiledBlocks(part, self._mode)
 
 
-def _rows(module: nn.Module) -> list[list[nn.Module]]:
+def block_rows(module: nn.Module) -> list[list[nn.Module]]:
     """Group blocks that differ only in the values of their weights, in the order of their list."""
     from torch import nn
 
@@ -111,7 +111,7 @@ def _rows(module: nn.Module) -> list[list[nn.Module]]:
     return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
 
 
-def _place(block: Any, number: int) -> int:
+def place_of(block: Any, number: int) -> int:
     """Return the block's index in the cache. Blocks of another kind may lie between those of one kind."""
     attention = getattr(block, "self_attn", None) or getattr(block, "attn", None)
     place = getattr(attention, "layer_idx", None)
@@ -132,7 +132,7 @@ class _CompiledBlocks(BaseChange):
 
     def __init__(self, part: Part, mode: str) -> None:
         self._counter = Counter(part.name)
-        rows = [_Row(row, part.name, mode, self._counter) for row in _rows(part.module)]
+        rows = [_Row(row, part.name, mode, self._counter) for row in block_rows(part.module)]
         # The graph needs caches that grow in place, even where that change alone was not worth keeping.
         self._growing = growing_caches(part.module)
         known = {block: row for row in rows for block in row.blocks}
@@ -162,7 +162,7 @@ class _Row:
     """Blocks of one kind and the graphs that they share."""
 
     def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
-        self.blocks = {block: _place(block, number) for number, block in enumerate(blocks)}
+        self.blocks = {block: place_of(block, number) for number, block in enumerate(blocks)}
         self._what = what
         self._told = Told(f"the compiled blocks of {what}")
         self._mode = mode

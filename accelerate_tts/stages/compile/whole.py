@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
 
+    Compiler = Callable[[Callable[..., Any], str, Counter], Callable[..., Any]]
+
 __all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
 
 
@@ -130,9 +132,18 @@ class CompiledCall:
 
     It is stored in the private attribute that `nn.Module.compile()` sets (torch 2.0 to 2.14), which pickling and
     copying omit. The module keeps its class and its state dict.
+
+    Args:
+        module: The module.
+        what: Its name in events.
+        mode: torch.compile's mode.
+        frozen: True if weights become constants of the graphs.
+        compiler: Compiles the call; tests pass another one than `compile_function`.
     """
 
-    def __init__(self, module: nn.Module, what: str, mode: str, *, frozen: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, what: str, mode: str, *, frozen: bool = False, compiler: Compiler = compile_function
+    ) -> None:
         self._module = module
         self._frozen = Frozen(module) if frozen else None
         # A graph does not notice writes to weights that are constants in it, or that a stage has copied.
@@ -144,7 +155,7 @@ class CompiledCall:
         self._ready = False
         self._broken = False
         self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
-        self._compiled = compile_function(module._call_impl, mode, self._counter)
+        self._compiled = compiler(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
     @property

@@ -13,7 +13,7 @@ launch, and a recording does not see later changes of the layers.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.inspection.classes import plain_class
@@ -41,14 +41,25 @@ if TYPE_CHECKING:
     from accelerate_tts.stages.decode.static_step import Recording
     from accelerate_tts.stages.protocol import Change, Target
 
-__all__ = ["CapturedStepStage"]
+__all__ = ["Bounds", "CapturedStepStage"]
 
-_MOST_SLOTS = 4
-"""Maximum slots of one decoder, that is, sequences that can alternate without a copy."""
-_MOST_BYTES = 2 << 30
-"""Maximum bytes of all slots of one decoder. A slot of T3 for 1,024 positions takes half a gigabyte."""
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
+
+
+class Bounds(NamedTuple):
+    """Bounds of the slots of one decoder.
+
+    Attributes:
+        slots: Maximum slots, that is, sequences that can alternate without a copy.
+        bytes: Maximum bytes of all slots. A slot of T3 for 1,024 positions takes half a gigabyte.
+    """
+
+    slots: int = 4
+    bytes: int = 2 << 30
+
+
+_BOUNDS = Bounds()
 
 
 @register_stage
@@ -58,6 +69,7 @@ class CapturedStepStage(BaseStage):
     Args:
         record: Records a step. Tests without a device pass another recorder than `CudaRecording`.
         inside: Half-precision stage for the recorded step and for prefill.
+        bounds: Bounds of each decoder's slots.
     """
 
     name = "captured decode step"
@@ -76,10 +88,14 @@ class CapturedStepStage(BaseStage):
             yield cls(inside=HalfStage(dtype, carried=True))
 
     def __init__(
-        self, record: Callable[[Callable[[], Any]], Recording] = CudaRecording, inside: HalfStage | None = None
+        self,
+        record: Callable[[Callable[[], Any]], Recording] = CudaRecording,
+        inside: HalfStage | None = None,
+        bounds: Bounds = _BOUNDS,
     ) -> None:
         self._record = record
         self._inside = inside
+        self._bounds = bounds
         if inside is not None:
             self.name = f"{self.name}, {inside.name}"
 
@@ -95,20 +111,26 @@ class CapturedStepStage(BaseStage):
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        return _Captured(part, self.name, self._record, None if self._inside is None else self._inside.prepare(part))
+        inside = None if self._inside is None else self._inside.prepare(part)
+        return _Captured(part, self.name, self._record, inside, self._bounds)
 
 
 class _Captured(BaseChange):
     """The change: the forward of each decoder's class looks for a recording first."""
 
     def __init__(
-        self, part: Part, name: str, record: Callable[[Callable[[], Any]], Recording], inside: Change | None
+        self,
+        part: Part,
+        name: str,
+        record: Callable[[Callable[[], Any]], Recording],
+        inside: Change | None,
+        bounds: Bounds,
     ) -> None:
         found = decoders(part.module)
         self._inside = inside
         self._growing = growing_caches(part.module)
         self._steps = {
-            decoder: _Steps(decoder, part.name, name, record, copies=inside is not None) for decoder in found
+            decoder: _Steps(decoder, part.name, name, record, bounds, copies=inside is not None) for decoder in found
         }
         self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
 
@@ -116,6 +138,11 @@ class _Captured(BaseChange):
     def graphs(self) -> int | None:
         """Number of recordings so far."""
         return sum(steps.recorded for steps in self._steps.values())
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Slots of all decoders, least recently used first for each."""
+        return [slot for steps in self._steps.values() for slot in steps.slots]
 
     def on(self) -> None:
         """See `Change.on`."""
@@ -140,12 +167,13 @@ class _Captured(BaseChange):
 class _Steps:
     """The recordings of one decoder."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the decoder, its names in events, and the options of the stage
         self,
         decoder: nn.Module,
         what: str,
         stage: str,
         record: Callable[[Callable[[], Any]], Recording],
+        bounds: Bounds,
         *,
         copies: bool,
     ) -> None:
@@ -153,6 +181,7 @@ class _Steps:
         self._what, self._stage = what, stage
         self._told = Told(f"the captured step of {what}")
         self._record = record
+        self._bounds = bounds
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
@@ -244,7 +273,7 @@ class _Steps:
         self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
     ) -> Slot | None:
         capacity = next((size for size in CAPACITIES if size > length), None)
-        if capacity is None or bytes_of(past, capacity) > _MOST_BYTES:
+        if capacity is None or bytes_of(past, capacity) > self._bounds.bytes:
             self._told.tell(f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory", 0)
             return None
         kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
@@ -284,13 +313,15 @@ class _Steps:
             emit(Recompiled(self._what, self.recorded, shapes, f"a sequence of up to {capacity} positions"))
         return slot
 
-    def _all(self) -> list[Slot]:
+    @property
+    def slots(self) -> list[Slot]:
+        """All slots."""
         return [slot for slots in self._slots.values() for slot in slots]
 
     def _is_full(self, past: Any, more: int) -> bool:
-        slots = self._all()
+        slots = self.slots
         used = sum(slot.bytes for slot in slots)
-        return len(slots) >= _MOST_SLOTS or used + bytes_of(past, more) > _MOST_BYTES
+        return len(slots) >= self._bounds.slots or used + bytes_of(past, more) > self._bounds.bytes
 
     def _make_room(self, past: Any, capacity: int) -> None:
         for slots in list(self._slots.values()):
@@ -299,7 +330,7 @@ class _Steps:
         self._slots = {key: slots for key, slots in self._slots.items() if slots}
 
     def _clear(self) -> None:
-        for slot in self._all():
+        for slot in self.slots:
             slot.leave()
         self._slots = {}
 

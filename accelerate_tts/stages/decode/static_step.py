@@ -146,7 +146,7 @@ class Slot:
             self.bytes = sum(tensor.numel() * tensor.element_size() for pair in self.buffers for tensor in pair)
             self.position = torch.zeros(1, dtype=torch.long, device=first.device)
             self._places = torch.arange(capacity, device=first.device)
-            self._valid = torch.ones(self.rows, capacity, dtype=torch.bool, device=first.device)
+            self.valid = torch.ones(self.rows, capacity, dtype=torch.bool, device=first.device)
             self._open = torch.zeros((), dtype=dtype, device=first.device)
             self._hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=first.device)
             self._recording = record(self.step)
@@ -157,7 +157,7 @@ class Slot:
         """Run one token at `position`. This function is recorded."""
         import torch
 
-        seen = (self._places <= self.position) & self._valid
+        seen = (self._places <= self.position) & self.valid
         mask = torch.where(seen, self._open, self._hidden)[:, None, None, :]
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
         past = _static_cache(self.buffers, self.position)
@@ -185,9 +185,9 @@ class Slot:
             self.position.fill_(length)
             for name, tensor in inputs.items():
                 self.inputs[name].copy_(tensor)
-            self._valid.fill_(True)
+            self.valid.fill_(True)
             if mask is not None:
-                self._valid[:, : length + 1].copy_(mask)
+                self.valid[:, : length + 1].copy_(mask)
             self._recording.replay()
             for layer in past.layers:
                 layer.advance(1)

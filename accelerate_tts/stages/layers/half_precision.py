@@ -91,7 +91,7 @@ class HalfStage(BaseStage):
         """See `Stage.prepare`."""
         dtype, carried = self._dtype, self._carried
         layers = set(_layers(part.module))
-        twins = {layer: Derived(layer, lambda module: _twin(module, dtype)) for layer in layers}
+        twins = {layer: Derived(layer, lambda module: half_copy(module, dtype)) for layer in layers}
         if not carried:
             return CarryingSwap(list(layers), lambda m: _layer_class(class_of(m), dtype, carried=False), HALF, twins)
         fused = in_fused(part.module)  # a fused block takes fp32, and is one unit
@@ -157,7 +157,7 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
     return own and module not in layers and not isinstance(module, ParametrizationList)
 
 
-def _twin(module: Any, dtype: torch.dtype) -> Any:
+def half_copy(module: Any, dtype: torch.dtype) -> Any:
     """Make a shallow copy of a layer with half-precision weights."""
     from torch.nn.utils.parametrize import is_parametrized
 
@@ -234,7 +234,7 @@ def _dtype_of(value: Any) -> torch.dtype:
 
 
 @cache
-def _delicate() -> frozenset[Any]:
+def delicate_functions() -> frozenset[Any]:
     """Return the functions that half precision breaks: no kernel (Fourier), or too little range or precision.
 
     In-place functions are excluded, since they would write into the copy.
@@ -278,7 +278,7 @@ def _islands(dtype: torch.dtype) -> Any:
     from torch.overrides import TorchFunctionMode
 
     # No sets: dynamo cannot trace look-ups in one.
-    delicate, products = dict.fromkeys(_delicate()), dict.fromkeys(_products())
+    delicate, products = dict.fromkeys(delicate_functions()), dict.fromkeys(_products())
 
     class Islands(TorchFunctionMode):
         """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32."""

@@ -113,7 +113,7 @@ class _Function:
                 watched.seconds.append(min(seconds, took))
                 watched.pure = watched.pure and not warned and _same(kept, again)
         with _lock:
-            sizes = [_size(value) for function in _functions.values() for value in function.results.values()]
+            sizes = [_size(value) for function in replaced_functions.values() for value in function.results.values()]
             if len(sizes) < _MOST_RESULTS and sum(sizes) + _size(kept) <= _MOST_BYTES:
                 self.results[key] = kept
 
@@ -147,7 +147,7 @@ class Watched:
 
 _lock = threading.RLock()
 _within = threading.local()
-_functions: dict[str, _Function] = {}
+replaced_functions: dict[str, _Function] = {}
 """Functions that are replaced now."""
 
 
@@ -234,20 +234,20 @@ def _replace(names: set[str]) -> list[_Function]:
     """Replace these functions in each loaded module."""
     with _lock:
         fresh = {}
-        for name in names - _functions.keys():
+        for name in names - replaced_functions.keys():
             upstream = _upstream(name)
             if upstream is not None:
-                fresh[id(upstream)] = _functions[name] = _Function(name, upstream)
+                fresh[id(upstream)] = replaced_functions[name] = _Function(name, upstream)
         _exchange({key: function.stand_in for key, function in fresh.items()})
-        return [_functions[name] for name in names if name in _functions]
+        return [replaced_functions[name] for name in names if name in replaced_functions]
 
 
 def _give_back() -> None:
     """Restore upstream's functions that no tuned object or observer needs replaced."""
     # Of a list: the garbage collector may come in between, with an object that leaves.
-    idle = [function for function in list(_functions.values()) if not (function.users or function.watchers)]
+    idle = [function for function in list(replaced_functions.values()) if not (function.users or function.watchers)]
     for function in idle:
-        _functions.pop(function.name, None)
+        replaced_functions.pop(function.name, None)
         function.results.clear()
     _exchange({id(function.stand_in): function.upstream for function in idle})
 

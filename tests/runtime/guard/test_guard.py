@@ -29,10 +29,11 @@ from accelerate_tts.plan import Part
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units, fault_of, hear, size_of, units_of
+from accelerate_tts.runtime.guard.gate import Gate, Step
 from accelerate_tts.stages import catalogue
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.tuning.findings import Tuning
+from doubles import Stage, begin_process
 
 SAMPLES = 400  # of a character
 PIECE = 1200
@@ -175,7 +176,7 @@ def guarded() -> Iterator[Callable[..., Backend]]:
     yield make
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-    assert not guards._retrying.get()
+    assert guards.is_watched() or not alive, "it left guards switched off"
 
 
 def told(seen: list[Event]) -> list[Guarded]:
@@ -550,15 +551,15 @@ def test_switched_off_nothing_is_looked_at(guarded: Any, seen: list[Event]) -> N
 
 def test_a_guard_keeps_no_model_alive(guarded: Any) -> None:
     gc.collect()
-    before = set(guards._guards)
     backend = Backend(nan)
-    guards.protect(backend, guards.Guard("Voice", backend.tuning, {}, 3))
+    guard = guards.Guard("Voice", backend.tuning, {}, 3)
+    guards.protect(backend, guard)
     backend.speak(TEXT)
-    gone = weakref.ref(backend.voice)
-    del backend
+    gone, forgotten = weakref.ref(backend.voice), weakref.ref(guard)
+    del backend, guard
     gc.collect()
     assert gone() is None
-    assert set(guards._guards) <= before
+    assert forgotten() is None, "the guard of an object that is gone is not kept either"
 
 
 def test_changes_of_the_librarys_own_are_switched(seen: list[Event]) -> None:
@@ -601,31 +602,6 @@ def test_changes_of_the_librarys_own_are_switched(seen: list[Event]) -> None:
 # --- loaded and tuned ---------------------------------------------------------------------------------------
 
 
-class Faster(BaseStage):
-    """Takes the voice's delay away, and makes it faulty once it is told to."""
-
-    name = "faster"
-    least_share = 0.0
-
-    def __init__(self) -> None:
-        self.in_service: Fault | None = None
-
-    def applies(self, part: Any) -> str | None:
-        return None
-
-    def prepare(self, part: Any) -> Any:
-        stage, voice = self, part.module
-
-        class Quick(BaseChange):
-            def on(self) -> None:
-                voice.seconds, voice.fault = 0.0, stage.in_service
-
-            def off(self) -> None:
-                voice.seconds, voice.fault = 0.02, None
-
-        return Quick()
-
-
 class Service:
     @optimized_model(warmup=TEXT)
     def load(self) -> None:
@@ -638,14 +614,15 @@ class Service:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Faster:
-    made = Faster()
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Takes the voice's delay away, and makes it faulty once it is told to."""
+    made = Stage("faster", seconds=0.0, fault=None)
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: [made])
     return made
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_tuned_backend_is_guarded(fault: str, stage: Faster, seen: list[Event]) -> None:
+def test_a_tuned_backend_is_guarded(fault: str, stage: Stage, seen: list[Event]) -> None:
     service = Service()
     service.load()
     receipt = receipt_of(service)
@@ -655,7 +632,7 @@ def test_a_tuned_backend_is_guarded(fault: str, stage: Faster, seen: list[Event]
     service.speak(TEXT)
     assert told(seen) == []
 
-    stage.in_service = service.voice.fault = FAULTS[fault]
+    stage.attributes["fault"] = service.voice.fault = FAULTS[fault]
     for number in (1, 2, 3, 4):
         seed()
         wave = service.speak(TEXT)
@@ -671,7 +648,7 @@ def test_a_tuned_backend_is_guarded(fault: str, stage: Faster, seen: list[Event]
 
 
 def test_silence_and_length_of_the_warm_up_are_what_is_expected(
-    stage: Faster, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+    stage: Stage, seen: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Voice, "forward", _silence)
     service = Service()
@@ -685,7 +662,7 @@ def _silence(voice: Voice, samples: int) -> torch.Tensor:
     return torch.zeros(1, samples)
 
 
-def test_off_by_one_setting(stage: Faster, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_by_one_setting(stage: Stage, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_TTS_GUARD", "0")
     service = Service()
     service.load()
@@ -697,13 +674,11 @@ def test_off_by_one_setting(stage: Faster, seen: list[Event], monkeypatch: pytes
     assert told(seen) == []
 
 
-def test_how_many_faults_are_borne_is_a_setting(
-    stage: Faster, seen: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optimizer, "_optimizer", optimizer.PerformanceOptimizer(Settings(guard_limit=1)))
+def test_how_many_faults_are_borne_is_a_setting(stage: Stage, seen: list[Event]) -> None:
+    begin_process(optimizer.PerformanceOptimizer(Settings(guard_limit=1)))
     service = Service()
     service.load()
-    stage.in_service = service.voice.fault = nan
+    stage.attributes["fault"] = service.voice.fault = nan
     service.speak(TEXT)
     assert sum(isinstance(event, FellBack) for event in seen) == 1
     assert service.voice.fault is None
@@ -1220,10 +1195,10 @@ def test_a_call_inside_another_may_be_made_again(guarded: Any, seen: list[Event]
 class Charging(Backend):
     """Charges for each call."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: Fault, limit: int = 10) -> None:
         super().__init__(fault)
         self.charged = 0
-        self.guard = guards.Guard("Voice", self.tuning, {}, 10)
+        self.guard = guards.Guard("Voice", self.tuning, {}, limit)
         guards.protect(self, self.guard)
 
     @inference(retry=False)
@@ -1284,10 +1259,7 @@ def test_what_calls_it_is_not_made_again_either(seen: list[Event]) -> None:
 
 
 def test_after_some_faults_of_such_a_function_the_object_is_put_back(seen: list[Event]) -> None:
-    backend = Charging(nan)
-    backend.guard = guards.Guard("Voice", backend.tuning, {}, 2)
-    guards._guards.clear()
-    guards.protect(backend, backend.guard)
+    backend = Charging(nan, limit=2)
     for _ in range(3):
         backend.speak(TEXT)
     assert backend.guard.retired
@@ -1483,6 +1455,28 @@ def test_a_switch_that_fails_holds_nothing(guarded: Any, monkeypatch: pytest.Mon
     assert backend.voice.fault is not None
 
 
+@pytest.mark.parametrize(("samples", "fault"), [(15_000, None), (25_000, "too long")])
+def test_a_word_may_be_longer_than_its_letters_suggest(samples: int, fault: str | None) -> None:
+    expected = Expectation(rate=100.0, longest=1000)
+    heard = Heard(audio=True, samples=samples, swing=1.0, peak=1.0)
+    assert fault_of(heard, Units(2, 2), expected) == fault
+
+
+def test_what_is_off_already_waits_for_nobody() -> None:
+    """A call that began meanwhile runs untouched, and need not end before another one is repeated."""
+    log: list[str] = []
+    gate = Gate(lambda: log.append("on"), lambda: log.append("off"), 0.05, log.append)
+    first = gate.hold(None)
+    inside = Step()
+    gate.enter(inside, wait=False)
+    second = gate.hold(None)
+    first.release()
+    second.release()
+    assert log == ["off"]
+    gate.leave(inside)
+    assert log == ["off", "on"]
+
+
 def test_the_collector_may_close_a_stream_while_changes_are_switched(guarded: Any) -> None:
     """An abandoned stream in a cycle, closed on the thread that holds the guard's lock: it used to wait for itself."""
     backend = guarded(nan)
@@ -1492,9 +1486,15 @@ def test_the_collector_may_close_a_stream_while_changes_are_switched(guarded: An
     assert guard is not None
     done = []
 
-    def closes() -> None:
-        with guard._lock:
+    class Name(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:  # asked for while the guard holds its lock
             stream.close()
+            return 1
+
+    def closes() -> None:
+        guard.own(Name("Backend.stream"), "silent")
         done.append(1)
 
     thread = threading.Thread(target=closes, daemon=True)

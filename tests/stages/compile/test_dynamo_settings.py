@@ -13,31 +13,24 @@ from accelerate_tts import Event
 from accelerate_tts.events import FellBack, Recompiled
 from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.whole import CompiledCall
+from doubles import Repeats
 
 NAMES = [name for name in ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit", "error_on_recompile")
          if hasattr(torch._dynamo.config, name)]  # fmt: skip
 
 
-class Steps(nn.Module):
-    """A graph for each number of steps, and a look at what other threads are told meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        for _ in range(steps):
-            x = torch.tanh(self.linear(x)) + 1
-        return x
-
-
 @pytest.fixture(params=["this release", "settings of the process"])
-def call(request: pytest.FixtureRequest, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> CompiledCall:
-    """A module's call, compiled by dynamo alone; also as releases need it whose settings are the process's."""
+def model(request: pytest.FixtureRequest, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> Repeats:
+    """A module that dynamo alone compiles; also as releases need it whose settings are the process's."""
     if request.param == "settings of the process":
-        monkeypatch.setattr(inductor, "_settings_are_the_threads", lambda: False)
+        monkeypatch.setattr(inductor, "settings_are_the_threads", lambda: False)
     torch.manual_seed(0)
-    made = CompiledCall(Steps().eval(), "steps", "default")
+    return Repeats().eval()
+
+
+@pytest.fixture
+def call(model: Repeats) -> CompiledCall:
+    made = CompiledCall(model, "steps", "default")
     made.on()
     return made
 
@@ -56,10 +49,15 @@ def elsewhere() -> list[Any]:
 
 
 @torch.no_grad()
-def test_no_other_thread_is_told(call: CompiledCall) -> None:
+def test_no_other_thread_is_told(model: Repeats) -> None:
     before, during = settings(), []
-    run = call._compiled
-    call._compiled = lambda *args, **kwargs: during.append(elsewhere()) or run(*args, **kwargs)
+
+    def compiler(*given: Any) -> Any:
+        run = inductor.compile_function(*given)
+        return lambda *args, **kwargs: during.append(elsewhere()) or run(*args, **kwargs)
+
+    call = CompiledCall(model, "steps", "default", compiler=compiler)
+    call.on()
     call(torch.ones(2, 4), 1)
     call.seal()
     call(torch.ones(2, 4), 1)
@@ -70,24 +68,24 @@ def test_no_other_thread_is_told(call: CompiledCall) -> None:
 
 
 @torch.no_grad()
-def test_a_sealed_call_is_never_compiled_without_a_word(call: CompiledCall, seen: list[Event]) -> None:
-    plain = Steps().eval()
-    plain.load_state_dict(call._module.state_dict())
+def test_a_sealed_call_is_never_compiled_without_a_word(model: Repeats, call: CompiledCall, seen: list[Event]) -> None:
+    plain = Repeats().eval()
+    plain.load_state_dict(model.state_dict())
     inputs = torch.ones(2, 4)
     call(inputs, 1)
     call.seal()
     for steps in (1, 2, 2, 1, 3):
-        torch.testing.assert_close(call._module(inputs, steps), plain(inputs, steps))
+        torch.testing.assert_close(model(inputs, steps), plain(inputs, steps))
     assert call.graphs == 3
     assert [event.graphs for event in seen if isinstance(event, Recompiled)] == [2, 3]
     assert not [event for event in seen if isinstance(event, FellBack)]
 
 
 @torch.no_grad()
-def test_at_the_limit_it_is_said(call: CompiledCall, seen: list[Event]) -> None:
+def test_at_the_limit_it_is_said(model: Repeats, call: CompiledCall, seen: list[Event]) -> None:
     inputs = torch.ones(2, 4)
     for steps in range(1, 12):
-        call._module(inputs, steps)
+        model(inputs, steps)
     limit = getattr(torch._dynamo.config, "recompile_limit", None) or torch._dynamo.config.cache_size_limit
     assert call.graphs == limit
     said = [event for event in seen if isinstance(event, FellBack)]
@@ -112,14 +110,15 @@ def test_what_dynamo_leaves_out_is_no_miss(
     call: CompiledCall, seen: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del call
-    broken = CompiledCall(Broken().eval(), "broken", "default")
+    module = Broken().eval()
+    broken = CompiledCall(module, "broken", "default")
     inputs = torch.ones(2, 4)
-    expected = broken._module(inputs)
+    expected = module(inputs)
     broken.on()
     broken(inputs)
     broken.seal()
     graphs = broken.graphs
     for _ in range(3):
-        torch.testing.assert_close(broken._module(inputs), expected)
+        torch.testing.assert_close(module(inputs), expected)
     assert broken.graphs == graphs
     assert not [event for event in seen if isinstance(event, (FellBack, Recompiled))]

@@ -22,9 +22,9 @@ from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.inductor import Frozen
 from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage, FrozenCompileStage
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import Repeats, pays_off
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -268,19 +268,6 @@ def test_a_module_that_writes_its_own_buffers_is_never_served_stale(traced: list
     assert len(fallen(seen)) == 1
 
 
-class Repeats(nn.Module):
-    """A graph for each number of steps: the loop is unrolled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        for _ in range(steps):
-            x = torch.tanh(self.linear(x)) + 1
-        return x
-
-
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_beyond_the_limit_known_inputs_stay_compiled(is_frozen: bool, traced: list[Any], seen: list[Event]) -> None:
     torch.manual_seed(0)
@@ -361,13 +348,7 @@ def test_what_the_user_has_compiled_is_left_alone(traced: list[Any]) -> None:
 
 
 def test_kept_by_tuning_and_undone(traced: list[Any], decide: Any, seen: list[Event]) -> None:
-    def faster(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
-        for switch in (before, after):
-            switch()
-            run()
-        return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
-
-    decide(compare=faster, hopeless=float("inf"))
+    decide(compare=pays_off, hopeless=float("inf"))
     model = build()
     reference = run(model, x())
     plan = ModelPlan("model", (model,), (part_of(model),))
@@ -405,6 +386,6 @@ def test_workers_are_told_the_path_only_where_a_typing_py_stands_in_the_way(
         (tmp_path / "typing.py").write_text("raise SystemError('a Python 2 backport')")
     if set_already:
         monkeypatch.setenv("TORCH_CUSTOM_PYTHONPATH", "/the/users")
-    inductor._mend_workers()
+    inductor.mend_workers()
     expected = "/the/users" if set_already else os.pathsep.join(["/first", "/second"]) if there else None
     assert os.environ.get("TORCH_CUSTOM_PYTHONPATH") == expected

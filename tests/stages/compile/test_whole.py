@@ -177,8 +177,7 @@ def test_a_forward_that_calls_its_own_module_falls_back_without_hanging(seen: li
 
     model = Chunked().eval()
     expected = model(x())
-    call = stage.CompiledCall(model, "chunked", "default")
-    call._compiled = failing
+    call = stage.CompiledCall(model, "chunked", "default", compiler=lambda *_: failing)
     call.on()
     torch.testing.assert_close(model(x()), expected)
     assert model._compiled_call_impl is None
@@ -203,7 +202,8 @@ def test_simultaneous_first_calls_compile_once(optimizer: PerformanceOptimizer) 
         thread.join()
     assert isinstance(call, stage.CompiledCall)
     assert call.graphs == 1
-    assert all(torch.equal(result, results[0]) for result in results)
+    for result in results:  # upstream's forward is among them: while one thread compiles, torch says so on every thread
+        torch.testing.assert_close(result, results[0])
 
 
 def test_many_parts_do_not_share_dynamos_limit(optimizer: PerformanceOptimizer, uncompiled: None) -> None:

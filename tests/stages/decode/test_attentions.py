@@ -11,7 +11,6 @@ import transformers
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
-from accelerate_tts.kernels import decoder_block
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -32,20 +31,6 @@ def decoder(name: str, how: str, dtype: torch.dtype = torch.float32) -> Any:
         num_key_value_heads=2, attn_implementation=how, initializer_range=0.2, **options,
     )  # fmt: skip
     return getattr(transformers, f"{name}Model")(config).eval().to(dtype)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of blocks that the calls of the kernel computed."""
-    found: list[int] = []
-    kernel = decoder_block.decoder_blocks()
-
-    def counted(blocks: Any, tokens: Any, count: int, threads: int) -> None:
-        found.append(count)
-        kernel(blocks, tokens, count, threads)
-
-    monkeypatch.setattr(decoder_block, "decoder_blocks", lambda: counted)
-    return found
 
 
 @pytest.fixture
@@ -89,7 +74,7 @@ def same(one: Any, other: Any, limit: float) -> bool:
 @pytest.mark.parametrize("how", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "GPT2"])
 def test_attention_weights_are_served_as_upstream_gives_them(
-    name: str, how: str, dtype: torch.dtype, fused: Callable[[Any], Any], calls: list[int], seen: list[Event]
+    name: str, how: str, dtype: torch.dtype, fused: Callable[[Any], Any], blocks_a_call: list[int], seen: list[Event]
 ) -> None:
     if name == "GPT2" and dtype == torch.bfloat16:
         pytest.skip("the kernel has no transposed weights in bf16")
@@ -102,12 +87,12 @@ def test_attention_weights_are_served_as_upstream_gives_them(
         assert list(one.keys()) == list(other.keys())
     if how == "eager":
         assert one.attentions[0].shape == (2, HEADS, 1, 9)
-    assert calls == [LAYERS] * 3
+    assert blocks_a_call == [LAYERS] * 3
     assert not seen
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_by_the_config_and_not_at_all(name: str, fused: Callable[[Any], Any], calls: list[int]) -> None:
+def test_by_the_config_and_not_at_all(name: str, fused: Callable[[Any], Any], blocks_a_call: list[int]) -> None:
     models = [decoder(name, "eager"), fused(decoder(name, "eager"))]
     for wanted in (True, False, True):
         for model in models:
@@ -115,11 +100,11 @@ def test_by_the_config_and_not_at_all(name: str, fused: Callable[[Any], Any], ca
         results = [steps(model) for model in models]
         assert all(same(a.attentions, b.attentions, 1e-5) for a, b in zip(*results, strict=True))
         assert all(same(a[0], b[0], 1e-5) for a, b in zip(*results, strict=True))
-    assert calls == [LAYERS] * 9
+    assert blocks_a_call == [LAYERS] * 9
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_as_a_tuple(name: str, fused: Callable[[Any], Any], calls: list[int]) -> None:
+def test_as_a_tuple(name: str, fused: Callable[[Any], Any], blocks_a_call: list[int]) -> None:
     models = [decoder(name, "eager"), fused(decoder(name, "eager"))]
     x = torch.ones(1, 4, WIDTH)
     found = []
@@ -131,7 +116,7 @@ def test_as_a_tuple(name: str, fused: Callable[[Any], Any], calls: list[int]) ->
             )
             found.append([item for item in out if isinstance(item, (torch.Tensor, tuple))])
     assert same(*found, 1e-5)
-    assert calls == [LAYERS]
+    assert blocks_a_call == [LAYERS]
 
 
 def test_nothing_is_left_on_the_modules(fused: Callable[[Any], Any]) -> None:
@@ -141,18 +126,18 @@ def test_nothing_is_left_on_the_modules(fused: Callable[[Any], Any]) -> None:
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-def test_what_was_left_on_the_modules_before_is_no_obstacle(fused: Callable[[Any], Any], calls: list[int]) -> None:
+def test_what_was_left_on_the_modules_is_no_obstacle(fused: Callable[[Any], Any], blocks_a_call: list[int]) -> None:
     untouched, model = decoder("Llama", "eager"), decoder("Llama", "eager")
     for block in model.layers:
         for module in (block, block.self_attn):
             module.forward = module.forward
     fused(model)
     assert all(same(a[0], b[0], 1e-5) for a, b in zip(steps(untouched), steps(model), strict=True))
-    assert calls == [LAYERS] * 3
+    assert blocks_a_call == [LAYERS] * 3
 
 
 def test_a_users_hook_on_attention_is_called_by_upstream(
-    fused: Callable[[Any], Any], calls: list[int], seen: list[Event]
+    fused: Callable[[Any], Any], blocks_a_call: list[int], seen: list[Event]
 ) -> None:
     """A hook may read and change anything: its block runs upstream's code, and the others run in two kernel calls."""
     models = [decoder("Llama", "eager"), fused(decoder("Llama", "eager"))]
@@ -164,13 +149,13 @@ def test_a_users_hook_on_attention_is_called_by_upstream(
     results = [steps(model, 30, output_attentions=True) for model in models]
     assert all(same(a[0], b[0], 1e-5) for a, b in zip(*results, strict=True))
     assert all(same(a.attentions, b.attentions, 1e-5) for a, b in zip(*results, strict=True))
-    assert calls == [1, 1] * 29
+    assert blocks_a_call == [1, 1] * 29
     assert len([event for event in seen if isinstance(event, NotApplied)]) == 1
     for handle in handles:
         handle.remove()
-    calls.clear()
+    blocks_a_call.clear()
     assert all(same(a[0], b[0], 1e-5) for a, b in zip(*(steps(model) for model in models), strict=True))
-    assert calls == [LAYERS] * 3, "and together again, once it is gone"
+    assert blocks_a_call == [LAYERS] * 3, "and together again, once it is gone"
     models[1].layers[1].self_attn.register_forward_hook(halve)
     steps(models[1])
     assert len([event for event in seen if isinstance(event, NotApplied)]) == 2, "another time, another event"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -26,14 +27,14 @@ from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
-from accelerate_tts.stages.decode import cuda_graph, static_step
-from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
 from accelerate_tts.stages.decode.static_step import CudaRecording
 from accelerate_tts.stages.layers.half_precision import HalfStage
 
 pytestmark = pytest.mark.usefixtures("layered_caches")
 
 WIDTH = 32
+BOUNDS = Bounds()
 
 
 class Rerun:
@@ -84,7 +85,17 @@ class OnStreams(CudaRecording):
     def __init__(self, step: Callable[[], Any], told: list[str]) -> None:
         self._graph = Rerun(step)
         self._last = torch.cuda.current_stream()
-        self.outputs = self._graph.outputs
+
+        class Noted(dict[str, Any]):
+            def __init__(self, **fields: Any) -> None:
+                super().__init__(fields)
+                told.append("results are copied")
+
+            def __getattr__(self, name: str) -> Any:
+                return self[name]
+
+        self.outputs = Noted(**self._graph.outputs)
+        told.pop()  # this is what they are copied from
         self._done = SimpleNamespace(
             record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
         )
@@ -97,12 +108,11 @@ def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [streams["one"]]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream, now))
-    own = static_step._own
-    monkeypatch.setattr(static_step, "_own", lambda *args: (told.append("results are copied"), own(*args))[1])
     replay = Rerun.replay
     monkeypatch.setattr(Rerun, "replay", lambda self: (told.append("replay"), replay(self))[1])
     model = llama()
-    change = CapturedStepStage(lambda step: OnStreams(step, told)).prepare(Part("model", "decoder", model))
+    stage = CapturedStepStage(lambda step: OnStreams(step, told), bounds=Bounds(slots=1))
+    change = stage.prepare(Part("model", "decoder", model))
     change.on()
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
@@ -117,10 +127,10 @@ def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(told) == 4
         told.clear()
         now[:] = [streams["one"]]
+        loop(model, 2, rows=2)  # needs the one slot there is
         change.off()
-        change._steps[model]._clear()
     # Before its memory goes; and what the sequence gets in its place is of the stream that goes on with it.
-    assert told == ["other waits", "other was used", "all is done"]
+    assert told[:3] == ["other waits", "other was used", "all is done"]
 
 
 def llama(**options: Any) -> Any:
@@ -145,8 +155,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def capture(model: Any) -> Any:
-    stage, part = CapturedStepStage(Rerun), Part("model", "decoder", model)
+def capture(model: Any, bounds: Bounds = BOUNDS) -> Any:
+    stage, part = CapturedStepStage(Rerun, bounds=bounds), Part("model", "decoder", model)
     assert stage.applies(part) is None
     change = stage.prepare(part)
     change.on()
@@ -257,8 +267,8 @@ def test_a_cache_that_others_change_is_served_right(how: str) -> None:
     assert torch.allclose(run(), expected, atol=1e-5)
 
 
-def test_two_requests_in_turn_keep_their_own_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "_MOST_SLOTS", 1)  # so they take the one slot from each other
+def test_two_requests_in_turn_keep_their_own_sequences() -> None:
+    """They take the one slot from each other."""
     model = llama()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 1, 5, WIDTH, generator=generator)
@@ -276,7 +286,7 @@ def test_two_requests_in_turn_keep_their_own_sequences(monkeypatch: pytest.Monke
         return states
 
     expected = run()
-    change = capture(model)
+    change = capture(model, Bounds(slots=1))
     for a, b in zip(expected, run(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert change.graphs == 1
@@ -327,7 +337,7 @@ def test_a_sequence_beyond_the_largest_slot_goes_on_as_upstreams(
 ) -> None:
     model = llama()
     expected, _ = loop(model, 20)
-    monkeypatch.setattr(cuda_graph, "CAPACITIES", (8, 16))
+    monkeypatch.setattr("accelerate_tts.stages.decode.cuda_graph.CAPACITIES", (8, 16))
     change = capture(model)
     found, past = loop(model, 20)
     assert torch.allclose(expected, found, atol=1e-5)
@@ -336,19 +346,21 @@ def test_a_sequence_beyond_the_largest_slot_goes_on_as_upstreams(
     assert any(isinstance(event, NotApplied) and "positions" in event.reason for event in seen)
 
 
-def test_recordings_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_are_bounded_in_number_and_bytes() -> None:
     model = llama()
-    capture(model)
-    steps = next(iter(capture(model)._steps.values()))
+    change = capture(model, Bounds(slots=3))
     kept = []
     for rows in range(1, 8):
         kept.append(loop(model, 3, rows=rows)[1])
-    assert len(steps._all()) == cuda_graph._MOST_SLOTS
-    slot = steps._all()[0]
-    monkeypatch.setattr(cuda_graph, "_MOST_BYTES", 2 * slot.bytes)
-    loop(model, 3, rows=2)
-    assert sum(slot.bytes for slot in steps._all()) <= 2 * slot.bytes or len(steps._all()) == 1
-    for rows, past in enumerate(kept, 1):  # all sequences are whole still
+    assert [slot.rows for slot in change.slots] == [5, 6, 7]
+    change.off()
+    most = 12 * change.slots[0].bytes // 5  # of twelve rows
+    change = capture(model, Bounds(bytes=most))
+    for rows in range(1, 8):
+        kept.append(loop(model, 3, rows=rows)[1])
+        assert sum(slot.bytes for slot in change.slots) <= most
+    assert [slot.rows for slot in change.slots] == [7]
+    for rows, past in zip([*range(1, 8)] * 2, kept, strict=True):  # all sequences are whole still
         assert past.layers[0].keys.shape[:3] == (rows, 2, 8)
         assert torch.isfinite(past.layers[0].keys).all()
 
@@ -441,23 +453,24 @@ def test_recording_in_service_is_an_event(seen: list[Event]) -> None:
 
 def test_a_cache_that_is_gone_leaves_its_slot_to_the_next_and_keeps_nothing_alive() -> None:
     model = llama()
-    steps = next(iter(capture(model)._steps.values()))
+    change = capture(model)
     _, past = loop(model)
-    slot = steps._all()[0]
-    assert slot._owner is not None
-    assert slot._owner() is past
+    (slot,) = change.slots
+    gone = weakref.ref(past)
+    assert not slot.is_free()
     del past
     gc.collect()
-    assert slot._owner() is None
+    assert gone() is None
+    assert slot.is_free()
 
 
 # --- is it safe to record? -----------------------------------------------------------------------------------------
 
 
 def slot_of(model: Any, rows: int = 2) -> Any:
-    steps = next(iter(capture(model)._steps.values()))
+    change = capture(model)
     loop(model, 3, rows=rows)
-    return steps._all()[0]
+    return change.slots[0]
 
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -513,7 +526,7 @@ def test_a_systems_own_loop_is_served_by_one_recording(name: str) -> None:
         for a, b in zip(expected, speak(), strict=True):
             assert torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, atol=1e-4))
         assert change.graphs == 1
-        slot = next(slot for steps in change._steps.values() for slot in steps._all())
+        slot = change.slots[0]
         with torch.no_grad(), Operators() as operators:
             slot.step()
         assert not [op for op in operators.seen if any(name in op for name in FORBIDDEN)]
@@ -542,7 +555,7 @@ def test_addresses_stay_the_same() -> None:
     slot = slot_of(model)
 
     def addresses() -> list[int]:
-        tensors = [*_pytree.tree_leaves(slot.buffers), *slot.inputs.values(), slot.position, slot._valid]
+        tensors = [*_pytree.tree_leaves(slot.buffers), *slot.inputs.values(), slot.position, slot.valid]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = addresses()
@@ -635,4 +648,4 @@ def test_a_cuda_recording_needs_cuda() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, and this is about machines without one")
     with pytest.raises((RuntimeError, AssertionError)):
-        static_step.CudaRecording(lambda: None)
+        CudaRecording(lambda: None)

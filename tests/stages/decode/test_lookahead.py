@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
-from accelerate_tts.kernels import decoder_block
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -43,20 +42,6 @@ def pair() -> Iterator[tuple[Any, Any]]:
     change.off()
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of blocks that the calls of the kernel computed."""
-    found: list[int] = []
-    kernel = decoder_block.decoder_blocks()
-
-    def counted(blocks: Any, tokens: Any, count: int, threads: int) -> None:
-        found.append(count)
-        kernel(blocks, tokens, count, threads)
-
-    monkeypatch.setattr(decoder_block, "decoder_blocks", lambda: counted)
-    return found
-
-
 def prompt(model: Any, seed: int = 1) -> Any:
     x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
@@ -79,14 +64,14 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.usefixtures("layered_caches")
-def test_one_call_for_each_token_and_the_states_of_every_layer(pair: tuple[Any, Any], calls: list[int]) -> None:
+def test_one_call_for_each_token_and_the_states_of_every_layer(pair: tuple[Any, Any], blocks_a_call: list[int]) -> None:
     plain, tuned = pair
     pasts = prompt(plain), prompt(tuned)
     for number in range(4):
         one, other = (token(m, p, number, output_hidden_states=True) for m, p in zip(pair, pasts, strict=True))
         assert len(one.hidden_states) == len(other.hidden_states) == LAYERS + 1
         assert all(close(a, b) for a, b in zip(one.hidden_states, other.hidden_states, strict=True))
-    assert calls == [LAYERS] * 4
+    assert blocks_a_call == [LAYERS] * 4
     for one, other in zip(pasts[0].layers, pasts[1].layers, strict=True):
         assert one.keys.shape == other.keys.shape
         assert close(one.keys, other.keys)
@@ -98,17 +83,17 @@ def _own_positions(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bit_for_bit_what_the_blocks_make_one_by_one(dtype: torch.dtype, calls: list[int]) -> None:
+def test_bit_for_bit_what_the_blocks_make_one_by_one(dtype: torch.dtype, blocks_a_call: list[int]) -> None:
     model = llama(dtype)
     FusedBlocksStage().prepare(Part("model", "decoder", model)).on()
     together = run(model)
-    assert calls == [LAYERS] * 5
+    assert blocks_a_call == [LAYERS] * 5
     for layer in model.layers:
         layer.register_forward_pre_hook(_own_positions, with_kwargs=True)
     run(model, 3)
-    calls.clear()
+    blocks_a_call.clear()
     assert torch.equal(run(model), together)
-    assert calls == [1] * LAYERS * 5
+    assert blocks_a_call == [1] * LAYERS * 5
 
 
 def _out_of_place(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
@@ -122,29 +107,29 @@ def _in_place(_m: Any, _a: Any, out: torch.Tensor) -> None:
 @pytest.mark.usefixtures("layered_caches")
 @pytest.mark.parametrize("hook", [_out_of_place, _in_place])
 def test_what_comes_between_two_blocks_is_seen(
-    hook: Callable[..., Any], pair: tuple[Any, Any], calls: list[int], seen: list[Event]
+    hook: Callable[..., Any], pair: tuple[Any, Any], blocks_a_call: list[int], seen: list[Event]
 ) -> None:
     for model in pair:
         model.layers[1].register_forward_hook(hook)
     assert close(*(run(model, 6) for model in pair))
     # Three tokens for which two blocks were made in vain, and from then on none.
-    assert calls == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
+    assert blocks_a_call == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
     assert [event.reason for event in seen if isinstance(event, NotApplied) and "in one call" in event.what] == [
-        "the decoder changes its states before block 2; another call begins there now"
+        "the decoder changes its states before block 2; a second call begins there from now on"
     ]
 
 
 @pytest.mark.usefixtures("layered_caches")
 def test_it_goes_on_in_one_call_once_nothing_comes_between(
-    pair: tuple[Any, Any], calls: list[int], seen: list[Event]
+    pair: tuple[Any, Any], blocks_a_call: list[int], seen: list[Event]
 ) -> None:
     handles = [model.layers[1].register_forward_hook(_in_place) for model in pair]
     run(pair[1], 6)
     for handle in handles:
         handle.remove()
-    calls.clear()
+    blocks_a_call.clear()
     assert close(*(run(model, 6) for model in pair))
-    assert calls == [2, LAYERS - 2] * 3 + [LAYERS] * 3
+    assert blocks_a_call == [2, LAYERS - 2] * 3 + [LAYERS] * 3
     pair[1].layers[0].register_forward_hook(_in_place)
     run(pair[1], 4)
     assert len([event for event in seen if isinstance(event, NotApplied)]) == 2, "one for each time"
@@ -166,7 +151,7 @@ def test_a_mask_of_its_own_for_a_block_is_seen(pair: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.usefixtures("layered_caches")
-def test_a_loop_that_breaks_off_leaves_no_trace(pair: tuple[Any, Any], calls: list[int]) -> None:
+def test_a_loop_that_breaks_off_leaves_no_trace(pair: tuple[Any, Any], blocks_a_call: list[int]) -> None:
     plain, tuned = pair
 
     def fail(*_: Any) -> None:
@@ -177,9 +162,9 @@ def test_a_loop_that_breaks_off_leaves_no_trace(pair: tuple[Any, Any], calls: li
         with tuned.layers[2].register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
             token(tuned, past, 0)
         past = prompt(tuned)
-    calls.clear()
+    blocks_a_call.clear()
     assert close(run(plain), run(tuned))
-    assert calls == [LAYERS] * 5
+    assert blocks_a_call == [LAYERS] * 5
     # And it holds no cache: that of a request which was given up would lie there until the next.
     with tuned.layers[2].register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
         token(tuned, past, 0)
@@ -189,14 +174,14 @@ def test_a_loop_that_breaks_off_leaves_no_trace(pair: tuple[Any, Any], calls: li
     assert gone() is None
 
 
-def test_what_is_not_a_number_is_no_surprise(pair: tuple[Any, Any], calls: list[int]) -> None:
+def test_what_is_not_a_number_is_no_surprise(pair: tuple[Any, Any], blocks_a_call: list[int]) -> None:
     _, tuned = pair
     past = prompt(tuned)
     with torch.inference_mode():
         for _ in range(5):
             x = torch.full((2, 1, WIDTH), float("nan"))
             assert tuned(inputs_embeds=x, past_key_values=past, use_cache=True).last_hidden_state.isnan().all()
-    assert calls == [LAYERS] * 5
+    assert blocks_a_call == [LAYERS] * 5
 
 
 @pytest.mark.usefixtures("layered_caches")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.kv_cache.pairs import _open
 from accelerate_tts.tuning.cache_delta import settled
 from accelerate_tts.tuning.compare import compare
 
@@ -123,10 +122,10 @@ def test_a_pair_that_nobody_gave_room_has_none() -> None:
 def test_nothing_is_kept_of_a_cache_that_is_gone() -> None:
     place = holder()
     write(place, 1.0)
-    before = len(_open)
+    before = len(kv_cache.open_buffers)
     del place
     gc.collect()
-    assert len(_open) == before - 1
+    assert len(kv_cache.open_buffers) == before - 1
 
 
 def test_what_is_compared_of_a_tuple_is_what_was_added() -> None:

@@ -353,8 +353,8 @@ def test_the_half_copy_of_a_parametrized_layer_is_a_plain_one() -> None:
     """The parametrized class would look for parametrizations that the copy does not have."""
     for name in ("weight norm, parametrization", "weight norm, hook", "convolutions"):
         model = build(name)
-        assert type(stage_module._twin(model[0], torch.bfloat16)) is nn.Conv1d
-        assert stage_module._twin(model[0], torch.bfloat16).weight.dtype == torch.bfloat16
+        assert type(stage_module.half_copy(model[0], torch.bfloat16)) is nn.Conv1d
+        assert stage_module.half_copy(model[0], torch.bfloat16).weight.dtype == torch.bfloat16
 
 
 def test_nothing_to_halve_is_said() -> None:
@@ -764,8 +764,8 @@ def test_names_and_group() -> None:
 
 
 def test_no_delicate_function_writes_in_place() -> None:
-    assert len(stage_module._delicate()) > 40
-    for function in stage_module._delicate():
+    assert len(stage_module.delicate_functions()) > 40
+    for function in stage_module.delicate_functions():
         name = function.__name__
         assert not name.endswith("_") or name.startswith("__"), name
 

@@ -23,7 +23,7 @@ from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.class_swap import ClassSwap
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
-from accelerate_tts.tuning.timing import Timing
+from doubles import pays_off
 
 ENGINES = engines()
 # Seven or eight bits for weights and activations: of random numbers some 1.5 % of noise.
@@ -384,13 +384,7 @@ def test_a_real_speaker_encoder_keeps_its_embeddings(monkeypatch: pytest.MonkeyP
     plain = resemblyzer.VoiceEncoder("cpu", verbose=False)
     expected = [plain.embed_utterance(wave) for wave in waves]
 
-    def all_are_faster(run: Any, before: Any, after: Any, *_args: object, **_kwargs: object) -> Timing:
-        for switch in (before, after):
-            switch()
-            run()
-        return Timing(1.0, 0.5, 2.0, 2.0, 2.0, 5)
-
-    decide(compare=all_are_faster, hopeless=float("inf"))
+    decide(compare=pays_off, hopeless=float("inf"))
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
     # Where there are bf16 units the LSTM is in bf16 by then, and nobody asks for it in 8 bits.
     monkeypatch.setattr("accelerate_tts.device.half_dtypes.half_dtypes", lambda _device: ())

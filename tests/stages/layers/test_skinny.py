@@ -330,7 +330,7 @@ def test_the_operator_is_registered_once_though_the_kernel_is_loaded_again() -> 
     """The kernel is loaded again, as after an interruption of the first load."""
     x = torch.randn(2, 16)
     first = torch.ops.accelerate_tts.skinny_linear if calls.skinny_linear() else None
-    library._loaded.cache_clear()
+    library.loaded_library.cache_clear()
     calls.skinny_linear.cache_clear()
     weight = torch.randn(8, 16)
     again = calls.skinny_linear()(x, weight, None, None, False)

@@ -148,7 +148,7 @@ def test_many_arguments_do_not_fill_the_memory(constants: KeptConstants) -> None
         librosa.filters.mel(sr=16_000, n_fft=400, n_mels=count)
     from accelerate_tts.stages.process import constants as module
 
-    assert sum(len(function.results) for function in module._functions.values()) == 64
+    assert sum(len(function.results) for function in module.replaced_functions.values()) == 64
 
 
 def test_threads_get_the_right_ones(constants: KeptConstants) -> None:

@@ -21,6 +21,7 @@ from accelerate_tts.stages.decode.kv_cache.pairs import (
     is_pair,
     is_tuple,
     listed_layer,
+    open_buffers,
     release,
     with_room,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "is_growable",
     "is_listed",
     "is_tuple",
+    "open_buffers",
     "release",
     "room_for",
     "step_cache",

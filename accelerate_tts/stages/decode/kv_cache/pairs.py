@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["PairLayer", "give_room", "is_listed", "is_pair", "is_tuple", "listed_layer", "release", "with_room"]
+__all__ = [
+    "PairLayer",
+    "give_room",
+    "is_listed",
+    "is_pair",
+    "is_tuple",
+    "listed_layer",
+    "open_buffers",
+    "release",
+    "with_room",
+]
 
 
 class PairLayer:
@@ -127,23 +137,26 @@ def release(mark: Any) -> None:
         _offer(keys)
 
 
-# Keys that are the newest view of a buffer and whose spare capacity is unclaimed, by id. A tuple may be used twice,
-# even by two threads at once: only the caller that removes a view from here may write behind it.
-_open: dict[int, weakref.ref[Any]] = {}
+open_buffers: dict[int, weakref.ref[Any]] = {}
+"""Keys that are the newest view of a buffer and whose spare capacity is unclaimed, by id.
+
+A tuple may be used twice, even by two threads at once: only the caller that removes a view from here may write behind
+it.
+"""
 
 
 def _offer(keys: torch.Tensor) -> None:
     place = id(keys)
 
     def forget(gone: Any) -> None:
-        if _open.get(place) is gone:
-            del _open[place]
+        if open_buffers.get(place) is gone:
+            del open_buffers[place]
 
-    _open[place] = weakref.ref(keys, forget)
+    open_buffers[place] = weakref.ref(keys, forget)
 
 
 def _take(keys: torch.Tensor) -> bool:
-    found = _open.pop(id(keys), None)
+    found = open_buffers.pop(id(keys), None)
     return found is not None and found() is keys
 
 
@@ -206,7 +219,7 @@ def with_room(past: tuple[Any, ...]) -> tuple[Any, ...]:
         return past  # 4.56 and later copy it into a cache
     found: list[tuple[Any, Any]] = []
     for keys, values in past:
-        there = _open.get(id(keys))
+        there = open_buffers.get(id(keys))
         is_ours = there is not None and there() is keys
         if not is_ours or min(_room(keys), _room(values)) < 1:
             if keys.shape[2] + 1 > sizes.LARGEST:
