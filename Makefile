@@ -53,7 +53,7 @@ demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TE
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
-fuzz: .venv/.wheel ## Damage files and the environment, for long: FUZZ=20000 examples a format; what is found is kept in .hypothesis
+fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format

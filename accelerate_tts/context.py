@@ -62,10 +62,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
             self._scopes.setdefault(get_ident(), []).append(scope.pop_all())
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         thread = get_ident()
         scopes = self._scopes[thread]

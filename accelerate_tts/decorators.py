@@ -17,7 +17,7 @@ import wrapt
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import inference_mode
-from accelerate_tts.runtime.concurrency import limiter
+from accelerate_tts.runtime.concurrency import limiter, queue
 from accelerate_tts.runtime.guard import guard as retries
 from accelerate_tts.runtime.guard import guarded_call
 from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
@@ -133,7 +133,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(limiter.room_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.room_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None
@@ -142,11 +142,11 @@ class _RunInMode:
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
         mode = self.mode if choice is None else choice.mode
-        watcher = retries.watcher_of(instance, args, kwargs)
-        if watcher is None:
+        watchers = retries.watchers_of(instance, args, kwargs)
+        if not watchers:
             return inference_mode.call(wrapped, args, kwargs, mode, choice)
         return guarded_call.call(
-            watcher, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
+            watchers, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
         )
 
 
@@ -155,12 +155,7 @@ def inference(function: F, /) -> F: ...
 @overload
 def inference(*, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True) -> Callable[[F], F]: ...
 def inference(
-    function: Any = None,
-    /,
-    *,
-    mode: Mode = "inference",
-    concurrency: int | None = None,
-    retry: bool = True,
+    function: Any = None, /, *, mode: Mode = "inference", concurrency: int | None = None, retry: bool = True
 ) -> Any:
     """Run a synthesis function without autograd.
 
@@ -189,7 +184,8 @@ def inference(
     Raises:
         SettingsError: The mode is unknown, `concurrency` is not a whole number of at least 1, or `retry` is not True or
             False.
-        ConcurrencyError: At a call that would wait forever for a call that waits for it.
+        ConcurrencyError: At a call that would wait forever for a call that waits for it. On a thread it comes after 30
+            seconds in which no other thread or task took an item of the stream that the call waits for.
         TypeError: The decorated object is not a function.
     """
     check_mode(mode)

@@ -50,9 +50,12 @@ logger = logging.getLogger("accelerate_tts")
 
 @dataclass(frozen=True)
 class Event:
-    """Base class of events. `str(event)` is the logged line."""
+    """Base class of events. `str(event)` is the logged line; `class Name(Event, degraded=True)` is a degradation."""
 
     degraded: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, degraded: bool = False) -> None:
+        cls.degraded = cls.degraded or degraded
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Restored(Event):
 
 
 @dataclass(frozen=True)
-class TunedUnderLoad(Event):
+class TunedUnderLoad(Event, degraded=True):
     """An object was tuned while other programs used the machine. A later load tries uncertain verdicts again.
 
     Attributes:
@@ -127,8 +130,6 @@ class TunedUnderLoad(Event):
         unsure: Number of uncertain verdicts, on any stage.
         tried: Number of all verdicts.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -140,7 +141,7 @@ class TunedUnderLoad(Event):
 
 
 @dataclass(frozen=True)
-class BudgetTooSmall(Event):
+class BudgetTooSmall(Event, degraded=True):
     """The time budget was too small for the most promising stage.
 
     Attributes:
@@ -149,8 +150,6 @@ class BudgetTooSmall(Event):
         seconds: The budget in seconds (`tune_seconds`).
         wants: Approximate budget in seconds with which it would have been tried.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     stage: str
@@ -198,10 +197,8 @@ class Undone(Event):
 
 
 @dataclass(frozen=True)
-class Recompiled(Event):
+class Recompiled(Event, degraded=True):
     """A compiled part got an input that the warm-up did not cover, and was compiled again in service."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     graphs: int
@@ -214,10 +211,8 @@ class Recompiled(Event):
 
 
 @dataclass(frozen=True)
-class FellBack(Event):
+class FellBack(Event, degraded=True):
     """An optimisation could not be used; the untouched model is used instead."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     stage: str
@@ -228,7 +223,7 @@ class FellBack(Event):
 
 
 @dataclass(frozen=True)
-class Guarded(Event):
+class Guarded(Event, degraded=True):
     """A faulty output was detected in service.
 
     Attributes:
@@ -238,8 +233,6 @@ class Guarded(Event):
         outcome: Description of the output that the caller got.
         count: Number of the object's faults that are attributed to its tuning, this one included; 0 if this one is not.
     """
-
-    degraded: ClassVar[bool] = True
 
     what: str
     function: str
@@ -253,10 +246,8 @@ class Guarded(Event):
 
 
 @dataclass(frozen=True)
-class WarmupFailed(Event):
+class WarmupFailed(Event, degraded=True):
     """A warm-up pass raised an exception; the object stays as loaded."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -266,10 +257,8 @@ class WarmupFailed(Event):
 
 
 @dataclass(frozen=True)
-class NotApplied(Event):
+class NotApplied(Event, degraded=True):
     """A setting or a feature had no effect. The reason says why."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -279,10 +268,8 @@ class NotApplied(Event):
 
 
 @dataclass(frozen=True)
-class PackIgnored(Event):
+class PackIgnored(Event, degraded=True):
     """A warm pack or a file of it could not be read or written; its work is repeated."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     reason: str
@@ -303,10 +290,8 @@ class Tidied(Event):
 
 
 @dataclass(frozen=True)
-class BackedOff(Event):
+class BackedOff(Event, degraded=True):
     """A batch did not fit into memory; its items are tried again in smaller batches."""
-
-    degraded: ClassVar[bool] = True
 
     what: str
     batch: int

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device import setup
-from accelerate_tts.device.detect import DEVICES, detect
+from accelerate_tts.device.detect import detect
 from accelerate_tts.errors import WarmupError
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.settings import Settings
+from accelerate_tts.settings import DEVICES, Settings
 from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_of
 from accelerate_tts.tuning.tuning_lock import TuningLock
 
@@ -138,7 +138,7 @@ class LoadedObjects:
         """The tuning, once loaded weights are where they were asked to go; its receipt says what the guard costs."""
         if not findings.kept:
             return findings.tuning()
-        from accelerate_tts.packs.warm_pack import pack_folder
+        from accelerate_tts.packs.store import pack_folder
         from accelerate_tts.patching.offload import copied_storages, originals_to_file
 
         beside = sum(copied_storages(plan.roots).values()) / 2**20

@@ -184,7 +184,7 @@ class PerformanceOptimizer:
                 with seeded(device.type):
                     for call in calls:
                         call.run()
-                        if call.variant is not None and _is_compiled(model):
+                        if call.variant is not None and getattr(model, "_compiled_call_impl", None) is not None:
                             call.variant()
         except Exception as error:  # any error of the model: the result is a bool, and the event has the reason
             emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
@@ -257,7 +257,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be written.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).export(None, _file(path))
 
@@ -270,7 +270,7 @@ class PerformanceOptimizer:
         Raises:
             PackError: The file cannot be read, or was not exported by `export_packs`.
         """
-        from accelerate_tts.packs.warm_pack import pack_store
+        from accelerate_tts.packs.store import pack_store
 
         return pack_store(self.settings).load(_file(path))
 
@@ -343,10 +343,6 @@ class PerformanceOptimizer:
                 memory.cleanup(device)
         except Exception as error:  # "never raises": a failing driver query must not break the user's call
             emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
-
-
-def _is_compiled(model: Any) -> bool:
-    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 _accessor_lock = lock()

@@ -73,7 +73,7 @@ def main() -> None:
     call = statistics.median(calls)
     units, heard = checks.units_of((TEXT,), {}), checks.hear(wave)
     parts = {
-        "look-up": median(lambda: guards.watcher_of(guarded, (TEXT,), {})),
+        "look-up": median(lambda: guards.watchers_of(guarded, (TEXT,), {})),
         "random states": median(lambda: guarded_call._random_states((TEXT,))),
         "text": median(lambda: checks.units_of((TEXT,), {})),
         "output": median(lambda: checks.hear(wave)),

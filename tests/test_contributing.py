@@ -20,10 +20,11 @@ import accelerate_tts.stages
 import accelerate_tts.stages.vocoder
 from accelerate_tts import Event, PerformanceOptimizer, Settings
 from accelerate_tts.device import setup
-from accelerate_tts.device.detect import DEVICES, SPECS, DeviceInfo, detect
+from accelerate_tts.device.detect import SPECS, DeviceInfo, detect
 from accelerate_tts.events import Prepared
 from accelerate_tts.models import describe
 from accelerate_tts.models.catalogue import SYSTEMS
+from accelerate_tts.settings import DEVICES
 from accelerate_tts.stages.catalogue import STAGES, default_stages
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")

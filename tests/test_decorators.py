@@ -964,3 +964,34 @@ async def test_an_async_generator_ends_as_it_does_undecorated() -> None:
     for body in (returns, ignores):
         for end in ("close", "throw"):
             assert await ended(inference(body)(), end) == await ended(body(), end)
+
+
+class Diary(nn.Module):
+    """Keeps state between calls: a number of calls, a history, and a length that changes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.calls, self.history, self.sequence = 0, [], 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.history.append(tuple(x.shape))
+        self.sequence += x.shape[0]
+        return self.computed(x)
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_state_that_warmup_calls_leave_stays() -> None:
+    """A limit that docs/HOW_IT_WORKS.md states: the state is the user's, and nobody else can tell what it is for."""
+
+    def loaded(warmup: Any) -> Diary:
+        return optimized_model(warmup=warmup, tune_seconds=0.5)(lambda: Diary().eval())()
+
+    diary = loaded(torch.ones(2, 8))
+    assert diary.calls == len(diary.history) > 0
+    assert diary.sequence == 2 * diary.calls
+    untouched = loaded(lambda model: model.computed(torch.ones(2, 8)))
+    assert (untouched.calls, untouched.history, untouched.sequence) == (0, [], 0)

@@ -188,18 +188,18 @@ def test_calls_of_another_instance_are_no_part_of_the_warm_up() -> None:
     seen: list[Any] = []
 
     def other() -> None:
-        seen.append(guards.watcher_of(object(), (), {}))
+        seen.append(guards.watchers_of(object(), (), {}))
 
     with guards.listening() as listener:
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(WAIT)
-        own = guards.watcher_of(object(), (), {})
-        assert own is listener
-        own.judge("speak", Units(), Heard(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
-    assert seen == [None]
+        own = guards.watchers_of(object(), (), {})
+        assert own == (listener,)
+        listener.judge("speak", Units(), Heard(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
+    assert seen == [()]
     assert list(listener.expected) == ["speak"]
-    assert guards.watcher_of(object(), (), {}) is None
+    assert guards.watchers_of(object(), (), {}) == ()
 
 
 # --- forked children ---------------------------------------------------------------------------------------------

@@ -70,9 +70,7 @@ def demo(
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Say what this machine is, what is wrong with it for speech, and how to mend that."""
     from accelerate_tts.cli.doctor import run
 
@@ -103,8 +101,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
         bool | None, typer.Option("--warm-start/--no-warm-start", help="Also start again with the warm pack.")
     ] = None,
     naive: Annotated[
-        bool | None,
-        typer.Option("--naive/--no-naive", help="Also time torch.compile, put around the hot module."),
+        bool | None, typer.Option("--naive/--no-naive", help="Also time torch.compile, put around the hot module.")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
@@ -154,9 +151,7 @@ def receipt(
 
 
 @pack.command("list")
-def list_packs(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def list_packs(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Show the packs of this user, the most recently used first."""
     from accelerate_tts.cli.pack import show
 

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import PackError, printable
-from accelerate_tts.packs.warm_pack import pack_folder, pack_store
+from accelerate_tts.packs.store import pack_folder, pack_store
 from accelerate_tts.settings import Settings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.flags import Flag
 
-__all__ = ["DEVICES", "SPECS", "DeviceInfo", "DeviceSpec", "detect", "register_device", "spec_of"]
+__all__ = ["SPECS", "DeviceInfo", "DeviceSpec", "detect", "register_device", "spec_of"]
 
 
 @dataclass(frozen=True)

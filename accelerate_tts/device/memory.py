@@ -161,7 +161,9 @@ def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
         return None
     before = resident_bytes()
     work()
-    return max(0, _peak_resident() - before)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return max(0, peak - before)
 
 
 def _reset_peak() -> bool:
@@ -170,10 +172,3 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _peak_resident() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -37,6 +37,7 @@ class Library:
 
     @property
     def threads(self) -> int:
+        """Number of threads."""
         return int(self._get())
 
     @threads.setter

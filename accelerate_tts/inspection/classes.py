@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["class_of", "is_torchs_linear", "plain_class"]
+__all__ = ["class_of", "is_bias", "is_torchs_linear", "plain_class"]
 
 PLAIN = "_accelerate_tts_plain"
 
@@ -28,6 +28,11 @@ def is_torchs_linear(cls: Any) -> bool:
     # Not `__module__`, which `functools.wraps` copies.
     ours = getattr(forward, "__globals__", {}).get("__name__") == nn.Linear.__module__
     return bool(ours and issubclass(cls, nn.Linear) and cls.forward is forward)
+
+
+def is_bias(bias: Any, outputs: int) -> bool:
+    """Check that a bias has one number for each output. torch broadcasts other shapes, a kernel does not."""
+    return bias is None or tuple(bias.shape) == (outputs,)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

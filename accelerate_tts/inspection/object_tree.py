@@ -55,6 +55,7 @@ def reachable_modules(subject: object) -> dict[str, nn.Module]:
 
 
 def members_of(value: object) -> Iterator[tuple[str, Any]]:
+    """Yield what a container or an object holds, with its name or index."""
     if callable(getattr(type(value), "__torch_function__", None)):
         return  # a class or a tensor
     if isinstance(value, dict):  # no other mappings, since reading a lazy one may load its content
@@ -68,5 +69,6 @@ def members_of(value: object) -> Iterator[tuple[str, Any]]:
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
+    """Return the names of the slots that a class itself declares."""
     slots = vars(cls).get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(s for s in slots if s not in {"__dict__", "__weakref__"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["has_hooks", "is_analyzer", "is_capture", "parameters_of"]
+__all__ = ["foreign_hooks", "has_hooks", "is_analyzer", "is_capture", "parameters_of"]
 
 
 def parameters_of(cls: Any) -> list[str]:
@@ -28,7 +28,13 @@ def has_hooks(*modules: Any) -> bool:
     Hooks of transformers and Chatterbox only read attention weights, and this package's only observe; they do not
     count.
     """
-    return any(map(_is_foreign, [m for m in modules if m._forward_hooks or m._forward_pre_hooks]))
+    return bool(foreign_hooks([hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]))
+
+
+def foreign_hooks(places: list[Any]) -> list[Any]:
+    """Return the user's hooks in some of torch's dictionaries of hooks; see `has_hooks`."""
+    filled = [hooks for hooks in places if hooks]  # mostly none: this runs at each token
+    return [hook for hooks in filled for hook in hooks.values() if _is_foreign(hook)]
 
 
 def is_analyzer(hook: Any) -> bool:
@@ -45,10 +51,10 @@ def is_capture(forward: Any) -> bool:
     return str(module).startswith("transformers.utils.")
 
 
-def _is_foreign(module: Any) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not module_of(hook).startswith(_READERS) and not is_analyzer(hook) for hook in hooks)
+def _is_foreign(hook: Any) -> bool:
+    return not module_of(hook).startswith(_READERS) and not is_analyzer(hook)
 
 
 def module_of(hook: Any) -> str:
+    """Return the name of a function's module, or ""."""
     return str(getattr(hook, "__module__", ""))

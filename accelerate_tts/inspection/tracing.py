@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+import torch
 
 __all__ = ["is_traced", "is_watched"]
+
+_is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+_core: Any = torch._C
+_tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack
+_transform = _core._functorch.peek_interpreter_stack
 
 
 def is_traced(*inputs: Any) -> bool:
@@ -17,8 +20,6 @@ def is_traced(*inputs: Any) -> bool:
     Args:
         inputs: See `is_watched`.
     """
-    import torch
-
     return torch.compiler.is_compiling() or is_watched(*inputs)
 
 
@@ -32,34 +33,10 @@ def is_watched(*inputs: Any) -> bool:
     Args:
         inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
     """
-    import torch
-
     if torch.compiler.is_compiling():  # the package's operators may be in a compiled graph, but not in an exported one
-        return _is_exporting()()
+        return bool(_is_exporting())
     for given in inputs:
         if type(given) is not torch.Tensor and type(given) is not torch.nn.Parameter:
             return True
-    return _is_at_work()()
-
-
-@cache
-def _is_exporting() -> Callable[[], bool]:
-    import torch
-
-    known: Any = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return known or (lambda: False)
-
-
-@cache
-def _is_at_work() -> Callable[[], bool]:
-    import torch
-
-    core: Any = torch._C
-    tracing, transform, modes = (
-        core._get_tracing_state, core._functorch.peek_interpreter_stack, core._len_torch_dispatch_stack,
-    )  # fmt: skip
-
-    def is_at_work() -> bool:  # called for each layer of each token
-        return bool(tracing() is not None or transform() is not None or modes())
-
-    return is_at_work
+    # Called for each layer of each token.
+    return bool(_tracing() is not None or _transform() is not None or _modes())

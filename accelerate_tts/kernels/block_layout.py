@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.weight_formats import is_transposed
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from accelerate_tts.kernels.weight_formats import Weights
 
 __all__ = ["Anatomy", "anatomies"]
@@ -113,9 +114,6 @@ def _of_gpt2(block: Any) -> Anatomy:
 
 
 def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
-    import torch
-    from torch import nn
-
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)
         return cls is nn.Linear or is_transposed(layer)

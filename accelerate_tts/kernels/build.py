@@ -85,7 +85,9 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
     name: str = _structs().library_name()
     place = place / name if place.is_dir() else place
     compiler = _compiler()
-    _write_header()
+    file, text = _HERE / "csrc" / "abi.h", _structs().header()
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         objects = [str(path) for path in _compiled(compiler, Path(folder), machine or platform.machine())]
         made = Path(folder) / place.name
@@ -206,12 +208,6 @@ def _run(command: list[str]) -> None:
     warnings = [line for line in done.stderr.splitlines() if ": warning:" in line]
     if warnings:
         sys.stderr.write("\n".join(warnings) + "\n")
-
-
-def _write_header() -> None:
-    file, text = _HERE / "csrc" / "abi.h", _structs().header()
-    if not file.exists() or file.read_text(encoding="utf-8") != text:
-        file.write_text(text, encoding="utf-8")
 
 
 def _structs() -> Any:

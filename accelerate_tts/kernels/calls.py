@@ -13,20 +13,15 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.kernels.library import kernels, missing
+import torch
+
+from accelerate_tts.kernels.library import kernels
 from accelerate_tts.kernels.structs import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "decoder_blocks",
-    "missing",
-    "multiplies_in_bf16",
-    "residual_block",
-    "skinny_linear",
-    "transformer_block",
-]
+__all__ = ["decoder_blocks", "multiplies_in_bf16", "residual_block", "skinny_linear", "transformer_block"]
 
 
 def decoder_blocks() -> Callable[..., None]:
@@ -74,8 +69,6 @@ def skinny_linear() -> Callable[..., Any]:
     Raises:
         KernelError: As for `decoder_blocks`.
     """
-    import torch
-
     kernel = kernels().skinny_linear
     formats = {
         (torch.float32, False): FORMATS.index("fp32"),
@@ -122,7 +115,6 @@ def _misfit(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> str
 @cache
 def _operator() -> Any:
     """Register the operator, once a process, since torch accepts no second registration."""
-    import torch
 
     def run(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
         return skinny_linear()(x, weight, scale, bias, transposed)

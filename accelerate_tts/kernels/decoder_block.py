@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.structs import FORMATS, STRUCTS
 from accelerate_tts.kernels.weight_formats import Weights, in_bf16, in_int8, is_transposed
@@ -12,7 +14,6 @@ from accelerate_tts.kernels.weight_formats import Weights, in_bf16, in_int8, is_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import nn
 
     from accelerate_tts.kernels.block_layout import Anatomy
@@ -33,8 +34,6 @@ class Described:
     """
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
-        import torch
-
         self._kept: list[torch.Tensor] = []
         self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         layers = anatomy.layers()
@@ -65,8 +64,6 @@ class Described:
         return kept.data_ptr()
 
     def _linear(self, layer: Any, weights: Weights) -> Any:
-        import torch
-
         outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
         if weights == "fp32":
             weight, scale = layer.weight, None
@@ -128,8 +125,6 @@ def run(  # noqa: PLR0913, PLR0917 - what one call of a kernel needs
     Returns:
         Hidden states behind each block, (blocks, rows, 1, hidden), fp32; for a bf16 model rounded to bf16.
     """
-    import torch
-
     y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # independent of the user's defaults
     source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
     tokens: list[Any] = []
@@ -171,8 +166,6 @@ def _rotation(given: Any, rows: int, size: int) -> tuple[Any, ...] | None:
 
 
 def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
-    import torch
-
     if given is None:
         return None, 0, False
     if not given.is_cpu or given.dim() != 4 or given.shape[1:] != (1, 1, positions) or given.shape[0] not in {1, rows}:  # noqa: PLR2004
@@ -184,8 +177,6 @@ def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in fp32 and contiguous. Most already are, and the checks cost less than no-op conversions."""
-    import torch
-
     if tensor.dtype != torch.float32:
         tensor = tensor.float()
     return tensor if tensor.is_contiguous() else tensor.contiguous()

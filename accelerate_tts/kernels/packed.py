@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.structs import STRUCTS
 
 if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Iterable, Sequence
-
-    import torch
-    from torch import nn
 
 __all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32", "of_class"]
 
@@ -67,8 +67,6 @@ class Kept:
 
     def pointer(self, tensor: torch.Tensor) -> int:
         """Copy a tensor and return the address of the copy."""
-        import torch
-
         self._tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return self._tensors[-1].data_ptr()
 
@@ -81,8 +79,6 @@ class Kept:
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.Structure:
         """Pack a weight, (outputs, inputs), into bf16 panels of 64 outputs, each [inputs / 2][64][2]."""
-        import torch
-
         outputs, inputs = weight.shape
         panels = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2).permute(0, 2, 1, 3)
         place = None if bias is None else self.pointer(bias)
@@ -94,9 +90,6 @@ def are_plain(modules: Iterable[Any]) -> bool:
 
     torch broadcasts biases of other shapes; a kernel does not.
     """
-    import torch
-    from torch import nn
-
     plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
 
     def outputs(module: Any) -> int:  # the weight of a transposed convolution has them as its second dimension
@@ -112,8 +105,6 @@ def are_plain(modules: Iterable[Any]) -> bool:
 
 def is_fp32(tensor: Any, shape: Sequence[int] | None = None) -> bool:
     """Check for a plain, non-empty fp32 tensor on the CPU, of the given shape if there is one."""
-    import torch
-
     return bool(
         type(tensor) is torch.Tensor
         and tensor.dtype == torch.float32

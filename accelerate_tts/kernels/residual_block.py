@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.calls import residual_block
 from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["RESIDUAL"]
 
@@ -36,8 +36,6 @@ _FRAMES = 3
 
 
 def _taken_apart(block: Any) -> _Parts | None:
-    from torch import nn
-
     halves = block.block1, block.block2
     convolutions, norms = [], []
     for half in halves:
@@ -55,8 +53,6 @@ def _taken_apart(block: Any) -> _Parts | None:
 
 
 def _can_be_served(parts: _Parts) -> bool:
-    from torch import nn
-
     convolutions, norms = (parts.first, parts.second, parts.beside), (parts.norm1, parts.norm2)
     if any(norm.weight is None or norm.bias is None for norm in norms) or not are_plain((*convolutions, *norms)):
         return False
@@ -93,8 +89,6 @@ class _Described(Kept):
 
 
 def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
-    import torch
-
     x, mask, embedded = (named.get(name) for name in ("x", "mask", "time_emb"))
     if len(named) != 3 or not is_fp32(x) or x.dim() != 3 or x.shape[1] != block.channels:  # type: ignore[union-attr]  # noqa: PLR2004
         return None  # upstream may raise its own error

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.calls import transformer_block
 from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["TRANSFORMER"]
 
@@ -72,8 +72,6 @@ def _is_as(module: Any, expected: dict[str, Any]) -> bool:
 
 
 def _can_be_served(parts: _Parts) -> bool:
-    from torch import nn
-
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)  # diffusers' class is a plain linear layer unless it has an adapter
         return cls is nn.Linear or (cls.__name__ == _LORA and getattr(layer, "lora_layer", None) is None)
@@ -99,8 +97,6 @@ class _Described(Kept):
     """A block's struct, and the tensors that it points to."""
 
     def __init__(self, parts: _Parts) -> None:
-        import torch
-
         super().__init__()
         projected = (parts.q, parts.k, parts.v)
         bias = None if parts.q.bias is None else torch.cat([layer.bias for layer in projected])
@@ -116,8 +112,6 @@ class _Described(Kept):
 
 
 def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
-    import torch
-
     x, mask = named.get("hidden_states"), named.get("attention_mask")
     if not is_fp32(x) or x.dim() != 3 or x.shape[-1] != block.hidden:  # type: ignore[union-attr]  # noqa: PLR2004
         return None  # upstream may raise its own error

@@ -9,7 +9,7 @@ from accelerate_tts.inspection.classes import plain_class
 if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
-__all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_int8", "is_transposed"]
+__all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_int8", "int8_scales", "is_transposed"]
 
 Weights = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
@@ -42,11 +42,17 @@ def in_bf16(module: Any) -> tuple[Any, Any]:
     return _weight(module).to(torch.bfloat16).contiguous(), None
 
 
+def int8_scales(weight: Any) -> Any:
+    """Return the scale of each output of an fp32 weight, (outputs, inputs): symmetric over -127 .. 127, no -128."""
+    import torch
+
+    return (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # the clamp serves rows of zeros
+
+
 def in_int8(module: Any) -> tuple[Any, Any]:
     """Return a linear layer's weight, (outputs, inputs), in int8, and its fp32 scales, (outputs,)."""
     import torch
 
     weight = _weight(module).float()
-    # Symmetric over -127 .. 127, without -128. The clamp gives rows of zeros a scale.
-    scale = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = int8_scales(weight)
     return (weight / scale.unsqueeze(1)).round().to(torch.int8).contiguous(), scale

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.object_tree import find_modules
@@ -19,8 +21,6 @@ from accelerate_tts.plan import ModelPlan, Part
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-
-    from torch import nn
 
     from accelerate_tts.models.catalogue import System
 
@@ -65,8 +65,6 @@ def _parts(system: System, name: str, path: str, module: nn.Module) -> tuple[Par
 
 def _say_what_is_not_known(subject: object, known: Collection[str], systems: Mapping[str, System]) -> None:
     """Emit an event for each upstream package with an object in which no module has a known class."""
-    from torch import nn
-
     holders: dict[str, tuple[str, ...]] = {}
     for system in systems.values():
         holders[system.package] = (*holders.get(system.package, ()), *system.holders)

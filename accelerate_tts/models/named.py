@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import generic
 from accelerate_tts.plan import CALL, Head, Kind, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import nn
 
 __all__ = ["Known"]
 
@@ -104,6 +104,4 @@ def _at(module: object, name: str) -> object:
 
 
 def _module(found: object) -> nn.Module | None:
-    from torch import nn
-
     return found if isinstance(found, nn.Module) else None

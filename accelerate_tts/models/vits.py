@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.models.catalogue import register_system
 from accelerate_tts.models.named import Known
 from accelerate_tts.plan import Decision
@@ -47,16 +49,12 @@ def parts(path: str, module: nn.Module) -> tuple[Part, ...]:
 
 def _frames(model: Any, named: Mapping[str, Any], log_duration: Any) -> Any:
     """Return the frames of each token before rounding up, as `VitsModel.forward` computes them without a mask."""
-    import torch
-
     rate = named.get("speaking_rate")
     return torch.exp(log_duration) * (1.0 / (model.speaking_rate if rate is None else rate))
 
 
 def _text(model: Any, number: int) -> dict[str, Any]:
     """Make a text of some dozens of random tokens."""
-    import torch
-
     generator = torch.Generator().manual_seed(number)
     tokens, length = int(model.text_encoder.embed_tokens.num_embeddings), 24 + 37 * (number % 4)
     return {"input_ids": torch.randint(tokens, (1, length), generator=generator)}

@@ -10,35 +10,26 @@ import json
 import os
 import re
 import secrets
-import stat
-import time
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from accelerate_tts.errors import PackError
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.packs.format import LINE_LIMIT, MOST_DECISIONS, Pack, sealed, unpack
-from accelerate_tts.storage.files import (
-    SECRET_BYTES,
-    TEMPORARY,
-    BadFileError,
-    alone,
-    read_secret,
-    regular,
-    temporary,
-    touch,
-)
+from accelerate_tts.storage.files import SECRET_BYTES, BadFileError, alone, own_folder, read_secret, regular, temporary
+from accelerate_tts.storage.lru_folder import LruFolder
 
-__all__ = ["Pack", "PackInfo", "PackStore"]
+if TYPE_CHECKING:
+    from accelerate_tts.settings import Settings
+
+__all__ = ["PackInfo", "PackStore", "pack_folder", "pack_store"]
 
 _EXPORT_MAGIC = b"accelerate-tts packs 1\n"
 _EXPORT_ENTRY = re.compile(rb"([0-9a-f]{16,128}) ([0-9]{1,15})\n")
 _EXPORT_END = b"end\n"
-_KEY = re.compile(r"[0-9a-f]{16,128}")
-_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made an older temporary file is gone
 _SHARE = "set ACCELERATE_TTS_PACK_KEY to the same secret on both machines to ship compiled code"
 
 
@@ -64,8 +55,7 @@ class PackStore:
     """
 
     def __init__(self, folder: Path, limit_bytes: int, secret: bytes | None = None) -> None:
-        self._folder = Path(folder)
-        self._limit = limit_bytes
+        self._files = LruFolder(Path(folder), ".pack", limit_bytes, "the warm pack folder")
         self._given = secret or None
 
     def read(self, key: str) -> Pack | None:
@@ -74,12 +64,10 @@ class PackStore:
         Raises:
             PackError: `key` is not 16 to 128 lower-case hex digits.
         """
-        path = self._path(key)
         try:
-            with regular(path) as file:
-                pack, authentic, _ = unpack(self._content(file), key, self._known_secret())
-                # By its descriptor if possible, since the path may refer to another file by now.
-                touch(file.fileno() if os.utime in os.supports_fd else path, self._last_use())
+            with regular(self._files.path(key)) as file:
+                pack, authentic, _ = unpack(self._files.content(file), key, self._known_secret())
+                self._files.used(key, file)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -99,7 +87,7 @@ class PackStore:
             PackError: The key is invalid, or the decisions are not serialisable as JSON (NaN and infinities included)
                 within 4 MiB.
         """
-        self._path(pack.key)
+        self._files.path(pack.key)
         try:
             text = json.dumps(dict(pack.decisions), allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
@@ -118,9 +106,9 @@ class PackStore:
     def entries(self) -> list[PackInfo]:
         """List the packs in the folder, most recently used first. Their content is not checked."""
         try:
-            return [PackInfo(key, size, used / 1e9) for used, key, size in reversed(self._scan())]
+            return [PackInfo(key, size, used / 1e9) for used, key, size in reversed(self._files.scan())]
         except OSError as error:
-            emit(PackIgnored(f"the warm pack folder {self._folder}", str(error)))
+            emit(PackIgnored(f"the warm pack folder {self._files.folder}", str(error)))
             return []
 
     def clear(self) -> int:
@@ -131,12 +119,12 @@ class PackStore:
         """
         count = 0
         try:
-            for _, key, _ in self._scan():
+            for _, key, _ in self._files.scan():
                 with suppress(FileNotFoundError):  # evicted meanwhile
-                    self._path(key).unlink()
+                    self._files.path(key).unlink()
                     count += 1
         except OSError as error:
-            raise PackError(f"the warm packs in {self._folder} cannot be removed: {error}") from error
+            raise PackError(f"the warm packs in {self._files.folder} cannot be removed: {error}") from error
         return count
 
     def export(self, keys: Iterable[str] | None, path: Path) -> int:
@@ -159,13 +147,13 @@ class PackStore:
             yield _EXPORT_MAGIC
             for key in wanted:
                 try:
-                    with regular(self._path(key)) as file:
-                        content = self._content(file)
+                    with regular(self._files.path(key)) as file:
+                        content = self._files.content(file)
                     unpack(content, key, None)
                 except FileNotFoundError:
                     if keys is None:
                         continue  # evicted since the folder was listed
-                    raise PackError(f"there is no warm pack {key!r} in {self._folder}") from None
+                    raise PackError(f"there is no warm pack {key!r} in {self._files.folder}") from None
                 except OSError as error:
                     _ignored(key, error)
                     continue
@@ -201,8 +189,10 @@ class PackStore:
                     raise PackError(f"{path} is no export of warm packs, or one of another format version")
                 while entry := _EXPORT_ENTRY.fullmatch(line := file.readline(LINE_LIMIT)):
                     key, size = entry[1].decode(), int(entry[2])
-                    if size > self._limit:
-                        _ignored(key, f"its {size} bytes are more than the limit of {self._limit}")
+                    try:
+                        self._files.check(size)
+                    except BadFileError as error:
+                        _ignored(key, error)
                         file.seek(size, os.SEEK_CUR)
                     else:
                         count += self._take(key, file.read(size), secret)
@@ -220,8 +210,8 @@ class PackStore:
             return False
         if authentic:
             return self._store(key, content)
-        with suppress(OSError), regular(self._path(key)) as file:
-            _, known, _ = unpack(self._content(file), key, secret)
+        with suppress(OSError), regular(self._files.path(key)) as file:
+            _, known, _ = unpack(self._files.content(file), key, secret)
             if known:
                 _ignored(key, f"it is signed with another secret, unlike the one that is here; {_SHARE}")
                 return False
@@ -229,69 +219,18 @@ class PackStore:
         # Unsigned, since this user's signature would vouch for unverified content.
         return self._store(key, *sealed(key, text, None, None))
 
-    def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(str(key)):  # the key becomes a file name
-            raise PackError(f"key={key!r} must be 16 to 128 lower-case hex digits")
-        return self._folder / f"{key}.pack"
-
-    def _content(self, file: IO[bytes]) -> bytes:
-        size = os.fstat(file.fileno()).st_size
-        if size > self._limit:
-            raise BadFileError(f"its {size} bytes are more than the limit of {self._limit}")
-        return file.read(size)
-
-    def _scan(self) -> list[tuple[int, str, int]]:
-        """Return the packs as (mtime in ns, key, bytes), least recently used first."""
-        found: list[tuple[int, str, int]] = []
-        with suppress(FileNotFoundError):  # no folder yet
-            for path in self._folder.iterdir():
-                if path.suffix == ".pack" and _KEY.fullmatch(path.stem):
-                    with suppress(FileNotFoundError):  # evicted meanwhile
-                        about = path.lstat()
-                        if stat.S_ISREG(about.st_mode):
-                            found.append((about.st_mtime_ns, path.stem, about.st_size))
-        return sorted(found)
-
-    def _last_use(self) -> int:
-        try:
-            return max((used for used, _, _ in self._scan()), default=0)
-        except OSError:  # only the order of eviction suffers
-            return 0
-
     def _store(self, key: str, *parts: bytes) -> bool:
         try:
-            if (size := sum(map(len, parts))) > self._limit:
-                raise BadFileError(f"its {size} bytes are more than the limit of {self._limit}")
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with temporary(self._folder, parts) as made:
-                touch(made, self._last_use())
-                made.replace(self._path(key))
+            self._files.write(key, *parts)
         except OSError as error:
             _ignored(key, f"it could not be kept: {error}")
             return False
-        try:
-            self._tidy(key)
-        except OSError as error:  # on Windows, the oldest pack may be open; the next write tries again
-            emit(PackIgnored(f"the limit of the warm pack folder {self._folder}", str(error)))
         return True
-
-    def _tidy(self, written: str) -> None:
-        """Evict the least recently used packs except `written`, and delete temporary files of crashed writers."""
-        packs = self._scan()
-        excess = sum(size for _, _, size in packs) - self._limit
-        for _, key, size in packs:
-            if excess > 0 and key != written:
-                self._path(key).unlink(missing_ok=True)
-                excess -= size
-        for path in self._folder.iterdir():
-            with suppress(FileNotFoundError):
-                if path.name.startswith(TEMPORARY) and time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
-                    path.unlink()
 
     def _known_secret(self) -> bytes | None:
         if self._given is not None:
             return self._given
-        path = self._folder / "secret"
+        path = self._files.folder / "secret"
         try:
             return read_secret(path)
         except BadFileError as error:
@@ -300,9 +239,9 @@ class PackStore:
 
     def _new_secret(self) -> bytes:
         """Create the folder's secret, or read the one that another process has created meanwhile."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._folder / "secret"
-        with alone(self._folder):
+        self._files.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._files.folder / "secret"
+        with alone(self._files.folder):
             try:
                 found = read_secret(path)
             except BadFileError:
@@ -312,7 +251,7 @@ class PackStore:
                 return found
             fresh = secrets.token_bytes(SECRET_BYTES)
             # The complete file is linked to its name only if the name is free, which is safe without the lock, too.
-            with temporary(self._folder, [fresh]) as made:
+            with temporary(self._files.folder, [fresh]) as made:
                 try:
                     os.link(made, path)
                 except FileExistsError:
@@ -320,6 +259,18 @@ class PackStore:
                 except OSError:  # a file system without hard links
                     made.rename(path)
             return found or fresh
+
+
+def pack_folder(settings: Settings) -> Path:
+    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
+    return own_folder("packs", settings.pack_folder)
+
+
+def pack_store(settings: Settings) -> PackStore:
+    """Return the store of warm packs of the settings."""
+    # An environment variable may contain bytes that are not UTF-8.
+    secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
+    return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
 
 
 def _replaceable(path: Path) -> Path:

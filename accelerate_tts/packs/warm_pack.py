@@ -7,19 +7,22 @@ compute the same, causes an event and normal tuning.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from accelerate_tts._version import __version__
 from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.packs import compiler_cache
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore, pack_store
 from accelerate_tts.plan import PROCESS, Part
 from accelerate_tts.receipts.receipt import Receipt
-from accelerate_tts.storage.files import own_folder
 from accelerate_tts.storage.fingerprint import fingerprint
 from accelerate_tts.tuning.activate import IN_ANY_CASE, activate
 from accelerate_tts.tuning.findings import Findings, recompile_counter
@@ -30,7 +33,6 @@ from accelerate_tts.tuning.tune import acts_in_training, warn_of_training
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch import nn
 
@@ -43,22 +45,11 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
 
-__all__ = ["WarmPack", "pack_folder", "pack_store"]
+__all__ = ["WarmPack"]
 
 # Version of the decisions. Version 1 does not mark uncertain verdicts.
 _FORMAT = 2
-
-
-def pack_folder(settings: Settings) -> Path:
-    """Folder of warm packs: `settings.pack_folder`, or `accelerate_tts/packs` in the user's cache folder."""
-    return own_folder("packs", settings.pack_folder)
-
-
-def pack_store(settings: Settings) -> PackStore:
-    """Return the store of warm packs of the settings."""
-    # An environment variable may contain bytes that are not UTF-8.
-    secret = None if settings.pack_key is None else settings.pack_key.encode(errors="surrogateescape")
-    return PackStore(pack_folder(settings), settings.pack_limit_mb * 1024 * 1024, secret)
+_BY_CHANCE = re.compile(r"at the first look|^undone: slower")
 
 
 @dataclass
@@ -96,8 +87,6 @@ class WarmPack:
             settings: The settings.
             options: Further options of tuning, which become part of the key.
         """
-        import torch
-
         circumstances = {
             "accelerate_tts": __version__,
             "torch": torch.__version__,
@@ -173,10 +162,13 @@ class WarmPack:
         if acts_in_training(self.plan):
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(entries), seconds))
+        dropped = {key: f"not needed here: {obstacle}" for key, obstacle in spared.items()}
+        keyed = [((result.part, result.stage), result) for result in receipt.stages]
+        stages = tuple(result.dropped(dropped[key]) if key in dropped else result for key, result in keyed)
         facts = {
             **{item.name: getattr(receipt, item.name) for item in fields(receipt) if item.name != "notes"},
             "what": self.plan.what, "seconds": seconds, "cold": baseline.cold, "recompiled": 0,
-            "stages": tuple(_without(result, spared) for result in receipt.stages), "_live": recompile_counter(kept),
+            "stages": stages, "_live": recompile_counter(kept),
         }  # fmt: skip
         parts = tuple(part for part, _ in entries)
         return Findings(facts, (*receipt.notes, note), kept, complete=True, parts=parts, expected=baseline.expected)
@@ -250,7 +242,9 @@ def _read(
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
         # A single look on a busy machine could reject the best stage, without being marked as uncertain.
-        verdicts = (replace(one, sure=one.sure and not _may_be_by_chance(one)) for one in receipt.stages)
+        verdicts = [
+            replace(one, sure=one.sure and (one.kept or not _BY_CHANCE.search(one.reason))) for one in receipt.stages
+        ]
         receipt = replace(receipt, stages=tuple(verdicts))
     before = decisions["tune_seconds"]
     if before < seconds and any(OVER_BUDGET in result.reason for result in receipt.stages):
@@ -275,10 +269,6 @@ def _read(
     return receipt, entries
 
 
-def _may_be_by_chance(result: StageResult) -> bool:
-    return not result.kept and ("at the first look" in result.reason or result.reason.startswith("undone: slower"))
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -290,8 +280,3 @@ def _untouched(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: 
         return one_pass(plan, calls, device, limits)
     except Exception as error:
         raise _WarmupFailedError from error
-
-
-def _without(result: StageResult, spared: Mapping[tuple[str, str], str]) -> StageResult:
-    obstacle = spared.get((result.part, result.stage))
-    return result if obstacle is None else result.dropped(f"not needed here: {obstacle}")

@@ -10,7 +10,7 @@ import copy
 import copyreg
 import weakref
 from abc import ABCMeta
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from accelerate_tts.events import FellBack, NotApplied, emit
@@ -122,7 +122,6 @@ class CarryingSwap(ClassSwap):
         self._covered: dict[Any, Any] | None = None  # previous values, while the change is on
 
     def on(self) -> None:
-        """See `Change.on`."""
         if self._covered is None:
             self._covered = {module: vars(module).get(self._attribute) for module in self._carried}
             for module, value in self._carried.items():
@@ -130,7 +129,6 @@ class CarryingSwap(ClassSwap):
         super().on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         super().off()
         for module, before in (self._covered or {}).items():
             if before is None:
@@ -277,6 +275,37 @@ def _without_ours(cls: type) -> type:
     return cls
 
 
+_PARAMETRIZED = "torch.nn.utils.parametrize"
+"""Module of the class that torch makes for each module with a parametrization."""
+
+
+class _Removable(type):
+    """Class of our classes of parametrized modules."""
+
+    def __delattr__(cls, name: str) -> None:
+        """Delete a member, as torch does to remove a parametrization from a module of this class.
+
+        Its property is a member of the class that torch made. After the last removal torch gives the module the first
+        base of its class, which is then the class from before it was parametrized.
+        """
+        own = _without_ours(cls)
+        if name in vars(cls) or own is cls:
+            super().__delattr__(name)
+            return
+        delattr(own, name)
+        if not any(isinstance(member, property) for member in vars(own).values()):
+            cls.__bases__ = own.__bases__
+            reason = "its parametrization was removed after tuning, and what had it computes as loaded"
+            emit(FellBack(f"a {own.__bases__[0].__qualname__}", "its tuning", reason))
+
+
+@cache
+def _removable(kind: type) -> Any:
+    if issubclass(kind, _Removable):
+        return kind
+    return _Removable if kind is type else type(_Removable.__name__, (_Removable, kind), {})
+
+
 class _Unannounced:
     def __init_subclass__(cls) -> None:
         """Call no further `__init_subclass__`."""
@@ -288,7 +317,7 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     Either may register every subclass and keep it alive.
     """
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    kind = type(plain)
+    kind = _removable(type(plain)) if _without_ours(plain).__module__ == _PARAMETRIZED else type(plain)
     maker = ABCMeta if issubclass(kind, ABCMeta) else type
     made: Any = maker.__new__(kind, plain.__name__, (_Unannounced, plain), {**names, **members})
     made.__bases__ = (plain,)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+
 from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.structure_watch import plain_attributes
 from accelerate_tts.patching.weight_versions import Weights
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ T = TypeVar("T")
 
 
 class Derived(Generic[T]):
-    """A value that is computed from a module's weights at first use, and again after the weights changed.
+    """A value that is computed from a module at first use, and again after its weights or plain attributes changed.
 
     Args:
         module: The module. Each `get` checks its tensors, so it should be small.
@@ -28,22 +31,27 @@ class Derived(Generic[T]):
     def __init__(self, module: nn.Module, make: Callable[[Any], T]) -> None:
         self._module = module
         self._make = make
-        self._made: tuple[Weights, T] | None = None
+        self._made: tuple[Weights, list[tuple[str, Any]], T] | None = None
 
     def get(self) -> T:
-        """Return the value for the present weights."""
-        import torch
-
+        """Return the value for the present weights and attributes."""
         made = self._made
         # A compiler cannot trace the check; the callers of compiled code do it at each call (`keeps_copies`).
         # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
         if made is not None and (
-            torch.compiler.is_compiling() or type(self._module._parameters) is Absent or not made[0].outdated()
+            torch.compiler.is_compiling()
+            or type(self._module._parameters) is Absent
+            or not (made[0].outdated() or self._is_another(made[1]))
         ):
-            return made[1]
+            return made[2]
         # Normal tensors, even if tuning runs in inference mode, since they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():
             weights = Weights(self._module)  # first the watch, so that a concurrent write is seen next time
+            attributes = plain_attributes(self._module)
             value = self._make(self._module)
-        self._made = (weights, value)
+        self._made = (weights, attributes, value)
         return value
+
+    def _is_another(self, attributes: list[tuple[str, Any]]) -> bool:
+        now = vars(self._module)
+        return bool([name for name, value in attributes if now.get(name) is not value])

@@ -14,6 +14,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import rlock
@@ -22,7 +24,6 @@ from accelerate_tts.storage.tensor_bytes import content_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    import torch
     from torch import nn
 
 __all__ = ["Absent", "Layer", "LetGo", "layers_of"]
@@ -196,8 +197,6 @@ def layers_of(
 
 
 def _can_go(weight: torch.Tensor) -> bool:
-    import torch
-
     if type(weight) is not torch.nn.Parameter or weight.layout != torch.strided or weight.device.type == "meta":
         return False
     storage = weight.untyped_storage()

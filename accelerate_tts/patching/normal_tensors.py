@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -18,8 +20,6 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     would otherwise not serve a caller in the other, and compiling takes half a minute. With gradients on, nothing is
     changed. In-place writes to a copied input are copied back to the caller's tensor.
     """
-    import torch
-
     copies: list[tuple[Any, Any, int]] = []
     args, kwargs = _normal(args, copies), _normal(kwargs, copies)
     if not copies and not torch.is_inference_mode_enabled():
@@ -34,8 +34,6 @@ def call_normally(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 
 def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
-    import torch
-
     if isinstance(value, torch.Tensor):
         if not value.is_inference():
             return value

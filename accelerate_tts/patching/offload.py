@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from accelerate_tts.device.file_mapping import move_to_file
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    import torch
     from torch import nn
 
 __all__ = ["copied_storages", "let_go_of", "originals_to_file"]
@@ -54,10 +55,7 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
 
 
 def let_go_of(
-    what: str,
-    found: Mapping[str, nn.Module],
-    again: Callable[[], dict[str, nn.Module]],
-    besides: set[nn.Module],
+    what: str, found: Mapping[str, nn.Module], again: Callable[[], dict[str, nn.Module]], besides: set[nn.Module]
 ) -> LetGo | None:
     """Prepare to free the weights of layers that compute everything from copies. Nothing is freed yet.
 
@@ -107,8 +105,6 @@ def copied_storages(roots: Iterable[nn.Module]) -> dict[int, int]:
 
 def movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Return a tensor's storage if it is private to this process and large enough, else `None`."""
-    import torch
-
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in {
         torch.Tensor, torch.nn.Parameter,
     }:  # fmt: skip

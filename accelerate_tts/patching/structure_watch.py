@@ -1,22 +1,59 @@
-"""Watch on the structure of a block that a kernel computes as a whole, without calling the modules inside it."""
+"""Watch on the structure of modules that a kernel or a graph computes as a whole, without calling those inside."""
 
 from __future__ import annotations
 
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import has_hooks, is_capture
+from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
 
-__all__ = ["Inside"]
+__all__ = ["Calls", "Inside", "plain_attributes"]
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
+
+
+class Calls:
+    """Code that runs at the calls inside a module beside what it was traced with: hooks, and its classes' forwards.
+
+    dynamo guards on modules, their classes and their attributes, but not on these. Hooks that were there from the
+    start are a part of the graph.
+
+    Args:
+        module: The module.
+        itself: Watch the hooks of the module itself, too.
+    """
+
+    def __init__(self, module: nn.Module, *, itself: bool = True) -> None:
+        from torch.nn.modules import module as globally
+
+        modules = [inner for inner in module.modules() if itself or inner is not module]
+        self._hooks = [
+            *(hooks for inner in modules for hooks in (inner._forward_hooks, inner._forward_pre_hooks)),
+            globally._global_forward_hooks, globally._global_forward_pre_hooks,
+        ]  # fmt: skip
+        self._found = foreign_hooks(self._hooks)
+        self._forwards = [(cls, cls.forward) for cls in {*map(plain_class, modules), plain_class(module)}]
+
+    def altered(self) -> str | None:
+        """Return the obstacle if other code runs at these calls than at the start, else `None`."""
+        if foreign_hooks(self._hooks) != self._found:
+            return "the hooks on what is inside it are others than when it was compiled"
+        return _other_forward(self._forwards)
+
+
+def _other_forward(forwards: list[tuple[Any, Any]]) -> str | None:
+    for cls, before in forwards:
+        if cls.forward is not before:
+            return f"{cls.__name__} was given another forward"
+    return None
 
 
 class Inside:
@@ -41,9 +78,8 @@ class Inside:
         self._watched += [
             (vars(inner), name, value)
             for inner in block.modules()
-            for name, value in vars(inner).items()
-            if name not in _NOT_READ and isinstance(value, _KINDS) and (inner is not block or name != "training")
             if not _is_layer(inner)
+            for name, value in plain_attributes(inner, training=inner is not block)
         ]
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
@@ -75,9 +111,8 @@ class Inside:
         return None
 
     def _rewritten(self) -> str | None:
-        for cls, before in self._forwards:
-            if cls.forward is not before:
-                return f"{cls.__name__} was given another forward"
+        if (obstacle := _other_forward(self._forwards)) is not None:
+            return obstacle
         for holder, name, before in self._watched:
             if (value := holder.get(name)) is not before and value != before:
                 return f"{name} of a module inside a block is another"
@@ -87,8 +122,20 @@ class Inside:
 _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_super_init", "dump_patches"}
 
 
+def plain_attributes(module: nn.Module, *, training: bool = False) -> list[tuple[str, Any]]:
+    """Return the names and values of the attributes that a forward may read beside tensors and modules.
+
+    Args:
+        module: The module.
+        training: Include its mode.
+    """
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _NOT_READ and isinstance(value, _KINDS) and (training or name != "training")
+    ]
+
+
 def _is_layer(module: nn.Module) -> bool:
     """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
-    from torch import nn
-
     return plain_class(module) is nn.Linear

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.kernels.library import kernels, missing
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = ["Weights", "lie_in_files"]
@@ -38,7 +39,7 @@ Holder = dict[str, Any]
 
 
 class Weights:
-    """The present state of all tensors of a module and its submodules.
+    """The present state of all tensors of a module and its submodules, and of the submodules' order.
 
     Args:
         module: The module. Names are watched rather than tensors, since `load_state_dict(assign=True)` replaces them.
@@ -47,8 +48,11 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
-        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in module.modules()]
+        modules = list(module.modules())
+        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in modules]
         self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
+        # A module without tensors, too, may be put in: another step of a parametrization.
+        self._children += [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
 
     @classmethod
     def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
@@ -59,6 +63,7 @@ class Weights:
 
     def _watch(self, holders: list[Holder], *, content: bool) -> None:
         self._holders = holders
+        self._children: list[tuple[Any, list[Any]]] = []
         tensors = self._tensors()
         # Before anything is derived from them, so that a concurrent write is seen by the next check.
         self._addresses, self._versions = _state(tensors)
@@ -80,7 +85,9 @@ class Weights:
         return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
 
     def outdated(self) -> bool:
-        """Check whether a tensor has been written, moved or replaced."""
+        """Check whether a tensor has been written, moved or replaced, or a module replaced."""
+        if [1 for holder, before in self._children if list(holder.values()) != before]:
+            return True
         tensors = self._tensors()  # keeps them alive while their memory is read
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
@@ -91,10 +98,7 @@ class Weights:
                 return True
         if self._digests is not None and self._digests.differ():
             return True
-        return bool(self._places) and _pace.allows(lambda: self._differ(tensors))
-
-    def _differ(self, tensors: list[torch.Tensor]) -> bool:
-        return any(places.differ(tensors[number]) for number, places in self._places)
+        return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
@@ -116,8 +120,6 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    import torch
-
     return tensor.layout is torch.strided
 
 
@@ -185,8 +187,6 @@ class _Places:
     """The bits of some elements of a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        import torch
-
         span = _span(tensor)
         # Spread evenly and not aligned with rows: fractional parts of multiples of the golden ratio.
         places = sorted({int(span * (number * _GOLDEN % 1)) for number in range(_PLACES)}) if span else []
@@ -195,8 +195,6 @@ class _Places:
             self._bits = self._read(tensor)
 
     def _read(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
         flat = tensor.detach().as_strided((_span(tensor),), (1,))
         if flat.is_complex():
             return torch.view_as_real(flat[self._places]).contiguous().view(torch.uint8)
@@ -204,8 +202,6 @@ class _Places:
 
     def differ(self, tensor: torch.Tensor) -> bool:
         """Check whether an element has changed."""
-        import torch
-
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # a capture must not synchronise; the calls around it check
         with torch.inference_mode(mode=False), torch.no_grad():

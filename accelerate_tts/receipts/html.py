@@ -62,16 +62,12 @@ def _templates() -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
-        finalize=_printable,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-
-def _printable(value: Any) -> Any:
-    return value if isinstance(value, Markup) else printable(value)
 
 
 def _figures(figures: tuple[str, str, str, str], low: str, seconds: float | None) -> tuple[str, ...]:

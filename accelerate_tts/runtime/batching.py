@@ -16,11 +16,11 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 from accelerate_tts.device import detect, memory
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import BackedOff, NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import rlock
 
 __all__ = ["Batched", "Results", "batched", "is_out_of_memory"]
@@ -173,9 +173,8 @@ class _Fits:
                 self.known *= 2
 
 
-_lock = rlock()
-# By the object of a bound method or the function itself, then by function. Both are held weakly.
-_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Fits]] = WeakKeyDictionary()
+# By the object of a bound method or the function itself, then by function.
+_known = IdentityMap[IdentityMap[_Fits]]()
 
 
 def _fits_of(function: Any) -> _Fits:
@@ -183,9 +182,8 @@ def _fits_of(function: Any) -> _Fits:
     bound = getattr(function, "__func__", None)
     owner, inner = (function, function) if bound is None else (getattr(function, "__self__", None), bound)
     try:
-        with _lock:
-            return _known.setdefault(owner, WeakKeyDictionary()).setdefault(inner, _Fits())
-    except TypeError:  # no hash, or no support for weak references
+        return _known.setdefault(owner, IdentityMap).setdefault(inner, _Fits)
+    except TypeError:  # no support for weak references
         return _Fits()
 
 

@@ -190,12 +190,7 @@ class Owning(_Stepping):
 async def drive_async(  # noqa: C901, PLR0912, PLR0915 - a loop with all its exits
     body: Any, hooks: Hooks
 ) -> AsyncGenerator[Any, Any]:
-    """Drive an async generator to its end.
-
-    Args:
-        body: The async generator.
-        hooks: Hooks around its steps.
-    """
+    """Drive an async generator to its end."""
     value: Any = None
     error: BaseException | None = None
     first = True
@@ -258,15 +253,11 @@ def _first_step(body: Any) -> Awaitable[Any]:
     # of them. The collector must not either: in a cycle it finalises the body first, without a finaliser it would
     # close it at once, and an await in its clean-up would be an error.
     hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_driver)
+    sys.set_asyncgen_hooks(None, lambda _body: None)
     try:
         return body.asend(None)  # type: ignore[no-any-return]
     finally:
         sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_driver(_body: Any) -> None:
-    pass
 
 
 def named_like(body: Any, driver: Any) -> Any:

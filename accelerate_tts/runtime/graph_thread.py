@@ -26,11 +26,7 @@ T = TypeVar("T")
 
 
 class OwnerThread:
-    """Runs calls in sequence on a thread of its own, which starts with the first call and ends with the process.
-
-    Args:
-        name: The thread's name.
-    """
+    """Runs calls in sequence on a thread of its own, which starts with the first call and ends with the process."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import sys
 import types
-import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
@@ -36,10 +36,9 @@ _MOST, _LONGEST = 200_000, 50_000  # limits of the search for inference tensors:
 class _Known:
     """Knowledge of an object: the mode that it needs, and True in `gave_up` if no milder mode helps."""
 
-    __slots__ = ("gave_up", "mode", "owner")
+    __slots__ = ("gave_up", "mode")
 
-    def __init__(self, owner: weakref.ref[Any]) -> None:
-        self.owner = owner
+    def __init__(self) -> None:
         self.mode: Mode | None = None
         self.gave_up = False
 
@@ -53,13 +52,8 @@ def made_once() -> None:
     _made_once[0] += 1
 
 
-known_owners: dict[int, _Known] = {}
-"""Modes that were found for objects, by their id. The objects are held weakly."""
-
-
-def _known_of(owner: object) -> _Known | None:
-    known = known_owners.get(id(owner))
-    return known if known is not None and known.owner() is owner else None
+known_owners = IdentityMap[_Known]()
+"""Modes that were found for objects."""
 
 
 def _is_referable(owner: object) -> bool:
@@ -67,13 +61,8 @@ def _is_referable(owner: object) -> bool:
 
 
 def mode_of(owner: object, mode: Mode) -> Mode:
-    """Return the mode for calls of an object.
-
-    Args:
-        owner: The object.
-        mode: The mode of the decorator.
-    """
-    known = _known_of(owner if _is_referable(owner) else type(owner)) if known_owners else None
+    """Return the mode for calls of an object."""
+    known = known_owners.get(owner if _is_referable(owner) else type(owner)) if known_owners else None
     return mode if known is None or known.mode is None else known.mode
 
 
@@ -106,7 +95,7 @@ class ModeChoice:
         self._before = _made_once[0]
         self._first: Exception | None = None
         # Saved for the first call only. A later call of another kind that fails is repeated with other random numbers.
-        fresh = mode == "inference" and _known_of(self.owner) is None
+        fresh = mode == "inference" and known_owners.get(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
         # torch writes into an inference tensor before it raises, so the inputs' content must be restored.
         self._given = _contents(owner, args, kwargs) if fresh else None
@@ -119,9 +108,9 @@ class ModeChoice:
             given: True if a part of the result was already delivered, so that the call cannot be repeated.
         """
         kind = _kind_of(error)
-        known = _known_of(self.owner)
+        known = known_owners.get(self.owner)
         if self._first is not None:  # the milder mode did not help
-            self._entry().gave_up = True
+            known_owners.setdefault(self.owner, _Known).gave_up = True
             return False
         if not kind or self.mode == "none" or (known is not None and known.gave_up) or _is_callers():
             return False
@@ -155,7 +144,7 @@ class ModeChoice:
         """Note that the call succeeded. If that was in a milder mode, the object's later calls use it."""
         # The error is dropped: its traceback keeps the failed attempt's tensors, and this object.
         error, self._first = error or self._first, None
-        known = _known_of(self.owner) or self._entry()
+        known = known_owners.setdefault(self.owner, _Known)
         if error is None or known.mode == self.mode:
             return
         known.mode = self.mode
@@ -168,19 +157,6 @@ class ModeChoice:
                 f' write @inference(mode="{self.mode}")',
             )
         )
-
-    def _entry(self) -> _Known:
-        known = _known_of(self.owner)
-        if known is None:
-            number = id(self.owner)
-
-            def gone(reference: object) -> None:
-                entry = known_owners.get(number)
-                if entry is not None and entry.owner is reference:
-                    del known_owners[number]
-
-            known = known_owners[number] = _Known(weakref.ref(self.owner, gone))
-        return known
 
 
 def _kind_of(error: BaseException | None) -> str:

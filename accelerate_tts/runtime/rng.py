@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
+
+from accelerate_tts.runtime.seeding import other_threads
 
 __all__ = ["random_states"]
+
+_MOMENT = 0.02
+"""Seconds for which other threads are watched before a generator is put back. Nobody waits for it but a second attempt.
+"""
+
+
+class _Kept(NamedTuple):
+    get: Callable[[], Any]
+    put: Callable[[Any], object]
+    state: Any
 
 
 def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
     """Save the states of all random number generators, and return a function that restores them.
 
+    The function leaves those alone from which another thread is seen to draw: it would be given numbers twice, and the
+    caller does not have its own numbers to itself in any case.
+
     Args:
         given: Arguments of a call, and its object. Generators among them and in their attributes are included.
     """
-    python = random.getstate()
-    restore: list[Callable[[], object]] = [lambda: random.setstate(python)]
+    restore = [_kept(random.getstate, random.setstate)]
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None:
-        state = numpy.random.get_state()
-        restore.append(lambda: numpy.random.set_state(state))
+        restore.append(_kept(numpy.random.get_state, numpy.random.set_state))
     if torch is not None:
-        restore += [_kept(torch.get_rng_state, torch.set_rng_state)]
+        restore.append(_kept(torch.get_rng_state, torch.set_rng_state))
         if torch.cuda.is_initialized():
             restore.append(_kept(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
         if torch.backends.mps.is_available():  # a Mac only
@@ -34,19 +48,32 @@ def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
     restore += _generators_in(given, numpy, torch)
 
     def put_back() -> None:
-        for one in restore:
-            one()
+        alone = restore
+        if other_threads():
+            states = [each.get() for each in restore]
+            time.sleep(_MOMENT)
+            alone = [each for each, state in zip(restore, states, strict=True) if _same(each.get(), state)]
+        for each in alone:
+            each.put(each.state)
 
     return put_back
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return all(map(_same, one, other))
+    return bool((one == other).all()) if hasattr(one, "shape") else bool(one == other)
 
 
 _MOST_LOOKED_AT, _DEEPEST = 256, 3
 _PLAIN = (str, bytes, int, float, complex, type, types.FunctionType, types.ModuleType, type(None))
 
 
-def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[Callable[[], object]]:
-    """Return functions that restore the generators among the arguments, their attributes and items."""
-    found: list[Callable[[], object]] = []
+def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[_Kept]:
+    """Return the generators among the arguments, their attributes and items."""
+    found: list[_Kept] = []
     seen: set[int] = set()
     level = list(given)
     for _ in range(_DEEPEST):
@@ -81,8 +108,8 @@ def _attributes_of(item: Any) -> Iterable[Any]:
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
-def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> Callable[[], object] | None:
-    """Return a function that restores a generator; `None` for any other object."""
+def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> _Kept | None:
+    """Return a generator and its state; `None` for any other object."""
     if issubclass(kind, random.Random):
         return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
     if torch is not None and issubclass(kind, torch.Generator):
@@ -91,11 +118,9 @@ def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> Callable[[],
         return _kept(item.get_state, item.set_state)
     if numpy is not None and issubclass(kind, numpy.random.Generator):
         bits = item.bit_generator
-        state = bits.state
-        return lambda: setattr(bits, "state", state)
+        return _kept(lambda: bits.state, lambda state: setattr(bits, "state", state))
     return None
 
 
-def _kept(get: Callable[[], Any], put: Callable[[Any], object]) -> Callable[[], object]:
-    state = get()
-    return lambda: put(state)
+def _kept(get: Callable[[], Any], put: Callable[[Any], object]) -> _Kept:
+    return _Kept(get, put, get())

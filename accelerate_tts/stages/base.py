@@ -67,7 +67,6 @@ class BaseStage:
         return (cast("Stage", cls()),)
 
     def cost_of(self, part: Part) -> float:
-        """See `Stage.cost_of`."""
         del part
         return self.cost
 

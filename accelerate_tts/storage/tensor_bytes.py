@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 __all__ = ["content_digest"]
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
     """Return the SHA-256 of a strided tensor's values; empty for other layouts, subclasses and meta tensors."""
-    import torch
-
     if type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} or tensor.layout is not torch.strided:
         return b""  # a sparse or otherwise special tensor; the modules' `repr` shows its type
     if tensor.device.type == "meta" or tensor.numel() == 0:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.plan import Which
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.stages.vocoder.checked_lengths import is_checked
@@ -16,8 +18,6 @@ from accelerate_tts.tuning.kl_divergence import divergence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-
-    from torch import nn
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.plan import ModelPlan, Part
@@ -209,7 +209,5 @@ class Baseline:
 
 def _depth_of(module: nn.Module) -> int:
     """Return the number of consecutive blocks of a module: the length of its longest list."""
-    from torch import nn
-
     lists = (len(holder) for holder in module.modules() if isinstance(holder, (nn.ModuleList, nn.Sequential)))
     return max(lists, default=1)

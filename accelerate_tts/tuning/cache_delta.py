@@ -7,10 +7,9 @@ a call computes half a megabyte. Storing a few whole caches for comparison would
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 __all__ = ["is_cache", "is_past", "settled"]
 
@@ -71,8 +70,6 @@ def _tensors(cache: Any) -> list[torch.Tensor]:
 
     A cache has layers (transformers 4.54 and later) or two lists of tensors, or is a tuple of pairs of tensors.
     """
-    import torch
-
     pairs: list[tuple[Any, ...]] = []
     if type(cache) is tuple:
         pairs = [pair for pair in cache if isinstance(pair, tuple) and len(pair) == len(_PAIR)]
@@ -90,8 +87,6 @@ def _tensors(cache: Any) -> list[torch.Tensor]:
 
 
 def _added(value: Any, before: list[torch.Tensor]) -> Any:
-    import torch
-
     after = _tensors(value)
     if len(after) != len(before) or not all(_goes_on(a, b) for a, b in zip(after, before, strict=True)):
         return value
@@ -113,8 +108,6 @@ def _goes_on(now: torch.Tensor, then: torch.Tensor) -> bool:
 
 
 def _error(now: torch.Tensor, then: torch.Tensor) -> float:
-    import torch
-
     if torch.equal(now, then):
         return 0.0
     norm = float(torch.linalg.vector_norm(then.float()))

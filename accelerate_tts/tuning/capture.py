@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.plan import CALL, READY, Which
 from accelerate_tts.tuning.cache_delta import is_cache, is_past, settled
 from accelerate_tts.tuning.compare import tensors_of
@@ -133,8 +135,6 @@ class Prepared:
 
     def run(self, module: Any) -> Any:
         """Run the call under its original modes, and return its output."""
-        import torch
-
         call = self.call
         with ExitStack() as modes:
             modes.enter_context(torch.inference_mode(call.inference))
@@ -158,8 +158,6 @@ class _Call:
 
     def prepared(self, module: Any) -> Prepared:
         """Return the call with fresh copies of its inputs."""
-        import torch
-
         # Copied in the original mode: writing into an inference tensor outside inference mode fails.
         with torch.inference_mode(self.inference):
             args, kwargs = _copied(self.args), _copied(self.kwargs)
@@ -307,16 +305,12 @@ def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None]
 
 def _sort_of(values: tuple[Any, ...]) -> Sort:
     """Return the shapes of the floating-point tensors, or of the first tensor if there are none (token ids)."""
-    import torch
-
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     return tuple(tuple(tensor.shape) for tensor in floating or tensors[:1])
 
 
 def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sort: Sort, method: str) -> _Call:
-    import torch
-
     autocast = None
     if torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
@@ -325,8 +319,6 @@ def _record(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str, sor
 
 
 def _copied(value: Any) -> Any:
-    import torch
-
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) in {tuple, list}:

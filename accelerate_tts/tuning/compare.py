@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.tuning.cache_delta import is_cache
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def compare(reference: Any, candidate: Any) -> Difference:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail
             return Difference(math.inf, "a different memory layout")
-        rounding = _rounding(a.dtype)
+        rounding = torch.finfo(a.dtype).eps if a.dtype in {torch.bfloat16, torch.float16} else 0.0
         error = _error(*_as_waves(a, b)) if _is_pcm(a) else _error(a, b)
         if math.isinf(error):
             return Difference(math.inf, "values that are not finite or not equal")
@@ -162,12 +164,6 @@ def compare(reference: Any, candidate: Any) -> Difference:
         if _is_audio(a) or _is_pcm(a):
             spectral = max(spectral or 0.0, spectral_distance(a, b))
     return Difference(max(errors.values()), "", spectral, max(errors), errors=tuple(sorted(errors.items())))
-
-
-def _rounding(dtype: Any) -> float:
-    import torch
-
-    return torch.finfo(dtype).eps if dtype in {torch.bfloat16, torch.float16} else 0.0
 
 
 def spectral_distance(reference: Any, candidate: Any) -> float:
@@ -182,8 +178,6 @@ def spectral_distance(reference: Any, candidate: Any) -> float:
         1024 samples (Hann window, half overlapping). Bins are clamped to 60 dB below the strongest bin of the
         reference, since weaker ones are inaudible. 0.0 for two silences; infinite if a sample is not finite.
     """
-    import torch
-
     with torch.inference_mode():
         a, b = (_power(wave.detach().cpu().to(torch.float64)) for wave in (reference, candidate))
         floor = float(a.max()) * 10 ** (-_AUDIBLE / 10)
@@ -195,8 +189,6 @@ def spectral_distance(reference: Any, candidate: Any) -> float:
 
 
 def _power(wave: Any) -> Any:
-    import torch
-
     flat = wave.reshape(-1, wave.shape[-1])
     window = torch.hann_window(_FRAME, dtype=flat.dtype)
     spectrum = torch.stft(flat, _FRAME, _FRAME // 2, window=window, center=False, return_complex=True)
@@ -208,8 +200,6 @@ def _is_audio(tensor: Any) -> bool:
 
 
 def _is_pcm(tensor: Any) -> bool:
-    import torch
-
     return bool(tensor.dtype == torch.int16) and _is_long(tensor)
 
 
@@ -237,13 +227,15 @@ def tensors_of(value: Any) -> Iterator[Any]:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
-    import torch
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (bytes, bytearray)):
         yield from _of_bytes(bytes(value))
-    elif isinstance(value, (str, int, float, complex, type, ModuleType)) or value is None or _is_model(value):
+    elif (
+        isinstance(value, (str, int, float, complex, type, ModuleType))
+        or value is None
+        or (isinstance(value, torch.nn.Module) and not is_cache(value))  # caches of transformers 4.46 are modules
+    ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if value.dtype.kind in "fiub":
@@ -260,16 +252,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
                 yield from _tensors(item, seen)
 
 
-def _is_model(value: Any) -> bool:
-    """Check for a module that is not a key/value cache, as those of transformers 4.46 are."""
-    import torch
-
-    return isinstance(value, torch.nn.Module) and not is_cache(value)
-
-
 def _of_bytes(value: bytes) -> Iterator[Any]:
-    import torch
-
     data = value.find(b"data") + 8 if value[:4] == b"RIFF" and value[8:12] == b"WAVE" else 0
     if data > 8 and int.from_bytes(value[34:36], "little") == _BITS:  # noqa: PLR2004
         channels = max(1, int.from_bytes(value[22:24], "little"))
@@ -291,8 +274,6 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _error(reference: Any, candidate: Any) -> float:
-    import torch
-
     with torch.inference_mode():
         if not (reference.is_floating_point() or reference.is_complex()):
             return 0.0 if torch.equal(reference, candidate) else math.inf

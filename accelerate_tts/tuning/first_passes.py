@@ -38,11 +38,7 @@ def _recording(
     parts: Sequence[Part], device: DeviceInfo, policy: TuningPolicy, constants: KeptConstants
 ) -> Generator[tuple[dict[str, Captured], Listener], None, None]:
     """Record a pass while open: the calls of each part, by its name, and those of `@inference` functions."""
-    with (
-        watch(tuple(parts), device.type, policy.enough) as captured,
-        listening() as listener,
-        constants.watching(),
-    ):
+    with watch(tuple(parts), device.type, policy.enough) as captured, listening() as listener, constants.watching():
         yield captured, listener
 
 

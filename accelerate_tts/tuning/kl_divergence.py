@@ -10,6 +10,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.plan import Head
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
         The largest divergence over calls and the batch at the last position, which a loop samples from; with guidance,
         also of the guided distribution. `None` if the outputs are not a decoder's, infinite if one is not finite.
     """
-    import torch
-
     worst: float | None = None
     with torch.inference_mode():
         for left, right in _pairs(reference, candidate, head):
@@ -96,8 +96,6 @@ def _pairs(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None
 
 def _of_sound(output: Any) -> Any:
     """Return log-probabilities of boson-multimodal's Higgs Audio for each frame and codebook; `None` for text steps."""
-    import torch
-
     logits: Any = getattr(output, "audio_logits", None)
     if not _has_steps(logits) or not logits.numel():
         return None
@@ -105,8 +103,6 @@ def _of_sound(output: Any) -> Any:
 
 
 def _of_tokens(output: Any, head: Head | None) -> Any:
-    import torch
-
     logits: Any = getattr(output, "logits", None)
     if not _has_steps(logits):
         hidden: Any = getattr(output, "last_hidden_state", None)
@@ -122,6 +118,4 @@ def _of_tokens(output: Any, head: Head | None) -> Any:
 
 
 def _has_steps(tensor: Any) -> bool:
-    import torch
-
     return isinstance(tensor, torch.Tensor) and tensor.dim() == 3 and tensor.is_floating_point()  # noqa: PLR2004

@@ -67,15 +67,13 @@ class Ledger:
         """
         if change is not None:
             if instead_of is not None:
-                self._supersede(instead_of, result)
+                self.kept.remove(instead_of)
+                for number, slower in enumerate(self.results):
+                    if slower.kept and (slower.part, slower.stage) == (instead_of.part, instead_of.stage):
+                        dropped = slower.dropped(f"{result.stage} is faster")
+                        self.results[number] = replace(dropped, sure=result.sure)
             self.kept.append(change)
         self.results.append(result)
-
-    def _supersede(self, slower: AppliedChange, faster: StageResult) -> None:
-        self.kept.remove(slower)
-        for number, result in enumerate(self.results):
-            if result.kept and (result.part, result.stage) == (slower.part, slower.stage):
-                self.results[number] = replace(result.dropped(f"{faster.stage} is faster"), sure=faster.sure)
 
     def on(self) -> None:
         """Switch every kept change on."""

@@ -10,7 +10,7 @@ from accelerate_tts.errors import WarmupError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LONGEST", "at_length", "first_tensor", "ladder"]
+__all__ = ["LONGEST", "at_length", "first_tensor", "is_tensor", "ladder"]
 
 LONGEST = 10_000_000
 """Maximum length, since the warm-up makes an input of it: seven minutes of samples at 24 kHz."""
@@ -58,7 +58,7 @@ def first_tensor(item: Any) -> torch.Tensor:
     """
     values = list(item.values()) if isinstance(item, Mapping) else list(item) if isinstance(item, tuple) else [item]
     for value in values:
-        if _is_tensor(value) and value.dim() > 0 and value.shape[-1] > 0:
+        if is_tensor(value) and value.dim() > 0 and value.shape[-1] > 0:
             return value  # type: ignore[no-any-return]  # known by its protocol, since torch is not imported here
     raise WarmupError("lengths= needs a tensor in warmup= whose last dimension is the length; give a callable instead")
 
@@ -66,7 +66,7 @@ def first_tensor(item: Any) -> torch.Tensor:
 def _resized(value: Any, first: torch.Tensor, length: int) -> Any:
     import torch
 
-    if not _is_tensor(value):
+    if not is_tensor(value):
         return value
     tensor: torch.Tensor = value
     before, last = first.shape[-1], tensor.dim() - 1
@@ -78,5 +78,6 @@ def _resized(value: Any, first: torch.Tensor, length: int) -> Any:
     return tensor
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
+    """Check for a tensor by its protocol, since checking a decorator's argument must not import torch."""
     return hasattr(type(value), "__torch_function__") and not callable(value)

@@ -6,6 +6,8 @@ from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -29,8 +31,6 @@ class LinearWork:
 
     def note(self, module: Any, args: tuple[Any, ...]) -> None:
         """Record a call; used as a forward pre-hook."""
-        import torch
-
         x = args[0] if args else None
         if not isinstance(x, torch.Tensor) or x.dim() == 0 or not x.is_floating_point() or x.numel() == 0:
             return

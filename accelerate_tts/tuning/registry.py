@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class TuningMap:
 
     def __init__(self) -> None:
         self._lock = lock()
-        self._entries: dict[int, tuple[weakref.ref[Any], tuple[weakref.ref[Tuning], ...]]] = {}
+        self._entries = IdentityMap[tuple[weakref.ref[Any], ...]]()
 
     def get(self, item: object) -> Tuning | None:
         """Return the last tuning of an object, or `None`."""
@@ -69,27 +71,16 @@ class TuningMap:
 
     def all(self, item: object) -> list[Tuning]:
         """Return all tunings of an object, such as a backend that loaded a model and a vocoder separately."""
-        entry = self._entries.get(id(item))
-        if entry is None or entry[0]() is not item:
-            return []
-        return [tuning for reference in entry[1] if (tuning := reference()) is not None]
+        return [tuning for reference in self._entries.get(item) or () if (tuning := reference()) is not None]
 
     def put(self, item: object, tuning: Tuning) -> None:
         """Add a tuning of an object. An object without support for weak references is skipped."""
-        number = id(item)
-
-        def gone(_reference: object) -> None:
-            self._entries.pop(number, None)
-
-        try:
-            reference = weakref.ref(item, gone)
-        except TypeError:  # a tuple or a class with slots; its modules are registered themselves
-            return
-        with self._lock:
+        # Without support: a tuple or a class with slots. Its modules are registered themselves.
+        with self._lock, suppress(TypeError):
             # A module has one tuning: an earlier one was given up.
             others = [] if _KEEPER in getattr(item, "__dict__", {}) else self.all(item)
             known = (*(weakref.ref(other) for other in others if other is not tuning), weakref.ref(tuning))
-            self._entries[number] = (reference, known)
+            self._entries.put(item, known)
 
     def forget(self, tuning: Tuning) -> bool:
         """Remove a tuning from all objects, and from the modules that keep it alive.
@@ -99,16 +90,16 @@ class TuningMap:
         """
         known = False
         with self._lock:
-            for number, (item, references) in list(self._entries.items()):
+            for item, references in self._entries.items():
                 others = tuple(reference for reference in references if reference() is not tuning)
                 if len(others) == len(references):
                     continue
                 known = True
                 if others:
-                    self._entries[number] = (item, others)
+                    self._entries.put(item, others)
                 else:
-                    del self._entries[number]
-                own = getattr(item(), "__dict__", {})
+                    self._entries.remove(item)
+                own = getattr(item, "__dict__", {})
                 keeper = own.get(_KEEPER)
                 if isinstance(keeper, Keeper) and keeper.tuning is tuning:
                     del own[_KEEPER]

@@ -123,7 +123,7 @@ def compare_speed(  # noqa: C901, PLR0913 - the work, its two states, and what l
 
     run_pairs(min(fewest, pairs))
     timing = judged(FIRST_LOOK)
-    if not _is_clear(timing):
+    if not timing.clean or (timing.low < _CLEAR and timing.high > 1 / _CLEAR):
         run_pairs(pairs)
         timing = judged(FIRST_LOOK)
     undecided = timing.low <= 1.0 and timing.ratio >= WORTH_A_SECOND_LOOK
@@ -131,10 +131,6 @@ def compare_speed(  # noqa: C901, PLR0913 - the work, its two states, and what l
         run_pairs(max(2 * pairs, PAIRS_OF_A_SECOND_LOOK))
         timing = judged(SECOND_LOOK)
     return timing
-
-
-def _is_clear(timing: Timing) -> bool:
-    return timing.clean and (timing.low >= _CLEAR or timing.high <= 1 / _CLEAR)
 
 
 def _judged(first: list[float], second: list[float], alpha: float) -> Timing:

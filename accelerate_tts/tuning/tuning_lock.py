@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.concurrency.queue import running_loop
 
 __all__ = ["TuningLock"]
 
@@ -36,7 +36,7 @@ class TuningLock:
         outer = self._loop  # a warm-up may load something else
         try:
             held = self._lock.acquire(blocking=False)
-            if not held and (inside or (self._loop is not None and self._loop is _running_loop())):
+            if not held and (inside or (self._loop is not None and self._loop is running_loop())):
                 yield False
                 return
             if not held:
@@ -51,8 +51,3 @@ class TuningLock:
             if held:
                 self._loop = outer
                 self._lock.release()
-
-
-def _running_loop() -> object:
-    asyncio = sys.modules.get("asyncio.events")
-    return None if asyncio is None else asyncio._get_running_loop()

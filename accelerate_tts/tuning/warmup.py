@@ -15,7 +15,7 @@ from accelerate_tts.runtime.completion import complete
 from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
 from accelerate_tts.settings import Mode
 from accelerate_tts.tuning.compile_timeout import compiling_within
-from accelerate_tts.tuning.length_ladder import at_length, first_tensor, ladder
+from accelerate_tts.tuning.length_ladder import at_length, first_tensor, is_tensor, ladder
 
 if TYPE_CHECKING:
     import asyncio
@@ -72,7 +72,7 @@ def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
     elif isinstance(warmup, str):
         if not warmup.strip():
             raise WarmupError(f"warmup={abridged(warmup)} is an empty text; give a short sentence")
-    elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or _is_tensor(warmup)):
+    elif not (warmup is None or isinstance(warmup, (tuple, Mapping)) or callable(warmup) or is_tensor(warmup)):
         raise WarmupError(f"warmup={abridged(warmup)} of type {type(warmup).__name__} cannot be used; give {_TAKES}")
     if lengths is not None:
         _check_lengths(warmup)
@@ -82,7 +82,7 @@ def _check_lengths(warmup: Any) -> None:
     if warmup is None:
         raise WarmupError("lengths= says how long inputs are, but no warmup= says what an input is")
     for item in warmup if isinstance(warmup, list) else [warmup]:
-        if callable(item) and not _is_tensor(item):
+        if callable(item) and not is_tensor(item):
             if not _accepts(item, 2):
                 raise WarmupError(
                     "with lengths= a callable warm-up takes two arguments: warmup=lambda loaded, length: ..."
@@ -153,7 +153,7 @@ def warmup_calls(
         return WarmupCalls(tuple(map(maker.call_of, items)))
     rungs = ladder(lengths)
     # A callable has no length of its own, so only the ends are run.
-    given = [maker.call_of(item) for item in items if not callable(item) or _is_tensor(item)]
+    given = [maker.call_of(item) for item in items if not callable(item) or is_tensor(item)]
     ends = [maker.call_at(item, length) for item in items for length in dict.fromkeys((rungs[0], rungs[-1]))]
     return WarmupCalls(
         (*given, *ends), tuple(maker.call_at(item, length) for item in items for length in rungs[1:-1])
@@ -174,7 +174,7 @@ class _CallMaker:
         if isinstance(item, str):
             speak, decorated = _speaker(loaded)
             return WarmupCall(self._finished(speak, (item,), {}, "none" if decorated else mode))
-        if isinstance(item, (Mapping, tuple)) or _is_tensor(item):
+        if isinstance(item, (Mapping, tuple)) or is_tensor(item):
             target = _target(loaded, item)
             kwargs = (
                 {str(name): _placed(value, target) for name, value in item.items()} if isinstance(item, Mapping) else {}
@@ -182,13 +182,13 @@ class _CallMaker:
             given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
             args = tuple(_placed(value, target) for value in given)
             run = self._finished(*_copying(target, args, kwargs), mode)
-            tensors = any(_is_tensor(value) for value in (*args, *kwargs.values()))
+            tensors = any(is_tensor(value) for value in (*args, *kwargs.values()))
             return WarmupCall(run, self._varied(target, args, kwargs) if tensors and mode == "inference" else None)
         return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
 
     def call_at(self, item: Any, length: int) -> WarmupCall:
         """Convert an item, resized to another length, to a call."""
-        if callable(item) and not _is_tensor(item):
+        if callable(item) and not is_tensor(item):
             return WarmupCall(self._finished(item, (self.loaded.subject, length), {}, self.mode))
         return self.call_of(at_length(item, length))
 
@@ -204,7 +204,7 @@ class _CallMaker:
 
     def _varied(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         def made_inside(value: Any) -> Any:
-            return value.clone() if _is_tensor(value) else value
+            return value.clone() if is_tensor(value) else value
 
         def call() -> Any:
             return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
@@ -233,17 +233,12 @@ def _copying(
         import torch
 
         with torch.inference_mode(mode=False):  # a normal tensor, as the user's own
-            return value.clone() if _is_tensor(value) else value
+            return value.clone() if is_tensor(value) else value
 
     def call() -> Any:
         return target(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
 
     return call, (), {}
-
-
-def _is_tensor(value: Any) -> bool:
-    # By its protocol, since checking a decorator's argument must not import torch.
-    return hasattr(type(value), "__torch_function__") and not callable(value)
 
 
 def _accepts(function: Callable[..., Any], count: int) -> bool:
@@ -317,7 +312,7 @@ def _placed(value: Any, target: Any) -> Any:
     """Move a tensor to the device of the module that it is for; return other values unchanged."""
     from torch import nn
 
-    if not isinstance(target, nn.Module) or not _is_tensor(value):
+    if not isinstance(target, nn.Module) or not is_tensor(value):
         return value
     parameter = next(target.parameters(), None)
     return value if parameter is None else value.to(parameter.device)

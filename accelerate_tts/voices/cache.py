@@ -14,8 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.object_tree import reachable_modules
 from accelerate_tts.locks import lock
 from accelerate_tts.runtime.seeding import warming
@@ -185,7 +188,7 @@ class Embeddings:
         """Copy a call's result for the store; return `ALONE`, with an event, if it must not or cannot be stored."""
         try:
             kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
-            if not all(map(_is_finite, tensors_of(kept.copy()))):
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(kept.copy())):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
             if not question.arguments.same_files():  # it is unknown which content the function read
@@ -251,8 +254,6 @@ class Embeddings:
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
     """Return the modules that a function may use: those on `self`, and those that it and its helpers name."""
-    from torch import nn
-
     named = outside(wrapped)
     if owner is None:
         return list(reachable_modules(named).values())
@@ -277,10 +278,6 @@ def _release_of(module: str | None) -> str:
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
 
 
-def _is_finite(tensor: Any) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
-
-
 @asynccontextmanager
 async def _nobody() -> AsyncGenerator[None, None]:
     yield
@@ -294,7 +291,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._lock = lock()
-        self._locks: Any = None
+        self._locks = IdentityMap[dict[Any, Any]]()
         self._common: dict[Any, Any] = {}
         self._inside: ContextVar[tuple[int, ...]] = ContextVar("accelerate_tts_embedding", default=())
 
@@ -321,12 +318,8 @@ class _Turns:
 
     def _get(self, owner: Any, loop: Any, make: Callable[[], Any]) -> Any:
         with self._lock:
-            if self._locks is None:
-                from torch.utils.weak import WeakIdKeyDictionary
-
-                self._locks = WeakIdKeyDictionary()
             try:
-                locks = self._locks.setdefault(owner, {})
+                locks = self._locks.setdefault(owner, dict)
             except TypeError:  # no support for weak references: all such objects share the locks
                 locks = self._common
             if loop not in locks:

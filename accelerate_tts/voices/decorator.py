@@ -49,25 +49,25 @@ class CachedFunction(Protocol[P, R_co]):
         ...
 
 
-class _CachedBound(_BoundShell):
-    def cache_info(self) -> CacheInfo:
-        return _cache_of(self).info()
-
-    def cache_clear(self) -> None:
-        _cache_of(self).clear()
-
-
-class _CachedShell(_Shell):
-    def cache_info(self) -> CacheInfo:
-        return _cache_of(self).info()
-
-    def cache_clear(self) -> None:
-        _cache_of(self).clear()
-
-
 def _cache_of(shell: Any) -> Embeddings:
     answer: _AnswerFromCache = shell._self_wrapper
     return answer.embeddings
+
+
+class _Cached:
+    def cache_info(self) -> CacheInfo:
+        return _cache_of(self).info()
+
+    def cache_clear(self) -> None:
+        _cache_of(self).clear()
+
+
+class _CachedBound(_Cached, _BoundShell):
+    pass
+
+
+class _CachedShell(_Cached, _Shell):
+    pass
 
 
 setattr(_CachedShell, "__bound_function_wrapper__", _CachedBound)  # noqa: B010 - wrapt declares it on instances

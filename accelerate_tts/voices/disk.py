@@ -14,37 +14,26 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 import sys
-import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import PackIgnored, emit
-from accelerate_tts.locks import lock
-from accelerate_tts.storage.files import TEMPORARY, regular, temporary, touch
+from accelerate_tts.storage.files import BadFileError, regular
+from accelerate_tts.storage.lru_folder import LruFolder
 from accelerate_tts.voices.memory import Kept
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["EmbeddingFiles"]
 
 _MAGIC = b"accelerate-tts embedding 3\n"
-_SUFFIX = ".embedding"
-_KEY = re.compile(r"[0-9a-f]{16,128}")
 _LINE = 128  # maximum bytes of each line of the header
-# In memory, a description of empty lists takes some thirty times its length.
 _DESCRIPTION_SHARE, _LEAST_DESCRIPTION, _MOST_DESCRIPTION = 32, 1 << 12, 1 << 20
-_LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made an older temporary file is gone
-_MANY = 256  # maximum files of a folder that is scanned after each write; the scan takes negligible time
-_SLACK = 16  # with more files, a sixteenth of them may be written between two scans
 
 _DTYPES = (
     "float64", "float32", "float16", "bfloat16", "complex128", "complex64", "int64", "int32", "int16", "int8", "uint8",
@@ -58,20 +47,13 @@ _DEVICES = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 class EmbeddingFiles:
     """A folder of embeddings, readable by its owner only, for any number of threads and processes.
 
-    Files that cannot be read or written cause an event, not an exception. The folder is scanned after a write. With
-    more than 256 files it is scanned after as many writes as a sixteenth of them, so a process may exceed the limit by
-    that much in between. The folder's own modification time is the time of the last use of a file.
-
-    Args:
-        folder: Created at the first write, with mode 0700; its files have mode 0600.
-        limit_bytes: Maximum bytes of all files. The least recently used are evicted first.
+    Files that cannot be read or written cause an event, not an exception.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder = folder
-        self._limit = limit_bytes
-        self._lock = lock()
-        self._room = self._writes = 0  # bytes and files that may be written before the next scan
+        self._files = LruFolder(folder, ".embedding", limit_bytes, "the folder of embeddings")
+        # In memory, a description of empty lists takes some thirty times its length.
+        self._most = max(_LEAST_DESCRIPTION, min(limit_bytes // _DESCRIPTION_SHARE, _MOST_DESCRIPTION))
 
     def read(
         self, key: str, packages: Collection[str] = (), fits: Callable[[Any], bool] = lambda _: True
@@ -83,24 +65,19 @@ class EmbeddingFiles:
             packages: Packages whose dataclasses may be in it, if they are imported already.
             fits: Checks that a value is one that the caller writes.
         """
-        path = self._path(key)
+        path = self._files.path(key)
         try:
             with regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                refused = _too_large(size, self._limit) if size > self._limit else None
-                value = None if refused else _unpacked(key, file.read(size), packages, self._most_described())
-            if not refused and not fits(value):
-                refused = "it holds something else than an answer of this function"
-            kept = None if refused else Kept(value)
+                value = _unpacked(key, self._files.content(file), packages, self._most)
+                if not fits(value):
+                    raise BadFileError("it holds something else than an answer of this function")  # noqa: TRY301
+                kept = Kept(value)
+                self._files.used(key, file)
         except FileNotFoundError:
             return None
         except Exception as error:  # a file that any program may have written
             emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {message_of(error)}"))
             return None
-        if refused:
-            emit(PackIgnored(f"embedding {key[:12]}", refused))
-        else:
-            self._used(path)
         return kept
 
     def write(self, key: str, kept: Kept, packages: Collection[str] = ()) -> bool:
@@ -118,84 +95,13 @@ class EmbeddingFiles:
             TypeError, ValueError: It holds other values than tensors, arrays, plain values, lists, tuples, dicts and
                 such dataclasses, or too many of them.
         """
-        path = self._path(key)
-        parts = _packed(key, kept.copy(), packages, self._most_described())
-        size = sum(map(len, parts))
-        if size > self._limit:
-            emit(PackIgnored(f"embedding {key[:12]}", _too_large(size, self._limit)))
-            return False
+        parts = _packed(key, kept.copy(), packages, self._most)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            last = self._last_use()
-            with temporary(self._folder, parts) as made:
-                touch(made, last)
-                made.replace(path)
-            touch(self._folder, last)
-            with self._lock:
-                self._room -= size
-                self._writes -= 1
-                due = self._room < 0 or self._writes < 0
-            if due:
-                self._tidy()
+            self._files.write(key, *parts)
         except OSError as error:
-            emit(PackIgnored(f"the folder of embeddings {self._folder}", str(error)))
+            emit(PackIgnored(f"embedding {key[:12]}", f"it could not be kept: {error}"))
             return False
         return True
-
-    def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):  # the key becomes a file name
-            raise ValueError(f"key={key!r} must be 16 to 128 lower-case hex digits")
-        return self._folder / f"{key}{_SUFFIX}"
-
-    def _most_described(self) -> int:
-        return max(_LEAST_DESCRIPTION, min(self._limit // _DESCRIPTION_SHARE, _MOST_DESCRIPTION))
-
-    def _last_use(self) -> int:
-        try:
-            return self._folder.stat().st_mtime_ns
-        except OSError:  # only the order of eviction suffers
-            return 0
-
-    def _used(self, path: Path) -> None:
-        """Mark a file as the most recently used, also after the clock was set back."""
-        last = self._last_use()
-        touch(path, last)
-        touch(self._folder, last)
-
-    def _tidy(self) -> None:
-        """Evict the least recently used files, and delete temporary files of crashed writers."""
-        found: list[tuple[int, int, str]] = []
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # another process may evict, too
-                    about = entry.stat(follow_symlinks=False)
-                    if entry.name.startswith(TEMPORARY):
-                        if time.time() - about.st_mtime > _LEFTOVER_SECONDS:
-                            Path(entry.path).unlink()
-                    elif _is_embedding(entry.name) and stat.S_ISREG(about.st_mode):
-                        found.append((about.st_mtime_ns, about.st_size, entry.path))
-        found.sort()
-        total = sum(size for _, size, _ in found)
-        # With many files, some more are evicted than necessary; otherwise the next write would scan again.
-        many = len(found) > _MANY
-        wanted = self._limit - self._limit // _SLACK if many and total > self._limit else self._limit
-        for _, size, path in found:
-            if total <= wanted:
-                break
-            Path(path).unlink(missing_ok=True)
-            total -= size
-        if found:
-            touch(self._folder, max(self._last_use(), found[-1][0]))
-        with self._lock:
-            self._room, self._writes = self._limit - total, len(found) // _SLACK if many else 0
-
-
-def _too_large(size: int, limit: int) -> str:
-    return f"its {size} bytes are more than the limit of {limit}"
-
-
-def _is_embedding(name: str) -> bool:
-    return name.endswith(_SUFFIX) and bool(_KEY.fullmatch(name[: -len(_SUFFIX)]))
 
 
 def _packed(key: str, value: Any, packages: Collection[str], most: int) -> list[bytes]:
@@ -250,8 +156,6 @@ class _Blobs:
 
 def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any]:  # noqa: C901, PLR0911 - a table of types
     """Describe a value by nested lists that begin with the name of its type; append long content to the blobs."""
-    import torch
-
     kind = type(value)
     if value is None or kind is bool:
         return ["plain", value]
@@ -284,8 +188,6 @@ def _said(value: Any, packages: Collection[str], blobs: list[bytes]) -> list[Any
 
 
 def _tensor_said(tensor: torch.Tensor, blobs: list[bytes]) -> list[Any]:
-    import torch
-
     name, device = str(tensor.dtype).removeprefix("torch."), str(tensor.device)
     if name not in _DTYPES or tensor.layout is not torch.strided or not _DEVICES.fullmatch(device):
         raise TypeError(f"a {tensor.layout} tensor of {tensor.dtype} on {device} cannot be stored")
@@ -325,8 +227,6 @@ def _meant(said: Any, packages: Collection[str], blobs: _Blobs) -> Any:  # noqa:
 
 
 def _tensor_meant(name: str, shape: list[int], device: str, size: int, *, blobs: _Blobs) -> torch.Tensor:
-    import torch
-
     if name not in _DTYPES or not _DEVICES.fullmatch(device):
         raise ValueError(f"it names a dtype or a device that is not stored: {name!r:.40}, {device!r:.40}")
     dtype: torch.dtype = getattr(torch, name)

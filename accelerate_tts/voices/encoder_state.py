@@ -19,6 +19,9 @@ from collections.abc import Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
@@ -26,7 +29,6 @@ from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.storage.fingerprint import code_of, fingerprint
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = [
@@ -68,16 +70,12 @@ class Encoders:
     def __init__(self) -> None:
         self._lock = lock()
         self._numbers = itertools.count()
-        self._known: Any = None
-        self._owners: Any = None
-        self._said: Any = None
+        self._known = IdentityMap[_Known]()
+        self._owners = IdentityMap[int]()
+        self._said = IdentityMap[_Said]()
 
     def computation(self, module: nn.Module, walked: list[nn.Module]) -> tuple[str, list[Any]]:
         """Describe a module's computation apart from its weights.
-
-        Args:
-            module: The module.
-            walked: The module and all modules inside it.
 
         Returns:
             A text with the classes and plain attributes (`training`, hyper-parameters) of every module and its
@@ -87,33 +85,25 @@ class Encoders:
         values, texts, functions = _computation(walked)
         identities = list(map(id, values))
         with self._lock:
-            if self._said is None:
-                self._said = _by_identity()
-            said: _Said | None = self._said.get(module)
+            said = self._said.get(module)
             # The values are kept alive, so the same id is the same value.
             if said is None or said.identities != identities or said.texts != texts:
-                said = self._said[module] = _Said(values, identities, texts, repr((values, texts)))
+                said = _Said(values, identities, texts, repr((values, texts)))
+                self._said.put(module, said)
             return said.words, functions
 
     def known(self, module: nn.Module, walked: list[nn.Module]) -> _Known:
-        """Return the record of the present state of a module's weights.
-
-        Args:
-            module: The module.
-            walked: The module and all modules inside it.
-        """
+        """Return the record of the present state of a module's weights."""
         state = _state(walked)
         with self._lock:
-            if self._known is None:
-                self._known = _by_identity()
-            known: _Known | None = self._known.get(module)
+            known = self._known.get(module)
             # The addresses are read only if the state shows that the memory still belongs to the weights.
             if known is None or known.state != state or _sampled(known.places) != known.sample:
                 held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
                 # Computed again, now that the held references keep the addresses from being reused.
                 places = _places(walked)
                 known = _Known(_state(walked), places, _sampled(places), held, next(self._numbers))
-                self._known[module] = known
+                self._known.put(module, known)
             return known
 
     def content(self, module: nn.Module, walked: list[nn.Module]) -> str | None:
@@ -123,8 +113,6 @@ class Encoders:
             `None` if a tensor's content is not covered (a tensor subclass, a sparse or a meta tensor), or if a weight
             was written meanwhile.
         """
-        import torch
-
         known = self.known(module, walked)
         with known.lock:
             if known.content is None:
@@ -144,18 +132,7 @@ class Encoders:
         Raises:
             TypeError: The object's class does not support weak references.
         """
-        with self._lock:
-            if self._owners is None:
-                self._owners = _by_identity()
-            if owner not in self._owners:
-                self._owners[owner] = next(self._numbers)
-            return int(self._owners[owner])
-
-
-def _by_identity() -> Any:
-    from torch.utils.weak import WeakIdKeyDictionary
-
-    return WeakIdKeyDictionary()
+        return self._owners.setdefault(owner, lambda: next(self._numbers))
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
@@ -307,8 +284,6 @@ def global_hooks() -> list[Any]:
 
 def numerics() -> str:
     """Return torch's global settings of precision and device as a text."""
-    import torch
-
     said = [str(torch.get_default_dtype()), str(torch.get_default_device())]
     for device in ("cpu", "cuda", "mps", "xpu"):
         try:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import lock
 
@@ -54,8 +56,6 @@ class Kept:
 
 
 def _copied(value: Any) -> tuple[Any, int]:
-    import torch
-
     memo: dict[int, Any] = {}
     size = 0
     with torch.inference_mode(mode=False), torch.no_grad():

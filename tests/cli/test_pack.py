@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from accelerate_tts import Event
 from accelerate_tts.cli import pack
 from accelerate_tts.cli.app import app
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 
 KEYS = [f"{number:x}" * 64 for number in (1, 2, 3)]
 LIMIT = 1 << 24

@@ -28,7 +28,8 @@ from accelerate_tts.environment import VARIABLES
 from accelerate_tts.errors import PackError, SettingsError
 from accelerate_tts.packs import compiler_cache
 from accelerate_tts.packs import format as pack_format
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.receipts.receipt import Receipt, StageResult
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.memory import Kept

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerate_tts.events import Event, PackIgnored
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.storage import file_digests
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.memory import Kept

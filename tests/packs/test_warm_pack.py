@@ -30,8 +30,9 @@ from accelerate_tts import Event, Receipt, events, optimized_model, optimizer, r
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack, NotApplied, PackIgnored, Restored, Trying, Tuned, WarmupFailed
 from accelerate_tts.inspection.object_tree import find_modules
-from accelerate_tts.packs.store import Pack, PackStore
-from accelerate_tts.packs.warm_pack import WarmPack, pack_folder
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore, pack_folder
+from accelerate_tts.packs.warm_pack import WarmPack
 from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.settings import Settings
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage

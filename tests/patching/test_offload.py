@@ -12,7 +12,7 @@ from torch import nn
 from accelerate_tts import Event, PerformanceOptimizer, Settings, optimized_model, receipt_of
 from accelerate_tts.device import file_mapping
 from accelerate_tts.events import NotApplied
-from accelerate_tts.packs.warm_pack import pack_folder
+from accelerate_tts.packs.store import pack_folder
 from accelerate_tts.patching import offload
 from accelerate_tts.patching.offload import originals_to_file
 from accelerate_tts.plan import Part

@@ -147,6 +147,17 @@ def test_a_file_is_read_at_one_place() -> None:
         weight_versions.file_regions.clear()
 
 
+def test_a_module_without_tensors_that_is_put_in_is_seen() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    weights = Weights(model)
+    model[1] = nn.ReLU()
+    assert weights.outdated()
+    parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    weights = Weights(model[0])
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    assert weights.outdated()
+
+
 # --- edits ----------------------------------------------------------------------------------------------------------
 
 

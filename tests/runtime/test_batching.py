@@ -236,10 +236,16 @@ def test_a_method_has_its_memory_for_each_object_and_keeps_none_alive(cleaned: l
 
 
 def test_a_function_that_cannot_be_remembered_still_runs(cleaned: list[str]) -> None:
-    class Unhashable(Limited):
-        __hash__ = None  # type: ignore[assignment]
+    class Unreferable:
+        __slots__ = ("inner",)
 
-    function = Unhashable(2)
+        def __init__(self) -> None:
+            self.inner = Limited(2)
+
+        def __call__(self, items: list[int]) -> list[int]:
+            return self.inner(items)
+
+    function = Unreferable()
     run = batched(function, limit=8)
     assert run(range(8)) == [item * item for item in range(8)]
     assert (run.size, batched(function, limit=8).size) == (2, 8)

@@ -34,7 +34,7 @@ class _Contented:
 def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of this holds for guarded calls, too."""
     if request.param == "guarded":
-        monkeypatch.setattr(guards, "watcher_of", lambda *_call: _Contented())
+        monkeypatch.setattr(guards, "watchers_of", lambda *_call: (_Contented(),))
 
 
 def assert_off() -> None:

@@ -362,7 +362,7 @@ def test_abandoned_async_generators_in_cycles_are_closed_by_their_loop_in_the_mo
     guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if guarded:
-        monkeypatch.setattr(guards, "watcher_of", lambda *_call: Contented())
+        monkeypatch.setattr(guards, "watchers_of", lambda *_call: (Contented(),))
     log = Log()
     streams = {kind: streaming(kind, log) for kind in MODES}
 

@@ -19,7 +19,8 @@ from accelerate_tts.device import usage as usage_module
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.usage import Usage, usage, waited
 from accelerate_tts.events import FellBack, Restored, Retuned, TunedUnderLoad
-from accelerate_tts.packs.store import Pack, PackStore
+from accelerate_tts.packs.format import Pack
+from accelerate_tts.packs.store import PackStore
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.tuning.disturbance import QUIET, ThisMachine, Watcher, between, one_thread
 from accelerate_tts.tuning.limits import Limits

@@ -17,7 +17,6 @@ from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
 from accelerate_tts.runtime.seeding import seeded
-from accelerate_tts.tuning.compare import compare
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import synchronize
@@ -361,10 +360,12 @@ class Loop:
 
     @property
     def step(self) -> float:
+        """Median seconds of a decode step."""
         return statistics.median(self.steps)
 
     @property
     def prompt(self) -> float:
+        """Median seconds of a prefill."""
         return statistics.median(self.prompts)
 
 
@@ -416,5 +417,7 @@ def difference(expected: Any, found: Any) -> tuple[float | None, bool | None]:
 
     Either is `None` if there are no such outputs.
     """
+    from accelerate_tts.tuning.compare import compare
+
     floats = _floats(expected)
     return compare(floats, _floats(found)).error if floats else None, _same_tokens(expected, found)

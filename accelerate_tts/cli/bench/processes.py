@@ -46,11 +46,7 @@ def ask(request: Request, folder: Path, python: Path | None = None, limit: float
         try:
             with complaints.open("wb") as stderr:
                 code = subprocess.run(  # noqa: S603 - ourselves
-                    command,
-                    check=False,
-                    env=environment,
-                    stderr=stderr,
-                    timeout=limit,
+                    command, check=False, env=environment, stderr=stderr, timeout=limit
                 ).returncode
         except subprocess.TimeoutExpired as error:
             raise VariantError(f"it took longer than {limit:g} s") from error

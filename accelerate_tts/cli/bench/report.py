@@ -67,7 +67,8 @@ def _row(one: Found) -> tuple[str, ...]:
     runs = [of_it[precision] for precision in get_args(Precision) if precision in of_it]
     low, high = system_of(one.system).promised
     return (
-        one.system, f"{low} to {high}x", _naive(one),
+        one.system, f"{low} to {high}x",
+        _gap(one, "torch.compile") if one.naive is None else f"{one.naive.whole.ratio:.2f}x",
         *(f"{of_it[p].whole.ratio:.2f}x" if p in of_it else _gap(one, p) for p in get_args(Precision)),
         ", ".join(map(_error, runs)),
         "" if one.cold is None else f"{one.cold:.1f} s",
@@ -78,10 +79,6 @@ def _row(one: Found) -> tuple[str, ...]:
         ),
         _peaks(one, runs),
     )  # fmt: skip
-
-
-def _naive(one: Found) -> str:
-    return _gap(one, "torch.compile") if one.naive is None else f"{one.naive.whole.ratio:.2f}x"
 
 
 def _gap(one: Found, what: str) -> str:

@@ -62,13 +62,13 @@ class DecoratedBackend:
 
 
 def _speak(voice: Voice, text: str) -> torch.Tensor:
-    pieces = [voice.model(ids).waveform[0] for sentence in sentences(text) if (ids := _ids(voice, sentence)).numel()]
+    device = next(voice.model.parameters()).device
+    pieces = [
+        voice.model(torch.tensor([ids], device=device)).waveform[0]
+        for sentence in sentences(text)
+        if (ids := to_ids(voice, sentence))
+    ]
     if not pieces:
         raise NothingToSayError(f"nothing in {text[:40]!r} can be pronounced; give a sentence of English")
     pause = torch.zeros(int(_PAUSE * voice.sampling_rate))
     return torch.cat([part for piece in pieces for part in (piece.cpu(), pause)][:-1])
-
-
-def _ids(voice: Voice, sentence: str) -> torch.Tensor:
-    device = next(voice.model.parameters()).device
-    return torch.tensor([to_ids(voice, sentence)], device=device)

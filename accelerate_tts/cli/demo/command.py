@@ -222,12 +222,7 @@ def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, c
 
 
 def _progress(pieces: list[str], console: Console) -> Iterator[str]:
-    columns = (
-        TextColumn("speaking"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("speaking"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("speaking", total=len(pieces))
         last = time.monotonic()

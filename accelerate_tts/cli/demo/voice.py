@@ -183,7 +183,9 @@ def _fill(model: nn.Module, weights: _Weights) -> None:
                 own.add("weight")  # assigning it sets both factors of the weight norm
             for parameter in own:
                 name = f"{module_name}.{parameter}" if module_name else parameter
-                if _unused(name):
+                # `post_*` is used in training only. Synthesis skips the first convolution flow ("a useless vflow"), and
+                # the export does not have it.
+                if name.startswith(("duration_predictor.post_", "duration_predictor.flows.1.")):
                     continue
                 value = _value(weights, name).reshape(getattr(module, parameter).shape)
                 if hasattr(module, "parametrizations") and parameter == "weight":
@@ -193,12 +195,6 @@ def _fill(model: nn.Module, weights: _Weights) -> None:
                 filled.add(name)
     if not filled:
         raise ValueError("no weight was filled: not a Piper voice of a known shape")
-
-
-def _unused(name: str) -> bool:
-    # `post_*` is used in training only. Synthesis skips the first convolution flow ("a useless vflow"), and the export
-    # does not have it.
-    return name.startswith(("duration_predictor.post_", "duration_predictor.flows.1."))
 
 
 # From transformers' names to Piper's, applied in order to a dotted path.

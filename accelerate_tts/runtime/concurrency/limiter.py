@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
-from accelerate_tts.runtime.concurrency.queue import INSIDE, STREAMS, Room, Ticket, consumer, room_of, running_loop
+from accelerate_tts.runtime.concurrency.queue import INSIDE, Room, Ticket, running_code, running_loop
 from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Room", "Turn", "call", "check_concurrency", "room_of"]
+__all__ = ["Turn", "call", "check_concurrency"]
 
 _MOST = 2**31 - 1
+_AT_ONCE = 0.1  # seconds
 _KINDS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 
 
@@ -43,11 +44,6 @@ def check_concurrency(concurrency: object) -> None:
 class Turn:
     """Permit of one call: a context manager, plain and async, that waits for the permit and releases it.
 
-    Args:
-        room: The object's queue.
-        limit: Maximum simultaneous calls.
-        name: Name of the function, for messages.
-
     Raises:
         ConcurrencyError: The permit can never be granted, since its holder waits for this call; raised on entry.
     """
@@ -62,17 +58,25 @@ class Turn:
         if self._held():
             return
         ticket = self._ticket = Ticket(self._limit, blocking=True)
+        lock = self._posted(ticket)
+        try:
+            while not lock.acquire(timeout=self._room.wait_limit):
+                ticket.refused = self._room.is_in_vain(ticket, took=True)
+                if ticket.refused:
+                    break
+        except BaseException:  # Ctrl-C
+            self.end()
+            raise
+        self._refuse()
+
+    def _posted(self, ticket: Ticket) -> threading.Lock:
+        """Post a ticket, and return a lock that is released once it was granted or refused."""
         # A bare lock: the wake-up may run in the garbage collector, inside any Python code.
         lock = threading.Lock()
         lock.acquire()
         ticket.wake = lock.release
         self._room.post(ticket)
-        try:
-            lock.acquire()
-        except BaseException:  # Ctrl-C
-            self.end()
-            raise
-        self._refuse()
+        return lock
 
     async def __aenter__(self) -> None:
         if self._held():
@@ -80,7 +84,13 @@ class Turn:
         ticket = self._ticket = Ticket(self._limit, blocking=False)
         loop: Any = ticket.loop
         if loop is None:
-            self._without_a_loop(ticket)
+            # A permit that is free is granted at once, also if another thread processes the ticket.
+            if not self._posted(ticket).acquire(timeout=_AT_ONCE):
+                self.end()
+                raise ConcurrencyError(
+                    f"{self._name} has to wait for its turn, and coroutines wait on an asyncio event loop only;"
+                    " run it with asyncio, or leave concurrency= out"
+                )
             return
         future: asyncio.Future[None] = loop.create_future()
         ticket.wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
@@ -92,16 +102,6 @@ class Turn:
             self.end()
             raise
         self._refuse()
-
-    def _without_a_loop(self, ticket: Ticket) -> None:
-        self._room.post(ticket)
-        self._room.settle(ticket)
-        if ticket.slot is None:
-            self.end()
-            raise ConcurrencyError(
-                f"{self._name} has to wait for its turn, and coroutines wait on an asyncio event loop only;"
-                " run it with asyncio, or leave concurrency= out"
-            )
 
     def _refuse(self) -> None:
         ticket = self._ticket
@@ -152,15 +152,16 @@ class Turn:
         if slot is None:
             yield
             return
-        token = INSIDE.set((*INSIDE.get(), slot))
+        if slot in (outer := INSIDE.get()):  # a nested call: only who takes items from outside may forget a stream
+            yield
+            return
+        token = INSIDE.set((*outer, slot))
+        slot.taker = None
         try:
             yield
         finally:
             INSIDE.reset(token)
-            slot.consumer, slot.loop = consumer(), running_loop()
-            known = STREAMS.get()
-            if slot not in known:
-                STREAMS.set((*(other for other in known if other.holders), slot))
+            slot.taker, slot.loop = running_code()[0], running_loop()
 
 
 def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:

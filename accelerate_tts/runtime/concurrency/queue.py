@@ -6,87 +6,67 @@ and whichever thread gets the lock processes them; no thread waits for the lock.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.runtime import time_limit
 
-if TYPE_CHECKING:
-    from types import FrameType
+__all__ = ["INSIDE", "Room", "Slot", "Ticket", "room_of", "running_code", "running_loop"]
 
-__all__ = ["INSIDE", "STREAMS", "Room", "Slot", "Ticket", "consumer", "room_of", "running_loop"]
+WAIT_LIMIT = 30.0
+"""Seconds that a thread waits for a permit whose last item it took itself."""
 
 
 class Slot:
     """A granted permit, shared by one call and its nested calls."""
 
-    __slots__ = ("consumer", "holders", "limit", "loop")
+    __slots__ = ("holders", "limit", "loop", "taker")
 
     def __init__(self, first: Ticket) -> None:
         self.limit = first.limit
         self.holders = {first}
         self.loop = first.loop
-        # The code that took the last item of the stream with this permit: task or thread, frame, and place.
-        self.consumer: tuple[object, int, int] | None = None
+        # The task or thread that took the last item of a stream; `None` while a step runs.
+        self.taker: weakref.ref[Any] | None = None
 
 
 class Ticket:
     """A queue's record of a call. It does not refer to the call itself, which may be collected meanwhile."""
 
-    __slots__ = (
-        "blocked",
-        "chain",
-        "ended",
-        "frames",
-        "limit",
-        "loop",
-        "refused",
-        "seen",
-        "slot",
-        "streams",
-        "wake",
-        "who",
-    )
+    __slots__ = ("blocked", "chain", "ended", "is_task", "limit", "loop", "refused", "slot", "wake", "who")
 
     def __init__(self, limit: int, *, blocking: bool) -> None:
         self.limit = limit
-        self.chain, self.streams = INSIDE.get(), STREAMS.get()
-        self.who = _who()
-        self.frames = _frames() if any(slot.holders for slot in self.streams) else {}
+        self.chain = INSIDE.get()
+        self.who, self.is_task = running_code()
         self.loop = running_loop()
         self.blocked = self.loop if blocking else None
         self.slot: Slot | None = None
-        self.refused = self.ended = self.seen = False
+        self.refused = self.ended = False
         self.wake: Callable[[], object] = bool
-
-    def has_in_hand(self, slot: Slot) -> bool:
-        """Check that the waiting code itself took the stream's last item, rather than other code on its thread."""
-        if slot.consumer is None:
-            return False
-        who, frame, place = slot.consumer
-        # The same place in the same frame is a loop, such as a worker's, that has begun other work.
-        return who == self.who and self.frames.get(frame, place) != place
 
 
 INSIDE: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_turns", default=())
 """The permits of the calls that enclose the running code."""
-STREAMS: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_streams", default=())
-"""The permits of streams from which the running code has taken items."""
 
 
 class Room:
-    """Queue of the calls of one object."""
+    """Queue of the calls of one object.
+
+    Attributes:
+        wait_limit: See `WAIT_LIMIT`.
+    """
 
     def __init__(self) -> None:
+        self.wait_limit = WAIT_LIMIT
         self._inbox: deque[Ticket] = deque()
         self._at_work = threading.Lock()
         self._queue: deque[Ticket] = deque()
@@ -106,11 +86,6 @@ class Room:
             finally:
                 self._at_work.release()
 
-    def settle(self, ticket: Ticket) -> None:
-        """Wait until no thread processes this ticket, which takes microseconds."""
-        while not ticket.seen or self._at_work.locked():
-            time.sleep(0)
-
     def _look_at(self, ticket: Ticket) -> None:
         if ticket.ended:
             with suppress(ValueError):
@@ -125,31 +100,31 @@ class Room:
                 outer.holders.add(ticket)
                 ticket.slot = outer
                 _woken(ticket)
-            elif self._is_in_vain(ticket):
+            elif self.is_in_vain(ticket, took=ticket.is_task):
                 ticket.refused = True
                 _woken(ticket)
             else:
                 self._queue.append(ticket)
-        ticket.seen = True
 
-    def _is_in_vain(self, ticket: Ticket) -> bool:
-        """Check that a call would wait forever: for a stream that its caller consumes, or for a loop that it blocks."""
+    def is_in_vain(self, ticket: Ticket, *, took: bool) -> bool:
+        """Check that a call waits for a loop that it blocks or, with `took`, for a stream whose last item it took.
+
+        A task has one caller. A thread of a pool may have taken an item for another one, who goes on elsewhere: its
+        call is given up only if it has waited for a while, and nobody has taken the next item.
+        """
+        blocked = ticket.blocked
         stuck = [
             slot
-            for slot in self._slots
-            if (slot in ticket.streams and ticket.has_in_hand(slot))
-            or (ticket.blocked is not None and slot.loop is ticket.blocked)
+            for slot in list(self._slots)
+            if (took and slot.taker == ticket.who) or (blocked is not None and slot.loop is blocked)
         ]
-        if ticket.blocked is not None and any(other.loop is ticket.blocked for other in self._queue):
+        if blocked is not None and any(other.loop is blocked for other in list(self._queue) if other is not ticket):
             return True
         return bool(stuck) and len(stuck) >= min(ticket.limit, *(slot.limit for slot in stuck))
 
-    def _bound(self, limit: int) -> int:
-        return min([limit, *(slot.limit for slot in self._slots)])
-
     def _admit(self) -> None:
         # Later calls do not overtake the first in the queue, which might otherwise wait forever.
-        while self._queue and len(self._slots) < self._bound(self._queue[0].limit):
+        while self._queue and len(self._slots) < min([self._queue[0].limit, *(slot.limit for slot in self._slots)]):
             ticket = self._queue[0]
             ticket.slot = Slot(ticket)
             self._slots.append(ticket.slot)
@@ -172,38 +147,14 @@ def running_loop() -> object:
     return None if events is None else events._get_running_loop()
 
 
-def _who() -> object:
-    """Return an identifier of the running task or, outside of event loops, of the thread."""
+def running_code() -> tuple[weakref.ref[Any], bool]:
+    """Return the running task and True or, outside of event loops, the thread and False."""
     loop = running_loop()
     task = None if loop is None else sys.modules["asyncio"].current_task(loop)
-    return threading.get_ident() if task is None else ("task", id(task))
+    return (weakref.ref(threading.current_thread()), False) if task is None else (weakref.ref(task), True)
 
 
-def _frames() -> dict[int, int]:
-    """Return the bytecode offset of each frame on the stack, by frame id. Frames themselves would keep variables."""
-    frame: FrameType | None = sys._getframe(1)
-    found: dict[int, int] = {}
-    while frame is not None:
-        found[id(frame)] = frame.f_lasti
-        frame = frame.f_back
-    return found
-
-
-def consumer() -> tuple[object, int, int] | None:
-    """Return the code that takes an item: the first function outside this package that is not a generator."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
-        ours = name == "contextlib" or name.partition(".")[0] == "accelerate_tts"
-        if not ours and not frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
-            return _who(), id(frame), frame.f_lasti
-        frame = frame.f_back
-    return None
-
-
-# By the id of objects, held weakly.
-_rooms: dict[int, tuple[weakref.ref[Any], Room]] = {}
-_rooms_lock = threading.RLock()  # reentrant: making a weak reference may run the garbage collector, which calls `gone`
+_rooms = IdentityMap[Room]()
 
 
 def room_of(instance: object, function: object) -> Room:
@@ -212,34 +163,12 @@ def room_of(instance: object, function: object) -> Room:
     An object without support for weak references uses the queue of its class.
     """
     item = function if instance is None else instance
-    entry = _rooms.get(id(item))
-    if entry is not None and entry[0]() is item:
-        return entry[1]
-    number = id(item)
-
-    def gone(reference: object) -> None:
-        with _rooms_lock:
-            known = _rooms.get(number)
-            if known is not None and known[0] is reference:
-                del _rooms[number]
-
     try:
-        reference = weakref.ref(item, gone)
-    except TypeError:  # a class with slots: its instances share a queue
+        return _rooms.setdefault(item, Room)
+    except TypeError:
         return room_of(type(item), function)
-    with _rooms_lock:
-        entry = _rooms.get(number)
-        if entry is None or entry[0]() is not item:
-            entry = _rooms[number] = (reference, Room())
-        return entry[1]
-
-
-def _after_fork() -> None:
-    # The threads that held permits do not exist in the child, so these would never be released.
-    global _rooms_lock  # noqa: PLW0603 - such a thread may have held it
-    _rooms_lock = threading.RLock()
-    _rooms.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # The threads that held permits do not exist in the child, so these would never be released.
+    os.register_at_fork(after_in_child=_rooms.clear)

@@ -13,15 +13,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.concurrency.queue import running_loop
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["PATIENCE", "WITHIN", "BusyError", "Gate", "Hold", "Step"]
 
@@ -77,9 +75,7 @@ class Hold:
     def __enter__(self) -> None:
         return
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __del__(self) -> None:
@@ -255,16 +251,20 @@ class Gate:
     def _busy(self) -> NoReturn:
         raise BusyError("other calls of the object were under way")
 
-    def _waits(self) -> _Waits:
-        return _Waits(self)
-
-    def wait_more(self, more: int) -> None:
-        """Count the callers that wait for a gap."""
+    @contextmanager
+    def _waits(self) -> Generator[None, None, None]:
+        """Scope in which a caller waits for a gap."""
         with self._changed:
-            if more > 0 and not self._waiting:
+            if not self._waiting:
                 self._shut_from = time.monotonic()
-            self._waiting += more
+            self._waiting += 1
             self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
 
     def _take(self, hold: Hold) -> None:
         try:
@@ -296,18 +296,3 @@ class Gate:
         self._is_off = True
         self._off()
         self.over = True
-
-
-class _Waits:
-    """Scope in which a caller waits for a gap."""
-
-    __slots__ = ("_gate",)
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._gate.wait_more(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._gate.wait_more(-1)

@@ -15,16 +15,14 @@ from typing import Any, Protocol
 
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
-from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold, Step
+from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold
 
 __all__ = [
     "Guard",
-    "Guarding",
-    "Guards",
-    "Holds",
     "Listener",
     "Switch",
     "Watcher",
@@ -34,7 +32,7 @@ __all__ = [
     "not_again",
     "protect",
     "retrying",
-    "watcher_of",
+    "watchers_of",
 ]
 
 _OWN = "the untouched model gives the same, so this is what was given"
@@ -94,22 +92,20 @@ class Guard:
         expected: Expected outputs by function, from the untouched object's warm-up.
         limit: Number of faults after which the tuning is undone for good.
         patience: Seconds that a switch waits for running calls, and calls for a switch.
+
+    Attributes:
+        gate: Calls of the object register here while they are inside it.
     """
 
     def __init__(
-        self,
-        what: str,
-        switch: Switch,
-        expected: Mapping[str, Expectation],
-        limit: int,
-        patience: float = PATIENCE,
+        self, what: str, switch: Switch, expected: Mapping[str, Expectation], limit: int, patience: float = PATIENCE
     ) -> None:
         self._what = what
         self._switch = weakref.ref(switch)
         self._expected = expected
         self._limit = limit
         self._lock = rlock()
-        self._gate = Gate(self._on, self._off, patience, self._stays_off)
+        self.gate = Gate(self._on, self._off, patience, lambda why: emit(FellBack(what, "everything", why)))
         self._faults = 0
         self._own: dict[tuple[str, str], int] = {}
 
@@ -121,29 +117,17 @@ class Guard:
     @property
     def retired(self) -> bool:
         """True if the tuning was undone for good."""
-        return self._gate.over
+        return self.gate.over
 
     @property
     def held(self) -> int:
         """Number of second attempts that need the object untouched now."""
-        return self._gate.held
+        return self.gate.held
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
         """See `Watcher.judge`. A fault that the untouched model has shown `limit` times is ignored."""
         fault = checks.fault_of(heard, units, self._expected.get(name, checks.UNKNOWN), whole=whole)
         return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
-
-    def enter(self, step: Step, *, wait: bool) -> None:
-        """Register a call before it enters the object; wait while the object is being switched."""
-        self._gate.enter(step, wait=wait)
-
-    async def ready(self) -> None:
-        """Wait as a coroutine until the object is not being switched."""
-        await self._gate.ready()
-
-    def leave(self, step: Step) -> None:
-        """Unregister a call that has left the object. Idempotent."""
-        self._gate.leave(step)
 
     def hold(self, *, force: bool = False) -> Hold:
         """Keep the object untouched until the returned object is released or collected.
@@ -155,11 +139,11 @@ class Guard:
             ReloadError: The loaded weights were freed and cannot be reloaded. Nothing is switched then.
             BusyError: There was no gap between other calls, and `force` is off. Nothing is switched then.
         """
-        return self._gate.hold(self._at_hand(), force=force)  # loads outside the gate's lock, since it may take long
+        return self.gate.hold(self._at_hand(), force=force)  # loads outside the gate's lock, since it may take long
 
     async def hold_later(self) -> Hold:
         """Like `hold`, as a coroutine."""
-        return await self._gate.hold_later(self._at_hand())
+        return await self.gate.hold_later(self._at_hand())
 
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
@@ -185,9 +169,6 @@ class Guard:
         if switch is not None:
             switch.off()
 
-    def _stays_off(self, why: str) -> None:
-        emit(FellBack(self._what, "everything", why))
-
     def retire(self, *, wait: bool = True) -> None:
         """Put the object back as it was loaded, for good. A retry that still runs will not switch it on again.
 
@@ -200,7 +181,7 @@ class Guard:
         switch = self._switch()
         if switch is not None:
             switch.keep_loaded()
-        self._gate.end(wait=wait)
+        self.gate.end(wait=wait)
 
     def own(self, name: str, fault: str) -> None:
         """Count a fault that the untouched model has, too."""
@@ -223,71 +204,7 @@ class Guard:
             emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
 
 
-class Guards:
-    """All guards of one call, for example of a model and a vocoder that were loaded separately.
-
-    A fault cannot be attributed to one of them, so the second attempt runs without all their changes and counts for
-    each.
-    """
-
-    def __init__(self, guards: tuple[Guard, ...]) -> None:
-        self._guards = guards
-
-    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
-        """See `Watcher.judge`."""
-        judged = (guarding.judge(name, units, heard, whole=whole) for guarding in self._guards)
-        return next((fault for fault in judged if fault is not None), None)
-
-    def enter(self, step: Step, *, wait: bool) -> None:
-        """See `Guard.enter`."""
-        for guarding in self._guards:
-            guarding.enter(step, wait=wait)
-
-    async def ready(self) -> None:
-        """See `Guard.ready`."""
-        for guarding in self._guards:
-            await guarding.ready()
-
-    def leave(self, step: Step) -> None:
-        """See `Guard.leave`."""
-        for guarding in self._guards:
-            guarding.leave(step)
-
-    def hold(self) -> Holds:
-        """See `Guard.hold`."""
-        return Holds([guarding.hold() for guarding in self._guards])  # if one raises, the collector releases the others
-
-    async def hold_later(self) -> Holds:
-        """See `Guard.hold_later`."""
-        return Holds([await guarding.hold_later() for guarding in self._guards])
-
-    def own(self, name: str, fault: str) -> None:
-        """See `Guard.own`."""
-        for guarding in self._guards:
-            guarding.own(name, fault)
-
-    def count(self, name: str, fault: str, outcome: str) -> None:
-        """See `Guard.count`."""
-        for guarding in self._guards:
-            guarding.count(name, fault, outcome)
-
-
-class Holds:
-    """Keeps several objects untouched until it is released."""
-
-    def __init__(self, holds: list[Hold]) -> None:
-        self._holds = holds
-
-    def release(self) -> None:
-        """See `Hold.release`."""
-        for hold in self._holds:
-            hold.release()
-
-
-Guarding = Guard | Guards
-
-# By the id of objects, held weakly: a guard must not keep a model alive.
-_guards: dict[int, tuple[weakref.ref[Any], tuple[Guard, ...]]] = {}
+_guards = IdentityMap[tuple[Guard, ...]]()
 # A context variable: calls of other threads and tasks are no part of the warm-up.
 _listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
 # A call inside a second attempt is not retried by itself; the whole attempt runs untouched.
@@ -319,16 +236,9 @@ def protect(item: object, guarding: Guard) -> None:
     An object without support for weak references is skipped. An object that holds several tuned ones has a guard for
     each.
     """
-    number = id(item)
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
-
-    def gone(reference: object) -> None:
-        entry = _guards.get(number)
-        if entry is not None and entry[0] is reference:
-            del _guards[number]
-
     with suppress(TypeError):
-        _guards[number] = (weakref.ref(item, gone), (*others, guarding))
+        _guards.put(item, (*others, guarding))
 
 
 @contextmanager
@@ -344,8 +254,7 @@ def listening() -> Generator[Listener, None, None]:
 
 def guards_of(item: object) -> tuple[Guard, ...]:
     """Return the guards of an object, newest last."""
-    entry = _guards.get(id(item))
-    return entry[1] if entry is not None and entry[0]() is item else ()
+    return _guards.get(item) or ()
 
 
 def guard_of(item: object) -> Guard | None:
@@ -361,15 +270,17 @@ def is_watched() -> bool:
     return bool(_guards) or _listener.get() is not None
 
 
-def watcher_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watcher | None:
-    """Return the watcher of a call, or `None`.
+def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Watcher, ...]:
+    """Return the watchers of a call.
 
-    Guards are looked up for the object whose method it is, its attributes, and the arguments.
+    Guards are looked up for the object whose method it is, its attributes, and the arguments. A call may have several,
+    for example of a model and a vocoder that were loaded separately. A fault cannot be attributed to one of them, so
+    the second attempt runs without all their changes and counts for each.
     """
     if _guards and is_watched():
         items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:
-            guards = tuple(found.values())
-            return guards[0] if len(guards) == 1 else Guards(guards)
-    return _listener.get()
+            return tuple(found.values())
+    listener = _listener.get()
+    return () if listener is None else (listener,)

@@ -21,7 +21,7 @@ from accelerate_tts.runtime.drive import SKIPPED, Again, Hooks, Owning, Scoped, 
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Heard, Units
 from accelerate_tts.runtime.guard.gate import WITHIN, BusyError, Hold, Step
-from accelerate_tts.runtime.guard.guard import Guarding, Holds, Listener, Watcher, retrying
+from accelerate_tts.runtime.guard.guard import Guard, Listener, Watcher, retrying
 from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _GIVEN = "it was given as it is: {}"
 
 
 def call(  # noqa: PLR0913 - a call, and how it is made
-    watcher: Watcher,
+    watchers: tuple[Watcher, ...],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -50,7 +50,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
     A plain call is checked at once; coroutines and generators are checked as they run.
 
     Args:
-        watcher: Judges the output.
+        watchers: They judge the output. All are guards, or none is.
         function: The function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -59,7 +59,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
         retry: True if the call may be repeated.
         choice: See `inference_mode.call`.
     """
-    attempt = _Attempt(watcher, function, args, kwargs, mode)
+    attempt = _Attempt(watchers, function, args, kwargs, mode)
     attempt.instance, attempt.once, attempt.choice = instance, not retry, choice
     attempt.keep_random()
     with attempt.inside():
@@ -86,10 +86,15 @@ class _Attempt:
     """One call and the state needed to repeat it."""
 
     def __init__(
-        self, watcher: Watcher, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode
+        self,
+        watchers: tuple[Watcher, ...],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mode: Mode,
     ) -> None:
-        self.watcher = watcher
-        self.guarding = watcher if isinstance(watcher, Guarding) else None
+        self.watchers = watchers
+        self.guards = [watcher for watcher in watchers if isinstance(watcher, Guard)]
         self.name = str(getattr(function, "__qualname__", type(function).__qualname__))
         self._call = function, args, kwargs
         self._mode = mode
@@ -114,22 +119,24 @@ class _Attempt:
         Args:
             wait: Wait while the model is being switched.
         """
-        if self.guarding is None:
+        if not self.guards:
             yield
             return
         before = WITHIN.get()
         try:
-            self.guarding.enter(self._step, wait=wait)
+            for guard in self.guards:
+                guard.gate.enter(self._step, wait=wait)
             WITHIN.set((*before, self._step))
             yield
         finally:
             WITHIN.set(before)
-            self.guarding.leave(self._step)
+            for guard in self.guards:
+                guard.gate.leave(self._step)
 
     async def ready(self) -> None:
         """Wait as a coroutine until the model is not being switched."""
-        if self.guarding is not None:
-            await self.guarding.ready()
+        for guard in self.guards:
+            await guard.gate.ready()
 
     def runs_on_a_loop(self) -> None:
         """Note the event loop that the call runs on: code that blocks this loop must not wait for the call."""
@@ -137,12 +144,17 @@ class _Attempt:
 
     def keep_random(self) -> None:
         """Save the states of all random number generators; once more if a body starts later than the call."""
-        if self.guarding is not None and not self.once:
+        if self.guards and not self.once:
             self._random = random_states((*self._given, self.instance))
 
     def fault_of(self, result: Any) -> str | None:
         """Return the fault of a whole result, or `None`."""
-        return self.watcher.judge(self.name, self.units, checks.hear(result), whole=True)
+        return self.judge(self.units, checks.hear(result), whole=True)
+
+    def judge(self, units: Units, heard: Heard, *, whole: bool) -> str | None:
+        """Return the fault of an output, or `None`."""
+        judged = (watcher.judge(self.name, units, heard, whole=whole) for watcher in self.watchers)
+        return next((fault for fault in judged if fault is not None), None)
 
     def obstacle(self) -> str:
         """Return the reason why the call must not be repeated, or ""."""
@@ -154,46 +166,43 @@ class _Attempt:
 
     def given(self, fault: str, why: str) -> None:
         """Count a fault of an output that was returned as it is."""
-        if self.guarding is not None:
-            self.guarding.count(self.name, fault, _GIVEN.format(why))
+        for guard in self.guards:
+            guard.count(self.name, fault, _GIVEN.format(why))
 
-    def hold(self, fault: str) -> Hold | Holds | None:
-        """Switch the object off for a second attempt and return the hold; `None` if the call is not repeated."""
+    def hold(self, fault: str) -> list[Hold] | None:
+        """Switch the objects off for a second attempt and return the holds; `None` if the call is not repeated."""
         obstacle = self.obstacle()
-        if self.guarding is None:
-            return None
         try:
-            if not obstacle:
+            if self.guards and not obstacle:
                 self.fault = fault
-                return self.guarding.hold()
+                return [guard.hold() for guard in self.guards]  # if one raises, the collector releases the others
         except (ReloadError, BusyError) as error:
             obstacle = str(error)
         self.given(fault, obstacle)
         return None
 
-    async def hold_later(self, fault: str) -> Hold | Holds | None:
+    async def hold_later(self, fault: str) -> list[Hold] | None:
         """Like `hold`, as a coroutine."""
         obstacle = self.obstacle()
-        if self.guarding is None:
-            return None
         try:
-            if not obstacle:
+            if self.guards and not obstacle:
                 self.fault = fault
-                return await self.guarding.hold_later()
+                return [await guard.hold_later() for guard in self.guards]
         except (ReloadError, BusyError) as error:
             obstacle = str(error)
         self.given(fault, obstacle)
         return None
 
     @contextmanager
-    def second(self, hold: Hold | Holds) -> Generator[None, None, None]:
-        """Run a second attempt: restore the random numbers, and release the object at the end."""
+    def second(self, holds: list[Hold]) -> Generator[None, None, None]:
+        """Run a second attempt: restore the random numbers, and release the objects at the end."""
         try:
             with retrying():
                 self.put_random_back()
                 yield
         finally:
-            hold.release()
+            for hold in holds:
+                hold.release()
 
     def put_random_back(self) -> None:
         """Give the second attempt the random numbers of the first."""
@@ -205,11 +214,11 @@ class _Attempt:
 
         Called before the object is switched back.
         """
-        if self.guarding is not None:
+        for guard in self.guards:
             if same:
-                self.guarding.own(self.name, self.fault)
+                guard.own(self.name, self.fault)
             else:
-                self.guarding.count(self.name, self.fault, _OURS)
+                guard.count(self.name, self.fault, _OURS)
 
 
 async def _coroutine(attempt: _Attempt, body: Owning) -> Any:
@@ -239,7 +248,7 @@ class _Stream(Hooks):
     def __init__(self, attempt: _Attempt) -> None:
         self.attempt = attempt
         self._begun = self._driven = False
-        self._hold: Hold | Holds | None = None
+        self._hold: list[Hold] | None = None
         self._pending = False
         self._all = Heard()
         self._pieces = 0
@@ -303,8 +312,8 @@ class _Stream(Hooks):
 
     def closed(self) -> None:
         """Release the object, which may then be switched back."""
-        if self._hold is not None:
-            self._hold.release()
+        for hold in self._hold or ():
+            hold.release()
 
     # --- outcome --------------------------------------------------------------------------------------------------
 
@@ -316,7 +325,7 @@ class _Stream(Hooks):
 
     def _may_begin_again(self, fault: str) -> bool:
         attempt = self.attempt
-        if attempt.guarding is None:
+        if not attempt.guards:
             return False
         obstacle = "values were sent into the stream" if self._driven else attempt.obstacle()
         if obstacle:
@@ -326,7 +335,7 @@ class _Stream(Hooks):
 
     def _told_once(self) -> None:
         if self._hold is None:
-            self.attempt.watcher = Listener()
+            self.attempt.watchers = (Listener(),)
 
     def _counted(self, item: Any) -> Any:
         self._pieces += 1
@@ -356,11 +365,11 @@ class _Stream(Hooks):
         fault = self._judge(heard)
         if fault is None:
             total = Heard(audio=self._all.audio, samples=self._all.samples)  # length alone
-            fault = self.attempt.watcher.judge(self.attempt.name, self.attempt.units, total, whole=False)
+            fault = self.attempt.judge(self.attempt.units, total, whole=False)
         return fault
 
     def _judge(self, heard: Heard) -> str | None:
-        return self.attempt.watcher.judge(self.attempt.name, Units(), heard, whole=False)
+        return self.attempt.judge(Units(), heard, whole=False)
 
     def _is_empty(self) -> bool:
         """Check that the stream had no pieces although there was text, and may be repeated; reports a silent stream."""
@@ -370,8 +379,8 @@ class _Stream(Hooks):
             return False
         attempt = self.attempt
         total = self._all if self._pieces else Heard(audio=True)  # no piece at all counts as silence
-        fault = attempt.watcher.judge(attempt.name, attempt.units, total, whole=True)
-        if fault != "silent" or attempt.guarding is None:
+        fault = attempt.judge(attempt.units, total, whole=True)
+        if fault != "silent" or not attempt.guards:
             return False  # other faults were reported with their piece
         if self._pieces == 0:
             return self._may_begin_again(fault)

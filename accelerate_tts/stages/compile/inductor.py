@@ -14,27 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.utils import _pytree
+
 from accelerate_tts.events import Recompiled, emit
 from accelerate_tts.patching.weight_versions import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from torch import nn
 
 __all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "compiled_by", "guard_of", "options", "reason_of"]
 
 
 class Frozen(Weights):
     """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._modules = [(inner._modules, list(inner._modules.values())) for inner in module.modules()]
-
-    def outdated(self) -> bool:
-        """Check whether a weight or a module inside has changed; see `Weights.outdated`."""
-        return [1 for holder, before in self._modules if list(holder.values()) != before] != [] or super().outdated()
 
     def options(self) -> Any:
         """Return a context with the options for this thread. dynamo reads one of them whenever it traces."""
@@ -119,16 +113,8 @@ class _Dynamo:
 
 
 @contextmanager
-def _frozen_options(frozen: Frozen, strict: bool) -> Generator[None]:
-    with _Dynamo(strict), frozen.options():
-        yield
-
-
-@contextmanager
-def _frozen_in_process(frozen: Frozen) -> Generator[None]:
-    # Another thread that compiles meanwhile gets the same options. This happens only while tuning: later calls are
-    # strict.
-    with _Process(strict=False), frozen.options():
+def _frozen_options(settings: _Dynamo | _Process, frozen: Frozen) -> Generator[None]:
+    with settings, frozen.options():
         yield
 
 
@@ -144,9 +130,11 @@ def options(frozen: Frozen | None, *, strict: bool = False) -> AbstractContextMa
         frozen: The weights that become constants, if any.
         strict: Raise `RecompileError`, which names the failed guard, instead of compiling again.
     """
-    if not settings_are_the_threads():
-        return _Process(strict) if frozen is None or strict else _frozen_in_process(frozen)
-    return _Dynamo(strict) if frozen is None else _frozen_options(frozen, strict)
+    if settings_are_the_threads():
+        return _Dynamo(strict) if frozen is None else _frozen_options(_Dynamo(strict), frozen)
+    # Another thread that compiles meanwhile gets the same options. This happens only while tuning: later calls are
+    # strict.
+    return _Process(strict) if frozen is None or strict else _frozen_options(_Process(strict), frozen)
 
 
 def compile_function(
@@ -161,10 +149,9 @@ def compile_function(
         counter: Counts the graphs.
         fullgraph: Raise an error at a graph break.
     """
-    import torch
-
     mend_workers()  # before importing inductor, which may start them
     _mend_collector()
+    from torch._dynamo import lookup_backend
     from torch._inductor import list_mode_options
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +169,8 @@ def compile_function(
     own = types.FunctionType(plain.__code__.replace(), known, "call", None, plain.__closure__)
     # fallback_random: the compiled graph draws the same random numbers as eager mode.
     patches = {**list_mode_options(mode), "fallback_random": True}
-    inductor, loaded = _graph_compiler(), _Loaded()
+    inductor: Any = _compilers[-1] if _compilers else lookup_backend("inductor")
+    loaded = _Loaded()
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
         shapes = _shapes(inputs)
@@ -223,18 +211,11 @@ class _Loaded:
         self._modules.clear()
 
 
-def _has_tensors(module: types.ModuleType) -> bool:
-    import torch
-
-    return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
-
-
 def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     """Free the compiled state of a function: graphs, guards, the backend, and weights that are constants.
 
     dynamo stores the graphs at the code object, in a cycle that the garbage collector does not detect.
     """
-    import torch
     from torch._dynamo import eval_frame
 
     native: Any = torch._C
@@ -245,12 +226,14 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     loaded.forget()
 
 
+def _has_tensors(module: types.ModuleType) -> bool:
+    return any(issubclass(type(value), torch.Tensor) for value in vars(module).values())
+
+
 def _never_compiling_if_strict(
     own: Callable[..., Any], compiled: Callable[..., Any], counter: Counter
 ) -> Callable[..., Any]:
     """Return the compiled function. Strict calls use existing graphs only, by `torch._dynamo.run`."""
-    import torch
-
     graphs_alone: Callable[..., Any] = torch._dynamo.run(own)
 
     def either(*args: Any, **kwargs: Any) -> Any:
@@ -284,8 +267,6 @@ def mend_workers() -> None:
     (torch 2.14) puts that folder before the standard library in its workers' path, and they fail. The environment
     variable for this path is set to this process's own order, as in older releases.
     """
-    import torch
-
     if (Path(torch.__file__).parent.parent / "typing.py").exists():
         os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
@@ -298,8 +279,6 @@ def _mend_collector() -> None:
     would get none, or another request's. Only code that dynamo traces needs the process-wide variable, and
     `is_dynamo_compiling` is true for that code alone.
     """
-    import torch
-
     module: Any = sys.modules.get("transformers.utils.output_capturing")
     if hasattr(module, "is_torchdynamo_compiling"):
         module.is_torchdynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -322,12 +301,6 @@ def compiled_by(compiler: Callable[..., Any]) -> Generator[None]:
         _compilers.remove(compiler)
 
 
-def _graph_compiler() -> Callable[..., Any]:
-    from torch._dynamo import lookup_backend
-
-    return _compilers[-1] if _compilers else lookup_backend("inductor")
-
-
 def _shapes(inputs: list[Any]) -> str:
     # A graph's inputs begin with sizes and weights; the user's come last.
     shapes = [tuple(item.shape) for item in inputs if hasattr(item, "shape")]
@@ -337,9 +310,6 @@ def _shapes(inputs: list[Any]) -> str:
 def clone_outputs(result: Any) -> Any:
     """Copy a result's tensors."""
     # A CUDA graph writes its outputs to the same addresses at each replay.
-    import torch
-    from torch.utils import _pytree
-
     return _pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
 

@@ -10,8 +10,10 @@ forward with the same cache.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
@@ -21,6 +23,7 @@ from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -32,8 +35,6 @@ from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -48,11 +49,7 @@ _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autot
 
 @register_stage
 class CompiledBlocksStage(BaseStage):
-    """Compiles a part's repeated blocks, with shared graphs for each kind of block.
-
-    Args:
-        mode: torch.compile's mode.
-    """
+    """Compiles a part's repeated blocks, with shared graphs for each kind of block."""
 
     name = "compiled blocks"
     group = "compilation"
@@ -71,7 +68,6 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.module._compiled_call_impl is not None:
             return "is compiled already"
         return None if block_rows(part.module) else "no repeated blocks in it"
@@ -83,8 +79,6 @@ class CompiledBlocksStage(BaseStage):
 
 def block_rows(module: nn.Module) -> list[list[nn.Module]]:
     """Group blocks that differ only in the values of their weights, in the order of their list."""
-    from torch import nn
-
     rows: list[list[nn.Module]] = []
     others: dict[Any, list[nn.Module]] = {}
     for holder in module.modules():
@@ -144,12 +138,10 @@ class _CompiledBlocks(BaseChange):
         return self._counter.graphs
 
     def on(self) -> None:
-        """See `Change.on`."""
         self._growing.on()
         self._swap.on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         self._swap.off()
         self._growing.off()
 
@@ -165,6 +157,7 @@ class _Row:
         self.blocks = {block: place_of(block, number) for number, block in enumerate(blocks)}
         self._what = what
         self._told = Told(f"the compiled blocks of {what}")
+        self._calls = {block: Calls(block, itself=False) for block in blocks}
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
@@ -184,17 +177,19 @@ class _Row:
             def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
                 return self._call(block, plain, args, kwargs)
 
-            vars(forward)["__signature__"] = inspect.signature(plain.forward)
             self._classes[plain] = subclass_with(plain, forward)
         return self._classes[plain]
 
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        import torch
-
         if self._broken or torch.is_grad_enabled() or block.training or is_traced():
+            return plain.forward(block, *args, **kwargs)
+        if (obstacle := self._calls[block].altered()) is not None:
+            self._told.tell(obstacle, self.blocks[block])
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)
+            if done:
+                self._told.is_served(self.blocks[block])
         else:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             past = take_cache(named)

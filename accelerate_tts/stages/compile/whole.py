@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.class_swap import is_fused, keeps_copies, make_copies
 from accelerate_tts.patching.normal_tensors import call_normally
+from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
@@ -29,12 +32,11 @@ from accelerate_tts.stages.compile.inductor import (
     options,
     reason_of,
 )
+from accelerate_tts.stages.decode.call_args import Told
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -51,6 +53,16 @@ _SECONDS_A_LAYER = 0.2
 
 _MOSTLY = 0.5
 """Minimum share of a part's weights in linear layers for freezing to be worth it."""
+
+
+def _obstacle(part: Part) -> str | None:
+    if part.module._compiled_call_impl is not None:
+        return "is compiled already"
+    if is_fused(part.module):
+        return "it is served as a whole"
+    if part.method != CALL:
+        return f"it is run by .{part.method}(), which torch.compile does not replace"
+    return "its cache grows at every call: the decode step is compiled by itself" if part.cached else None
 
 
 @register_stage
@@ -78,14 +90,7 @@ class CompileStage(BaseStage):
         return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
-        if is_fused(part.module):
-            return "it is served as a whole"
-        if part.method != CALL:
-            return f"it is run by .{part.method}(), which torch.compile does not replace"
-        if part.cached:
-            return "its cache grows at every call: the decode step is compiled by itself"
-        return "is compiled already" if part.module._compiled_call_impl is not None else None
+        return _obstacle(part)
 
     def prepare(self, part: Part) -> CompiledCall:
         """See `Stage.prepare`. Compiles nothing yet."""
@@ -111,16 +116,8 @@ class FrozenCompileStage(BaseStage):
     least_share = 0.15
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
-        if part.module._compiled_call_impl is not None:
-            return "is compiled already"
-        if is_fused(part.module):
-            return "it is served as a whole"
-        if part.method != CALL:
-            return f"it is run by .{part.method}(), which torch.compile does not replace"
-        if part.cached:
-            return "its cache grows at every call: the decode step is compiled by itself"
-        return None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+        few = None if _linear_share(part.module) >= _MOSTLY else "not made of linear layers"
+        return _obstacle(part) or few
 
     def prepare(self, part: Part) -> CompiledCall:
         """See `Stage.prepare`. Compiles nothing yet."""
@@ -150,11 +147,13 @@ class CompiledCall:
         self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
+        self._calls, self._told = Calls(module), Told(f"the compiled {what}")
         self._counter = Counter(what)
         self._first_call = rlock()  # a forward may call its own module
         self._ready = False
         self._broken = False
-        self._has_cuda_graphs = mode in {"reduce-overhead", "max-autotune"} and _on_cuda(module)
+        on_cuda = any(parameter.is_cuda for parameter in module.parameters())
+        self._has_cuda_graphs = on_cuda and mode in {"reduce-overhead", "max-autotune"}
         self._compiled = compiler(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
@@ -169,18 +168,20 @@ class CompiledCall:
             self._module._compiled_call_impl = self
 
     def off(self) -> None:
-        """See `Change.off`."""
         if self._module._compiled_call_impl is self:
             vars(self._module).pop("_compiled_call_impl", None)  # uncovers the class's attribute, which is None
 
     def seal(self) -> None:
-        """See `Change.seal`."""
         self._counter.sealed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled if possible."""
         if is_traced():
             return self._untouched(*args, **kwargs)
+        if (obstacle := self._calls.altered()) is not None:
+            self._told.tell(obstacle, 0)
+            return self._untouched(*args, **kwargs)
+        self._told.is_served(0)
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # simultaneous first calls would each compile
@@ -249,12 +250,6 @@ class CompiledCall:
 
 
 def _linear_share(module: nn.Module) -> float:
-    from torch import nn
-
     total = sum(parameter.numel() for parameter in module.parameters())
     linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
     return linear / total if total else 0.0
-
-
-def _on_cuda(module: nn.Module) -> bool:
-    return any(parameter.device.type == "cuda" for parameter in module.parameters())

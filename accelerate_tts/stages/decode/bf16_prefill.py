@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
@@ -20,7 +23,6 @@ from accelerate_tts.stages.catalogue import register_stage
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
@@ -39,21 +41,17 @@ class PromptStage(BaseStage):
     times: Which = "others"
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if not half_dtypes("cpu"):
             return "this processor does not multiply in bf16"
         return None if _layers(part.module) else "no fused blocks with copies of fp32 weights in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         layers = _layers(part.module)
         return ClassSwap(list(layers), lambda layer: _prompt_class(type(layer), layers[layer]))
 
 
 def _layers(module: nn.Module) -> dict[nn.Module, Any]:
     """Return the fp32 layers of fused blocks that have a copy, each with the object that holds the copy."""
-    import torch
-
     return {
         layer: fused
         for block in module.modules()
@@ -64,15 +62,13 @@ def _layers(module: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _prompt_class(plain: type, fused: Any) -> type:
-    import torch
-    from torch.nn import functional
-
     def forward(self: Any, x: Any) -> Any:
         if not _is_prompt(x):
             return plain.forward(self, x)  # type: ignore[attr-defined]
-        weight, scale = fused.copy_of(self)
-        if x.shape[-1] != weight.shape[1]:  # torch raises its own error
+        copied = fused.copy_of(self)
+        if copied is None or x.shape[-1] != copied[0].shape[1]:  # torch raises its own error
             return plain.forward(self, x)  # type: ignore[attr-defined]
+        weight, scale = copied
         if weight.dtype != torch.bfloat16:
             weight = weight.to(torch.bfloat16)  # -127 .. 127 are exact
         y = functional.linear(x.to(torch.bfloat16), weight)
@@ -85,8 +81,6 @@ def _prompt_class(plain: type, fused: Any) -> type:
 
 
 def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:
-    import torch
-
     return bool(
         type(x) is torch.Tensor
         and x.dtype == torch.float32

@@ -12,8 +12,9 @@ launch, and a recording does not see later changes of the layers.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from accelerate_tts.events import FellBack, Recompiled, emit
 from accelerate_tts.inspection.classes import plain_class
@@ -34,7 +35,6 @@ from accelerate_tts.stages.layers.half_precision import HalfStage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part, Which
@@ -100,7 +100,6 @@ class CapturedStepStage(BaseStage):
             self.name = f"{self.name}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
         if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
@@ -145,7 +144,6 @@ class _Captured(BaseChange):
         return [slot for steps in self._steps.values() for slot in steps.slots]
 
     def on(self) -> None:
-        """See `Change.on`."""
         if self._inside is not None:
             self._inside.on()
         self._growing.on()
@@ -159,7 +157,6 @@ class _Captured(BaseChange):
             self._inside.off()
 
     def seal(self) -> None:
-        """See `Change.seal`."""
         for steps in self._steps.values():
             steps.sealed = True
 
@@ -200,14 +197,11 @@ class _Steps:
             result = self._token(plain, named) if self._is_token(named) else None
             return plain.forward(decoder, *args, **kwargs) if result is None else result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
         cls = subclass_with(plain, forward)
         setattr(cls, RECORDED, True)
         return cls
 
     def _is_token(self, named: dict[str, Any]) -> bool:
-        import torch
-
         decoder: Any = self._decoder
         past: Any = cache_of(named)
         if self._broken or not kv_cache.is_growable(past):
@@ -318,6 +312,11 @@ class _Steps:
         """All slots."""
         return [slot for slots in self._slots.values() for slot in slots]
 
+    def _clear(self) -> None:
+        for slot in self.slots:
+            slot.leave()
+        self._slots = {}
+
     def _is_full(self, past: Any, more: int) -> bool:
         slots = self.slots
         used = sum(slot.bytes for slot in slots)
@@ -329,16 +328,9 @@ class _Steps:
                 slots.pop(0).leave()
         self._slots = {key: slots for key, slots in self._slots.items() if slots}
 
-    def _clear(self) -> None:
-        for slot in self.slots:
-            slot.leave()
-        self._slots = {}
-
 
 def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensor arguments of a decoder, without its cache, mask and cache positions."""
-    import torch
-
     return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}
 
 

@@ -17,15 +17,17 @@ layer is called once and returns the kernel's weights.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.block_layout import anatomies
-from accelerate_tts.kernels.calls import decoder_blocks, missing
+from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.decoder_block import Described, holds, plain, run, shared
+from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
@@ -51,7 +53,6 @@ from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    import torch
     from torch import nn
 
     from accelerate_tts.plan import Part
@@ -67,11 +68,7 @@ _IGNORED = {
 
 @register_stage
 class FusedBlocksStage(FormatStage):
-    """Computes the decode steps of a decoder's blocks by one kernel.
-
-    Args:
-        weights: Format in which the kernel reads the weights.
-    """
+    """Computes the decode steps of a decoder's blocks by one kernel."""
 
     name = "fused decoder blocks"
     group = "decoder blocks"
@@ -80,7 +77,6 @@ class FusedBlocksStage(FormatStage):
     after = ("channels-last convolutions",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if (reason := missing()) is not None:
             return reason
         if not kv_cache.are_caches_loaded():
@@ -88,7 +84,6 @@ class FusedBlocksStage(FormatStage):
         return None if _blocks(part.module, self._weights) else "no decoder's blocks that the kernel knows in it"
 
     def prepare(self, part: Part) -> _FusedBlocks:
-        """See `Stage.prepare`."""
         decoder_blocks()
         return _FusedBlocks(part, self._weights)
 
@@ -115,7 +110,6 @@ class _FusedBlocks(BaseChange):
         )
 
     def on(self) -> None:
-        """See `Change.on`."""
         for block, fused in self._fused.items():
             tidy(block)
             tidy(fused.attention)
@@ -124,7 +118,6 @@ class _FusedBlocks(BaseChange):
             swap.on()
 
     def off(self) -> None:
-        """See `Change.off`."""
         for swap in reversed(self._swaps):
             swap.off()
         self._growing.off()
@@ -163,8 +156,6 @@ class _Forms:
 
 
 def _kind(item: Any, past: Any) -> str:
-    import torch
-
     if item is None:
         return _NOTHING
     if item is past or isinstance(item, tuple):
@@ -230,7 +221,6 @@ class _Fused:
             self.forms.learn(self._key("block", named), result, cache_of(named))
             return result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies="" if self._weights == "fp32" else self._weights)
         setattr(cls, FUSED, self)
         return cls
@@ -246,7 +236,6 @@ class _Fused:
                 self.forms.learn(self._key("attention", kwargs), result, cache_of(kwargs))
             return result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         return subclass_with(plain, forward)
 
     def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:
@@ -261,15 +250,18 @@ class _Fused:
         found = anatomies(self._block, self._weights).values()
         return [layer for anatomy in found for layer in anatomy.layers().values()]
 
-    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output."""
+    def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output.
+
+        `None` if the block was changed or the kernel does not know its weights.
+        """
+        if self._is_altered():
+            return None
         described = (self._describe(of_text) for of_text in self._kinds)
-        return next(each.copies[layer] for each in described if each is not None and layer in each.copies)
+        return next((each.copies[layer] for each in described if each is not None and layer in each.copies), None)
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""
-        import torch
-
         if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -297,8 +289,6 @@ class _Fused:
         return made.hidden if made.form is None else (made.hidden, *(given[kind] for kind in made.form))
 
     def _run(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
-        import torch
-
         of_text = _of_text(named.get("audio_token_mask"), self._names)
         if of_text is None or self._is_unknown(named):
             return None
@@ -366,7 +356,9 @@ class _Fused:
             shown = self.forms.of(self._key("attention", named))
             if shown is False or shown is None:
                 return None
-            wanted = wanted or (_WEIGHTS in shown and self._is_wanted())
+            if _WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
+                collected = attentions_wanted.get() or "forward" in self.attention.__dict__
+                wanted = collected or is_spied(self.attention)
         layer = token_layer(self._told, past, self.number, named)
         if layer is None:
             return None
@@ -384,11 +376,6 @@ class _Fused:
             return None  # weights of other sizes were put in
         return _Ready(described, layer, wanted)
 
-    def _is_wanted(self) -> bool:
-        """Check that this call's attention weights are read: they were requested, or an analyzer has a hook."""
-        collected = attentions_wanted.get() or "forward" in self.attention.__dict__
-        return collected or is_spied(self.attention)
-
     def _rotation(self, hidden: torch.Tensor, named: dict[str, Any]) -> Any:
         """Return the rotary cosines and sines; before 4.48 some attention layers compute them themselves."""
         given = named.get("position_embeddings")
@@ -396,8 +383,6 @@ class _Fused:
         return own(hidden, named["position_ids"]) if given is None and own is not None else given
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
-        import torch
-
         return bool(
             type(hidden) is torch.Tensor
             and hidden.dtype == self._dtype

@@ -16,7 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, per_class, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
@@ -50,7 +53,6 @@ class GrowingCacheStage(BaseStage):
     after = ("fused decoder blocks", "fused sequence blocks")
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
         found = decoders(part.module)
@@ -59,7 +61,6 @@ class GrowingCacheStage(BaseStage):
         return None if found else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         return growing_caches(part.module)
 
 
@@ -98,13 +99,11 @@ def _parameters(cls: Any) -> list[str]:
 
 @per_class
 def _decoding_class(plain: Any) -> type:
-    import torch
-
     names = _parameters(plain)
     left: WeakKeyDictionary[Any, Leftovers] = WeakKeyDictionary()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.training or is_traced():
             return plain.forward(self, *args, **kwargs)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         past = cache_of(named)
@@ -136,7 +135,6 @@ def _decoding_class(plain: Any) -> type:
             kv_cache.adopt(after)
         return result
 
-    vars(forward)["__signature__"] = inspect.signature(plain.forward)  # generate() looks at it
     cls = subclass_with(plain, forward)
     setattr(cls, READY, staticmethod(_make_ready))
     return cls

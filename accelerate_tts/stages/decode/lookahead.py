@@ -13,13 +13,13 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.stages.decode import kv_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
 __all__ = ["Ahead", "Made", "Row"]
 
@@ -103,8 +103,6 @@ class Ahead:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    import torch
-
     if one.dtype != other.dtype or torch.equal(one, other):
         return one.dtype == other.dtype
     bits = torch.int32 if one.element_size() == 4 else torch.int16  # noqa: PLR2004

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.stages.decode import kv_cache
@@ -21,8 +24,6 @@ from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
-
-    import torch
 
 __all__ = ["CAPACITIES", "CudaRecording", "Recording", "Slot", "bytes_of"]
 
@@ -61,8 +62,6 @@ class CudaRecording:
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        import torch
-
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._last = torch.cuda.current_stream()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -87,8 +86,6 @@ class CudaRecording:
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
-        import torch
-
         stream = self._last if for_the_last else torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_event(self._done)
@@ -129,8 +126,6 @@ class Slot:
         capacity: int,
         record: Callable[[Callable[[], Any]], Recording],
     ) -> None:
-        import torch
-
         self._decoder, self._forward, self._constants = decoder, forward, constants
         self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
@@ -155,12 +150,11 @@ class Slot:
 
     def step(self) -> Any:
         """Run one token at `position`. This function is recorded."""
-        import torch
-
         seen = (self._places <= self.position) & self.valid
         mask = torch.where(seen, self._open, self._hidden)[:, None, None, :]
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
-        past = _static_cache(self.buffers, self.position)
+        layer, whole = _static_classes(kv_cache.cache_classes())
+        past = whole([layer(keys, values, self.position) for keys, values in self.buffers])
         return self._forward(
             self._decoder, **inputs, **self._constants, attention_mask=mask, **{self._cache: past}, use_cache=True
         )
@@ -176,11 +170,12 @@ class Slot:
         Returns:
             The decoder's result in new tensors, with the caller's cache.
         """
-        import torch
-
         with torch.inference_mode(mode=False), torch.no_grad(), self._recording.in_turn():
             if not self.holds(past):
-                self._move_in(past)
+                self.leave()
+                for layer, buffers in zip(past.layers, self.buffers, strict=True):
+                    layer.move_to(*buffers)
+                self._owner = weakref.ref(past)
             length = past.layers[0].length()
             self.position.fill_(length)
             for name, tensor in inputs.items():
@@ -205,12 +200,6 @@ class Slot:
         """Check that no live cache uses this slot's buffers."""
         owner = None if self._owner is None else self._owner()
         return owner is None or len(owner.layers) != len(self.buffers) or not self.holds(owner)
-
-    def _move_in(self, past: Any) -> None:
-        self.leave()
-        for layer, buffers in zip(past.layers, self.buffers, strict=True):
-            layer.move_to(*buffers)
-        self._owner = weakref.ref(past)
 
     def leave(self) -> None:
         """Move the sequence to buffers of its own and wait for all work on the slot's buffers."""
@@ -238,20 +227,12 @@ def _own(result: Any, past: Any, positions: int) -> Any:
 
     Attention weights cover the whole capacity in the recording; positions beyond the sequence are cut off.
     """
-    import torch
-    from torch.utils import _pytree
-
     cache = cache_name(result.keys()) or CACHE_NAMES[0]
     fields = {name: value for name, value in result.items() if name != cache}
     if "attentions" in fields:
         fields["attentions"] = tuple(weights[..., :positions] for weights in fields["attentions"])
     fields = _pytree.tree_map_only(torch.Tensor, torch.clone, fields)
     return type(result)(**fields, **{cache: past})
-
-
-def _static_cache(buffers: list[Any], position: torch.Tensor) -> Any:
-    layer, whole = _static_classes(kv_cache.cache_classes())
-    return whole([layer(keys, values, position) for keys, values in buffers])
 
 
 @cache

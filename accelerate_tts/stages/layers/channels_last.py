@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import channels_last, nn
+from torch.nn import functional
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import class_of
-from accelerate_tts.patching.class_swap import ClassSwap, open_modules, per_class, subclass_with
+from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from accelerate_tts.plan import Part
 
 __all__ = ["ChannelsLastStage"]
@@ -36,11 +40,9 @@ class ChannelsLastStage(BaseStage):
     after = ("fewer operators", "checked by margin")
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _convolutions(part.module) else "no 1-D convolution in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         convolutions = set(_convolutions(part.module))
         method = "forward" if part.method == CALL else part.method
 
@@ -53,24 +55,22 @@ class ChannelsLastStage(BaseStage):
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
         if isinstance(inner, (nn.Conv1d, nn.ConvTranspose1d))
-        # Depthwise convolutions are bound by memory, not by layout. The forward of a subclass is unknown.
-        and inner.groups == 1
-        and inner.padding_mode == "zeros"
-        and isinstance(inner.padding, tuple)
-        and _is_plain(inner)
+        and _is_usual(inner)
+        and _is_plain(inner)  # the forward of a subclass is unknown
     ]
+
+
+def _is_usual(convolution: Any) -> bool:
+    """Check for what the replacement computes. Depthwise convolutions are bound by memory, not by layout."""
+    return bool(convolution.groups == 1 and convolution.padding_mode == "zeros" and type(convolution.padding) is tuple)
 
 
 def _is_plain(convolution: Any) -> bool:
     """Check that a convolution uses torch's own forward, whatever its class."""
-    from torch import nn
-
     cls = nn.ConvTranspose1d if isinstance(convolution, nn.ConvTranspose1d) else nn.Conv1d
     steps = ("forward", "_conv_forward", "_output_padding")
     return all(
@@ -91,9 +91,6 @@ def _border_class(plain: Any, method: str) -> type:
 
 
 def _in_usual_order(result: Any) -> Any:
-    import torch
-    from torch.utils import _pytree
-
     def is_changed(value: Any) -> bool:
         # (batch, channels, time) with channels innermost in memory. Other strides are the model's own.
         return isinstance(value, torch.Tensor) and (
@@ -110,12 +107,19 @@ def _in_usual_order(result: Any) -> Any:
 
 @per_class
 def _channels_last_class(plain: Any) -> type:
-    from torch import channels_last, nn
-    from torch.nn import functional
+
+    own = plain.forward
+    name = "_output_padding" if issubclass(plain, nn.ConvTranspose1d) else "_conv_forward"
+    step = getattr(plain, name)
+
+    def is_as_before(self: Any) -> bool:
+        return _is_usual(self) and getattr(plain, name) is step and name not in vars(self)
 
     def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
-        if input.dim() != 3:  # noqa: PLR2004 - (batch, channels, time); unbatched inputs are rare and short
-            return nn.Conv1d.forward(self, input)
+        if plain.forward is not own:
+            return call_patched(plain, self, input)
+        if input.dim() != 3 or is_watched(input) or not is_as_before(self):  # noqa: PLR2004 - (batch, channels, time)
+            return plain.forward(self, input)
         y = functional.conv2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]),
@@ -123,8 +127,10 @@ def _channels_last_class(plain: Any) -> type:
         return y.squeeze(2)
 
     def convolve_transposed(self: Any, input: Any, output_size: list[int] | None = None) -> Any:  # noqa: A002
-        if input.dim() != 3 or output_size is not None:  # noqa: PLR2004
-            return nn.ConvTranspose1d.forward(self, input, output_size)
+        if plain.forward is not own:
+            return call_patched(plain, self, input, output_size)
+        if input.dim() != 3 or output_size is not None or is_watched(input) or not is_as_before(self):  # noqa: PLR2004
+            return plain.forward(self, input, output_size)
         y = functional.conv_transpose2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (0, self.output_padding[0]), 1, (1, self.dilation[0]),

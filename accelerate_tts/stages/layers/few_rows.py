@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of, is_torchs_linear
+import torch
+from torch.nn import functional
+
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
@@ -37,13 +40,11 @@ class FewRowsStage(BaseStage):
     after = ("skinny linear layers",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.few_rows < LEAST_FEW_ROWS:
             return "next to nothing of its linear work has few rows"
         return None if _linears(part.module) else "no linear layer in it"
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         return ClassSwap(_linears(part.module), lambda module: _few_rows_class(class_of(module)))
 
 
@@ -53,9 +54,6 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 @per_class
 def _few_rows_class(plain: Any) -> type:
-    import torch
-    from torch.nn import functional
-
     own = plain.forward
 
     def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
@@ -63,17 +61,15 @@ def _few_rows_class(plain: Any) -> type:
             return call_patched(plain, self, input)
         if is_watched(input):
             return plain.forward(self, input)
-        weight = self.weight
-        features = weight.shape[1]
+        weight, bias = self.weight, self.bias
+        outputs, features = weight.shape
         rows = input.numel() // max(1, features)
-        if rows not in FEW_ROWS or input.shape[-1] != features:  # a wrong input gets torch's own error
-            return functional.linear(input, weight, self.bias)
+        # A wrong input gets torch's own error, and a bias that is broadcast torch's own sum.
+        if rows not in FEW_ROWS or input.shape[-1] != features or not is_bias(bias, outputs):
+            return functional.linear(input, weight, bias)
         columns = input.reshape(rows, features).t()
-        if self.bias is None:
-            product = torch.mm(weight, columns)
-        else:
-            product = torch.addmm(self.bias.unsqueeze(1), weight, columns)
+        product = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
         # Contiguous, as the result of `F.linear`: callers may use .view() on it.
-        return product.t().contiguous().view(*input.shape[:-1], weight.shape[0])
+        return product.t().contiguous().view(*input.shape[:-1], outputs)
 
     return subclass_with(plain, forward)

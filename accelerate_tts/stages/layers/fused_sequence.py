@@ -10,13 +10,15 @@ Calls with another kind of mask, another dtype, gradients or hooks inside take u
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.kernels.calls import missing, multiplies_in_bf16
+from accelerate_tts.kernels.calls import multiplies_in_bf16
+from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.residual_block import RESIDUAL
 from accelerate_tts.kernels.transformer_block import TRANSFORMER
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
@@ -43,11 +45,7 @@ KERNELS = (TRANSFORMER, RESIDUAL)
 
 @register_stage
 class FusedSequenceStage(BaseStage):
-    """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights.
-
-    Args:
-        kernel: The kernel.
-    """
+    """Computes blocks of one kind by one kernel call for a whole sequence, from bf16 copies of their weights."""
 
     name = "fused sequence blocks"
     devices = ("cpu",)
@@ -65,7 +63,6 @@ class FusedSequenceStage(BaseStage):
         self._kernel = kernel
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if not has_matrix_unit():
             return "this processor has no AMX"
         if (reason := missing()) is not None:
@@ -93,8 +90,6 @@ class FusedSequenceStage(BaseStage):
 
 def has_matrix_unit() -> bool:
     """Check that the processor has AMX tiles for bf16, and that torch reports them."""
-    import torch
-
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return known is not None and bool(known()) and bool(half_dtypes("cpu"))
 
@@ -140,7 +135,6 @@ class Served:
             result = self.serve(named) if len(args) <= len(names) else None
             return plain.forward(self._block, *args, **kwargs) if result is None else result
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)
         cls = subclass_with(plain, forward, copies=self._copies)
         setattr(cls, FUSED, self)
         return cls
@@ -156,8 +150,6 @@ class Served:
 
     def serve(self, named: dict[str, Any]) -> Any:
         """Return the block's result for a call's arguments, or `None` if upstream's forward must run."""
-        import torch
-
         if torch.is_grad_enabled() or self._block.training or is_traced():
             return None
         if torch.is_autocast_enabled("cpu"):
@@ -173,8 +165,6 @@ class Served:
         return self._kernel.serve(described, named)
 
     def _describe(self) -> Any:
-        import torch
-
         watched, described = self._known
         if described is None or watched.outdated():
             watched = Weights(self._block)  # first the watch, so that a concurrent write is seen next time

@@ -18,12 +18,20 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
 from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import (
     COPY,
     HALF,
     CarryingSwap,
+    call_patched,
     fused_by,
     in_fused,
     is_fused,
@@ -33,15 +41,13 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
+from accelerate_tts.patching.lazy_parameters import Absent
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    import torch
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -75,7 +81,6 @@ class HalfStage(BaseStage):
         self._carried = carried
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return "its steps are recorded" if is_recorded(part.module) else self.obstacle(part)
 
     def obstacle(self, part: Part) -> str | None:
@@ -88,7 +93,6 @@ class HalfStage(BaseStage):
         return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         dtype, carried = self._dtype, self._carried
         layers = set(_layers(part.module))
         twins = {layer: Derived(layer, lambda module: half_copy(module, dtype)) for layer in layers}
@@ -105,23 +109,23 @@ class HalfStage(BaseStage):
         def swapped(module: nn.Module) -> type:
             if module in twins:
                 return _layer_class(class_of(module), dtype, carried=module not in alone)
-            return (
-                _border_class(module, dtype, part.method) if module in outer else _island_class(class_of(module), dtype)
-            )
+            if module in outer:
+                return _border_class(module, dtype, part.method, next(iter(layers)))
+            return _island_class(class_of(module), dtype)
 
         return CarryingSwap([*layers, *(islands - outer), *outer], swapped, HALF, twins)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Return the fp32 convolutions and linear layers outside fused blocks."""
-    from torch import nn
-
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     known = {kind.forward for kind in kinds}
     return [
         inner
         for inner in open_modules(module)
-        if isinstance(inner, kinds) and _in_fp32(inner) and (plain_class(inner).forward in known or _is_leaf(inner))
+        if isinstance(inner, kinds)
+        and inner.weight.dtype == torch.float32
+        and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
 
 
@@ -131,9 +135,6 @@ def _is_leaf(layer: nn.Module) -> bool:
     A causal convolution only pads, and an adapter layer without adapters is a plain one: both work with half-precision
     weights. The forward of an active adapter or of a quantised layer is unknown.
     """
-    import torch
-    from torch import nn
-
     tensors = {name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
     return (
         not layer._modules
@@ -142,25 +143,26 @@ def _is_leaf(layer: nn.Module) -> bool:
     )
 
 
-def _in_fp32(layer: nn.Module) -> bool:
-    import torch
+def _is_cast(layer: nn.Module) -> bool:
+    """Check that a layer was cast to half precision since, by its parameters.
 
-    weight: Any = layer.weight
-    return bool(weight.dtype == torch.float32)
+    A weight that a hook computes is that of the last call.
+    """
+    if type(layer._parameters) is Absent:  # reading offloaded weights would reload them
+        return False
+    return next(layer.parameters()).dtype in {torch.bfloat16, torch.float16}
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
     """Check for any other module with weights of its own: a norm, a recurrent net, an attention."""
-    from torch.nn.utils.parametrize import ParametrizationList
-
     own = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
     return own and module not in layers and not isinstance(module, ParametrizationList)
 
 
 def half_copy(module: Any, dtype: torch.dtype) -> Any:
-    """Make a shallow copy of a layer with half-precision weights."""
-    from torch.nn.utils.parametrize import is_parametrized
-
+    """Make a shallow copy of a layer with half-precision weights; `None` if the layer has such weights itself."""
+    if _is_cast(module):
+        return None
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
     halves = {
@@ -176,11 +178,12 @@ def half_copy(module: Any, dtype: torch.dtype) -> Any:
 
 @per_class
 def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
-    import torch
 
-    taken = {torch.float32, dtype}
+    taken, own = {torch.float32, dtype}, plain.forward
 
     def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
+        if plain.forward is not own:
+            return call_patched(plain, self, input, *args, **kwargs)  # type: ignore[no-any-return]
         half = getattr(self, HALF, None)  # another thread may have switched the change off
         # Other dtypes get torch's own error; the layer may also have been cast, or been given an adapter.
         if (
@@ -190,7 +193,10 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
             or [name for name in self._modules if name != "parametrizations"]
         ):
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
-        y = plain.forward(half.get(), input.to(dtype), *args, **kwargs)
+        twin = half.get()
+        if twin is None:
+            return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+        y = plain.forward(twin, input.to(dtype), *args, **kwargs)
         return y if carried else y.to(input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
@@ -199,16 +205,21 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
 @per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]:  # it was cast
+            return plain.forward(self, *args, **kwargs)
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))
 
     return subclass_with(plain, forward)
 
 
-def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
+def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layer: nn.Module) -> type:
+    """Make the class of a part. `layer` is one of its layers, and shows if the part was cast."""
     name = "forward" if method == CALL else method
     plain, mode = getattr(type(module), name), _islands(dtype)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_cast(layer):
+            return plain(self, *args, **kwargs)
         with mode():
             result = plain(self, *args, **kwargs)
         return _raised(result, dtype)
@@ -218,18 +229,12 @@ def _border_class(module: nn.Module, dtype: torch.dtype, method: str) -> type:
 
 def _raised(value: Any, dtype: torch.dtype) -> Any:
     """Cast the half-precision tensors of a value to fp32."""
-    import torch
-    from torch.nn.utils.rnn import PackedSequence
-    from torch.utils import _pytree
-
     # A packed sequence is a leaf of the pytree in torch 2.6, and a node in 2.14.
     kinds = (torch.Tensor, PackedSequence)
     return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
 
 
 def _dtype_of(value: Any) -> torch.dtype:
-    import torch
-
     return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
 
 
@@ -239,8 +244,6 @@ def delicate_functions() -> frozenset[Any]:
 
     In-place functions are excluded, since they would write into the copy.
     """
-    import torch
-
     names = ["stft", "istft", "cumsum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logsumexp"]
     names += ["sin", "cos", "pow"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names]
@@ -252,22 +255,21 @@ def delicate_functions() -> frozenset[Any]:
 
 @cache
 def _products() -> frozenset[Any]:
-    """Return the functions that multiply matrices of one dtype only.
+    """Return the functions that multiply tensors of one dtype only.
 
-    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision.
+    Transformers before 4.54 may rotate queries and keys by fp32 cosines and leave the values in half precision. A layer
+    that was exchanged or parametrized after tuning has fp32 weights.
     """
-    import torch
-
     names = ["matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "einsum"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names if hasattr(holder, name)]
     functions += [torch.Tensor.__matmul__, torch.Tensor.__rmatmul__]
+    convolutions = [f"conv{transpose}{number}d" for transpose in ("", "_transpose") for number in (1, 2, 3)]
+    functions += [getattr(torch.nn.functional, name) for name in ("linear", "bilinear", *convolutions)]
     return frozenset([*functions, torch.nn.functional.scaled_dot_product_attention])
 
 
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
     """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
-    import torch
-
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
     found = {item.dtype for item in flat if isinstance(item, torch.Tensor)}
     return dtype in found and torch.float32 in found
@@ -275,8 +277,6 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 @cache
 def _islands(dtype: torch.dtype) -> Any:
-    from torch.overrides import TorchFunctionMode
-
     # No sets: dynamo cannot trace look-ups in one.
     delicate, products = dict.fromkeys(delicate_functions()), dict.fromkeys(_products())
 

@@ -17,8 +17,12 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
+import torch
+from torch import nn
+
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import (
     PACKED,
@@ -34,8 +38,6 @@ from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import nn
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -75,14 +77,12 @@ class QuantizeStage(BaseStage):
         self._engine = engine
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         layers = _linears(part.module)
         if not layers:
             return "no large linear layer in it"
         return "next to nothing is left beside its fused blocks" if are_left_over(layers, part.module) else None
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
         calls = {module: Derived(module, make) for module in _linears(part.module)}
         return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
@@ -98,21 +98,17 @@ class QuantizeRecurrentStage(BaseStage):
     after = ("int8 linear layers",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _recurrent(part.module) else "no recurrent layer in it"
 
     def prepare(self, part: Part) -> CarryingSwap:
-        """See `Stage.prepare`."""
         calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
         return CarryingSwap(
-            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES), PACKED, calls
+            list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES, only_fp32=True), PACKED, calls
         )  # fmt: skip
 
 
 def engines() -> list[str]:
     """Return this machine's engines for 8-bit linear layers, torch's own choice first."""
-    import torch
-
     there = set(torch.backends.quantized.supported_engines)
     own = next((name for name in ("x86", "fbgemm", "qnnpack") if name in there), None)
     found = [name for name in (own, "onednn" if "onednn" in there else None) if name is not None]
@@ -120,8 +116,6 @@ def engines() -> list[str]:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
@@ -133,9 +127,6 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 
 def _recurrent(module: nn.Module) -> list[nn.Module]:
-    import torch
-    from torch import nn
-
     return [
         inner
         for inner in module.modules()
@@ -147,8 +138,7 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
 
 
 @per_class
-def _quantized_class(plain: Any, least: int) -> type:
-    import torch
+def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type:
 
     own = plain.forward
 
@@ -161,6 +151,7 @@ def _quantized_class(plain: Any, least: int) -> type:
             packed is None
             or is_watched(*(() if is_sequence else (input,)))
             or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
+            or (only_fp32 and (input.data if is_sequence else input).dtype != torch.float32)
         ):
             return plain.forward(self, input, *args, **kwargs)
         return packed.get()(input, *args, **kwargs)
@@ -170,22 +161,22 @@ def _quantized_class(plain: Any, least: int) -> type:
 
 def _packed_call(engine: str) -> Any:
     def make(module: Any) -> Any:
-        import torch
-
         weight = module.weight.detach().float()
-        # Symmetric over -127 .. 127, without -128. The clamp gives rows of zeros a scale.
-        scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
+        scales = int8_scales(weight).double()
         points = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.14 announces the removal of its quantised tensors
             quantized = torch.quantize_per_channel(weight, scales, points, 0, torch.qint8)
-        packed = _prepacked(engine, quantized, None if module.bias is None else module.bias.detach().float())
+        bias = None if module.bias is None else module.bias.detach().float()
+        apart = None if bias is None or is_bias(bias, len(weight)) else bias.clone()
+        packed = _prepacked(engine, quantized, bias if apart is None else None)
         # On x86 without VNNI the 16-bit sums of FBGEMM and oneDNN overflow unless activations leave one bit free.
         on_x86 = "fbgemm" in torch.backends.quantized.supported_engines
         reduced = on_x86 and engine != "qnnpack" and not torch.cpu._is_vnni_supported()
 
         def call(x: Any) -> Any:
-            return torch.ops.quantized.linear_dynamic(x.float(), packed, reduced).to(x.dtype)
+            y = torch.ops.quantized.linear_dynamic(x.float(), packed, reduced)
+            return (y if apart is None else y + apart).to(x.dtype)
 
         return call
 
@@ -193,8 +184,6 @@ def _packed_call(engine: str) -> Any:
 
 
 def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
-    import torch
-
     # The engine is read only while packing; a packed weight keeps its own kernels.
     with _packing:
         before = torch.backends.quantized.engine
@@ -206,7 +195,6 @@ def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
 
 
 def _torchao_call(module: Any) -> Any:
-    from torch import nn
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     twin = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -216,14 +204,12 @@ def _torchao_call(module: Any) -> Any:
     quantize_(twin, Int8DynamicActivationInt8WeightConfig())
 
     def call(x: Any) -> Any:
-        return twin(x.float()).to(x.dtype)
+        return twin.forward(x.float()).to(x.dtype)  # not by a call, which would run global hooks once more
 
     return call
 
 
 def _quantized_recurrent(module: Any) -> Any:
-    import torch
-
     plain = plain_class(module)
     twin: Any = object.__new__(plain)  # the converter looks up the class, and would put the user's module into eval
     twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # the converter copies it

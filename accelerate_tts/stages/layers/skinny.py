@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.classes import class_of, is_torchs_linear, plain_class
+import torch
+from torch import nn
+
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.kernels.calls import missing, skinny_linear
-from accelerate_tts.kernels.weight_formats import (
-    MOST_ROWS,
-    Weights,
-    in_bf16,
-    in_int8,
-    is_transposed,
-)
+from accelerate_tts.kernels.calls import skinny_linear
+from accelerate_tts.kernels.library import missing
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
 from accelerate_tts.patching.class_swap import (
     COPY,
     CarryingSwap,
@@ -35,8 +33,6 @@ from accelerate_tts.stages.base import LEAST_FEW_ROWS, FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from accelerate_tts.plan import Part
 
 __all__ = ["SkinnyStage"]
@@ -47,11 +43,7 @@ _LEAST_WEIGHTS = 16_384
 
 @register_stage
 class SkinnyStage(FormatStage):
-    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs.
-
-    Args:
-        weights: Format in which the kernel reads the weights.
-    """
+    """Computes linear layers (and transformers' Conv1D) by a kernel for inputs of up to eight rows. For CPUs."""
 
     name = "skinny linear layers"
     group = "linear layers"
@@ -59,7 +51,6 @@ class SkinnyStage(FormatStage):
     after = ("half precision",)
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.few_rows < LEAST_FEW_ROWS:
             return "next to nothing of its linear work has few rows"
         if (reason := missing()) is not None:
@@ -70,7 +61,6 @@ class SkinnyStage(FormatStage):
         return _layers(part.module, own=self._weights == "fp32")
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         skinny_linear()
         layers = self._layers(part)
         if self._weights == "fp32":
@@ -83,30 +73,22 @@ class SkinnyStage(FormatStage):
 
 def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
     """Return the layers that the kernel supports; with `own`, which uses the module's own weights, also bf16 ones."""
-    import torch
-    from torch import nn
-
     return [
         inner
         for inner in open_modules(module)
         if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
         and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
-        and (inner.weight.dtype == torch.float32 or (own and _is_bf16(inner)))
+        and (
+            inner.weight.dtype == torch.float32
+            or (own and inner.weight.dtype == torch.bfloat16 and not is_transposed(inner))
+        )
         and inner.weight.device.type == "cpu"
     ]
 
 
-def _is_bf16(module: Any) -> bool:
-    import torch
-
-    return module.weight.dtype == torch.bfloat16 and not is_transposed(module)
-
-
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
     """Check that the kernel supports an input. All others, wrong ones included, get torch's own result or error."""
-    import torch
-
     return bool(
         type(x) is torch.Tensor
         and x.dtype == (dtype or torch.float32)
@@ -121,8 +103,6 @@ def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
 
 
 def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
-    import torch
-
     inputs = weight.shape[0 if transposed else 1]
     rows = x.reshape(-1, inputs).contiguous()
     compiling = torch.compiler.is_compiling()
@@ -133,8 +113,6 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
 
 @per_class
 def _exact_class(plain: Any, transposed: bool) -> type:
-    import torch
-
     own = plain.forward
 
     def forward(self: Any, x: Any) -> Any:
@@ -143,7 +121,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         weight, bias = self.weight, self.bias
         inputs = weight.shape[0 if transposed else 1]
         outputs = weight.shape[1 if transposed else 0]
-        if not _is_bias(bias, outputs):
+        if not is_bias(bias, outputs):
             return plain.forward(self, x)
         if weight.dtype == torch.bfloat16 and _takes(x, inputs, weight.dtype) and _fits(weight, weight.dtype):
             # Sums in fp32, rounded once at the end, as bf16 hardware does.
@@ -156,14 +134,7 @@ def _exact_class(plain: Any, transposed: bool) -> type:
     return subclass_with(plain, forward)
 
 
-def _is_bias(bias: Any, outputs: int) -> bool:
-    """Check that a bias has one number for each output. torch broadcasts other shapes, the kernel does not."""
-    return bias is None or tuple(bias.shape) == (outputs,)
-
-
 def _fits(tensor: Any, dtype: Any = None) -> bool:
-    import torch
-
     return tensor is None or bool(
         type(tensor) in {torch.Tensor, torch.nn.Parameter}
         and tensor.dtype == (dtype or torch.float32)
@@ -181,7 +152,7 @@ def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
             return call_patched(plain, self, x)
         bias = self.bias
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
-        if not _takes(x, inputs) or not (_fits(bias) and _is_bias(bias, outputs)):
+        if not _takes(x, inputs) or not (_fits(bias) and is_bias(bias, outputs)):
             return plain.forward(self, x)
         copy = getattr(self, COPY, None)  # another thread may have switched the change off
         if copy is None:

@@ -1,22 +1,23 @@
 """Weight-norm folding: compute `g * v / ||v||` once instead of at every call. Bit-exact.
 
 Both of torch's interfaces are folded: `torch.nn.utils.weight_norm` (a pre-forward hook) and
-`torch.nn.utils.parametrizations.weight_norm` (a property of a class made for that module).
+`torch.nn.utils.parametrizations.weight_norm` (a list of parametrizations, which a property of the module runs).
 
-Removing the norm, as `remove_weight_norm` does, changes the keys of the state dict. Here the parameters stay in place,
-and the product is a non-persistent buffer. `state_dict`, `load_state_dict`, `.to()` and `named_parameters` work as
-before, and a pickled or copied module is unfolded. Each read of the weight checks the factors (weight_versions.py) and
-recomputes the product if they were written. With gradients on, and under tracing, the weight is computed at each call,
-as upstream does.
+The hook or the list gets a class that keeps its product; the module, its parameters and its class stay as they are. So
+`state_dict`, `load_state_dict`, `.to()`, `named_parameters` and torch's own ways to add and remove a norm work as
+before, and a pickled or copied module is unfolded. Each run checks the factors (weight_versions.py) and recomputes the
+product if they were written. With gradients on, and under tracing, the weight is computed at each call, as upstream
+does.
 """
 
 from __future__ import annotations
 
-import copy
 import copyreg
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.inspection.tracing import is_traced
+import torch
+
+from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import per_class, unannounced
 from accelerate_tts.patching.weight_versions import Weights
@@ -24,15 +25,15 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from accelerate_tts.plan import Part
 
 __all__ = ["FoldStage", "has_folds"]
 
-_FOLD = "_accelerate_tts_fold"
-# Containers in a module's __dict__ that a fold changes.
-_EDITED = {"_forward_pre_hooks", "_buffers", "_non_persistent_buffers_set"}
+_FOLD, _PRODUCT = "_accelerate_tts_fold", "_accelerate_tts_product"
 
 
 @register_stage
@@ -43,11 +44,9 @@ class FoldStage(BaseStage):
     least_share = 0.0
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         return None if _foldable(part.module) else "no weight norm in it"
 
     def prepare(self, part: Part) -> _Folds:
-        """See `Stage.prepare`."""
         return _Folds(_foldable(part.module))
 
 
@@ -66,183 +65,178 @@ class _Folds(BaseChange):
 
 def has_folds(module: nn.Module) -> bool:
     """Check that a weight inside a module is folded now. A compiled graph treats it as a plain weight."""
-    return any(_FOLD in vars(inner) for inner in module.modules())
+    return any(
+        _FOLD in vars(holder)
+        for inner in module.modules()
+        for holder in (inner, *inner._forward_pre_hooks.values())
+        if hasattr(holder, "__dict__")
+    )
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield the modules with a weight norm, each with the hook or the list of parametrizations that computes it."""
+    for inner in module.modules():
+        hooks = [hook for hook in inner._forward_pre_hooks.values() if type(hook).__name__ == "WeightNorm"]
+        if len(hooks) == 1 and hasattr(hooks[0], "compute_weight"):
+            yield inner, hooks[0]
+            continue
+        lists: Any = getattr(inner, "parametrizations", None) or {}
+        if len(lists) == 1:
+            steps = next(iter(lists.values()))
+            if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
+                yield inner, steps
 
 
 def _foldable(module: nn.Module) -> list[_Fold]:
-    folds: list[_Fold] = []
-    for inner in module.modules():
-        if _FOLD in vars(inner):
-            continue
-        hooks = [hook for hook in inner._forward_pre_hooks.items() if type(hook[1]).__name__ == "WeightNorm"]
-        if len(hooks) == 1 and hasattr(hooks[0][1], "compute_weight"):
-            folds.append(_HookFold(inner, *hooks[0]))
-            continue
-        parametrized = getattr(inner, "parametrizations", None) or {}
-        if len(parametrized) == 1:  # a second parametrized tensor still needs the class
-            name, steps = next(iter(parametrized.items()))
-            if len(steps) == 1 and type(steps[0]).__name__ == "_WeightNorm":
-                folds.append(_ParametrizationFold(inner, name))
-    return folds
+    return [
+        _ListFold(inner, norm) if hasattr(norm, "_parameters") else _HookFold(inner, norm)
+        for inner, norm in _norms(module)
+        if _FOLD not in vars(norm)
+    ]
 
 
 class _Fold:
-    """The fold of one tensor of one module."""
+    """The fold of one weight of one module.
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    Args:
+        module: The module.
+        norm: The hook, or the list of parametrizations, that computes the weight.
+    """
+
+    def __init__(self, module: nn.Module, norm: Any) -> None:
         self.module = module
-        self.name = name
-        self.own_class = type(module)
-        self._on = False
-        # The product, and the versions of its factors. One pair, replaced atomically.
-        self._made: tuple[Weights, Any] | None = None
+        self._norm = norm
+        self._class: type | None = None
+        # Watches on the factors and on the product, the steps that it was made by, and the product. One tuple, replaced
+        # atomically.
+        self._made: tuple[Weights, Weights, list[Any], torch.Tensor] | None = None
 
     def weight(self) -> Any:
-        """Compute the folded tensor by torch's own operation."""
+        """Compute the weight by torch's own operation."""
         raise NotImplementedError
 
     def factors(self) -> list[dict[str, Any]]:
         """Return the parameter dictionaries that hold the factors."""
         raise NotImplementedError
 
-    def plain_class(self) -> type:
-        """Return the class without the weight norm."""
+    def steps(self) -> list[Any]:
+        """Return the objects that the weight is computed by."""
+        return []
+
+    def folded(self, plain: type) -> type:
+        """Return the class of the hook or list while the fold is on."""
         raise NotImplementedError
 
-    def detach(self, module: nn.Module) -> None:
-        """Remove the weight norm's hook, if it has one."""
-
-    def attach(self, module: nn.Module) -> None:
-        """Restore the weight norm's hook, if it has one."""
+    def place(self, product: torch.Tensor) -> None:
+        """Put the product where a compiler finds a weight: in an attribute of a module."""
+        raise NotImplementedError
 
     def on(self) -> None:
-        if self._on:
+        if _FOLD in vars(self._norm):
             return
-        module = self.module
-        self.own_class = type(module)  # read again: another change may have been switched since __init__
-        weight = self.product()
-        self.detach(module)
-        module.__class__ = _folded_class(self.plain_class(), self.name)
-        module._buffers[self.name] = weight
-        module._non_persistent_buffers_set.add(self.name)
-        vars(module)[_FOLD] = self
-        self._on = True
+        folded = self.folded(type(self._norm))
+        self.place(self.product())
+        self._class = type(self._norm)
+        vars(self._norm)[_FOLD] = self
+        self._norm.__class__ = folded
 
     def off(self) -> None:
-        if self._on:
-            self.unfold(self.module)
-            self._on = False
+        if self._class is not None and vars(self._norm).get(_FOLD) is self:
+            self._norm.__class__ = self._class
+            del vars(self._norm)[_FOLD]
+            vars(self._norm).pop(_PRODUCT, None)
 
-    def unfold(self, module: nn.Module) -> None:
-        """Undo the fold on `module`, which is the folded module or a shallow copy of it."""
-        del vars(module)[_FOLD]
-        del module._buffers[self.name]
-        module._non_persistent_buffers_set.discard(self.name)
-        module.__class__ = self.own_class
-        self.attach(module)
-
-    def product(self) -> Any:
-        """Return the folded tensor; recompute it if a factor was written or replaced."""
-        import torch
-
+    def product(self) -> torch.Tensor:
+        """Return the folded weight; recompute it if a factor was written or replaced."""
         made = self._made
-        if made is None or made[0].outdated():
+        # Whoever writes to a weight that upstream computes at each call has no effect on the next call.
+        if made is None or made[0].outdated() or made[1].outdated() or made[2] != self.steps():
             # A normal tensor, even if tuning runs in inference mode, since it outlives that scope.
             with torch.inference_mode(mode=False), torch.no_grad():
-                made = self._made = (Weights.at(self.factors()), self.weight().detach().clone())
-        return made[1]
-
-    def current(self) -> Any:
-        """Return the weight for a read."""
-        import torch
-
-        buffers = self.module._buffers
-        if torch.compiler.is_compiling():  # the compiled callers check at each call (`has_folds`)
-            return buffers[self.name]
-        if torch.is_grad_enabled() or is_traced():
-            return self.weight()
-        weight = self.product()
-        if buffers.get(self.name) is not weight:
-            buffers[self.name] = weight
-        return weight
+                watched = Weights.at(self.factors())  # first the watch, so that a concurrent write is seen next time
+                product = self.weight().detach().clone()
+                made = self._made = (watched, Weights.at([{"": product}]), self.steps(), product)
+        return made[3]
 
 
 class _HookFold(_Fold):
     """`torch.nn.utils.weight_norm`: a pre-forward hook that writes a plain attribute at every call."""
 
-    def __init__(self, module: nn.Module, number: int, hook: Any) -> None:
-        super().__init__(module, hook.name)
-        self._number = number
-        self._hook = hook
-        self._order = list(module._forward_pre_hooks)
-        self._attribute: Any = None
-
     def weight(self) -> Any:
-        return self._hook.compute_weight(self.module)
+        return self._norm.compute_weight(self.module)
 
     def factors(self) -> list[dict[str, Any]]:
         return [self.module._parameters]
 
-    def plain_class(self) -> type:
-        return self.own_class
+    def folded(self, plain: type) -> type:
+        return _hook_class(plain)
 
-    def detach(self, module: nn.Module) -> None:
-        del module._forward_pre_hooks[self._number]
-        self._attribute = vars(module).pop(self.name)
-
-    def attach(self, module: nn.Module) -> None:
-        vars(module)[self.name] = self._attribute
-        hooks = module._forward_pre_hooks
-        now = {**hooks, self._number: self._hook}
-        later = [number for number in now if number not in self._order]
-        hooks.clear()  # restores the hook's place; hooks registered since then come behind
-        hooks.update({number: now[number] for number in [*self._order, *later] if number in now})
+    def place(self, product: torch.Tensor) -> None:
+        if vars(self.module).get(self._norm.name) is not product:
+            setattr(self.module, self._norm.name, product)
 
 
-class _ParametrizationFold(_Fold):
-    """`torch.nn.utils.parametrizations.weight_norm`: a property of a class that torch made for this module."""
+class _ListFold(_Fold):
+    """`torch.nn.utils.parametrizations.weight_norm`: a list of one step, which others may be added to."""
 
     def weight(self) -> Any:
-        return self._parametrization()
+        plain: Any = self._class or type(self._norm)
+        return plain.forward(self._norm)
 
     def factors(self) -> list[dict[str, Any]]:
-        return [inner._parameters for inner in self._parametrization.modules()]
+        return [inner._parameters for inner in self._norm.modules()]
 
-    def plain_class(self) -> type:
-        return self.own_class.__bases__[0]
+    def steps(self) -> list[Any]:
+        return list(self._norm._modules.values())
 
-    @property
-    def _parametrization(self) -> Any:
-        lists: Any = self.module.parametrizations
-        return lists[self.name]
+    def folded(self, plain: type) -> type:
+        return _list_class(plain)
+
+    def place(self, product: torch.Tensor) -> None:
+        if vars(self._norm).get(_PRODUCT) is not product:
+            vars(self._norm)[_PRODUCT] = product
 
 
 @per_class
-def _folded_class(plain: type, name: str) -> type:
-    def weight(self: Any) -> Any:
-        fold: Any = vars(self).get(_FOLD)
-        # A half-precision copy shares the fold with its module, and a user may have set a weight of their own.
-        if fold is not None and fold.module is self and name in self._buffers:
-            return fold.current()
-        return self.__getattr__(name)
+def _hook_class(plain: Any) -> type:
+    def run(self: Any, module: Any, inputs: Any) -> None:
+        fold = vars(self).get(_FOLD)
+        # A half-precision copy shares the hook with its module.
+        if (
+            fold is None
+            or fold.module is not module
+            or is_watched()
+            or (not torch.compiler.is_compiling() and torch.is_grad_enabled())
+        ):
+            plain.__call__(self, module, inputs)
+        elif not torch.compiler.is_compiling():  # the compiled callers check at each call (`has_folds`)
+            fold.place(fold.product())
 
-    def untouched(self: Any) -> Any:
-        fold = vars(self)[_FOLD]
-        twin = fold.own_class.__new__(fold.own_class)
-        twin.__dict__ = {
-            # The containers that unfold() edits are copied; all else is shared.
-            key: copy.copy(value) if key in _EDITED else value
-            for key, value in vars(self).items()
-        }
-        fold.unfold(twin)
-        return twin
+    return unannounced(plain, {"__call__": run, "__reduce_ex__": _reduced(plain)})
 
+
+@per_class
+def _list_class(plain: Any) -> type:
+    def forward(self: Any) -> Any:
+        fold = vars(self).get(_FOLD)
+        if fold is None:  # another thread has switched the fold off
+            return plain.forward(self)
+        if is_watched() or (not torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return plain.forward(self)
+        if torch.compiler.is_compiling():
+            return self._accelerate_tts_product  # as above
+        product = fold.product()
+        fold.place(product)
+        return product
+
+    return unannounced(plain, {"forward": forward, "__reduce_ex__": _reduced(plain)})
+
+
+def _reduced(plain: type) -> Any:
     def reduce_ex(self: Any, _protocol: int) -> Any:
-        twin = untouched(self)
+        twin: Any = object.__new__(plain)
+        twin.__dict__ = {name: value for name, value in vars(self).items() if name not in {_FOLD, _PRODUCT}}
         # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
-        return copyreg._reconstructor, (type(twin), object, None), twin.__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (plain, object, None), twin.__getstate__()  # type: ignore[attr-defined]
 
-    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(untouched(self), memo)
-
-    return unannounced(plain, {name: property(weight), "__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy})
+    return reduce_ex

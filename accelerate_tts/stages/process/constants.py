@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.patching.change import BaseChange
 
 if TYPE_CHECKING:
@@ -67,8 +69,6 @@ class _Function:
         self.stand_in = self._make()
 
     def _make(self) -> Callable[..., Any]:
-        import torch
-
         @functools.wraps(self.upstream)
         def constant(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not (self.users or self.watchers):
@@ -196,7 +196,6 @@ class KeptConstants(BaseChange):
         )
 
     def on(self) -> None:
-        """See `Change.on`."""
         with _lock:
             if self._release is None:
                 functions = _replace(set(self.found))
@@ -208,7 +207,6 @@ class KeptConstants(BaseChange):
                 self._release = release
 
     def off(self) -> None:
-        """See `Change.off`."""
         with _lock:
             if self._release is not None:
                 self._release()
@@ -268,21 +266,15 @@ def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
 
 def _modes() -> bool:
     """Check for an active torch mode that changes the tensors that calls make: a device context, fake tensors."""
-    import torch
-
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 def _settings() -> Hashable:
-    import torch
-
     return torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _key(value: Any, depth: int = 0) -> Hashable:
     """Return the cache key of an argument. It distinguishes 1, 1.0 and True, and 0.0 and -0.0."""
-    import torch
-
     if type(value) in {tuple, list} and depth < _DEEPEST_KEY:
         return type(value), *(_key(item, depth + 1) for item in value)
     if type(value) is float:
@@ -294,8 +286,6 @@ def _key(value: Any, depth: int = 0) -> Hashable:
 
 def _copied(value: Any) -> Any:
     """Return a copy of a result that the caller may write into."""
-    import torch
-
     numpy: Any = sys.modules.get("numpy")
     array: Any = value
     if type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad:
@@ -311,8 +301,6 @@ def _copied(value: Any) -> Any:
 
 def _same(first: Any, second: Any) -> bool:
     """Check that two results are bit-identical, strides included."""
-    import torch
-
     if type(first) is not type(second):
         return False
     if isinstance(first, torch.Tensor):

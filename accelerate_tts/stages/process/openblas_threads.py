@@ -33,12 +33,10 @@ class QuietBlasStage(BaseStage):
     process = True
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         del part
         return None if busy_libraries() else "no OpenBLAS with several threads is loaded"
 
     def prepare(self, part: Part) -> _Quiet:
-        """See `Stage.prepare`."""
         del part
         return _Quiet()
 

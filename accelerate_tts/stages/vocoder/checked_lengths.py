@@ -53,7 +53,15 @@ _TEXTS = 8
 
 
 class _TooCloseError(Exception):
-    """A decision of this call may depend on rounding."""
+    """A decision of this call may depend on rounding.
+
+    Attributes:
+        drawn: True if the deciding part has drawn its random numbers.
+    """
+
+    def __init__(self, *, drawn: bool) -> None:
+        super().__init__()
+        self.drawn = drawn
 
 
 def is_checked(module: nn.Module) -> bool:
@@ -268,10 +276,11 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
         try:
             try:
                 return plain.forward(self, *args, **kwargs)
-            except _TooCloseError:
+            except _TooCloseError as close:
                 guard.repeated += 1
-            # Other code may have drawn meanwhile, so the generators continue from their present states afterwards.
-            attempt.untouched, attempt.fast, attempt.later = True, False, _states()
+                # Other code may have drawn meanwhile, so the generators continue from their present states afterwards.
+                attempt.later = _states() if close.drawn else None
+            attempt.untouched, attempt.fast = True, False
             _put_back(before)
             return plain.forward(self, *args, **kwargs)
         finally:
@@ -310,7 +319,7 @@ def _deciding_class(plain: Any, served: Served, guard: _Guard) -> type:
         if attempt is None or attempt.guard is not guard:  # a replayed call, which decides nothing
             return plain.forward(self, *args, **kwargs) if found is None else found.value
         if found is None and attempt.fast:
-            raise _TooCloseError
+            raise _TooCloseError(drawn=False)
         value = plain.forward(self, *args, **kwargs) if found is None else found
         if attempt.measuring:
             raise _MeasuredError(value)
@@ -319,7 +328,7 @@ def _deciding_class(plain: Any, served: Served, guard: _Guard) -> type:
         if found is None:
             return value
         if not guard.holds(attempt, found):
-            raise _TooCloseError
+            raise _TooCloseError(drawn=True)
         return found.value
 
     return _marked(plain, forward, served, guard)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from accelerate_tts import ConcurrencyError, SettingsError, inference, optimized_model
 from accelerate_tts.errors import shown
-from accelerate_tts.runtime.concurrency import limiter, queue
+from accelerate_tts.runtime.concurrency import queue
 
 WAIT = 30.0  # seconds after which a test gives up on something that should have happened
 
@@ -102,7 +102,7 @@ def backend(limit: int | None) -> Any:
 
 def free(item: Any) -> bool:
     """Check that no permit is held and no call waits."""
-    room = limiter.room_of(item, item)
+    room = queue.room_of(item, item)
     return not room._slots and not room._queue and not room._inbox
 
 
@@ -116,7 +116,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def waiting(item: Any) -> int:
-    return len(limiter.room_of(item, item)._queue)
+    return len(queue.room_of(item, item)._queue)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
@@ -221,17 +221,16 @@ def test_copies_and_pickles_have_turns_of_their_own() -> None:
     twin = copy.deepcopy(module)
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(lambda item: item(torch.ones(2)), [module, twin]))) == 2
-    assert limiter.room_of(module, None) is not limiter.room_of(twin, None)
+    assert queue.room_of(module, None) is not queue.room_of(twin, None)
 
 
 def test_a_room_lives_as_long_as_its_object() -> None:
     one = backend(1)
     one.speak("x")
-    number = id(one)
-    assert number in queue._rooms
+    count = len(queue._rooms)
     del one
     gc.collect()
-    assert number not in queue._rooms
+    assert len(queue._rooms) < count
 
 
 def test_objects_that_take_no_weak_reference_take_turns_together() -> None:
@@ -449,8 +448,14 @@ def test_streams_go_from_thread_to_thread_and_are_collected_in_others() -> None:
 # --- waits that would never end -----------------------------------------------------------------------------------
 
 
+def hasty(item: Any) -> Any:
+    """The object, for whose permits a thread waits a moment only, if it would wait for ever."""
+    queue.room_of(item, item).wait_limit = 0.02
+    return item
+
+
 def test_a_call_in_the_loop_over_a_stream_is_refused_and_not_hung() -> None:
-    one = backend(1)
+    one = hasty(backend(1))
     for _ in one.stream("x", 1):
         for again in (lambda: one.speak("y"), lambda: next(one.stream("y"))):
             with pytest.raises(ConcurrencyError, match=r"^.*speak|stream would wait for ever: concurrency=1,.* Close"):
@@ -460,7 +465,7 @@ def test_a_call_in_the_loop_over_a_stream_is_refused_and_not_hung() -> None:
 
 
 def test_two_streams_of_two_are_fine_and_a_third_is_refused() -> None:
-    one = backend(2)
+    one = hasty(backend(2))
     assert list(zip(one.stream("a"), one.stream("b"), strict=True)) == [("a", "b")] * 3
     first, second = one.stream("a"), one.stream("b")
     next(first)
@@ -502,7 +507,7 @@ async def test_a_plain_call_that_would_block_the_loop_of_the_turn_is_refused() -
 
 def test_a_thread_that_gave_its_stream_away_in_a_context_of_its_own_may_wait() -> None:
     """Take each item in a thread of a pool, in a copy of the context, as web frameworks do."""
-    one = backend(1)
+    one = hasty(backend(1))
     stream = one.stream("x", 2)
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as other:
         pool.submit(contextvars.copy_context().run, next, stream).result(WAIT)
@@ -510,6 +515,30 @@ def test_a_thread_that_gave_its_stream_away_in_a_context_of_its_own_may_wait() -
         until(lambda: waiting(one) == 1)
         assert other.submit(list, stream).result(WAIT) == ["x"]
         assert job.result(WAIT) == "y"
+
+
+def test_a_thread_waits_on_while_others_take_the_stream_and_only_then() -> None:
+    """Its own last item is no reason to give up, as long as the next one is being computed elsewhere."""
+    one = backend(1)
+    stream, computing, go_on = one.stream("x", 2), threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as other:
+        pool.submit(next, stream).result(WAIT)
+        one.pause = lambda: (computing.set(), go_on.wait(WAIT))
+        rest = other.submit(list, stream)
+        assert computing.wait(WAIT)
+        hasty(one)
+        job = pool.submit(one.speak, "y")
+        until(lambda: waiting(one) == 1)
+        threading.Event().wait(0.1)  # several times the wait limit
+        go_on.set()
+        assert rest.result(WAIT) == ["x"]
+        assert job.result(WAIT) == "y"
+        stream = one.stream("z", 2)
+        pool.submit(next, stream).result(WAIT)
+        with pytest.raises(ConcurrencyError, match="wait for ever"):
+            pool.submit(one.speak, "w").result(WAIT)
+        stream.close()
+    assert free(one)
 
 
 @pytest.mark.parametrize("loops", [1, 2])
@@ -530,7 +559,7 @@ async def test_a_thread_of_a_pool_that_took_an_item_may_wait_for_the_rest(loops:
 
 
 def test_a_stream_that_a_generator_hands_on_is_known_as_well() -> None:
-    one = backend(1)
+    one = hasty(backend(1))
 
     def handed_on() -> Iterator[str]:
         yield from one.stream("x", 1)

@@ -135,6 +135,29 @@ def test_it_goes_on_in_one_call_once_nothing_comes_between(
     assert len([event for event in seen if isinstance(event, NotApplied)]) == 2, "one for each time"
 
 
+HOOKED: dict[str, Callable[[Any], list[Any]]] = {
+    "a block": lambda model: [model.layers[2]],
+    "every block": lambda model: list(model.layers),
+    "inside a block": lambda model: [model.layers[1].mlp],
+    "inside every block": lambda model: [layer.mlp for layer in model.layers],
+    "the first and the last": lambda model: [model.layers[0], model.layers[-1].self_attn.o_proj],
+}
+
+
+@pytest.mark.usefixtures("layered_caches")
+@pytest.mark.parametrize("where", HOOKED)
+def test_hooks_that_were_there_leave_nothing_behind(where: str, pair: tuple[Any, Any], calls: list[int]) -> None:
+    """However many tokens they were there for: all blocks are computed in one call again."""
+    handles = [module.register_forward_hook(_out_of_place) for model in pair for module in HOOKED[where](model)]
+    assert close(*(run(model, 9) for model in pair))
+    for handle in handles:
+        handle.remove()
+    run(pair[1], 3)
+    calls.clear()
+    assert close(*(run(model, 4) for model in pair))
+    assert calls == [LAYERS] * 4
+
+
 def test_a_mask_of_its_own_for_a_block_is_seen(pair: tuple[Any, Any]) -> None:
     def hide(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden = torch.zeros(2, 1, 1, 7)

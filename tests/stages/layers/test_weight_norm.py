@@ -7,14 +7,18 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from accelerate_tts.plan import Part
+from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
+from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 
 with warnings.catch_warnings():
@@ -58,6 +62,7 @@ def snapshot(model: nn.Module) -> list[object]:
     return [
         (
             name, type(module), list(vars(module)), list(module._buffers), list(module._forward_pre_hooks),
+            list(map(type, module._forward_pre_hooks.values())),
             list(module._load_state_dict_post_hooks), set(module._non_persistent_buffers_set),
         )
         for name, module in model.named_modules()
@@ -133,6 +138,65 @@ def test_a_copy_is_an_untouched_model(norm: Callable[..., nn.Module]) -> None:
     change.off()
     assert [entry[:1] for entry in snapshot(clone)] == [entry[:1] for entry in before]
     assert [type(module).__name__ for module in clone] == [type(module).__name__ for module in model]
+
+
+@pytest.mark.parametrize("stage", [FoldStage, ChannelsLastStage, lambda: HalfStage(torch.bfloat16, carried=True)])
+def test_a_norm_that_is_removed_after_tuning(stage: Callable[[], Any], norm: Callable[..., nn.Module]) -> None:
+    """As `remove_weight_norm()` of vocoders does it, on both kinds."""
+    model, plain = build(norm), build(norm)
+    run(model)
+    change = stage().prepare(Part("model", "vocoder", model))
+    change.on()
+    run(model)
+    for each in (model, plain):
+        for layer in (each[0], each[2]):
+            if norm is OLD:
+                nn.utils.remove_weight_norm(layer)
+            else:
+                parametrize.remove_parametrizations(layer, "weight")
+        with torch.no_grad():
+            each[0].weight.mul_(2.0)
+    assert float((run(model) - run(plain)).norm() / run(plain).norm()) < (0.0 if stage is FoldStage else 0.02) + 1e-6
+    assert list(model.state_dict()) == list(plain.state_dict())
+    change.off()
+    assert torch.equal(run(model), run(plain))
+    assert type(model[0]) is nn.Conv1d
+    assert not hasattr(model[0], "parametrizations")
+
+
+def test_a_norm_that_is_removed_leaves_the_others_folded(norm: Callable[..., nn.Module]) -> None:
+    model, plain = build(norm), build(norm)
+    folded(model)
+    for each in (model, plain):
+        if norm is OLD:
+            nn.utils.remove_weight_norm(each[0])
+        else:
+            parametrize.remove_parametrizations(each[0], "weight")
+        for parameter in each[2].parameters():
+            parameter.data.neg_()
+    assert torch.equal(run(model), run(plain))
+
+
+class Twice(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def test_another_step_behind_a_norm_is_seen() -> None:
+    model, plain = build(NEW), build(NEW)
+    change = folded(model)
+    for each in (model, plain):
+        parametrize.register_parametrization(each[0], "weight", Twice())
+        parametrize.register_parametrization(each[0], "bias", Twice())
+    assert torch.equal(run(model), run(plain))
+    change.off()
+    assert torch.equal(run(model), run(plain))
+
+
+def test_a_module_has_no_buffer_that_upstreams_has_not(norm: Callable[..., nn.Module]) -> None:
+    model = build(norm)
+    folded(model)
+    assert not list(model.buffers()), "somebody who writes to all buffers would write to the product"
 
 
 def test_pickling_is_as_before() -> None:

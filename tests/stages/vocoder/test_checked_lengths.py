@@ -117,6 +117,16 @@ def test_edges_hold_never(value: float) -> None:
     assert holds(torch.tensor([0.5, 1.5]), torch.tensor(1e-4))
 
 
+def test_where_the_deciding_part_is_not_served_it_draws_once() -> None:
+    """A hook inside it: upstream's own decides, after the other part was computed in fewer operators."""
+    both = Checked()
+    for model in (both.plain, both.model):
+        model.duration_predictor.conv_pre.register_forward_hook(lambda _m, _given, out: out * 1.5)
+    both.assert_alike(ids(20))
+    both.undo()
+    both.assert_alike(ids(20))
+
+
 def test_where_nothing_holds_the_untouched_parts_decide(checked: Checked) -> None:
     before, checked.guard.factor = checked.guard.factor, 1e30
     try:

@@ -1,0 +1,560 @@
+"""Weights edited in every way that torch allows, on every stage, beside an untouched twin that is edited alike.
+
+Each edit moves numbers about and changes their sign: a stage that keeps what it made of them before is far off then,
+and yet weights stay as large as they were. After each edit both models compute the same to the precision of the stage,
+or raise the same error. At the end the stage is undone, and both compute the same bits. `make fuzz` runs it for long.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.models.vits.modeling_vits import VitsHifiGan, VitsResidualCouplingBlock
+
+from accelerate_tts.models import describe
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.catalogue import default_stages
+from accelerate_tts.stages.layers.int8 import engines
+from accelerate_tts.stages.protocol import Change, Stage
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0")) // 100
+"""Sequences of edits for each stage that hypothesis makes up; `make test` has one of all edits alone."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+Layer = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
+
+
+def other(tensor: torch.Tensor) -> torch.Tensor:
+    """Other numbers as large as these."""
+    return -tensor.detach().roll(1, 0) if tensor.dim() else -tensor.detach()
+
+
+def some(model: nn.Module, pick: int) -> list[nn.Parameter]:
+    """All parameters, or one of them."""
+    found = list(model.parameters())
+    return found if pick % 2 else [found[pick % len(found)]]
+
+
+def layer_of(model: nn.Module, pick: int) -> Any:
+    found = [module for module in model.modules() if isinstance(module, Layer)]
+    return found[pick % len(found)]
+
+
+def place_of(model: nn.Module, layer: nn.Module) -> tuple[Any, str]:
+    return next((m, name) for m in model.modules() for name, inner in m.named_children() if inner is layer)
+
+
+def in_place(model: nn.Module, pick: int) -> None:
+    with torch.no_grad():
+        for parameter in some(model, pick):
+            parameter.copy_(other(parameter))
+
+
+def in_inference_mode(model: nn.Module, pick: int) -> None:
+    with torch.inference_mode():
+        for parameter in some(model, pick):
+            parameter.copy_(other(parameter))
+
+
+def through_data(model: nn.Module, pick: int) -> None:
+    for parameter in some(model, pick):
+        parameter.data += other(parameter) - parameter.detach()
+
+
+def new_data(model: nn.Module, pick: int) -> None:
+    for parameter in some(model, pick):
+        parameter.data = other(parameter)
+
+
+def strides_of_their_own(model: nn.Module, pick: int) -> None:
+    for parameter in some(model, pick):
+        if parameter.dim() > 1:
+            parameter.data = other(parameter).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def set_(model: nn.Module, pick: int) -> None:
+    with torch.no_grad():
+        for parameter in some(model, pick):
+            parameter.set_(other(parameter))
+
+
+def a_view(model: nn.Module, pick: int) -> None:
+    with torch.no_grad():
+        for parameter in some(model, pick):
+            if parameter.is_contiguous():
+                parameter.view(-1)[: max(1, parameter.numel() // 2)].neg_()
+
+
+def numpys_memory(model: nn.Module, pick: int) -> None:
+    for parameter in some(model, pick):
+        array = parameter.detach().numpy()
+        array[...] = other(parameter).numpy()
+
+
+def shared_memory(model: nn.Module, pick: int) -> None:
+    """Somebody else writes, who has the memory alone, and no tensor that we know."""
+    for parameter in some(model, pick):
+        parameter.data = parameter.data.clone().share_memory_()
+    arrays = [(parameter.detach().numpy(), other(parameter).numpy()) for parameter in some(model, pick)]
+
+    def write() -> None:
+        for array, values in arrays:
+            np.copyto(array, values)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+
+
+def other_parameter(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    for name, parameter in list(layer._parameters.items()):
+        if parameter is not None:
+            setattr(layer, name, nn.Parameter(other(parameter)))
+
+
+def exchanged_parameters(model: nn.Module, pick: int) -> None:
+    """Two layers exchange their weights, and a third shares one."""
+    one = layer_of(model, pick)
+    alike = [m for m in model.modules() if isinstance(m, Layer) and m.weight.shape == one.weight.shape and m is not one]
+    if alike and "weight" in one._parameters and "weight" in alike[0]._parameters:
+        one.weight, alike[0].weight = alike[0].weight, one.weight
+        if len(alike) > 1 and "weight" in alike[1]._parameters:
+            alike[1].weight = one.weight
+
+
+def swapped_tensors(model: nn.Module, pick: int) -> None:
+    for parameter in some(model, pick):
+        torch.utils.swap_tensors(parameter, nn.Parameter(other(parameter)))
+
+
+def other_module(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    if type(layer).__mro__[-3] is nn.Module and not parametrize.is_parametrized(layer):
+        holder, name = place_of(model, layer)
+        if isinstance(layer, nn.Linear):
+            made: Any = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            holder._modules[name] = made.eval()
+
+
+def adapter(model: nn.Module, pick: int) -> None:
+    """Merges an adapter, as PEFT does, or takes it out."""
+    layer = layer_of(model, pick)
+    generator = torch.Generator().manual_seed(pick // 3)
+    a, b = (torch.randn(size, 2, generator=generator) for size in (layer.weight.shape[0], layer.weight[0].numel()))
+    delta = (a @ b.t()).view(layer.weight.shape).to(layer.weight.dtype) * layer.weight.detach().std()
+    layer.weight.data += delta if pick % 3 else -delta
+
+
+def averages(model: nn.Module, pick: int) -> None:
+    for parameter, average in [(parameter, other(parameter)) for parameter in some(model, pick)]:
+        parameter.data.copy_(average)
+
+
+def state_dict_of(model: nn.Module, pick: int) -> dict[str, Any]:
+    names = {name for name, _ in model.named_parameters()}
+    state = {name: other(value) if name in names else value.clone() for name, value in model.state_dict().items()}
+    return state if pick % 2 else dict(list(state.items())[pick % 3 :: 2])
+
+
+def loaded(model: nn.Module, pick: int) -> None:
+    model.load_state_dict(state_dict_of(model, pick), strict=bool(pick % 2))
+
+
+def loaded_by_assignment(model: nn.Module, pick: int) -> None:
+    model.load_state_dict(state_dict_of(model, pick), strict=bool(pick % 2), assign=True)
+
+
+def a_vector(model: nn.Module, _pick: int) -> None:
+    vector = torch.cat([other(parameter).flatten() for parameter in model.parameters()])
+    nn.utils.vector_to_parameters(vector, model.parameters())
+
+
+def there_and_back(model: nn.Module, pick: int) -> None:
+    model.to(torch.float64 if pick % 2 else torch.bfloat16)
+    through_data(model, pick)
+    model.to(torch.float32)
+
+
+def half(model: nn.Module, _pick: int) -> None:
+    model.half()
+
+
+def floats(model: nn.Module, _pick: int) -> None:
+    model.float()
+
+
+def gradients(model: nn.Module, pick: int) -> None:
+    model.requires_grad_(bool(pick % 2))
+    in_place(model, pick)
+
+
+def buffers(model: nn.Module, _pick: int) -> None:
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(1.25)
+
+
+def biases(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    if "bias" in layer._parameters:
+        layer.bias = None if pick % 2 else nn.Parameter(torch.randn(layer.weight.shape[0]))
+
+
+class Other(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return -weight.roll(1, 0)
+
+
+def parametrized(model: nn.Module, pick: int) -> None:
+    parametrize.register_parametrization(layer_of(model, pick), "weight", Other())
+
+
+def no_longer_parametrized(model: nn.Module, pick: int) -> None:
+    for layer in model.modules():
+        if isinstance(layer, Layer) and parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=bool(pick % 2))
+
+
+def normed(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    if "weight" in layer._parameters:
+        (parametrizations.weight_norm if pick % 2 else nn.utils.weight_norm)(layer)
+
+
+def no_longer_normed(model: nn.Module, _pick: int) -> None:
+    for module in model.modules():
+        if isinstance(module, Layer) and "weight_g" in module._parameters:
+            nn.utils.remove_weight_norm(module)
+
+
+def spectral(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    if "weight" in layer._parameters:
+        parametrizations.spectral_norm(layer).eval()
+
+
+def pruned(model: nn.Module, pick: int) -> None:
+    layer = layer_of(model, pick)
+    if "weight" in layer._parameters:
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def no_longer_pruned(model: nn.Module, _pick: int) -> None:
+    for module in model.modules():
+        if isinstance(module, Layer) and prune.is_pruned(module) and "weight_orig" in module._parameters:
+            prune.remove(module, "weight")
+
+
+def nothing(_model: nn.Module, _pick: int) -> None:
+    pass
+
+
+EDITS: list[Callable[[Any, int], None]] = [
+    nothing, in_place, in_inference_mode, through_data, new_data, set_, a_view, numpys_memory, shared_memory,
+    other_parameter, exchanged_parameters, swapped_tensors, adapter, averages, loaded, loaded_by_assignment,
+    a_vector, there_and_back, gradients, buffers, strides_of_their_own, biases, parametrized, through_data,
+    no_longer_parametrized, normed, in_place, no_longer_normed, no_longer_parametrized, pruned, through_data,
+    no_longer_pruned, spectral, in_place, no_longer_parametrized, other_module, half, floats,
+]  # fmt: skip
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class Tower(nn.Module):
+    """Something for every stage that is not about decoders."""
+
+    def __init__(self, norm: Callable[..., Any]) -> None:
+        super().__init__()
+        self.first = norm(nn.Conv1d(8, 32, 3, padding=1))
+        self.up = norm(nn.ConvTranspose1d(32, 128, 4, stride=2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)) for _ in range(2)
+        )
+        self.memory = nn.LSTM(128, 32, batch_first=True)
+        self.last = norm(nn.Conv1d(32, 4, 1))
+        self.register_buffer("scale", torch.ones(128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(self.first(x)).transpose(1, 2) * self.scale
+        for block in self.blocks:
+            y = y + block(y)
+        found: torch.Tensor = self.last(self.memory(y)[0].transpose(1, 2))
+        return found
+
+
+def filled(module: nn.Module) -> Any:
+    """With numbers of a trained size, all of them different."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            size = 0.1 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size + (parameter == 1.0))
+    return module.eval()
+
+
+def tower(norm: Any = lambda module: module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return filled(Tower(norm))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters())
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+def convolved(model: Any) -> list[torch.Tensor]:
+    return [model(noise(1, 8, length).to(dtype_of(model))) for length in (1, 5)]
+
+
+def decoder(name: str) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}  # fmt: skip
+    if name == "GPT2":
+        sizes = {"n_embd": 128, "n_inner": 128, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    return filled(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(vocab_size=20, **sizes)))
+
+
+def decoded(model: Any) -> list[torch.Tensor]:
+    past, found = None, []
+    for positions in (10, 1, 1):
+        x = noise(1, positions, 128).to(dtype_of(model))
+        out = model(inputs_embeds=x, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        found.append(out.last_hidden_state)
+    return found
+
+
+def vits(**sizes: Any) -> Any:
+    small = {"vocab_size": 38, "hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 32, "flow_size": 16,
+             "spectrogram_bins": 17, "upsample_initial_channel": 16, "upsample_rates": [4],
+             "upsample_kernel_sizes": [8], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]],
+             "prior_encoder_num_flows": 2, "prior_encoder_num_wavenet_layers": 1,
+             "duration_predictor_filter_channels": 16, "posterior_encoder_num_wavenet_layers": 1}  # fmt: skip
+    return transformers.VitsConfig(**{**small, **sizes})
+
+
+def voice() -> Any:
+    torch.manual_seed(0)
+    return transformers.VitsModel(vits()).eval()
+
+
+def spoken(model: Any) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the generator that upstream draws from
+    return [model(torch.arange(1, 13)[None]).waveform]
+
+
+class Estimator(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+def sequence_block() -> Any:
+    module = pytest.importorskip("chatterbox.models.s3gen.matcha.transformer")
+    return filled(Estimator(module.BasicTransformerBlock(64, 1, 64, activation_fn="gelu")))
+
+
+def residual_block() -> Any:
+    module = pytest.importorskip("chatterbox.models.s3gen.decoder")
+    return filled(Estimator(module.CausalResnetBlock1D(64, 64, 32)))
+
+
+def through_block(model: Any) -> list[torch.Tensor]:
+    dtype = dtype_of(model)
+    if "Resnet" in type(model.block).__name__:
+        return [model(noise(1, 64, 20).to(dtype), torch.ones(1, 1, 20, dtype=dtype), noise(1, 32).to(dtype))]
+    return [model(hidden_states=noise(1, 20, 64).to(dtype))]
+
+
+class Family(NamedTuple):
+    """A model, how it is run, the stages that are tried on it, and the names of those that are put on before each."""
+
+    build: Callable[[], Any]
+    run: Callable[[Any], list[torch.Tensor]]
+    stages: tuple[str, ...]
+    first: tuple[str, ...] = ()
+
+
+FOLD, NORMED = "fold weight norm", ("channels-last convolutions", "bf16 layers", "bf16 part")
+FUSED = tuple(f"fused decoder blocks ({weights})" for weights in ("fp32", "bf16", "int8"))
+LINEAR = tuple(f"skinny linear layers ({weights})" for weights in ("fp32", "bf16", "int8"))
+INT8 = tuple(f"int8 linear layers ({engine})" for engine in engines())
+CHECKED = tuple(f"{part} in fewer operators, checked by margin" for part in ("durations", "text encoder"))
+FAMILIES = {
+    "plain": Family(tower, convolved, (*NORMED, *LINEAR, *INT8, "few-row linear layers", "int8 recurrent layers")),
+    "old norm": Family(lambda: tower(nn.utils.weight_norm), convolved, (FOLD, *NORMED)),
+    "old norm, folded": Family(lambda: tower(nn.utils.weight_norm), convolved, NORMED, (FOLD,)),
+    "new norm": Family(lambda: tower(parametrizations.weight_norm), convolved, (FOLD, *NORMED)),
+    "new norm, folded": Family(lambda: tower(parametrizations.weight_norm), convolved, NORMED, (FOLD,)),
+    "Llama": Family(lambda: decoder("Llama"), decoded, (*FUSED, "growing cache", *NORMED[1:], *LINEAR[::2], *INT8[:1])),
+    "Llama, bf16": Family(lambda: decoder("Llama"), decoded, ("bf16 prompts",), FUSED[1:2]),
+    "Llama, int8": Family(lambda: decoder("Llama"), decoded, ("bf16 prompts",), FUSED[2:]),
+    "GPT2": Family(lambda: decoder("GPT2"), decoded, (*FUSED, *LINEAR[1:])),
+    "GPT2, int8": Family(lambda: decoder("GPT2"), decoded, ("bf16 prompts",), FUSED[2:]),
+    "vocoder": Family(
+        lambda: filled(VitsHifiGan(vits())),
+        lambda m: [m(noise(1, 16, 9).to(dtype_of(m)))],
+        ("fewer operators", "fewer operators (bfloat16)", *NORMED),
+    ),
+    "flow": Family(
+        lambda: filled(VitsResidualCouplingBlock(vits())),
+        lambda m: [m(noise(1, 16, 9).to(dtype_of(m)), torch.ones(1, 1, 9, dtype=dtype_of(m)), None, reverse=True)],
+        (FOLD, "fewer operators", *NORMED),
+    ),
+    "durations": Family(voice, spoken, CHECKED[:1]),
+    "text": Family(voice, spoken, CHECKED[1:], CHECKED[:1]),
+    "sequence": Family(sequence_block, through_block, ("fused transformer blocks (bf16)", "bf16 part")),
+    "residual": Family(residual_block, through_block, ("fused residual blocks (bf16)", *NORMED)),
+}  # fmt: skip
+
+
+def stages() -> dict[str, Stage]:
+    """All stages of the catalogue that change a part, by name."""
+    found: dict[str, Stage] = {}
+    for precision in ("fast", "balanced", "exact"):
+        for stage in default_stages("cpu", "default", precision):  # type: ignore[arg-type]
+            if not stage.process:
+                found.setdefault(stage.name, stage)
+    return found
+
+
+STAGES_BY_NAME = stages()
+
+
+def part_of(model: nn.Module, name: str, stage: str) -> Part:
+    if stage in CHECKED:
+        known = {part.name: part for part in describe(model).parts}
+        return known["duration_predictor" if stage == CHECKED[0] else "text_encoder"]
+    return Part("model", "decoder", model, few_rows=1.0, cached=name.startswith(("Llama", "GPT2")))
+
+
+PAIRS = [
+    (name, stage)
+    for name, family in FAMILIES.items()
+    for stage in family.stages
+    if {stage, *family.first} <= STAGES_BY_NAME.keys()  # not every processor computes in bf16
+]
+
+
+def tolerance(stages: tuple[str, ...]) -> float:
+    text = " ".join(stages)
+    if "int8" in text:
+        return 0.2
+    return 0.06 if "bf" in text else 1e-4
+
+
+def error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    assert [tensor.shape for tensor in expected] == [tensor.shape for tensor in found]
+    one, two = (torch.cat([tensor.detach().double().flatten() for tensor in each]) for each in (expected, found))
+    assert torch.equal(one.isnan(), two.isnan())
+    return float((one - two).nan_to_num().norm() / one.nan_to_num().norm().clamp_min(1e-9))
+
+
+def distance(expected: Any, found: Any) -> float:
+    if isinstance(expected, str) or isinstance(found, str):
+        return 0.0 if isinstance(expected, str) and isinstance(found, str) else float("inf")
+    return error(expected, found)
+
+
+def outcome(run: Callable[[], Any]) -> Any:
+    """What is computed, or the error."""
+    try:
+        return run()
+    except Exception as raised:  # whatever upstream raises
+        return f"{type(raised).__name__}: {raised}"[:200]
+
+
+def seeded(edit: Callable[[Any, int], None], model: nn.Module, pick: int) -> None:
+    torch.manual_seed(pick)
+    edit(model, pick)
+
+
+def play(name: str, stage: str, edits: list[tuple[Callable[[Any, int], None], int]]) -> list[str]:
+    """Apply the edits one by one; return those after which the two differ."""
+    family, wrong = FAMILIES[name], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, twin = family.build(), family.build()
+        changes: list[Change] = []
+        for each in (*family.first, stage):
+            part = part_of(model, name, each)
+            if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
+                pytest.skip(obstacle)
+            changes.append(STAGES_BY_NAME[each].prepare(part))
+            changes[-1].on()
+        most = tolerance((*family.first, stage))
+        with torch.no_grad():
+            family.run(model)
+        for number, (edit, pick) in enumerate(edits):
+            same = [outcome(partial(seeded, edit, each, pick)) for each in (twin, model)]
+            if type(same[0]) is not type(same[1]):
+                wrong.append(f"{number} {edit.__name__}({pick}): {same[1]} for {same[0]}")
+                break
+            with torch.inference_mode(mode=bool(pick % 3)), torch.no_grad():
+                expected, found = (outcome(partial(family.run, each)) for each in (twin, model))
+            if (far := distance(expected, found)) > most:
+                wrong.append(f"{number} {edit.__name__}({pick}): {far:.2g} {found if isinstance(found, str) else ''}")
+        for change in reversed(changes):
+            change.off()
+        with torch.no_grad():
+            expected, found = (outcome(partial(family.run, each)) for each in (twin, model))
+        if (far := distance(expected, found)) != 0.0:
+            wrong.append(f"undone: {far:.2g} {found if isinstance(found, str) else ''}")
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "stage"), PAIRS)
+def test_every_edit_on_every_stage(name: str, stage: str) -> None:
+    """In `make test` every second edit on each stage, by turns; in `make fuzz` all, and sequences of any."""
+    numbered = [(edit, 7 * number + 1) for number, edit in enumerate(EDITS)]
+    assert not play(name, stage, numbered if EXAMPLES else numbered[PAIRS.index((name, stage)) % 2 :: 2])
+    if EXAMPLES:
+        sequences = st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 99)), min_size=1, max_size=12)
+
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(edits=sequences)
+        def hunt(edits: list[tuple[Callable[[Any, int], None], int]]) -> None:
+            assert not play(name, stage, edits)
+
+        hunt()
+
+
+def test_no_stage_is_left_out() -> None:
+    """Graphs read the weights where they lie, or are frozen: tests/patching/test_weight_versions.py edits those."""
+    tried = {stage for family in FAMILIES.values() for stage in (*family.stages, *family.first)}
+    assert not {name for name in STAGES_BY_NAME if "compile" not in name} - tried

@@ -1,0 +1,196 @@
+"""Layers that change after their stage was put on: by their class, their attributes, their bias, as another module."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from accelerate_tts import Event
+from accelerate_tts.patching.class_swap import serves_copies
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
+from accelerate_tts.stages.layers.few_rows import FewRowsStage
+from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
+from accelerate_tts.stages.layers.skinny import SkinnyStage
+from accelerate_tts.stages.layers.weight_norm import FoldStage
+
+STAGES: dict[str, tuple[Callable[[], Any], float]] = {
+    "fold": (FoldStage, 0.0),
+    "channels-last": (ChannelsLastStage, 1e-5),
+    "half layers": (lambda: HalfStage(torch.bfloat16, carried=False), 0.05),
+    "half part": (lambda: HalfStage(torch.bfloat16, carried=True), 0.05),
+    "few rows": (FewRowsStage, 1e-5),
+    "skinny": (lambda: SkinnyStage("fp32"), 1e-5),
+    "skinny int8": (lambda: SkinnyStage("int8"), 0.05),
+    "int8 recurrent": (QuantizeRecurrentStage, 0.05),
+    **{f"int8 {name}": (lambda name=name: QuantizeStage(name), 0.05) for name in {engines()[0], engines()[-1]}},
+}  # fmt: skip
+X = torch.randn(1, 128, 3, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(128, 128, 3, padding=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.up = nn.utils.weight_norm(nn.ConvTranspose1d(128, 128, 4))
+        self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.memory = nn.LSTM(128, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.first(self.up(self.conv(x)).transpose(1, 2)))
+        found: torch.Tensor = self.memory(self.second(y))[0]
+        return found
+
+
+def run(model: nn.Module) -> Any:
+    with torch.inference_mode():
+        return model(X)
+
+
+def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
+    assert expected.shape == found.shape
+    return float((expected - found).norm() / expected.norm())
+
+
+@pytest.fixture(params=STAGES)
+def tuned(request: pytest.FixtureRequest) -> tuple[Net, Net, Any, float]:
+    torch.manual_seed(0)
+    with torch.no_grad():  # a hook's product can be copied then
+        plain = Net().eval()
+    model = copy.deepcopy(plain)
+    make, tolerance = STAGES[request.param]
+    change = make().prepare(Part("model", "decoder", model, few_rows=1.0))
+    change.on()
+    assert distance(run(plain), run(model)) <= tolerance
+    return plain, model, change, tolerance
+
+
+# --- what is no layer's own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.ConvTranspose1d, nn.Linear, nn.LSTM])
+def test_a_class_that_is_patched(
+    cls: Any, tuned: tuple[Net, Net, Any, float], seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model, change, tolerance = tuned
+    before, own = run(model), cls.forward
+    replaced = [m for m in model.modules() if isinstance(m, cls) and type(m).forward is not own]
+    # An LSTM in a half-precision part computes as upstream's; only its inputs are cast.
+    is_told = any(cls is not nn.LSTM or serves_copies(module) for module in replaced)
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = own(self, *args, **kwargs)
+        return (found[0] * 3, found[1]) if isinstance(found, tuple) else found * 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        expected = run(plain)
+        assert distance(expected, before) > 0.1
+        for _ in range(2):
+            assert distance(expected, run(model)) <= tolerance
+        assert len(seen) == is_told
+    assert torch.equal(run(model), before)
+    change.off()
+    assert torch.equal(run(model), run(plain))
+
+
+def test_a_patched_step_of_a_convolution(
+    tuned: tuple[Net, Net, Any, float], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    plain, model, _change, tolerance = tuned
+    own = nn.Conv1d._conv_forward
+    monkeypatch.setattr(nn.Conv1d, "_conv_forward", lambda self, *given: own(self, *given) * 3)
+    assert distance(run(plain), run(model)) <= tolerance
+
+
+def test_a_global_hook(tuned: tuple[Net, Net, Any, float]) -> None:
+    plain, model, _change, tolerance = tuned
+    handle = register_module_forward_hook(lambda m, _given, out: out * 3 if isinstance(m, nn.Linear) else None)
+    try:
+        assert distance(run(plain), run(model)) <= tolerance
+    finally:
+        handle.remove()
+
+
+# --- what is -----------------------------------------------------------------------------------------------------
+
+
+def reflecting(model: Net) -> None:
+    model.conv.padding_mode, model.conv._reversed_padding_repeated_twice = "circular", [1, 1]
+
+
+def in_groups(model: Net) -> None:
+    model.conv.groups, model.conv.weight = 2, nn.Parameter(model.conv.weight.detach()[:, :64].clone())
+
+
+def another_layer(model: Net) -> None:
+    torch.manual_seed(5)
+    model.second = nn.Linear(128, 128)
+
+
+def narrower(model: Net) -> None:
+    torch.manual_seed(5)
+    model.first, model.second = nn.Linear(128, 64), nn.Linear(64, 128)
+
+
+def bias(*shape: int) -> Callable[[Any], None]:
+    def change(model: Net) -> None:
+        model.first.bias = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "padding": lambda model: setattr(model.conv, "padding", (2,)),
+    "padding mode": reflecting,
+    "stride": lambda model: setattr(model.conv, "stride", (2,)),
+    "stride of the transposed": lambda model: setattr(model.up, "stride", (2,)),
+    "groups": in_groups,
+    "a bias of one": bias(1),
+    "a bias without dimensions": bias(),
+    "a bias for each row": bias(6, 128),
+    "a bias for each frame": bias(6, 1),
+    "no bias": lambda model: setattr(model.second, "bias", None),
+    "a forward of its own": lambda model: setattr(model.conv, "forward", lambda x: x),
+    "another layer": another_layer,
+    "another width": narrower,
+    "time first": lambda model: setattr(model.memory, "batch_first", False),
+    "gradients": lambda model: model.requires_grad_(requires_grad=False),
+    "other weights": lambda model: [parameter.data.neg_() for parameter in model.parameters()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_layer_that_changes(name: str, tuned: tuple[Net, Net, Any, float]) -> None:
+    plain, model, change, tolerance = tuned
+    for each in (plain, model):
+        CHANGES[name](each)
+    assert distance(run(plain), run(model)) <= tolerance
+    change.off()
+    assert torch.equal(run(model), run(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_dtype_and_back(dtype: torch.dtype, tuned: tuple[Net, Net, Any, float]) -> None:
+    plain, model, change, tolerance = tuned
+    for each in (plain, model):
+        each.to(dtype)
+    with torch.inference_mode():
+        expected, found = (each(X.to(dtype)) for each in (plain, model))
+    assert found.dtype == dtype
+    assert distance(expected.double(), found.double()) <= max(tolerance, 0.02)
+    for each in (plain, model):
+        each.float()
+    assert distance(run(plain), run(model)) <= tolerance
+    change.off()
+    assert torch.equal(run(model), run(plain))
