@@ -469,7 +469,7 @@ def test_the_faster_of_a_group_takes_the_place_of_the_other() -> None:
     one, two = saved(tuning).stages
     assert (one.kept, one.reason) == (False, "second is faster")
     assert two.kept
-    assert " than first, " in two.reason
+    assert " over first (95 %)" in two.reason
     assert two.before is not None
     assert two.before < 0.039  # timed against the other one, not against the untouched part
     assert second.prepared == [("slow", 0.04)]  # made of the untouched part
