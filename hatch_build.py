@@ -31,7 +31,7 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchli
 
         Args:
             version: "standard" or "editable".
-            build_data: What hatchling reads afterwards.
+            build_data: Values that hatchling reads afterwards.
 
         Raises:
             RuntimeError: The compiler failed, or there is none and ACCELERATE_TTS_PURE=0 forbids to go on without.

@@ -25,7 +25,7 @@ RELEASES = {
     "transformers": ("4.48.3", "4.57.6", "5.23.0"),
 }
 
-# What a release needs that newer ones of its dependencies no longer have.
+# Requirements of a release that newer releases of its dependencies no longer meet.
 BESIDE = {
     "boson-multimodal": ("transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.36.0"),
     "chatterbox-tts 0.1.1": ("conformer==0.3.2",),
@@ -33,7 +33,7 @@ BESIDE = {
     "transformers 4.57.6": ("tokenizers==0.22.1", "huggingface-hub==0.36.0"),
 }
 
-# What some import and these classes do not use: a watermarker, readers of configuration files, phonemisers.
+# Modules that some import and these classes do not use: a watermarker, readers of configuration files, phonemisers.
 _STUBS = ("perth", "omegaconf", "pykakasi", "gruut", "gruut_ipa", "pyloudnorm", "spacy_pkuseg", "russian_text_stresser")
 
 _CHATTERBOX = """
@@ -118,7 +118,7 @@ def check(model, expected):
 
 
 def tried(name: str, version: str, folder: Path) -> tuple[bool, str]:
-    """Whether a release is as we know it, and what was found or what went wrong."""
+    """Check a release; return True if its parts are where this library expects them, and the findings or the error."""
     beside = (*BESIDE.get(name, ()), *BESIDE.get(f"{name} {version}", ()))
     fetch = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps",
              "--no-compile", "--target", str(folder), f"{name}=={version}", *beside]  # fmt: skip

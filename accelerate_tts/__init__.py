@@ -16,7 +16,7 @@ Two decorators on a backend that exists already, and a context manager for scrip
     backend = Backend()
     backend.load()
     audio = backend.synthesize("Good morning.")
-    print(receipt_of(backend))  # what was kept, what was dropped, and why
+    print(receipt_of(backend))  # what was kept, what was rejected, and why
 
     with fast_inference():  # the same for a block of a script
         audio = backend.model.generate("Good evening.")

@@ -18,7 +18,7 @@ __all__ = ["fast_inference"]
 
 _SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
-    "its thread-local mode would leak to whoever runs at the next await or yield. Decorate that function with"
+    "its thread-local mode would leak to other code at the next await or yield. Decorate that function with"
     " @inference, or move the block into a plain function and call that"
 )
 

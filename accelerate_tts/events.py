@@ -127,7 +127,7 @@ class TunedUnderLoad(Event, degraded=True):
     Attributes:
         what: The tuned object.
         reason: The other programs and the resources that they used.
-        unsure: Number of uncertain verdicts, on stages kept and dropped.
+        unsure: Number of uncertain verdicts, on any stage.
         tried: Number of all verdicts.
     """
 
@@ -137,7 +137,7 @@ class TunedUnderLoad(Event, degraded=True):
     tried: int
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.unsure} of {self.tried} verdicts are not sure, since {self.reason}"
+        return f"{self.what}: {self.unsure} of {self.tried} verdicts are uncertain, since {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class BudgetTooSmall(Event, degraded=True):
     wants: float
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.stage} wants a tune_seconds of about {self.wants:.0f}, and had {self.seconds:g}"
+        return f"{self.what}: {self.stage} needs tune_seconds of about {self.wants:.0f}, had {self.seconds:g}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Retuned(Event):
     ratio: float
 
     def __str__(self) -> str:
-        again = f", {self.unsure} are still not sure" if self.unsure else ""
+        again = f", {self.unsure} are still uncertain" if self.unsure else ""
         return (
             f"{self.what}: {self.tried} verdicts of a busy machine tried again{again};"
             f" {self.before:.2f}x before, {self.ratio:.2f}x now"
@@ -207,7 +207,7 @@ class Recompiled(Event, degraded=True):
 
     def __str__(self) -> str:
         why = f", since {self.guard} does not hold" if self.guard else ""
-        return f"{self.what}: recompiled in service for {self.shapes}{why} (graph {self.graphs}); warm up with the like"
+        return f"{self.what}: recompiled in service for {self.shapes}{why} (graph {self.graphs}); warm up with one"
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Tidied(Event):
     left: str
 
     def __str__(self) -> str:
-        return f"{self.what}: taken away at each request: {self.left}"
+        return f"{self.what}: removed at each request: {self.left}"
 
 
 @dataclass(frozen=True)

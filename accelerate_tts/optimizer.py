@@ -150,7 +150,7 @@ class PerformanceOptimizer:
             if warmup_input is not None and self.warmup_model(model, warmup_input):
                 if change.graphs == 0:
                     change.off()
-                    emit(FellBack(model_name, "torch.compile", "it compiled no graph at all"))
+                    emit(FellBack(model_name, "torch.compile", "it compiled no graph"))
                 change.seal()
         return model
 

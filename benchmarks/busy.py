@@ -1,20 +1,21 @@
-"""What tuning keeps while other processes are busy, against what it keeps on a quiet machine.
+"""Verdicts of tuning beside busy processes, compared with those on a quiet machine.
 
     python benchmarks/busy.py [--model mlp|t3|xtts|demo] [--tries N] [--busy 0,2,4] [--tune-seconds S]
                               [--precision exact|balanced|fast] [--json FILE]
 
 Each try is two processes with a folder of warm packs of their own. The first loads the model while so many others
 compute in Python loops; the second loads it when they are gone, from the pack of the first, and times a call of it
-untouched and tuned, in turn. If that is not sure either, there is a third, and a fourth. The others end by themselves.
+untouched and tuned, in turn. If its verdicts are uncertain too, there is a third, and a fourth process. The busy
+processes end by themselves.
 A try counts as
 
 - *equal* if the first process kept what the quiet machine keeps,
-- *again* if it did not, but said that it was not sure, and the second process kept it,
+- *again* if it did not, but marked the verdict as uncertain, and the second process kept it,
 - *as fast* if the second process has other changes, and at least 95 % of the quiet machine's ratio,
 - *lost* otherwise.
 
-What the quiet machine keeps is what a try with nobody else keeps; there are three of those, since verdicts on gains of
-a few per cent differ from one to the next. Run nothing else meanwhile.
+The quiet machine is measured by three tries without busy processes, since verdicts on gains of a few per cent differ
+from one to the next. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Mlp(nn.Module):
 
 
 def build(model: str) -> tuple[Any, Callable[[], Any]]:
-    """What is tuned, and a call of it."""
+    """Make the model, and a call of it."""
     torch.manual_seed(0)
     if model == "mlp":
         mlp, x = Mlp().eval(), torch.randn(2, 1024)
@@ -81,7 +82,7 @@ def build(model: str) -> tuple[Any, Callable[[], Any]]:
 
 
 def load(arguments: argparse.Namespace) -> None:
-    """One process: load, tune, time; tell it as JSON."""
+    """Run one process: load, tune, time, and print the result as JSON."""
     from accelerate_tts import fast_inference, get_performance_optimizer, optimized_model, receipt_of
     from accelerate_tts.tuning.timing import compare_speed
 
@@ -133,7 +134,7 @@ def others(count: int) -> Iterator[None]:
 
 
 def in_a_process(arguments: argparse.Namespace, folder: str, *, timed: bool) -> dict[str, Any]:
-    """What a process tells that loads the model, with a folder of warm packs."""
+    """Run a process that loads the model with a folder of warm packs; return its report."""
     given = [sys.executable, __file__, "--child", "--model", arguments.model, "--precision", arguments.precision]
     given += ["--tune-seconds", str(arguments.tune_seconds), *(["--timed"] if timed else [])]
     environment = {**os.environ, "ACCELERATE_TTS_PACK_FOLDER": folder}
@@ -168,7 +169,7 @@ def wait_for_quiet() -> None:
 
 
 def outcome(found: dict[str, Any], quiet: list[dict[str, Any]]) -> str:
-    """What a try counts as."""
+    """Classify a try."""
     wanted = [one["second"]["kept"] for one in quiet]
     if found["first"]["kept"] in wanted:
         return "equal"
@@ -179,7 +180,7 @@ def outcome(found: dict[str, Any], quiet: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the tries, and say what came of each."""
+    """Run the tries, and print the result of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("mlp", "t3", "xtts", "demo"), default="mlp")
     parser.add_argument("--tries", type=int, default=3)
@@ -209,11 +210,11 @@ def main() -> None:
 
 
 def said(one: dict[str, Any], quiet: list[dict[str, Any]]) -> None:
-    """Say one try, at once: it takes a minute."""
+    """Print one try as soon as it ends, since it takes a minute."""
     first, second = one["first"], one["second"]
     came = outcome(one, quiet) if quiet else ""
     print(
-        f"{one['busy']} others: tuned in {first['seconds']:.0f} s, {first['unsure']} not sure; then"
+        f"{one['busy']} others: tuned in {first['seconds']:.0f} s, {first['unsure']} uncertain; then"
         f" {second['ratio']:.2f}x ({second['low']:.2f} to {second['high']:.2f}), loaded in {second['seconds']:.0f} s:"
         f" {came}",
         *(f"  first:  {line}" for line in first["kept"]),

@@ -1,4 +1,4 @@
-"""What a repeated reference voice costs, relative to the first time.
+"""Cost of a repeated reference voice, relative to the first time.
 
     python benchmarks/embeddings.py [--json FILE]
 

@@ -1,9 +1,9 @@
-"""Each example at its true size with random weights, one after the other in a process of its own: does it end well?
+"""Runs each example at its true size with random weights, one after the other, each in its own process.
 
     python benchmarks/examples.py [--tune-seconds S] [--layers N] [--tiny] [NAME ...]
 
 For a machine with nothing else to do: minutes each on a CPU, and 16 GB for Higgs without `--layers`. The exit status is
-1 if one fails or writes no sound. `--tiny` is what the tests run of them, to see this script work.
+1 if one fails or writes no sound. `--tiny` runs them at the small size of the tests.
 """
 
 from __future__ import annotations

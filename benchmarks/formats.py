@@ -1,4 +1,4 @@
-"""What storing a decoder's weights in fewer bits does to what is sampled from it, at full size. No speed is measured.
+"""Effect of fewer bits in a decoder's weights on what is sampled, at full size. No speed is measured.
 
     python benchmarks/formats.py [chatterbox] [xtts] [--layers N] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What the guard costs of a call: the demo's voice, some three seconds of speech.
+"""Cost of the guard as a share of a call: the demo's voice, some three seconds of speech.
 
     python benchmarks/guard.py [--pairs N] [--json FILE]
 

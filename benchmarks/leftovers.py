@@ -1,4 +1,4 @@
-"""What a system leaves behind at each call: hooks, attributes, tensors, memory, and what a call takes at last.
+"""Leftovers of a system's calls: hooks, attributes, tensors, memory, and the time of the last calls.
 
     python benchmarks/leftovers.py [--calls N] [--json FILE] [NAME ...]
 
@@ -33,14 +33,14 @@ CALLS, FEW = 200, 10
 
 
 class System(NamedTuple):
-    """Something that speaks, and its modules."""
+    """A call that speaks, and its modules."""
 
     model: Any
     call: Callable[[], object]
 
 
 class State(NamedTuple):
-    """What there is after some calls."""
+    """Counts after some calls."""
 
     hooks: int
     attributes: int
@@ -104,7 +104,7 @@ def state(model: Any) -> State:
 
 
 def watch(system: System, calls: int) -> dict[str, Any]:
-    """Call it, and say what has grown since the tenth call."""
+    """Call it, and report the growth since the tenth call."""
     seconds: list[float] = []
     before = None
     with torch.inference_mode():
@@ -123,7 +123,7 @@ def watch(system: System, calls: int) -> dict[str, Any]:
 
 
 def tune(model: Any) -> None:
-    """Switch on what stays on a tuned model, wherever it applies."""
+    """Switch on the changes that stay on a tuned model, wherever they apply."""
     roots = model.values() if isinstance(model, dict) else [model]
     for root in roots:
         part = Part("model", "decoder", root)

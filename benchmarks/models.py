@@ -1,4 +1,4 @@
-"""Models of twelve other families, which no plan knows, and MMS: never slower, never outside the tolerance.
+"""Models of twelve families without a plan, and MMS: never slower, never outside the tolerance.
 
     python benchmarks/models.py [--compile] [--precision exact|balanced|fast] [--json FILE] [NAME ...]
 

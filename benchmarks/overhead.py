@@ -1,4 +1,4 @@
-"""What the library itself costs: importing it, decorating with it, and one call through @inference.
+"""Overhead of the library: importing it, decorating with it, and one call through @inference.
 
     python benchmarks/overhead.py [--json FILE]
 

@@ -43,7 +43,7 @@ def matrix_rate() -> float:
 
 
 def words(wave: torch.Tensor, rate: int) -> list[str]:
-    """What a recogniser hears in a waveform of shape (samples,)."""
+    """Return the words that a recogniser hears in a waveform of shape (samples,)."""
     from pocketsphinx import Decoder
 
     # To the recogniser's 16,000 Hz, by dropping the spectrum above 8 kHz.

@@ -1,4 +1,4 @@
-"""What upstream does beside the arithmetic when it speaks, and what it would be worth to take it away.
+"""Time that upstream spends beside the arithmetic when it speaks.
 
     python benchmarks/waste.py [--layers N] [--json FILE]
 
@@ -42,7 +42,7 @@ def median(function: Callable[[], object], count: int = PAIRS) -> float:
 
 
 def difference(dear: Callable[[], object], cheap: Callable[[], object]) -> float:
-    """By how much the one is slower, in pairs."""
+    """Return the median difference in seconds, in pairs."""
     dear(), cheap()
     return statistics.median(seconds(dear) - seconds(cheap) for _ in range(PAIRS))
 

@@ -1,4 +1,4 @@
-"""What it costs to ask whether the weights of a decoder are others: T3's 30 blocks, at each token."""
+"""Cost of checking a decoder's weights for changes: T3's 30 blocks, at each token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def block() -> nn.Module:
 
 
 def asked(weights: list[Weights]) -> float:
-    """Microseconds of asking for all blocks once."""
+    """Microseconds of one check of all blocks."""
     begun = time.perf_counter()
     if any(each.outdated() for each in weights):
         raise RuntimeError("nothing was written")
@@ -29,7 +29,7 @@ def asked(weights: list[Weights]) -> float:
 
 
 def main() -> None:
-    """Print quartiles of a token's questions, with and without content, in turn."""
+    """Print quartiles of a token's checks, with and without content, in turn."""
     torch.set_num_threads(1)
     blocks = [block() for _ in range(30)]
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the examples share: options, text without a tokeniser's files, WAV files. No part of accelerate_tts."""
+"""Helpers of the examples: options, text without a tokeniser's files, WAV files. Not part of accelerate_tts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def parse(
 
     Args:
         arguments: The command line; `sys.argv` if not given.
-        description: What `--help` says.
-        speaks: Whether it takes a text and makes sound; else it takes recordings.
+        description: Text of `--help`.
+        speaks: True if it takes a text and makes sound; False if it takes recordings.
         **more: Further options, by their names with `_` for `-`, and what `add_argument` is told of each.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -56,7 +56,7 @@ class Synthesis(nn.Module):
 
 
 class SpectralVocoder(nn.Module):
-    """What a service loads."""
+    """The service's backend."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 @pytest.fixture(autouse=True)
 def decide() -> Iterator[Decide]:
-    """Changes how tunings of this test decide. From the start the machine is quiet, whoever else uses it."""
+    """Change the policy of this test's tunings. At first the machine counts as quiet."""
     with ExitStack() as scopes:
 
         def changed(**changes: object) -> TuningPolicy:
@@ -92,7 +92,7 @@ def fresh_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
-    """Each load collects garbage: a second, if it walks through all that other tests have imported."""
+    """Skip the garbage collection of each load, which takes a second after the imports of other tests."""
     gc.collect()
     gc.freeze()
 
@@ -168,7 +168,7 @@ class SteadyClock:
 
 @pytest.fixture
 def steady_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, decide: Any) -> SteadyClock:
-    """For the engine and for the test's module, only what sleeps takes time: neighbours' work decides no verdict."""
+    """Give the engine and the test's module a clock on which only sleeping takes time; load decides no verdict."""
     clock = SteadyClock()
     decide(clock=clock.perf_counter, compare=partial(compare_speed, clock=clock.perf_counter))
     for module in (capture, request.module):

@@ -81,7 +81,7 @@ def failure(call: Callable[[], Any], *kinds: type[Exception]) -> Exception | Non
 
 
 def refused(call: Callable[[], Any], value: Any, *kinds: type[Exception]) -> bool:
-    """Whether the call refuses the value, which it may only do by an error that shows the value."""
+    """Check that the call raises, and that its error shows the value."""
     error = failure(call, SettingsError, *kinds)
     if error is None:
         return False

@@ -70,7 +70,7 @@ DOORS: dict[str, Callable[[PerformanceOptimizer, Any, Any], Any]] = {
 
 
 def _is_real(value: Any) -> bool:
-    """Whether a file would really be written."""
+    """Check that a file would really be written."""
     return isinstance(value, str) and value not in {"", "\0", "\ud800"}
 
 

@@ -265,7 +265,7 @@ def test_a_method_that_returns_nothing_warms_up_through_the_inference_method() -
 
 
 class AsyncBackend:
-    """Everything async; its lock belongs to the event loop of the service."""
+    """A backend of async methods, whose lock belongs to the event loop of the service."""
 
     def __init__(self) -> None:
         self.threads: set[str] = set()
@@ -542,7 +542,7 @@ assert drawn() == expected
 
 
 def test_the_users_random_state_is_left_alone() -> None:
-    """In a process of one thread, which this one is not: beside others a warm-up draws as any call does."""
+    """Run in a process with one thread: beside other threads, a warm-up draws like any other call."""
     done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr
 

@@ -125,7 +125,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
 
 
 class Routes:
-    """In place of FastAPI: it only has to take the functions."""
+    """Stand-in for FastAPI, which accepts the functions."""
 
     def __init__(self, *, lifespan: Any) -> None:
         self.lifespan = lifespan
@@ -237,7 +237,7 @@ PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_lines_are_short(page: Path) -> None:
-    """Of at most 100 columns, but for the tables that a script writes."""
+    """Lines have at most 100 columns, except in tables that a script writes."""
     lines = page.read_text(encoding="utf-8").splitlines()
     if page in (DOCS / "ENVIRONMENTS.md", DOCS / "STRANGERS.md", ROOT / "README.md"):
         lines = [line for line in lines if not line.startswith("|")]

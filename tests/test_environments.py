@@ -163,7 +163,7 @@ def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any])
     text = " ".join(text.split())
     for said in ("5 passed, 0 failed, 1 skipped", "2026-11-28, abc", "20.0 ms, 10.0 ms", "2.00x (1.90 to 2.10)", "1.25",
                  "same tokens", "**failed**: no memory", "**xtts failed**", "never run", "EPYC 9xx5, 2 cores",
-                 "Dropped: t3: torch.compile (slower)", "the hooks &lt;pile> up", "Skipped, 1: no TTS"):  # fmt: skip
+                 "Not kept: t3: torch.compile (slower)", "the hooks &lt;pile> up", "Skipped, 1: no TTS"):  # fmt: skip
         assert said in text, said
     other = page.page(several, {"one": row(checks=[check(same_tokens=False, step=None, error=None)])})
     assert "**t3: other tokens**" in other

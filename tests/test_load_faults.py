@@ -1,4 +1,4 @@
-"""What goes wrong in a load, in its warm-up or in a call: a working model or the user's own exception, and no leak."""
+"""Faults in a load, its warm-up or a call: a working model or the user's own exception, and no leak."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
 
 
 def test_ctrl_c_at_the_end_of_a_load() -> None:
-    """In a process of its own: beside what other tests have left, a lock was once held at the end; why is not known."""
+    """Run in a process of its own: after other tests a lock was once held at the end, for no known reason."""
     run_alone(__file__, "test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing")
 
 
@@ -294,7 +294,7 @@ def test_ctrl_c_in_the_tidying_that_ends_a_load(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("quick")
 def test_a_hook_may_undo_what_an_undo_reloads() -> None:
-    """It used to wait for the lock of the undo that it was called in."""
+    """The hook's undo used to wait for the lock of the undo around it."""
     backend = Backend(None, 0)
     backend.load()
     optimizer, undone = get_performance_optimizer(), []

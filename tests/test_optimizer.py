@@ -252,7 +252,7 @@ def test_undo_frees_what_tuning_made(monkeypatch: pytest.MonkeyPatch, decide: An
 
 @pytest.mark.parametrize("during", ["retire", "retry", "nothing"])
 def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, during: str, decide: Any) -> None:
-    """What the guard has put back for good stays so after the scope; a retry inside it switches nothing on."""
+    """A tuning that the guard has undone stays undone after the scope; a retry inside it switches nothing on."""
     model = nn.Linear(4, 4).eval()
     made = _tuned_by_a_swap(monkeypatch, decide, model)
     guard = guards.guard_of(model)

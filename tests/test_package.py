@@ -1,4 +1,4 @@
-"""What importing costs, what is public, what is depended on, and that the wheel is what is tested."""
+"""Import cost, public names, dependencies, and the test of the wheel in place of the folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_command_line_without_its_extra_says_what_to_install(tmp_path: Path)
 
 
 def test_the_front_door_is_short() -> None:
-    """Everything that the mission asks for, and the errors that public functions raise."""
+    """The public names, and the errors that public functions raise."""
     assert set(accelerate_tts.__all__) == {
         "optimized_model", "inference", "fast_inference", "cached_embedding", "receipt_of", "PerformanceOptimizer",
         "get_performance_optimizer", "create_inference_context", "Settings", "set_active", "testing", "add_hook",

@@ -33,7 +33,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_blocks_run(tmp_path: Path) -> None:
-    """In a fresh interpreter, as a reader would."""
+    """Run in a fresh interpreter, as a reader does."""
     assert len(blocks("python")) == 1
     for block in blocks("python"):
         done = subprocess.run(

@@ -183,7 +183,7 @@ def test_ctrl_c_while_a_plugin_is_imported_does_not_lose_it(
 
 
 def test_a_module_may_be_imported_by_another_thread_meanwhile(install: Callable[..., None]) -> None:
-    """It holds its import lock and registers, while the registry waits for that import."""
+    """A thread that imports a plugin holds the import lock and registers, while the registry waits for that import."""
     code = "import time; time.sleep(0.3)\n" + STAGE.format(name="slow")
     install("slow_stages", code, "accelerate_tts.stages")
     other = threading.Thread(target=importlib.import_module, args=("slow_stages",), daemon=True)

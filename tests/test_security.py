@@ -28,7 +28,7 @@ STARTS_PROGRAMS = {"cli/bench/processes.py", "tuning/compile_timeout.py"}
 
 
 def found_in(source: str, name: str) -> Iterator[str]:
-    """What a source does that this library does not do, each with its line."""
+    """Return forbidden operations in a source file, each with its line."""
     for node in ast.walk(ast.parse(source)):
         what = None
         if isinstance(node, ast.Import):

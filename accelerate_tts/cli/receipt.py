@@ -63,7 +63,7 @@ def load(file: Path) -> Receipt:
     except OSError as error:
         raise ReceiptFileError(f"{file}: cannot be read ({error.strerror or error}); {_MEND}") from error
     except UnicodeDecodeError as error:
-        raise ReceiptFileError(f"{file}: this is no text but a binary file; {_MEND}") from error
+        raise ReceiptFileError(f"{file}: this is a binary file, not a text; {_MEND}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ReceiptFileError(f"{file}: this is not JSON ({error.msg}, {where}); {_MEND}") from error

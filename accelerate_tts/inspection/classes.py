@@ -18,7 +18,7 @@ def class_of(module: Any) -> Any:
 
 
 def is_torchs_linear(cls: Any) -> bool:
-    """Check that a class computes as torch's linear layer does: it inherits that forward, and nobody has patched it.
+    """Check that a class computes as torch's linear layer does: it inherits that forward, unpatched.
 
     A subclass with a forward of its own (an adapter, a quantised layer) does something that we do not know.
     """

@@ -92,8 +92,8 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
         objects = [str(path) for path in _compiled(compiler, Path(folder), machine or platform.machine())]
         made = Path(folder) / place.name
         if tests:
-            source = str(_HERE / "csrc" / "tests" / "test_kernels.cpp")
-            _run([*compiler, "-std=c++17", "-O1", "-pthread", "-static-libstdc++", source, *objects, "-o", str(made)])
+            sources = [str(path) for path in sorted((_HERE / "csrc" / "tests").glob("*.cpp"))]
+            _run([*compiler, "-std=c++17", "-O1", "-pthread", "-static-libstdc++", *sources, *objects, "-o", str(made)])
         else:
             _run([*compiler, *_linking(), "-o", str(made), *objects])
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.structs import STRUCTS
 
 if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32"]
+__all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32", "of_class"]
 
 PANEL = 64
 """Outputs of a panel. Sizes of supported layers are multiples of it."""
@@ -26,7 +27,7 @@ class Kernel:
 
     Attributes:
         name: Kind of blocks, for people.
-        parts_of: Returns the parts of a block, or `None` if the kernel does not support it.
+        parts_of: Returns the parts of a block, or `None` if the kernel does not support it; see `of_class`.
         described: Makes the kernel's description of a block from its parts.
         serve: Computes a block's result from the description and the named arguments; `None` if upstream must run.
         watched: Returns pairs of an object and an attribute's name that must not change after the description is made.
@@ -39,6 +40,25 @@ class Kernel:
     watched: Callable[[Any], Iterable[tuple[Any, str]]] = field(default=lambda _block: ())
 
 
+def of_class(name: str, taken_apart: Callable[[Any], Any]) -> Callable[[nn.Module], Any]:
+    """Make the `parts_of` of a kernel for blocks of one class. Shapes do not show what else another class computes.
+
+    Args:
+        name: Name of the class.
+        taken_apart: Returns the parts of such a block, or `None`. It may raise on a release with another structure.
+    """
+
+    def parts_of(block: nn.Module) -> Any:
+        if plain_class(block).__name__ != name:
+            return None
+        try:
+            return taken_apart(block)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return None
+
+    return parts_of
+
+
 class Kept:
     """Holder of the weight copies that a struct points to."""
 
@@ -49,6 +69,13 @@ class Kept:
         """Copy a tensor and return the address of the copy."""
         self._tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return self._tensors[-1].data_ptr()
+
+    def norms(self, first: Any, second: Any) -> dict[str, Any]:
+        """Copy two LayerNorms and return their fields of a struct."""
+        return {
+            "eps1": first.eps, "norm1": self.pointer(first.weight), "norm1_bias": self.pointer(first.bias),
+            "eps2": second.eps, "norm2": self.pointer(second.weight), "norm2_bias": self.pointer(second.bias),
+        }  # fmt: skip
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ctypes.Structure:
         """Pack a weight, (outputs, inputs), into bf16 panels of 64 outputs, each [inputs / 2][64][2]."""

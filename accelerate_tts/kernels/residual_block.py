@@ -11,7 +11,7 @@ from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.calls import residual_block
-from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
 
 __all__ = ["RESIDUAL"]
@@ -30,18 +30,9 @@ class _Parts:
     time: Any
 
 
-# Known by class name, since shapes do not show what else another class may do. CosyVoice and Chatterbox have these.
+# Classes of CosyVoice and Chatterbox.
 _BLOCK, _HALF, _CONVOLUTION = "CausalResnetBlock1D", "CausalBlock1D", "CausalConv1d"
 _FRAMES = 3
-
-
-def _parts_of(block: nn.Module) -> _Parts | None:
-    if plain_class(block).__name__ != _BLOCK:
-        return None
-    try:
-        return _taken_apart(block)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return None  # a release with another structure
 
 
 def _taken_apart(block: Any) -> _Parts | None:
@@ -83,13 +74,10 @@ class _Described(Kept):
 
     def __init__(self, parts: _Parts) -> None:
         super().__init__()
-        norm1, norm2 = parts.norm1, parts.norm2
         self.outputs, self.channels = (int(size) for size in parts.first.weight.shape[:2])
         self.time = parts.time
         self._struct = _Block(
-            channels=self.channels, outputs=self.outputs, eps1=norm1.eps, eps2=norm2.eps,
-            norm1=self.pointer(norm1.weight), norm1_bias=self.pointer(norm1.bias),
-            norm2=self.pointer(norm2.weight), norm2_bias=self.pointer(norm2.bias),
+            channels=self.channels, outputs=self.outputs, **self.norms(parts.norm1, parts.norm2),
             first=self._convolution(parts.first), second=self._convolution(parts.second),
             beside=self._convolution(parts.beside),
         )  # fmt: skip
@@ -119,6 +107,6 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
     return y
 
 
-RESIDUAL = Kernel("residual blocks", _parts_of, _Described, _serve)
+RESIDUAL = Kernel("residual blocks", of_class(_BLOCK, _taken_apart), _Described, _serve)
 """Residual blocks: twice a causal convolution of three frames, LayerNorm and Mish. The time embedding is added between
 them, and the residual path has a convolution."""

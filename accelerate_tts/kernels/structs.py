@@ -60,7 +60,7 @@ _FIELDS: dict[str, list[Field]] = {
         *_all("value_row value_head value_position", "int64_t"),
         ("is_bf16", "int64_t", "the model: its cache, and what one block hands to the next"),
         ("length", "int64_t", "positions in the cache before this token; of the longest, where rows have their own"),
-        ("attention", "float*", "[rows, heads, length + 1], the attention weights; or null, where nobody asks"),
+        ("attention", "float*", "[rows, heads, length + 1], the attention weights; null if not requested"),
         (
             "row_keys",
             "void* const*",

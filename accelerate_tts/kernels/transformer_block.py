@@ -11,7 +11,7 @@ from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.calls import transformer_block
-from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32
+from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
 
 __all__ = ["TRANSFORMER"]
@@ -36,8 +36,7 @@ class _Parts:
         return [self.q, self.k, self.v, self.o, self.up, self.down]
 
 
-# Known by class name, since shapes do not show what else another class may do. This is Matcha-TTS's block, also in
-# Chatterbox and CosyVoice. diffusers has a block of the same name with other parts.
+# Matcha-TTS's block, also in Chatterbox and CosyVoice. diffusers has a block of the same name with other parts.
 _BLOCK, _ATTENTION, _LORA = "BasicTransformerBlock", "Attention", "LoRACompatibleLinear"
 _PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 # Attributes that must have these values; with others, the block computes something else than the kernel.
@@ -49,17 +48,9 @@ _OF_ATTENTION = {"spatial_norm": None, "group_norm": None, "norm_q": None, "norm
 _TOLD = {"hidden_states", "attention_mask", "timestep"}
 
 
-def _parts_of(block: nn.Module) -> _Parts | None:
-    cls = plain_class(block)
-    if cls.__name__ != _BLOCK or cls.__module__.startswith("diffusers."):
-        return None
-    try:
-        return _taken_apart(block)
-    except (AttributeError, IndexError, TypeError):
-        return None  # a release with another structure
-
-
 def _taken_apart(block: Any) -> _Parts | None:
+    if plain_class(block).__module__.startswith("diffusers."):
+        return None
     attention, feed = block.attn1, block.ff.net
     known = _is_as(block, _OF_BLOCK) and _is_as(attention, _OF_ATTENTION)
     of_diffusers = type(attention).__name__ == _ATTENTION and type(attention).__module__.startswith("diffusers.")
@@ -107,14 +98,12 @@ class _Described(Kept):
 
     def __init__(self, parts: _Parts) -> None:
         super().__init__()
-        norm1, norm2, projected = parts.norm1, parts.norm2, (parts.q, parts.k, parts.v)
+        projected = (parts.q, parts.k, parts.v)
         bias = None if parts.q.bias is None else torch.cat([layer.bias for layer in projected])
-        self.hidden: int = norm1.weight.shape[0]
+        self.hidden: int = parts.norm1.weight.shape[0]
         self._struct = _Block(
             hidden=self.hidden, heads=parts.heads, inner=parts.up.weight.shape[0],
-            eps1=norm1.eps, eps2=norm2.eps, scaling=PANEL**-0.5,
-            norm1=self.pointer(norm1.weight), norm1_bias=self.pointer(norm1.bias),
-            norm2=self.pointer(norm2.weight), norm2_bias=self.pointer(norm2.bias),
+            scaling=PANEL**-0.5, **self.norms(parts.norm1, parts.norm2),
             qkv=self.dense(torch.cat([layer.weight for layer in projected]), bias),
             o=self.dense(parts.o.weight, parts.o.bias), up=self.dense(parts.up.weight, parts.up.bias),
             down=self.dense(parts.down.weight, parts.down.bias),
@@ -139,6 +128,10 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
 
 
 TRANSFORMER = Kernel(
-    "transformer blocks", _parts_of, _Described, _serve, watched=lambda block: [(block.attn1, "processor")]
+    "transformer blocks",
+    of_class(_BLOCK, _taken_apart),
+    _Described,
+    _serve,
+    watched=lambda block: [(block.attn1, "processor")],
 )
 """Transformer blocks with bidirectional attention: LayerNorm, attention with heads of size 64, LayerNorm, GELU."""

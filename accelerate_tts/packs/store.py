@@ -91,7 +91,7 @@ class PackStore:
         try:
             text = json.dumps(dict(pack.decisions), allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
-            raise PackError(f"the decisions of warm pack {pack.key[:12]} cannot be said in JSON: {error}") from error
+            raise PackError(f"the decisions of warm pack {pack.key[:12]} cannot be written as JSON: {error}") from error
         if len(text) > MOST_DECISIONS:
             raise PackError(
                 f"the decisions of warm pack {pack.key[:12]} take {len(text)} bytes, and may take {MOST_DECISIONS}"

@@ -160,7 +160,7 @@ class WarmPack:
         kept = tuple(ledger.kept)
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
-            note += f"; {len(receipt.unsure)} verdicts are not sure, and wait for a quiet machine"
+            note += f"; {len(receipt.unsure)} verdicts are uncertain, and wait for a quiet machine"
         if self._training:
             warn_of_training(self.plan)
         emit(Restored(self.plan.what, len(entries), seconds))
@@ -177,7 +177,7 @@ class WarmPack:
 
     @property
     def known(self) -> tuple[StageResult, ...]:
-        """Verdicts that an earlier process was sure of, of parts of which it was sure of everything."""
+        """Verdicts of an earlier process on the parts of which all its verdicts are certain."""
         if self._earlier is None:
             return ()
         again = {result.part for result in self._earlier.unsure}
@@ -243,7 +243,7 @@ def _read(
     """
     receipt = Receipt.from_json(decisions["receipt"])
     if decisions.get("format", 1) < _FORMAT:
-        # A single look on a busy machine could drop the best stage, without being marked as uncertain.
+        # A single look on a busy machine could reject the best stage, without being marked as uncertain.
         verdicts = [
             replace(one, sure=one.sure and (one.kept or not _BY_CHANCE.search(one.reason))) for one in receipt.stages
         ]

@@ -354,7 +354,7 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
 
 
 def call_patched(plain: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a class's forward that somebody has exchanged since a stage took its place; one event says so."""
+    """Call a class's forward that was replaced after a stage took its place, and emit one event."""
     forward = plain.forward
     if _patched.get(plain) is not forward:
         _patched[plain] = forward

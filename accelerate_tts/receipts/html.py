@@ -21,7 +21,7 @@ __all__ = ["to_html"]
 _LONGEST_NAME = 40  # maximum characters of a name in the chart, as many as fit on a phone
 _WIDEST_BAR = 40.0  # per cent of the chart; leaves room for the figures to the right of a bar on a phone
 _LEGEND_HEIGHT, _PAIR_HEIGHT = 32, 58  # pixels
-_LEGEND = (("before", 0), ("kept", 70), ("dropped", 126), ("whole", 208))  # classes of bars, and offsets in pixels
+_LEGEND = (("before", 0), ("kept", 70), ("rejected", 126), ("whole", 212))  # classes of bars, and offsets in pixels
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
@@ -78,7 +78,7 @@ def _figures(figures: tuple[str, str, str, str], low: str, seconds: float | None
 def _pairs(receipt: Any) -> list[dict[str, Any]]:
     """Return two bars for each timed stage and for the whole object: positions in pixels, widths in per cent."""
     named = [
-        (f"{stage.part}: {stage.stage}", "kept" if stage.kept else "dropped", stage) for stage in receipt.stages
+        (f"{stage.part}: {stage.stage}", "kept" if stage.kept else "rejected", stage) for stage in receipt.stages
     ] + [("the whole", "whole", receipt)]
     timed = [(name, kind, one) for name, kind, one in named if one.before is not None and one.after is not None]
     seconds = [value for *_, one in timed for value in (one.before, one.after) if math.isfinite(value)]

@@ -15,6 +15,8 @@ __all__ = ["Receipt", "StageResult"]
 
 _FORMAT = 1
 _PAGES = {".html", ".htm"}
+# Openings of reasons that say by themselves what became of a stage. Any other one is a rejection.
+_OUTCOMES = ("not ", "failed", "stopped", "undone")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class StageResult:
         part: Path of the part in the loaded object.
         stage: Name of the stage.
         kept: True if the stage is on.
-        reason: Reason of the verdict.
+        reason: Reason of the verdict. It begins with the outcome if the stage was neither kept nor rejected: "not
+            tried: ...", "failed: ...", "stopped: ..." or "undone: ...".
         before: Median seconds of the untouched part for the warm-up's calls; `None` if not timed.
         after: The same with the stage on.
         ratio: Median of the paired ratios before / after.
@@ -54,7 +57,7 @@ class StageResult:
     sure: bool = True
 
     def dropped(self, reason: str) -> StageResult:
-        """Return the same result, no longer kept, with another reason."""
+        """Return the same result, not kept, with another reason."""
         return replace(self, kept=False, reason=reason)
 
     def figures(self) -> tuple[str, str, str, str]:
@@ -64,8 +67,9 @@ class StageResult:
 
     @property
     def verdict(self) -> str:
-        """Verdict and reason, as a text."""
-        return f"{'kept' if self.kept else 'dropped'}: {self.reason}{'' if self.sure else ' (not sure)'}"
+        """Verdict and reason, such as "kept, at least 1.60x (95 %)" or "rejected: error 3.5e-07, must be bit-exact"."""
+        opening = "kept, " if self.kept else "" if self.reason.startswith(_OUTCOMES) else "rejected: "
+        return f"{opening}{self.reason}{'' if self.sure else ' (uncertain)'}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Receipt:
 
     @property
     def unsure(self) -> tuple[StageResult, ...]:
-        """Uncertain verdicts, on stages kept and dropped, from a busy machine."""
+        """Verdicts, on any stage, that are uncertain because the machine was busy."""
         return tuple(stage for stage in self.stages if not stage.sure)
 
     @property
@@ -167,7 +171,7 @@ class Receipt:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("part", "stage", "before", "after", "ratio", "error", "verdict")]
         rows += [(stage.part, stage.stage, *stage.figures(), stage.verdict) for stage in self.stages]
-        rows.append(("whole", "all that was kept", *self.figures(), self.verdict))
+        rows.append(("whole", "all kept stages", *self.figures(), self.verdict))
         rows = [tuple(map(printable, row)) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [printable(f"{self.what} on {self.device}")]

@@ -1,4 +1,4 @@
-"""Put changes in force that were decided earlier, check them together, and end a warm-up."""
+"""Application of decided changes, their common check, and the end of a warm-up."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def activate(
         whole: Compare the whole object's output, too.
 
     Returns:
-        Why changes of the process were not needed, by part and stage: another object has made them already.
+        Reasons why changes of the process were not needed (another object has made them), by part and stage.
 
     Raises:
-        ValueError: A change does not fit, or its output is wrong; what was made until then is in the ledger.
+        ValueError: A change does not fit, or its output is wrong. The ledger has the changes made until then.
     """
     for part in baseline.plan.parts:
         if baseline.reference(part).repeats.error > EXACT_TOLERANCE:
@@ -65,7 +65,11 @@ def activate(
 
 
 def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: bool) -> None:
-    """Raise ValueError unless the object computes what it did: these parts, and all of it if asked to."""
+    """Compare these parts, and with `whole` the whole object, with the untouched one.
+
+    Raises:
+        ValueError: An output differs by more than the tolerance.
+    """
     with fallbacks() as fallen:
         output: list[Any] = []
         for _ in range(CUDA_GRAPH_PASSES if baseline.device.type == "cuda" else 1):
@@ -88,12 +92,12 @@ def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: b
 
 
 def fault_of(baseline: Baseline, part: Part, change: Change, difference: Difference) -> str:
-    """Name the fault for which a change of one part is dropped however fast it is; "" if there is none."""
+    """Return the fault for which a change of one part is rejected at any speed; "" without one."""
     return _nothing_compiled(change) or baseline.objection(part, difference)
 
 
 def _nothing_compiled(change: Change) -> str:
-    return "compiled no graph at all" if change.graphs == 0 else ""
+    return "compiled no graph" if change.graphs == 0 else ""
 
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
@@ -106,4 +110,4 @@ def finish(baseline: Baseline, ledger: Ledger) -> None:
     if constants.found:
         constants.on()
         ledger.kept.append(AppliedChange(PROCESS, KeptConstants.name, "", constants))
-        ledger.notes.append(f"kept, bit for bit, in place of computing it at each call: {constants}")
+        ledger.notes.append(f"computed once instead of at each call, with bit-exact results: {constants}")

@@ -1,4 +1,4 @@
-"""The baseline of one tuning: the untouched object, what its parts were given, and what they computed."""
+"""Baseline of one tuning: the untouched object, the inputs of its parts, and their outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reference:
     Attributes:
         outputs: Of each call.
         repeats: Difference between two runs.
-        seconds: Seconds that a run of what is timed took.
+        seconds: Seconds of one run of the timed calls.
         quiet: True if the machine was not disturbed meanwhile.
     """
 
@@ -53,26 +53,26 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth
 class Baseline:
-    """An object before anything was changed, and how changes of it are compared and timed.
+    """An untouched object, with the comparison and the timing of its changes.
 
     Attributes:
-        plan: The parts, with what the passes showed of them.
-        calls: The warm-up calls, through the path that service calls take.
+        plan: The parts, with their properties that the passes showed.
+        calls: The warm-up calls, through the path of service calls.
         device: The device.
         tolerance: Maximum difference of a candidate's outputs.
         policy: The policy of tuning.
-        watcher: Tells how disturbed the machine is.
-        budget: The time that there is.
-        output: Results of a pass, which the tuned object's are compared with.
+        watcher: Measures disturbances of the machine.
+        budget: The time budget.
+        output: Results of a pass, with which those of the tuned object are compared.
         cold: Seconds of the first pass.
-        pass_seconds: Seconds of the pass that was recorded.
+        pass_seconds: Seconds of the recorded pass.
         pass_quiet: True if the machine was not disturbed in that pass.
         captured: Calls of each part in that pass, by its name.
         called: The `id` of each module that was called in it.
         expected: Outputs of the object's `@inference` functions in it, for the guard.
         draws: Seeds runs.
-        constants: Values that upstream was seen to compute anew though they never change.
-        reserved: Seconds of the budget that are kept for the check of the whole at the end.
+        constants: Constants that upstream computes again at each call.
+        reserved: Seconds of the budget reserved for the final check of the whole.
     """
 
     plan: ModelPlan
@@ -100,7 +100,7 @@ class Baseline:
             return self.calls.run()
 
     def replayable(self, part: Part) -> bool:
-        """Tell if the part can be run by itself, on its captured inputs."""
+        """Check that the part can be run by itself, on its captured inputs."""
         captured = self.captured.get(part.name)
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
@@ -125,7 +125,7 @@ class Baseline:
         return run
 
     def outputs(self, part: Part) -> list[Any]:
-        """Outputs of the part now: of its replayed calls, or of its calls in a whole pass and that pass's result."""
+        """Return the part's present outputs: of replayed calls, or of a whole pass with the pass's result."""
         captured = self.captured.get(part.name)
         if captured is None:  # the process as a whole
             return self.run()
@@ -137,7 +137,7 @@ class Baseline:
         return [*seen, *whole]
 
     def reference(self, part: Part) -> Reference:
-        """Outputs of the untouched part. Computed once, so that the errors of several changes cannot add up unseen.
+        """Return the untouched part's outputs. Computed once, so that errors of several changes cannot add up unseen.
 
         The first call must be made before anything is changed on the part.
 
@@ -157,13 +157,13 @@ class Baseline:
         return known
 
     def difference(self, part: Part, outputs: list[Any]) -> Difference:
-        """Distance of a part's outputs from its reference, by its head's probabilities too if it has one."""
+        """Compare a part's outputs with its reference, also by the probabilities of its head if it has one."""
         reference = self.reference(part).outputs
         found = compare(reference, outputs)
         return replace(found, divergence=divergence(reference, outputs, part.head))
 
     def compared(self, part: Part, outputs: list[Any]) -> Difference:
-        """Distance of a changed part's outputs from its reference; see `Draws.confirmed`.
+        """Compare a changed part's outputs with its reference; see `Draws.confirmed`.
 
         Raises:
             OtherThreadsDrawError: As for `Draws.confirmed`.
@@ -180,18 +180,16 @@ class Baseline:
         """Say why a changed part's outputs are not tolerated; "" if they are."""
         bit_exact = part.decides and not is_checked(part.module)
         tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
-        objection = (_BIT_EXACT if bit_exact else tolerance).objection(
+        return (_BIT_EXACT if bit_exact else tolerance).objection(
             difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
         )
-        why = "; it must be bit-exact, since lengths hang on it" if bit_exact else ""
-        return f"wrong output: {objection}{why}" if objection else ""
 
     def seconds(self, part: Part, which: Which = "loop") -> float:
-        """Seconds that one replay takes now."""
+        """Return the seconds of one replay in the present state."""
         return self.policy.look(self.replay(part, which), self.device.type, self.policy.clock)
 
     def known_seconds(self, part: Part) -> float:
-        """Seconds of one replay of the untouched part, as far as that is known; otherwise 0.0."""
+        """Return the seconds of one replay of the untouched part; 0.0 if unknown."""
         known = self._references.get(part.name)
         return 0.0 if known is None else known.seconds
 
@@ -202,7 +200,7 @@ class Baseline:
         return seen.seconds / total if seen is not None and total > 0 else 0.0
 
     def captured_seconds(self, part: Part) -> float:
-        """About how long a replay of a part's captured calls takes: that many of all that it was given in the pass."""
+        """Estimate the seconds of a replay of a part's captured calls, by their share of its calls in the pass."""
         seen = self.captured.get(part.name)
         if seen is None:
             return self.pass_seconds
@@ -210,6 +208,6 @@ class Baseline:
 
 
 def _depth_of(module: nn.Module) -> int:
-    """Number of blocks that lie one behind the other in a module: the most in one of its lists."""
+    """Return the number of consecutive blocks of a module: the length of its longest list."""
     lists = (len(holder) for holder in module.modules() if isinstance(holder, (nn.ModuleList, nn.Sequential)))
     return max(lists, default=1)

@@ -40,7 +40,7 @@ def is_cache(value: Any) -> bool:
 
 
 def is_past(value: Any) -> bool:
-    """Check for what a decoder's call is given of a sequence: a cache, or a tuple of pairs of tensors."""
+    """Check for a decoder's past sequence: a cache, or a tuple of pairs of tensors."""
     return is_cache(value) or (type(value) is tuple and bool(_tensors(value)))
 
 

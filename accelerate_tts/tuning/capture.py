@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Captured", "NotReplayableError", "Prepared", "calls_of", "outputs_of", "time_modules", "watch"]
 
-# A part that is called in a loop shows itself in a few calls; more would only cost memory and tuning time.
+# A few calls represent a part that is called in a loop; more would only cost memory and tuning time.
 _MOST_CALLS = 6
 _MOST_OF_A_SORT = 3
-# From so many calls of one sort on it is a loop, whose time decides if it is more than this share of the part's.
+# Minimum calls of one sort that count as a loop, and the share of the part's time from which only the loop is timed.
 _A_LOOP = 8
 _MOSTLY = 0.5
 
@@ -82,10 +82,10 @@ class Captured:
         return any(is_past(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
-        """Index among the kept calls for one more of a sort; `None` if it is not worth keeping.
+        """Return the index among the recorded calls for one more of a sort; `None` if it is not recorded.
 
-        A sort that comes late (a longer text, after a loop has filled all places) is given a place of the sort that
-        has the most: what was never recorded is never verified.
+        A sort that comes late (a longer text, after a loop has filled all places) takes a place of the sort with the
+        most, since calls that are not recorded are not compared.
         """
         kept = Counter(call.sort for call in self.calls)
         mine = kept[sort]
@@ -327,6 +327,6 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
         return value
-    if is_cache(value):  # its present state, since the loop goes on with the object
+    if is_cache(value):  # copy its present state, since the loop changes the object
         return copy.deepcopy(value)
     raise NotReplayableError(f"it is given a {type(value).__name__}, which cannot be copied")

@@ -38,11 +38,11 @@ float32 rounds at 6e-8. Another order of the same sums, through the hundred laye
 """
 
 
-# A model that computes in bf16 is exact to bf16's rounding: two orders of summation differ by a few steps of 2^-7 after
-# some ten blocks, each of which rounds, and by the root of their number more after more of them (decision 0011). Where
-# the result is tokens, they are compared as well, and must be the same.
+# A model that computes in bf16 is exact to bf16's rounding. Two orders of summation differ by a few steps of 2^-7 after
+# some ten blocks, each of which rounds; beyond ten, the difference grows with the root of their number (decision 0011).
+# Where the result is tokens, they are compared as well, and must be the same.
 _ROUNDINGS, _BLOCKS, _MOST_BLOCKS = 4, 10, 40
-# What nothing reads but a head whose probabilities are compared themselves may be so many times as far off.
+# Factor on the limit for hidden states that only a head reads, since its probabilities are compared themselves.
 _READ_BY_A_HEAD = 3.0
 _AUDIBLE = 60.0
 _FRAME = 1024
@@ -85,12 +85,12 @@ class Tolerance:
         for rounding, error in difference.errors or ((difference.rounding, difference.error),):
             limit = allowed + _ROUNDINGS * deeper * rounding
             if not error <= limit:  # NaN fails
-                return f"relative error {error:.1e}, allowed is {limit:.0e}"
+                return f"error {error:.1e}, {f'limit {limit:.0e}' if limit else 'must be bit-exact'}"
         divergence = self.divergence + (_ROUNDINGS * deeper * difference.rounding) ** 2
         if difference.spectral is not None and not difference.spectral <= self.spectral:
-            return f"log-spectral distance {difference.spectral:.1f} dB, allowed is {self.spectral:.1f} dB"
+            return f"log-spectral distance {difference.spectral:.1f} dB, limit {self.spectral:.1f} dB"
         if difference.divergence is not None and not difference.divergence <= divergence:
-            return f"a step diverges by {difference.divergence:.1e} nats, allowed are {divergence:.0e}"
+            return f"a step diverges by {difference.divergence:.1e} nats, limit {divergence:.0e}"
         return ""
 
 

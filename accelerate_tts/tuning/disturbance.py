@@ -1,8 +1,8 @@
 """Disturbance of the machine: the share of the processors that other programs took from a piece of work.
 
-Timings of a disturbed machine are not just noisy, they are of something else: threads that wait for each other at each
-layer take five to fifty times as long once one of them has no processor, whatever they compute, and every ratio becomes
-one (docs/decisions/0014-tuning-budget-and-noise.md). So tuning asks before it believes a figure.
+Timings of a disturbed machine are not just noisy. Threads that wait for each other at each layer take five to fifty
+times as long once one of them has no processor, whatever they compute, and every ratio becomes one
+(docs/decisions/0014-tuning-budget-and-noise.md). So tuning checks the machine before it uses a figure.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Watcher:
         return ended
 
     def believes(self, timing: Timing, found: Disturbance) -> bool:
-        """Check that a comparison is reliable: the machine was quiet, or none of its pairs was disturbed."""
+        """Check that a comparison is reliable: the machine was quiet, or no pair of it was disturbed."""
         return found.quiet or (found.waits and timing.clean and self.machine.waited() is not None)
 
     def look(self) -> Disturbance:

@@ -1,7 +1,8 @@
-"""Random numbers of a tuning: all threads of a process draw from the same generators, and other ones may draw now.
+"""Random numbers of a tuning. All threads of a process draw from the same generators.
 
-Two runs are compared under the same random numbers. So a generator that the object does not draw from is left alone,
-and a comparison during which another thread drew is made again.
+Two runs are compared under the same random numbers, so the generators are seeded before each. Generators that the
+object does not use are not seeded, since other threads may use them. A comparison is repeated if another thread drew
+during it.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ if TYPE_CHECKING:
 __all__ = ["LOOKS", "WHOLE", "Draws", "OtherThreadsDrawError"]
 
 WHOLE = ""
-"""The name of a whole pass, where others are parts'."""
+"""Name of a whole pass, among the names of parts."""
 
 LOOKS = 4
-"""Runs for a comparison whose random numbers another thread used."""
+"""Maximum runs of a comparison while another thread draws."""
 
 
 class OtherThreadsDrawError(RuntimeError):
-    """Other threads draw from the generators of the process all the time, so no two runs have the same numbers."""
+    """Other threads draw from the process's generators all the time, so no two runs have the same numbers."""
 
     def __init__(self) -> None:
         super().__init__(
-            "other threads draw random numbers meanwhile, so no two runs have the same; load before they start, or give"
-            " them generators of their own"
+            "other threads draw random numbers, so no two runs have the same; load before they start, or give them"
+            " their own generators"
         )
 
 
 class Draws:
-    """Seeds the runs of one tuning, and tells if another thread drew meanwhile.
+    """Seeds the runs of one tuning, and detects draws of other threads during a run.
 
     Args:
         device_type: torch's device type, whose generators are seeded beside the CPU's.
 
     Attributes:
-        left_alone: Generators that the object does not draw from, so that other threads may.
+        left_alone: Generators that the object does not use. They are not seeded.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -57,11 +58,11 @@ class Draws:
 
     @contextmanager
     def seeded(self, what: str, *, watched: bool = False) -> Generator[None, None, None]:
-        """Give a part or the whole object the same random numbers every time while open.
+        """Seed the generators of a part or of the whole object while open, the same every time.
 
         Args:
             what: The part's name, or `WHOLE`.
-            watched: Note the draws, if other threads may draw too.
+            watched: Record the generators' final states if other threads may draw, too.
         """
         watched = watched and (self._unknown or other_threads())
         leaving = self._left_by.get(what, self.left_alone)
@@ -70,17 +71,16 @@ class Draws:
         if watched:
             self._moved = window.moved
             known = self._undisturbed.setdefault(what, [])
-            # Twice in succession: so it is when nobody else draws.
+            # Equal states after two runs in succession: no other thread drew.
             if self._ended.get(what) == window.end and window.end not in known:
                 known.append(window.end)
             self._ended[what] = window.end
 
     @contextmanager
     def finding(self) -> Generator[None, None, None]:
-        """While open, a first pass shows from which generators the object draws; `found` settles what came of it.
+        """Observe a first pass while open, to find the generators that the object uses; `found` evaluates it.
 
-        As long as that is not known, nothing is seeded beside other threads that draw. Those that are there and draw
-        nothing change nothing: a service has threads, and its random numbers are restored as those of a script.
+        Until they are known, nothing is seeded if other threads draw. Threads that draw nothing make no difference.
         """
         self._shared = others_draw(self._device_type)
         self.left_alone = ALL if self._shared else frozenset()
@@ -91,24 +91,26 @@ class Draws:
             self._unknown = False
 
     def found(self, output: list[Any], run: Callable[[], list[Any]]) -> bool:
-        """Leave the generators alone that the object does not draw from; returns whether the output stands.
+        """Stop seeding the generators that the object does not use; return False if the first output is not valid.
+
+        The output is not valid if the object draws and other threads drew too, since nothing was seeded.
 
         Args:
             output: Results of the first pass.
-            run: Makes another pass.
+            run: Runs another pass.
         """
         own = self._moved
         if self._shared and own:
             with drawing() as seen:
                 again = run()
             repeats = compare(output, again).error <= EXACT_TOLERANCE
-            # A model that draws in a thread of its own is not seen to draw, but its output is another one.
+            # Draws in a thread of the model's own are not seen, but change the output.
             own = frozenset(seen) if seen or repeats else own
         self.left_alone = ALL - own
         return not (self._shared and own)
 
     def leave_alone(self, what: str, run: Callable[[], object]) -> None:
-        """Leave the generators alone that a part does not draw from, beside other threads that draw."""
+        """Stop seeding the generators that a part does not use, if other threads draw."""
         if self.left_alone == ALL or not self._shared:
             return
         self._left_by[what] = ALL
@@ -117,22 +119,22 @@ class Draws:
         self._left_by[what] = ALL - seen
 
     def by_others(self, what: str = WHOLE) -> bool:
-        """Tell if the last run, of a part or of the whole, drew as no two runs in succession have done.
+        """Check for a last run, of a part or of the whole, after which the generators are in a new state.
 
-        That is so if another thread drew meanwhile. It also is of a change that draws more or less, until its next run.
+        Another thread drew during that run, or a change draws more or less. The next run tells the two apart.
         """
         return other_threads() and self._ended.get(what) not in self._undisturbed.get(what, [])
 
     def repeated(
         self, first: list[Any], run: Callable[[], list[Any]], what: str = WHOLE, second: list[Any] | None = None
     ) -> tuple[Difference, list[Any]]:
-        """Distance of a second run from a first one, and the first; of two others if another thread drew meanwhile.
+        """Compare two runs; return the difference and the first results. Repeated while another thread draws.
 
         Args:
             first: Results of a run.
-            run: Makes another one.
+            run: Makes another run.
             what: The part's name, or `WHOLE`.
-            second: Results of another run, if there was one.
+            second: Results of a second run, if there is one.
 
         Raises:
             OtherThreadsDrawError: No two runs had the same random numbers.
@@ -152,16 +154,16 @@ class Draws:
         again: Callable[[], Difference],
         what: str = WHOLE,
     ) -> Difference:
-        """A difference; of another run where it is not tolerated, and another thread drew random numbers meanwhile.
+        """Return a difference, or that of a repeated run if it is not tolerated and another thread drew during the run.
 
         Args:
             found: The difference.
-            objection: Says why it is not tolerated, or "".
+            objection: Returns the reason why it is not tolerated, or "".
             again: Makes another run.
             what: The part's name, or `WHOLE`.
 
         Raises:
-            OtherThreadsDrawError: There was no run without.
+            OtherThreadsDrawError: Another thread drew during every run.
         """
         for _ in range(LOOKS):
             if not objection(found) or not self.by_others(what):

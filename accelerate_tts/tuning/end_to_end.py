@@ -24,18 +24,18 @@ __all__ = ["check_whole"]
 
 
 def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference | None]:
-    """Compare the whole object with what it was, and undo what the comparison does not bear out.
+    """Compare the whole tuned object with the untouched one, and undo changes if it is wrong or slower.
 
-    A wrong result, or an error that the untouched object does not raise, costs the changes that are not exact first,
-    one after the other, what gains least first; and everything if that does not help. An error then costs the exact
-    ones, one after the other, too. A slower one costs everything.
+    If the result is wrong, or the tuned object raises an error that the untouched one does not, inexact changes are
+    undone one by one, the smallest gain first, and then everything; after an error exact changes are undone one by one,
+    too. If it is slower, everything is undone.
 
     Args:
         baseline: The untouched object.
-        ledger: The changes in force; those that are still kept are in force afterwards.
+        ledger: The changes in force. Afterwards, those that are still kept are in force.
 
     Returns:
-        The timing of the two, and how far apart they are; `None` where the output does not repeat.
+        The timing of the two, and their difference; `None` if the output does not repeat.
     """
     policy, reference = baseline.policy, baseline.output
     if not ledger.kept:
@@ -52,7 +52,7 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
     lengths, tuned_seconds = 1.0, 0.0
     if repeats.error > EXACT_TOLERANCE:
         why = repeats.reason if repeats.reason == NOTHING_TO_COMPARE else "the output does not repeat under one seed"
-        ledger.notes.append(f"only the parts were verified, not the whole: {why}")
+        ledger.notes.append(f"only the parts were compared, not the whole: {why}")
     else:
         difference, lengths, tuned_seconds = _right(baseline, ledger, reference)
         if not ledger.kept:
@@ -72,10 +72,10 @@ def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference 
         timing, sure = _timed(baseline, ledger, fewest)
         timing = _for_the_same_length(timing, lengths)
     if timing.pairs < enough:
-        ledger.notes.append(f"the total was timed in {timing.pairs} pairs only, for {OVER_BUDGET} allowed no more")
+        ledger.notes.append(f"the whole was timed in {timing.pairs} pairs only: {OVER_BUDGET} allowed no more")
     # A total that is slower on a busy machine may be faster on a quiet one; its parts have been compared separately.
     if sure and timing.ratio < (1.0 if timing.pairs >= enough else policy.worst_total):
-        _give_up(baseline, ledger, f"slower in total ({timing.ratio:.2f}x)", "everything")
+        _give_up(baseline, ledger, f"the whole is slower, {timing.ratio:.2f}x", "everything")
         return _unchanged(timing.before)
     ledger.on()
     return timing, difference
@@ -97,7 +97,7 @@ def _at_once(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference] | 
     ratio = baseline.pass_seconds / seconds
     if difference.reason or baseline.tolerance.objection(difference) or ratio <= 1.0:
         return None
-    ledger.notes.append(f"the total is one pass against the one that was recorded, for {OVER_BUDGET} allowed no more")
+    ledger.notes.append(f"the whole was timed in one pass, against the recorded one: {OVER_BUDGET} allowed no more")
     return Timing(baseline.pass_seconds, seconds, ratio, ratio, ratio, 1), difference
 
 
@@ -118,9 +118,9 @@ def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, boo
     if baseline.device.type == "cpu" and not ledger.compiles:
         with one_thread():
             timing = policy.compare(*states, fewest=fewest, clock=time.process_time)
-        ledger.notes.append("the total is the processor time of one thread, since others were at work")
+        ledger.notes.append("the machine was busy: the whole was timed by the processor time of one thread")
     else:
-        ledger.notes.append("the total was timed while others were at work")
+        ledger.notes.append("the machine was busy while the whole was timed")
     return timing, False
 
 
@@ -159,10 +159,10 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
         # One change at a time: a small error of one part may be a large error of the speech.
         suspect = _suspect(ledger, raised=candidate is None)
         if suspect is None:
-            _give_up(baseline, ledger, f"wrong in total: {objection}", "everything")
+            _give_up(baseline, ledger, f"the whole is wrong: {objection}", "everything")
         else:
             what = f"{suspect.stage} of {suspect.part}"
-            _give_up(baseline, ledger, f"wrong in total: {objection}", what, suspect)
+            _give_up(baseline, ledger, f"the whole is wrong: {objection}", what, suspect)
     return Difference(0.0), 1.0, 0.0
 
 
@@ -189,7 +189,7 @@ def _is_sampled(result: StageResult) -> bool:
 
 
 def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate: list[Any]) -> str:
-    """Say what is wrong beside another sampled sequence, or "": the rest must be right without that change."""
+    """Return an objection other than another sampled sequence, or "": without that change the rest must be right."""
     sampled = {(result.part, result.stage) for result in ledger.results if _is_sampled(result)}
     changes = [kept.change for kept in ledger.kept if (kept.part, kept.stage) in sampled]
     for change in reversed(changes):
@@ -202,12 +202,12 @@ def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate:
     objection = objection or _implausible(reference, candidate, baseline.policy)
     if not objection:
         worst = max(result.divergence or 0.0 for result in ledger.results if _is_sampled(result))
-        allowed = f"{baseline.tolerance.divergence:.0e} are allowed"
+        limit = f"limit {baseline.tolerance.divergence:.0e}"
         if worst > baseline.tolerance.divergence:
-            allowed = "which is within the rounding of the model's own half precision"
+            limit = "within the rounding of the model's own half precision"
         ledger.notes.append(
-            "another sequence is sampled than by the untouched model: the probabilities of a step diverge by at most"
-            f" {worst:.1e} nats, {allowed}; without that change the whole is as it was"
+            "another sequence is sampled than by the untouched model: a step diverges by at most"
+            f" {worst:.1e} nats, {limit}; without that change the whole output is the same"
         )
     return objection
 
@@ -215,7 +215,7 @@ def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate:
 def _implausible(reference: list[Any], candidate: list[Any], policy: TuningPolicy) -> str:
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if [(a.dtype, a.dim()) for a in left] != [(b.dtype, b.dim()) for b in right]:
-        return "other kinds of tensors come of it"
+        return "the results are tensors of other kinds"
     for a, b in zip(left, right, strict=True):
         if not 1 / policy.other_lengths <= max(b.numel(), 1) / max(a.numel(), 1) <= policy.other_lengths:
             return f"a result of shape {tuple(b.shape)} instead of {tuple(a.shape)}"
@@ -244,7 +244,7 @@ def _give_up(baseline: Baseline, ledger: Ledger, reason: str, what: str, only: S
 
 
 def _clocked(baseline: Baseline) -> tuple[list[Any], float]:
-    """Results of a pass, and the seconds that it takes."""
+    """Run a pass; return its results and its seconds."""
     start = baseline.policy.clock()
     results = baseline.run()
     synchronize(baseline.device.type)

@@ -1,4 +1,4 @@
-"""Changes that gave up by themselves while they were compared: then the untouched part was compared with itself."""
+"""Fallbacks during a comparison: if a change falls back, the untouched part is compared with itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_not
 
 @contextmanager
 def fallbacks() -> Generator[list[FellBack], None, None]:
-    """Collect `FellBack` events while open, since a change that gave up computes the correct untouched outputs.
+    """Collect `FellBack` events while open, since a change that fell back computes the untouched part's outputs.
 
     Only events of this context and its copies count: another object may fall back in service meanwhile.
     """

@@ -24,7 +24,7 @@ __all__ = ["Findings", "Tuning", "recompile_counter", "versions"]
 
 @dataclass(frozen=True)
 class Findings:
-    """The changes in force, and all that a receipt will say of them.
+    """The changes in force, and the facts for their receipt.
 
     Attributes:
         facts: Values of the receipt's attributes, by their names.
@@ -43,19 +43,19 @@ class Findings:
     expected: Mapping[str, Expectation] = field(default_factory=dict)
 
     def receipt(self, *notes: str) -> Receipt:
-        """The receipt.
+        """Make the receipt.
 
         Args:
-            notes: Notes beside the own ones, of what is done with the object from here on.
+            notes: Further notes, on what is done with the object afterwards.
         """
         return Receipt(**self.facts, notes=(*self.notes, *notes))
 
     def tuning(self, *notes: str, let_go: LetGo | None = None) -> Tuning:
-        """The tuning that the object keeps.
+        """Make the tuning that the object keeps.
 
         Args:
             notes: As for `receipt`.
-            let_go: Weights that are away while copies serve.
+            let_go: Original weights that are offloaded or freed while copies serve.
         """
         changes = tuple(kept.change for kept in self.kept)
         return Tuning(
@@ -68,12 +68,12 @@ class Tuning:
     """A finished tuning: its receipt and the changes in force.
 
     Attributes:
-        receipt: Verdicts on all that was tried.
+        receipt: Verdicts on all stages that were tried.
         changes: The changes in force.
         complete: False if the warm-up failed, or there was none: it may be tried again.
         kept: The changes again, with the part and the stage of each.
         expected: Outputs of the untouched object's `@inference` functions for the warm-up.
-        let_go: Weights that are away while copies serve, where `guard_weights` says so.
+        let_go: Original weights that are offloaded or freed while copies serve, if `guard_weights` asks for it.
     """
 
     receipt: Receipt
@@ -123,7 +123,7 @@ class Tuning:
 
     def put_back(self) -> Receipt:
         """Return the receipt after the guard has undone the tuning for good."""
-        reason = "put back by the guard, after faulty output in service"
+        reason = "undone by the guard: faulty output in service"
         stages = (s.dropped(reason) if s.kept and s.part != PROCESS else s for s in self.receipt.stages)
         return replace(self.receipt, stages=tuple(stages), notes=(*self.receipt.notes, reason))
 

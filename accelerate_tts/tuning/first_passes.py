@@ -1,4 +1,4 @@
-"""The first passes of an untouched object: they show what it computes, and what its parts are given."""
+"""First passes of an untouched object, which record its outputs and the inputs of its parts."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Li
 
 
 def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits, ledger: Ledger) -> Baseline:
-    """Make the baseline of a cold pass, and of a warm one that gives the reference and each part's inputs.
+    """Make the baseline from a cold pass, and from a warm pass that gives the reference and the inputs of each part.
 
-    Where passes take so long that nothing could be tried after two of them, the cold one is the reference, too.
+    If passes are so long that the budget allows no trial after two of them, the cold pass is the reference, too.
     """
     policy, watcher, budget, constants = limits.policy, limits.watcher(), limits.budget(), KeptConstants()
     clock, draws = policy.clock, Draws(device.type)
@@ -118,9 +118,9 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
         baseline = None
     del first
     if baseline is None or policy.first_passes * cold <= budget.seconds:
-        baseline = None  # first: it has copies of what the parts were given
+        baseline = None  # freed first, since it has copies of the parts' inputs
         return recorded(lambda: cold)
-    ledger.notes.append(f"the first pass is what all is compared with, for {OVER_BUDGET} allows no other")
+    ledger.notes.append(f"outputs are compared with those of the first pass: {OVER_BUDGET} allows no other")
     return baseline
 
 

@@ -35,7 +35,7 @@ class Ledger:
     Attributes:
         results: A line for each stage tried.
         kept: The changes in force, in the order in which they were made.
-        notes: Whatever else the user should know.
+        notes: Further remarks for the user.
         unmet: Stages without time: expected gain of a pass, part, stage, and the budget that it needs.
     """
 
@@ -70,7 +70,7 @@ class Ledger:
                 self.kept.remove(instead_of)
                 for number, slower in enumerate(self.results):
                     if slower.kept and (slower.part, slower.stage) == (instead_of.part, instead_of.stage):
-                        dropped = slower.dropped(f"{result.stage} is faster still")
+                        dropped = slower.dropped(f"{result.stage} is faster")
                         self.results[number] = replace(dropped, sure=result.sure)
             self.kept.append(change)
         self.results.append(result)

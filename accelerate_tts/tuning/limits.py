@@ -1,4 +1,4 @@
-"""Limits of a tuning: how long it may take, what it may change, and who may stop it."""
+"""Limits of a tuning: its time budget, its precision and its cancellation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Budget", "Limits"]
 
 @dataclass(frozen=True)
 class Budget:
-    """A tuning's time.
+    """Time budget of a tuning.
 
     Attributes:
-        seconds: All of it.
+        seconds: The whole budget.
         deadline: Its end, in seconds of the clock.
         clock: Seconds.
     """
@@ -41,11 +41,11 @@ class Limits:
     """Limits of tuning.
 
     Attributes:
-        seconds: The budget; no further stage is begun after it, and one that ran over it is given up.
+        seconds: The budget. After it no stage is begun, and a stage that runs over it is stopped.
         precision: Precision level.
         stopped: Asked before each stage; once it is true, everything is undone.
         policy: The policy of tuning.
-        began: Given the ledger of what is being tuned, before anything is changed.
+        began: Called with the ledger before anything is changed.
     """
 
     seconds: float
@@ -60,7 +60,7 @@ class Limits:
         return Budget(self.seconds, clock() + self.seconds, clock)
 
     def watcher(self) -> Watcher:
-        """Tells how disturbed the machine is, for a tuning that begins now."""
+        """Return the watcher for disturbances of a tuning that begins now."""
         import torch
 
         policy = self.policy

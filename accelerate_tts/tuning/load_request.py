@@ -1,4 +1,4 @@
-"""`LoadRequest`: all that one decorated load asks for, from the decorator down to the receipt."""
+"""`LoadRequest`: the options of one decorated load, passed from the decorator to the tuning."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ __all__ = ["LoadRequest", "never"]
 
 
 def never() -> bool:
-    """Return False: nobody stops this load. A function with a name, so that a request can be pickled."""
+    """Return False: this load is never stopped. A named function, so that a request can be pickled."""
     return False
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Options of one `@optimized_model` and, once the load function has returned, what it left behind.
+    """Options of one `@optimized_model` and, once the load function has returned, its result.
 
-    It is checked here, and nowhere else.
+    The options are checked here, and nowhere else.
 
     Attributes:
         warmup: Example of a real call, as for `@optimized_model`.
         mode: The mode of service calls that do not go through `@inference`.
-        precision: Precision level: "exact", "balanced" or "fast"; `None` keeps that of the settings.
-        tune_seconds: Its budget in seconds; `None` leaves the settings' own.
-        lengths: The shortest and the longest input that service will bring.
+        precision: Precision level: "exact", "balanced" or "fast"; `None` takes that of the settings.
+        tune_seconds: Tuning budget in seconds; `None` takes that of the settings.
+        lengths: Lengths of the shortest and the longest input in service.
         loaded: Result of the load function.
         stopped: Asked between stages; once it is true, everything is undone.
 
     Raises:
         WarmupError: `warmup` can never work, alone or with `lengths`.
-        SettingsError: Another value means nothing.
+        SettingsError: Another value is invalid.
     """
 
     warmup: Any = None

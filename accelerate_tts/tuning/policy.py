@@ -1,4 +1,4 @@
-"""Policy of tuning, as data: its clock, its margins, how often it looks, what it waits for."""
+"""Policy of tuning as data: clock, margins, numbers of runs, and limits."""
 
 from __future__ import annotations
 
@@ -21,63 +21,55 @@ if TYPE_CHECKING:
 __all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
 
 OVER_BUDGET = "the tuning budget"
-"""Phrase in the reasons of stages that a larger budget would have tried or finished."""
+"""Phrase in the reasons of stages that a larger budget would have tried or finished. Warm packs look for it."""
 
 
 @dataclass(frozen=True)
 class TuningPolicy:
-    """Rules by which tuning decides. Immutable; tests and benchmarks give others with `tuning_policy`.
+    """Rules of tuning. Immutable; tests and benchmarks set another one with `tuning_policy`.
 
     Attributes:
-        clock: Seconds, for budgets and single looks.
-        compare: Times two states of the same work in turn; `compare_speed`.
-        look: Times one run of a piece of work; `time_once`.
-        machine: Makes what tells how disturbed the machine is.
-        unworthy: Asked in place of the usual reasons not to begin a stage on a part; `None` for those.
-        margin: A stage must be faster by this factor. Less is not worth a receipt's line, nor a dependency on a
-            compiler.
-        comparison: Seconds for one comparison of speeds; they are stretched to at least five pairs.
-        total: The same for the comparison of the whole.
-        hangs: Seconds beyond the budget after which a stage that is being prepared, or run for the first time, hangs.
-        longest: Seconds that preparing a stage, and running it for the first time, may take at most each.
-        looks: True if single looks may drop a stage without pairs.
-        hopeless: A candidate that takes this many times as long as the untouched part, after a run that filled its
-            caches, is dropped without being timed in pairs: half precision on a CPU without it can be a hundred times
-            slower.
-        not_twice: One that took this many times as long for its outputs, though it compiles nothing, is not run again.
-        far_behind: An alternative that takes this many times as long as the one in force did when it was timed is not
-            timed in pairs.
-        cheap_look: Seconds of a replay up to which a look is the better of two.
-        cheap_pairs: Seconds up to which a look decides nothing: of microseconds a neighbour makes milliseconds, and
-            pairs of so little are timed in no time.
-        long_replay: Seconds of one replay from which a look that shows no gain at all is enough: so much work varies
-            by a few per cent, and the pairs would take a tenth of the budget.
-        copied_a_second: Bytes of weights that a slow machine makes copies of in other formats, in a second. They are
-            made when first needed.
-        from_memory: Bytes of weights that no processor's caches hold: then what reads fewer of them is faster.
-        longest_pass: Seconds of a warm-up pass up to which changes of the process are tried: they take a dozen of it.
-        pass_share: Share of the budget that such a pass may take: a dozen of them then take a sixth.
-        process_gain: Gain that a look at a change of the process must show, whose pairs are a dozen whole passes.
-        first_replays: Replays before the pairs: the outputs, and a look.
-        pairs: Pairs of replays that a verdict needs.
+        clock: Returns seconds, for budgets and single looks.
+        compare: Times two states of the same work alternately; see `compare_speed`.
+        look: Times one run; see `time_once`.
+        machine: Makes the source of measurements of a `Watcher`.
+        unworthy: Replaces the usual reasons not to begin a stage on a part; `None` for those.
+        margin: Minimum ratio of speeds. A smaller gain is not worth a dependency on a compiler.
+        comparison: Seconds of a comparison of one part. At least five pairs are run.
+        total: The same for the whole object.
+        hangs: Seconds over the budget after which preparing a stage, or its first run, is interrupted.
+        longest: Maximum seconds of preparing a stage, and of its first run.
+        looks: True if single looks may reject a stage without pairs.
+        hopeless: A look rejects a candidate that takes this many times as long as the untouched part, with warm caches:
+            half precision on a CPU without it can be a hundred times slower.
+        not_twice: The first run rejects a candidate that takes this many times as long, unless it compiles.
+        far_behind: A look rejects an alternative that takes this many times as long as the one in force.
+        cheap_look: Seconds of a replay up to which the better of two looks counts.
+        cheap_pairs: Seconds of a replay up to which a look rejects nothing: other programs can turn microseconds into
+            milliseconds, and the pairs take no time.
+        long_replay: Seconds of a replay from which a look without any gain rejects: such long work varies by a few per
+            cent, and its pairs would take a tenth of the budget.
+        copied_a_second: Bytes of weights that a slow machine converts in a second, at their first use.
+        from_memory: Bytes of weights that exceed every processor's caches. Above it, fewer bytes are faster.
+        longest_pass: Maximum seconds of a warm-up pass for changes of the process, which take a dozen passes.
+        pass_share: Maximum share of the budget of such a pass. A dozen of them then take a sixth.
+        process_gain: Minimum ratio that a look at a change of the process must show before its pairs of whole passes.
+        first_replays: Replays before the pairs: one for the outputs, and a look.
+        pairs: Minimum pairs of a verdict.
         slack: Seconds over the budget that a verdict may take.
-        costly: Seconds from which a stage is tried after all that take less, on any part, and only if it may be hoped
-            to gain something.
-        thorough: A budget from which it is tried without hope, too.
-        patience: Seconds that one tuning waits, in all, for a machine to become quiet.
-        enough: Seconds of a loop's calls that one timing needs: a step of half a second need not be timed six times
-            over.
-        first_passes: Passes of a budget that two at the start leave room for: to try something, and to check the
-            whole.
-        unknown_gain: Assumed speed-up of a stage without a promise.
-        comparisons: Comparisons of speeds on a machine that says that it is quiet, and is disturbed meanwhile.
-        whole_passes: Passes that the check of the whole takes at least: does the output repeat, is it right, and a
-            pair for its time.
-        total_pairs: Pairs of passes for the total, most first: those are run that fit into what is left of the budget.
-            The last number is always run, but only from the first one on is its verdict one of 95 %.
-        worst_total: Ratio below which fewer pairs undo everything; it is beyond the noise of two passes.
-        other_lengths: Another sampled sequence of the same speech is at most so many times as long, or as short;
-        other_loudness: and at most so many times as loud, or as quiet. A broken one is not.
+        costly: Seconds from which a trial is costly. Costly trials come last, and only if the stage may gain.
+        thorough: Minimum budget in seconds for costly trials of stages that gained nothing on similar parts.
+        patience: Seconds that one tuning waits, in all, for a quiet machine.
+        enough: Seconds of a loop's calls that one timing needs, so that steps of half a second are not timed six times.
+        first_passes: Minimum passes in the budget for a second pass at the start.
+        unknown_gain: Assumed ratio of a stage without a promise.
+        comparisons: Maximum comparisons if the machine is disturbed during them.
+        whole_passes: Minimum passes of the final check: repetition, correctness, and a pair for the time.
+        total_pairs: Numbers of pairs for the whole, most first. The first that fits the remaining budget is run, and at
+            least the last. Only the first has a confidence of 95 %.
+        worst_total: Ratio of the whole below which fewer pairs undo everything, beyond the noise of two passes.
+        other_lengths: Maximum ratio of lengths of two sampled sequences of the same speech. A broken one exceeds it.
+        other_loudness: Maximum ratio of their loudness, likewise.
     """
 
     clock: Callable[[], float] = time.perf_counter

@@ -34,10 +34,10 @@ __all__ = ["Trial"]
 
 
 class Trial:
-    """One stage on one part: from whether it is worth it to what came of it.
+    """Trial of one stage on one part, from the reasons not to begin to the verdict.
 
     Args:
-        baseline: The untouched object, and the policy by which it is decided.
+        baseline: The untouched object, and the policy of tuning.
         ledger: Records the verdict, and the change if it is kept.
         part: The part.
         stage: The stage.
@@ -60,7 +60,7 @@ class Trial:
         self._result = StageResult(part.name, stage.name, kept=False, reason="")
 
     def run(self) -> None:
-        """Try it, and enter what came of it."""
+        """Try the stage, and enter the verdict in the ledger."""
         part, stage = self._part, self._stage
         start = self._policy.clock()
         try:
@@ -107,7 +107,7 @@ class Trial:
         """Report in an event that a stage raised or hung; return the reason for the receipt."""
         if isinstance(error, TimeLimitError):
             emit(FellBack(self._what, self._stage.name, str(error)))
-            return "; ".join(filter(None, (f"given up: it ran over {OVER_BUDGET} and was interrupted", error.stopped)))
+            return "; ".join(filter(None, (f"stopped: over {OVER_BUDGET}, interrupted", error.stopped)))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         emit(FellBack(self._what, self._stage.name, reason))
         return f"failed: {reason}"
@@ -123,31 +123,31 @@ class Trial:
         return None if reason is None else replace(self._result, reason=reason, sure=sure)
 
     def _not_worth_it(self) -> tuple[str | None, bool]:  # noqa: PLR0911 - each reason
-        """Say why the stage is not begun, and if that would be so on a quiet machine, too."""
+        """Return the reason not to begin the stage, and True if it holds on a quiet machine, too."""
         baseline, part, stage = self._baseline, self._part, self._stage
         captured = baseline.captured.get(part.name)
         if captured is not None:
             if captured.count == 0 and not self._is_whole():
-                return "the warm-up never called it", True
+                return "not tried: the warm-up never called it", True
             total = sum(seen.seconds for seen in baseline.captured.values())
             if captured.count and total > 0 and captured.seconds < stage.least_share * total:
-                return f"only {100 * captured.seconds / total:.1f} % of the time is spent in it", baseline.pass_quiet
+                return f"not tried: {100 * captured.seconds / total:.1f} % of the time", baseline.pass_quiet
         longest = min(self._policy.longest_pass, baseline.budget.seconds * self._policy.pass_share)
         if part.kind == PROCESS and baseline.pass_seconds > longest:
             seconds = baseline.pass_seconds
-            return f"not tried: it takes a dozen whole passes, and one takes {seconds:.1f} s", baseline.pass_quiet
+            return f"not tried: takes a dozen whole passes of {seconds:.1f} s", baseline.pass_quiet
         if part.kind == PROCESS and not baseline.pass_quiet:
             # Such a stage is only about interactions of threads.
             return f"not tried: {baseline.watcher.worst.why}", False
         names = self._names_kept()
         smaller = next((name for name in names if name in stage.superseded_by), None)
         if smaller is not None and self._weights_bytes() >= self._policy.from_memory:
-            return f"not tried: {smaller} does the same from fewer bytes", True
+            return f"not tried: {smaller} does the same with fewer bytes", True
         cost = stage.cost_of(part)
         known = promise(stage.name, part.kind, names) if cost >= self._policy.costly else None
         if known is not None and known.ratio <= 1.0 and baseline.budget.seconds < self._policy.thorough:
-            why = f"it takes {cost:.0f} s or more, and gained nothing on the like"
-            return f"not tried: {why}; a budget of {self._policy.thorough:.0f} s tries it", True
+            why = f"takes {cost:.0f} s or more and gained nothing on similar parts"
+            return f"not tried: {why}; tune_seconds={self._policy.thorough:.0f} tries it", True
         reason = self._no_time_for_it()
         if reason is not None:
             self._missed()
@@ -170,7 +170,7 @@ class Trial:
         # The outputs and a look are replays, too.
         replays = self._policy.first_replays * self._baseline.known_seconds(self._part)
         if left < (cost := self._stage.cost_of(self._part) + replays):
-            return f"not tried: it takes about {cost:.0f} s, and {left:.0f} s of {OVER_BUDGET} are left"
+            return f"not tried: takes about {cost:.0f} s, {left:.0f} s of {OVER_BUDGET} left"
         return None
 
     def _names_kept(self) -> list[str]:
@@ -196,9 +196,9 @@ class Trial:
         baseline, part, result = self._baseline, self._part, self._result
         reference = baseline.reference(part)
         if reference.repeats.reason == NOTHING_TO_COMPARE:
-            return replace(result, reason=NOTHING_TO_COMPARE)
+            return replace(result, reason=f"not compared: {NOTHING_TO_COMPARE}")
         if reference.repeats.error > EXACT_TOLERANCE:
-            return replace(result, reason="its own output does not repeat, so nothing can be verified")
+            return replace(result, reason="not compared: its untouched output does not repeat")
         with fallbacks() as fallen, baseline.watcher.window() as window:
             change.on()
             start = self._policy.clock()
@@ -218,14 +218,14 @@ class Trial:
         if self._known is not None:
             return replace(self._known, error=result.error, spectral=result.spectral, divergence=result.divergence)
         if self._is_far_slower(reference, took) and window.disturbance.quiet and reference.quiet:
-            return replace(result, before=reference.seconds, after=took, reason="far slower, at the first look")
+            return replace(result, before=reference.seconds, after=took, reason="far slower at the first look")
         return self._looked_at(change, replace(result, before=self._untouched))
 
     def _fault(self, change: Change, difference: Difference) -> str | None:
-        """Say why a change is not even timed; `None` if it is."""
+        """Return the reason why a change is not timed; `None` if it is timed."""
         fault = fault_of(self._baseline, self._part, change, difference)
         if not fault and self._baseline.budget.left < 0:
-            return f"given up: it ran over {OVER_BUDGET}"
+            return f"stopped: over {OVER_BUDGET}"
         return fault or None
 
     def _is_far_slower(self, reference: Reference, took: float) -> bool:
@@ -241,7 +241,7 @@ class Trial:
         return self._baseline.pass_seconds if self._times == "pass" else self._baseline.reference(self._part).seconds
 
     def _looked_at(self, change: Change, result: StageResult) -> StageResult:
-        """Take a look at its time, a second one if the first shows no gain, and then time it in pairs."""
+        """Take a single look at the time, a second one if the first shows no gain, and then time it in pairs."""
         baseline, watcher = self._baseline, self._baseline.watcher
         calm = baseline.reference(self._part).quiet and (self._times != "pass" or baseline.pass_quiet)
         quiet = True
@@ -252,7 +252,7 @@ class Trial:
             hopeless = self._hopeless(seconds) if self._policy.looks and calm else None
             if hopeless is None:
                 break
-            # A single look drops a change only if a look takes long, and nothing was compiled, which takes longer.
+            # A single look rejects a change only if it takes long, and nothing was compiled, which takes longer.
             enough = again or (seconds > self._policy.long_replay and change.graphs is None)
             if window.disturbance.quiet and enough:
                 return replace(result, after=seconds, reason=hopeless)
@@ -274,33 +274,33 @@ class Trial:
         return min(seconds, baseline.seconds(part, which)) if seconds < self._policy.cheap_look else seconds
 
     def _hopeless(self, seconds: float) -> str | None:
-        """Say why a change is not timed in pairs after looks at its time; `None` if it is."""
+        """Return the reason why a change is not timed in pairs after single looks; `None` if it is."""
         before = math.inf if self._times == "others" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
-            return "slower, at the first look"
+            return "slower at the first look"
         # Whole passes are long. Collisions of other libraries' threads show in one look, or are not worth more.
         if self._part.kind == PROCESS and seconds > before / self._policy.process_gain:
-            return "no gain, at the first look"
+            return "no gain at the first look"
         return self._behind(seconds) or (self._gains_nothing(seconds) if self._times == "loop" else None)
 
     def _behind(self, seconds: float) -> str | None:
-        """Say why an alternative is not timed in pairs against the one in force; `None` if it is."""
+        """Return the reason why an alternative is not timed in pairs against the one in force; `None` if it is."""
         if self._current is None:
             return None
         known = self._verdicts({self._current.stage})[-1]
         if known.sure and known.after is not None:
             limit = max(self._policy.far_behind * known.after, self._policy.cheap_pairs)
-            return f"slower than {self._current.stage}, at the first look" if seconds > limit else None
+            return f"slower than {self._current.stage} at the first look" if seconds > limit else None
         return None
 
     def _gains_nothing(self, seconds: float) -> str | None:
-        """Say why a change of a part with a long replay is not timed in pairs; `None` if it is."""
+        """Return the reason why a change of a part with a long replay is not timed in pairs; `None` if it is."""
         names = {kept.stage for kept in self._ledger.kept_on(self._part.name) if kept.times == "loop"}
         kept = self._verdicts(names if self._current is None else {self._current.stage})
         if not all(result.sure for result in kept):
             return None
         now = (kept[-1].after if kept else None) or self._untouched
-        return "no gain, at the first look" if min(now, seconds) > self._policy.long_replay and seconds >= now else None
+        return "no gain at the first look" if min(now, seconds) > self._policy.long_replay and seconds >= now else None
 
     def _verdicts(self, stages: set[str]) -> list[StageResult]:
         return [
@@ -309,11 +309,11 @@ class Trial:
         ]  # fmt: skip
 
     def _no_time_for_pairs(self, seconds: float) -> str | None:
-        """Say why the budget has no room for pairs of replays of up to so many seconds each; `None` if it has."""
+        """Return a reason if the budget has no time for pairs of replays of so many seconds each; `None` if it has."""
         needed, left = 2 * self._policy.pairs * seconds, self._baseline.budget.left
         if needed <= left + self._policy.slack:
             return None
-        return f"not timed: it takes {needed:.0f} s, and {max(0.0, left):.0f} s of {OVER_BUDGET} are left"
+        return f"not timed: takes {needed:.0f} s, {max(0.0, left):.0f} s of {OVER_BUDGET} left"
 
     # --- timing -------------------------------------------------------------------------------------------------
 
@@ -337,24 +337,25 @@ class Trial:
                     switch()
                     switches[0]()
                 timing = self._pairs(switches, clock=time.process_time)
-            how = ", by the processor time of one thread"
+            how = ", processor time of one thread"
         timing = timing or self._pairs(switches)
         result = replace(
             result, before=timing.before, after=timing.after, ratio=timing.ratio, low=timing.low, sure=believed
         )
-        than = "" if self._current is None else f" than {self._current.stage}"
         if timing.ratio < self._policy.margin or timing.low <= 1.0:
-            why = f"slower{than}" if timing.high < 1.0 else "no gain beyond doubt"
-            return replace(result, reason=f"{why} ({timing.low:.2f}x to {timing.high:.2f}x){how}")
+            than = "" if self._current is None else f" than {self._current.stage}"
+            why = f"slower{than}" if timing.high < 1.0 else "no certain gain"
+            return replace(result, reason=f"{why}, {timing.low:.2f}x to {timing.high:.2f}x (95 %){how}")
         switches[2]()
-        return replace(result, kept=True, reason=f"at least {timing.low:.2f}x{than}, 95 % sure{how}")
+        over = "" if self._current is None else f" over {self._current.stage}"
+        return replace(result, kept=True, reason=f"at least {timing.low:.2f}x{over} (95 %){how}")
 
     def _pairs(self, switches: tuple[Callable[[], object], ...], **how: Callable[[], object]) -> Timing:
         return self._policy.compare(*switches, self._baseline.device.type, self._policy.comparison, **how)
 
     def _can_be_alone(self, change: Change) -> bool:
-        """Tell if one thread's work says something of it. dynamo compiles anew for another number of threads."""
-        if self._part.kind == PROCESS:  # that is about what threads do to each other
+        """Check that timing on one thread is meaningful. dynamo compiles again for another number of threads."""
+        if self._part.kind == PROCESS:  # its effect is on how threads interact
             return False
         return self._baseline.device.type == "cpu" and change.graphs is None and not self._ledger.compiles
 

@@ -62,7 +62,7 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
         stages: The stages to try, in order.
         device: The device.
         limits: Limits of tuning.
-        known: Verdicts of an earlier tuning that stand: these changes are compared, but not timed again.
+        known: Valid verdicts of an earlier tuning. These changes are compared, but not timed again.
 
     Returns:
         The changes in force, and the facts for a receipt. An exception of a warm-up call becomes a `WarmupFailed`
@@ -114,12 +114,12 @@ def _tried(
     baseline: Baseline, ledger: Ledger, stages: Sequence[Stage], limits: Limits,
     known: Mapping[tuple[str, str], StageResult],
 ) -> dict[str, Any]:  # fmt: skip
-    """Try each stage on each part, then check the whole; returns what the receipt says of the whole."""
+    """Try each stage on each part, then check the whole; return the receipt's figures of the whole."""
     for part, stage in _in_order(baseline, stages):
         if limits.stopped():
             raise _StoppedError("the load was cancelled")
         Trial(baseline, ledger, part, stage, known.get((part.name, stage.name))).run()
-    if _look_again(baseline, ledger, stages, limits, known):  # what did not apply before may apply now
+    if _look_again(baseline, ledger, stages, limits, known):  # further stages may apply now
         judged = {(result.part, result.stage) for result in ledger.results}
         for part, stage in _in_order(baseline, stages):
             if (part.name, stage.name) not in judged and not limits.stopped():
@@ -136,7 +136,7 @@ def _tried(
 
 
 def acts_in_training(plan: ModelPlan) -> bool:
-    """Tell if a module computes something else in train mode, and is in it."""
+    """Check for a module that is in train mode and computes something else there."""
     return any(_acts_in_training(module) for root in plan.roots for module in root.modules())
 
 
@@ -161,12 +161,12 @@ def _is_number(module: Any, name: str) -> bool:
 
 
 def _in_order(baseline: Baseline, stages: Sequence[Stage]) -> Iterator[tuple[Part, Stage]]:
-    """Order the trials. What is about the process as a whole comes first: it disturbs every later comparison.
+    """Order the trials. Stages of the process come first, since they affect every later comparison.
 
-    Then all that is tried quickly, and then the rest: the budget that a compilation of one part takes must not be
-    missing for the fold of another one. Of each, parts come in the order of the time that is spent in them; those that
-    lead to a decision come together, the deciding part first, since its change checks what the others lead to. On a
-    part the order of the stages stands, since what comes later is built on what was kept before.
+    Cheap trials follow, then expensive ones: a compilation of one part must not use up the budget for the cheap stages
+    of another. Within both, parts are sorted by their time. Parts that lead to one decision are adjacent, the deciding
+    part first, since its change checks the decision that the others lead to. On each part, stages keep their order,
+    since later ones build on the kept ones.
     """
     plan, costly = baseline.plan, baseline.policy.costly
     for stage in stages:
@@ -192,10 +192,10 @@ def _look_again(
     baseline: Baseline, ledger: Ledger, stages: Sequence[Stage], limits: Limits,
     known: Mapping[tuple[str, str], StageResult],
 ) -> bool:  # fmt: skip
-    """Repeat trials, on top of the kept changes, whose gain was not certain or that were dropped on a busy machine.
+    """Repeat trials with an uncertain gain or an uncertain verdict, on top of the kept changes.
 
     On a shared machine such verdicts are random, and later stages may depend on them: a vocoder in half precision lost
-    half of its gain over a layout that was not kept. Compiled stages are not repeated. Returns whether one is kept now.
+    half of its gain over a layout that was not kept. Compiled stages are not repeated. Returns True if one is kept now.
     """
     kept_before = len(ledger.kept)
     named = {stage.name: stage for stage in stages}
@@ -211,7 +211,7 @@ def _look_again(
         Trial(baseline, ledger, part, stage, known.get((part.name, stage.name))).run()
         if len(ledger.results) == before:
             ledger.results.append(result)
-        elif ledger.results[-1].ratio is None:  # there was no time for it, so the first verdict stands
+        elif ledger.results[-1].ratio is None:  # without time for it, the first verdict stands
             ledger.results[-1] = result
     return len(ledger.kept) > kept_before
 
@@ -232,8 +232,8 @@ def _say_how_sure(baseline: Baseline, ledger: Ledger) -> None:
         ledger.notes.append(f"waited {watcher.waited:.1f} s for a quiet machine")
     if unsure:
         who = watcher.worst.why or "other threads drew random numbers"
-        why = f"{who}; {unsure} of {len(results)} verdicts are not sure"
-        ledger.notes.append(f"tuned beside others' work: {why}, and the next load from a warm pack tries them again")
+        why = f"{who}; {unsure} of {len(results)} verdicts are uncertain"
+        ledger.notes.append(f"tuning was disturbed: {why}, and the next load from a warm pack tries them again")
         emit(TunedUnderLoad(baseline.plan.what, who, unsure, len(results)))
 
 
@@ -243,10 +243,10 @@ def _say_what_was_missed(baseline: Baseline, ledger: Ledger) -> None:
         if gain > 0:
             what, budget = f"{baseline.plan.what}: {part}", baseline.budget.seconds
             emit(BudgetTooSmall(what, stage, budget, float(math.ceil(wanted))))
-            ledger.notes.append(f"{stage} of {part} is promising, and wants a budget of about {math.ceil(wanted)} s")
+            ledger.notes.append(f"{stage} on {part} may gain, and needs tune_seconds of about {math.ceil(wanted)}")
 
 
 def _by_part(baseline: Baseline, ledger: Ledger) -> tuple[StageResult, ...]:
-    """Verdicts of the trials, part by part, for people."""
+    """Return the verdicts, sorted by part."""
     order = {name: number for number, name in enumerate((PROCESS, *(part.name for part in baseline.plan.parts)))}
     return tuple(sorted(ledger.results, key=lambda result: order.get(result.part, len(order))))

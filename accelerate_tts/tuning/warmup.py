@@ -110,8 +110,8 @@ class WarmupCalls:
     """Calls that a warm-up runs.
 
     Attributes:
-        main: The calls that everything is compared and timed on: what was given, and both ends of `lengths=`.
-        ladder: The lengths between the ends, which are run once, so that service finds them compiled.
+        main: The calls that are compared and timed: the given ones, and both ends of `lengths=`.
+        ladder: The lengths between the ends. They run once, so that they are compiled before service.
     """
 
     main: tuple[WarmupCall, ...] = ()
@@ -122,7 +122,7 @@ class WarmupCalls:
         return [call.run() for call in self.main]
 
     def run_others(self) -> None:
-        """Run what service will bring beside: other lengths, and tensors as the other kind of caller makes them."""
+        """Run the other calls of service: other lengths, and tensors made in or outside inference mode."""
         for call in (*self.main, *self.ladder):
             if call in self.ladder:
                 call.run()
@@ -139,7 +139,7 @@ def warmup_calls(
         warmup: As given to `@optimized_model`, and checked by `check_warmup`.
         loaded: The loaded object.
         mode: Entered around the calls that do not go through an `@inference` method, which enters its own.
-        lengths: The shortest and the longest input of service.
+        lengths: Lengths of the shortest and the longest input of service.
         timeout: Seconds that each call may take before it is interrupted with a `TimeLimitError`; `None` is no limit.
 
     Raises:

@@ -26,7 +26,7 @@ FILE = HERE / "environments.toml"
 
 
 class EnvironmentsError(Exception):
-    """The file, or a name that was asked for, is not right; the message says what to change."""
+    """The file or a requested name is invalid; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Extra:
     """A requirement that upstream does not state, and why it is needed.
 
     Attributes:
-        requires: As pip takes it.
+        requires: Requirement, as pip takes it.
         reason: Why nothing works without it.
-        build: Whether it is needed to build a package from its sources: it is installed first, and pip's own build
-            environments are left out.
+        build: True if a package needs it to be built from its sources. It is installed first, and pip's own build
+            environments are not used.
     """
 
     requires: str
@@ -52,9 +52,9 @@ class Check:
     Attributes:
         system: A name that `accelerate-tts bench` takes; "describe" asks what `.ci/releases.py` asks of the first
             package of `upstream`.
-        layers: So many layers in place of all, where it has some; upstream's own number at `--layers full`.
-        tokens: About so many tokens a call, of a system that writes tokens.
-        precision: What tuning may change.
+        layers: Number of layers in place of all, for systems with layers; `--layers full` takes upstream's own number.
+        tokens: Approximate number of tokens a call, for systems that write tokens.
+        precision: Precision level of tuning.
         tune_seconds: The budget of tuning.
     """
 
@@ -70,16 +70,16 @@ class Environment:
     """An environment of the file.
 
     Attributes:
-        name: As `ONLY=` takes it.
+        name: Name, as `ONLY=` takes it.
         python: The version of Python, as "3.11".
-        requires: What a user would give pip, and nothing else.
-        beside: What does not work without, each with its reason.
+        requires: Requirements that a user gives pip, and nothing else.
+        beside: Further requirements without which nothing works, each with its reason.
         extra: The extra of ours that is installed with the wheel, as "demo"; "" for none.
         upstream: The packages whose versions the page shows, next to those of torch and transformers.
         tests: Files and folders of tests.
-        quick: Those of them that a quick run takes; all if there are none.
-        checks: What is tuned and timed.
-        note: What else the page says.
+        quick: Tests of a quick run; all if empty.
+        checks: Systems that are tuned and timed.
+        note: Further remark on the page.
     """
 
     name: str
@@ -95,13 +95,13 @@ class Environment:
 
 
 def environments(text: str) -> list[Environment]:
-    """The environments of a file.
+    """Return the environments of a file.
 
     Args:
         text: TOML; a table `[[environment]]` for each, and names for several paths of tests in `[tests]`.
 
     Raises:
-        EnvironmentsError: A key, a value or a system that there is not; two environments of one name.
+        EnvironmentsError: A key, a value or a system is unknown, or two environments have one name.
     """
     try:
         content = tomllib.loads(text)
@@ -137,10 +137,10 @@ def _environment(table: Mapping[str, Any], several: Mapping[str, list[str]]) -> 
 
 
 def chosen(all_of_them: Sequence[Environment], names: Sequence[str]) -> list[Environment]:
-    """Those of these names, in the file's order; all if there are no names.
+    """Return the environments with these names, in the file's order; all without names.
 
     Raises:
-        EnvironmentsError: A name that the file does not have.
+        EnvironmentsError: The file does not have a name.
     """
     unknown = [name for name in names if name not in {one.name for one in all_of_them}]
     if unknown:

@@ -1,4 +1,4 @@
-"""docs/ENVIRONMENTS.md, and README's table, from the rows: `make environments-page`. A test fails where they differ."""
+"""Makes docs/ENVIRONMENTS.md and README's table from the rows: `make environments-page`. A test compares them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Few layers show that everything applies; they are no speed-up of a whole system.
 
 
 def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
-    """The page's text.
+    """Return the page's text.
 
     Args:
-        environments: Those of environments.toml, in its order.
-        rows: The rows by the environment's name, as `run.py` writes them; where there is none, the page says so.
+        environments: The environments of environments.toml, in its order.
+        rows: Rows by the environment's name, as `run.py` writes them. The page says so where one is missing.
     """
     found = [(one, rows.get(one.name)) for one in environments]
     parts = [_HEAD, "## What was installed and tested\n", _table(_OVERVIEW, map(_overview, found))]
@@ -54,7 +54,7 @@ def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -
 
 
 def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
-    """README's text with the table of what the checks gave, between its two marks.
+    """Return README's text with the table of results between its two marks.
 
     Args:
         readme: The text.
@@ -164,7 +164,7 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
 
 
 def _wrapped(line: str) -> str:
-    """A list item over several lines of at most 100 columns."""
+    """Wrap a list item at 100 columns."""
     return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -177,9 +177,9 @@ def _of_check(check: dict[str, Any]) -> Iterator[str]:
         yield f"- {check['system']}: {_cell(line)}"
     stages = check.get("stages", [])
     kept = [f"{s['part']}: {s['stage']}" for s in stages if s["kept"]]
-    dropped = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
+    others = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
     if stages:
-        yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Dropped: {'; '.join(dropped) or 'nothing'}"
+        yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Not kept: {'; '.join(others) or 'nothing'}"
     for event in check.get("events", []):
         yield f"- {check['system']}, event: {_cell(event)}"
 
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a folder, by their environment's name."""
+    """Return the rows of a folder, by their environment's name."""
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
 
 

@@ -1,15 +1,14 @@
-"""Each environment that users have, built from its upstream's own pins and run: `make environments`.
+"""Environments as users have them, each built from its upstream's own pins and run: `make environments`.
 
     python benchmarks/environments/run.py [NAME ...] [--wheel FILE] [--layers N|full] [--keep FOLDER] [--rows FOLDER]
 
-`environments.toml` beside this file names them. Of each a virtual environment is made in a folder of this run, with
-what a user would type to install the upstream, then our wheel with nothing of the upstream changed. In it run the
-tests that the file names and the checks: a system built from its true configuration with seeded weights, tuned, and
-timed untouched and tuned in turn. What was found is one JSON file under `rows/`, from which `page.py` makes
-docs/ENVIRONMENTS.md. An environment that fails has a row that says how, and does not stop the others; the exit status
-is 1 if one failed.
+`environments.toml` beside this file lists them. For each, a virtual environment is made in the run's folder: first the
+upstream as a user installs it, then our wheel, which changes nothing of the upstream. The tests that the file names run
+in it, and the checks: a system is built from its true configuration with seeded weights, tuned, and timed untouched and
+tuned in turn. The result is one JSON file under `rows/`, from which `page.py` makes docs/ENVIRONMENTS.md. An
+environment that fails has a row with the error, and does not stop the others; the exit status is 1 if one failed.
 
-Run nothing else meanwhile where figures are wanted. Five to seven gigabytes of disk for the time of one environment.
+Run nothing else meanwhile if figures matter. An environment takes five to seven gigabytes of disk while it runs.
 """
 
 from __future__ import annotations
@@ -45,32 +44,32 @@ if TYPE_CHECKING:
 
 ROWS = HERE / "rows"
 TOOLS = ("pytest>=8.2", "pytest-asyncio>=0.24", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
-"""What the tests need beside what they test."""
+"""Packages that the tests need beside the upstream."""
 
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
 _INSTALL_SECONDS, _TEST_SECONDS, _CHECK_SECONDS = 1500.0, 1800.0, 600.0
 _PAIRS = 5
 _MOST_NAMES = 40
-"""Failed tests that a row names; it has the number of all."""
+"""Maximum number of failed tests that a row names; it counts all."""
 
 
 class StepError(Exception):
-    """A step of one environment went wrong; the message is what the row says."""
+    """A step of one environment failed; the row has the message."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How environments are run.
+    """Options of a run.
 
     Attributes:
         wheel: Our wheel.
         rows: The folder of the rows.
         layers: "" for the file's own numbers, "full" for upstream's, or a number.
-        keep: Where the virtual environments are kept, and taken from the next time; with the run's folder they are
-            removed if not given.
-        tests: Whether the tests are run.
-        checks: Whether the checks are.
-        quick: Whether only an environment's quick tests and its first check are, as at each change.
+        keep: Folder in which virtual environments are kept and found the next time. If not given, they are removed with
+            the run's folder.
+        tests: True to run the tests.
+        checks: True to run the checks.
+        quick: True to run only the quick tests and the first check of each environment, as CI does at each change.
     """
 
     wheel: Path
@@ -84,7 +83,7 @@ class Options:
 
 @dataclass
 class Row:
-    """What was found in one environment; see `as_json`."""
+    """Result of one environment; see `as_json`."""
 
     environment: str
     requires: list[str]
@@ -102,7 +101,7 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """Whether it was installed, every test passed and every check gave figures; in `exact`, the same tokens."""
+        """True if it was installed, every test passed and every check gave figures; in `exact`, the same tokens."""
         tests = self.tests is None or not (self.tests["failed"] or self.tests["errors"])
         checks = all(check["failed"] is None and not other_tokens(check) for check in self.checks)
         return self.failed is None and tests and checks
@@ -113,21 +112,21 @@ class Row:
 
 
 def other_tokens(check: Mapping[str, Any]) -> bool:
-    """Whether a check gave tokens that it must not give."""
+    """Check that a check gave other tokens where they must be the same."""
     return check["precision"] == "exact" and check.get("same_tokens") is False
 
 
 def run(one: Environment, options: Options, folder: Path, say: Callable[[str], None]) -> Row:
-    """Build an environment, run its tests and checks, and say what was found.
+    """Build an environment, run its tests and checks, and return the result.
 
     Args:
-        one: Which.
-        options: How.
+        one: The environment.
+        options: Options of the run.
         folder: An empty folder of this environment alone.
         say: Called with each line of progress.
 
     Returns:
-        Its row; whatever goes wrong is in it.
+        Its row, with every fault.
     """
     row = Row(
         one.name, list(one.requires), [asdict(extra) for extra in one.beside],
@@ -199,7 +198,7 @@ def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], No
 
 
 def interpreter_of(version: str) -> str:
-    """A Python of this version: this one, one on PATH, or one of pyenv's.
+    """Find a Python of this version: this one, one on PATH, or one of pyenv's.
 
     Raises:
         StepError: There is none.
@@ -249,7 +248,7 @@ def _tests(one: Environment, python: Path, folder: Path, say: Callable[[str], No
 
 
 def results(report: str) -> dict[str, Any]:
-    """What a JUnit report says: numbers, why tests were skipped, and which failed with what."""
+    """Read a JUnit report: counts, reasons of skipped tests, and failures with their messages."""
     found: dict[str, Any] = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0, "failures": {}, "skips": {}}
     kinds = {"failure": "failed", "error": "errors", "skipped": "skipped"}
     for case in ET.fromstring(report).iter("testcase"):  # noqa: S314 - of pytest's own, a moment ago
@@ -267,7 +266,7 @@ def results(report: str) -> dict[str, Any]:
 
 
 def _check(one: Environment, check: Check, python: Path, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """One check; what goes wrong in it is said in its place, and the next one is run all the same."""
+    """Run one check. A fault is recorded in its place, and the next check runs all the same."""
     asked = {"system": check.system, "layers": check.layers, "tokens": check.tokens, "precision": check.precision}
     say(f"check: {check.system}, {'all' if check.layers is None else check.layers} layers, {check.precision}")
     try:
@@ -305,7 +304,7 @@ def _described(one: Environment, python: Path, folder: Path) -> dict[str, Any]:
 
 
 def _clean(folder: Path) -> dict[str, str]:
-    """The variables of a user's shell, without ours, and with caches in the run's own folder."""
+    """Return the variables of a user's shell, without ours, and with caches in the run's own folder."""
     return {
         **_without_ours(), "XDG_CACHE_HOME": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
         "HF_HUB_OFFLINE": "1",
@@ -321,7 +320,7 @@ def run_step(
     command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, output: Any = None,
     allowed: frozenset[int] | set[int] = frozenset({0}),
 ) -> str:  # fmt: skip
-    """Run a command in the repository, for so long, with all that it starts; what it printed.
+    """Run a command in the repository, with a time limit for all that it starts; return its output.
 
     Raises:
         StepError: It could not be started, took too long, or ended with a status that is not allowed.
@@ -358,7 +357,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _last(text: str) -> str:
-    """The line of an output that says what went wrong: pip's first error, otherwise the last line."""
+    """Return the line of an output with the error: pip's first, otherwise the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("WARNING", "[notice"))]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines[-1:] or [""])[0]
@@ -396,13 +395,13 @@ def _commit() -> str:
 
 
 def say(line: str) -> None:
-    """One line, at once: an environment takes minutes."""
+    """Print a line at once, since an environment takes minutes."""
     sys.stdout.write(f"{datetime.now(timezone.utc):%H:%M:%S} {line}\n")
     sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run those that were asked for; 1 if one of them failed, 2 if there is none of that name."""
+    """Run the requested environments; return 1 if one failed, 2 if a name is unknown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="of environments.toml; all if not given; commas separate them, too")
     parser.add_argument("--wheel", type=Path, help="our wheel; the newest in dist/ if not given")

@@ -1,4 +1,4 @@
-"""Whatever is typed after `accelerate-tts`: it works, or says what was wrong; nobody sees a traceback."""
+"""Arbitrary arguments of `accelerate-tts`: it works, or reports the error; it never prints a traceback."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COMMANDS = st.sampled_from(
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was begun: benchmarks and demonstrations take minutes, and only their options are tried here."""
+    """Record the commands that begin. Benchmarks and demonstrations take minutes: only their options are tested."""
     found: list[tuple[Any, ...]] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "packs"))

@@ -30,15 +30,15 @@ from doubles import begin_process
 
 @pytest.fixture(autouse=True)
 def no_compiler_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is other tests' business, and takes a minute."""
+    """Leave compiling out: other tests cover it, and it takes a minute."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Variants are measured in this process: another one takes seconds to import torch. What was asked for, in order.
+    """Measure variants in this process, since another one takes seconds to import torch; yield the requests in order.
 
-    With the pack folder of another process, and what it would read of that: its own optimizer.
+    Each variant has its own pack folder and its own optimizer, as in a process of its own.
     """
     requests: list[Request] = []
 
@@ -59,7 +59,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 @pytest.fixture
 def plain() -> systems.Built:
-    """Not one of the five systems, so that dynamo has traced it in a moment."""
+    """Stand-in for a system that is not one of the five and that dynamo traces quickly."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
     return systems.Built(model, lambda seconds: model(torch.ones(round(100 * seconds), 8)), model)
@@ -112,7 +112,7 @@ def test_all_is_everything_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not this one's, which holds more; and it writes no pack but into the bench's own folder."""
+    """Peak memory is measured in a process of its own, which writes packs only into the bench's own folder."""
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "the user's own"))
     ours = torch.ones(2**28)  # 1 GiB
     request = Request("tuned", "voice-clone", "tiny", "exact", None, 1, 1.0, None)
@@ -140,12 +140,12 @@ def test_another_environment_is_benched_by_its_own_python(monkeypatch: pytest.Mo
 
 
 def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does that takes more memory than there is."""
+    """The variant's process is killed, as one is that runs out of memory."""
     begin = subprocess.run
     with pytest.raises(VariantError, match=r"/nowhere/python could not be started: .*No such file"):
         processes.ask(Request("eager", "mms", "tiny", "exact", None, 1, 1.0, None), tmp_path, Path("/nowhere/python"))
     for code, said in (
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9; of memory, perhaps"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "signal 9, perhaps for lack of memory"),
         ("raise SystemExit('no such thing')", "no such thing"),
         ("import sys; open(sys.argv[2], 'w').write('{\"no answer\": \"MemoryError: too much\"}')", "MemoryError: too"),
     ):
@@ -187,7 +187,7 @@ def test_torch_compile_of_what_dynamo_leaves_out_is_no_success(
 
 @pytest.mark.parametrize("name", [*systems.SYSTEMS, *systems.PARTS])
 def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each system: what its users compile is what a call goes through, and it is put back."""
+    """For each system, the module that its users compile is on the path of a call, and is restored afterwards."""
     runs: list[int] = []
 
     def counted(forward: Any, **_options: Any) -> Any:
@@ -203,7 +203,7 @@ def test_the_hot_module_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["chatterbox", "xtts", "voice-clone", *systems.PARTS])
 def test_the_other_systems_speak_the_same_twice(name: str) -> None:
-    """So that a difference between untouched and tuned is a difference."""
+    """Untouched and tuned calls use the same seed, so that their outputs can be compared."""
     import torch
 
     from accelerate_tts.runtime.seeding import seeded
@@ -283,7 +283,7 @@ def measured(system: str, precision: str, after: float, **facts: Any) -> Measure
 
 
 def test_a_variant_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of an hour's bench, what ran out of memory is a cell that says so, and the rest is there."""
+    """A variant that runs out of memory is one cell that says so; the other results are kept."""
 
     def ask(request: Request, _folder: Path, _python: Path | None = None) -> dict[str, Any]:
         if request.system == "xtts" or request.precision == "fast" or request.variant in {"naive", "restored"}:
@@ -342,7 +342,7 @@ def test_ratios_are_of_pairs() -> None:
 
 
 class Neighbours:
-    """A machine on which others work for as long as a test wants: measurements, or waits."""
+    """Stand-in for a machine that is busy for a given number of measurements or waits."""
 
     def __init__(self, measurements: int, waits: float) -> None:
         self.measurements, self.waits, self.now, self.others = measurements, waits, 0.0, 0.0
@@ -398,7 +398,7 @@ def test_run_checks_its_names_before_it_builds_anything() -> None:
 
 
 def test_the_floor_counts_what_a_token_reads() -> None:
-    """Not the feed-forwards of Higgs Audio's text, nor tables of which it takes a line."""
+    """It leaves out the feed-forwards of Higgs Audio's text, and embedding tables, of which a token reads a row."""
     built = systems.SYSTEMS["higgs"].build("tiny", None, "cpu")
     named = dict(built.decoder.named_parameters())
     read = {name for name in named if ".mlp." not in name and "embed" not in name}

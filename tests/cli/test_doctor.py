@@ -55,7 +55,7 @@ def invoke(*arguments: str, code: int = 0) -> Any:
 
 
 def findings(code: int = 0) -> dict[str, Finding]:
-    """What `doctor --json` printed, by name."""
+    """Findings that `doctor --json` printed, by name."""
     return {finding["name"]: finding for finding in json.loads(invoke("doctor", "--json", code=code).stdout)}
 
 
@@ -291,7 +291,7 @@ RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 1.4, 1.0
 
 
 def shown(receipt: Receipt, folder: Path) -> str:
-    """What `accelerate-tts receipt` prints of it, with each run of white space as one space."""
+    """Output of `accelerate-tts receipt`, with each run of white space as one space."""
     path = folder / "receipt.json"
     receipt.save(path)
     return " ".join(invoke("receipt", str(path)).stdout.split())
@@ -299,9 +299,9 @@ def shown(receipt: Receipt, folder: Path) -> str:
 
 def test_a_receipt_is_shown(tmp_path: Path) -> None:
     output = shown(RECEIPT, tmp_path)
-    for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept: faster"):
+    for text in ("Receipt: Vits on cpu (Test)", "decoder: fold weight norm 12.3 ms 10.0 ms 1.23x 3e-07 kept, faster"):
         assert text in output
-    for text in ("encoder: torch.compile 200 us 200 us 1.00x bit-exact dropped: no gain", "the whole 1.40 s 1.05 s"):
+    for text in ("encoder: torch.compile 200 us 200 us 1.00x bit-exact rejected: no gain", "the whole 1.40 s 1.05 s"):
         assert text in output
     for text in ("1.33x", "1 kept, 0 recompiles", "tuning took 4.5 s (torch 2.14)", "note: a note"):
         assert text in output

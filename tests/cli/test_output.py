@@ -86,7 +86,7 @@ sys.exit(run(*words))
 @pytest.mark.parametrize("words", [["list"], ["clear"], ["export", "x"]])
 @pytest.mark.parametrize("given", [None, "~/packs"])
 def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str | None, tmp_path: Path) -> None:
-    """As containers have him, on OpenShift for one: a number, no entry in passwd, no HOME."""
+    """A container's user, on OpenShift for example: a number, no entry in passwd, no HOME."""
     if os.getuid() != 0:
         pytest.skip("NO USER WITHOUT A HOME WAS TRIED: only root can become one")
     import accelerate_tts
@@ -118,7 +118,7 @@ ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e"
 def test_no_escape_sequence_reaches_a_terminal(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Whoever wrote a pack, a receipt or a model's names: what is printed of them is printable."""
+    """Texts of packs, receipts and models that others wrote are printed with printable characters only."""
     stage = StageResult(f"part{ESCAPE}", f"stage{ESCAPE}", kept=True, reason=f"why{ESCAPE}", before=1.0, after=0.5)
     told = Receipt(
         f"what{ESCAPE}", f"cpu{ESCAPE}", {f"torch{ESCAPE}": f"2{ESCAPE}"}, stages=(stage,), notes=(f"note{ESCAPE}",)
@@ -176,7 +176,7 @@ def test_a_plain_line_is_clean_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_commands_write_nowhere_else() -> None:
-    """Each text goes through `Terminal` or `say`, or is JSON, which escapes, or a constant of ours."""
+    """Commands print through `Terminal` or `say`, or print JSON, which escapes, or constants of this package."""
     found = []
     for path in Path(accelerate_tts.cli.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -25,14 +25,14 @@ LIMIT = 1 << 24
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where packs lie, which is not there yet."""
+    """Folder of packs, which does not exist yet."""
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "packs"))
     return tmp_path / "packs"
 
 
 @pytest.fixture
 def filled(folder: Path) -> Path:
-    """Three packs, the third one used last."""
+    """Three packs; the third was used last."""
     store = PackStore(folder, LIMIT)
     for number, key in enumerate(KEYS):
         assert store.write(Pack(key, {"number": number}, b"code" * 1000 * number))

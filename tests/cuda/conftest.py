@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device, and are left out where there is none: what the others show with stand-ins."""
+"""Tests that need a CUDA device, and are skipped without one. The other tests use stand-ins for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 would hide errors of its own size, and a bf16's."""
+    """Switch TF32 off, since its errors would hide others of the same size, and those of bf16."""
     monkeypatch.setenv("ACCELERATE_TTS_TF32", "0")
 
 
@@ -52,7 +52,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture
 def make() -> dict[str, Callable[[], Any]]:
-    """What makes each of the models."""
+    """Functions that make the models."""
     return MODELS
 
 

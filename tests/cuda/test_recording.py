@@ -1,4 +1,4 @@
-"""The decode step as a CUDA graph, recorded and replayed: upstream's tokens, whoever asks for them."""
+"""The decode step as a CUDA graph, recorded and replayed: upstream's tokens, in every loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags: after the last holder lets go, every switch of torch and the environment is exactly as it was."""
+"""Flags: after the last release, every switch of torch and the environment is exactly as it was."""
 
 from __future__ import annotations
 

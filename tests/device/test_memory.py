@@ -300,7 +300,7 @@ def test_peak_on_a_gpu_is_the_gpu_s_own(monkeypatch: pytest.MonkeyPatch, kind: A
 
 
 def test_peak_on_mps_is_unknown() -> None:
-    """MPS keeps no peak; the host's resident set, which Linux could tell, would be the wrong answer."""
+    """MPS keeps no peak, and the host's resident set, which Linux reports, would be a wrong answer."""
     assert memory.peak_of(DeviceInfo("mps", "test"), lambda: torch.ones(50_000_000)) is None
 
 

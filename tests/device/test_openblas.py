@@ -1,4 +1,4 @@
-"""OpenBLAS's threads: one while somebody holds them, exactly what they were afterwards."""
+"""OpenBLAS's threads: one while they are held, and the earlier number afterwards."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_dropped_by_tuning(libraries: list[Library], monkeypatch: pytest.MonkeyP
 
 
 def test_a_pass_that_takes_too_much_of_the_budget_is_not_repeated_for_it(libraries: list[Library]) -> None:
-    """Of a 60 s budget it took 40 s, of a system whose passes take 3 s."""
+    """It once took 40 s of a 60 s budget, for a system whose passes take 3 s."""
     (result,) = tuned(1.5, pass_share=0.0).receipt.stages
     assert not result.kept
     assert "a dozen whole passes" in result.reason

@@ -33,7 +33,7 @@ Cores = Callable[[int], None]
 
 
 def state() -> dict[str, Any]:
-    """Everything that a set-up may change."""
+    """State that a set-up may change."""
     return {
         "matmul": torch.get_float32_matmul_precision(),
         "cudnn tf32": torch.backends.cudnn.allow_tf32,

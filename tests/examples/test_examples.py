@@ -20,7 +20,7 @@ from doubles import is_faster
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPEAKING = ["chatterbox_backend", "higgs_backend", "mms_backend", "xtts_backend"]
 NAMES = [*SPEAKING, "voice_clone_service"]
-# What a line of this library looks like. Nothing else in an example is its business.
+# Lines of this library in an example.
 OURS = ("from accelerate_tts import", "@optimized_model", "@inference", "@cached_embedding", "print(receipt_of(")
 
 
@@ -35,7 +35,7 @@ def plain(source: str) -> str:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decide: Any) -> Callable[[str], ModuleType]:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    # Whatever is right is kept, and not timed: that nothing of it is heard is what counts here.
+    # Every correct change is kept without timing: the test is that none of them can be heard.
     decide(compare=is_faster)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -74,7 +74,7 @@ def damaged(draw: st.DrawFn, content: bytes, start: int = 0) -> bytes:
 
 @contextmanager
 def at_most(bytes_: int) -> Iterator[None]:
-    """The block may have so many bytes at a time."""
+    """Fail if the block allocates more than so many bytes at a time."""
     tracemalloc.start()
     try:
         yield

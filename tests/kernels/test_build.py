@@ -1,4 +1,4 @@
-"""How the kernels' library comes into a wheel, and what becomes of one without a compiler. Nothing is compiled here."""
+"""Build of the kernels' library into a wheel, and of a wheel without a compiler. Nothing is compiled here."""
 
 from __future__ import annotations
 

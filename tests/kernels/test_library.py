@@ -199,7 +199,7 @@ def test_one_openmp_in_the_process() -> None:
 
 @LINUX
 def test_teams_are_of_torchs_threads() -> None:
-    """After torch's own loop, a kernel starts no thread: it takes those that are there."""
+    """After torch's own parallel loop, a kernel starts no thread; it uses the existing ones."""
     code = """
 import os, torch
 torch.set_num_threads(3)
@@ -230,7 +230,7 @@ def test_what_is_called_has_its_arguments_types() -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="asks nm")
 def test_instruction_sets_share_no_code() -> None:
-    """Of a function that several objects have, linkers keep one, which may need what a plainer processor lacks."""
+    """Linkers keep one of several equal functions, and it must run on a processor without newer instructions."""
     nm = str(shutil.which("nm"))
     symbols = subprocess.run([nm, "-C", HERE.path], capture_output=True, text=True, check=True).stdout.splitlines()
     shared = [line for line in symbols if line[17:18] in {"W", "V", "u"}]

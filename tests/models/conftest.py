@@ -1,4 +1,4 @@
-"""What every system has to satisfy, once for all of them, and its true classes at small size from the examples.
+"""Contract that every system must satisfy, with upstream's classes at small size from the examples.
 
 A system's file declares how it is made, how it speaks and which parts it has. `contract` and `steady` do the rest.
 Here every change that is right counts as faster: which of them would be kept is the machine's business, and a test that
@@ -68,14 +68,14 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 @pytest.fixture
 def clockless(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
-    """Whatever is right is kept, on every part and without being timed; nothing is compiled."""
+    """Keep every correct change on every part, without timing it; compile nothing."""
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")  # minutes; `steady` compiles, and tests/stages does
     decide(compare=is_faster, looks=False, unworthy=lambda *_given: None)
 
 
 @pytest.fixture
 def only_growing(clockless: None, decide: Any, layered_caches: None) -> None:
-    """Of what is right only the growing cache is tried: for what must hold of any tuning, and need not wait for all."""
+    """Try only the growing cache, for properties of any tuning that need not wait for all stages."""
     decide(unworthy=lambda *given: None if given[-1].name == "growing cache" else "not in this test")
 
 
@@ -135,7 +135,7 @@ def said(subject: Any, speak: Speak) -> Any:
 
 
 def in_two_threads(subject: Any, ways: Sequence[Speak]) -> None:
-    """Each of two threads speaks in each way, beginning with another one; both get what one alone gets."""
+    """Run every way of speaking in two threads, in different orders; both get the serial result."""
 
     def alone(number: int) -> Any:
         with OwnRandom(number), torch.inference_mode():
@@ -165,7 +165,7 @@ def put(subject: Any, part: Part, module: nn.Module) -> Any:
 
 
 def pickled(module: nn.Module) -> nn.Module | str:
-    """What becomes of a module in a pickle; why not, where torch or a hook of upstream's own does not allow it."""
+    """Return a module after pickling; the reason where torch or a hook of upstream's does not allow it."""
     try:
         return pickle.loads(pickle.dumps(module))
     except (AttributeError, RuntimeError, pickle.PicklingError) as error:
@@ -178,7 +178,7 @@ def classes_of(module: nn.Module) -> list[tuple[str, ...]]:
 
 
 class Checked:
-    """A system under contract: how it was before anything was done, which is how it must be in between."""
+    """A system under test, and its untouched state, which must come back after each check."""
 
     def __init__(self, make: Callable[[], Any], speak: Speak) -> None:
         torch.manual_seed(0)
@@ -215,7 +215,7 @@ class Checked:
         self.same_weights()
 
     def rejects(self) -> None:
-        """A wrong change of any part is refused even by the widest limit, that of "fast"."""
+        """Check that a wrong change of any part is rejected even under the widest limit, that of "fast"."""
         calls = warmup_calls(self.speak, Loaded(self.subject), "inference")
         spoiled = tune(self.plan, calls, [WrongStage()], DeviceInfo("cpu", "test"), Limits(300.0, "fast")).receipt
         # A part that nobody named may be taken apart by where its time goes, which is another matter on each machine.
@@ -224,9 +224,9 @@ class Checked:
         tried = [stage.part for stage in spoiled.stages]
         assert all(name in names or name.startswith(unnamed) for name in tried)
         assert all(name in tried or any(t.startswith(f"{name}.") for t in tried) for name in names)
-        # What lies inside an unnamed part may be normalised at once, and then has no scale that could be wrong.
-        named = [(stage.part, stage.reason) for stage in spoiled.stages if stage.part in names]
-        assert all(reason.startswith("wrong output") for _, reason in named), named
+        # Modules inside an unnamed part may be normalised at once, and then no scale can be wrong.
+        named = [stage for stage in spoiled.stages if stage.part in names]
+        assert all(stage.verdict.startswith("rejected: ") and stage.before is None for stage in named), named
         self.same_weights()
 
     def copies_are_untouched(self) -> None:
@@ -247,7 +247,7 @@ class Checked:
 
 @pytest.fixture
 def contract(clockless: None) -> Callable[..., None]:
-    """Everything but compiling, for one system.
+    """Check one system in every respect but compiling.
 
     Its arguments: how it is made, how it speaks, its parts with their kinds; another way of speaking, for the second
     thread (the same with other random numbers if not given); the stages that must be right on a part; and whether
@@ -298,7 +298,7 @@ def contract(clockless: None) -> Callable[..., None]:
 
 
 LENGTHS = [4, 7, 12, 22, 40, 54]
-"""In letters: of the sentences that are warmed up, each less than twice the one before (tuning/length_ladder.py)."""
+"""Letters of the sentences that are warmed up, each less than twice the one before (tuning/length_ladder.py)."""
 
 
 def sentence(letters: int) -> str:

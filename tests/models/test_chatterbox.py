@@ -113,7 +113,7 @@ def test_a_release_of_another_shape_is_said(example: Any, seen: list[Event], par
 
 
 def test_another_shape_of_the_whole_is_said(example: Any, seen: list[Event]) -> None:
-    """Upstream's class is there, with other attributes, and nothing in them goes by a name that we know."""
+    """A release of upstream's class with other attributes, none of which has a known name."""
     model = example("chatterbox_backend").random(tiny=True)
 
     class Chatterbox2(type(model)):  # type: ignore[misc]

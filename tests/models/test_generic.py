@@ -1,4 +1,4 @@
-"""Models that nobody told us about: parts found by watching, nothing slower, nothing wrong."""
+"""Unknown models: parts are found by their time, and nothing becomes slower or wrong."""
 
 from __future__ import annotations
 

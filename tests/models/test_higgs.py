@@ -60,7 +60,7 @@ def test_a_release_that_does_not_say_its_codebooks_is_said(example: Any, seen: l
 
 
 class HiggsAudioModel(nn.Module):
-    """As boson-multimodal 0.1.1 has it, by its names; `make releases` builds the true one."""
+    """Stand-in with the names of boson-multimodal 0.1.1; `make releases` builds the true class."""
 
     def __init__(self, proj: str = "audio_decoder_proj") -> None:
         super().__init__()

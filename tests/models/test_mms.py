@@ -19,7 +19,7 @@ def test_contract(contract: Any, example: Any) -> None:
 
 
 def test_contract_of_coqui_s_class(contract: Any) -> None:
-    """Its lengths hang on two parts, too, and its vocoder and flow carry weight norm of their own kind."""
+    """Its lengths depend on two parts, and its vocoder and flow have their own kind of weight norm."""
     pytest.importorskip("TTS")
     from TTS.tts.configs.vits_config import VitsConfig
     from TTS.tts.models.vits import Vits, VitsArgs

@@ -65,7 +65,7 @@ def test_a_release_we_do_not_know_is_said_and_treated_as_a_whole(seen: list[Even
 
 
 def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
-    """What is right counts as faster, so that it is in force on any machine."""
+    """Keep every correct change, so that it is in force on any machine."""
     # One part is compiled: half a minute of compiling the duration predictor would be for nothing.
     refused = lambda _session, part, stage: "refused here" if stage.cost and part.name != "decoder" else None  # noqa: E731
     decide(compare=is_faster, looks=False, unworthy=refused)
@@ -102,7 +102,7 @@ def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
 
 @pytest.mark.parametrize("part", ["decoder", "flow"])
 def test_a_compiled_part_is_right_at_every_length_without_recompiling(part: str, seen: list[Event]) -> None:
-    """Whether it is worth keeping is this machine's business; that it is right is ours."""
+    """The change is correct; its speed depends on the machine and is not tested."""
     from accelerate_tts import PerformanceOptimizer
 
     reference, model = small(), small()

@@ -31,14 +31,14 @@ class Speaking:
 
 @pytest.mark.parametrize("way", ["whole", "streamed"])
 def test_contract(contract: Any, example: Any, way: str) -> None:
-    """The stream is held to be the untouched stream: upstream's own differs from its whole, being cross-faded."""
+    """The stream is compared with the untouched stream, since upstream cross-fades it and it differs from the whole."""
     random = example("xtts_backend").random
     right = [("model.gpt.gpt", "growing cache")]
     contract(lambda: Speaking(random(0.3, tiny=True)), lambda speaking: getattr(speaking, way)(), PARTS, None, right)
 
 
 def test_the_stream_is_the_whole(example: Any, only_growing: None) -> None:
-    """In one piece, to rounding; in several, of the same length, and apart from upstream's seams the same."""
+    """A single piece is equal to rounding; several pieces have the same length and differ at upstream's seams only."""
     torch.manual_seed(0)
     speaking = Speaking(example("xtts_backend").random(0.6, tiny=True))
     receipt = receipt_of(optimized_model(warmup=Speaking.whole)(lambda: speaking)())
@@ -61,7 +61,7 @@ def test_the_stream_is_the_whole(example: Any, only_growing: None) -> None:
 
 
 def test_fifty_sentences(steady: Any, example: Any) -> None:
-    """With graphs as inductor makes them."""
+    """The graphs are those of inductor."""
     random = example("xtts_backend").random
 
     def spoken(speaking: Speaking, text: str) -> torch.Tensor:

@@ -212,7 +212,7 @@ def test_a_read_only_folder_costs_events_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path, seen: list[Event]) -> None:
-    """Each byte of its head and end, a sample of those between, in one bit; and lengths that it may be cut to."""
+    """One bit is flipped in each byte at both ends and in a sample between; then the file is truncated."""
     files = EmbeddingFiles(tmp_path, MEGABYTE)
     assert files.write(key(1), Kept([torch.arange(100.0), "a", 1.5]))
     (file,) = tmp_path.iterdir()
@@ -272,7 +272,7 @@ NO_COMPILER = """
 
 @posix
 def test_no_compiler_on_the_path_costs_one_stage_and_nothing_else(tmp_path: Path) -> None:
-    """An empty folder as PATH: of no compiler's name anything is found, whatever was compiled before."""
+    """An empty folder as PATH, on which no compiler is found."""
     process = child(
         NO_COMPILER,
         before=("/usr/bin/env", "-u", "CXX"),  # the library's own name, which an empty one is to torch 2.6, too

@@ -1118,7 +1118,7 @@ class PackMachine(RuleBasedStateMachine):
         self.scale = PackStore(place / "scale", MEGABYTE)
         self.foreign = PackStore(place / "foreign", MEGABYTE)
         self.parcel = place / "parcel"
-        # What reading must give: the pack, `None` for a damaged one; and its size.
+        # Expected results of reading: the pack, `None` for a damaged one; and its size.
         self.model: dict[str, tuple[Pack | None, int]] = {}
 
     def teardown(self) -> None:

@@ -68,7 +68,7 @@ def spectral(module: nn.Module) -> None:
 
 
 def sharded(module: nn.Module) -> None:
-    """As FSDP2 does it: a class of two bases."""
+    """Make a class of two bases, as FSDP2 does."""
     base = type(module)
     module.__class__ = type(f"FSDP{base.__name__}", (Sharded, base), {})
 
@@ -313,7 +313,7 @@ def test_a_class_is_made_once_for_as_long_as_anybody_has_it() -> None:
 
 
 def test_upstreams_own_forward_may_be_the_replacement() -> None:
-    """It was made to wrap itself, for the whole process: no voice of a model with such a layer was ever cached."""
+    """The class once wrapped itself, for the whole process, and no voice of a model with such a layer was cached."""
     cls = subclass_with(nn.Linear, nn.Linear.forward)
     assert inspect.unwrap(cls.forward) is nn.Linear.forward  # type: ignore[attr-defined]
     assert not hasattr(nn.Linear.forward, "__wrapped__")

@@ -1,4 +1,4 @@
-"""`guard_weights="reload"`: whoever looks for a weight that was let go has it loaded again, or is told why not."""
+"""`guard_weights="reload"`: any access to a freed weight reloads it, or raises an error with the reason."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_many_threads_with_faults_and_without_give_what_each_gives_alone() -> No
     for thread in threads:
         thread.join()
     assert not wrong
-    # What another thread's call still computed from was not let go; the next attempt lets all go again.
+    # Weights in use by another thread's call were not freed; the next attempt frees all again.
     with get_performance_optimizer().untouched(voice):
         pass
     assert away(voice.model)

@@ -1,4 +1,4 @@
-"""Whatever changes inside a block that one kernel serves: upstream's path, one event, and back when it is undone."""
+"""Changes inside a block that one kernel serves: upstream's forward runs, with one event, until they are undone."""
 
 from __future__ import annotations
 

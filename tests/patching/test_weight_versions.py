@@ -27,7 +27,7 @@ from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 
 EXAMPLES = int(os.environ.get("ACCELERATE_TTS_TEST_EXAMPLES", "0"))
-"""How many sequences of edits each stage is tried with; 0 for the few of `make test`."""
+"""Number of sequences of edits for each stage; 0 for the few of `make test`."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -185,7 +185,7 @@ def test_a_module_without_tensors_that_is_put_in_is_seen() -> None:
 
 
 def _first(model: nn.Module) -> Any:
-    """A layer with a weight of its own; of a weight-normed one, the direction counts as that."""
+    """Return a layer with its own weight; for a weight-normed layer, the weight is its direction."""
     return next(m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.LSTM)))
 
 

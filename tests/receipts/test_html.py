@@ -24,7 +24,7 @@ from accelerate_tts.receipts.receipt import Receipt, StageResult, printable
 STAGES = (
     StageResult("decoder", "fold weight norm", True, "faster", 0.4, 0.1, 4.0, 3.5, 3e-7, None, 0.5),
     StageResult("encoder", "torch.compile", False, "no gain", 0.0002, 0.0004, 0.5, 0.4, 0.0, 1, 2.0),
-    StageResult("flow", "channels-last", False, "wrong output"),
+    StageResult("flow", "channels-last", False, "not tried: 1.5 % of the time"),
 )
 RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 0.8, 0.4, 2.0, 3e-5, 4.5, ("a note", "more"))
 
@@ -153,12 +153,12 @@ def test_the_chart_has_a_pair_of_bars_for_each_stage_that_was_timed_and_for_the_
     groups = page_of(RECEIPT).one("svg").all("g")
     assert [[node.text for node in group.children if node.tag != "rect"] for group in groups] == [
         ["decoder: fold weight norm (kept)", "decoder: fold weight norm", "400.0 ms", "100.0 ms (4.00x, 3e-07)"],
-        ["encoder: torch.compile (dropped)", "encoder: torch.compile", "200 us", "400 us (0.50x, bit-exact)"],
+        ["encoder: torch.compile (rejected)", "encoder: torch.compile", "200 us", "400 us (0.50x, bit-exact)"],
         ["the whole (whole)", "the whole", "800.0 ms", "400.0 ms (2.00x, 3e-05)"],
     ]
     assert [bars(group) for group in groups] == [
         [("before", 20.0), ("kept", 5.0)],
-        [("before", 0.01), ("dropped", 0.02)],
+        [("before", 0.01), ("rejected", 0.02)],
         [("before", 40.0), ("whole", 20.0)],
     ]
 
@@ -180,16 +180,16 @@ def test_the_table_has_every_stage_and_the_whole() -> None:
         ["part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict"]
     ]
     assert rows_of(page, "tbody") == [
-        ["decoder", "fold weight norm", "400.0 ms", "100.0 ms", "4.00x", "3.50x", "3e-07", "500.0 ms", "kept: faster"],
-        ["encoder", "torch.compile", "200 us", "400 us", "0.50x", "0.40x", "bit-exact", "2.00 s", "dropped: no gain"],
-        ["flow", "channels-last", "-", "-", "-", "-", "-", "0 us", "dropped: wrong output"],
+        ["decoder", "fold weight norm", "400.0 ms", "100.0 ms", "4.00x", "3.50x", "3e-07", "500.0 ms", "kept, faster"],
+        ["encoder", "torch.compile", "200 us", "400 us", "0.50x", "0.40x", "bit-exact", "2.00 s", "rejected: no gain"],
+        ["flow", "channels-last", "-", "-", "-", "-", "-", "0 us", "not tried: 1.5 % of the time"],
     ]
     assert rows_of(page, "tfoot") == [
-        ["the whole", "all that was kept", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
+        ["the whole", "all kept stages", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
          "1 kept, 0 recompiles since warm-up"]
     ]  # fmt: skip
     kinds = [row.attributes["class"] for part in ("tbody", "tfoot") for row in page.one(part).all("tr")]
-    assert kinds == ["kept", "dropped", "dropped", "whole"]
+    assert kinds == ["kept", "rejected", "rejected", "whole"]
 
 
 def test_a_receipt_of_nothing() -> None:
@@ -283,12 +283,12 @@ def test_every_colour_is_legible_in_both_modes() -> None:
     assert luminance(light["page"]) > 0.9
     assert luminance(dark["page"]) < 0.1
     for mode in (light, dark):
-        assert len({mode["before"], mode["kept"], mode["dropped"], mode["whole"]}) == 4
-        for text in ("ink", "quiet", "kept", "dropped"):  # 4.5 and 3.0 are WCAG's AA for text and for graphics
+        assert len({mode["before"], mode["kept"], mode["rejected"], mode["whole"]}) == 4
+        for text in ("ink", "quiet", "kept", "rejected"):  # 4.5 and 3.0 are WCAG's AA for text and for graphics
             assert contrast(mode[text], mode["page"]) >= 4.5, text
         for graphic in ("before", "whole"):
             assert contrast(mode[graphic], mode["page"]) >= 3.0, graphic
-    assert "rect.dropped { fill: none;" in style, "kept and dropped must differ without colours too"
+    assert "rect.rejected { fill: none;" in style, "kept and rejected must differ without colours too"
 
 
 def test_the_page_is_small() -> None:

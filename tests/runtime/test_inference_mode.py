@@ -25,7 +25,7 @@ on = torch.is_inference_mode_enabled
 
 
 class _Contented:
-    """A watcher with whom everything is right."""
+    """A watcher that finds no fault."""
 
     def judge(self, name: str, units: Any, heard: Any, *, whole: bool) -> None: ...
 

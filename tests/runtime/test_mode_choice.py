@@ -1,4 +1,4 @@
-"""What works undecorated works decorated: a call that fails by our mode is made in a milder one, with one event."""
+"""A function that works undecorated works decorated: if a call fails in our mode, it runs in a milder one."""
 
 from __future__ import annotations
 

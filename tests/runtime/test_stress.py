@@ -29,7 +29,7 @@ from accelerate_tts.runtime.guard import guard as guards
 
 on = torch.is_inference_mode_enabled
 MODES = {"inference": (True, False), "no_grad": (False, False), "plain": (False, True)}
-"""What a body of each kind must see: whether inference mode is on, and whether gradients are."""
+"""Inference mode and gradient mode that a body must see, by kind."""
 
 
 def now() -> tuple[bool, bool]:
@@ -66,7 +66,7 @@ def answer(number: int) -> float:
 
 
 class Log:
-    """What went wrong, and what happened how often; from any thread."""
+    """Faults and counts of outcomes, from any thread."""
 
     def __init__(self) -> None:
         self.wrong: list[str] = []
@@ -299,7 +299,7 @@ def test_generators_go_from_thread_to_thread() -> None:
 
 @pytest.mark.parametrize("cyclic", [False, True])
 def test_abandoned_generators_are_finalised_in_another_thread(cyclic: bool) -> None:
-    """In a cycle the collector closes the body itself, in its own mode; it keeps that mode all the same."""
+    """The collector closes a body in a cycle, in the collector's own mode, which stays unchanged."""
     log, places = Log(), Counter[str]()
 
     def make(kind: str) -> Any:
@@ -352,7 +352,7 @@ def test_abandoned_generators_are_finalised_in_another_thread(cyclic: bool) -> N
 
 
 class Contented:
-    """A watcher with whom everything is right."""
+    """A watcher that finds no fault."""
 
     def judge(self, name: str, units: Any, heard: Any, *, whole: bool) -> None: ...
 

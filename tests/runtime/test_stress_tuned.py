@@ -24,7 +24,7 @@ from doubles import is_faster
 
 THREADS = 32
 IDS = [torch.arange(1, 4 + length)[None] % 37 + 1 for length in range(6)]
-"""What each request says; of different lengths, so that no two answers look alike."""
+"""Texts of the requests, of different lengths, so that all answers differ."""
 
 
 def small_vits() -> Any:
@@ -145,7 +145,7 @@ async def collected(voice: Voice, number: int) -> list[torch.Tensor]:
 def test_faults_in_some_threads_change_no_answer_in_others(
     voice: Voice, serial: list[torch.Tensor], seen: list[Event]
 ) -> None:
-    """Of one in eight calls the tuned output is NaN: it is made again untouched, while the others go on."""
+    """One tuned output in eight is NaN: its call is made again untouched, while the others go on."""
     guard = guards.guard_of(voice.model)
     assert guard is not None
     voice.faulty = set(range(0, 32, 8))
@@ -181,7 +181,7 @@ from accelerate_tts import inference, optimized_model, receipt_of
 from accelerate_tts.tuning import policy
 from accelerate_tts.tuning.timing import Timing
 
-# What is kept is no matter of this machine's noise.
+# The machine's noise does not decide what is kept.
 faster = policy.TuningPolicy(compare=lambda *_args, **_kwargs: Timing(2.0, 1.0, 2.0, 2.0, 2.0, 5), looks=False)
 scope = policy.tuning_policy(faster)
 scope.__enter__()
@@ -230,7 +230,7 @@ def test_worker_processes_with_tuned_models_answer_like_this_one(
         found = list(pool.map(worker.speak, range(64), chunksize=4))
     here = [worker.speak(number) for number in range(64)]
     worker.scope.__exit__(None, None, None)  # importing it has opened that here, too
-    # What else is kept may hang on the first look at it, on a busy machine.
+    # Further verdicts may depend on the first look, on a busy machine.
     assert all("fold weight norm" in kept for _, kept, _ in (*found, *here))
     for (wave, _, inside), (expected, _, _) in zip(found, here, strict=True):
         assert not inside

@@ -1,4 +1,4 @@
-"""The real stages, in any order and whatever fails in them: once all are off, a module is bit for bit what it was."""
+"""The real stages in any order and with any fault: once all are off, a module is bit for bit what it was."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STAGES: tuple[Stage, ...] = (
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is traced; prompts are in bf16 where the processor has no units for it, too."""
+    """Trace nothing, and run prompts in bf16 on any processor."""
 
     def direct(function: Any, _mode: str, counter: Any, **_options: Any) -> Any:
         counter.count("")
@@ -73,7 +73,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Probe(nn.Module):
-    """Where a test has something happen inside a model."""
+    """Point inside a model at which a test acts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def _probed(model: Any, _given: Any, output: Any) -> Any:
 
 
 def spoken(model: Any) -> list[torch.Tensor]:
-    """What a module computes: of a decoder, for a prompt and the tokens after it."""
+    """Output of a module; of a decoder, for a prompt and the tokens after it."""
     generator = torch.Generator().manual_seed(1)
     found: list[torch.Tensor] = []
     with torch.inference_mode():
@@ -253,7 +253,7 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
 def test_what_dynamo_has_traced_is_untouched_again(
     stage: Any, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, by way of torch.compile; its backend is the cheapest."""
+    """The same through torch.compile with the cheapest backend."""
     for module in (compile_stages, regional):
         monkeypatch.setattr(module, "compile_function", inductor.compile_function)
     model = tower(False, True, nn.GRU)
@@ -271,11 +271,11 @@ def test_what_dynamo_has_traced_is_untouched_again(
 
 
 class EndlessError(Exception):
-    """Stands for what does not raise, but never returns."""
+    """Marks a fault that does not raise, but never returns."""
 
 
 class NoNumbersError(Exception):
-    """Stands for what does not raise, but computes NaN."""
+    """Marks a fault that does not raise, but computes NaN."""
 
 
 FAULTS: tuple[Exception, ...] = (
@@ -289,7 +289,7 @@ FAULTS: tuple[Exception, ...] = (
 )
 NAMED = {
     NoNumbersError: "values that are not finite",
-    EndlessError: "it ran over the tuning budget and was interrupted",
+    EndlessError: "over the tuning budget, interrupted",
 }
 CASES = [
     *((fault, point, number) for fault in FAULTS[:-2] for point in ("prepare", "on", "call", "verify", "off")
@@ -304,9 +304,9 @@ class Faulty:
     Args:
         stage: The stage.
         point: "prepare", "on", "call" (inside the part, while the stage is in force), "verify" or "off".
-        fault: What happens.
-        late: Whether after what is done there, and not before.
-        number: At which time that this point is reached.
+        fault: The fault.
+        late: True to act after the step, False to act before it.
+        number: Number of times that this point is reached before.
     """
 
     def __init__(self, stage: Stage, point: str, fault: Exception, late: bool, number: int) -> None:
@@ -426,7 +426,7 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("quick", "layered_caches")
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_caches_that_grow_under_fused_blocks_are_not_tried_again(precision: Precision) -> None:
-    """Of a full-size decoder it took a fifth of the budget, which int8 was then missing."""
+    """For a full-size decoder it took a fifth of the budget, and int8 was then not tried."""
     model = decoder("Llama")
     part = Part("part", "decoder", model, cached=True)
     wanted = ("growing cache", "fused decoder blocks")
@@ -447,7 +447,7 @@ def test_an_alternative_is_replaced_from_below_another_change() -> None:
 
     class OverFusedBlocks(GrowingCacheStage):
         def applies(self, part: Part) -> None:
-            """Though the caches grow already."""
+            """Apply even if the caches grow already."""
 
     model = decoder("Llama")
     before = Before(model)

@@ -21,7 +21,7 @@ from accelerate_tts.storage.fingerprint import fingerprint, outline
 
 
 class Net(nn.Module):
-    """Some of each: a hyper-parameter that `repr` shows, one that it does not, one in a config, and a path."""
+    """Model with a hyper-parameter that `repr` shows, one that it does not, one in a config, and a path."""
 
     def __init__(self, *, stride: int = 1, slope: float = 0.1, rate: int = 16000, path: str = "/models/a") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is kept of a decoder's result to compare: what a call added to its cache, and whether the rest is untouched."""
+"""Cache deltas: a decoder's result is compared by the positions that the call added, and by changes of the rest."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_tuning_compares_so_and_drops_what_spoils_the_past(model: Any) -> None
     tuning = tune(plan, calls, [Spoils("spoils")], device, Limits(30.0))
     (result,) = tuning.receipt.stages
     assert not result.kept
-    assert result.reason.startswith("wrong output")
+    assert result.verdict.startswith("rejected: error ")
     tokens = [output for output in outputs if output.last_hidden_state.shape[1] == 1]
     assert tokens
     assert all(tensor.numel() == WIDTH + 1 for output in tokens for tensor in cached(output)[:-1])

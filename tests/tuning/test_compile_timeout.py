@@ -62,7 +62,7 @@ def hanging(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def time_flies(hanging: Path) -> Iterator[None]:
-    """What is left of every limit passes as soon as a compiler hangs: tracing takes longer on a busy machine."""
+    """Let time limits expire as soon as a compiler hangs, since tracing takes longer on a busy machine."""
     ended = threading.Event()
 
     def wait() -> None:
@@ -90,7 +90,7 @@ def own_child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Model(nn.Module):
-    """What it computes differs at each use, so that inductor has no kernel of it in memory."""
+    """A function that differs at each use, so that inductor has no cached kernel of it."""
 
     count = 0
 
@@ -107,7 +107,7 @@ class Model(nn.Module):
 
 
 def waits() -> bool:
-    """Whether a thread waits for a compiler."""
+    """Check that a thread waits for a compiler."""
     return any(compile_timeout.on_stack(frame)[1] is not None for frame in sys._current_frames().values())
 
 
@@ -116,7 +116,7 @@ def state(model: nn.Module) -> list[object]:
 
 
 def sleepers(tmp_path: Path) -> list[psutil.Process]:
-    """What is left of the compiler's processes."""
+    """Return the compiler's processes that are still alive."""
     started = [int(line) for line in (tmp_path / "pids").read_text().split()]
     return [psutil.Process(pid) for pid in started if psutil.pid_exists(pid)]
 
@@ -139,7 +139,7 @@ def test_a_compiler_that_never_returns_costs_its_stage(
         tuning = tune(plan, calls, [stage, FoldStage()], DeviceInfo("cpu", "test"), Limits(WAIT))
     failed = tuning.receipt.stages[0]
     assert not failed.kept
-    assert failed.reason.startswith("given up: it ran over the tuning budget and was interrupted; its compiler (")
+    assert failed.reason.startswith("stopped: over the tuning budget, interrupted; its compiler (")
     assert failed.reason.endswith("hanging-g++) did not return and was stopped")
     (event,) = [event for event in seen if isinstance(event, FellBack)]
     assert (event.stage, "hanging-g++" in event.reason) == (stage.name, True)
@@ -155,7 +155,7 @@ def test_a_compiler_that_never_returns_costs_its_stage(
 @posix
 @pytest.mark.usefixtures("time_flies")
 def test_a_compilation_of_the_users_own_goes_on(hanging: Path, tmp_path: Path) -> None:
-    """In another thread of his: its compiler is his, whenever it was started."""
+    """A compiler that a user's own thread waits for is left alone, whenever it was started."""
     ended = threading.Event()
 
     def compile_something() -> None:

@@ -1,4 +1,4 @@
-"""A busy machine: how it is noticed, what is decided then, and that it is tried again."""
+"""A busy machine: detection, verdicts on it, and the repetition of uncertain ones."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
     model, receipt, compare = run(Busy(), fast())
     (result,) = receipt.stages
     assert (result.kept, result.sure) == (True, False), result.reason
-    assert result.reason.endswith("by the processor time of one thread")
+    assert result.reason.endswith(", processor time of one thread")
     assert set(compare.alone) == {1}
     assert model.fast
     assert receipt.ratio == 2.0
@@ -273,9 +273,9 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
     assert (event.unsure, event.tried) == (1, 1)
     assert "other processes used 1.5 of 2 processors" in event.reason
     said = "\n".join(receipt.notes)
-    assert said.count("beside others' work") == 1
+    assert said.count("tuning was disturbed") == 1
     assert "s for a quiet machine" in said
-    assert "(not sure)" in str(receipt)
+    assert "(uncertain)" in str(receipt)
 
 
 def test_it_waits_until_the_machine_is_quiet_and_is_sure_then(seen: list[Event]) -> None:
@@ -342,7 +342,7 @@ def test_a_total_that_is_slower_beside_others_work_undoes_nothing(seen: list[Eve
 
 @pytest.mark.parametrize("disturbed", [1, 2])
 def test_no_single_look_drops_a_stage(disturbed: int, decide: Any) -> None:
-    """By something that no counter shows."""
+    """The disturbance is one that no counter shows."""
     calls = iter([0.0, *[0.2] * disturbed])  # for its outputs, and the looks
     offset = [0.0]
     model = Model()
@@ -391,7 +391,7 @@ def test_a_later_load_tries_again_what_was_not_sure_and_renews_the_pack(
     seen.clear()
     _, receipt = load()  # still busy: what the pack says is in force
     assert [type(event) for event in seen if isinstance(event, (Restored, Retuned))] == [Restored]
-    assert any("2 verdicts are not sure" in note for note in receipt.notes)
+    assert any("2 verdicts are uncertain" in note for note in receipt.notes)
     assert len(receipt.unsure) == 2
     busy.busy = False
     seen.clear()
@@ -425,7 +425,7 @@ def test_retuning_can_be_switched_off(machine: tuple[Busy, list[Stage]], monkeyp
 def test_what_an_older_pack_dropped_at_a_look_is_tried_again(
     reason: str, machine: tuple[Busy, list[Stage]], tmp_path: Path, seen: list[Event]
 ) -> None:
-    """Its verdicts do not say how sure they are."""
+    """Verdicts of an older pack are not marked as certain or uncertain."""
     machine[0].busy = False
     load()
     store = PackStore(tmp_path, 2**30)
@@ -444,7 +444,7 @@ def test_what_an_older_pack_dropped_at_a_look_is_tried_again(
 
 
 def test_what_was_sure_on_another_part_is_put_in_force_without_being_timed() -> None:
-    """And what was dropped there is not even prepared."""
+    """A stage that was rejected there is not even prepared."""
     machine = Busy(busy=False)
     model, other = Model(), Model()
     both = nn.ModuleList([model, other]).eval()

@@ -1,4 +1,4 @@
-"""A ledger switches changes like a stack, whatever is lifted, put back, superseded or dropped; a request is checked."""
+"""A ledger switches changes in the order of a stack through any lift, put, supersede and drop; a request is checked."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def vits() -> VitsModel:
 
 
 class CompiledWhereItMayBe(CompileStage):
-    """Not where durations hang on the output: it would be dropped there for its rounding, half a minute later."""
+    """Leaves out parts that decide durations: they would be rejected for their rounding, half a minute later."""
 
     least_share = 0.0
 
@@ -288,7 +288,7 @@ class CompiledWhereItMayBe(CompileStage):
 
 
 def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
-    # What is compiled is kept here, however slow it is: this is about what happens to it afterwards.
+    # Compiled changes are kept even if slow: the test is about later calls.
     decide(compare=pays_off, hopeless=float("inf"), unworthy=lambda *_given: None)
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (CompiledWhereItMayBe("default"),))
     ids = torch.randint(1, 38, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -386,7 +386,7 @@ def test_no_length_of_service_compiles_again_in_other_models(
     monkeypatch.setattr(stage, "least_share", 0.0)
     request.getfixturevalue("uncompiled")
     monkeypatch.setattr(catalogue, "default_stages", lambda *_args: (stage,))
-    # Where a model is taken apart is not what this is about, and hangs on the clock.
+    # The division into parts depends on the clock, and is not tested here.
     monkeypatch.setattr(generic, "refine", lambda whole, _seconds: whole)
     torch.manual_seed(0)
     model, plain = make().eval(), make().eval()

@@ -1,4 +1,4 @@
-"""How much of a part's linear work has few rows: what a stage for few rows is tried by."""
+"""Share of a part's linear work with few rows, by which stages for few rows are tried."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 
 
 class Estimator(nn.Module):
-    """As a flow estimator: a step's embedding has a row or two, everything else hundreds."""
+    """Model like a flow estimator: the embedding of a step has one or two rows, everything else hundreds."""
 
     def __init__(self) -> None:
         super().__init__()

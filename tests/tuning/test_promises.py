@@ -1,4 +1,4 @@
-"""What a budget is spent on: the parts that take most first, what takes long last, and nothing without hope."""
+"""Use of the budget: the largest parts first, long trials last, and no trial of a stage that never gained."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_takes_long_and_never_gained_anything_on_its_like_is_not_tried(budg
     (result,) = [one for one in receipt.stages if (one.part, one.stage) == ("vocoder", "torch.compile")]
     assert result.kept is (budget >= 600)
     if not result.kept:
-        assert result.reason.endswith("gained nothing on the like; a budget of 600 s tries it")
+        assert result.reason.endswith("gained nothing on similar parts; tune_seconds=600 tries it")
     assert not any(isinstance(event, BudgetTooSmall) for event in seen)
 
 
@@ -101,7 +101,7 @@ def test_a_budget_that_is_too_small_for_the_best_says_which_one_is_not(
     assert "vocoder" not in {result.part for result in receipt.kept}
     (event,) = [event for event in seen if isinstance(event, BudgetTooSmall)]
     assert (event.what, event.stage, event.seconds) == ("model: vocoder", "slow", 15.0)
-    assert any(f"budget of about {event.wants:.0f} s" in note for note in receipt.notes)
+    assert any(f"tune_seconds of about {event.wants:.0f}" in note for note in receipt.notes)
     seen.clear()
     receipt = run(Speech(seconds), stage, budget=1.1 * event.wants).receipt
     assert "vocoder" in {result.part for result in receipt.kept}, str(receipt)

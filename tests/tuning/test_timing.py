@@ -1,4 +1,4 @@
-"""The verdict on speed: which rank, which bound, and that switching is not timed."""
+"""The verdict on speed: the rank, the bound, and switching outside the clock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_documented_ranks() -> None:
 
 
 def _times(first: list[float], second: list[float]) -> timing.Timing:
-    """What is made of work that takes these times, in the two states; on a clock that only the work moves."""
+    """Compare work with these times in the two states, on a clock that only the work moves."""
     state = {"clock": 0.0, "next": iter(first)}
     times = {"first": cycle(first), "second": cycle(second)}
 

@@ -1,4 +1,4 @@
-"""What decides where figures are close: verdicts within the budget, the total, and what is not even run twice."""
+"""Verdicts on close figures: within the budget, of the total, and after a single run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ X = torch.ones(2, 4)
 
 
 class Model(nn.Module):
-    """Computes one thing, and does what a test wants while it is changed."""
+    """Scales its input, and runs a test's callback while it is changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide:
     assert (result.kept, model.then is str, receipt.ratio) == (stays, stays, last.ratio if stays else 1.0)
     assert any("pairs only" in note for note in receipt.notes) is (last.pairs < 5)
     fallen = [event.reason for event in seen if isinstance(event, FellBack)]
-    assert fallen == ([] if stays else [f"slower in total ({last.ratio:.2f}x)"])
+    assert fallen == ([] if stays else [f"the whole is slower, {last.ratio:.2f}x"])
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_a_total_below_one_is_undone(timings: list[Timing], stays: bool, decide:
 def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
     untouched: float, tuned: float, asked: int | None, decide: Any
 ) -> None:
-    """Of a budget of 60 s; passes are made to seem that long, and a pair is one of each.
+    """The budget is 60 s; passes seem as long as given, and a pair is one pass of each state.
 
-    Where one pair is all that there is time for, the passes that showed what comes of them are that pair, unless they
-    say that the tuned object is the slower one.
+    Where there is time for one pair only, the passes that gave the outputs are that pair, unless the tuned object is
+    slower in them.
     """
     pairs: list[int] = []
 
@@ -145,7 +145,7 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
 def test_no_verdict_is_begun_that_the_budget_does_not_allow(
     seconds: float, slack: float, tried: bool, decide: Any
 ) -> None:
-    """Five pairs of two replays each that take so long, of a budget of 60 s, and a slack."""
+    """Five pairs of two such replays must fit into a budget of 60 s and the slack."""
     offset = [0.0]
 
     def slow() -> None:
@@ -156,8 +156,8 @@ def test_no_verdict_is_begun_that_the_budget_does_not_allow(
     (result,) = receipt.stages
     assert (result.kept, result.ratio is None) == (tried, not tried)
     if not tried:
-        assert result.reason.startswith("not timed: it takes 60 s, and 4")
-        assert result.reason.endswith("s of the tuning budget are left")
+        assert result.reason.startswith("not timed: takes 60 s, 4")
+        assert result.reason.endswith("s of the tuning budget left")
         assert result.before is not None
         assert result.after is not None
         assert model.then is int
@@ -168,7 +168,7 @@ def test_no_verdict_is_begun_that_the_budget_does_not_allow(
 
 @pytest.mark.parametrize("graphs", [None, 1])
 def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decide: Any) -> None:
-    """Unless it compiled in that time: the first run says nothing then."""
+    """A run that also compiled does not count, since its time says nothing."""
     calls: list[int] = []
     clock = [0.0]
 
@@ -180,7 +180,7 @@ def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decid
     _, receipt = run(Stage(then=slow, graphs=graphs), budget=1000.0)
     (result,) = receipt.stages
     if graphs is None:
-        assert (result.kept, result.reason) == (False, "far slower, at the first look")
+        assert (result.kept, result.reason) == (False, "far slower at the first look")
         assert len(calls) == 1
         assert result.after == pytest.approx(11.0, abs=1.0)
     else:

@@ -191,7 +191,7 @@ async def test_tasks_that_set_the_attribute_of_one_object_keep_no_wrong_voice() 
 
 
 def with_folder(folder: Path, seed: int = 0) -> Any:
-    """What a process starts with: nothing in memory."""
+    """State of a new process: nothing in memory."""
 
     class Stored(Service):
         @cached_embedding(folder=folder, sets=("last",))
@@ -349,7 +349,7 @@ def test_what_was_begun_before_it_was_cleared_ends_nothing_that_was_begun_since(
 
 @dataclass
 class Voice:
-    """What a package may return: it says when code of it runs."""
+    """A result class of a package that records when its code runs."""
 
     name: str
     vector: torch.Tensor
@@ -405,7 +405,7 @@ KEY = "ab" * 16
 def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
     tmp_path: Path, seen: list[Event], told: list[Any]
 ) -> None:
-    """As somebody else's file, or an older one's, may."""
+    """Foreign and older files may have such a description."""
     files = EmbeddingFiles(tmp_path, 10**6)
     packages = {"subprocess", "json", "not_imported", Voice.__module__.partition(".")[0]}
     planted(tmp_path, KEY, ["list", [Voice.__module__ if word == "HERE" else word for word in told]])
@@ -416,7 +416,7 @@ def test_a_file_names_no_class_but_a_dataclass_of_those_packages(
 
 @dataclass
 class Copying:
-    """It says itself how it is copied: not to be made from a file, since copies are handed out."""
+    """A class that defines how it is copied is not restored from a file, since callers get copies."""
 
     name: str
 

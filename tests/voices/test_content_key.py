@@ -1,4 +1,4 @@
-"""What the same voice is: files, arrays and other arguments count by their content, or are not remembered at all."""
+"""Keys of voices: files, arrays and other arguments count by their content, or are not cached at all."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_file_that_has_long_been_the_same_is_not_read_again(
 def test_a_file_that_is_written_without_a_sign_in_its_times(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As through a mapping on a file system in memory."""
+    """The file changes without a new time, as through a mapping on a file system in memory."""
     path = tmp_path / "voice.wav"
     path.write_bytes(b"RIFFabcd" * 10_000)
     later = time.time_ns() + 10_000_000_000
@@ -284,7 +284,7 @@ def with_items(kind: Any, *items: Any) -> Any:
 
 
 def answers(*values: Any) -> list[int]:
-    """What each of these values is answered with, by a function whose every run gives another number."""
+    """Return the answers to these values, by a function that returns a new number at each run."""
     count = itertools.count()
 
     @cached_embedding

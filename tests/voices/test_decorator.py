@@ -584,7 +584,7 @@ def test_an_object_without_weak_references(seen: list[events.Event]) -> None:
     ],
 )
 def test_code_that_was_edited_computes_anew(tmp_path: Path, make: Callable[[], Callable[..., float]]) -> None:
-    """What the last release of a service left on disk is not what this one computes."""
+    """Files of an earlier release of a service are not used for what this one computes."""
 
     def decorated(function: Callable[..., float]) -> Any:
         function.__qualname__ = "embed"
@@ -602,7 +602,7 @@ def test_code_that_was_edited_computes_anew(tmp_path: Path, make: Callable[[], C
 
 
 def test_fewer_bits_give_another_embedding(service: Service) -> None:
-    """What a tuned encoder computes with int8 weights is not handed to who has undone the tuning, nor the reverse."""
+    """An embedding from int8 weights is not returned after the tuning is undone, nor the reverse."""
     service.encoder.linear = nn.Linear(4, 8192)
     stage = QuantizeStage(torch.backends.quantized.engine)
     change = stage.prepare(Part("encoder", "encoder", service.encoder))

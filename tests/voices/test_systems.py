@@ -107,7 +107,7 @@ def listening(model: Any) -> list[nn.Module]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two of Chatterbox's voices are equal, to the bit and to the class."""
+    """Check that two of Chatterbox's voices are equal, to the bit and to the class."""
     one, two = ({**vars(voice.t3), **voice.gen} for voice in (first, second))
     equal = [torch.equal(one[k], two[k]) if isinstance(one[k], torch.Tensor) else one[k] == two[k] for k in one]
     return type(first) is type(second) and type(first.t3) is type(second.t3) and list(one) == list(two) and all(equal)
@@ -140,7 +140,7 @@ def test_chatterbox_s_own_method_sets_the_conditionals(chatterbox: Callable[[], 
 def test_chatterbox_s_voice_is_there_in_the_next_process(
     chatterbox: Callable[[], Any], tmp_path: Path, seen: list[Event]
 ) -> None:
-    """Its classes are dataclasses of the encoder's package, whosever the method is."""
+    """The results are dataclasses of the encoder's package, whichever object has the method."""
 
     class Service:
         def __init__(self) -> None:

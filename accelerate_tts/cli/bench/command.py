@@ -91,7 +91,7 @@ def _checked(systems: Sequence[str], options: Options) -> list[str]:
     check_tune_seconds(options.tune_seconds)
     for option, path in (("--json", options.json), ("--plot", options.plot)):  # checked before minutes of tuning
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise SettingsError(f"{option} {path}: that is no file in a folder that exists")
+            raise SettingsError(f"{option} {path}: name a file in an existing folder")
     if options.plot is not None:
         chart.pyplot()
     return names

@@ -64,7 +64,7 @@ def naive(built: Built, seconds: float, pairs: int, backend: Any = "inductor") -
         spoken(built, seconds)  # lengths that are static in the first call may become dynamic in the second
     graphs = int(counters["stats"]["unique_graphs"])
     if not graphs:
-        raise AccelerateTTSError("no graph was compiled: dynamo left all of it out")
+        raise AccelerateTTSError("no graph was compiled: dynamo skipped all of it")
     times: list[tuple[float, float]] = []
     for _ in range(pairs):
         before = spoken(built, seconds)[0]

@@ -71,5 +71,5 @@ def folders_of(request: Request, folder: Path) -> dict[str, str]:
 
 def _last_words(code: int, complaints: str) -> str:
     if code < 0:
-        return f"its process was ended by signal {-code}; of memory, perhaps"
+        return f"its process was ended by signal {-code}, perhaps for lack of memory"
     return (complaints.strip().splitlines() or [f"its process ended with status {code}"])[-1]

@@ -61,7 +61,7 @@ struct Token {
   int64_t value_position;
   int64_t is_bf16;  // the model: its cache, and what one block hands to the next
   int64_t length;  // positions in the cache before this token; of the longest, where rows have their own
-  float* attention;  // [rows, heads, length + 1], the attention weights; or null, where nobody asks
+  float* attention;  // [rows, heads, length + 1], the attention weights; null if not requested
   void* const* row_keys;  // [rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all
   void* const* row_values;  // the same for values; null where row_keys is
   const int64_t* row_lengths;  // [rows], positions in each row's cache; or null: `length` for all

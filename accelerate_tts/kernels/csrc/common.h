@@ -1,4 +1,4 @@
-// What all kernels have in common: bf16, memory that is kept between calls, and which instruction set this is.
+// Common to all kernels: bf16, memory that is kept between calls, and the name of the instruction set.
 //
 // Each unit is compiled once for each instruction set, into a namespace of its own. Nothing of the C++ library that has
 // code is used: of what several units define alike (an inline function of a standard header) the linker keeps one, and
@@ -52,7 +52,7 @@ inline bf16 narrow(float value) {
 inline void put(float* to, float value) { *to = value; }
 inline void put(bf16* to, float value) { *to = narrow(value); }
 
-// Memory that grows and is kept, at a line's beginning. What was in it is gone when it grows.
+// Memory that is kept and grows, aligned to a cache line. Growing discards its content.
 template <class T>
 class Buffer {
  public:
@@ -80,8 +80,8 @@ class Buffer {
   int64_t room_ = 0;
 };
 
-// What a call works in: taken from a shelf and put back, so that calls at once on several threads have one each, and a
-// thread that ends leaves nothing behind.
+// Workspace of a call, taken from a shelf and put back. Concurrent calls have one each, and a thread that ends leaves
+// none behind.
 template <class Workspace>
 class Borrowed {
  public:

@@ -2,8 +2,7 @@
 //
 // A block in eager PyTorch is some twenty operators, each of which wakes all threads for a few microseconds of work
 // beside the weights. Here the threads are woken once for all blocks, and wait for each other at nine barriers in each.
-// What reads the weights is skinny_gemm.h's. Loops that must become vectors are marked `omp simd`, of which the build
-// asks for nothing else of OpenMP.
+// skinny_gemm.h reads the weights. Loops that must become vectors are marked `omp simd`, the only OpenMP pragma in use.
 #include <new>
 
 #include "kernels.h"
@@ -42,7 +41,7 @@ inline Share share(int64_t size, Team team) {
   return {strips * team.me / team.all * 16, end < size ? end : size};
 }
 
-// What all threads of a call see. One block of floats, cut into pieces.
+// Memory shared by all threads of a call: one block of floats, cut into pieces.
 struct Scratch {
   Buffer<float> floats;
   Buffer<char> prepared;
@@ -92,7 +91,7 @@ void part_of_linear(const Linear& l, const float* x, const void* prepared, const
   all_dots(work, mine.begin, mine.end);
 }
 
-// How a format multiplies within a team: `ready` turns one row of x into what the format wants, by whoever made it.
+// Products of a format within a team. The thread that computed a row of x converts it to the format by `ready`.
 template <class F>
 struct Rows {
   static constexpr bool as_is = F::as_is;
@@ -236,7 +235,7 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
   }
 }
 
-// One block by a team of threads, of which this is one.
+// One block by a team of threads. Every thread of the team calls this.
 template <class F>
 void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team) {
   const int64_t qkv = (b.heads + 2 * b.kv_heads) * b.head_dim, attended = b.heads * b.head_dim, rows = t.rows;

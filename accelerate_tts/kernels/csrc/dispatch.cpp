@@ -1,4 +1,4 @@
-// What the library exports, and which instruction set's functions answer. Compiled for the plainest processor.
+// Exported functions, which call those of the chosen instruction set. Compiled for the plainest processor.
 #include <cstring>
 
 #include "kernels.h"

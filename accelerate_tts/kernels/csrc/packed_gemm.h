@@ -1,4 +1,4 @@
-// What the kernels for whole sequences have in common: products of panels, and what goes on between them.
+// Common to the kernels for whole sequences: products of panels, and the operations between them.
 //
 // Products are in bf16 with sums in fp32: by AMX's tiles, by AVX-512's products of bf16, or in fp32 with what is wide
 // enough. They are of 16, 32, 48 or 64 rows, of inputs in multiples of 32, and of 64 or 256 columns.

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t PAST = 2;  // frames that a causal convolution of three sees before a frame
 
-// What threads share, and what each has for itself; kept between calls. Rows behind a sequence's end are computed with,
-// and never read.
+// Memory shared by threads, and memory of each; kept between calls. Rows behind a sequence's end are computed and never
+// read.
 struct Frames {
   Buffer<bf16> given, between;  // [batch][past + length][channels] and [outputs], and room for a last piece
   Buffer<float> wide;           // of each thread

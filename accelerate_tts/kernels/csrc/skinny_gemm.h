@@ -103,7 +103,7 @@ struct Int8 {
         peak = size > peak ? size : peak;
         zero += size * 0.0f;  // of an infinity or a NaN, a NaN
       }
-      // What is not finite makes the whole row so, as it does in fp32.
+      // One value that is not finite makes the whole row NaN, as it does in fp32.
       const bool finite = zero == 0.0f;
       scales[m] = finite ? peak / limit : NAN;
       const float to_integer = finite && peak > 0 ? limit / peak : 0;
@@ -126,7 +126,7 @@ struct Int8 {
   static sum join(sum a, sum b) { return a + b; }  // prepare() has left room for all of a lane
   static float value(sum s, float scale) { return total(__builtin_convertvector(s, vec)) * scale; }
 };
-// What a call works on: x as it came, and as the format wants it with a scale for each row.
+// Inputs of a call: x as given, and x in the format with a scale for each row.
 template <class F>
 struct Work {
   const float* x;

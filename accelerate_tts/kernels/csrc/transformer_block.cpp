@@ -37,7 +37,8 @@ inline floats exact_gelu(floats x) {
   return 0.5f * x * (1.0f + p * z);
 }
 
-// What threads share, and what each has for itself; kept between calls, as large as the longest needed. Rows behind a sequence's end are computed with, and never read.
+// Memory shared by threads, and memory of each; kept between calls, as large as the longest sequence needed. Rows
+// behind a sequence's end are computed and never read.
 struct Workspace {
   int64_t padded, attended;  // keys and their values, up to whole panels; heads * 64
   Buffer<bf16> queries, keys, values, made;
@@ -108,7 +109,7 @@ void project(const TransformerBlock& b, const TransformerCall& call, Workspace& 
   });
 }
 
-// What lies behind the end is multiplied too, by next to nothing: it must be numbers.
+// Values behind the end are multiplied by nearly zero, so they must be finite.
 void pad(const TransformerBlock& b, const TransformerCall& call, Workspace& s, int64_t n, int64_t head) {
   bf16* keys = s.keys.data() + (n * b.heads + head) * s.padded * PANEL;
   bf16* values = s.values.data() + (n * b.heads + head) * s.padded * PANEL;

@@ -254,7 +254,7 @@ def _run_uncompiled(counter: Counter) -> None:
 
     limit = getattr(config, "recompile_limit", None) or config.cache_size_limit  # before torch 2.7
     if _strictness.strict and not counter.left_out:
-        raise RecompileError("a call that no graph is for; torch before 2.12 does not say which guard failed")
+        raise RecompileError("no graph fits this call; torch before 2.12 does not name the failed guard")
     if counter.graphs >= limit:
         raise FailOnRecompileLimitHit(f"it has {counter.graphs} graphs, and {limit} are the limit")
     counter.left_out = True  # dynamo compiles what the function calls, but not itself

@@ -2,7 +2,7 @@
 
 A transformer repeats one block, for example thirty times. Compiling it as a whole traces thirty blocks, which takes
 minutes. Compiling one block takes seconds; its graph takes the weights as inputs, and all blocks call it. For one token
-and a growing cache (kv_cache.py), the graph writes keys and values into the cache's buffers at dynamic lengths. This is
+and a growing cache (kv_cache/), the graph writes keys and values into the cache's buffers at dynamic lengths. This is
 the decode step of an autoregressive model, independent of the loop that drives it. Prefill, other caches, requested
 attention weights, lengths beyond the largest buffer and kinds of calls that were not warmed up take upstream's own
 forward with the same cache.
@@ -29,7 +29,7 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import Counter, compile_function, guard_of, options, reason_of
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import Told, cache_name, take_cache, token_layer
+from accelerate_tts.stages.decode.call_args import Told, attentions_wanted, cache_name, take_cache, token_layer
 from accelerate_tts.stages.decode.growing_cache import growing_caches
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
@@ -204,7 +204,7 @@ class _Row:
         """Return the cache layer for one token; `None` if upstream's forward must run."""
         if kv_cache.cache_classes() is None:
             return None
-        if named.get("output_attentions") or kv_cache.attentions_wanted.get():
+        if named.get("output_attentions") or attentions_wanted.get():
             self._told.tell("attention weights are asked for", number)
             return None
         layer = token_layer(self._told, past, number, named)
@@ -252,7 +252,7 @@ class _Row:
             emit(FellBack(self._what, "compiled blocks for further kinds of calls", "8 graphs are the limit"))
             return False, None
         except TorchDynamoException as error:
-            # Whatever was written behind the sequence's end is overwritten by upstream's own forward.
+            # Upstream's forward overwrites values that were written behind the sequence's end.
             return self._give_up(reason_of(error))
         if layer is not None:
             layer.advance(1)

@@ -61,7 +61,7 @@ def _obstacle(part: Part) -> str | None:
     if is_fused(part.module):
         return "it is served as a whole"
     if part.method != CALL:
-        return f"it is run by .{part.method}(), for which torch.compile does not stand in"
+        return f"it is run by .{part.method}(), which torch.compile does not replace"
     return "its cache grows at every call: the decode step is compiled by itself" if part.cached else None
 
 

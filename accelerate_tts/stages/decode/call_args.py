@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.signatures import is_analyzer, module_of
-from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.kv_cache import growing_layer, sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["CACHE_NAMES", "Told", "cache_name", "cache_of", "is_read", "is_spied", "take_cache", "tidy", "token_layer"]
+__all__ = [
+    "CACHE_NAMES",
+    "Told",
+    "attentions_wanted",
+    "cache_name",
+    "cache_of",
+    "is_read",
+    "is_spied",
+    "take_cache",
+    "tidy",
+    "token_layer",
+    "whole_tuple",
+]
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names of the cache in decoders and blocks of transformers, newest first.
 
 5.24.0 renamed `past_key_values` to `cache`, in arguments and in results; the old names are accepted until 5.40.0.
 """
+
+attentions_wanted: ContextVar[bool] = ContextVar("attentions_wanted", default=False)
+"""True while a decoder runs that was asked for its attention weights. Its blocks do not always get that argument."""
+whole_tuple: ContextVar[tuple[Any, ...] | None] = ContextVar("whole_tuple", default=None)
+"""The tuple of pairs that the running decoder was called with. A block of GPT-2 gets only its own pair."""
 
 
 def cache_name(names: Iterable[str]) -> str | None:
@@ -80,15 +98,15 @@ def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> An
         number: The block's index in it.
         named: The call's other arguments; `hidden_states` has shape (batch, positions, width).
     """
-    layer = kv_cache.growing_layer(past, number)
+    layer = growing_layer(past, number)
     hidden = named.get("hidden_states")
     if layer is None or hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:  # noqa: PLR2004
         return None
     if hidden.shape[0] != layer.buffers()[0].shape[0]:
         return None  # upstream raises its own error
     if not layer.reserve(1):
-        if layer.length() >= kv_cache.LARGEST:
-            told.tell(f"the sequence is longer than {kv_cache.LARGEST} positions", number)
+        if layer.length() >= sizes.LARGEST:
+            told.tell(f"the sequence is longer than {sizes.LARGEST} positions", number)
         return None
     return layer
 

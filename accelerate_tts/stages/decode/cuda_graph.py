@@ -2,7 +2,7 @@
 
 On a GPU, a decode step launches hundreds of kernels of a few microseconds each, and the launches dominate its time. A
 recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
-token for a growing cache (kv_cache.py), with the attention weights if upstream returns them. Prefill, arguments that
+token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that
 were absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own
 forward on the same cache. The number and the bytes of recordings are bounded; the least recently used one is evicted.
 

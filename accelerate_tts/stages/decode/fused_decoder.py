@@ -6,7 +6,7 @@ weights, without a copy. The level `balanced` may keep bf16 copies of them, and 
 output. Norms, attention, softmax, sums and the cache stay in fp32.
 
 Supported are Llama's block and its relatives (Chatterbox's T3, Mistral, Qwen2), Higgs Audio's with two feed-forwards,
-and GPT-2's (XTTS). A call is served if it is one token for a batch of up to eight, with a growing cache (kv_cache.py).
+and GPT-2's (XTTS). A call is served if it is one token for a batch of up to eight, with a growing cache (kv_cache/).
 Everything else takes upstream's own forward and the same cache.
 
 The items that a block and its attention layer return behind the hidden states differ by release, by attention
@@ -36,7 +36,17 @@ from accelerate_tts.patching.weight_versions import Weights as Watched
 from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import Told, cache_of, is_read, is_spied, take_cache, tidy, token_layer
+from accelerate_tts.stages.decode.call_args import (
+    Told,
+    attentions_wanted,
+    cache_of,
+    is_read,
+    is_spied,
+    take_cache,
+    tidy,
+    token_layer,
+    whole_tuple,
+)
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
 
@@ -318,7 +328,7 @@ class _Fused:
         self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
     ) -> list[_Ready]:
         """Return the blocks behind this one that are computed with it, up to the first with an obstacle."""
-        whole = kv_cache.whole_tuple.get()
+        whole = whole_tuple.get()
         found = []
         for place in self.row.together(self.number):
             theirs = past
@@ -347,7 +357,7 @@ class _Fused:
             if shown is False or shown is None:
                 return None
             if _WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
-                collected = kv_cache.attentions_wanted.get() or "forward" in self.attention.__dict__
+                collected = attentions_wanted.get() or "forward" in self.attention.__dict__
                 wanted = collected or is_spied(self.attention)
         layer = token_layer(self._told, past, self.number, named)
         if layer is None:

@@ -2,7 +2,7 @@
 
 A loop calls the decoder once with the prompt (prefill). For each token it then passes one position and the cache that
 the previous call returned. Upstream copies the whole cache at each token. Here its layers become growing layers
-(kv_cache.py) as soon as they hold a sequence, and a token is written behind the last one.
+(kv_cache/) as soon as they hold a sequence, and a token is written behind the last one.
 
 A decoder is a module whose forward takes a cache, `inputs_embeds` and `use_cache`, as those of transformers do. The
 innermost such module of a part is changed. The caller sees a cache of upstream's own class.
@@ -27,7 +27,7 @@ from accelerate_tts.plan import READY
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import cache_name, cache_of, tidy
+from accelerate_tts.stages.decode.call_args import attentions_wanted, cache_name, cache_of, tidy, whole_tuple
 from accelerate_tts.stages.decode.leftovers import Leftovers
 
 if TYPE_CHECKING:
@@ -118,15 +118,15 @@ def _decoding_class(plain: Any) -> type:
         asked = named.get("output_attentions")
         asked = bool(getattr(self.config, "output_attentions", False) if asked is None else asked)
         told = (
-            kv_cache.attentions_wanted.set(asked),
-            kv_cache.whole_tuple.set(past if isinstance(past, tuple) else None),
+            attentions_wanted.set(asked),
+            whole_tuple.set(past if isinstance(past, tuple) else None),
         )
         try:
             # Converts inference tensors once, so that no block has to.
             result = call_normally(partial(plain.forward, self), args, kwargs)
         finally:
-            kv_cache.attentions_wanted.reset(told[0])
-            kv_cache.whole_tuple.reset(told[1])
+            attentions_wanted.reset(told[0])
+            whole_tuple.reset(told[1])
             if _captures_by_patching():
                 for inner in self.modules():
                     tidy(inner)

@@ -33,7 +33,7 @@ class Leftovers:
         gone = sum(_tidied(inner._forward_hooks) for inner in decoder.modules() if len(inner._forward_hooks) > 1)
         if gone and not self._was_told:
             self._was_told = True
-            reason = "hooks of alignment analyzers of earlier requests, which upstream never removes and no longer asks"
+            reason = "hooks of alignment analyzers of earlier requests, which upstream never removes and no longer uses"
             emit(Tidied(type(decoder).__name__, reason))
 
 

@@ -30,7 +30,7 @@ WAIT = 30.0  # seconds after which a test gives up on something that should have
 
 
 class Meter:
-    """How many are inside at once, and how many were at most; from any thread."""
+    """Count concurrent calls and their maximum, in any thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -101,7 +101,7 @@ def backend(limit: int | None) -> Any:
 
 
 def free(item: Any) -> bool:
-    """Whether nobody has a turn or waits for one."""
+    """Check that no permit is held and no call waits."""
     room = queue.room_of(item, item)
     return not room._slots and not room._queue and not room._inbox
 
@@ -506,7 +506,7 @@ async def test_a_plain_call_that_would_block_the_loop_of_the_turn_is_refused() -
 
 
 def test_a_thread_that_gave_its_stream_away_in_a_context_of_its_own_may_wait() -> None:
-    """As web frameworks do: each item is taken in a thread of a pool, in a copy of the context."""
+    """Take each item in a thread of a pool, in a copy of the context, as web frameworks do."""
     one = hasty(backend(1))
     stream = one.stream("x", 2)
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as other:

@@ -153,7 +153,7 @@ def untouched(kind: str, text: str = TEXT, own: Fault | None = None) -> torch.Te
 
 
 def expected_of(text: str = TEXT) -> dict[str, Expectation]:
-    """What the untouched model leads one to expect."""
+    """Expectation from the untouched model's output."""
     listener = guards.Listener()
     for kind in KINDS:
         listener.judge(f"Backend.{kind}", units_of((text,), {}), hear(untouched("speak", text)), whole=True)
@@ -218,7 +218,7 @@ def test_a_stream_that_turns_bad_goes_on_where_it_was(
 
 
 def test_a_second_attempt_of_a_stream_is_untouched_until_it_ends(guarded: Any) -> None:
-    """Its body may be in the middle of a sentence: half of it with the changes would be neither model's."""
+    """A body in the middle of a sentence must not change models: half with the changes is the output of neither."""
     backend = guarded(nan)
     other = [backend.voice.fault is None for _ in backend.stream(TEXT)]
     assert len(other) == len(TEXT) * SAMPLES // PIECE
@@ -674,7 +674,7 @@ def test_a_tuned_backend_is_guarded(fault: str, stage: Stage, seen: list[Event])
     after = receipt_of(service.voice)
     assert after is not None
     assert not after.kept
-    assert "put back by the guard" in str(after)
+    assert "undone by the guard" in str(after)
     assert optimizer.get_performance_optimizer().undo(service)
 
 
@@ -799,7 +799,7 @@ def test_what_is_not_audio_is_judged_by_its_numbers_only() -> None:
     # A mask of logits: the reference has infinities, too.
     masked = Expectation.of([(Units(), hear(mel))])
     assert fault_of(hear(mel), Units(), masked) is None
-    # What lies beside the waveform is not the speech.
+    # Tensors beside the waveform are not the speech.
     assert fault_of(hear((torch.zeros(24_000), torch.ones(256))), Units(20, 20)) == "silent"
 
 
@@ -1145,7 +1145,7 @@ def test_where_there_is_no_gap_a_faulty_output_is_given_as_it_is(kind: str, seen
 
 
 def test_calls_that_come_while_a_switch_waits_wait_at_the_door(guarded: Any) -> None:
-    """Or else there might never be a gap in a busy service."""
+    """Otherwise a busy service might never have a moment for the switch."""
     backend = guarded(lambda wave: wave, limit=1000)
     stop, passes = threading.Event(), []
 

@@ -1,4 +1,4 @@
-"""dynamo's settings during our calls are nobody else's: not another thread's, not a `torch.compile` of the user's."""
+"""dynamo's settings apply to our calls only: not to other threads, nor to the user's own `torch.compile`."""
 
 from __future__ import annotations
 

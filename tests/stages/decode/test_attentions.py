@@ -1,4 +1,4 @@
-"""What upstream returns beside the hidden states, by every release: attention weights, hidden states, caches."""
+"""Results beside the hidden states, for every release: attention weights, hidden states, caches."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_what_was_left_on_the_modules_is_no_obstacle(fused: Callable[[Any], Any]
 def test_a_users_hook_on_attention_is_called_by_upstream(
     fused: Callable[[Any], Any], blocks_a_call: list[int], seen: list[Event]
 ) -> None:
-    """It may look at anything and change anything: that block is upstream's, and all others go on in two calls."""
+    """A hook may read and change anything: its block runs upstream's code, and the others run in two kernel calls."""
     models = [decoder("Llama", "eager"), fused(decoder("Llama", "eager"))]
 
     def halve(_module: Any, _args: Any, output: Any) -> Any:

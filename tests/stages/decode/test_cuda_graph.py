@@ -61,7 +61,7 @@ class Rerun:
 
 
 class Stream:
-    """A stand-in for a CUDA stream that notes what it is told."""
+    """A stand-in for a CUDA stream that records its calls."""
 
     def __init__(self, name: str, told: list[str]) -> None:
         self.name = name
@@ -73,7 +73,7 @@ class Stream:
 
 @contextmanager
 def on(stream: Stream, now: list[Stream]) -> Iterator[None]:
-    """As `torch.cuda.stream`."""
+    """Stand-in for `torch.cuda.stream`."""
     now.append(stream)
     yield
     now.pop()
@@ -196,7 +196,7 @@ def test_tokens_are_served_by_one_recording_and_are_upstreams(name: str, rows: i
 
 @pytest.mark.parametrize("make", [transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel])
 def test_arguments_given_as_none_are_none_of_its_inputs(make: Any, seen: list[Event]) -> None:
-    """As a head over the decoder passes them on; a recording gives the decoder positions of its own."""
+    """A head over the decoder passes `position_ids=None` on; a recording gives the decoder its own positions."""
     model = make((llama() if make is transformers.LlamaForCausalLM else gpt2()).config).eval()
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -474,7 +474,7 @@ def slot_of(model: Any, rows: int = 2) -> Any:
 
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
-"""What asks the device for a value, and what has as many results as there are true ones."""
+"""Operators that read a value from the device, or whose result has a size that depends on values."""
 
 
 class Operators(TorchDispatchMode):

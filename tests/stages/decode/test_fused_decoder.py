@@ -54,7 +54,7 @@ def of(name: str, hidden: int = 32, inner: int = 56, heads: int = 4, kv_heads: i
 
 
 def larger(model: Any) -> Any:
-    """Weights of a trained size, where a block changes what it is given by as much as that is."""
+    """Scale weights as in a trained model, whose blocks add about as much as they are given."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -115,7 +115,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "GPT2": lambda: of("GPT2"),
     "Llama with GELU": lambda: of("Llama", hidden_act="gelu_pytorch_tanh"),
 }
-# What the stored weights alone may cost, in these models of random weights.
+# Maximum error of the stored weights alone, in these models of random weights.
 LIMITS: dict[Weights, float] = {"fp32": 1e-5, "bf16": 2e-2, "int8": 4e-2}
 
 
@@ -221,7 +221,7 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
 
 @pytest.mark.parametrize("layers", [4, 28])
 def test_a_deep_model_in_bf16_is_nearer_to_the_truth_than_upstream(layers: int, served: list[int]) -> None:
-    """And as far from upstream as both are from the truth: what the tolerance of half-precision models goes by."""
+    """The two differ by about as much as both err; the tolerance of half-precision models relies on it."""
     torch.manual_seed(0)
     sizes = SMALL | {"num_hidden_layers": layers}
     config = transformers.LlamaConfig(
@@ -288,7 +288,7 @@ def test_what_it_does_not_know_is_upstreams_business(served: list[int], seen: li
 @pytest.mark.skipif(not hasattr(transformers, "Qwen3Config"), reason="this release has no Qwen 3")
 def test_blocks_of_other_kinds_are_left_alone() -> None:
     class LlamaDecoderLayer(nn.Module):
-        """Somebody else's, of the same name."""
+        """A class of another library with the same name."""
 
     def refused(model: nn.Module) -> bool:
         return FusedBlocksStage().applies(Part("model", "decoder", model)) is not None
@@ -376,7 +376,7 @@ def test_copies_are_made_only_where_they_were_asked_for() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_the_users_default_dtype_is_not_the_kernels(dtype: torch.dtype, weights: Weights) -> None:
-    """It writes fp32 numbers: into a buffer of another dtype it would write past the end."""
+    """The kernel writes fp32, and would write past the end of a buffer of a narrower dtype."""
     model = of("Llama")
     change = fuse(model, weights)
     torch.set_default_dtype(dtype)
@@ -433,7 +433,7 @@ def test_a_forward_that_was_put_over_a_layer_is_used(served: list[Any]) -> None:
 
 
 class Wrapped(torch.Tensor):
-    """As a quantised or sharded weight: a tensor without memory of its own."""
+    """A tensor without its own memory, like a quantised or sharded weight."""
 
 
 @pytest.mark.parametrize(

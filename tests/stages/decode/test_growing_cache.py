@@ -1,4 +1,4 @@
-"""The decode step: the same tokens as upstream's own loop, whoever drives it, and caches that stay upstream's own."""
+"""The decode step: upstream's tokens in every loop, and caches that stay upstream's own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
+from accelerate_tts.stages.decode.kv_cache import sizes
 from accelerate_tts.tuning.compare import compare
 
 HIDDEN, HEADS, LAYERS = 32, 4, 2
@@ -212,7 +213,7 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> Non
 
 
 def test_a_reordered_cache_keeps_its_room() -> None:
-    """A beam search reorders at every token, and would make every buffer anew each time."""
+    """A beam search reorders at every token, which must not reallocate the buffers."""
     cache = DynamicCache()
     cache.update(torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4), 0)
     kv_cache.adopt(cache)
@@ -248,7 +249,7 @@ def test_buffers_grow_by_half_and_stop_at_the_largest(monkeypatch: pytest.Monkey
             capacities.add(cache.layers[0].buffers()[0].shape[-2])
     assert len(capacities) <= 6
     assert max(capacities) <= 2 * 1003
-    monkeypatch.setattr(kv_cache, "LARGEST", 1004)
+    monkeypatch.setattr(sizes, "LARGEST", 1004)
     with torch.no_grad():
         for _ in range(5):  # beyond it as upstream has it
             cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
@@ -304,7 +305,7 @@ def stepping(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def test_a_step_is_served(stepping: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else all below would compare upstream with itself."""
+    """The step must be in use, or the tests below would compare upstream with itself."""
     _, model, step = stepping
     if step.graphs is None:
         served: list[int] = []
@@ -370,7 +371,7 @@ def test_a_sequence_longer_than_the_largest_buffer(
     stepping: tuple[Any, Any, Any], seen: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untouched, model, _ = stepping
-    monkeypatch.setattr(kv_cache, "LARGEST", 20)
+    monkeypatch.setattr(sizes, "LARGEST", 20)
     assert torch.equal(tokens(model, 40), tokens(untouched, 40))
     assert any(isinstance(event, NotApplied) and "longer than 20" in event.reason for event in seen)
 
@@ -384,7 +385,7 @@ def test_three_requests_at_once(stepping: tuple[Any, Any, Any]) -> None:
 
 
 def test_a_thread_that_does_not_compile_is_not_told_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or hidden states that it asks for would go where all threads find them, while some other one compiles."""
+    """Otherwise hidden states would be collected in a place that another, compiling thread sees."""
     output_capturing = pytest.importorskip("transformers.utils.output_capturing")
     inductor.compile_function(lambda x: x, "default", inductor.Counter("test"))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)

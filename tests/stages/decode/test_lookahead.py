@@ -115,7 +115,7 @@ def test_what_comes_between_two_blocks_is_seen(
     # Three tokens for which two blocks were made in vain, and from then on none.
     assert blocks_a_call == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
     assert [event.reason for event in seen if isinstance(event, NotApplied) and "in one call" in event.what] == [
-        "the decoder does something before block 2, where another call begins from here on"
+        "the decoder changes its states before block 2; a second call begins there from now on"
     ]
 
 
@@ -211,7 +211,7 @@ def test_what_is_not_a_number_is_no_surprise(pair: tuple[Any, Any], blocks_a_cal
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["token", "crop", "break off", "copy"])), max_size=14))
 @settings(max_examples=12, deadline=None)
 def test_sequences_in_any_order(steps: list[tuple[int, str]]) -> None:
-    """Three sequences in turn, cropped, copied and broken off: each goes on as upstream's does."""
+    """Three sequences in turn, cropped, copied and broken off: each continues as upstream's does."""
     plain, tuned = llama(), llama()
     FusedBlocksStage().prepare(Part("model", "decoder", tuned)).on()
     pasts = [[prompt(model, seed) for model in (plain, tuned)] for seed in range(3)]

@@ -1,4 +1,4 @@
-"""Caches of tensors alone, as before transformers 4.54: each is a value, however often one goes on from it."""
+"""Caches of plain tensors, before transformers 4.54: any number of sequences may continue from each."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_is_compared_of_a_tuple_is_what_was_added() -> None:
 
 @pytest.mark.parametrize("kind", ["tuple", "lists"])
 def test_a_replayed_call_is_given_room_that_it_keeps(kind: str) -> None:
-    """In inference tensors it lost it again inside the clock, so that what grows in place was slower than eager."""
+    """Inference tensors lost the room during the timed call, so that growing in place was slower than eager."""
     with torch.inference_mode():
         first, other = holder(), holder(seed=1)
     pairs = ((first.keys, first.values), (other.keys, other.values))

@@ -36,9 +36,9 @@ from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import QuantizeStage
 
 LIMIT = 1e-2
-"""Of what a block adds to what it is given. bf16 has 4e-3; softmax and what follows take averages."""
+"""Maximum relative error of what a block adds to its input. bf16 rounds at 4e-3; softmax and the products average."""
 HIDDEN = -1.0e10
-"""What upstream adds for a key that is not there."""
+"""Value that upstream adds for a masked key."""
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +259,7 @@ def test_what_comes_into_a_block_later_is_used(
 
 
 def chunked(x: torch.Tensor) -> dict[str, Any]:
-    """What upstream's streaming models give: each row sees its own keys."""
+    """Mask of upstream's streaming models: each row sees its own keys."""
     return {"attention_mask": torch.full((x.shape[0], x.shape[1], x.shape[1]), HIDDEN).triu(1)}
 
 
@@ -549,7 +549,7 @@ def test_the_estimators_blocks_and_what_is_around_them(estimator: Estimator, ser
 
 
 def test_the_little_that_is_left_is_not_tried() -> None:
-    """Each trial takes seconds, and of a twentieth of the work nothing would be gained."""
+    """A trial takes seconds, and a twentieth of the work would gain nothing."""
     module = nn.ModuleList(block_of(192, 3) for _ in range(8))
     module.append(nn.Linear(192, 128))
     part, plain = Part("blocks", "estimator", module), nn.ModuleList([module[-1]])

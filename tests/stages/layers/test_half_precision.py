@@ -84,7 +84,7 @@ class Packed(Recurrent):
 
 
 class Fourier(nn.Module):
-    """As Vocos and iSTFTNet end: a magnitude by exp, a phase by sin, and the inverse transform."""
+    """The end of Vocos and iSTFTNet: a magnitude by exp, a phase by sin, and the inverse transform."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class FourierByMethods(Fourier):
 
 
 class FourierOfHalf(Fourier):
-    """Complex numbers of what comes right from a layer; a transform forth and back; powers that fp16 cannot hold."""
+    """Complex numbers directly from a layer, a transform and its inverse, and powers beyond the range of fp16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         magnitude, phase = self.conv(x).chunk(2, 1)
@@ -120,7 +120,7 @@ class FourierOfHalf(Fourier):
 
 
 class InPlace(Fourier):
-    """What is written in place must not be written into a copy."""
+    """An in-place write must not go into a copy."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
@@ -350,7 +350,7 @@ def test_outputs_of_every_kind_come_back_in_their_own_dtype(carried: bool) -> No
 
 
 def test_the_half_copy_of_a_parametrized_layer_is_a_plain_one() -> None:
-    """It would look for the parametrization that it was not given."""
+    """The parametrized class would look for parametrizations that the copy does not have."""
     for name in ("weight norm, parametrization", "weight norm, hook", "convolutions"):
         model = build(name)
         assert type(stage_module.half_copy(model[0], torch.bfloat16)) is nn.Conv1d
@@ -547,7 +547,7 @@ def test_the_mode_ends_with_an_exception() -> None:
 def test_a_compiled_graph_over_half_copies_is_given_up_when_the_weights_are_written(
     carried: bool, uncompiled: None, seen: list[Event]
 ) -> None:
-    """It has the copies for its weights, and cannot know that they are old."""
+    """A frozen graph holds the copies as its weights, and cannot see that they are outdated."""
     model, other = build("fourier"), build("fourier")
     change = halved(model, carried=carried)
     expected = run(model)
@@ -665,7 +665,7 @@ def everything(model: nn.Module) -> list[object]:
 def test_any_sequence_of_changes_can_be_undone(  # noqa: PLR0912 - one branch an action
     norm: int, channels: int, width: int, recurrent: bool, actions: list[tuple[str, int]]
 ) -> None:
-    """As the engine does it: the last change goes first, or any one while all of them are off."""
+    """Switch changes as the engine does: the last one first, or any one while all are off."""
     torch.manual_seed(channels)
     model = Mixed(norm, channels, width, recurrent=recurrent).eval()
     small = X[:, :, :10]
@@ -771,14 +771,14 @@ def test_no_delicate_function_writes_in_place() -> None:
 
 
 class Causal(nn.Conv1d):
-    """As Chatterbox's: pads, and leaves the rest to the layer."""
+    """A convolution like Chatterbox's: it pads, and leaves the rest to the layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.pad(x, (2, 0)))
 
 
 class Adaptable(nn.Linear):
-    """As diffusers': a linear layer that may be given an adapter."""
+    """A linear layer like diffusers', which may get an adapter."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
@@ -876,7 +876,7 @@ def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
 @both
 @pytest.mark.parametrize("stage", ["blocks", "whole"])
 def test_what_is_restored_compiles_at_its_first_call(carried: bool, stage: str) -> None:
-    """As a warm pack switches things on: all at once, before any copy was made."""
+    """Changes are switched on all at once, as by a warm pack, before any copy is made."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 16))) for _ in range(2)]
     model = nn.Sequential(*blocks).eval()

@@ -75,7 +75,7 @@ def test_the_kernel_at_any_shape(rows: int, inputs: int, outputs: int, bias: boo
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-40, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_numbers_at_the_edge(value: float, dtype: torch.dtype) -> None:
-    """What is not finite must not come out as a number, for the guard and the user's own checks to see it."""
+    """NaN and Inf must stay visible in the result, for the guard and for the user's own checks."""
     x = torch.ones(2, 64)
     x[1, 40] = value
     scale = torch.ones(3) if dtype == torch.int8 else None
@@ -143,7 +143,7 @@ def test_what_it_does_not_take_gets_torchs_own_answer(weights: Weights, x: torch
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_in_bf16_is_right_to_bf16s_rounding(bias: bool) -> None:
-    """As Higgs is shipped. From its own weights, without a copy; each result is rounded once."""
+    """A bf16 model, such as Higgs, computes from its own weights, without a copy; each result is rounded once."""
     module = layer(bias=bias).bfloat16()
     x = torch.randn(2, 1, INPUTS).bfloat16()
     truth = nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if bias else None).detach()
@@ -327,7 +327,7 @@ def test_it_is_built_once() -> None:
 
 
 def test_the_operator_is_registered_once_though_the_kernel_is_loaded_again() -> None:
-    """As after an interruption in the middle of the first time."""
+    """The kernel is loaded again, as after an interruption of the first load."""
     x = torch.randn(2, 16)
     first = torch.ops.accelerate_tts.skinny_linear if calls.skinny_linear() else None
     library.loaded_library.cache_clear()

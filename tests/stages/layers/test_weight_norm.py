@@ -58,7 +58,7 @@ def operators(model: nn.Module) -> set[str]:
 
 
 def snapshot(model: nn.Module) -> list[object]:
-    """Everything that undo must bring back."""
+    """State that undo must restore."""
     return [
         (
             name, type(module), list(vars(module)), list(module._buffers), list(module._forward_pre_hooks),
@@ -251,7 +251,7 @@ def test_folded_in_inference_mode_can_be_used_outside(norm: Callable[..., nn.Mod
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(["on", "off", "run", "load", "scale"]), max_size=12), st.booleans(), st.integers(0, 99))
 def test_any_sequence_of_on_and_off(actions: list[str], old: bool, seed: int) -> None:
-    """Whatever happens in whatever order, the outputs are those of a model that was never touched."""
+    """After any steps in any order, the outputs are those of an untouched model."""
     model, reference = build(OLD if old else NEW), build(OLD if old else NEW)
     untouched = snapshot(model)
     change = FoldStage().prepare(Part("model", "vocoder", model))

@@ -1,4 +1,4 @@
-"""Lengths decided to rounding: never another one, whatever lies near an edge, and the same draws on both ways."""
+"""Lengths from rounded values: never a different one, even near an edge, and the same random draws."""
 
 from __future__ import annotations
 

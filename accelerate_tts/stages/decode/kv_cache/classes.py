@@ -1,0 +1,35 @@
+"""Cache classes of the loaded release of transformers.
+
+transformers is not imported here; it is used only if the user's model has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["are_caches_loaded", "cache_classes", "fit", "is_processed"]
+
+
+def cache_classes() -> Any:
+    """Return the module `transformers.cache_utils` if it is loaded and has cache layers, else `None`."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module if module is not None and hasattr(module, "DynamicLayer") else None
+
+
+def are_caches_loaded() -> bool:
+    """Check that transformers is loaded and has a `DynamicCache`."""
+    return hasattr(sys.modules.get("transformers.cache_utils"), "DynamicCache")
+
+
+def fit(keys: Any, values: Any) -> bool:
+    """Check that keys and values are those of one layer and hold a sequence."""
+    if keys is None or values is None:
+        return False
+    # Heads may be wider in values than in keys; batch, heads and positions must agree.
+    return bool(keys.dim() == 4 and keys.numel() > 0 and keys.shape[:-1] == values.shape[:-1])  # noqa: PLR2004
+
+
+def is_processed(past: Any) -> bool:
+    """Check for a cache that upstream offloads or, in 4.54 and 4.55, quantises around each update."""
+    return bool(getattr(past, "offloading", False)) or getattr(past, "cache_processor", None) is not None
