@@ -413,7 +413,7 @@ class Family(NamedTuple):
 FOLD, NORMED = "fold weight norm", ("channels-last convolutions", "bf16 layers", "bf16 part")
 FUSED = tuple(f"fused decoder blocks ({weights})" for weights in ("fp32", "bf16", "int8"))
 LINEAR = tuple(f"skinny linear layers ({weights})" for weights in ("fp32", "bf16", "int8"))
-INT8 = tuple(f"int8 linear layers ({engine})" for engine in engines())
+INT8 = tuple(f"int8 linear layers ({engine})" for engine in sorted(engines()))
 CHECKED = tuple(f"{part} in fewer operators, checked by margin" for part in ("durations", "text encoder"))
 FAMILIES = {
     "plain": Family(tower, convolved, (*NORMED, *LINEAR, *INT8, "few-row linear layers", "int8 recurrent layers")),
