@@ -31,7 +31,10 @@ STAGES: dict[str, tuple[Callable[[], Any], float]] = {
     "skinny": (lambda: SkinnyStage("fp32"), 1e-5),
     "skinny int8": (lambda: SkinnyStage("int8"), 0.05),
     "int8 recurrent": (QuantizeRecurrentStage, 0.05),
-    **{f"int8 {name}": (lambda name=name: QuantizeStage(name), 0.05) for name in dict.fromkeys((engines()[0], engines()[-1]))},
+    **{
+        f"int8 {name}": (lambda name=name: QuantizeStage(name), 0.05)
+        for name in dict.fromkeys((engines()[0], engines()[-1]))
+    },
 }  # fmt: skip
 X = torch.randn(1, 128, 3, generator=torch.Generator().manual_seed(0))
 
