@@ -182,7 +182,7 @@ def test_an_exact_change_that_raises_in_the_whole_is_undone_alone(seen: list[Eve
     stages = Stage("good", seconds=0.01), Stage("bad", {"run": public.fault}, seconds=0.0)
     receipt = saved(run(model, *stages, warmup=public))
     assert [result.reason for result in receipt.stages if not result.kept] == [
-        "undone: wrong in total: MemoryError: late"
+        "undone: the whole is wrong: MemoryError: late"
     ]
     assert [result.stage for result in receipt.kept] == ["good"]
     assert [event.stage for event in seen if isinstance(event, FellBack)] == ["bad of slow"]
