@@ -288,7 +288,7 @@ class _Removable(type):
         Its property is a member of the class that torch made. After the last removal torch gives the module the first
         base of its class, which is then the class from before it was parametrized.
         """
-        own = _without_ours(cls)
+        own: Any = _without_ours(cls)
         if name in vars(cls) or own is cls:
             super().__delattr__(name)
             return

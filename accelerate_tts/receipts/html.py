@@ -57,12 +57,16 @@ def to_html(receipt: Any) -> str:
     )  # fmt: skip
 
 
+def _shown(value: object) -> object:
+    return value if isinstance(value, Markup) else printable(value)
+
+
 @cache
 def _templates() -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -238,12 +238,14 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
     ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
-        if value.dtype.kind in "fiub":
-            yield torch.as_tensor(value)
+        array: Any = value
+        if array.dtype.kind in "fiub":
+            yield torch.as_tensor(array)
     elif id(value) not in seen:
         seen.add(id(value))
         if hasattr(type(value), "compared_as"):  # an object of this package that replaces one of upstream's
-            value = value.compared_as()
+            replaced: Any = value
+            value = replaced.compared_as()
         if isinstance(value, (tuple, list)) and value and all(isinstance(item, (int, float)) for item in value):
             whole = all(isinstance(item, int) and -(2**63) <= item < 2**63 for item in value)
             yield torch.tensor(value, dtype=torch.int64 if whole else torch.float64)

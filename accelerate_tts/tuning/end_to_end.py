@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -124,32 +125,39 @@ def _timed(baseline: Baseline, ledger: Ledger, fewest: int) -> tuple[Timing, boo
     return timing, False
 
 
+def _compared(
+    baseline: Baseline, ledger: Ledger, reference: list[Any]
+) -> tuple[list[Any] | None, Difference, float, str]:
+    """Run a pass with the changes.
+
+    Returns:
+        Its results, or `None` if it raised; their difference from the reference; the seconds; and what is wrong, or "".
+    """
+    for _ in range(LOOKS):
+        try:
+            candidate, seconds = _clocked(baseline)
+        except TimeLimitError:
+            raise
+        except Exception as error:
+            ledger.off()
+            _clocked(baseline)  # raises where the untouched object fails too, which is no change's fault
+            ledger.on()
+            return None, Difference(math.inf), 0.0, f"{type(error).__name__}: {message_of(error)}"
+        difference = compare(reference, candidate)
+        objection = baseline.tolerance.objection(difference)
+        if not objection or not baseline.draws.by_others():
+            return candidate, difference, seconds, objection
+    raise OtherThreadsDrawError
+
+
 def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Difference | None, float, float]:
     """Undo changes until the whole result is correct.
 
     Returns:
         The difference of the whole, the ratio of the results' lengths, and the seconds of a pass.
     """
-    candidate: list[Any] | None
     while ledger.kept:
-        for _ in range(LOOKS):
-            try:
-                candidate, seconds = _clocked(baseline)
-            except TimeLimitError:
-                raise
-            except Exception as error:
-                ledger.off()
-                _clocked(baseline)  # raises where the untouched object fails too, which is no change's fault
-                ledger.on()
-                objection = f"{type(error).__name__}: {message_of(error)}"
-                candidate = None
-                break
-            difference = compare(reference, candidate)
-            objection = baseline.tolerance.objection(difference)
-            if not objection or not baseline.draws.by_others():
-                break
-        else:
-            raise OtherThreadsDrawError
+        candidate, difference, seconds, objection = _compared(baseline, ledger, reference)
         if candidate is not None and objection and any(map(_is_sampled, ledger.results)):
             objection = _unlike(baseline, ledger, reference, candidate)
             if not objection:

@@ -95,7 +95,7 @@ def test_hooks_do_not_pile_up(make: Any, seen: list[Event]) -> None:
     assert hooks(tuned) == 9, "as upstream again"
 
 
-def test_forwards_do_not_pile_up(make: Any, calls: list[int], seen: list[Event]) -> None:
+def test_forwards_do_not_pile_up(make: Any, blocks_a_call: list[int], seen: list[Event]) -> None:
     """As in 0.1.1, whose analyzer wraps a layer's forward in another one at each request, and never takes it away."""
     untouched, tuned = make(), make()
     fuse(tuned)
@@ -116,9 +116,9 @@ def test_forwards_do_not_pile_up(make: Any, calls: list[int], seen: list[Event])
             wrap(t3.tfmr.layers[9].self_attn)
     with pytest.raises(RecursionError):
         speak(untouched, 0)
-    calls.clear()
+    blocks_a_call.clear()
     assert torch.equal(speak(tuned, 0)[0], expected)
-    assert set(calls) == {LAYERS}
+    assert set(blocks_a_call) == {LAYERS}
     assert [event for event in seen if not isinstance(event, Tidied)] == []
 
 

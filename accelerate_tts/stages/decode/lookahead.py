@@ -169,7 +169,7 @@ class Row:
             self._surprises[place] = self._surprises.get(place, 0) + 1
             if self._surprises[place] == _SURE:
                 if not self._calm:
-                    reason = f"the decoder changes its states before block {place}; another call begins there now"
+                    reason = f"the decoder changes its states before block {place}; a second call begins there"
                     emit(NotApplied(f"all blocks of {self._what} in one call", reason))
                 self._calm[place] = 0
         else:

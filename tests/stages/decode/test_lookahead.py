@@ -115,7 +115,7 @@ def test_what_comes_between_two_blocks_is_seen(
     # Three tokens for which two blocks were made in vain, and from then on none.
     assert blocks_a_call == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
     assert [event.reason for event in seen if isinstance(event, NotApplied) and "in one call" in event.what] == [
-        "the decoder changes its states before block 2; a second call begins there from now on"
+        "the decoder changes its states before block 2; a second call begins there"
     ]
 
 
@@ -146,16 +146,18 @@ HOOKED: dict[str, Callable[[Any], list[Any]]] = {
 
 @pytest.mark.usefixtures("layered_caches")
 @pytest.mark.parametrize("where", HOOKED)
-def test_hooks_that_were_there_leave_nothing_behind(where: str, pair: tuple[Any, Any], calls: list[int]) -> None:
+def test_hooks_that_were_there_leave_nothing_behind(
+    where: str, pair: tuple[Any, Any], blocks_a_call: list[int]
+) -> None:
     """However many tokens they were there for: all blocks are computed in one call again."""
     handles = [module.register_forward_hook(_out_of_place) for model in pair for module in HOOKED[where](model)]
     assert close(*(run(model, 9) for model in pair))
     for handle in handles:
         handle.remove()
     run(pair[1], 3)
-    calls.clear()
+    blocks_a_call.clear()
     assert close(*(run(model, 4) for model in pair))
-    assert calls == [LAYERS] * 4
+    assert blocks_a_call == [LAYERS] * 4
 
 
 def test_a_mask_of_its_own_for_a_block_is_seen(pair: tuple[Any, Any]) -> None:
