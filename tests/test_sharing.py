@@ -21,6 +21,7 @@ from accelerate_tts import fast_inference, get_performance_optimizer, inference,
 from accelerate_tts import locks as lock_module
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard.checks import Heard, Units
+from accelerate_tts.stages.layers.weight_norm import has_folds
 from accelerate_tts.tuning.tuning_lock import TuningLock
 from doubles import is_faster
 
@@ -45,7 +46,7 @@ class Conv(nn.Module):
 
 
 def is_folded(model: Any) -> bool:
-    return "weight" in dict(model.conv.named_buffers())
+    return has_folds(model.conv)
 
 
 # --- two tunings of one owner -----------------------------------------------------------------------------------

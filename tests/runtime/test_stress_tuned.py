@@ -20,6 +20,7 @@ import transformers
 from accelerate_tts import Event, inference, optimized_model, receipt_of
 from accelerate_tts.events import Guarded
 from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.stages.layers.weight_norm import has_folds
 from doubles import is_faster
 
 THREADS = 32
@@ -81,7 +82,7 @@ class Voice:
 
 
 def folded(model: Any) -> bool:
-    return "weight" in model.flow.flows[0].wavenet.in_layers[0]._buffers
+    return has_folds(model.flow.flows[0].wavenet.in_layers[0])
 
 
 @pytest.fixture
