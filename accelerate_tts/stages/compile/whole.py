@@ -139,7 +139,7 @@ class CompiledCall:
     """
 
     def __init__(
-        self, module: nn.Module, what: str, mode: str, *, frozen: bool = False, compiler: Compiler = compile_function
+        self, module: nn.Module, what: str, mode: str, *, frozen: bool = False, compiler: Compiler | None = None
     ) -> None:
         self._module = module
         self._frozen = Frozen(module) if frozen else None
@@ -154,7 +154,7 @@ class CompiledCall:
         self._broken = False
         on_cuda = any(parameter.is_cuda for parameter in module.parameters())
         self._has_cuda_graphs = on_cuda and mode in {"reduce-overhead", "max-autotune"}
-        self._compiled = compiler(module._call_impl, mode, self._counter)
+        self._compiled = (compiler or compile_function)(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
     @property
