@@ -306,7 +306,14 @@ def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
     guarding = guards.guard_of(tuning)
     if guarding is not None:  # the guard counts the holders, and knows if the changes are off for good
         with guarding.untouched():
-            yield guarding.in_force
+            of_process = tuning.of_process()  # which the guard leaves on, since they compute the same
+            for change in reversed(of_process):
+                change.off()
+            try:
+                yield guarding.in_force
+            finally:
+                for change in of_process:
+                    change.on()
         return
     _pin = tuning.at_hand()  # keeps the weights until the changes are on again
     for change in reversed(tuning.changes):

@@ -34,7 +34,7 @@ from accelerate_tts.patching.class_swap import ClassSwap, subclass_with
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.stages.base import BaseStage
-from doubles import pays_off
+from doubles import Stage, pays_off
 
 GIB = 1024**3
 
@@ -270,6 +270,21 @@ def test_untouched_goes_by_what_the_guard_says(monkeypatch: pytest.MonkeyPatch, 
     with get_performance_optimizer().untouched(model) as changed:
         assert changed == (during != "retire")
     assert made
+
+
+def test_untouched_switches_changes_of_the_process_off_too(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
+    """They would make the untouched object faster as well, and a comparison of the two would show no gain."""
+    decide(compare=pays_off, looks=False)
+    stages = [Stage("process stage", process=True, threads=1), Stage("part stage", copies=1)]
+    monkeypatch.setattr("accelerate_tts.stages.catalogue.default_stages", lambda *_: stages)
+    model: Any = nn.Linear(4, 4).eval()
+    model.threads, model.copies = 2, 0
+    optimized_model(warmup=torch.zeros(1, 4))(lambda: model)()
+    assert guards.guard_of(model) is not None
+    assert (model.threads, model.copies) == (1, 1)
+    with get_performance_optimizer().untouched(model):
+        assert (model.threads, model.copies) == (2, 0)
+    assert (model.threads, model.copies) == (1, 1)
 
 
 @pytest.mark.parametrize("path", [5, None, "", "a\0b", object(), b"packs"])

@@ -127,8 +127,13 @@ class Tuning:
         stages = (s.dropped(reason) if s.kept and s.part != PROCESS else s for s in self.receipt.stages)
         return replace(self.receipt, stages=tuple(stages), notes=(*self.receipt.notes, reason))
 
+    def of_process(self) -> list[Change]:
+        """Return the changes of the process, in the order in which they were made."""
+        found = {id(kept.change) for kept in self.kept if kept.part == PROCESS}
+        return [change for change in self.changes if id(change) in found]
+
     def _of_object(self) -> list[Change]:
-        of_process = {id(kept.change) for kept in self.kept if kept.part == PROCESS}
+        of_process = set(map(id, self.of_process()))
         return [change for change in self.changes if id(change) not in of_process]
 
 
