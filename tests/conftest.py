@@ -108,7 +108,7 @@ def seen() -> Iterator[list[events.Event]]:
 
 @pytest.fixture
 def blocks_a_call(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks each call of the decoders' kernel was for."""
+    """Numbers of blocks that the calls of the decoders' kernel were for."""
     found: list[int] = []
     kernel = decoder_block.decoder_blocks()
 

@@ -375,7 +375,7 @@ def _skipped(undecorated: str) -> str | None:
 
 
 def fails(row: dict[str, Any]) -> bool:
-    """Whether a system works undecorated and fails decorated."""
+    """Tell if a system works undecorated and fails decorated."""
     return row["undecorated"].startswith("works") and any(load["failed"] for load in row["loads"])
 
 

@@ -205,12 +205,7 @@ def _musicgen_decoder() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@_stranger("musicgen", "transformers")
-def _musicgen() -> System:
-    from transformers import MusicgenConfig, MusicgenForConditionalGeneration
-
-    config = MusicgenConfig(text_encoder=_T5, audio_encoder=_ENCODEC, decoder=_musicgen_decoder())
-    model = MusicgenForConditionalGeneration(config).eval()
+def _musicgen_system(model: Any) -> System:
     for name, value in {"decoder_start_token_id": 64, "pad_token_id": 64, "bos_token_id": 64}.items():
         setattr(model.generation_config, name, value)
     return System(
@@ -219,6 +214,14 @@ def _musicgen() -> System:
         ((_ids(10, 90),), (_ids(17, 90),)),
         sampled=True,
     )
+
+
+@_stranger("musicgen", "transformers")
+def _musicgen() -> System:
+    from transformers import MusicgenConfig, MusicgenForConditionalGeneration
+
+    config = MusicgenConfig(text_encoder=_T5, audio_encoder=_ENCODEC, decoder=_musicgen_decoder())
+    return _musicgen_system(MusicgenForConditionalGeneration(config).eval())
 
 
 @_stranger("musicgen-melody", "transformers")
@@ -228,15 +231,7 @@ def _musicgen_melody() -> System:
     config = MusicgenMelodyConfig(
         text_encoder=_T5, audio_encoder=_ENCODEC, decoder=_musicgen_decoder(), num_chroma=12, chroma_length=20
     )
-    model = MusicgenMelodyForConditionalGeneration(config).eval()
-    for name, value in {"decoder_start_token_id": 64, "pad_token_id": 64, "bos_token_id": 64}.items():
-        setattr(model.generation_config, name, value)
-    return System(
-        model,
-        lambda model, ids: model.generate(ids, max_new_tokens=12, do_sample=True, guidance_scale=3.0),
-        ((_ids(10, 90),), (_ids(17, 90),)),
-        sampled=True,
-    )
+    return _musicgen_system(MusicgenMelodyForConditionalGeneration(config).eval())
 
 
 @_stranger("moshi", "transformers")

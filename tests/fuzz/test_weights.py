@@ -492,7 +492,7 @@ def distance(expected: Any, found: Any) -> float:
 
 
 def outcome(run: Callable[[], Any]) -> Any:
-    """What is computed, or the error."""
+    """Return the result, or the error."""
     try:
         return run()
     except Exception as raised:  # whatever upstream raises

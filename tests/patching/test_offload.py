@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ma
 
 @pytest.fixture(autouse=True)
 def _disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the tests' own folder lies in memory, all but the saving is as on a disk."""
+    """Let a file system in memory pass for a disk: all but the saving is the same there."""
     monkeypatch.setattr(file_mapping, "file_system", lambda _folder: "ext4")
 
 

@@ -96,7 +96,7 @@ class Stage(BaseStage):
         self.faults.get(point, lambda: None)()
 
     def changes(self, module: Any) -> dict[str, Any]:
-        """What is set of a module, while it is as it was."""
+        """Return the attributes of a module that are set, as they were before."""
         del module
         return self.attributes
 

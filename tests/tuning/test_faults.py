@@ -643,7 +643,7 @@ def test_what_is_not_exact_stays_when_the_whole_is_right(seen: list[Event]) -> N
 
 def test_a_change_that_raises_in_the_whole_alone_costs_no_other_change(seen: list[Event]) -> None:
     class Strict(Slow):
-        """What it makes of its part's output fails where that was changed."""
+        """Fails on an output of its part that was changed."""
 
         def speak(self) -> torch.Tensor:
             y = self(X)

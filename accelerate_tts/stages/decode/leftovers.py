@@ -1,4 +1,4 @@
-"""What upstream leaves on a decoder at each request, and what slows down every later one.
+"""Hooks and forwards that upstream leaves on a decoder at each request, which slow down every later one.
 
 Chatterbox's multilingual T3 makes an `AlignmentStreamAnalyzer` for each request. It registers hooks on three attention
 layers and never removes them; the loop uses only the newest analyzer. After thousands of requests, each token calls

@@ -112,6 +112,7 @@ def test_a_patched_step_of_a_convolution(
 ) -> None:  # fmt: skip
     plain, model, _change, tolerance = tuned
     own = nn.Conv1d._conv_forward
+    # torch's own step, which libraries patch on the class: the change that is to be noticed.
     monkeypatch.setattr(nn.Conv1d, "_conv_forward", lambda self, *given: own(self, *given) * 3)
     assert distance(run(plain), run(model)) <= tolerance
 
