@@ -119,10 +119,10 @@ def level() -> str:
 
 
 @cache
-def loaded_library() -> Library | KernelError:
-    """Load the package's own library once, and return it or the reason why it cannot be used."""
+def loaded_library(place: Path = PLACE) -> Library | KernelError:
+    """Load a library once, by default the package's own, and return it or the reason why it cannot be used."""
     try:
-        return load(PLACE, os.environ.get(VARIABLE, ""))
+        return load(place, os.environ.get(VARIABLE, ""))
     except KernelError as error:
         if os.environ.get(VARIABLE) != NONE:  # otherwise the user asked for it
             emit(FellBack("accelerate_tts", "the kernels' library", str(error)))
