@@ -106,6 +106,15 @@ def seen() -> Iterator[list[events.Event]]:
     remove()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: for small tensors a team of threads only waits for its slowest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def blocks_a_call(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of blocks that the calls of the decoders' kernel were for."""

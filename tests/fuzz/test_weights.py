@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,12 +34,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0")) // 100
 """Sequences of edits for each stage that hypothesis makes up; `make test` has one of all edits alone."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------

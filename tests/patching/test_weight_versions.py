@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,12 +30,7 @@ EXAMPLES = int(os.environ.get("ACCELERATE_TTS_TEST_EXAMPLES", "0"))
 """Number of sequences of edits for each stage; 0 for the few of `make test`."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the question itself --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -27,14 +27,7 @@ from accelerate_tts.tuning.length_ladder import at_length, ladder
 from accelerate_tts.tuning.warmup import Loaded, check_warmup, warmup_calls
 from doubles import pays_off
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A team of threads for tensors as small as these only waits for its slowest."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the ladder ----------------------------------------------------------------------------------------------------
