@@ -21,10 +21,13 @@ import tempfile
 import weakref
 import zlib
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from accelerate_tts.errors import abridged, message_of
 from accelerate_tts.storage.files import BadFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Snapshot", "pack", "snapshot", "unpack"]
 
@@ -161,23 +164,30 @@ def _watch(snapshot: Snapshot) -> None:
     """Record opened files of the compiler's folder while the snapshot is alive."""
     prefix = os.fspath(cache_folder()) + os.sep
     if not watched:
-        sys.addaudithook(_audit)  # once, since Python cannot remove an audit hook
+        sys.addaudithook(_recorder(watched, os.sep))  # once, since Python cannot remove an audit hook
     watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in watched if entry[0]() is not None)]
 
 
-def _audit(event: str, given: tuple[object, ...]) -> None:
-    # Called for each audit event of the process, so it is quick and never raises.
-    place = _OPENING.get(event)
-    if place is None:
-        return
-    path = given[place]
-    if isinstance(path, str):
-        for reference, prefix in watched:
-            if path.startswith(prefix) and (found := reference()) is not None:
-                found.opened.add(path[len(prefix) :].replace(os.sep, "/"))
+def _recorder(
+    watched: list[tuple[weakref.ref[Snapshot], str]], separator: str
+) -> Callable[[str, tuple[object, ...]], None]:
+    """Make the audit hook. It uses no global: an exiting interpreter sets these to `None`, and opens files."""
+    opening = {"open": 0, "import": 1, "ctypes.dlopen": 0}
+
+    def record(event: str, given: tuple[object, ...]) -> None:
+        # Called for each audit event of the process, so it is quick and never raises.
+        place = opening.get(event)
+        if place is None:
+            return
+        path = given[place]
+        if isinstance(path, str):
+            for reference, prefix in watched:
+                if path.startswith(prefix) and (found := reference()) is not None:
+                    found.opened.add(path[len(prefix) :].replace(separator, "/"))
+
+    return record
 
 
-_OPENING = {"open": 0, "import": 1, "ctypes.dlopen": 0}
 watched: list[tuple[weakref.ref[Snapshot], str]] = []
 """Living snapshots, each with the prefix of the paths that it records, newest first."""
 

@@ -6,6 +6,8 @@ import ctypes
 import getpass
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import weakref
 from pathlib import Path
@@ -226,3 +228,23 @@ def test_files_that_other_threads_open_meanwhile_disturb_no_packing(
     before.opened.update(Growing(f"{number}.so") for number in range(100))
     assert compiler_cache.pack(before) is None
     assert len(before.opened) > 100
+
+
+EXIT = """
+import builtins, os
+from accelerate_tts.packs import compiler_cache
+
+class Late:
+    def __del__(self, open=open, path=os.devnull):
+        open(path).close()
+
+builtins.left = os, compiler_cache
+os.late = Late()
+before = compiler_cache.snapshot()
+"""
+
+
+def test_files_that_an_exiting_interpreter_opens_disturb_nothing() -> None:
+    """Modules that are left are emptied, those that were imported last first."""
+    ended = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""

@@ -141,8 +141,9 @@ def test_a_compiler_that_never_returns_costs_its_stage(
     assert not failed.kept
     assert failed.reason.startswith("stopped: over the tuning budget, interrupted; its compiler (")
     assert failed.reason.endswith("hanging-g++) did not return and was stopped")
-    (event,) = [event for event in seen if isinstance(event, FellBack)]
-    assert (event.stage, "hanging-g++" in event.reason) == (stage.name, True)
+    # The other stage may have been dropped as too slow.
+    (event,) = [event for event in seen if isinstance(event, FellBack) and event.stage == stage.name]
+    assert "hanging-g++" in event.reason
     tuning.undo()
     assert state(model) == before
     with torch.no_grad():
