@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from listed import FILE, environments
-from run import ROWS, other_tokens
+from run import ROWS, other_tokens, without_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +121,7 @@ def _result(row: dict[str, Any]) -> str:
     bad = ["tests failed"] if tests is not None and tests["failed"] + tests["errors"] else []
     bad += [f"{check['system']} failed" for check in row["checks"] if check["failed"] is not None]
     bad += [f"{check['system']}: other tokens" for check in row["checks"] if other_tokens(check)]
+    bad += [f"{check['system']}: without kernels" for check in row["checks"] if without_kernels(check)]
     return f"**{', '.join(bad)}**" if bad else "good"
 
 
