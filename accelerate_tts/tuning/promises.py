@@ -35,7 +35,7 @@ class Promise:
     source: str
 
 
-_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that no plan knows"
+_MODELS = "docs/decisions/0014-tuning-budget-and-noise.md, models that no plan knows"
 _PATIENCE = "docs/decisions/0014-tuning-budget-and-noise.md"
 
 PROMISES = (
