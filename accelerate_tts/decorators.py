@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.reload import Again
 
-__all__ = ["inference", "optimized_model"]
+__all__ = ["inference", "is_load_function", "optimized_model"]
 
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
 
@@ -301,6 +301,12 @@ class _Optimize:
             cancelled.set()  # the thread cannot be interrupted; it undoes its changes before the next stage
             raise
         return result
+
+
+def is_load_function(function: Any) -> bool:
+    """Check that `@optimized_model` decorates a function or a member of a class."""
+    both = function, getattr(function, "__func__", None)  # the second inside a class method
+    return any(isinstance(getattr(one, "_self_wrapper", None), _Optimize) for one in both)
 
 
 def _check_function(decorator: str, function: Any) -> None:

@@ -131,8 +131,13 @@ def _tried(
     return {
         "cold": baseline.cold, "before": timing.before, "after": timing.after, "ratio": timing.ratio,
         "error": None if difference is None else difference.error,
-        "spectral": None if difference is None else difference.spectral,
+        "spectral": None if difference is None else difference.spectral, "shares": _shares(baseline),
     }  # fmt: skip
+
+
+def _shares(baseline: Baseline) -> dict[str, float]:
+    """Return the share of each part in the recorded pass of the untouched object."""
+    return {name: seen.seconds / baseline.pass_seconds for name, seen in baseline.captured.items() if seen.seconds}
 
 
 def acts_in_training(plan: ModelPlan) -> bool:
