@@ -20,7 +20,8 @@ from accelerate_tts.cli.bench.naive import Naive
 from accelerate_tts.cli.bench.report import Found
 from accelerate_tts.cli.bench.results import FORMAT, document
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 SCHEMA = json.loads((BENCHMARKS / "results" / "schema.json").read_text("utf-8"))
 KEYWORDS = {"$schema", "$defs", "title", "description", "type", "required", "properties", "items", "enum", "const",
             "additionalProperties"}  # fmt: skip
@@ -80,6 +81,21 @@ def made(**changes: Any) -> dict[str, Any]:
 def test_the_pages_are_what_the_files_say(figures: Any) -> None:
     for path, text in figures.files().items():
         assert path.read_text("utf-8") == text, f"{path.name} differs: run make figures"
+
+
+BY_HAND = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+           if path.name not in {"ENVIRONMENTS.md", "RESULTS.md", "STRANGERS.md"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=[path.name for path in BY_HAND])
+def test_a_figure_in_a_text_names_where_it_is_from(page: Path) -> None:
+    """A measured ratio or time has a link to a decision, or to a page that runs have written, in its paragraph."""
+    text = page.read_text("utf-8")
+    for made_by_a_script in (r"<!-- environments: .*?<!-- environments: end -->", r"```.*?```"):
+        text = re.sub(made_by_a_script, "", text, flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- )", text):
+        figures = re.findall(r"\d\.\d\dx|\b[\d.]+ (?:ms|us|GB/s|GFLOP/s)\b", re.sub(r"`[^`]*`", "", paragraph))
+        assert not figures or re.search(r"decisions/00|ENVIRONMENTS\.md|RESULTS\.md", paragraph), paragraph
 
 
 def test_every_stored_result_is_in_the_format(figures: Any) -> None:

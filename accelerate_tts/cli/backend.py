@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.decorators import is_load_function
-from accelerate_tts.errors import AccelerateTTSError, message_of
+from accelerate_tts.errors import AccelerateTTSError, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
-__all__ = ["Backend", "BackendError", "find", "values_of"]
 
 _SHAPE = "such as my_service.backends:ChatterboxBackend"
 
@@ -67,7 +66,7 @@ class Backend:
         try:
             made = self.cls(**given)
         except Exception as error:  # of the user's code
-            raise BackendError(f"{self.name}() failed: {_told(error)}; {self._alone('')}") from error
+            raise BackendError(f"{self.name}() failed: {described(error)}; {self._alone('')}") from error
         needed = _missing(inspect.signature(getattr(made, self.load)), {})
         if needed:
             raise BackendError(
@@ -90,7 +89,7 @@ class Backend:
         except AccelerateTTSError:
             raise
         except Exception as error:  # of the user's code
-            why = f"{self.name}.{self.load}() failed: {_told(error)}"
+            why = f"{self.name}.{self.load}() failed: {described(error)}"
             raise BackendError(f"{why}; {self._alone(f'.{self.load}()')}") from error
 
     def method(self, made: Any, name: str | None, given: dict[str, Any]) -> str:
@@ -156,7 +155,7 @@ class Backend:
                 raise
             except Exception as error:  # of the user's code
                 raise BackendError(
-                    f"{what}({text[:40]!r}) failed: {_told(error)}; mend it, or give other --arg"
+                    f"{what}({text[:40]!r}) failed: {described(error)}; mend it, or give other --arg"
                 ) from error
 
         return speak
@@ -258,7 +257,7 @@ def _imported(name: str) -> ModuleType:
         raise BackendError(f"{name} cannot be imported: {error}; install {missing}, which it needs") from error
     except (Exception, SystemExit) as error:  # of the user's code
         raise BackendError(
-            f'{name} cannot be imported: {_told(error)}; python -c "import {name}" shows where'
+            f'{name} cannot be imported: {described(error)}; python -c "import {name}" shows where'
         ) from error
 
 
@@ -301,7 +300,3 @@ def _check_arguments(what: str, signature: inspect.Signature, given: dict[str, A
     needed = _missing(signature, given)
     if needed:
         raise BackendError(f"{what}() needs {', '.join(needed)}, too; give {option} {needed[0]}=VALUE")
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {message_of(error) or 'no message'}"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import ModelPlan, Part
     from accelerate_tts.stages.protocol import Stage
 
-__all__ = ["examine"]
 
 _NO_KERNELS = {
     "decoder": "fused decoder blocks, skinny linear layers",

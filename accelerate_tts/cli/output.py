@@ -9,8 +9,6 @@ from accelerate_tts.errors import AccelerateTTSError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["OutputError", "check_writable"]
-
 
 class OutputError(AccelerateTTSError, OSError):
     """The output file cannot be written."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["quiet", "shown_events"]
-
 
 @contextmanager
 def shown_events(console: Console) -> Generator[None, None, None]:

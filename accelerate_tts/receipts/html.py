@@ -18,8 +18,6 @@ from markupsafe import Markup
 from accelerate_tts.errors import printable
 from accelerate_tts.receipts.format import duration, ratio_text
 
-__all__ = ["content_of", "templates", "to_html"]
-
 _MOST_PARTS = 6  # colours of the chart; smaller parts are one segment
 _NUMBERED = 5.0  # per cent of the chart from which a segment has room for its number, on a phone too
 _LEAST_RATIO = 1e-6

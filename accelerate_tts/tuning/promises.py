@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Kind
 
-__all__ = ["PROMISES", "Promise", "promise"]
-
 
 @dataclass(frozen=True)
 class Promise:

@@ -10,7 +10,6 @@ from accelerate_tts.tuning.timing import synchronize
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["STEADY", "Floors", "bandwidth", "floors", "moved"]
 
 Floors = dict[str, float | None]
 """Rates by name: "memory" in bytes a second; "fp32", "bf16" and "int8" in operations a second. `None` is not there."""

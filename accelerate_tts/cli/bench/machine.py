@@ -8,8 +8,6 @@ from typing import Any
 
 from accelerate_tts.device.cpu import usable_cpus
 
-__all__ = ["machine"]
-
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
 
 

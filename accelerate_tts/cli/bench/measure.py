@@ -17,6 +17,7 @@ from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
+from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
@@ -95,6 +96,7 @@ class Measured:
             machine was quiet.
         disturbed: Number of counted pairs during which other programs used the machine. Others were repeated.
         disturbance: The disturbance in words; "" if there was none.
+        kernels: Instruction set of the kernels in use, or "none".
     """
 
     system: str
@@ -123,6 +125,7 @@ class Measured:
     floors: list[Floors] = field(default_factory=list)
     disturbed: int = 0
     disturbance: str = ""
+    kernels: str = ""
     moved: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -297,7 +300,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, why,
+        json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, level(), why,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.command import Options
     from accelerate_tts.cli.bench.report import Found
 
-__all__ = ["FORMAT", "document"]
 
 FORMAT = 1
 """Version of the document. It is raised when a field changes its meaning or goes; new fields do not raise it."""

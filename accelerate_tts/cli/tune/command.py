@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
+from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.backend import BackendError, find, values_of
 from accelerate_tts.cli.output import OutputError, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
-from accelerate_tts.cli.tables import print_receipt, table, wide_console
+from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable
 from accelerate_tts.events import Event, NotApplied, Restored, WarmupFailed, add_hook
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.tuning.compare import Difference
 
-__all__ = ["Options", "Result", "run"]
 
 _PATIENCE = 30.0  # total seconds that the timing waits for a quiet machine
 _NO_SOUND = "no sound was found in the output; let the method return the waveform"
@@ -160,7 +160,7 @@ def run(target: str, text: str, options: Options) -> None:
     out.print(table(result.rows(), f"{result.name}, untouched against tuned, in turn", {"untouched", "tuned"}))
     for line in result.remarks:
         out.print(printable(line), soft_wrap=True)
-    print_receipt(result.receipt, out)
+    receipts.show(result.receipt, out)
     if options.receipt is not None:
         result.receipt.save(options.receipt)
     if options.html is not None:

@@ -13,8 +13,6 @@ from accelerate_tts.receipts.html import content_of, templates
 if TYPE_CHECKING:
     from accelerate_tts.cli.tune.command import Result
 
-__all__ = ["to_html"]
-
 
 def to_html(result: Result) -> str:
     """Render a result as an HTML5 page that loads nothing.

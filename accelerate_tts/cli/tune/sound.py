@@ -17,7 +17,6 @@ from accelerate_tts.tuning.compare import tensors_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ASSUMED_RATE", "Drawn", "Sound", "draw", "sound_of"]
 
 ASSUMED_RATE = 24_000
 """Sampling rate in Hz where a backend tells none; most systems with a codec or a vocoder have it."""
