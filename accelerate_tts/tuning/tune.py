@@ -123,7 +123,9 @@ def _tried(
 
 def _shares(baseline: Baseline) -> dict[str, float]:
     """Return the share of each part in the recorded pass of the untouched object."""
-    return {name: seen.seconds / baseline.pass_seconds for name, seen in baseline.captured.items() if seen.seconds}
+    whole = baseline.pass_seconds
+    seconds = {name: seen.seconds for name, seen in baseline.captured.items()} if whole > 0.0 else {}
+    return {name: min(1.0, spent / whole) for name, spent in seconds.items() if spent > 0.0}
 
 
 def acts_in_training(plan: ModelPlan) -> bool:
