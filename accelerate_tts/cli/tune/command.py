@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -109,10 +110,10 @@ class Result:
         found = self.difference
         if found.reason:
             return f"the outputs cannot be compared: {found.reason}"
-        text = "the outputs are the same, bit for bit" if found.error == 0.0 else (
-            f"the outputs differ by {error_text(found.error, found.spectral)}, {found.snr:.0f} dB below the sound"
-        )  # fmt: skip
-        return f"{text} (one seed)"
+        if found.error == 0.0:
+            return "the outputs are the same, bit for bit (one seed)"
+        below = -20.0 * math.log10(found.error)
+        return f"the outputs differ by {error_text(found.error, found.spectral)}, {below:.0f} dB below the sound (one seed)"
 
     @property
     def remarks(self) -> list[str]:
