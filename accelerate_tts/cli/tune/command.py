@@ -113,7 +113,8 @@ class Result:
         if found.error == 0.0:
             return "the outputs are the same, bit for bit (one seed)"
         below = -20.0 * math.log10(found.error)
-        return f"the outputs differ by {error_text(found.error, found.spectral)}, {below:.0f} dB below the sound (one seed)"
+        text = error_text(found.error, found.spectral)
+        return f"the outputs differ by {text}, {below:.0f} dB below the sound (one seed)"
 
     @property
     def remarks(self) -> list[str]:
