@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean bench soak audit \
-	releases environments environments-page strangers strangers-page
+	releases environments environments-page record figures strangers strangers-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -88,6 +88,12 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
 	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
 	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
+
+record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
+	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
+
+figures: .venv/.wheel ## Every table and chart of README and docs, from the files that runs have written
+	@$(BIN)/python benchmarks/figures.py
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py
