@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "CUDA_SHARE",
     "CUDNN_BENCHMARK",
     "CUDNN_TF32",
     "MATMUL_PRECISION",
@@ -219,6 +220,18 @@ def _save_benchmark() -> Any:
     return torch.backends.cudnn.benchmark
 
 
+def _write_cuda_share(value: Any) -> None:
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(value)
+
+
+def _save_cuda_share() -> Any:
+    import torch
+
+    return torch.cuda.get_per_process_memory_fraction()
+
+
 def _write_threads(value: Any) -> None:
     import torch
 
@@ -234,6 +247,7 @@ def _save_threads() -> Any:
 MATMUL_PRECISION = Flag("TF32 matrix products", _write_matmul, _save_matmul, _restore_matmul)
 CUDNN_TF32 = Flag("TF32 convolutions", _write_cudnn_tf32, _save_cudnn_tf32, _restore_cudnn_tf32)
 CUDNN_BENCHMARK = Flag("cuDNN autotune", _write_benchmark, _save_benchmark, _write_benchmark)
+CUDA_SHARE = Flag("share of the GPU's memory", _write_cuda_share, _save_cuda_share, _write_cuda_share)
 TORCH_THREADS = Flag("CPU threads", _write_threads, _save_threads, _write_threads)
 TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
 

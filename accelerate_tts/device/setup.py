@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from accelerate_tts.device.flags import Flag
     from accelerate_tts.settings import Settings
 
-__all__ = ["call_flags", "compile_mode", "setup_flags"]
+__all__ = ["call_flags", "compile_mode", "setup_flags", "tuning_flags"]
 
 
 def call_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]]:
@@ -26,6 +26,11 @@ def setup_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]
     Variables that the user has set are omitted, and so are their settings.
     """
     return [*call_flags(device, settings), *spec_of(device).setup_flags(settings), *_threads(settings)]
+
+
+def tuning_flags(device: DeviceInfo) -> list[tuple[Flag, Any]]:
+    """Return the flags that are held while an object on `device` is tuned."""
+    return spec_of(device).tuning_flags(device)
 
 
 def compile_mode(device: DeviceInfo, settings: Settings) -> str | None:

@@ -67,7 +67,7 @@ class HalfStage(BaseStage):
     name = "half precision"
     group = "half precision"
     precisions = ("balanced", "fast")
-    after = ("captured decode step", "growing cache")
+    after = ("captured decode step", "recorded by shape", "growing cache")
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[HalfStage]:
