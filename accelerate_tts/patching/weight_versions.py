@@ -91,7 +91,7 @@ class Weights:
         if [1 for holder, before in self._children if list(holder.values()) != before]:
             return True
         tensors = self._tensors()
-        return list(map(_address, tensors)) != self._addresses or list(map(_layout, tensors)) != self._layouts
+        return _state(tensors)[0] != self._addresses or self._is_turned(tensors)
 
     def outdated(self) -> bool:
         """Check whether a tensor has been written, moved or replaced, or a module replaced."""
@@ -101,13 +101,21 @@ class Weights:
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
             return True
-        if tensors:  # `weight.data = weight.data.t()` keeps the address. One layout a check, since all would be slow
-            self._turn = (self._turn + 1) % len(tensors)
-            if _layout(tensors[self._turn]) != self._layouts[self._turn]:
-                return True
+        if self._is_turned(tensors):
+            return True
         if self._digests is not None and self._digests.differ():
             return True
         return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))
+
+    def _is_turned(self, tensors: list[torch.Tensor]) -> bool:
+        """Check the layout of one tensor, another one at each check: `weight.data = weight.data.t()` keeps the address.
+
+        All at once would be slow.
+        """
+        if not tensors:
+            return False
+        self._turn = (self._turn + 1) % len(tensors)
+        return _layout(tensors[self._turn]) != self._layouts[self._turn]
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:

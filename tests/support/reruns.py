@@ -43,17 +43,20 @@ class Operators(TorchDispatchMode):
 class Rerun:
     """A recording that runs again."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
-        with Operators() as operators:
-            self.outputs = run()
-        self._seen = operators.seen
+    def __init__(self, run: Callable[[], Any], *, watched: bool) -> None:
+        self._run, self._watched = run, watched
+        self._seen, self.outputs = self._again()
         self.replays = 0
 
-    def replay(self) -> None:
+    def _again(self) -> tuple[list[Any], Any]:
+        if not self._watched:
+            return [], self._run()
         with Operators() as operators:
-            again = self._run()
-        assert operators.seen == self._seen, "a graph would compute something else"
+            return operators.seen, self._run()
+
+    def replay(self) -> None:
+        seen, again = self._again()
+        assert seen == self._seen, "a graph would compute something else"
         for old, new in zip(_pytree.tree_leaves(self.outputs), _pytree.tree_leaves(again), strict=True):
             if isinstance(old, torch.Tensor):
                 if old is not new:  # an argument that is returned
@@ -68,20 +71,23 @@ class Reruns:
 
     Args:
         fault: Called before each recording, to fail.
+        watched: False for stages of ours inside, which run upstream's forward where operators are watched.
     """
 
-    def __init__(self, device: torch.device, fault: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, device: torch.device, fault: Callable[[], object] = lambda: None, *, watched: bool = True
+    ) -> None:
         self.device = device
         self.made: list[Rerun] = []
         self.finished = 0
         self.turns = 0
-        self._fault = fault
+        self._fault, self._watched = fault, watched
 
     def record(self, run: Callable[[], Any]) -> Rerun:
         self._fault()
         for _ in range(2):
             run()
-        self.made.append(Rerun(run))
+        self.made.append(Rerun(run, watched=self._watched))
         return self.made[-1]
 
     @contextmanager

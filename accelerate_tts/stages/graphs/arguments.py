@@ -110,13 +110,18 @@ class Buffers:
         """Bytes of all buffers."""
         return sum(buffer.numel() for buffer in self._made.values())
 
+    @staticmethod
+    def needed(call: Call) -> int:
+        """Return the bytes of the buffers of a call."""
+        return sum(map(_room, call.tensors))
+
     def for_call(self, call: Call) -> list[torch.Tensor]:
         """Return tensors in buffers, with the shapes, strides and alignment of a call's."""
         return [self._view(number, tensor) for number, tensor in enumerate(call.tensors)]
 
     def _view(self, number: int, like: torch.Tensor) -> torch.Tensor:
         size = span(like) * like.element_size()
-        room = max(_ALIGNED, 1 << (size + _KERNELS_ALIGN - 1).bit_length())
+        room = _room(like)
         start = like.data_ptr() % _KERNELS_ALIGN
         with torch.inference_mode(mode=False):  # normal tensors: later calls may run in another mode
             if (number, room) not in self._made:
@@ -127,6 +132,11 @@ class Buffers:
     def clear(self) -> None:
         """Let all buffers go. No recording may use them any more."""
         self._made = {}
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's buffer: a power of two, with room for its alignment."""
+    return max(_ALIGNED, 1 << (span(tensor) * tensor.element_size() + _KERNELS_ALIGN - 1).bit_length())
 
 
 def fill(buffers: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
@@ -156,7 +166,7 @@ def copied(outputs: Any, buffers: list[torch.Tensor], given: list[torch.Tensor])
         start = min(_start(tensor) for tensor in tensors) // _ALIGNED * _ALIGNED
         end = max(_start(tensor) + span(tensor) * tensor.element_size() for tensor in tensors)
         everything = torch.empty(0, dtype=torch.uint8, device=first.device)
-        everything = everything.set_(first.untyped_storage(), start, (end - start,), (1,)).clone()  # type: ignore[call-overload]
+        everything = everything.set_(first.untyped_storage(), start, (end - start,), (1,)).clone()
         for tensor in tensors:
             at = _start(tensor) - start
             part = everything[at : at + span(tensor) * tensor.element_size()].view(tensor.dtype)
@@ -166,7 +176,7 @@ def copied(outputs: Any, buffers: list[torch.Tensor], given: list[torch.Tensor])
 
 def output_bytes(outputs: Any) -> int:
     """Return the bytes of the memory of results."""
-    return sum(tensors[0].untyped_storage().nbytes() for tensors in _by_storage(outputs, {}).values())
+    return sum(int(tensors[0].untyped_storage().nbytes()) for tensors in _by_storage(outputs, {}).values())
 
 
 def _by_storage(outputs: Any, known: dict[int, torch.Tensor]) -> dict[int, list[torch.Tensor]]:

@@ -96,7 +96,7 @@ def _place(traceback: TracebackType | None) -> str:
     return place
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees each operator of a trace.
 
     Args:
@@ -104,7 +104,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self.launches = 0
         self.most = 0

@@ -336,22 +336,21 @@ class _RecordedParts(BaseChange):
         del self._recordings[key]
         self._put_off(key)
 
-    def _bytes_with(self, results: int = 0, most: int = 0) -> int:
+    def _bytes_with(self, more: int = 0, most: int = 0) -> int:
         every = self._recordings.values()
-        return (
-            self._buffers.bytes + results + sum(one.results for one in every)
-            + max([most, *(one.most for one in every)])
-        )  # fmt: skip
+        results = sum(one.results for one in every)
+        return self._buffers.bytes + more + results + max([most, *(one.most for one in every)])
 
-    def _make_room(self, most: int) -> None:
+    def _make_room(self, buffers: int, most: int) -> None:
         """Drop recordings until one more fits, the least recently used first."""
-        while self._recordings and (len(self._recordings) >= self._bounds.graphs or self._is_full(most)):
-            self._drop(next(iter(self._recordings)))
-        if not self._recordings and self._is_full(most):
-            self._buffers.clear()
 
-    def _is_full(self, most: int) -> bool:
-        return self._bytes_with(most=most) > self._bounds.bytes
+        def is_full() -> bool:  # its results are among its own tensors
+            return self._bytes_with(buffers + most, most) > self._bounds.bytes
+
+        while self._recordings and (len(self._recordings) >= self._bounds.graphs or is_full()):
+            self._drop(next(iter(self._recordings)))
+        if is_full():
+            self._buffers.clear()
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
@@ -387,12 +386,12 @@ class _RecordedParts(BaseChange):
             self._told.tell(obstacle, 0)
             self._put_off(key)
             return None
-        self._make_room(seen.bytes)
-        buffers = self._buffers.for_call(call)
-        if self._is_full(seen.bytes):
+        if self._buffers.needed(call) + seen.bytes > self._bounds.bytes:
             self._told.tell(f"it takes more than {self._bounds.bytes} bytes", 0)
             self._due[key] = math.inf
             return None
+        self._make_room(self._buffers.needed(call), seen.bytes)
+        buffers = self._buffers.for_call(call)
         recorder = self._ready()
         with recording(), recorder.in_turn(), unchanged_attributes(node.module):
             fill(buffers, call.tensors)
