@@ -19,7 +19,7 @@ from accelerate_tts.events import FellBack
 from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
-from accelerate_tts.stages.graphs.recorded_parts import Bounds, RecordedPartsStage
+from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
 from accelerate_tts.stages.graphs.recorder import capture
 
 
@@ -44,8 +44,8 @@ def features(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, 16, length, generator=torch.Generator().manual_seed(seed)).cuda()
 
 
-def record(module: nn.Module, bounds: Bounds | None = None) -> Any:
-    stage = RecordedPartsStage(bounds=bounds or Bounds())
+def record(module: nn.Module, bounds: PartBounds | None = None) -> Any:
+    stage = RecordedPartsStage(bounds=bounds or PartBounds())
     part = Part("part", "vocoder", module)
     assert stage.applies(part) is None
     change = stage.prepare(part)
@@ -72,7 +72,7 @@ def test_eight_threads_with_streams_of_their_own(seen: list[Event]) -> None:
     work = [(length, seed) for seed in range(8) for length in (300, 400, 500)]
     with torch.inference_mode():
         expected = [model(features(*each)).cpu() for each in work]
-        change = record(model, Bounds(graphs=2))
+        change = record(model, PartBounds(graphs=2))
 
         def ask(number: int) -> list[torch.Tensor]:
             with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():  # type: ignore[no-untyped-call]

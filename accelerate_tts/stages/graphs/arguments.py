@@ -12,7 +12,6 @@ from accelerate_tts.patching.weight_versions import span
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-__all__ = ["Buffers", "Call", "copied", "fill", "output_bytes"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _ALIGNED = 512  # bytes; torch's allocator aligns to as many

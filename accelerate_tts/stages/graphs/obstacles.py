@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import TracebackType
 
-__all__ = ["Look", "ObstacleError", "look", "unchanged_attributes"]
-
 
 class ObstacleError(Exception):
     """A computation cannot be recorded; the message says why."""

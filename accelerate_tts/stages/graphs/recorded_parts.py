@@ -55,13 +55,11 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.graphs.recorder import Recorder, Replayable
-    from accelerate_tts.stages.protocol import Change, Target
-
-__all__ = ["Bounds", "RecordedPartsStage"]
+    from accelerate_tts.stages.protocol import Change, State, Target
 
 
-class Bounds(NamedTuple):
-    """Bounds of the recordings of one part.
+class PartBounds(NamedTuple):
+    """PartBounds of the recordings of one part.
 
     Attributes:
         graphs: Maximum recordings, of the part or of the modules inside it.
@@ -78,7 +76,7 @@ class Bounds(NamedTuple):
     longer: int = 4
 
 
-_BOUNDS = Bounds()
+_BOUNDS = PartBounds()
 
 
 @register_stage
@@ -88,12 +86,13 @@ class RecordedPartsStage(BaseStage):
     Args:
         recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
         inside: Half-precision stage for what is recorded.
-        bounds: Bounds of each part's recordings.
+        bounds: PartBounds of each part's recordings.
     """
 
     name = "recorded by shape"
     group = "compilation"
     devices = ("cuda",)
+    excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("fold weight norm", "captured decode step")
     cost = 3.0
 
@@ -108,7 +107,7 @@ class RecordedPartsStage(BaseStage):
         self,
         recorder: Callable[[torch.device], Recorder] = CudaRecorder,
         inside: HalfStage | None = None,
-        bounds: Bounds = _BOUNDS,
+        bounds: PartBounds = _BOUNDS,
     ) -> None:
         self._recorder = recorder
         self._inside = inside
@@ -123,12 +122,10 @@ class RecordedPartsStage(BaseStage):
             obstacle: str | None = "its decode step is recorded by itself"
         elif len(devices) != 1 or (self._recorder is CudaRecorder and next(iter(devices)).type != "cuda"):
             obstacle = "it is not on one CUDA device"
-        elif module._compiled_call_impl is not None:
-            obstacle = "is compiled already"
         elif any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in module.modules()):
             obstacle = "a module in it is compiled, or served as a whole"
         else:
-            obstacle = None if self._inside is None else self._inside.obstacle(part)
+            obstacle = None if self._inside is None else self._inside.applies(part)
         return obstacle
 
     def prepare(self, part: Part) -> _RecordedParts:
@@ -137,7 +134,7 @@ class RecordedPartsStage(BaseStage):
         return _RecordedParts(part, self.name, self._recorder, inside, self._bounds)
 
 
-class _Recording(NamedTuple):
+class _RecordedCall(NamedTuple):
     replayable: Replayable
     buffers: list[torch.Tensor]
     results: int
@@ -211,7 +208,7 @@ class _RecordedParts(BaseChange):
         stage: str,
         recorder: Callable[[torch.device], Recorder],
         inside: Change | None,
-        bounds: Bounds,
+        bounds: PartBounds,
     ) -> None:
         self._what, self._stage = part.name, stage
         self._inside = inside
@@ -232,7 +229,7 @@ class _RecordedParts(BaseChange):
         self._recorded = 0
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._due: dict[Hashable, float] = {}
-        self._recordings: OrderedDict[tuple[_Node, Hashable], _Recording] = OrderedDict()
+        self._recordings: OrderedDict[tuple[_Node, Hashable], _RecordedCall] = OrderedDict()
 
     @property
     def graphs(self) -> int | None:
@@ -304,7 +301,7 @@ class _RecordedParts(BaseChange):
             self._recordings.move_to_end(key)
             return (self._replayed(found, call),)
 
-    def _replayed(self, found: _Recording, call: Call) -> Any:
+    def _replayed(self, found: _RecordedCall, call: Call) -> Any:
         assert self._recorder is not None  # noqa: S101 - it made the recording
         with torch.no_grad(), self._recorder.in_turn():
             fill(found.buffers, call.tensors)
@@ -354,7 +351,7 @@ class _RecordedParts(BaseChange):
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
-    def _record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _Recording | None:
+    def _record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
         try:
             return self._try_to_record(node, run, call, key)
         except ObstacleError as obstacle:
@@ -369,7 +366,7 @@ class _RecordedParts(BaseChange):
             emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {message_of(error)}".splitlines()[0]))
         return None
 
-    def _try_to_record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _Recording | None:
+    def _try_to_record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
         def run_on(tensors: list[Any]) -> Any:
             args, kwargs = call.filled(tensors)
             with _without_cast_cache(self._device.type):
@@ -396,7 +393,7 @@ class _RecordedParts(BaseChange):
         with recording(), recorder.in_turn(), unchanged_attributes(node.module):
             fill(buffers, call.tensors)
             made = recorder.record(lambda: run_on(buffers))
-        found = _Recording(made, buffers, output_bytes(made.outputs), seen.bytes)
+        found = _RecordedCall(made, buffers, output_bytes(made.outputs), seen.bytes)
         self._recordings[key] = found
         self._recorded += 1
         if self._sealed:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
-__all__ = ["CudaRecorder", "Recorder", "Replayable", "Turns", "capture", "is_recording", "recording"]
-
 
 class Replayable(Protocol):
     """A recorded computation."""

@@ -28,9 +28,10 @@ from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.graphs.obstacles import ObstacleError, look
-from accelerate_tts.stages.graphs.recorded_parts import Bounds, RecordedPartsStage
+from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
+from accelerate_tts.tuning.exclusions import obstacle
 from reruns import Reruns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +59,9 @@ class Body(nn.Module):
 class Recorded:
     """A module with the stage on, over recordings that run again."""
 
-    def __init__(self, module: nn.Module, bounds: Bounds | None = None, kind: Any = "vocoder", **options: Any) -> None:
+    def __init__(
+        self, module: nn.Module, bounds: PartBounds | None = None, kind: Any = "vocoder", **options: Any
+    ) -> None:
         self.recorders: list[Reruns] = []
         self.module: Any = module.eval()
         how = {name: options.pop(name) for name in ("fault", "watched") if name in options}
@@ -67,7 +70,7 @@ class Recorded:
             self.recorders.append(Reruns(device, **how))
             return self.recorders[-1]
 
-        self.stage = RecordedPartsStage(recorder, bounds=bounds or Bounds(), **options)
+        self.stage = RecordedPartsStage(recorder, bounds=bounds or PartBounds(), **options)
         self.part = Part("part", kind, module)
         assert self.stage.applies(self.part) is None
         self.change = self.stage.prepare(self.part)
@@ -313,7 +316,7 @@ def test_a_failed_recording_costs_one_event_and_gives_everything_back(seen: list
 
 
 def test_the_least_recently_used_goes_and_needs_more_calls_to_come_back() -> None:
-    recorded = Recorded(Body(), Bounds(graphs=2))
+    recorded = Recorded(Body(), PartBounds(graphs=2))
     recorded.change.seal()
     for length in (10, 20):
         for _ in range(2):
@@ -332,7 +335,7 @@ def test_the_least_recently_used_goes_and_needs_more_calls_to_come_back() -> Non
 
 
 def test_bytes_are_bounded(seen: list[Event]) -> None:
-    recorded = Recorded(Body(), Bounds(bytes=40_000))
+    recorded = Recorded(Body(), PartBounds(bytes=40_000))
     for length in (20, 40, 80, 120):
         recorded.check(wave(length))
         assert 0 < recorded.change.bytes <= 40_000
@@ -378,7 +381,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorded = Recorded(Body(asks), Bounds(graphs=3, longer=2))
+        self.recorded = Recorded(Body(asks), PartBounds(graphs=3, longer=2))
         self.results: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.hook: Any = None
 
@@ -443,7 +446,7 @@ class Whole(Machine):
     def __init__(self) -> None:
         super().__init__()
         self.recorded.change.off()
-        self.recorded = Recorded(Body(), Bounds(graphs=3, longer=2))
+        self.recorded = Recorded(Body(), PartBounds(graphs=3, longer=2))
 
 
 @pytest.mark.parametrize("machine", [Machine, Whole])
@@ -508,7 +511,7 @@ def test_nothing_is_kept_alive_and_what_runs_is_waited_for() -> None:
 
 
 def test_eight_threads_share_recordings() -> None:
-    recorded = Recorded(Body(asks), Bounds(graphs=4))
+    recorded = Recorded(Body(asks), PartBounds(graphs=4))
     work = [(length, seed) for seed in range(12) for length in (8, 9, 16)]
     expected = [recorded.untouched(wave(*each)) for each in work]
     start = threading.Barrier(8)
@@ -581,4 +584,4 @@ def test_half_precision_is_inside_a_recording_and_not_behind_it() -> None:
     assert recorded.change.graphs == 1
     assert torch.equal(first, again)
     assert 1e-4 < float((first - recorded.untouched(wave())).norm() / first.norm()) < 1e-1
-    assert half.applies(recorded.part) == "its steps are recorded"
+    assert obstacle(half, recorded.part) == "its steps are recorded"
