@@ -62,6 +62,8 @@ struct Bf16 {
   static constexpr int64_t step = 2 * LANES;
   static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
   // The weights at even places are the low halves of 32 bits, those at odd places the high halves: x is sorted so too.
+  // The same for any number of rows: a sum in another order has other bits.
+  static constexpr int in_turn(int) { return 2; }
   static void prepare(const float* x, input* to, float*, Shape of) {
     for (int64_t m = 0; m < of.rows; m++)
       for (int64_t k = 0; k + step <= of.inputs; k += step)
@@ -90,6 +92,7 @@ struct Int8 {
   typedef ints sum;
   static constexpr int64_t step = 2 * LANES;
   static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
+  static constexpr int in_turn(int rows) { return rows <= 2 ? 4 : 2; }  // sums of integers are the same in any order
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
@@ -167,7 +170,7 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n, int64_t apart) {
 // The same with one row of weights, in several sums.
 template <class F, int ROWS>
 inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
-  constexpr int SUMS = ROWS <= 2 ? 4 : 2;
+  constexpr int SUMS = F::in_turn(ROWS);
   constexpr int64_t LINE = 64 / sizeof(typename F::weight), AHEAD = 128 * LINE;  // farther than processors by themselves
   const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step;
   const typename F::input* x = work.prepared + m0 * inputs;
@@ -196,9 +199,9 @@ __attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, i
   if constexpr (COUNT > 0) {
     const int64_t times = (end - n) / COUNT, apart = FAR_APART ? times : 1, next = FAR_APART ? 1 : COUNT;
     for (int64_t i = 0; i < times; i++) dot<F, ROWS, COUNT>(work, m, n + i * next, apart);
-    n += times * COUNT;
-  }
-  for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
+    for (n += times * COUNT; n < end; n++) dot<F, ROWS, 1>(work, m, n, 1);
+  } else
+    for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
 }
 
 // Outputs begin .. end of all rows of x. Of more than four, strips of w stay in the cache while all take their turn.
