@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
+.PHONY: help demo kernels kernels-test kernels-tidy test fuzz shared-steps lint format types imports docs dev check clean bench soak audit \
 	releases environments environments-page strangers strangers-page
 .DEFAULT_GOAL := help
 
@@ -55,6 +55,10 @@ test: .venv/.wheel ## Build the wheel, install it with its test extra, run the t
 
 fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
+
+shared-steps: .venv/.wheel ## Random callers share decode steps, bit for bit as alone: ARRIVALS=10000 of them
+	@ARRIVALS=$(or $(ARRIVALS),10000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/stages/decode/test_shared_steps.py \
+	  -k random $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

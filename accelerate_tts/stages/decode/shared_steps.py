@@ -47,6 +47,8 @@ class Rules(NamedTuple):
     least that much longer than computing it in this one."""
     clock: Callable[[], float] = time.perf_counter
     """Returns the time in seconds."""
+    alone: Callable[[Sequence[Described], Call], torch.Tensor] = run
+    """Computes one call."""
     together: Callable[[Sequence[Described], Sequence[Call]], torch.Tensor] = run_together
     """Computes several calls in one pass."""
 
@@ -136,12 +138,12 @@ class SharedSteps:
             Hidden states behind each block, (blocks, rows, 1, hidden), fp32.
         """
         if not self.is_on:
-            return run(blocks, call)
+            return self.rules.alone(blocks, call)
         caller: _Caller | None = getattr(self._mine, "caller", None)
         if caller is None:
             caller = self._mine.caller = _Caller()
         if caller.is_inside:  # a signal handler's call, while the step of its thread waits
-            return run(blocks, call)
+            return self.rules.alone(blocks, call)
         caller.is_inside = True
         try:
             return self._met(self._meeting, _Step(caller, blocks, call))
@@ -155,16 +157,16 @@ class SharedSteps:
     def _met(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
         try:
             self._arrive(meeting, step)
-            while step.state != _LEADS and not step.wake.acquire(timeout=_LOOK):
+            while step.state in {_WAITS, _TAKEN} and not step.wake.acquire(timeout=_LOOK):
                 if meeting is not self._meeting:
-                    return run(step.blocks, step.call)
+                    return self.rules.alone(step.blocks, step.call)
             if step.state == _LEADS:
                 return self._lead(meeting, step)
         except BaseException:  # Ctrl-C
             self._withdraw(meeting, step)
             raise
         if step.made is None:
-            return run(step.blocks, step.call)
+            return self.rules.alone(step.blocks, step.call)
         # In memory of its own, made in the thread that uses it, since tensors of inference mode differ from others.
         return step.made[:, step.first : step.first + step.call.rows].clone()
 
@@ -192,13 +194,13 @@ class SharedSteps:
         finally:
             with meeting.changed:
                 self._end(meeting)
-        return run(step.blocks, step.call) if made is None else made[:, : step.call.rows]
+        return self.rules.alone(step.blocks, step.call) if made is None else made[:, : step.call.rows]
 
     def _computed(self, steps: list[_Step]) -> torch.Tensor | None:
         """Compute a pass. `None` if that of several failed, so that each is computed alone."""
         first = steps[0]
         if len(steps) == 1:
-            return run(first.blocks, first.call)
+            return self.rules.alone(first.blocks, first.call)
         try:
             made = self.rules.together(first.blocks, [step.call for step in steps])
         except Exception as error:  # must not reach callers whose own step may be sound
@@ -217,7 +219,7 @@ class SharedSteps:
         with meeting.changed:
             while True:
                 steps, rows = [step], step.call.rows
-                for other in meeting.waiting:
+                for other in meeting.waiting if self.is_on else ():
                     if rows + other.call.rows <= self.rules.most_rows and other.joins(step):
                         steps.append(other)
                         rows += other.call.rows
@@ -247,9 +249,10 @@ class SharedSteps:
         now = self.rules.clock()
         for step in meeting.taken:
             step.caller.left, step.caller.is_away = now, True
-            if step.state == _TAKEN:
-                step.wake.release()
+            is_waiting = step.state == _TAKEN
             step.state = _DONE
+            if is_waiting:
+                step.wake.release()
         meeting.taken = []
         meeting.is_led = bool(meeting.waiting)
         if meeting.waiting:
@@ -266,9 +269,8 @@ class SharedSteps:
             if step.state == _LEADS:
                 meeting.taken = meeting.taken or [step]
                 self._end(meeting)
-            is_computed = step.state == _TAKEN
-        if is_computed:
-            step.wake.acquire()  # its cache is written to
+        while step.state == _TAKEN:  # its cache is written to
+            step.wake.acquire(timeout=_LOOK)
 
 
 def _after_fork() -> None:
