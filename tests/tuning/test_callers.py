@@ -40,13 +40,13 @@ def speak(model: Any, rows: int) -> torch.Tensor:
     return torch.cat(states, 1)
 
 
-def tuned(decide: Callable[..., object], rows: int, seconds: Callable[[int], float]) -> tuple[Any, str]:
-    """Tune a model whose kernel takes so many seconds for so many callers; return its meeting point and the note."""
+def tuned(decide: Callable[..., object], rows: int, milliseconds: Callable[[int], float]) -> tuple[Any, str]:
+    """Tune a model whose passes take so many milliseconds; return its meeting point and the note."""
 
     def look(run: Callable[[], Any], *_: object) -> float:
         made = run()
         callers = made.shape[1] // rows if isinstance(made, torch.Tensor) and made.dim() == 4 else 1
-        return seconds(callers)
+        return 1e-3 * milliseconds(callers)
 
     decide(
         compare=pays_off, look=look, unworthy=lambda _baseline, _part, stage: None if "fused" in stage.name else "no"
@@ -55,7 +55,7 @@ def tuned(decide: Callable[..., object], rows: int, seconds: Callable[[int], flo
     optimized_model(warmup=lambda loaded: speak(loaded, rows))(lambda: model)()  # type: ignore[call-overload]
     receipt = receipt_of(model)
     assert isinstance(receipt, Receipt)
-    assert any(stage.kept and "fused decoder" in stage.stage for stage in receipt.stages), receipt
+    assert any(stage.kept and "fused decoder" in stage.stage for stage in receipt.stages), str(receipt)
     (note,) = [note for note in receipt.notes if "concurrent calls" in note]
     fused: Any = fused_by(model.layers[0])
     return fused.steps, note
