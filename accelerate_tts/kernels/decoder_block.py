@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.kernels.block_layout import Anatomy
 
-__all__ = ["Call", "Described", "Shared", "holds", "plain", "run", "run_together", "shared"]
-
 _POINTER = ctypes.c_void_p
 _Linear, _Block, _Row, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Row", "Token"))
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.baseline import Baseline
     from accelerate_tts.tuning.ledger import Ledger
 
-__all__ = ["share_steps"]
-
 _CALLERS = (2, 4, 8)
 _LOOKS = 3
 _GAIN = 1.1

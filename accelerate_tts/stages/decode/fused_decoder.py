@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["FusedBlocksStage"]
-
 # Arguments that a block may get beside the kernel's inputs, and that change nothing for one token.
 _IGNORED = {
     "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.kernels.decoder_block import Call, Described
 
-__all__ = ["Rules", "SharedSteps"]
-
 _LOOK = 1.0
 """Seconds after which a waiting step checks that its process was not forked, which leaves it without the others."""
 
