@@ -10,8 +10,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean bench soak audit \
-	releases environments environments-page record figures strangers strangers-page
+.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
+	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -59,6 +59,10 @@ coverage: .venv/.dev ## Lines and branches of the package that the tests reach (
 
 fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
+
+shared-steps: .venv/.wheel ## Random callers share decode steps, bit for bit as alone: ARRIVALS=10000 of them
+	@ARRIVALS=$(or $(ARRIVALS),10000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/stages/decode/test_shared_steps.py \
+	  -k random $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .
