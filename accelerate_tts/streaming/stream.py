@@ -85,7 +85,7 @@ class Stream(Generator["Tensor", None, None]):
     ) -> Tensor:
         """Raise an exception where the stream waits. See `Generator.throw`."""
         del value, traceback
-        return self._body.throw(kind)  # type: ignore[arg-type]  # one argument, as Python 3.12 wants it
+        return self._body.throw(kind)  # one argument, as Python 3.12 wants it
 
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""

@@ -13,11 +13,14 @@ import contextvars
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.guard.guard import inside_all
 from accelerate_tts.runtime.inference_mode import carry_mode
 
 if TYPE_CHECKING:
@@ -108,7 +111,7 @@ class Tapped(Tokens[T]):
         context = contextvars.copy_context()
         run = carry_mode(loop.run)
         threads = max(1, torch.get_num_threads() // 2) if ahead else torch.get_num_threads()
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(
             target=context.run, args=(_on_device, run, work, threads, device), name="accelerate_tts-tokens", daemon=True
         )
@@ -154,7 +157,7 @@ class _Loop(Generic[T]):
         self._quit = False
         self._ahead = ahead
         self._wanted = 0
-        self._changed = threading.Condition(threading.RLock())  # reentrant: the collector may close a stream anywhere
+        self._changed = threading.Condition(rlock())  # reentrant: the collector may close a stream anywhere
         self.made: list[T] = []
         self.over = False
         self.result: Any = None
@@ -166,7 +169,9 @@ class _Loop(Generic[T]):
         result: Any = None
         try:
             self._wait()
-            result = work(self.emit)
+            # Token by token it computes inside the call that asks, otherwise beside it.
+            with inside_all() if self._ahead else nullcontext():
+                result = work(self.emit)
         except BaseException as raised:  # raised again on the stream's thread
             error = raised
         with self._changed:

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from accelerate_tts.runtime.guard.gate import BusyError
+from accelerate_tts.runtime.guard.guard import Guard, protect
 from accelerate_tts.runtime.inference_mode import in_inference_mode
 from accelerate_tts.streaming import Heard, Pulled, Tapped, twin
 from accelerate_tts.streaming.tokens import Left
@@ -163,3 +165,33 @@ def test_a_twin_of_a_compiled_module_runs_its_own_parts() -> None:
     heard: list[torch.Tensor] = []
     twin(module, **{"0": Heard(module[0], heard.append)})(torch.randn(1, 2))
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
+    """The guard does not switch a model while a token is made beside the call that asks for it."""
+
+    class Tuning:
+        def on(self) -> None: ...
+        def off(self) -> None: ...
+        def at_hand(self) -> object: ...
+        def keep_loaded(self) -> None: ...
+
+    tuning, subject, go_on = Tuning(), Loop(0), threading.Event()
+    guard = Guard("Voice", tuning, {}, 3, patience=0.05)
+    protect(subject, guard)
+
+    def work(emit: Callable[[int], None]) -> None:
+        emit(1)
+        assert go_on.wait(10)
+
+    tokens = Tapped(work, threading.Event(), ahead=ahead)
+    assert tokens.take(1) == [1]
+    if ahead:
+        with pytest.raises(BusyError):
+            guard.hold()
+        go_on.set()
+        assert tokens.take(1) == []
+    guard.hold().release()
+    go_on.set()
+    tokens.close()

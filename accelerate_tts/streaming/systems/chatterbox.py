@@ -255,8 +255,8 @@ class _Sound:
         prompt, mel = self._tokens[:, -context:], self._mel[:, -2 * context :]
         voice = {"prompt_token": prompt, "prompt_token_len": torch.tensor([prompt.shape[1]], device=device),
                  "prompt_feat": mel, "prompt_feat_len": None, "embedding": self._embedding}  # fmt: skip
-        made = self._s3gen.flow_inference(tokens, ref_dict=voice, finalize=True)[..., : 2 * count]
-        made = made.to(self._s3gen.dtype)
+        whole = self._s3gen.flow_inference(tokens, ref_dict=voice, finalize=True)
+        made: Tensor = whole[..., : 2 * count].to(self._s3gen.dtype)
         # What was said is the end of the next prompt.
         self._tokens = torch.cat([prompt, tokens[:, :count]], dim=1)
         self._mel = torch.cat([mel, made.transpose(1, 2)], dim=1)
@@ -330,8 +330,8 @@ def _decode(vocoder: Any, mel: Tensor, source: Tensor) -> Tensor:
 
 def _samples_a_token(s3gen: Any) -> int:
     """Return the samples of one token."""
-    vocoder = s3gen.mel2wav
-    return round(vocoder.f0_upsamp.scale_factor) * int(s3gen.flow.token_mel_ratio)
+    samples = int(s3gen.mel2wav.f0_upsamp.scale_factor)  # of a frame
+    return samples * int(s3gen.flow.token_mel_ratio)
 
 
 def _has_parts(s3gen: Any) -> bool:
