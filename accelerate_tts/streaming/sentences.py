@@ -26,7 +26,8 @@ _ALWAYS = (
     "adj adm apr approx apt asst aug av ave bd bldg blvd brig bros bsp bzgl bzw ca capt cf cmdr comdr corp cpl dec dept"
     " dipl dir dr dra dt ed eds eng esp esq est etc ev evtl excl feb figs fr ft gen ggf gov hon hr hrn hrsg inc incl"
     " inkl jan jr jul jun kap lic lt ltd messrs mgr mio mlle mmes mme mr mrd mrs ms mt nov núm obj oct okt oz pág págs"
-    " pl prof pvt rd rep resp rev sgt sog sr sra sres srta st sta ste supt tbsp tel temp tsp univ usf usw vgl vols vs zzgl"
+    " pl prof pvt rd rep resp rev sgt sog sr sra sres srta st sta ste supt tbsp tel temp tsp univ usf usw vgl vols"
+    " vs zzgl"
 )
 # Words as well, so only before a number: "No. 5", but "He said no. Then".
 _BEFORE_NUMBERS = "art cap ch co col eq fig maj max mi min no nos nr nro op pp pt ref sec secs sen sep sept str vol"
