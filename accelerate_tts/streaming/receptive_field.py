@@ -7,10 +7,12 @@ tried once for each vocoder before anything is streamed.
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,24 +62,17 @@ def measure(vocoder: Vocoder, *like: Tensor) -> ReceptiveField:
     Raises:
         ModelError: The samples of a frame depend on frames at any distance, or on none.
     """
-    rates = [each.shape[-1] // like[0].shape[-1] for each in like]
-
-    def noise(frames: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(frames)
-        return [
-            torch.randn(*each.shape[:-1], frames * rate, generator=generator).to(each.device, each.dtype)
-            for each, rate in zip(like, rates, strict=True)
-        ]
+    rates = _rates(like)
 
     def run(inputs: list[Tensor]) -> Tensor:
         return vocoder(*inputs).flatten(0, -2)[0]
 
     frames = _FIRST_FRAMES
-    hop = len(run(noise(frames))) - len(run(noise(frames - 1)))
+    hop = len(run(_noise(like, frames))) - len(run(_noise(like, frames - 1)))
     if hop < 1:
         raise ModelError(f"one frame more makes {hop} samples more: {vocoder!r} is no vocoder of frames")
     while frames <= _MOST_FRAMES:
-        at, plain = frames // 2, noise(frames)
+        at, plain = frames // 2, _noise(like, frames)
         whole = run(plain)
         span = _span(whole, run(_changed(plain, rates, at, _KICK)), finite=True)
         if span is None:
@@ -91,6 +86,20 @@ def measure(vocoder: Vocoder, *like: Tensor) -> ReceptiveField:
             return ReceptiveField(max(left, 0), max(right, 0), hop)
         frames *= 2
     raise ModelError(f"the samples of a frame depend on frames more than {_MOST_FRAMES // 2} away")
+
+
+def _rates(like: tuple[Tensor, ...]) -> list[int]:
+    """Return the values a frame of each input."""
+    return [each.shape[-1] // like[0].shape[-1] for each in like]
+
+
+def _noise(like: tuple[Tensor, ...], frames: int) -> list[Tensor]:
+    """Return normal noise of that many frames, the same at each call."""
+    generator = torch.Generator().manual_seed(frames)
+    return [
+        torch.randn(*each.shape[:-1], frames * rate, generator=generator).to(each.device, each.dtype)
+        for each, rate in zip(like, _rates(like), strict=True)
+    ]
 
 
 def _changed(inputs: list[Tensor], rates: list[int], at: int, by: float) -> list[Tensor]:
@@ -115,14 +124,16 @@ _known: weakref.WeakKeyDictionary[Any, dict[str, ReceptiveField | None]] = weakr
 _lock = rlock()
 
 
-def field_of(module: nn.Module, vocoder: Vocoder, *like: Tensor, method: str = "") -> ReceptiveField | None:
+def field_of(module: nn.Module, run: Callable[..., Tensor], *like: Tensor, method: str = "") -> ReceptiveField | None:
     """Return the measured and checked receptive field of a module, which is remembered with it.
 
+    It is measured on an untouched copy, so that nothing that watches, compiles or serves the module meets the probes.
+
     Args:
-        module: The module that `vocoder` runs.
-        vocoder: See `measure`.
+        module: The module.
+        run: Takes the module (or its copy) and what `Vocoder` takes, and returns samples of shape (1, 1, samples).
         *like: See `measure`.
-        method: Name of what `vocoder` runs, if a module has several.
+        method: Name of what `run` runs, if a module has several.
 
     Returns:
         The field; `None` with a `NotApplied` event if there is none, or if joined pieces do not equal the whole.
@@ -130,8 +141,23 @@ def field_of(module: nn.Module, vocoder: Vocoder, *like: Tensor, method: str = "
     with _lock:  # many streams begin at once, and one measures
         known = _known.setdefault(module, {})
         if method not in known:
-            known[method] = _checked(type(module).__name__, vocoder, like)
+            with torch.no_grad():
+                known[method] = _checked(type(module).__name__, partial(run, _untouched(module)), like)
         return known[method]
+
+
+def _untouched(module: nn.Module) -> nn.Module:
+    """Return a copy without hooks; the module itself if it cannot be copied."""
+    try:
+        copied = copy.deepcopy(module)
+    except Exception:  # old weight norm cannot be copied, foreign modules may raise anything; the result is the same
+        return module
+    for inner in copied.modules():
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+            # torch's own compute weights.
+            for number in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
+                del hooks[number]
+    return copied
 
 
 def _checked(name: str, vocoder: Vocoder, like: tuple[Tensor, ...]) -> ReceptiveField | None:
@@ -139,20 +165,13 @@ def _checked(name: str, vocoder: Vocoder, like: tuple[Tensor, ...]) -> Receptive
 
     try:
         field = measure(vocoder, *like)
-        frames = 2 * (field.left + field.right) + 16
-        generator = torch.Generator().manual_seed(0)
-        inputs = [
-            torch.randn(*each.shape[:-1], frames * (each.shape[-1] // like[0].shape[-1]), generator=generator).to(
-                each.device, each.dtype
-            )
-            for each in like
-        ]
+        inputs = _noise(like, 2 * (field.left + field.right) + 16)
         whole, pieces = vocoder(*inputs), Pieces(vocoder, field)
         first, rest = zip(*(each.tensor_split([each.shape[-1] // 2], dim=-1) for each in inputs), strict=True)
         joined = torch.cat([pieces.push(*first), pieces.push(*rest, last=True)], dim=-1)
         error = float((joined - whole).abs().max() / whole.abs().max().clamp_min(1e-12))
-    except (RuntimeError, ModelError) as error_of_it:
-        reason = f"{type(error_of_it).__name__}: {message_of(error_of_it)}"
+    except (RuntimeError, ModelError) as raised:
+        reason = f"{type(raised).__name__}: {message_of(raised)}"
     else:
         if error <= EXACT_TOLERANCE:
             return field

@@ -45,6 +45,10 @@ def hop_of_odd_strides() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(*layers, nn.Conv1d(8, 1, 7, padding=3)), torch.zeros(1, 4, 1)
 
 
+def run(module: nn.Module, frames: torch.Tensor) -> torch.Tensor:
+    return module(frames)
+
+
 VOCODERS = [vits, xtts, hop_of_odd_strides]
 
 
@@ -59,7 +63,7 @@ def vocoder(request: pytest.FixtureRequest) -> Any:
 @settings(max_examples=12, deadline=None)
 def test_joined_pieces_are_the_whole(vocoder: Any, data: st.DataObject) -> None:
     module, like = vocoder
-    field = field_of(module, module, like)
+    field = field_of(module, run, like)
     assert field is not None
     count = data.draw(st.integers(1, 90))
     cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=6)))
@@ -77,7 +81,7 @@ def test_joined_pieces_are_the_whole(vocoder: Any, data: st.DataObject) -> None:
 def test_one_frame_less_of_overlap_is_heard(vocoder: Any) -> None:
     """The measured field is no wider than it must be on both sides together."""
     module, like = vocoder
-    field = field_of(module, module, like)
+    field = field_of(module, run, like)
     assert field is not None
     frames = torch.randn(1, like.shape[1], 80, generator=torch.Generator().manual_seed(0))
     whole = module(frames)
@@ -128,8 +132,8 @@ class LikeLengths(nn.Module):
     ("module", "reason"), [(OfAll(), "more than 512 away"), (LikeLengths(), "joined pieces differ")]
 )
 def test_without_a_bound_the_sound_is_made_at_once(seen: list[Event], module: nn.Module, reason: str) -> None:
-    assert field_of(module, module, torch.zeros(1, 2, 1)) is None
-    assert field_of(module, module, torch.zeros(1, 2, 1)) is None
+    assert field_of(module, run, torch.zeros(1, 2, 1)) is None
+    assert field_of(module, run, torch.zeros(1, 2, 1)) is None
     (event,) = seen
     assert isinstance(event, NotApplied)
     assert reason in event.reason
@@ -173,3 +177,12 @@ def test_a_lost_piece_is_a_click() -> None:
     wave = sound(0)
     joined = torch.cat([wave[:9_000], wave[9_072:]])
     assert clicks(joined, [9_000, 12_000]) == [9_000]
+
+
+def test_probes_meet_nothing_that_watches_the_module(vocoder: Any) -> None:
+    """Tuning records calls of its parts, and a probe is no call of service."""
+    module, like = vocoder
+    watched = nn.Sequential(module)
+    hook = module.register_forward_pre_hook(lambda *_: pytest.fail("a probe was seen"))
+    assert field_of(watched, run, like) == field_of(module, run, like)
+    hook.remove()

@@ -287,7 +287,7 @@ def test_hift_in_pieces_is_its_whole(english: Any) -> None:
     vocoder = english.s3gen.mel2wav
     mel, source = torch.randn(1, 80, 70), 0.1 * torch.randn(1, 1, 70 * 480)
     decode = partial(chatterbox._decode, vocoder)
-    field = field_of(vocoder, decode, mel[..., :1], source[..., :480], method="decode")
+    field = field_of(vocoder, chatterbox._decode, mel[..., :1], source[..., :480], method="decode")
     assert field is not None
     pieces, cuts = Pieces(decode, field), [0, 9, 30, 31, 70]
     with torch.inference_mode():

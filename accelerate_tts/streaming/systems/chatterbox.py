@@ -217,12 +217,14 @@ class _Sound:
         channels, rate = mel.shape[-1], _samples_a_token(s3gen) // 2
         like = torch.zeros(1, channels, 1, device=s3gen.device, dtype=s3gen.dtype)
         self._source = Source(vocoder)
-        pitch, decode = partial(_pitch, vocoder), partial(_decode, vocoder)
         fields = (
-            field_of(vocoder, pitch, like, method="pitch"),
-            field_of(vocoder, decode, like, like.new_zeros(1, 1, rate), method="decode"),
+            field_of(vocoder, _pitch, like, method="pitch"),
+            field_of(vocoder, _decode, like, like.new_zeros(1, 1, rate), method="decode"),
         )
-        self._pitches, self._waves = Pieces(pitch, fields[0]), Pieces(decode, fields[1])
+        self._pitches, self._waves = (
+            Pieces(partial(_pitch, vocoder), fields[0]),
+            Pieces(partial(_decode, vocoder), fields[1]),
+        )
         self.ahead = sum(math.ceil(field.right / 2) for field in fields if field is not None)
         self._waiting = like[..., :0]  # frames without a pitch yet
         self._fade = s3gen.trim_fade

@@ -55,9 +55,9 @@ def body(model: Any, input_ids: Tensor, *, options: StreamOptions, **forward: An
         caught = _Caught()
         twin(model, decoder=caught)(input_ids=input_ids.to(model.device), **forward)
         spectrogram, *more = caught.given
-        voiced = partial(_voiced, model.decoder, more)
+        voiced = partial(_voiced, more)
         field, config = field_of(model.decoder, voiced, spectrogram[..., :1]), model.config
-        pieces = Pieces(voiced, field)
+        pieces = Pieces(partial(voiced, model.decoder), field)
         ahead = 0 if field is None else field.right
         spoken, begin, count = 0, 0, spectrogram.shape[-1]
         for size in options.sizes(config.sampling_rate / prod(config.upsample_rates)):
@@ -71,6 +71,6 @@ def body(model: Any, input_ids: Tensor, *, options: StreamOptions, **forward: An
     return stream
 
 
-def _voiced(vocoder: nn.Module, more: list[Any], spectrogram: Tensor) -> Tensor:
-    found: Tensor = vocoder(spectrogram, *more)
-    return found
+def _voiced(more: list[Any], vocoder: nn.Module, spectrogram: Tensor) -> Tensor:
+    sound: Tensor = vocoder(spectrogram, *more)
+    return sound

@@ -104,9 +104,10 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
     decoder = model.hifigan_decoder
     vocoder = decoder.waveform_decoder
     rate = decoder.input_sample_rate / decoder.ar_mel_length_compression
-    voiced = partial(vocoder, g=speaker)
-    field = field_of(vocoder, voiced, torch.zeros(1, width, 1, device=speaker.device, dtype=speaker.dtype))
-    pieces = Pieces(voiced, field)
+    field = field_of(
+        vocoder, partial(_voiced, speaker), torch.zeros(1, width, 1, device=speaker.device, dtype=speaker.dtype)
+    )
+    pieces = Pieces(partial(_voiced, speaker, vocoder), field)
     # Tokens after a piece without which its sound is not final.
     ahead = 0 if field is None else 1 + math.ceil(field.right / _frames_a_token(decoder))
     latents: list[Tensor] = []
@@ -125,6 +126,11 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
         before = count
         if tokens.ended:
             return
+
+
+def _voiced(speaker: Tensor, vocoder: Any, frames: Tensor) -> Tensor:
+    sound: Tensor = vocoder(frames, g=speaker)
+    return sound
 
 
 def _frames_a_token(decoder: Any) -> float:
