@@ -105,7 +105,7 @@ def test_xtts_tuned_and_decorated(xtts: Any, decide: Any, monkeypatch: pytest.Mo
     decide(compare=is_faster)
 
     class Service:
-        @optimized_model(warmup="Hello.", tune_seconds=3.0)
+        @optimized_model(warmup=lambda service: list(service.speak("Hello.")), tune_seconds=3.0)
         def load(self) -> None:
             self.model = xtts.model
 
@@ -116,9 +116,6 @@ def test_xtts_tuned_and_decorated(xtts: Any, decide: Any, monkeypatch: pytest.Mo
         @inference
         def at_once(self, text: str) -> Stream:
             return said_by_xtts(xtts, text)
-
-        def synthesize(self, text: str) -> torch.Tensor:
-            return torch.from_numpy(self.model.inference(text, "en", xtts.latents, xtts.speaker)["wav"])
 
     plain = joined(said_by_xtts(xtts, "Hello there."))
     service = Service()
