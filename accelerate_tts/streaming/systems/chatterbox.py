@@ -96,11 +96,10 @@ def body(model: Any, text: str, *, options: StreamOptions, **generate: Any) -> B
         )  # fmt: skip
         mark = getattr(model, "watermarker", None)
         for piece in in_turn(options.sentences(text), partial(begin, voice, left), speak, overlap=options.overlap):
-            yield (
-                piece
-                if mark is None
-                else torch.from_numpy(mark.apply_watermark(piece[0].numpy(), sample_rate=model.sr))[None]
-            )
+            if mark is not None and piece.shape[-1]:
+                yield torch.from_numpy(mark.apply_watermark(piece[0].numpy(), sample_rate=model.sr))[None]
+            else:
+                yield piece
 
     return stream
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.errors import SettingsError, abridged, shown
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
 from accelerate_tts.streaming.systems.turns import in_turn
@@ -71,7 +71,9 @@ def body(  # noqa: C901, PLR0913 - upstream's arguments, and three functions ins
             ids = torch.tensor([model.tokenizer.encode(sentence.strip().lower(), lang=language)], dtype=torch.int32)
             if ids.shape[-1] >= model.args.gpt_max_text_tokens:
                 limit = model.args.gpt_max_text_tokens
-                raise SettingsError(f"XTTS speaks at most {limit} tokens at once, not {ids.shape[-1]} of {sentence!r}")
+                raise SettingsError(
+                    f"XTTS takes fewer than {limit} tokens at once, not {ids.shape[-1]}: {abridged(sentence)}"
+                )
             made = gpt.get_generator(
                 fake_inputs=gpt.compute_embeddings(latents, ids.to(device)), num_beams=1, num_return_sequences=1,
                 output_attentions=False, output_hidden_states=True, return_dict_in_generate=True, **sampling,
@@ -108,8 +110,9 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
         vocoder, partial(_voiced, speaker), torch.zeros(1, width, 1, device=speaker.device, dtype=speaker.dtype)
     )
     pieces = Pieces(partial(_voiced, speaker, vocoder), field)
-    # Tokens after a piece without which its sound is not final.
-    ahead = 0 if field is None else 1 + math.ceil(field.right / _frames_a_token(decoder))
+    # Each frame lies between two latents, and the last ones' may still change. Further tokens are the vocoder's.
+    held = max(1, math.ceil(1.0 / length))
+    ahead = 0 if field is None else held + math.ceil(field.right / (length * _frames_a_token(decoder)))
     latents: list[Tensor] = []
     spoken = before = 0  # tokens of the pieces so far, frames that the vocoder was given
     for size in options.sizes(rate):
@@ -119,9 +122,8 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
             ended()
         if not latents:
             return
-        # Each frame lies between two latents: the last one's may still change.
         frames = _frames(decoder, latents, length)
-        count = frames.shape[-1] if tokens.ended else _frames(decoder, latents[:-1], length).shape[-1]
+        count = frames.shape[-1] if tokens.ended else _frames(decoder, latents[:-held], length).shape[-1]
         yield pieces.push(frames[..., before:count], last=tokens.ended)[0].cpu()
         before = count
         if tokens.ended:
