@@ -11,13 +11,13 @@ from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import ReceptiveField, field_of, measure
 from accelerate_tts.streaming.sentences import sentences
 from accelerate_tts.streaming.stream import Stream, stream
-from accelerate_tts.streaming.tokens import Heard, Pulled, Tapped, Tokens, twin
+from accelerate_tts.streaming.tokens import Pulled, Reporting, Tapped, Tokens, twin
 
 __all__ = [
-    "Heard",
     "Pieces",
     "Pulled",
     "ReceptiveField",
+    "Reporting",
     "Stream",
     "StreamOptions",
     "Tapped",

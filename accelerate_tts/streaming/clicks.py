@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["clicks"]
-
 _NEAR, _AROUND = 3, 480
 """Samples on either side of a joint that a click would be in, and those it is compared with (20 ms at 24 kHz)."""
 _TIMES = 2.0

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.streaming.sentences import sentences
 
-__all__ = ["StreamOptions"]
-
 
 @dataclass(frozen=True)
 class StreamOptions:

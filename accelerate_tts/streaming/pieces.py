@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.streaming.receptive_field import ReceptiveField, Vocoder
 
-__all__ = ["Pieces"]
-
 
 class Pieces:
     """Runs a convolutional vocoder on overlapping pieces. The joined samples equal the whole to rounding.

@@ -25,8 +25,6 @@ from accelerate_tts.tuning.compare import EXACT_TOLERANCE
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["ReceptiveField", "Vocoder", "field_of", "measure"]
-
 Vocoder = Callable[..., "Tensor"]
 """Takes one tensor or several, whose last dimensions are multiples of the frames, and returns samples."""
 

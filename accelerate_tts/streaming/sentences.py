@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["sentences"]
-
 _LONGEST = 300
 """Characters of the longest piece. What has no stop is cut at a comma, at a space, or anywhere."""
 

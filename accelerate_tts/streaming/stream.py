@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.streaming.systems import Body
 
-__all__ = ["Stream", "stream"]
-
 
 def stream(model: object, /, *args: Any, options: StreamOptions | None = None, **kwargs: Any) -> Stream:
     """Speak a text in pieces, while the rest is still being made.

@@ -1,7 +1,7 @@
 """Tokens of somebody else's loop, as they are sampled.
 
 Upstream's loop stays as it is. It runs on a copy of its module that shares all weights and all tuning with the
-original (`twin`), and in which a submodule also reports what it is given (`Heard`). A loop that only returns at its end
+original (`twin`), and in which a submodule also reports what it is given (`Reporting`). A loop that only returns at its end
 runs in a thread (`Tapped`), one token at a time. It goes on when the stream wants more tokens, in the order of a single
 thread, so that a seed makes the stream repeatable. A stream that is left stops its loop at the next token.
 """
@@ -25,8 +25,6 @@ from accelerate_tts.runtime.inference_mode import carry_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-__all__ = ["Heard", "Left", "Pulled", "Tapped", "Tokens", "twin"]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -240,7 +238,7 @@ def twin(module: M, **replaced: nn.Module) -> M:
     return made
 
 
-class Heard(nn.Module):
+class Reporting(nn.Module):
     """A module that also reports its arguments. Its attributes are those of the module inside.
 
     Args:

@@ -264,8 +264,8 @@ def test_the_source_runs_on(english: Any) -> None:
     vocoder = english.s3gen.mel2wav
     pitch = 100.0 + 50.0 * torch.rand(1, 1, 40)
     pitch[..., 15:20] = 0.0  # unvoiced
-    whole = chatterbox.Source(vocoder, seed=1)(pitch)
-    other = chatterbox.Source(vocoder, seed=1)
+    whole = chatterbox.SineSource(vocoder, seed=1)(pitch)
+    other = chatterbox.SineSource(vocoder, seed=1)
     pieces = torch.cat([other(pitch[..., begin:end]) for begin, end in ((0, 1), (1, 17), (17, 17), (17, 40))], dim=-1)
     assert torch.allclose(pieces, whole, atol=1e-6)
     # The fundamental alone, without noise, is a sine of the pitch, as upstream's is.

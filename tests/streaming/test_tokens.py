@@ -18,7 +18,7 @@ from torch import nn
 from accelerate_tts.runtime.guard.gate import BusyError
 from accelerate_tts.runtime.guard.guard import Guard, protect
 from accelerate_tts.runtime.inference_mode import in_inference_mode
-from accelerate_tts.streaming import Heard, Pulled, Tapped, twin
+from accelerate_tts.streaming import Pulled, Reporting, Tapped, twin
 from accelerate_tts.streaming.tokens import Left
 
 
@@ -146,7 +146,7 @@ def test_the_thread_has_the_callers_mode(ahead: bool) -> None:
 def test_a_twin_shares_weights_and_not_attributes() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     heard: list[torch.Tensor] = []
-    other = twin(module, **{"1": Heard(module[1], heard.append)})
+    other = twin(module, **{"1": Reporting(module[1], heard.append)})
     sample = torch.randn(1, 2)
     assert torch.equal(other(sample), module(sample))
     assert len(heard) == 1
@@ -163,7 +163,7 @@ def test_a_twin_of_a_compiled_module_runs_its_own_parts() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     vars(module)["_compiled_call_impl"] = lambda *_: pytest.fail("the original's")
     heard: list[torch.Tensor] = []
-    twin(module, **{"0": Heard(module[0], heard.append)})(torch.randn(1, 2))
+    twin(module, **{"0": Reporting(module[0], heard.append)})(torch.randn(1, 2))
     assert len(heard) == 1
 
 

@@ -11,8 +11,6 @@ from accelerate_tts.streaming.systems import chatterbox, higgs, vits, xtts
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SYSTEMS", "Body"]
-
 Body = Callable[[threading.Event], Iterator["Tensor"]]
 """Takes the event that is set when the stream is left, and yields pieces of shape (1, samples)."""
 

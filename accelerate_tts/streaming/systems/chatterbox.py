@@ -21,15 +21,13 @@ from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
 from accelerate_tts.streaming.systems.turns import in_turn
-from accelerate_tts.streaming.tokens import Heard, Tapped, Tokens, twin
+from accelerate_tts.streaming.tokens import Reporting, Tapped, Tokens, twin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from accelerate_tts.streaming.options import StreamOptions
     from accelerate_tts.streaming.systems import Body
-
-__all__ = ["Source", "body"]
 
 _RATE = 25.0
 """Tokens a second of speech."""
@@ -135,7 +133,7 @@ def _generate(voice: _Voice, sentence: str, heard: Callable[[int], None]) -> _Ma
                 heard(token)
 
     voice.speaking, speaking.s3gen = speaking, unspoken
-    speaking.t3 = twin(t3, speech_emb=Heard(t3.speech_emb, embedded), speech_head=Heard(t3.speech_head, logits))
+    speaking.t3 = twin(t3, speech_emb=Reporting(t3.speech_emb, embedded), speech_head=Reporting(t3.speech_head, logits))
     try:
         wave = speaking.generate(sentence, **voice.generate)
     finally:
@@ -215,7 +213,7 @@ class _Sound:
         vocoder = s3gen.mel2wav
         channels, rate = mel.shape[-1], _samples_a_token(s3gen) // 2
         like = torch.zeros(1, channels, 1, device=s3gen.device, dtype=s3gen.dtype)
-        self._source = Source(vocoder)
+        self._source = SineSource(vocoder)
         fields = (
             field_of(vocoder, _pitch, like, method="pitch"),
             field_of(vocoder, _decode, like, like.new_zeros(1, 1, rate), method="decode"),
@@ -264,7 +262,7 @@ class _Sound:
         return made
 
 
-class Source:
+class SineSource:
     """HiFT's source, whose sines and noise run on from call to call.
 
     Upstream's begins at a random phase at each call. The values are those of its `SineGen` and `SourceModuleHnNSF`:

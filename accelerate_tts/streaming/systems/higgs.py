@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate_tts.streaming.options import StreamOptions
     from accelerate_tts.streaming.systems import Body
 
-__all__ = ["body"]
-
 
 def body(model: Any, inputs: Mapping[str, Tensor], codec: Any, *, options: StreamOptions, **generate: Any) -> Body:
     """Return the body of a stream.

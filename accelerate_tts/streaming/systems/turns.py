@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.streaming.tokens import Tokens
 
-__all__ = ["in_turn"]
-
 T = TypeVar("T")
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from accelerate_tts.streaming.options import StreamOptions
     from accelerate_tts.streaming.systems import Body
 
-__all__ = ["body"]
-
 
 class _Caught(nn.Module):
     """Stands in for the vocoder, and keeps what it is given."""

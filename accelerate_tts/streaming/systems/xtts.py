@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from accelerate_tts.streaming.options import StreamOptions
     from accelerate_tts.streaming.systems import Body
 
-__all__ = ["body"]
-
 
 def body(  # noqa: C901, PLR0913 - upstream's arguments, and three functions inside
     model: Any,
