@@ -1,9 +1,9 @@
 """Tokens of somebody else's loop, as they are sampled.
 
 Upstream's loop stays as it is. It runs on a copy of its module that shares all weights and all tuning with the
-original (`twin`), and in which a submodule also reports what it is given (`Reporting`). A loop that only returns at its end
-runs in a thread (`Tapped`), one token at a time. It goes on when the stream wants more tokens, in the order of a single
-thread, so that a seed makes the stream repeatable. A stream that is left stops its loop at the next token.
+original (`twin`), and in which a submodule also reports what it is given (`Reporting`). A loop that only returns at its
+end runs in a thread (`Tapped`), one token at a time. It goes on when the stream wants more tokens, in the order of a
+single thread, so that a seed makes the stream repeatable. A stream that is left stops its loop at the next token.
 """
 
 from __future__ import annotations
