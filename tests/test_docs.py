@@ -166,6 +166,7 @@ def test_the_integration_guide_runs(monkeypatch: pytest.MonkeyPatch, example: Ca
     assert page["german"].numel() > 0
     assert len(page["sentences"]) == 2
     assert len(page["pieces"]) > 0
+    assert len(page["early"]) >= 2
 
     async def serve() -> None:
         async with page["app"].lifespan(page["app"]):
