@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
+.PHONY: help demo serve kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
 	releases environments environments-page strangers strangers-page
 .DEFAULT_GOAL := help
 
@@ -47,6 +47,14 @@ help: ## Show this list
 
 demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
 	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
+
+.venv/.service: .venv/.demo
+	@echo "==> installing accelerate_tts[service]"
+	@$(PIP) '.[demo,service]'
+	@touch $@
+
+serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (docs/SERVICE.md); ARGS="--port 9000"
+	@PYTHONPATH=examples $(BIN)/python -m service $(ARGS)
 
 # Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
 # instead. Tests that are about threads set their own number.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -94,9 +94,9 @@ class _Resampled:
 class _File:
     """A format of libsndfile, in memory."""
 
-    def __init__(self, rate: int, container: str, codec: str) -> None:
+    def __init__(self, rate: int, container: str, codec: str, **options: Any) -> None:
         self._buffer = io.BytesIO()
-        self._file = soundfile.SoundFile(self._buffer, "w", rate, 1, format=container, subtype=codec)
+        self._file = soundfile.SoundFile(self._buffer, "w", rate, 1, format=container, subtype=codec, **options)
         self._sent = 0
 
     def add(self, samples: np.ndarray) -> bytes:
@@ -114,10 +114,13 @@ class _File:
 
 
 class _Mp3(_File):
-    """MP3 without the frame in front that says how long it is, which is written last."""
+    """MP3 without the frame in front that says how long it is, which is written last.
+
+    The bit rate is constant, since readers then find the length without that frame.
+    """
 
     def __init__(self, rate: int) -> None:
-        super().__init__(rate, "MP3", "MPEG_LAYER_III")
+        super().__init__(rate, "MP3", "MPEG_LAYER_III", bitrate_mode="CONSTANT", compression_level=0.5)
         self._begun = False
 
     def _new(self) -> bytes:

@@ -107,7 +107,8 @@ class _Process:
         if not self.lost.done():
             self._on_lost()
             self.lost.set_result(what)
-            logger.error("the worker %d %s %s; %d requests were with it", self.pid, what, how, len(self._requests))
+            level = logging.INFO if what == "was stopped" else logging.ERROR
+            logger.log(level, "the worker %d %s %s; it had %d requests", self.pid, what, how, len(self._requests))
         for request in self._requests.values():
             request.answers.put_nowait(({"kind": "lost", "message": f"the worker {what}"}, b""))
         self._requests.clear()
