@@ -133,13 +133,13 @@ def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Sp
 
 
 def _embed_voice_only(model: Any, reference: Path) -> Any:
-    """The voice of a recording by the speaker encoder alone; the other encoder's size is fixed by its release."""
+    """The voice of a recording by the speaker encoder alone, whose vector stands in for the other encoders' too."""
     import librosa
     from chatterbox.models.t3.modules.cond_enc import T3Cond
     from chatterbox.tts import Conditionals
 
     sound, _ = librosa.load(reference, sr=16_000)
     speaker = torch.from_numpy(model.ve.embeds_from_wavs([sound], sample_rate=16_000)).mean(0, keepdim=True)
-    own = model.conds.t3
-    cond = T3Cond(speaker, None, own.cond_prompt_speech_tokens, emotion_adv=own.emotion_adv)
-    return Conditionals(cond, model.conds.gen)
+    own, size = model.conds, model.conds.gen["embedding"].shape[1]
+    cond = T3Cond(speaker, None, own.t3.cond_prompt_speech_tokens, emotion_adv=own.t3.emotion_adv)
+    return Conditionals(cond, {**own.gen, "embedding": speaker[:, :size]})
