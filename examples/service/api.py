@@ -210,15 +210,15 @@ class _Service:
             # What fails before the first sound has a status of its own.
             first = await _unless_left(request, anext(pieces, None))
             first_audio = time.monotonic() - begun
-            if first is None:
-                raise bad_request("the model said nothing to the input", "input", "unspeakable")
-            if whole:
+            if whole and first is not None:
                 everything = await _unless_left(request, _rest(first, pieces))
         except BaseException as error:
             await pieces.aclose()
             if isinstance(error, ClientLeftError):
                 return Response(status_code=_GONE)
             raise
+        if first is None:
+            raise bad_request("the model said nothing to the input", "input", "unspeakable")
         headers = {"X-First-Audio-Seconds": f"{first_audio:.4f}"}
         if whole:
             sound = np.concatenate(everything)
@@ -227,9 +227,7 @@ class _Service:
             return Response(content, media_type=FORMATS[form], headers=headers)
         source = _encoded_pieces(form, rate, first, pieces)
         if wanted.stream_format == "sse":
-            return _Stream(
-                _events(source), self.options.send_seconds, media_type="text/event-stream", headers=headers
-            )
+            return _Stream(_events(source), self.options.send_seconds, media_type="text/event-stream", headers=headers)
         return _Stream(source, self.options.send_seconds, media_type=FORMATS[form], headers=headers)
 
 
@@ -358,7 +356,15 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
     app = FastAPI(title="accelerate_tts speech service", lifespan=lifespan)
     app.state.service = service
     app.add_middleware(_BodyLimit, options=options)
+    _add_errors(app)
+    _add_speech(app, service)
+    _add_voices(app, service)
+    _add_operation(app, service)
+    _add_page(app)
+    return app
 
+
+def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Problem)
     async def problem(_request: Request, error: Problem) -> Response:
         return error.response()
@@ -374,6 +380,10 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
     @app.exception_handler(Exception)
     async def broken(_request: Request, _error: Exception) -> Response:
         return Problem("the service failed; its log says why").response()
+
+
+def _add_speech(app: FastAPI, service: _Service) -> None:
+    supervisor = service.supervisor
 
     @app.post("/v1/audio/speech", response_class=Response)
     async def speech(request: Request, wanted: SpeechRequest) -> Response:
@@ -391,10 +401,14 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
 
     @app.get("/v1/models/{name}/receipt")
     async def receipt(name: str, precision: str = "", form: Literal["text", "html"] = "html") -> Response:
-        found = service.model(name)["receipts"].get(precision or options.precisions[0])
+        found = service.model(name)["receipts"].get(precision or service.options.precisions[0])
         if found is None:
             raise bad_request(f"{name} has no receipt for this precision", "precision", None, 404)
         return HTMLResponse(found["html"]) if form == "html" else PlainTextResponse(found["text"])
+
+
+def _add_voices(app: FastAPI, service: _Service) -> None:
+    supervisor = service.supervisor
 
     @app.get("/v1/audio/voices")
     async def voices() -> dict[str, Any]:
@@ -423,6 +437,10 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
             raise bad_request(f"there is no uploaded voice {name!r}", "voice", "voice_not_found", 404)
         return {"id": name, "object": "audio.voice.deleted", "deleted": True}
 
+
+def _add_operation(app: FastAPI, service: _Service) -> None:
+    supervisor = service.supervisor
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "alive"}
@@ -437,6 +455,8 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.figures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+def _add_page(app: FastAPI) -> None:
     def page(file: str) -> Response:
         return FileResponse(_PAGE / file, headers={"Content-Security-Policy": _POLICY})
 
@@ -447,8 +467,6 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
     @app.get("/page.{kind}", include_in_schema=False)
     async def part(kind: Literal["js", "css"]) -> Response:
         return page(f"page.{kind}")
-
-    return app
 
 
 def _model(name: str, service: _Service) -> dict[str, Any]:

@@ -187,9 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
     print("service    model              callers answers  first p50   p95   total p50   p95  speech/s")
-    with started("plain", [*common, "--plain"], options.threads) as plain, started(
-        "decorated", common, options.threads
-    ) as decorated:
+    with (
+        started("plain", [*common, "--plain"], options.threads) as plain,
+        started("decorated", common, options.threads) as decorated,
+    ):
         services = (plain, decorated)
         for service in services:
             service.prepare()

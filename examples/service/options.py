@@ -73,9 +73,10 @@ class Options:
     def for_worker(self) -> str:
         """Return the JSON text of the options that the worker needs."""
         known = asdict(replace(self, systems=self.systems or {"joe": KNOWN["joe"], "mms-random": KNOWN["mms-random"]}))
-        return json.dumps({name: known[name] for name in ("systems", "precisions", "at_once")} | {
-            "folder": str(self.folder.absolute())
-        })
+        return json.dumps(
+            {name: known[name] for name in ("systems", "precisions", "at_once")}
+            | {"folder": str(self.folder.absolute())}
+        )
 
 
 _HELP = {

@@ -10,7 +10,8 @@ import re
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,18 +84,27 @@ class References:
             )  # fmt: skip
         if len(self.all()) >= self._options.voices:
             raise bad_request(f"{self._options.voices} voices are kept already; delete one", None, "too_many", 409)
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
-            source, target = Path(temporary, "source"), Path(temporary, "target")
-            source.write_bytes(content)
+        with self._workshop() as temporary:
+            source, target = temporary / "source", temporary / "target"
+            await asyncio.to_thread(source.write_bytes, content)
             async with self._decoding:
                 await self._decode(source, target)
-            key = hashlib.sha256(target.read_bytes()).hexdigest()[:24]
-            voice = Reference(f"voice_{key}", name, int(time.time()))
-            description = Path(temporary, "description")
-            description.write_text(json.dumps(asdict(voice)), "utf-8")
-            os.replace(target, self._folder / f"{voice.id}.wav")
-            os.replace(description, self._folder / f"{voice.id}.json")
+            return await asyncio.to_thread(self._keep, name, target)
+
+    @contextmanager
+    def _workshop(self) -> Generator[Path, None, None]:
+        """Have a folder for a block, on the disk of the voices, so that files can be moved and not only copied."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            yield Path(folder)
+
+    def _keep(self, name: str, sound: Path) -> Reference:
+        key = hashlib.sha256(sound.read_bytes()).hexdigest()[:24]
+        voice = Reference(f"voice_{key}", name, int(time.time()))
+        description = sound.with_name("description")
+        description.write_text(json.dumps(asdict(voice)), "utf-8")
+        sound.replace(self._folder / f"{voice.id}.wav")
+        description.replace(self._folder / f"{voice.id}.json")
         return voice
 
     async def _decode(self, source: Path, target: Path) -> None:

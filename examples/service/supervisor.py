@@ -312,4 +312,3 @@ class Supervisor:
         """
         if not self.models:
             raise Unavailable(f"the service is not ready: {self.trouble}", code="not_ready", retry_after=5)
-

@@ -56,7 +56,11 @@ def joe(precision: Precision, _folder: Path) -> Speaker:
         except NothingToSayError as error:
             raise Refused(str(error)) from error
 
-    backend = optimized_model(warmup=WARMUP, precision=precision)(lambda: Joe())()
+    @optimized_model(warmup=WARMUP, precision=precision)
+    def load() -> Joe:
+        return Joe()
+
+    backend = load()
     own_rate = backend.voice.model.config.speaking_rate
     rate = backend.voice.sampling_rate
     return Speaker(rate, backend.stream, ("joe",), takes_speed=True, receipt=receipt_of(backend))
@@ -126,10 +130,12 @@ def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Sp
             for sentence in sentences(said.text):
                 yield self.model.generate(sentence)[0].cpu().numpy()
 
-    backend = optimized_model(warmup="Hello there.", precision=precision)(lambda: Chatterbox())()
-    return Speaker(
-        backend.model.sr, backend.stream, ("default",), takes_references=True, receipt=receipt_of(backend)
-    )
+    @optimized_model(warmup="Hello there.", precision=precision)
+    def load() -> Chatterbox:
+        return Chatterbox()
+
+    backend = load()
+    return Speaker(backend.model.sr, backend.stream, ("default",), takes_references=True, receipt=receipt_of(backend))
 
 
 def _embed_voice_only(model: Any, reference: Path) -> Any:

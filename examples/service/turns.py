@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from service.problems import Busy, Unavailable
 
@@ -73,18 +73,13 @@ class Turns:
             self._waiting.append(mine)
             try:
                 await asyncio.wait({mine}, timeout=seconds)
-                if not mine.done():
-                    raise Unavailable(
-                        f"there was no turn within {seconds:g} s; try again later", code="queue_timeout",
-                        retry_after=self.expected_wait,
-                    )  # fmt: skip
-            except BaseException:  # also cancelled: the caller has left
-                if mine.done():
-                    self._next()
-                else:
-                    with suppress(ValueError):
-                        self._waiting.remove(mine)
+            except asyncio.CancelledError:  # the caller has left
+                self._give_up(mine)
                 raise
+            if not mine.done():
+                self._give_up(mine)
+                late = f"there was no turn within {seconds:g} s; try again later"
+                raise Unavailable(late, code="queue_timeout", retry_after=self.expected_wait)
         begun, ended = time.monotonic(), False
 
         def leave() -> None:
@@ -95,6 +90,12 @@ class Turns:
                 self._next()
 
         return leave
+
+    def _give_up(self, mine: asyncio.Future[None]) -> None:
+        if mine.done():  # its turn has come meanwhile
+            self._next()
+        else:
+            self._waiting.remove(mine)
 
     def _next(self) -> None:
         """Pass a turn on to the first who waits."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from serving import Served, openai
 from standin import PIECE, RATE, tone
 

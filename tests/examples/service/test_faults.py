@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from serving import Answer, Served, openai, until
 
 Serve = Callable[..., Served]

