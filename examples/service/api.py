@@ -25,7 +25,7 @@ from accelerate_tts.errors import printable
 from service.figures import Figures
 from service.options import Options
 from service.problems import Problem, bad_request
-from service.references import References
+from service.references import Reference, References
 from service.sound import FORMATS, encoder
 from service.spans import Spans
 from service.supervisor import Supervisor
@@ -353,7 +353,7 @@ def create_app(options: Options, tracer_provider: Any = None) -> FastAPI:
         finally:
             await supervisor.close()
 
-    app = FastAPI(title="accelerate_tts speech service", lifespan=lifespan)
+    app = FastAPI(title="accelerate_tts speech service", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(_BodyLimit, options=options)
     _add_errors(app)
@@ -422,14 +422,17 @@ def _add_voices(app: FastAPI, service: _Service) -> None:
 
     @app.post("/v1/audio/voices")
     async def upload(request: Request) -> dict[str, Any]:
+        with service.turns.place():
+            return asdict(await received(request))
+
+    async def received(request: Request) -> Reference:
         async with request.form(max_files=1, max_fields=4) as form:
             name, sample = form.get("name"), form.get("audio_sample")
             if not isinstance(name, str):
                 raise bad_request("send the voice's name as the form's field 'name'", "name")
             if isinstance(sample, str) or sample is None:
                 raise bad_request("send the recording as the form's file 'audio_sample'", "audio_sample")
-            content = await sample.read()
-        return asdict(await service.references.add(name, content))
+            return await service.references.add(name, sample.read)
 
     @app.delete("/v1/audio/voices/{name}")
     async def delete(name: str) -> dict[str, Any]:

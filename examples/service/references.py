@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,27 +69,27 @@ class References:
         path.unlink(missing_ok=True)
         return True
 
-    async def add(self, name: str, content: bytes) -> Reference:
-        """Keep a recording.
+    async def add(self, name: str, read: Callable[[], Awaitable[bytes]]) -> Reference:
+        """Keep a recording, which is read when it is its turn. Recordings are decoded one at a time.
 
         Raises:
             Problem: The name or the recording is refused.
         """
         if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
             raise bad_request(f"name must have 1 to {_LONGEST_NAME} printable characters", "name")
-        if len(content) > self._options.upload_bytes:
-            raise bad_request(
-                f"the recording has {len(content)} bytes; send at most {self._options.upload_bytes}", "audio_sample",
-                "too_large", 413,
-            )  # fmt: skip
-        if len(self.all()) >= self._options.voices:
-            raise bad_request(f"{self._options.voices} voices are kept already; delete one", None, "too_many", 409)
-        with self._workshop() as temporary:
-            source, target = temporary / "source", temporary / "target"
-            await asyncio.to_thread(source.write_bytes, content)
-            async with self._decoding:
+        async with self._decoding:
+            if len(self.all()) >= self._options.voices:
+                raise bad_request(f"{self._options.voices} voices are kept already; delete one", None, "too_many", 409)
+            content = await read()
+            if len(content) > self._options.upload_bytes:
+                most = self._options.upload_bytes
+                message = f"the recording has {len(content)} bytes; send at most {most}"
+                raise bad_request(message, "audio_sample", "too_large", 413)
+            with self._workshop() as temporary:
+                source, target = temporary / "source", temporary / "target"
+                await asyncio.to_thread(source.write_bytes, content)
                 await self._decode(source, target)
-            return await asyncio.to_thread(self._keep, name, target)
+                return await asyncio.to_thread(self._keep, name, target)
 
     @contextmanager
     def _workshop(self) -> Generator[Path, None, None]:

@@ -122,7 +122,11 @@ def test_the_client_raises_its_own_errors(served: Served) -> None:
     assert (caught.value.param, caught.value.code) == ("input", "empty_input")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "loud"', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "loud"', b"[" * 100_000],
+    ids=["empty", "opened", "list", "null", "bytes", "cut", "deep"],
+)
 def test_what_is_no_request_is_refused(served: Served, body: bytes) -> None:
     answer = served.post(body)
     assert answer.status == 400
@@ -143,7 +147,9 @@ def test_a_large_body_is_refused_before_it_is_read(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Grüße, Ελλάδα, 東京, مرحبا", "👩‍👩‍👧 \u202eback\u202c", "a\x00b", "a\ud800b", "\u0301", "x" * 4096]
+    "text",
+    ["Grüße, Ελλάδα, 東京, مرحبا", "👩‍👩‍👧 \u202eback\u202c", "a\x00b", "a\ud800b", "\u0301", "x" * 4096],
+    ids=["scripts", "marks", "control", "surrogate", "combining", "longest"],
 )
 def test_any_text_reaches_the_model_as_it_is(served: Served, text: str) -> None:
     sound, _ = heard(served.speak(text, response_format="wav").content, "wav")
@@ -193,6 +199,7 @@ SECOND = np.tile(tone("me"), 4)
         (wav(SECOND, 1000), "1000 Hz"), (b"\0" * (2**20 + 1), "at most"), (lying(SECOND[:4000]), "send 1 to 30 s"),
         (b"fLaC" + b"\xff" * 1000, "no recording"), (b"OggS" + b"\0" * 1000, "no recording"),
     ],
+    ids=["empty", "head", "script", "noise", "short", "cut", "silent", "long", "rate", "large", "lying", "flac", "ogg"],
 )  # fmt: skip
 def test_hostile_uploads_are_refused(served: Served, content: bytes, says: str) -> None:
     answer = served.upload(content)
