@@ -48,13 +48,14 @@ help: ## Show this list
 demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
 	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
 
-.venv/.service: .venv/.demo
-	@echo "==> installing accelerate_tts[service]"
-	@$(PIP) '.[demo,service]'
+.venv/.service: .venv/.torch pyproject.toml $(SOURCES)
+	@echo "==> installing accelerate_tts[demo,service]"
+	@$(PIP) '.[demo,service]' && $(PIP) --no-deps --force-reinstall .
 	@touch $@
 
+# From the examples' folder, so that the installed package is imported, which has the kernels.
 serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (docs/SERVICE.md); ARGS="--port 9000"
-	@PYTHONPATH=examples $(BIN)/python -m service $(ARGS)
+	@cd examples && ../$(BIN)/python -m service --folder ../service_data $(ARGS)
 
 # Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
 # instead. Tests that are about threads set their own number.

@@ -1,4 +1,4 @@
-"""Start the service: `python -m service`, with this package's folder on the path."""
+"""Start the service: `python -m service` in the folder `examples`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Load test on this machine: 1 to 32 callers, plain against decorated in one run.
 
-    PYTHONPATH=examples python examples/service/load_test.py --systems joe,chatterbox-random
-    PYTHONPATH=examples python examples/service/load_test.py --callers 1,4 --rounds 1 --seconds 5     # a quick look
+    cd examples
+    python -m service.load_test --systems joe,chatterbox-random
+    python -m service.load_test --callers 1,4 --rounds 1 --seconds 5     # a quick look
 
 Two services are started, one with accelerate_tts switched off. They are asked in turn, so that other programs disturb
 both alike. Each text is first spoken alone; under load each answer must have the same bytes. The script ends with an
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -119,10 +121,10 @@ def started(name: str, arguments: Sequence[str], threads: str | None) -> Iterato
         environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
         process = stack.enter_context(subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", "service", "--port", "0", "--folder", folder, "--most", str(MOST), *arguments],
-            stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
         ))  # fmt: skip
         stack.callback(process.send_signal, signal.SIGTERM)
-        port, lines = None, []
+        port, lines = None, deque[str](maxlen=50)
         for line in process.stderr or ():
             lines.append(line)
             if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
@@ -131,8 +133,14 @@ def started(name: str, arguments: Sequence[str], threads: str | None) -> Iterato
                 break
         if port is None or process.poll() is not None:
             raise WrongError(f"{name} did not start:\n{''.join(lines)}")
-        threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
-        yield Service(name, port)
+        # Nobody would read its log otherwise, and it would wait for that.
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,))
+        reader.start()
+        try:
+            yield Service(name, port)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            reader.join()
 
 
 def load(service: Service, model: str, callers: int, seconds: float) -> Row:
