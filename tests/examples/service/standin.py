@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from accelerate_tts.settings import Precision
 from service.worker import Refused, Speaker, Utterance
 
 RATE = 16_000
@@ -63,3 +64,10 @@ def plain(_precision: str, _folder: Path) -> Speaker:
 def broken(_precision: str, _folder: Path) -> Speaker:
     """Cannot be loaded."""
     raise RuntimeError("no weights")
+
+
+def quick_joe(precision: Precision, folder: Path) -> Speaker:
+    """The demo's voice, tuned on a word."""
+    from service.systems import joe
+
+    return joe(precision, folder, ["Hello."])
