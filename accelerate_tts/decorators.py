@@ -26,9 +26,7 @@ from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
-    from accelerate_tts.tuning.reload import Again
-
-__all__ = ["inference", "optimized_model"]
+    from accelerate_tts.tuning.reload import Reloader
 
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
 
@@ -141,12 +139,11 @@ class _RunInMode:
             choice = ModeChoice(
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
-        mode = self.mode if choice is None else choice.mode
         watchers = retries.watchers_of(instance, args, kwargs)
         if not watchers:
-            return inference_mode.call(wrapped, args, kwargs, mode, choice)
+            return inference_mode.call(wrapped, args, kwargs, self.mode, choice)
         return guarded_call.call(
-            watchers, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
+            watchers, wrapped, args, kwargs, self.mode, instance=instance, retry=self.retry, choice=choice
         )
 
 
@@ -285,7 +282,7 @@ class _Optimize:
         optimizer.optimize(replace(self.request, loaded=Loaded(result, instance, again=again)))
         return result
 
-    async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Again | None) -> Any:
+    async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Reloader | None) -> Any:
         import asyncio  # takes 40 ms, which importing a decorated synchronous class should not cost
 
         from accelerate_tts.optimizer import get_performance_optimizer

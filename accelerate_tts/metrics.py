@@ -19,8 +19,6 @@ from typing import Literal
 from accelerate_tts.errors import printable
 from accelerate_tts.events import Event, FellBack, Guarded, Recompiled, Restored, Tuned
 
-__all__ = ["Measurement", "measurements"]
-
 
 @dataclass(frozen=True)
 class Measurement:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from accelerate_tts.voices.cache import Embeddings
     from accelerate_tts.voices.memory import CacheInfo
 
-__all__ = ["CachedFunction", "cached_embedding"]
-
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 S = TypeVar("S")
@@ -87,11 +85,11 @@ class _AnswerFromCache:
 
     @property
     def embeddings(self) -> Embeddings:
-        from accelerate_tts.voices.cache import Embeddings, Options
+        from accelerate_tts.voices.cache import CacheOptions, Embeddings
 
         with self._lock:
             if self._made is None:
-                self._made = Embeddings(self._what, Options(*self._options))
+                self._made = Embeddings(self._what, CacheOptions(*self._options))
             return self._made
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -31,8 +31,6 @@ from service.spans import Spans
 from service.supervisor import Supervisor
 from service.turns import Turns
 
-__all__ = ["create_app"]
-
 T = TypeVar("T")
 
 _PAGE = Path(__file__).parent / "page"

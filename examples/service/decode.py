@@ -13,8 +13,6 @@ import numpy as np
 import soundfile
 import soxr
 
-__all__ = ["RATE", "REFUSED", "canonical", "main"]
-
 RATE = 24_000
 REFUSED = 3
 _FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-__all__ = ["KNOWN", "PRECISIONS", "Options", "parse"]
-
 KNOWN = {
     "joe": "service.systems:joe",
     "mms-random": "service.systems:mms_random",

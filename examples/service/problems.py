@@ -8,8 +8,6 @@ from fastapi.responses import JSONResponse
 
 from accelerate_tts.errors import printable
 
-__all__ = ["Busy", "Failed", "Problem", "TimedOut", "Unavailable", "bad_request"]
-
 
 class Problem(Exception):  # noqa: N818 - an answer; `Failed` reads better than `FailedError`
     """An error that the caller is told.

@@ -19,8 +19,6 @@ from service.decode import REFUSED
 from service.options import Options
 from service.problems import bad_request
 
-__all__ = ["Reference", "References"]
-
 _HERE = Path(__file__).parent.parent
 _ID = re.compile(r"voice_[0-9a-f]{24}")
 _LONGEST_NAME = 64

@@ -10,8 +10,6 @@ import numpy as np
 import soundfile
 import soxr
 
-__all__ = ["FORMATS", "Encoder", "encoder"]
-
 FORMATS = {"mp3": "audio/mpeg", "opus": "audio/ogg", "wav": "audio/wav", "pcm": "audio/pcm"}
 """Content types by the API's names of the formats."""
 

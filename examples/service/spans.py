@@ -6,8 +6,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Spans"]
-
 
 class Spans:
     """Spans of the service.

@@ -22,8 +22,6 @@ from service.options import Options
 from service.problems import Failed, TimedOut, Unavailable, bad_request
 from service.wire import Message, pack, read
 
-__all__ = ["Supervisor", "WorkerLostError"]
-
 logger = logging.getLogger("service.supervisor")
 
 _HERE = Path(__file__).parent.parent

@@ -16,8 +16,6 @@ from accelerate_tts import cached_embedding, inference, optimized_model, receipt
 from accelerate_tts.settings import Precision
 from service.worker import Refused, Speaker, Utterance
 
-__all__ = ["chatterbox", "chatterbox_random", "joe", "mms_random"]
-
 WARMUP = ("Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more.")
 PAUSE = 0.15  # seconds of silence between two sentences
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 
 from service.problems import Busy, Unavailable
 
-__all__ = ["Turns"]
-
 
 class Turns:
     """The queue of one event loop.

@@ -7,8 +7,6 @@ import json
 import struct
 from typing import Any, BinaryIO
 
-__all__ = ["Message", "pack", "read", "receive"]
-
 Message = dict[str, Any]
 
 _HEAD = struct.Struct("!II")  # bytes of the message, bytes of the samples

@@ -24,8 +24,6 @@ from accelerate_tts.events import Event
 from accelerate_tts.metrics import measurements
 from service.wire import Message, pack, receive
 
-__all__ = ["Refused", "Speaker", "Utterance", "main"]
-
 logger = logging.getLogger("service.worker")
 
 
