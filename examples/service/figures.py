@@ -34,7 +34,7 @@ class Figures:
         self.queued = Histogram(
             "tts_queue_seconds", "Seconds in the queue", ["model"], registry=registry, buckets=_SECONDS
         )
-        self.restarts = Counter("tts_worker_losses", "Workers that were replaced", ["reason"], registry=registry)
+        self.lost = Counter("tts_worker_losses", "Workers that were replaced", ["reason"], registry=registry)
         self.retried = Counter("tts_requests_retried", "Requests made again on the next worker", registry=registry)
         self._measured: dict[str, Any] = {}
 

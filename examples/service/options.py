@@ -37,7 +37,8 @@ class Options:
         queue_seconds: Longest wait for a turn.
         request_seconds: Longest time of a request until its speech is complete.
         send_seconds: Longest time of a response, after which a client that does not read is cut off.
-        hang_seconds: Time without a sign of life after which the worker is replaced.
+        hang_seconds: Time without a sign of life after which the worker is replaced. A sentence is spoken without one,
+            so this is more than the longest takes.
         load_seconds: Longest time of loading, tuning and warm-up.
         ping_seconds: Interval of the pings to the worker.
         shutdown_seconds: Time that running responses have to end after SIGTERM.
@@ -59,7 +60,7 @@ class Options:
     queue_seconds: float = 60.0
     request_seconds: float = 120.0
     send_seconds: float = 600.0
-    hang_seconds: float = 60.0
+    hang_seconds: float = 180.0
     load_seconds: float = 1800.0
     ping_seconds: float = 5.0
     shutdown_seconds: float = 30.0

@@ -25,6 +25,7 @@ from service.wire import Message, pack, read
 logger = logging.getLogger("service.supervisor")
 
 _HERE = Path(__file__).parent.parent
+_REASONS = ("died", "hung")  # of a metric, which has few
 _LONGEST_PAUSE = 30.0  # seconds between two tries to load
 
 
@@ -79,6 +80,9 @@ class _Process:
         except (asyncio.IncompleteReadError, ConnectionError):
             code = await self._child.wait()
             self._lose("died", f"by signal {-code}" if code < 0 else f"with exit code {code}")
+        except Exception:  # otherwise nobody would notice that nobody reads any more
+            logger.exception("the worker %d sent what cannot be read", self.pid)
+            self._lose("was misread", "by the service")
 
     def _take(self, message: Message, samples: bytes) -> None:
         kind = message["kind"]
@@ -229,7 +233,7 @@ class Supervisor:
             except OSError as error:  # no memory for a process, for example
                 reason = f"could not be started: {error}"
             self.trouble = f"the last worker {reason}; loading another one"
-            self._figures.restarts.labels(reason.split(" ", 1)[0]).inc()
+            self._figures.lost.labels(reason if reason in _REASONS else "other").inc()
             failures = 0 if process.models.done() else failures + 1
             if failures:
                 pause = min(_LONGEST_PAUSE, 0.5 * 2**failures)

@@ -121,8 +121,8 @@ class _Worker:
         elif message["kind"] == "speak":
             task = self._tasks[message["id"]] = _Task(message)
             self._waiting.put(task)
-        elif message["id"] in self._tasks:
-            self._tasks[message["id"]].cancelled.set()
+        elif (cancelled := self._tasks.get(message["id"])) is not None:  # otherwise it has just ended
+            cancelled.cancelled.set()
 
     def _speak_all(self) -> None:
         while True:
@@ -136,7 +136,7 @@ class _Worker:
             except Exception as error:  # one request that fails must not end the worker
                 logger.exception("a request failed")
                 answer = {"kind": "failed", "message": printable(f"{type(error).__name__}: {message_of(error)}")}
-            del self._tasks[key]
+            self._tasks.pop(key)
             self._send({"id": key, **answer})
 
     def _speak(self, key: int, task: _Task) -> None:

@@ -54,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One service for all tests of a file."""
     from serving import Served, options_of
 
-    one = Served(options_of(tmp_path_factory.mktemp("service"), upload_bytes=2**20))
+    one = Served(options_of(tmp_path_factory.mktemp("service"), upload_bytes=2**20, characters=10_000))
     one.ready()
     yield one
     one.stop()
