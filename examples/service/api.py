@@ -7,7 +7,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +38,7 @@ _POLICY = "default-src 'self'; media-src 'self' blob:; base-uri 'none'; form-act
 _BODY_BYTES = 2**18  # of a request that is no upload; its longest text has 4 bytes a character, or 12 if escaped
 _BODY_SECONDS = 30.0
 _FORM_BYTES = 2**16  # of an upload's other fields
+_PIECE_BYTES = 2**16
 _GONE = 499  # a status of logs: the client has left
 
 
@@ -67,12 +68,13 @@ class ClientLeftError(Exception):
     """The client has closed the connection."""
 
 
-class _Stream(StreamingResponse):
-    """A streamed answer that is cut off after some time, and whose source is closed whatever happens."""
+class _Answer(StreamingResponse):
+    """An answer that is cut off after some time. Its source and its place are given up whatever happens."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], seconds: float, **options: Any) -> None:
+    def __init__(self, source: AsyncGenerator[bytes, None], place: ExitStack, seconds: float, **options: Any) -> None:
         super().__init__(source, **options)
         self._source = source
+        self._place = place
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +82,8 @@ class _Stream(StreamingResponse):
             with anyio.move_on_after(self._seconds):
                 await super().__call__(scope, receive, send)
         finally:
-            await self._source.aclose()
+            with self._place:
+                await self._source.aclose()
 
 
 class _Service:
@@ -150,12 +153,12 @@ class _Service:
         }  # fmt: skip
 
     async def speak(self, fields: dict[str, Any], *, whole: bool) -> AsyncGenerator[np.ndarray, None]:
-        """Yield the speech in pieces: in a place and a turn, measured, in a span."""
+        """Yield the speech in pieces: in a turn, measured, in a span."""
         model, rate = fields["model"], self.supervisor.models[fields["model"]]["rate"]
         figures, begun, outcome, samples = self.figures, time.monotonic(), "ok", 0
         attributes = {"tts.model": model, "tts.characters": len(fields["text"]), "tts.precision": fields["precision"]}
         try:
-            with self.turns.place(), self.spans.span("speech", **attributes) as note:
+            with self.spans.span("speech", **attributes) as note:
                 leave = await self.turns.enter(self.options.queue_seconds)
                 try:
                     turn = time.monotonic()
@@ -201,32 +204,45 @@ class _Service:
     async def answer(self, request: Request, wanted: SpeechRequest) -> Response:
         """Answer a request for speech."""
         fields = self.checked(wanted)
+        with ExitStack() as place:  # until the answer is sent
+            try:
+                place.enter_context(self.turns.place())
+            except Problem as problem:
+                self.figures.requests.labels(wanted.model, problem.code).inc()
+                raise
+            pieces = self.speak(fields, whole=wanted.stream_format is None)
+            try:
+                kind, headers, source = await self.begin(request, wanted, pieces)
+            except BaseException as error:
+                await pieces.aclose()
+                if isinstance(error, ClientLeftError):
+                    return Response(status_code=_GONE)
+                raise
+            return _Answer(source, place.pop_all(), self.options.send_seconds, media_type=kind, headers=headers)
+
+    async def begin(
+        self, request: Request, wanted: SpeechRequest, pieces: AsyncGenerator[np.ndarray, None]
+    ) -> tuple[str, dict[str, str], AsyncGenerator[bytes, None]]:
+        """Wait for the first sound, or for all of it. What fails until then has a status of its own.
+
+        Returns:
+            The answer's content type, headers and body.
+        """
         form, rate = wanted.response_format, self.supervisor.models[wanted.model]["rate"]
-        whole, begun = wanted.stream_format is None, time.monotonic()
-        pieces = self.speak(fields, whole=whole)
-        try:
-            # What fails before the first sound has a status of its own.
-            first = await _unless_left(request, anext(pieces, None))
-            first_audio = time.monotonic() - begun
-            if whole and first is not None:
-                everything = await _unless_left(request, _rest(first, pieces))
-        except BaseException as error:
-            await pieces.aclose()
-            if isinstance(error, ClientLeftError):
-                return Response(status_code=_GONE)
-            raise
+        begun = time.monotonic()
+        first = await _unless_left(request, anext(pieces, None))
         if first is None:
             raise bad_request("the model said nothing to the input", "input", "unspeakable")
-        headers = {"X-First-Audio-Seconds": f"{first_audio:.4f}"}
-        if whole:
-            sound = np.concatenate(everything)
+        headers = {"X-First-Audio-Seconds": f"{time.monotonic() - begun:.4f}"}
+        if wanted.stream_format is None:
+            sound = np.concatenate(await _unless_left(request, _rest(first, pieces)))
             content = await asyncio.to_thread(_encoded, form, rate, sound)
-            headers["X-Speech-Seconds"] = f"{len(sound) / rate:.4f}"
-            return Response(content, media_type=FORMATS[form], headers=headers)
+            headers |= {"X-Speech-Seconds": f"{len(sound) / rate:.4f}", "Content-Length": str(len(content))}
+            return FORMATS[form], headers, _cut(content)
         source = _encoded_pieces(form, rate, first, pieces)
         if wanted.stream_format == "sse":
-            return _Stream(_events(source), self.options.send_seconds, media_type="text/event-stream", headers=headers)
-        return _Stream(source, self.options.send_seconds, media_type=FORMATS[form], headers=headers)
+            return "text/event-stream", headers, _events(source)
+        return FORMATS[form], headers, source
 
 
 def _listed(names: Any) -> str:
@@ -240,6 +256,12 @@ async def _rest(first: np.ndarray, pieces: AsyncIterator[np.ndarray]) -> list[np
 def _encoded(form: str, rate: int, sound: np.ndarray) -> bytes:
     made = encoder(form, rate, len(sound))
     return made.add(sound) + made.end()
+
+
+async def _cut(content: bytes) -> AsyncGenerator[bytes, None]:
+    """Yield an answer in pieces. The server takes the next one when the client has read; one piece it takes at once."""
+    for begin in range(0, len(content), _PIECE_BYTES):
+        yield content[begin : begin + _PIECE_BYTES]
 
 
 async def _encoded_pieces(

@@ -149,10 +149,11 @@ def test_waiting_and_speaking_have_limits(serve: Serve) -> None:
     assert served.metric("tts_worker_losses_total") == 0
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(serve: Serve) -> None:
+@pytest.mark.parametrize("how", [None, "audio"])
+def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(serve: Serve, how: str | None) -> None:
     served = serve(send_seconds=1.0)
     served.ready()
-    with served.open("x " * 2000, stream_format="audio"):  # 24 MB, more than the sockets hold
+    with served.open("x " * 1000, stream_format=how):  # 12 MB, more than the sockets hold
         until(lambda: served.service.turns.running == 0, "the worker is free again")
         assert served.service.turns.inside == 1
         assert served.speak("two").status == 200
