@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +23,49 @@ def tone(word: str) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * pitch * np.arange(PIECE) / RATE)).astype(np.float32)
 
 
+def die(_value: str, _folder: Path) -> None:
+    os._exit(7)
+
+
+def die_once(value: str, folder: Path) -> None:
+    mark = folder / value
+    if not mark.exists():
+        mark.touch()
+        os._exit(7)
+
+
+def until(value: str, folder: Path) -> None:
+    """Wait for a file that the test makes."""
+    while not (folder / value).exists():
+        time.sleep(0.01)
+
+
+def fail(value: str, _folder: Path) -> None:
+    raise RuntimeError(f"the model is broken\x1b[31m {value}")
+
+
+def refuse(_value: str, _folder: Path) -> None:
+    raise Refused("that cannot be said")
+
+
+COMMANDS: dict[str, Callable[[str, Path], object]] = {
+    "WAIT": lambda value, _folder: time.sleep(float(value)),
+    "HANG": lambda _value, _folder: time.sleep(1000),
+    "NOTE": lambda value, folder: (folder / value).touch(),
+    "UNTIL": until, "DIE": die, "DIE-ONCE": die_once, "RAISE": fail, "REFUSE": refuse,
+}  # fmt: skip
+
+
 def loud(_precision: str, folder: Path) -> Speaker:
-    """Says each word; a word in capitals is a command."""
+    """Says each word; some words in capitals are commands."""
 
     def stream(said: Utterance) -> Iterator[np.ndarray]:
         for word in said.text.split():
             name, _, value = word.partition(":")
-            if name == "WAIT":
-                time.sleep(float(value))
-            elif name == "HANG":
-                time.sleep(1000)
-            elif name == "DIE":
-                os._exit(7)
-            elif name == "DIE-ONCE":
-                mark = folder / value
-                if not mark.exists():
-                    mark.touch()
-                    os._exit(7)
-            elif name == "RAISE":
-                raise RuntimeError("the model is broken\x1b[31m")
-            elif name == "REFUSE":
-                raise Refused("that cannot be said")
-            elif name == "NOTHING":
+            if name == "NOTHING":
                 return
-            elif name == "NOTE":
-                (folder / value).touch()
+            if name in COMMANDS:
+                COMMANDS[name](value, folder)
             else:
                 yield tone(word) * said.speed
         if said.reference is not None:
