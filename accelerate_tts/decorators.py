@@ -105,6 +105,21 @@ def _found(module: str, name: str) -> Any:
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
+def class_of_call(wrapped: Any, args: tuple[Any, ...]) -> type | None:
+    """Return the class if a function is called as a class method, by `@classmethod` outside our decorator.
+
+    From Python 3.13 on, `classmethod` calls what it wraps with the class as an argument, in place of binding it.
+    """
+    cls: Any = args[0] if args else None
+    if not isinstance(cls, type):
+        return None
+    for base in cls.__mro__:
+        found = vars(base).get(getattr(wrapped, "__name__", ""))
+        if isinstance(found, classmethod) and inspect.unwrap(found.__func__) is wrapped:
+            return cls
+    return None
+
+
 class _RunInMode:
     """Calls of an @inference shell. A class, so that it can be pickled."""
 
@@ -119,6 +134,8 @@ class _RunInMode:
             return wrapped(*args, **kwargs)
         if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)` becomes a method, too
             wrapped = MethodType(wrapped.__wrapped__, instance)
+        elif instance is None and (cls := class_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         if not self.retry:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from accelerate_tts.decorators import _BoundShell, _check_function, _Shell
+from accelerate_tts.decorators import _BoundShell, _check_function, _Shell, class_of_call
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.locks import lock
 from accelerate_tts.settings import check_folder, is_active
@@ -95,6 +96,8 @@ class _AnswerFromCache:
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
             return wrapped(*args, **kwargs)
+        if instance is None and (cls := class_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         return self.embeddings.call(wrapped, instance, args, kwargs)
 
 

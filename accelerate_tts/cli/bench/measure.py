@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.settings import Precision
 
-__all__ = [
-    "Measured", "Ratio", "bandwidth", "bench", "bytes_of_a_token", "device_type", "difference", "held_bytes",
-    "length_of", "ordinary", "peak_bytes", "spoken", "tuned", "undisturbed", "warm_up",
-]  # fmt: skip
-
 _TINY_SECONDS = 0.8
 _PATIENCE = 30.0  # total seconds that a measurement waits for a quiet machine
 

@@ -14,8 +14,6 @@ from typing import Any
 from accelerate_tts.cli.bench.variant import NO_ANSWER, Request
 from accelerate_tts.errors import AccelerateTTSError
 
-__all__ = ["VariantError", "ask", "folders_of"]
-
 _LIMIT_SECONDS = 7200.0
 
 

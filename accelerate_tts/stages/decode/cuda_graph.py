@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from accelerate_tts.stages.decode.static_step import Recording
     from accelerate_tts.stages.protocol import Change, Target
 
-__all__ = ["Bounds", "CapturedStepStage"]
-
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 

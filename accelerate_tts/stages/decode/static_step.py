@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
-__all__ = ["CAPACITIES", "CudaRecording", "Recording", "StaticSlot", "bytes_of"]
-
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
 """Capacities of slots, in positions. Each doubles the one before, so a sequence is moved at most five times."""
 

@@ -172,7 +172,7 @@ def loop(model: Any, count: int = 8, rows: int = 2, prompt: int = 6, seed: int =
         for number in range(count):
             x = torch.randn(rows, 1 if number else prompt, WIDTH, generator=generator)
             out = model(inputs_embeds=x, past_key_values=past, use_cache=True, **asked)
-            past = out.past_key_values
+            past = out["cache" if "cache" in out else "past_key_values"]  # as of transformers 5.24
             states.append(out.last_hidden_state[:, -1:])
     return torch.cat(states, 1), past
 
