@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps
+	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps serve
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -47,6 +47,15 @@ help: ## Show this list
 
 demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
 	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
+
+.venv/.service: .venv/.torch pyproject.toml $(SOURCES)
+	@echo "==> installing accelerate_tts[demo,service]"
+	@$(PIP) '.[demo,service]' && $(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+# From the examples' folder, so that the installed package is imported, which has the kernels.
+serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (docs/SERVICE.md); ARGS="--port 9000"
+	@cd examples && ../$(BIN)/python -m service --folder ../service_data $(ARGS)
 
 # Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
 # instead. Tests that are about threads set their own number.

@@ -53,6 +53,7 @@ _FURTHER = {
     "_version": ("__version__",),
     "settings": ("is_active", "is_testing"),
     "events": ("Event", "EventHook"),
+    "metrics": ("Measurement", "measurements"),
     "receipts.receipt": ("Receipt", "StageResult"),
     "runtime.batching": ("batched",),
     "runtime.inference_mode": ("carry_mode",),
