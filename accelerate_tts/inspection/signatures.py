@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["foreign_hooks", "has_hooks", "is_analyzer", "is_capture", "parameters_of"]
+__all__ = ["calls_others", "foreign_hooks", "has_hooks", "is_analyzer", "is_capture", "parameters_of"]
 
 
 def parameters_of(cls: Any) -> list[str]:
@@ -29,6 +29,15 @@ def has_hooks(*modules: Any) -> bool:
     count.
     """
     return bool(foreign_hooks([hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]))
+
+
+def calls_others(*modules: Any) -> bool:
+    """Check that calls of modules run a user's code beside their classes' forward: hooks, or a forward of their own."""
+    from torch.nn.modules import module as globally
+
+    if globally._global_forward_hooks or globally._global_forward_pre_hooks or has_hooks(*modules):
+        return True
+    return bool([1 for module in modules if "forward" in module.__dict__])
 
 
 def foreign_hooks(places: list[Any]) -> list[Any]:
