@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test fuzz lint format types imports docs dev check clean bench soak audit \
+.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean bench soak audit \
 	releases environments environments-page strangers strangers-page upstream-tests upstream-tests-page
 .DEFAULT_GOAL := help
 
@@ -52,6 +52,10 @@ demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TE
 # instead. Tests that are about threads set their own number.
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+
+# One process, since the two of `make test` would have to be measured apart.
+coverage: .venv/.dev ## Lines and branches of the package that the tests reach (ARGS= goes to pytest)
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --timeout=0 $(ARGS); status=$$?; $(BIN)/coverage report && exit $$status
 
 fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from types import FrameType, TracebackType
 
-__all__ = ["fast_inference"]
-
 _SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
     "its thread-local mode would leak to other code at the next await or yield. Decorate that function with"

@@ -26,9 +26,7 @@ from accelerate_tts.settings import Mode, Precision, check_mode, is_active
 
 if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
-    from accelerate_tts.tuning.reload import Again
-
-__all__ = ["inference", "optimized_model"]
+    from accelerate_tts.tuning.reload import Reloader
 
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
 
@@ -107,6 +105,21 @@ def _found(module: str, name: str) -> Any:
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
+def class_of_call(wrapped: Any, args: tuple[Any, ...]) -> type | None:
+    """Return the class if a function is called as a class method, by `@classmethod` outside our decorator.
+
+    From Python 3.13 on, `classmethod` calls what it wraps with the class as an argument, in place of binding it.
+    """
+    cls: Any = args[0] if args else None
+    if not isinstance(cls, type):
+        return None
+    for base in cls.__mro__:
+        found = vars(base).get(getattr(wrapped, "__name__", ""))
+        if isinstance(found, classmethod) and inspect.unwrap(found.__func__) is wrapped:
+            return cls
+    return None
+
+
 class _RunInMode:
     """Calls of an @inference shell. A class, so that it can be pickled."""
 
@@ -121,6 +134,8 @@ class _RunInMode:
             return wrapped(*args, **kwargs)
         if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)` becomes a method, too
             wrapped = MethodType(wrapped.__wrapped__, instance)
+        elif instance is None and (cls := class_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         if not self.retry:
             retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
@@ -141,12 +156,11 @@ class _RunInMode:
             choice = ModeChoice(
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
-        mode = self.mode if choice is None else choice.mode
         watchers = retries.watchers_of(instance, args, kwargs)
         if not watchers:
-            return inference_mode.call(wrapped, args, kwargs, mode, choice)
+            return inference_mode.call(wrapped, args, kwargs, self.mode, choice)
         return guarded_call.call(
-            watchers, wrapped, args, kwargs, mode, instance=instance, retry=self.retry, choice=choice
+            watchers, wrapped, args, kwargs, self.mode, instance=instance, retry=self.retry, choice=choice
         )
 
 
@@ -285,7 +299,7 @@ class _Optimize:
         optimizer.optimize(replace(self.request, loaded=Loaded(result, instance, again=again)))
         return result
 
-    async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Again | None) -> Any:
+    async def _optimize_async(self, pending: Awaitable[Any], owner: Any, again: Reloader | None) -> Any:
         import asyncio  # takes 40 ms, which importing a decorated synchronous class should not cost
 
         from accelerate_tts.optimizer import get_performance_optimizer

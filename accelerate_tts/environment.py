@@ -10,8 +10,6 @@ from typing import Any
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.events import NotApplied, emit
 
-__all__ = ["VARIABLES", "flag", "read"]
-
 _WORDS = {
     "1": True, "true": True, "yes": True, "on": True,
     "0": False, "false": False, "no": False, "off": False,

@@ -5,23 +5,6 @@ Exceptions of the user's own code (a load function, a synthesis call) are never 
 
 from __future__ import annotations
 
-__all__ = [
-    "AccelerateTTSError",
-    "ConcurrencyError",
-    "InferenceContextError",
-    "MissingExtraError",
-    "ModelError",
-    "PackError",
-    "ReloadError",
-    "SettingsError",
-    "TimeLimitError",
-    "WarmupError",
-    "abridged",
-    "message_of",
-    "printable",
-    "shown",
-]
-
 
 class AccelerateTTSError(Exception):
     """Base class of this library's exceptions."""
@@ -109,13 +92,18 @@ def abridged(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]}...{text[-_MOST_SHOWN // 2 :]}"
 
 
-def message_of(error: BaseException) -> str:
-    """Return the beginning of a foreign exception's message, for an event. Never raises."""
+def message_of(error: BaseException, most: int = _MOST_SHOWN) -> str:
+    """Return the first `most` characters of a foreign exception's message, for an event. Never raises."""
     try:
         text = str(error)
     except Exception:  # see `shown`
         return "(no message)"
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def described(error: BaseException, most: int = 1000) -> str:
+    """Return the class of a foreign exception and the beginning of its message, for an event. Never raises."""
+    return f"{type(error).__name__}: {message_of(error, most)}"
 
 
 def _is_small(value: object) -> bool:

@@ -10,40 +10,13 @@ system can count them without a dependency of this library::
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from accelerate_tts.errors import printable, shown
 from accelerate_tts.locks import rlock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-__all__ = [
-    "BackedOff",
-    "BudgetTooSmall",
-    "Event",
-    "EventHook",
-    "FellBack",
-    "Guarded",
-    "NotApplied",
-    "PackIgnored",
-    "Prepared",
-    "Recompiled",
-    "Restored",
-    "Retuned",
-    "Tidied",
-    "Trying",
-    "Tuned",
-    "TunedUnderLoad",
-    "Undone",
-    "Warmed",
-    "WarmupFailed",
-    "add_hook",
-    "emit",
-    "isolated",
-]
 
 logger = logging.getLogger("accelerate_tts")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from accelerate_tts.device import setup
 from accelerate_tts.device.detect import detect
-from accelerate_tts.errors import WarmupError
+from accelerate_tts.errors import WarmupError, described
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.settings import DEVICES, Settings
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
-
-__all__ = ["LoadedObjects"]
 
 _GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
 _FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps them in a file"
@@ -124,11 +122,7 @@ class LoadedObjects:
         for ledger in begun:
             ledger.off()
         if tuning is not None:
-            guarding = guards.guard_of(tuning)
-            if guarding is not None:
-                guarding.retire()
-            tuning.undo()
-            self._tunings.forget(tuning)
+            self._undo(tuning)
         for root in plan.roots:
             drop_keeper(root)
 
@@ -183,7 +177,7 @@ class LoadedObjects:
                 for call in calls.main if gone else ():
                     call.run()
         except Exception as error:  # the user's model raised; the loaded model is kept
-            emit(WarmupFailed(what, f"{type(error).__name__}: {error}"))
+            emit(WarmupFailed(what, described(error)))
         if let_go is None or not let_go.gone:
             return let_go, "guard_weights='reload': no loaded weights could be let go; they stay in memory"
         return let_go, (
@@ -208,7 +202,7 @@ class LoadedObjects:
         except WarmupError:
             raise
         except Exception as error:  # the user's warm-up failed; the loaded object is kept
-            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
+            emit(WarmupFailed(name, described(error)))
             return
         emit(Warmed(name, time.perf_counter() - start))
 
@@ -253,17 +247,18 @@ class LoadedObjects:
         tunings = self._tunings_in(tuned)
         for tuning in tunings:
             tuning.keep_loaded()  # for all tunings before any is undone, since it may fail
-        undone = []
-        for tuning in reversed(tunings):
-            guarding = guards.guard_of(tuning)
-            if guarding is not None:
-                guarding.retire()  # a retry that runs at this moment must not put the changes in force again
-            tuning.undo()
-            if self._tunings.forget(tuning):
-                undone.append(tuning)
+        undone = [tuning for tuning in reversed(tunings) if self._undo(tuning)]
         for tuning in reversed(undone):
             emit(Undone(tuning.receipt.what))
         return bool(tunings)
+
+    def _undo(self, tuning: Tuning) -> bool:
+        """Put an object back as it was loaded; return True unless another caller has done so."""
+        guarding = guards.guard_of(tuning)
+        if guarding is not None:
+            guarding.retire()  # a retry that runs at this moment must not put the changes in force again
+        tuning.undo()
+        return self._tunings.forget(tuning)
 
     @contextmanager
     def untouched(self, tuned: object) -> Generator[bool, None, None]:

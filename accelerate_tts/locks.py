@@ -12,8 +12,6 @@ import threading
 import weakref
 from typing import Any
 
-__all__ = ["all_locks", "lock", "rlock"]
-
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -38,7 +36,7 @@ def all_locks() -> list[Any]:
 
 def _after_fork() -> None:
     for each in all_locks():
-        each._at_fork_reinit()  # as the standard library does with its own locks locks
+        each._at_fork_reinit()  # as the standard library does with its own locks
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
-from accelerate_tts.errors import ModelError, PackError, SettingsError, shown
+from accelerate_tts.errors import ModelError, PackError, SettingsError, described, shown
 from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
 from accelerate_tts.lifecycle import LoadedObjects
 from accelerate_tts.locks import lock, rlock
@@ -25,15 +25,7 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.tuning.findings import Tuning
     from accelerate_tts.tuning.load_request import LoadRequest
-    from accelerate_tts.tuning.reload import Again
-
-__all__ = [
-    "PerformanceOptimizer",
-    "create_inference_context",
-    "get_performance_optimizer",
-    "receipt_of",
-    "replace_performance_optimizer",
-]
+    from accelerate_tts.tuning.reload import Reloader
 
 T = TypeVar("T")
 
@@ -57,7 +49,7 @@ class PerformanceOptimizer:
         self.settings = Settings.from_environment() if settings is None else settings
         self._lock = rlock()
         self._device: detect.DeviceInfo | None = None
-        self._hold: flags.Hold | None = None
+        self._hold: flags.HeldFlags | None = None
         self._loaded = LoadedObjects(self.settings, self._ready, partial(self.cleanup_memory, force=True))
 
     # --- device ----------------------------------------------------------------------------------------------
@@ -144,7 +136,7 @@ class PerformanceOptimizer:
             try:
                 change = CompiledCall(model, model_name, mode)
             except Exception as error:  # a torch without its compiler (a cut-down build) fails here
-                emit(FellBack(model_name, "torch.compile", f"{type(error).__name__}: {error}"))
+                emit(FellBack(model_name, "torch.compile", described(error)))
                 return model
             change.on()
             if warmup_input is not None and self.warmup_model(model, warmup_input):
@@ -187,7 +179,7 @@ class PerformanceOptimizer:
                         if call.variant is not None and getattr(model, "_compiled_call_impl", None) is not None:
                             call.variant()
         except Exception as error:  # any error of the model: the result is a bool, and the event has the reason
-            emit(WarmupFailed(name, f"{type(error).__name__}: {error}"))
+            emit(WarmupFailed(name, described(error)))
             return False
         emit(Warmed(name, time.perf_counter() - start))
         return True
@@ -212,7 +204,7 @@ class PerformanceOptimizer:
 
     def remembered(
         self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Again | None:
+    ) -> Reloader | None:
         """Remember what calling a load function again takes, before it is called. `None` where no need is."""
         if self.settings.guard_weights != "reload":
             return None
@@ -342,7 +334,7 @@ class PerformanceOptimizer:
             if force or memory.under_pressure(device):
                 memory.cleanup(device)
         except Exception as error:  # "never raises": a failing driver query must not break the user's call
-            emit(NotApplied("cleanup_memory", f"{type(error).__name__}: {error}"))
+            emit(NotApplied("cleanup_memory", described(error)))
 
 
 _accessor_lock = lock()

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CALL", "PROCESS", "READY", "Decision", "Head", "Kind", "ModelPlan", "Part", "Which"]
-
 Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
 """Kinds of parts: an autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow, a whole model.
 

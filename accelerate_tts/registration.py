@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from accelerate_tts.errors import message_of, shown
+from accelerate_tts.errors import described, shown
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from importlib.metadata import EntryPoint
-
-__all__ = ["Registry"]
 
 T = TypeVar("T")
 
@@ -94,7 +92,7 @@ class Registry(Generic[T]):
         try:
             return tuple(entry_points(group=self._group))
         except Exception as error:  # broken metadata of one package must not fail the user's load
-            emit(NotApplied(f"every plugin of {self._group}", f"{type(error).__name__}: {message_of(error)}"))
+            emit(NotApplied(f"every plugin of {self._group}", described(error)))
             return ()
 
     def _load(self, point: EntryPoint) -> None:
@@ -107,7 +105,7 @@ class Registry(Generic[T]):
         except Exception as error:  # a plugin must not fail the user's load
             self._entries = before
             what = f"the plugin {point.name} = {point.value} of {self._group}"
-            emit(NotApplied(what, f"{type(error).__name__}: {message_of(error)}"))
+            emit(NotApplied(what, described(error)))
 
 
 def _origin(value: object) -> object:

@@ -7,32 +7,14 @@ are set, the former wins. docs/OPTIMIZATIONS_SUMMARY.md lists them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from accelerate_tts.environment import flag, read
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.locks import lock
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-__all__ = [
-    "CompileMode",
-    "Mode",
-    "Precision",
-    "Settings",
-    "check_folder",
-    "check_mode",
-    "check_precision",
-    "check_tune_seconds",
-    "is_active",
-    "is_testing",
-    "set_active",
-    "testing",
-]
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Mode = Literal["inference", "no_grad", "none"]

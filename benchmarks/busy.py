@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_tts.tuning.disturbance import ThisMachine, Watcher
+from accelerate_tts.tuning.disturbance import Machine, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +163,7 @@ def one_try(arguments: argparse.Namespace, busy: int) -> dict[str, Any]:
 
 def wait_for_quiet() -> None:
     """Wait, a minute at most, until nobody else is at work: a machine has other neighbours than this command's."""
-    watcher = Watcher(ThisMachine(), torch.get_num_threads(), 60.0)
+    watcher = Watcher(Machine(), torch.get_num_threads(), 60.0)
     while not (watcher.wait() and watcher.look().quiet) and watcher.patience > 0:
         pass
 

@@ -29,8 +29,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from accelerate_tts import inference, optimized_model, receipt_of
-from accelerate_tts.cli.demo.backends import PlainBackend, _ids
-from accelerate_tts.cli.demo.phonemes import sentences
+from accelerate_tts.cli.demo.backends import PlainBackend
+from accelerate_tts.cli.demo.phonemes import sentences, to_ids
 
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
 PAUSE = 0.05
@@ -55,7 +55,7 @@ def demo() -> tuple[Any, torch.Tensor, Path, dict[str, Any]]:
     backend = PlainBackend()
     backend.load()
     model: Any = backend.voice.model
-    ids = _ids(backend.voice, sentences(TEXT)[0])
+    ids = to_ids(backend.voice, sentences(TEXT)[0])
     scales = np.array([0.0, 1.0, 0.0], np.float32)  # noise, length, noise of the durations
     return model, ids, model_path(), {"input": ids.numpy(), "input_lengths": np.array([ids.shape[1]]), "scales": scales}
 

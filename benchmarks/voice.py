@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from accelerate_tts import receipt_of
 from accelerate_tts.cli.demo.command import compare_backends
 from accelerate_tts.cli.demo.phonemes import sentences
-from accelerate_tts.cli.tables import print_receipt, table
+from accelerate_tts.cli.receipt import show
+from accelerate_tts.cli.tables import table
 from accelerate_tts.tuning.compare import spectral_distance
 
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
@@ -69,7 +70,7 @@ def main() -> None:
     console.print(table(comparison.rows(), "Plain against decorated, in turn", {"plain", "decorated"}))
     receipt = receipt_of(decorated)
     assert receipt is not None
-    print_receipt(receipt, console)
+    show(receipt, console)
     waves = []
     for backend in (plain, decorated):
         torch.manual_seed(0)

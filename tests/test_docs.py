@@ -6,6 +6,7 @@ framework that is not installed. A block that starts with "```python no-run" is 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import re
@@ -23,6 +24,10 @@ import pytest
 import torch
 
 from accelerate_tts.environment import VARIABLES
+from accelerate_tts.kernels.library import VARIABLE as KERNELS
+from accelerate_tts.stages.catalogue import default_stages
+from accelerate_tts.stages.process.constants import KeptConstants
+from accelerate_tts.tuning.policy import OVER_BUDGET
 from doubles import is_faster
 
 ROOT = Path(__file__).parents[1]
@@ -209,15 +214,112 @@ def test_every_page_with_code_is_run() -> None:
     assert with_code == {INTEGRATION, PERFORMANCE, SUMMARY}
 
 
-@pytest.mark.parametrize("name", [INTEGRATION, PERFORMANCE])
-def test_what_a_page_names_is_there(name: str) -> None:
-    page = (DOCS / name).read_text(encoding="utf-8")
-    for file in re.findall(r"(?:examples|benchmarks)/\w+\.py", page):
-        assert (ROOT / file).exists(), file
-    assert set(re.findall(r"\bACCELERATE_TTS_\w+", page)) <= VARIABLES
+# --- what the pages name exists ---------------------------------------------------------------------------------------
+
+# Files by their names as a page gives them: whole, or without the folders in front.
+FOLDERS = ("accelerate_tts", "benchmarks", "tests", "examples", "docs", ".ci", ".github")
+FILES = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+FILES |= {path.relative_to(ROOT) for path in ROOT.iterdir() if path.is_file()}
+NAMED = sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))])
+MADE_BY_RUNS = {"ENVIRONMENTS.md", "STRANGERS.md"}  # they quote the messages of upstream's packages
+# Files of the reader's own, of other projects, and of CONTRIBUTING's examples. 0001 has the folders before its move.
+OTHERS = re.compile(r"receipt\.json|xtts_v2/.*|voices/.*|voices\.json|llama\.cpp|.*snake(_vocoder)?\.py|.*/hpu\.py")
+BEFORE_A_MOVE = {"0001-the-house.md": re.compile(r"engine/.*|loading\.py")}
+
+
+@pytest.mark.parametrize("page", NAMED, ids=[page.name for page in NAMED])
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    variables = VARIABLES | {KERNELS, "ACCELERATE_TTS_PURE"}  # the last is hatch_build.py's
+    assert set(re.findall(r"\b(?:ACCELERATE_TTS|TRANSLATOR)_[A-Z]\w*", text)) <= variables
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"^make (\w+)|`make (\w+)", page, re.MULTILINE)):
-        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+    for target in re.findall(r"(?:`|^)make\s([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    if page.name in MADE_BY_RUNS:
+        return
+    for name in re.findall(r"(?<![\w/.-])[\w.-][\w./-]*\.(?:py|pyi|cpp|h|toml|j2|json|md|yml)\b(?!\w)", text):
+        moved = BEFORE_A_MOVE.get(page.name)
+        if OTHERS.fullmatch(name) or (moved and moved.fullmatch(name)):
+            continue
+        if name.startswith(".github/") and not (ROOT / ".github").exists():
+            continue  # an sdist has none
+        parts = Path(name).parts[Path(name).parts.count("..") :]
+        assert any(file.parts[-len(parts) :] == parts for file in FILES), f"{name} is not a file"
+    for name, file in re.findall(r"`(_?\w+)` (?:in|of)\s`([\w/]+\.py)`", text):
+        (path,) = [found for found in FILES if found.as_posix().endswith(f"/{file}") or found.as_posix() == file]
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", NAMED, ids=[page.name for page in NAMED])
+def test_every_command_and_option_that_a_page_shows_exists(page: Path) -> None:
+    from typer.main import get_command
+
+    from accelerate_tts.cli.app import app
+
+    text = re.sub(r"(`[^`\n]*)\n\s*([^`\n]*`)", r"\1 \2", page.read_text(encoding="utf-8"))  # a span over two lines
+    for line in re.findall(r"(?:^|`)accelerate-tts ([a-z][^`\n#]*)", text, re.MULTILINE):
+        command: Any = get_command(app)
+        words = line.split()
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, f"accelerate-tts {line}"
+            command = command.commands[words.pop(0)]
+        options = {"--help"} | {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        given = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options, f"accelerate-tts {line}"
+    for script, rest in re.findall(r"\b(benchmarks/[\w/]+\.py)([^`\n#,;)]*)", text):
+        code = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r" (--[a-z][a-z-]*)", rest):
+            assert f'"{option}"' in code, f"{script} has no {option}"
+
+
+def test_the_performance_page_lists_the_stages_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / PERFORMANCE).read_text(encoding="utf-8")
+    section = page[page.index("## The stages") : page.index("Stages that exclude each other")]
+    openings = re.findall(r"^- ((?:[^:]|\n)*?):\s", section, re.MULTILINE)
+    listed = {" ".join(name.split()) for opening in openings for name in re.findall(r"`([^`]+)`", opening)}
+    halves = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
+    monkeypatch.setattr("accelerate_tts.device.half_dtypes.half_dtypes", lambda kind: halves[kind])
+    stages = [stage for device in halves for stage in default_stages(device, "default", "fast")]
+    kernels = re.compile(r"(int8 linear layers) \(.*\)")  # which of them there are depends on the machine
+    assert listed - {"balanced", "fast"} == {KeptConstants.name} | {kernels.sub(r"\1", stage.name) for stage in stages}
+
+
+# What torch says itself, or asks about a call.
+OF_TORCH = ("InvalidCxxCompiler", "Inference tensors")
+
+
+def quoted() -> Iterator[str]:
+    """The messages at the head of the items of both troubleshooting sections, in pieces without values."""
+    for name, head in ((PERFORMANCE, "## Troubleshooting"), (INTEGRATION, "## Common problems")):
+        page = (DOCS / name).read_text(encoding="utf-8")
+        for item in re.findall(r"^- ((?:`[^`]+`[,;: ]*\n?\s*)+)", page[page.index(head) :], re.MULTILINE):
+            for message in re.findall(r"`([^`]+)`", item):
+                text = re.sub(r"^(rejected|note|failed|stopped|\w+Error): ", "", " ".join(message.split()))
+                pieces = re.split(r"\.\.\.|\b\d[\d.]*x?|\ba, b\b|\btfmr\b|: |, |(?= is off)|(?= did not return)", text)
+                yield from (piece.strip(" :,()") for piece in pieces if not text.startswith(OF_TORCH))
+
+
+def said(source: str) -> Iterator[str]:
+    """The texts in a file's code, with nothing in place of the values."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(
+                CONSTANTS.get(ast.unparse(part.value), "\0") if isinstance(part, ast.FormattedValue) else part.value
+                for part in node.values
+                if isinstance(part, (ast.Constant, ast.FormattedValue))
+            )
+
+
+CONSTANTS = {"OVER_BUDGET": OVER_BUDGET}
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    messages = {text for file in FILES if file.parts[0] == "accelerate_tts" and file.suffix == ".py"
+                for text in said((ROOT / file).read_text(encoding="utf-8"))}  # fmt: skip
+    unknown = {piece for piece in quoted() if len(piece) > 3 and not any(piece in text for text in messages)}
+    assert unknown == set()
 
 
 def test_decisions_that_files_name_are_there() -> None:

@@ -168,6 +168,7 @@ def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any])
     other = page.page(several, {"one": row(checks=[check(same_tokens=False, step=None, error=None)])})
     assert "**t3: other tokens**" in other
     assert "**other tokens**" in other
+    assert "**t3: without kernels**" in page.page(several, {"one": row(checks=[check(kernels="none")])})
 
 
 def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
@@ -178,6 +179,8 @@ def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
     assert not made(failed="no memory").good
     assert not made(checks=[check(failed="no memory")]).good
     assert not made(checks=[check(same_tokens=False)]).good
+    assert not made(checks=[check(kernels="none")]).good
+    assert made(checks=[check(kernels="avx2")]).good
     assert not made(tests={**row()["tests"], "failed": 1}).good
     assert json.loads(made(checks=[check(error=float("inf"))]).as_json())["checks"][0]["error"] is None
 

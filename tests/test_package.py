@@ -102,6 +102,24 @@ def test_every_public_name_is_there_and_documented() -> None:
         _ = accelerate_tts.speed_up  # type: ignore[attr-defined]
 
 
+def test_errors_of_public_functions_are_public() -> None:
+    from accelerate_tts import errors
+
+    own = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert "WarmupError" in own
+    assert set(own) <= set(dir(accelerate_tts))
+
+
+def test_no_two_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    root = Path(accelerate_tts.__file__).parent
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(f"{file.relative_to(root)}:{node.lineno}")
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     help(accelerate_tts)
     page = capsys.readouterr().out

@@ -24,7 +24,7 @@ CALLS = {
     "importlib.machinery.ExtensionFileLoader",
 }  # fmt: skip
 # The one starts Python for each variant of a benchmark; the other knows by its class what inductor waits for.
-STARTS_PROGRAMS = {"cli/bench/processes.py", "tuning/compile_timeout.py"}
+STARTS_PROGRAMS = {"cli/bench/processes.py", "runtime/compile_timeout.py"}
 
 
 def found_in(source: str, name: str) -> Iterator[str]:

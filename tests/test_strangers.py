@@ -6,6 +6,7 @@ That the systems work decorated is shown by `make strangers`, which runs each of
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_outputs_are_compared_leaf_by_leaf(scripts: Any) -> None:
     broken = torch.tensor([1.0, float("nan"), 1.0, 1.0])
     assert run.difference([broken], [broken.clone()])[0] == 0.0
     assert run.difference([wave], [broken])[0] == float("inf")
+
+
+def test_results_name_no_folder_of_this_machine(scripts: Any) -> None:
+    run, _ = scripts
+    said = f'File "{FOLDER}/run.py", line 1; {Path(torch.__file__)}: {Path.home()}/a'
+    assert run.without_folders(said) == 'File "benchmarks/strangers/run.py", line 1; torch/__init__.py: a'
+    for page in (FOLDER / "results.json", FOLDER.parents[1] / "docs" / "STRANGERS.md"):
+        assert not re.search(r"/(site-packages|home|root|tmp)/|/benchmarks/strangers/", page.read_text("utf-8")), page
 
 
 @pytest.mark.parametrize(

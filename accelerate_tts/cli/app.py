@@ -15,8 +15,6 @@ from accelerate_tts.errors import AccelerateTTSError, SettingsError, printable
 if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
-__all__ = ["app"]
-
 app = typer.Typer(
     name="accelerate-tts",
     help="Make a PyTorch text-to-speech backend start warm, run faster and stay correct.",

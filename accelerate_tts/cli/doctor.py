@@ -9,22 +9,19 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.device import cpu, detect, memory, setup
-from accelerate_tts.errors import SettingsError, printable
+from accelerate_tts.errors import SettingsError, described, printable
+from accelerate_tts.packs.compiler_cache import cache_folder
 from accelerate_tts.settings import Settings, is_active
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-__all__ = ["Finding", "examine", "run"]
 
 Verdict = Literal["ok", "info", "warning", "problem"]
 
@@ -84,7 +81,7 @@ def examine() -> Iterator[Finding]:
             yield from look()
         except Exception as error:  # the doctor must be able to report on a broken installation
             name = look.__name__.strip("_")
-            yield Finding(name, "problem", f"{type(error).__name__}: {error}", "this could not be examined")
+            yield Finding(name, "problem", described(error), "this could not be examined")
 
 
 def _versions() -> Iterator[Finding]:
@@ -221,7 +218,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _inductor_folder())
+    folder = cache_folder()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     text = f"{folder} ({free / _GIB:.0f} GiB free)"
@@ -243,15 +240,6 @@ def _cache() -> Iterator[Finding]:
     little = free < _LITTLE_DISK
     mend = f"free at least {_LITTLE_DISK // _GIB} GiB, or set TORCHINDUCTOR_CACHE_DIR elsewhere" if little else ""
     yield Finding("cache folder", "warning" if little else "ok", text, mend)
-
-
-def _inductor_folder() -> str:
-    # A private function, but the only source of the default folder; without it the folder that torch documents.
-    try:
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-    except ImportError:
-        return str(Path(tempfile.gettempdir()) / "torchinductor")
-    return str(default_cache_dir())
 
 
 def _extras() -> Iterator[Finding]:

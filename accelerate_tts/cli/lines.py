@@ -6,8 +6,6 @@ import sys
 
 from accelerate_tts.errors import printable
 
-__all__ = ["cleaned", "say"]
-
 
 def cleaned(line: str) -> str:
     """A line without control characters. Its spaces stay, since tables are laid out with them."""

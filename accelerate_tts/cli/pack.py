@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich.filesize import decimal
 
@@ -14,11 +14,6 @@ from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import PackError, printable
 from accelerate_tts.packs.store import pack_folder, pack_store
 from accelerate_tts.settings import Settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["clear", "export", "load", "show"]
 
 
 def show(as_json: bool) -> None:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.receipts.receipt import StageResult
 
-__all__ = ["ReceiptFileError", "load", "run", "show"]
-
 _MEND = "give a file that receipt.save('NAME.json') wrote"
 _TABLE_WIDTH = 60  # columns; narrower terminals have no room for names beside figures, and get lines instead
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from rich.console import ConsoleOptions, RenderableType
 
-__all__ = ["Terminal"]
-
 
 class Terminal(Console):
     """A rich console that prints texts literally: no markup, no emoji codes, no control characters.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["groups", "read"]
-
 
 def groups(controller: str, root: Path | str = "/") -> Iterator[tuple[Path, int]]:
     """Yield the folders whose limits apply to this process, with their cgroup version: its group and the parents.

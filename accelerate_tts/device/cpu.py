@@ -12,8 +12,6 @@ from pathlib import Path
 
 from accelerate_tts.device.cgroup import groups, read
 
-__all__ = ["affinity_cpus", "quota_cpus", "recommended_threads", "thread_environment", "usable_cpus"]
-
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.flags import Flag
 
-__all__ = ["SPECS", "DeviceInfo", "DeviceSpec", "detect", "register_device", "spec_of"]
-
 
 @dataclass(frozen=True)
 class DeviceInfo:
@@ -42,14 +40,6 @@ Wanted: TypeAlias = "list[tuple[Flag, Any]]"
 """Flags with their wanted values."""
 
 
-def _nothing(_: object) -> Wanted:
-    return []
-
-
-def _unknown(_: object) -> int | None:
-    return None
-
-
 @dataclass(frozen=True)
 class DeviceSpec:
     """Properties of one type of device. Its other functions are those of torch's module of that name.
@@ -71,11 +61,11 @@ class DeviceSpec:
     type: str
     probe: Callable[[], DeviceInfo | None]
     compile_mode: str | None = "default"
-    call_flags: Callable[[Settings], Wanted] = _nothing
-    setup_flags: Callable[[Settings], Wanted] = _nothing
+    call_flags: Callable[[Settings], Wanted] = lambda _: []
+    setup_flags: Callable[[Settings], Wanted] = lambda _: []
     half_dtypes: Callable[[], tuple[torch.dtype, ...]] = tuple
-    free_bytes: Callable[[DeviceInfo], int | None] = _unknown
-    batch_size: Callable[[DeviceInfo], int | None] = _unknown
+    free_bytes: Callable[[DeviceInfo], int | None] = lambda _: None
+    batch_size: Callable[[DeviceInfo], int | None] = lambda _: None
 
 
 SPECS: Registry[DeviceSpec] = Registry("accelerate_tts.device.kinds")

@@ -10,8 +10,6 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["move_to_file"]
-
 _MAP_FIXED = 0x10  # mmap(2), Linux; Python's mmap does not place a mapping
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 # If a page cannot be read again, since a server or a helper process is gone, SIGBUS ends this process.

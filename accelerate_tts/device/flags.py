@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.errors import described
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import rlock
 
@@ -19,19 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from typing_extensions import Self
-
-__all__ = [
-    "CUDNN_BENCHMARK",
-    "CUDNN_TF32",
-    "MATMUL_PRECISION",
-    "TORCH_FLAGS",
-    "TORCH_THREADS",
-    "Flag",
-    "Hold",
-    "environment",
-    "held",
-    "hold",
-]
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ _held: dict[Flag, _Held] = {}
 _numbers = iter(range(1, 2**62))
 
 
-class Hold:
+class HeldFlags:
     """A set of flags that is held until `release()`, or until the end of its `with` block."""
 
     def __init__(self, number: int, flags: tuple[Flag, ...]) -> None:
@@ -76,7 +64,7 @@ class Hold:
                 try:
                     _let_go(flag, self._number)
                 except Exception as error:  # the other flags must still be restored
-                    emit(NotApplied(f"restoring {flag.name}", f"{type(error).__name__}: {error}"))
+                    emit(NotApplied(f"restoring {flag.name}", described(error)))
 
     def __enter__(self) -> Self:
         return self
@@ -98,8 +86,8 @@ def _let_go(flag: Flag, number: int) -> None:
         flag.write(next(reversed(held.values.values())))
 
 
-def hold(wanted: Iterable[tuple[Flag, Any]]) -> Hold:
-    """Set each flag's value until the returned `Hold` is released.
+def hold(wanted: Iterable[tuple[Flag, Any]]) -> HeldFlags:
+    """Set each flag's value until the returned `HeldFlags` is released.
 
     If a write raises, the flags written so far are restored and the exception is raised.
     """
@@ -115,24 +103,28 @@ def hold(wanted: Iterable[tuple[Flag, Any]]) -> Hold:
                 done.append(flag)
                 flag.write(value)
         except BaseException:
-            Hold(number, tuple(done)).release()
+            HeldFlags(number, tuple(done)).release()
             raise
-        return Hold(number, tuple(done))
+        return HeldFlags(number, tuple(done))
 
 
 # --- torch's flags -------------------------------------------------------------------------------------------
 
 
-def _matmul_backends() -> list[Any]:
+def _torch() -> Any:
     import torch
 
+    return torch
+
+
+def _matmul_backends() -> list[Any]:
+    torch = _torch()
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
 def _save_matmul() -> Any:
-    import torch
-
+    torch = _torch()
     new_style = [(backend, backend.fp32_precision) for backend in _matmul_backends()]
     try:
         return torch.get_float32_matmul_precision(), new_style
@@ -148,10 +140,8 @@ def _save_matmul() -> Any:
 
 
 def _restore_matmul(saved: Any) -> None:
-    import torch
-
     precision, backends = saved
-    torch.set_float32_matmul_precision(precision)
+    _write_matmul(precision)
     _restore_new_style(backends)
 
 
@@ -163,31 +153,21 @@ def _restore_new_style(backends: list[tuple[Any, str]]) -> None:
             backend.fp32_precision = value
 
 
-def _write_matmul(value: Any) -> None:
-    import torch
-
-    # set_float32_matmul_precision is the only interface that works in all releases from torch 2.6 on.
-    torch.set_float32_matmul_precision(value)
-
-
 def _cudnn_operators() -> list[Any]:
-    import torch
-
-    operators = [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
+    operators = [getattr(_torch().backends.cudnn, name, None) for name in ("conv", "rnn")]
     return [operator for operator in operators if hasattr(operator, "fp32_precision")]
 
 
 def _save_cudnn_tf32() -> Any:
-    import torch
-
+    cudnn = _torch().backends.cudnn
     new_style = [(operator, operator.fp32_precision) for operator in _cudnn_operators()]
     try:
-        return torch.backends.cudnn.allow_tf32, new_style
+        return cudnn.allow_tf32, new_style
     except RuntimeError:  # torch >= 2.9 refuses this read after the two interfaces were mixed
         for operator, _ in new_style:
             operator.fp32_precision = "tf32"
         try:
-            return torch.backends.cudnn.allow_tf32, new_style  # with "tf32" in both, readable only if it is True
+            return cudnn.allow_tf32, new_style  # with "tf32" in both, readable only if it is True
         except RuntimeError:
             return False, new_style
         finally:
@@ -201,40 +181,27 @@ def _restore_cudnn_tf32(saved: Any) -> None:
 
 
 def _write_cudnn_tf32(value: Any) -> None:
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = value
+    _torch().backends.cudnn.allow_tf32 = value
 
 
 def _write_benchmark(value: Any) -> None:
-    import torch
-
     # Not `cudnn.flags(benchmark=True)`: its `enabled` defaults to False, which disables cuDNN.
-    torch.backends.cudnn.benchmark = value
+    _torch().backends.cudnn.benchmark = value
 
 
-def _save_benchmark() -> Any:
-    import torch
-
-    return torch.backends.cudnn.benchmark
+def _write_matmul(value: Any) -> None:
+    # The only interface that works in all releases from torch 2.6 on.
+    _torch().set_float32_matmul_precision(value)
 
 
 def _write_threads(value: Any) -> None:
-    import torch
-
-    torch.set_num_threads(value)
-
-
-def _save_threads() -> Any:
-    import torch
-
-    return torch.get_num_threads()
+    _torch().set_num_threads(value)
 
 
 MATMUL_PRECISION = Flag("TF32 matrix products", _write_matmul, _save_matmul, _restore_matmul)
 CUDNN_TF32 = Flag("TF32 convolutions", _write_cudnn_tf32, _save_cudnn_tf32, _restore_cudnn_tf32)
-CUDNN_BENCHMARK = Flag("cuDNN autotune", _write_benchmark, _save_benchmark, _write_benchmark)
-TORCH_THREADS = Flag("CPU threads", _write_threads, _save_threads, _write_threads)
+CUDNN_BENCHMARK = Flag("cuDNN autotune", _write_benchmark, lambda: _torch().backends.cudnn.benchmark, _write_benchmark)
+TORCH_THREADS = Flag("CPU threads", _write_threads, lambda: _torch().get_num_threads(), _write_threads)
 TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
 
 

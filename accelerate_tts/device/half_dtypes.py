@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["half_dtypes"]
-
-
 def half_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     """Return the half-precision dtypes that a device computes in, best first; none if they would be emulated."""
     return spec_of(device_type).half_dtypes()

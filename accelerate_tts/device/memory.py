@@ -5,20 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate_tts.device.cgroup import groups, read
-from accelerate_tts.device.detect import spec_of
+from accelerate_tts.device.detect import DeviceInfo, spec_of
+from accelerate_tts.errors import described
 from accelerate_tts.events import NotApplied, emit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from accelerate_tts.device.detect import DeviceInfo
-
-__all__ = ["cgroup_headroom", "cleanup", "free_bytes", "free_host_bytes", "peak_of", "resident_bytes", "under_pressure"]
 
 # Share of free memory below which a clean-up is worth its cost (a collection takes 50-200 ms with models loaded).
 _PRESSURE = 0.10
@@ -107,7 +101,7 @@ def cleanup(device: DeviceInfo) -> None:
         try:
             step()
         except Exception as error:  # a clean-up must never fail the user's call
-            emit(NotApplied(f"clean-up step {name!r}", f"{type(error).__name__}: {error}"))
+            emit(NotApplied(f"clean-up step {name!r}", described(error)))
 
 
 @lru_cache(maxsize=1)

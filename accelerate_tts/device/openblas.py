@@ -17,8 +17,6 @@ from typing import Any
 
 from accelerate_tts.device.flags import Flag
 
-__all__ = ["BLAS_THREADS", "busy_libraries"]
-
 # Builds differ in a prefix (SciPy's wheels) and a suffix (64-bit integers).
 _NAMES = [
     (f"{prefix}openblas_get_num_threads{suffix}", f"{prefix}openblas_set_num_threads{suffix}")
@@ -27,7 +25,7 @@ _NAMES = [
 ]
 
 
-class Library:
+class BlasLibrary:
     """One loaded OpenBLAS."""
 
     def __init__(self, path: str, get: Any, set_: Any) -> None:
@@ -50,7 +48,7 @@ def busy_libraries() -> list[str]:
     return [library.path for library in loaded_libraries() if library.threads > 1]
 
 
-def loaded_libraries() -> list[Library]:
+def loaded_libraries() -> list[BlasLibrary]:
     """Return the OpenBLAS libraries that are loaded now."""
     found = (opened(path) for path in loaded_paths())
     return [library for library in found if library is not None]
@@ -67,7 +65,7 @@ def loaded_paths() -> list[str]:
     return sorted(path for path in paths if ".so" in path)
 
 
-def opened(path: str) -> Library | None:
+def opened(path: str) -> BlasLibrary | None:
     """Return the loaded library of this path; `None` if it is not loaded, or no OpenBLAS."""
     try:
         # Finds the loaded library without loading one: if its file was replaced or removed since (by an upgrade under a
@@ -77,7 +75,7 @@ def opened(path: str) -> Library | None:
         return None
     for getter, setter in _NAMES:
         if hasattr(library, getter) and hasattr(library, setter):
-            return Library(path, getattr(library, getter), getattr(library, setter))
+            return BlasLibrary(path, getattr(library, getter), getattr(library, setter))
     return None
 
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from accelerate_tts.device.flags import Flag
     from accelerate_tts.settings import Settings
 
-__all__ = ["call_flags", "compile_mode", "setup_flags"]
-
 
 def call_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]]:
     """Return the flags that make calls on `device` faster, which `fast_inference()` holds."""

@@ -14,8 +14,6 @@ from pathlib import Path
 from accelerate_tts.device.cgroup import groups, read
 from accelerate_tts.device.cpu import affinity_cpus
 
-__all__ = ["TICK", "Usage", "usage", "waited"]
-
 TICK = 0.01
 """Resolution in seconds of the system's processor times, which count in hundredths."""
 

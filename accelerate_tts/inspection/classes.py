@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["class_of", "is_bias", "is_torchs_linear", "plain_class"]
-
 PLAIN = "_accelerate_tts_plain"
 
 
@@ -37,7 +35,11 @@ def is_bias(bias: Any, outputs: int) -> bool:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class beneath all class swaps."""
-    cls = type(module)
+    return beneath_swaps(type(module))
+
+
+def beneath_swaps(cls: type[Any]) -> type[Any]:
+    """Return the class that class swaps have derived a class from."""
     while PLAIN in vars(cls):
         cls = vars(cls)[PLAIN]
     return cls

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["find_modules", "reachable_modules"]
-
 _PLAIN = (str, bytes, int, float, complex, type(None))
 # Search depth. Chatterbox, XTTS and transformers' pipelines need two levels; a backend that holds such an object needs
 # one or two more.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-__all__ = ["calls_others", "foreign_hooks", "has_hooks", "is_analyzer", "is_capture", "parameters_of"]
-
 
 def parameters_of(cls: Any) -> list[str]:
     """Return the parameter names of a class's forward, without `self` and `**kwargs`."""

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.utils._device import DeviceContext
 
-__all__ = ["is_traced", "is_watched"]
-
 _is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 _core: Any = torch._C
 _tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack

@@ -14,8 +14,6 @@ from accelerate_tts.kernels.weight_formats import is_transposed
 if TYPE_CHECKING:
     from accelerate_tts.kernels.weight_formats import Weights
 
-__all__ = ["Anatomy", "anatomies"]
-
 # Known by class name, since shapes do not show what else another class may do.
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 _HIGGS = {"HiggsAudioV2DecoderLayer"}

@@ -29,8 +29,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BuildError", "NoCompilerError", "build", "write_commands"]
-
 _HERE = Path(__file__).parent
 TOKENS = ("skinny_gemm", "decoder_block")
 SEQUENCES = ("packed_gemm", "transformer_block", "residual_block")

@@ -21,8 +21,6 @@ from accelerate_tts.kernels.structs import FORMATS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decoder_blocks", "multiplies_in_bf16", "residual_block", "skinny_linear", "transformer_block"]
-
 
 def decoder_blocks() -> Callable[..., None]:
     """Return the kernel for one token through blocks: `(blocks, tokens, count, threads)`, see decoder_block.py.

@@ -25,8 +25,6 @@ from accelerate_tts.kernels.structs import ABI_VERSION, expected, library_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["KernelError", "Library", "kernels", "level", "load", "missing"]
-
 VARIABLE = "ACCELERATE_TTS_KERNELS"
 NONE = "none"
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["PANEL", "Kept", "Kernel", "are_plain", "is_fp32", "of_class"]
-
 PANEL = 64
 """Outputs of a panel. Sizes of supported layers are multiples of it."""
 

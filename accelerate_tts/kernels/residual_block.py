@@ -14,14 +14,11 @@ from accelerate_tts.kernels.calls import residual_block
 from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
 
-__all__ = ["RESIDUAL"]
-
-
 _Block, _Call = STRUCTS["ResidualBlock"], STRUCTS["ResidualCall"]
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _ResidualParts:
     first: Any
     norm1: Any
     second: Any
@@ -35,7 +32,7 @@ _BLOCK, _HALF, _CONVOLUTION = "CausalResnetBlock1D", "CausalBlock1D", "CausalCon
 _FRAMES = 3
 
 
-def _taken_apart(block: Any) -> _Parts | None:
+def _taken_apart(block: Any) -> _ResidualParts | None:
     halves = block.block1, block.block2
     convolutions, norms = [], []
     for half in halves:
@@ -48,11 +45,11 @@ def _taken_apart(block: Any) -> _Parts | None:
             return None
         convolutions.append(convolution)
         norms.append(norm)
-    parts = _Parts(convolutions[0], norms[0], convolutions[1], norms[1], block.res_conv, block.mlp)
+    parts = _ResidualParts(convolutions[0], norms[0], convolutions[1], norms[1], block.res_conv, block.mlp)
     return parts if _can_be_served(parts) else None
 
 
-def _can_be_served(parts: _Parts) -> bool:
+def _can_be_served(parts: _ResidualParts) -> bool:
     convolutions, norms = (parts.first, parts.second, parts.beside), (parts.norm1, parts.norm2)
     if any(norm.weight is None or norm.bias is None for norm in norms) or not are_plain((*convolutions, *norms)):
         return False
@@ -69,10 +66,10 @@ def _can_be_served(parts: _Parts) -> bool:
     )  # fmt: skip
 
 
-class _Described(Kept):
+class _DescribedResidual(Kept):
     """A block's struct, and the tensors that it points to."""
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: _ResidualParts) -> None:
         super().__init__()
         self.outputs, self.channels = (int(size) for size in parts.first.weight.shape[:2])
         self.time = parts.time
@@ -88,7 +85,7 @@ class _Described(Kept):
         return self.dense(layer.weight.permute(0, 2, 1).reshape(layer.weight.shape[0], -1), layer.bias)
 
 
-def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
+def _serve(block: _DescribedResidual, named: dict[str, Any]) -> torch.Tensor | None:
     x, mask, embedded = (named.get(name) for name in ("x", "mask", "time_emb"))
     if len(named) != 3 or not is_fp32(x) or x.dim() != 3 or x.shape[1] != block.channels:  # type: ignore[union-attr]  # noqa: PLR2004
         return None  # upstream may raise its own error
@@ -107,6 +104,6 @@ def _serve(block: _Described, named: dict[str, Any]) -> torch.Tensor | None:
     return y
 
 
-RESIDUAL = Kernel("residual blocks", of_class(_BLOCK, _taken_apart), _Described, _serve)
+RESIDUAL = Kernel("residual blocks", of_class(_BLOCK, _taken_apart), _DescribedResidual, _serve)
 """Residual blocks: twice a causal convolution of three frames, LayerNorm and Mish. The time embedding is added between
 them, and the residual path has a convolution."""

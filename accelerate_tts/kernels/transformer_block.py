@@ -14,9 +14,6 @@ from accelerate_tts.kernels.calls import transformer_block
 from accelerate_tts.kernels.packed import PANEL, Kept, Kernel, are_plain, is_fp32, of_class
 from accelerate_tts.kernels.structs import STRUCTS
 
-__all__ = ["TRANSFORMER"]
-
-
 _Block, _Call = STRUCTS["TransformerBlock"], STRUCTS["TransformerCall"]
 
 

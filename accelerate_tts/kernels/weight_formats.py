@@ -9,8 +9,6 @@ from accelerate_tts.inspection.classes import plain_class
 if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
-__all__ = ["FORMATS", "MOST_ROWS", "Weights", "formats_under", "in_bf16", "in_int8", "int8_scales", "is_transposed"]
-
 Weights = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
 """Storage formats, fewest bytes first."""

@@ -6,23 +6,18 @@ example.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from accelerate_tts.errors import message_of
+from accelerate_tts.errors import described
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.inspection.object_tree import members_of as members
 from accelerate_tts.models import generic
-from accelerate_tts.models.catalogue import SYSTEMS, register_system
+from accelerate_tts.models.catalogue import SYSTEMS, SystemEntry, register_system
 from accelerate_tts.models.named import Known
 from accelerate_tts.plan import ModelPlan, Part
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from accelerate_tts.models.catalogue import System
 
 __all__ = ["Known", "Part", "describe", "register_system"]
 
@@ -54,16 +49,16 @@ def describe(subject: object, only: Collection[nn.Module] | None = None) -> Mode
     return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
 
 
-def _parts(system: System, name: str, path: str, module: nn.Module) -> tuple[Part, ...]:
+def _parts(system: SystemEntry, name: str, path: str, module: nn.Module) -> tuple[Part, ...]:
     try:
         return tuple(system.parts(path, module))
     except Exception as error:  # a system of another package must not fail the user's load
-        reason = f"{type(error).__name__}: {message_of(error)}; its parts are found by watching"
+        reason = f"{described(error)}; its parts are found by watching"
         emit(NotApplied(f"the plan for {name}", reason))
         return generic.parts(path, module)
 
 
-def _say_what_is_not_known(subject: object, known: Collection[str], systems: Mapping[str, System]) -> None:
+def _say_what_is_not_known(subject: object, known: Collection[str], systems: Mapping[str, SystemEntry]) -> None:
     """Emit an event for each upstream package with an object in which no module has a known class."""
     holders: dict[str, tuple[str, ...]] = {}
     for system in systems.values():

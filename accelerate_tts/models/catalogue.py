@@ -14,13 +14,11 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["SYSTEMS", "System", "register_system"]
-
 _Parts = TypeVar("_Parts", bound="Callable[[str, nn.Module], tuple[Part, ...]]")
 
 
 @dataclass(frozen=True)
-class System:
+class SystemEntry:
     """A registered class of a system.
 
     Attributes:
@@ -34,7 +32,7 @@ class System:
     holders: tuple[str, ...] = ()
 
 
-SYSTEMS: Registry[System] = Registry("accelerate_tts.models", "accelerate_tts.systems")
+SYSTEMS: Registry[SystemEntry] = Registry("accelerate_tts.models", "accelerate_tts.systems")
 """Systems by the names of their classes."""
 
 
@@ -65,7 +63,7 @@ def register_system(*classes: str, package: str = "", holders: tuple[str, ...] =
         if not callable(parts):
             raise TypeError(f"@register_system needs a function of a path and a module, got {shown(parts)}")
         for name in classes:
-            SYSTEMS.add(name, System(parts, package, holders))
+            SYSTEMS.add(name, SystemEntry(parts, package, holders))
         return parts
 
     return registered

@@ -11,8 +11,6 @@ from accelerate_tts.models.named import Known
 if TYPE_CHECKING:
     from accelerate_tts.plan import Kind
 
-__all__ = ["t3", "token_to_mel", "token_to_wave"]
-
 _RELEASES = "chatterbox-tts 0.1.1 to 0.1.7, chatterbox-light 1.0"
 _registered = partial(register_system, package="chatterbox", holders=("Chatterbox",))
 

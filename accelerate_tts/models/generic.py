@@ -12,8 +12,6 @@ from accelerate_tts.stages.decode.growing_cache import decoders
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["parts", "refine", "refiner"]
-
 # A module is divided if the called modules inside it explain this share of its time.
 _EXPLAINED = 0.8
 # From this many layers of one class on, they are one part: thirty decoder layers are not thirty decisions.

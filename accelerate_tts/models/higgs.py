@@ -5,8 +5,6 @@ from __future__ import annotations
 from accelerate_tts.models.catalogue import register_system
 from accelerate_tts.models.named import Known
 
-__all__ = ["boson", "codec", "parts"]
-
 # The two heads are small beside the decoder, and `generate` calls the whole model with ids that each step changes.
 parts = register_system("HiggsAudioV2ForConditionalGeneration")(
     Known(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.models import generic
 from accelerate_tts.plan import CALL, Head, Kind, Part
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["Known"]
 
 
 @dataclass(frozen=True)

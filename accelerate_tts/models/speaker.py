@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["parts"]
-
 # `embed_utterance` and `inference` call them as modules. One LSTM takes nearly all of the time, and the module around
 # it returns what can be compared: an embedding.
 _RESEMBLYZER = Known("the speaker encoder", "resemblyzer 0.1", {"": "encoder"}, needs=("lstm", "linear"))

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["coqui", "parts"]
-
 # The outputs of these two become durations, which are rounded up to whole frames. The flow and the vocoder also run at
 # synthesis; `posterior_encoder` is used in training only.
 _DECIDE = frozenset({"text_encoder", "duration_predictor"})

@@ -5,8 +5,6 @@ from __future__ import annotations
 from accelerate_tts.models.catalogue import register_system
 from accelerate_tts.models.named import Known
 
-__all__ = ["parts"]
-
 # `gpt.gpt` is also `gpt.gpt_inference.transformer`: `generate` and the stream use the latter, the pass for the latents
 # the former, so the vocoder reads the hidden states, too. `speaker_encoder` and the conditioning run once a voice, and
 # are not optimised.

@@ -20,16 +20,12 @@ import tarfile
 import tempfile
 import weakref
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, cast
 
-from accelerate_tts.errors import abridged, message_of
+from accelerate_tts.errors import abridged, described
 from accelerate_tts.storage.files import BadFileError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["Snapshot", "pack", "snapshot", "unpack"]
 
 
 class Snapshot(frozenset[str]):
@@ -106,7 +102,7 @@ def unpack(archive: bytes, most: int = _MOST_BYTES) -> int:
         ):
             return sum(_unpacked(content, entry, most) for entry in content)
     except _UNREADABLE as error:
-        raise BadFileError(f"the compiled code is damaged: {type(error).__name__}: {message_of(error)}") from error
+        raise BadFileError(f"the compiled code is damaged: {described(error)}") from error
 
 
 _UNREADABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError, OverflowError)

@@ -18,8 +18,6 @@ from typing import Any
 
 from accelerate_tts.storage.files import BadFileError
 
-__all__ = ["LINE_LIMIT", "MAGIC", "MOST_DECISIONS", "Pack", "mac", "sealed", "unpack"]
-
 MAGIC = b"accelerate-tts pack 1\n"
 LINE_LIMIT = 1024
 """Maximum bytes of a line; the longest key, two sizes and two digests are below 400."""

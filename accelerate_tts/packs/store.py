@@ -25,8 +25,6 @@ from accelerate_tts.storage.lru_folder import LruFolder
 if TYPE_CHECKING:
     from accelerate_tts.settings import Settings
 
-__all__ = ["PackInfo", "PackStore", "pack_folder", "pack_store"]
-
 _EXPORT_MAGIC = b"accelerate-tts packs 1\n"
 _EXPORT_ENTRY = re.compile(rb"([0-9a-f]{16,128}) ([0-9]{1,15})\n")
 _EXPORT_END = b"end\n"

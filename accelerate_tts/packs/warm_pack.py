@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from accelerate_tts._version import __version__
+from accelerate_tts.errors import described
 from accelerate_tts.events import PackIgnored, Restored, Retuned, emit
 from accelerate_tts.kernels.library import level
 from accelerate_tts.packs import compiler_cache
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.baseline import Baseline
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
-
-__all__ = ["WarmPack"]
 
 # Version of the decisions. Version 1 does not mark uncertain verdicts.
 _FORMAT = 2
@@ -106,7 +105,7 @@ class WarmPack:
                 pack_store(settings), plan, key, settings.tune_seconds, compiler_cache.snapshot(), settings.retune
             )
         except Exception as error:  # a pack is optional: without it the object is tuned
-            emit(PackIgnored(f"the warm pack of {plan.what}", f"{type(error).__name__}: {error}"))
+            emit(PackIgnored(f"the warm pack of {plan.what}", described(error)))
             return None
 
     def restore(
@@ -141,7 +140,7 @@ class WarmPack:
         except Exception as error:  # see `of`
             ledger.off()
             if not isinstance(error, _WarmupFailedError):  # tuning will report the same error
-                emit(PackIgnored(f"the warm pack of {self.plan.what}", f"{type(error).__name__}: {error}"))
+                emit(PackIgnored(f"the warm pack of {self.plan.what}", described(error)))
             return None
         except BaseException:
             ledger.off()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["BaseChange"]
-
 
 class BaseChange:
     """Base class of changes that compile nothing."""

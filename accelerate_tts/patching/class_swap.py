@@ -14,36 +14,13 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from accelerate_tts.events import FellBack, NotApplied, emit
-from accelerate_tts.inspection.classes import PLAIN, class_of, plain_class
+from accelerate_tts.inspection.classes import PLAIN, beneath_swaps, class_of, plain_class
 from accelerate_tts.patching.change import BaseChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
-
-__all__ = [
-    "COPY",
-    "FUSED",
-    "HALF",
-    "PACKED",
-    "RECORDED",
-    "CarryingSwap",
-    "ClassSwap",
-    "call_patched",
-    "copies_of",
-    "fused_by",
-    "in_fused",
-    "is_fused",
-    "is_recorded",
-    "keeps_copies",
-    "make_copies",
-    "open_modules",
-    "per_class",
-    "serves_copies",
-    "subclass_with",
-    "unannounced",
-]
 
 P = ParamSpec("P")
 
@@ -248,7 +225,7 @@ def _derive(cls: type, **kwargs: Any) -> None:
     Modules of that class compute as loaded, and stay valid after the change is undone.
     """
     bases = cls.__bases__
-    cls.__bases__ = tuple(_without_ours(base) for base in bases)
+    cls.__bases__ = tuple(beneath_swaps(base) for base in bases)
     _derived.add(cls)
     plain: Any = super(cls, cast("Any", cls))
     plain.__init_subclass__(**kwargs)  # the call that this function intercepts
@@ -269,12 +246,6 @@ def _hand_down(cls: type, before: type) -> None:
         delattr(cls, name)
 
 
-def _without_ours(cls: type) -> type:
-    while PLAIN in vars(cls):
-        cls = vars(cls)[PLAIN]
-    return cls
-
-
 _PARAMETRIZED = "torch.nn.utils.parametrize"
 """Module of the class that torch makes for each module with a parametrization."""
 
@@ -288,7 +259,7 @@ class _Removable(type):
         Its property is a member of the class that torch made. After the last removal torch gives the module the first
         base of its class, which is then the class from before it was parametrized.
         """
-        own: Any = _without_ours(cls)
+        own: Any = beneath_swaps(cls)
         if name in vars(cls) or own is cls:
             super().__delattr__(name)
             return
@@ -349,7 +320,7 @@ def unannounced(plain: type, members: dict[str, Any]) -> type:
     # A class that only has more slots than a base with a dictionary gives its objects their layout itself.
     if base is not object and not base.__dictoffset__:
         silent = _made(base, {"__init_subclass__": vars(_NoLayout)["__init_subclass__"]}, _NoLayout, type(base))
-    kind = _removable(type(plain)) if _without_ours(plain).__module__ == _PARAMETRIZED else type(plain)
+    kind = _removable(type(plain)) if beneath_swaps(plain).__module__ == _PARAMETRIZED else type(plain)
     return _made(plain, {**names, **members}, silent, kind)  # type: ignore[no-any-return]
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Derived"]
-
 T = TypeVar("T")
 
 

@@ -22,11 +22,9 @@ from accelerate_tts.locks import rlock
 from accelerate_tts.storage.tensor_bytes import content_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
-
-__all__ = ["Absent", "Layer", "LetGo", "layers_of"]
 
 _LEAST = 1 << 16  # bytes; smaller weights are not worth freeing
 
@@ -54,56 +52,11 @@ class Absent(dict[str, Any]):
         self._bring(", ".join(sorted(self._away)))
         return self._own
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._own
-
-    def __len__(self) -> int:
-        return len(self._own)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __reversed__(self) -> Iterator[str]:
-        return reversed(self._own)
-
-    def keys(self) -> Any:
-        return self._own.keys()
-
     def __getitem__(self, name: str) -> Any:
         return (self._all() if name in self._away else self._own)[name]
 
     def get(self, name: str, default: Any = None) -> Any:
         return (self._all() if name in self._away else self._own).get(name, default)
-
-    def items(self) -> Any:
-        return self._all().items()
-
-    def values(self) -> Any:
-        return self._all().values()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._all()[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._all()[name]
-
-    def pop(self, *args: Any) -> Any:
-        return self._all().pop(*args)
-
-    def popitem(self) -> Any:
-        return self._all().popitem()
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        return self._all().setdefault(name, default)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        self._all().update(*args, **kwargs)
-
-    def clear(self) -> None:
-        self._all().clear()
-
-    def copy(self) -> dict[str, Any]:
-        return self._all().copy()
 
     def __or__(self, other: Any) -> Any:
         return self._all() | other
@@ -131,6 +84,26 @@ class Absent(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(self._all()),)
+
+
+# dict's other methods: those that read names are of the own dictionary, all others reload the tensors first.
+_OF_NAMES = ("__contains__", "__len__", "__iter__", "__reversed__", "keys")
+_OF_TENSORS = (
+    "items", "values", "__setitem__", "__delitem__", "pop", "popitem", "setdefault", "update", "clear", "copy",
+)  # fmt: skip
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    reloads, method = name in _OF_TENSORS, getattr(dict, name)
+
+    def call(self: Absent, *args: Any, **kwargs: Any) -> Any:
+        return method(self._all() if reloads else self._own, *args, **kwargs)
+
+    return call
+
+
+for _name in (*_OF_NAMES, *_OF_TENSORS):
+    setattr(Absent, _name, _forwarded(_name))
 
 
 @dataclass
@@ -214,7 +187,7 @@ class LetGo:
     Args:
         what: The object's name in events.
         layers: The layers.
-        again: Loads the object again; see `Again.modules`.
+        again: Loads the object again; see `Reloader.modules`.
     """
 
     def __init__(self, what: str, layers: list[Layer], again: Callable[[], dict[str, nn.Module]]) -> None:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["copied_storages", "let_go_of", "originals_to_file"]
-
 _LEAST = 1 << 16  # bytes; smaller storages are not worth a mapping
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-
-__all__ = ["Calls", "Inside", "plain_attributes"]
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""

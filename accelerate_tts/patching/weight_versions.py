@@ -28,8 +28,6 @@ from accelerate_tts.kernels.library import kernels, missing
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Weights", "lie_in_files"]
-
 _PIECE = 1024  # bytes, as in weight_digests.cpp
 _PLACES = 64  # elements of a tensor that are compared without digests
 _MOST_OF_TIME = 0.01

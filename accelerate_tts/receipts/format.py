@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["duration", "error_text", "ratio_text"]
-
 
 def duration(seconds: float | None) -> str:
     """Format seconds as a short text with a unit."""

@@ -16,8 +16,6 @@ from markupsafe import Markup
 from accelerate_tts.errors import printable
 from accelerate_tts.receipts.format import duration, ratio_text
 
-__all__ = ["to_html"]
-
 _LONGEST_NAME = 40  # maximum characters of a name in the chart, as many as fit on a phone
 _WIDEST_BAR = 40.0  # per cent of the chart; leaves room for the figures to the right of a bar on a phone
 _LEGEND_HEIGHT, _PAIR_HEIGHT = 32, 58  # pixels

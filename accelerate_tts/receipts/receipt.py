@@ -11,8 +11,6 @@ from pathlib import Path
 from accelerate_tts.errors import printable
 from accelerate_tts.receipts.format import duration, error_text, ratio_text
 
-__all__ = ["Receipt", "StageResult"]
-
 _FORMAT = 1
 _PAGES = {".html", ".htm"}
 # Openings of reasons that say by themselves what became of a stage. Any other one is a rejection.

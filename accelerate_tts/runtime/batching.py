@@ -18,12 +18,10 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from accelerate_tts.device import detect, memory
-from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.errors import SettingsError, described, shown
 from accelerate_tts.events import BackedOff, NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import rlock
-
-__all__ = ["Batched", "Results", "batched", "is_out_of_memory"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -275,4 +273,4 @@ def _clean_up() -> None:
         memory.cleanup(detect.detect())
     except Exception as error:  # the driver failed; the smaller batch may still fit
         with suppress(Exception):
-            emit(NotApplied("the clean-up after a batch that ran out of memory", f"{type(error).__name__}: {error}"))
+            emit(NotApplied("the clean-up after a batch that ran out of memory", described(error)))

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import asyncio
 
 
-__all__ = ["complete"]
-
 _GRACE = 2.0  # seconds beyond the limit in which another thread can still report its own time-out
 
 

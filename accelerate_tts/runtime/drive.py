@@ -13,8 +13,6 @@ from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
-__all__ = ["SKIPPED", "Again", "Hooks", "Owning", "Scoped", "drive", "drive_async", "named_like"]
-
 SKIPPED: Any = object()
 """Returned by `Hooks.got` for an item that the caller does not get."""
 

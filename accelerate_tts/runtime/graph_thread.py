@@ -12,15 +12,11 @@ import contextvars
 import os
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 from accelerate_tts.locks import lock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["OwnerThread", "graph_owner"]
 
 T = TypeVar("T")
 

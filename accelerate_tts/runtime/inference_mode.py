@@ -34,17 +34,6 @@ if TYPE_CHECKING:
 
     Enter = Callable[[], AbstractContextManager[Any]]
 
-__all__ = [
-    "INFERENCE_MARK",
-    "adopt",
-    "call",
-    "carry_mode",
-    "in_inference_mode",
-    "is_on",
-    "is_suspended",
-    "mode_factory",
-]
-
 F = TypeVar("F", bound="Callable[..., Any]")
 
 # Set on functions that @inference makes, so that lower layers can find such methods.
@@ -82,8 +71,10 @@ def call(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         mode: The mode.
-        choice: Chooses a milder mode if the call fails because of this one.
+        choice: Knows if the object needs a milder mode, and chooses one if the call fails because of its mode.
     """
+    if choice is not None:
+        mode = choice.mode
     enter = mode_factory(mode)
     try:
         with enter():

@@ -25,15 +25,13 @@ from accelerate_tts.runtime.rng import random_states
 if TYPE_CHECKING:
     from accelerate_tts.settings import Mode
 
-__all__ = ["ModeChoice", "made_once", "mode_of"]
-
 _OF_INFERENCE = re.compile(r"inference ?tensor|inference ?mode", re.IGNORECASE)
 _OF_GRADIENTS = re.compile(r"does not require grad|requires_grad=True on inference|saved for backward", re.IGNORECASE)
 _CAUSES = 8  # maximum length of a chain of causes that is searched
 _MOST, _LONGEST = 200_000, 50_000  # limits of the search for inference tensors: objects, items of a container
 
 
-class _Known:
+class _OwnerMode:
     """Knowledge of an object: the mode that it needs, and True in `gave_up` if no milder mode helps."""
 
     __slots__ = ("gave_up", "mode")
@@ -52,7 +50,7 @@ def made_once() -> None:
     _made_once[0] += 1
 
 
-known_owners = IdentityMap[_Known]()
+known_owners = IdentityMap[_OwnerMode]()
 """Modes that were found for objects."""
 
 
@@ -76,6 +74,10 @@ class ModeChoice:
         kwargs: Its keyword arguments.
         mode: The mode of the decorator.
         again: True if the call may be repeated.
+
+    Attributes:
+        mode: The mode for the call.
+        raised: The call's error in the requested mode, while a milder one is tried.
     """
 
     def __init__(  # noqa: PLR0913 - a call, and how it is made
@@ -93,7 +95,7 @@ class ModeChoice:
         self._function, self._args, self._kwargs = function, args, kwargs
         self._again = again
         self._before = _made_once[0]
-        self._first: Exception | None = None
+        self.raised: Exception | None = None
         # Saved for the first call only. A later call of another kind that fails is repeated with other random numbers.
         fresh = mode == "inference" and known_owners.get(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
@@ -109,8 +111,8 @@ class ModeChoice:
         """
         kind = _kind_of(error)
         known = known_owners.get(self.owner)
-        if self._first is not None:  # the milder mode did not help
-            known_owners.setdefault(self.owner, _Known).gave_up = True
+        if self.raised is not None:  # the milder mode did not help
+            known_owners.setdefault(self.owner, _OwnerMode).gave_up = True
             return False
         if not kind or self.mode == "none" or (known is not None and known.gave_up) or _is_callers():
             return False
@@ -125,7 +127,7 @@ class ModeChoice:
         if _make_normal(self.owner, self._args, self._kwargs) and self._given is None:
             self.settle(error)  # the failed call may have written into them, so a repetition would not be the same
             return False
-        self._first = error
+        self.raised = error
         return True
 
     def make(self) -> Any:
@@ -135,16 +137,11 @@ class ModeChoice:
         args, kwargs = _normal_copies(self._args), _normal_copies(self._kwargs)
         return self._function(*args, **kwargs)
 
-    @property
-    def raised(self) -> Exception | None:
-        """The call's error in the requested mode."""
-        return self._first
-
     def settle(self, error: Exception | None = None) -> None:
         """Note that the call succeeded. If that was in a milder mode, the object's later calls use it."""
         # The error is dropped: its traceback keeps the failed attempt's tensors, and this object.
-        error, self._first = error or self._first, None
-        known = known_owners.setdefault(self.owner, _Known)
+        error, self.raised = error or self.raised, None
+        known = known_owners.setdefault(self.owner, _OwnerMode)
         if error is None or known.mode == self.mode:
             return
         known.mode = self.mode
@@ -159,17 +156,23 @@ class ModeChoice:
         )
 
 
-def _kind_of(error: BaseException | None) -> str:
+def _kind_of(error: BaseException) -> str:
     """Classify an error and its causes: "inference" or "gradients" for errors of the mode, "" for any other."""
+    for cause in _causes(error):
+        if _OF_GRADIENTS.search(_text(cause)):
+            return "gradients"
+        if _OF_INFERENCE.search(_text(cause)):
+            return "inference"
+    return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes."""
     for _ in range(_CAUSES):
         if error is None:
-            return ""
-        if _OF_GRADIENTS.search(_text(error)):
-            return "gradients"
-        if _OF_INFERENCE.search(_text(error)):
-            return "inference"
+            return
+        yield error
         error = error.__cause__ or error.__context__
-    return ""
 
 
 def _is_callers() -> bool:
@@ -187,12 +190,9 @@ def _text(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     """Return the first line of the error, or of its cause that is about the mode."""
-    found: BaseException | None = error
-    for _ in range(_CAUSES):
-        if found is None or _OF_GRADIENTS.search(_text(found)) or _OF_INFERENCE.search(_text(found)):
-            break
-        found = found.__cause__ or found.__context__
-    return (_text(found or error).strip().splitlines() or [type(error).__name__])[0][:120]
+    texts = map(_text, _causes(error))
+    found = next((text for text in texts if _OF_GRADIENTS.search(text) or _OF_INFERENCE.search(text)), _text(error))
+    return (found.strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 # --- inference tensors ------------------------------------------------------------------------------------------------

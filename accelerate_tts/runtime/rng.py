@@ -9,9 +9,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from accelerate_tts.runtime.seeding import other_threads
-
-__all__ = ["random_states"]
+from accelerate_tts.runtime.seeding import other_threads, sources_of
 
 _MOMENT = 0.02
 """Seconds for which other threads are watched before a generator is put back. Nobody waits for it but a second attempt.
@@ -33,18 +31,8 @@ def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
     Args:
         given: Arguments of a call, and its object. Generators among them and in their attributes are included.
     """
-    restore = [_kept(random.getstate, random.setstate)]
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None:
-        restore.append(_kept(numpy.random.get_state, numpy.random.set_state))
-    if torch is not None:
-        restore.append(_kept(torch.get_rng_state, torch.set_rng_state))
-        if torch.cuda.is_initialized():
-            restore.append(_kept(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-        if torch.backends.mps.is_available():  # a Mac only
-            restore.append(_kept(torch.mps.get_rng_state, torch.mps.set_rng_state))
-        if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # an Intel GPU only
-            restore.append(_kept(torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
+    restore = [_kept(source.get, source.put) for source in sources_of(_devices_in_use(torch)).values()]
     restore += _generators_in(given, numpy, torch)
 
     def put_back() -> None:
@@ -57,6 +45,17 @@ def random_states(given: tuple[Any, ...]) -> Callable[[], None]:
             each.put(each.state)
 
     return put_back
+
+
+def _devices_in_use(torch: Any) -> list[str]:
+    if torch is None:
+        return []
+    used = {
+        "cuda": torch.cuda.is_initialized(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_initialized(),
+    }
+    return [device for device, is_used in used.items() if is_used]
 
 
 def _same(one: Any, other: Any) -> bool:

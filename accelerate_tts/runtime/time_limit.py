@@ -19,19 +19,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import CodeType, FrameType, TracebackType
+from typing import Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import NotApplied, emit
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from types import CodeType, FrameType, TracebackType
-
-__all__ = ["WatchdogPolicy", "known_limits", "remaining", "shield", "time_limit", "watchdog_policy", "within"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")

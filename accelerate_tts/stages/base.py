@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from accelerate_tts.kernels.weight_formats import Weights
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.settings import Precision
-    from accelerate_tts.stages.protocol import Stage, Target
-
-__all__ = ["LEAST_FEW_ROWS", "BaseStage", "FormatStage", "are_left_over"]
-
+    from accelerate_tts.stages.protocol import Stage, State, Target
 
 LEAST_FEW_ROWS = 0.05
 """Minimum share of the time. Below it, even twice the speed is less than `MARGIN`, and a trial costs seconds."""
@@ -53,6 +50,7 @@ class BaseStage:
     cost: float = 0.0
     process: bool = False
     times: Which = "loop"
+    excluded_by: tuple[State, ...] = ()
     superseded_by: tuple[str, ...] = ()
 
     @classmethod

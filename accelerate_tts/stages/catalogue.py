@@ -6,20 +6,16 @@ two states alternately. Costly work, such as a compilation, happens once, in the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from accelerate_tts.errors import SettingsError, message_of, shown
+from accelerate_tts.errors import SettingsError, described, shown
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.registration import Registry
 from accelerate_tts.settings import Precision
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.protocol import Stage, Target
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-__all__ = ["STAGES", "default_stages", "in_order", "register_stage"]
+from accelerate_tts.stages.protocol import Stage, State, Target
 
 STAGES: Registry[type[BaseStage]] = Registry("accelerate_tts.stages", "accelerate_tts.stages")
 """Stage classes by name."""
@@ -46,14 +42,14 @@ def register_stage(cls: _StageClass) -> _StageClass:
     missing = [name for name in ("applies", "prepare") if not callable(getattr(cls, name, None))]
     if missing or not cls.name:
         raise TypeError(f"the stage {cls.__qualname__} has no {', '.join(missing or ['name'])}")
-    for field in ("devices", "precisions", "after", "before"):
+    for field in ("devices", "precisions", "after", "before", "excluded_by"):
         names = getattr(cls, field)
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{cls.__qualname__}.{field} must be a tuple of names, got {shown(names)}")
-    unknown = [precision for precision in cls.precisions if precision not in get_args(Precision)]
-    if unknown:
-        known = ", ".join(get_args(Precision))
-        raise ValueError(f"{cls.__qualname__}.precisions has {shown(unknown[0])}, which is none of {known}")
+    for field, known in (("precisions", get_args(Precision)), ("excluded_by", get_args(State))):
+        unknown = [name for name in getattr(cls, field) if name not in known]
+        if unknown:
+            raise ValueError(f"{cls.__qualname__}.{field} has {shown(unknown[0])}, which is none of {', '.join(known)}")
     STAGES.add(cls.name, cls)
     return cls
 
@@ -123,5 +119,5 @@ def _variants(cls: type[BaseStage], target: Target) -> tuple[Stage, ...]:
     try:
         return tuple(cls.variants(target))
     except Exception as error:  # a stage must never fail the user's load
-        emit(NotApplied(f"the stage {cls.name}", f"{type(error).__name__}: {message_of(error)}"))
+        emit(NotApplied(f"the stage {cls.name}", described(error)))
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.settings import Precision
 
-__all__ = ["Change", "Stage", "Target"]
+State = Literal["compiled", "fused", "recorded"]
+"""States that a change, of this tuning or of other code, leaves a part in: its calls are compiled, one kernel computes
+it as a whole, or its steps replay a recording."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Stage(Protocol):
     """True if the stage changes the process. It is tried once, on whole passes, and not on each part."""
     times: Which
     """Calls that are timed, for a part that is called in a loop."""
+    excluded_by: tuple[State, ...]
+    """States of a part in which the stage is not tried on it. Tuning asks for them before `applies`."""
     superseded_by: tuple[str, ...]
     """Names of stages that do the same from fewer bytes. Once one is kept on a part whose weights are read from memory
     at each step, this stage cannot gain anything, and is not tried."""

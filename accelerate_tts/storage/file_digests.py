@@ -12,8 +12,6 @@ from typing import IO, Any
 
 from accelerate_tts.locks import lock
 
-__all__ = ["DURABLE", "FileDigests", "UnknownContentError", "fastest"]
-
 DURABLE = "sha256"
 """hashlib's name of the algorithm for digests that other processes and machines read."""
 

@@ -14,18 +14,6 @@ from typing import IO
 
 from accelerate_tts.events import NotApplied, emit
 
-__all__ = [
-    "SECRET_BYTES",
-    "TEMPORARY",
-    "BadFileError",
-    "alone",
-    "own_folder",
-    "read_secret",
-    "regular",
-    "temporary",
-    "touch",
-]
-
 SECRET_BYTES = 32
 TEMPORARY = ".tmp-"
 """Prefix of the names of unfinished files."""

@@ -16,8 +16,6 @@ from accelerate_tts.storage.tensor_bytes import content_digest
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["code_of", "fingerprint", "outline"]
-
 # A `repr` that shows a function (`activation=<function gelu at 0x7f...>`) differs in each process.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 

@@ -15,8 +15,6 @@ from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.locks import lock
 from accelerate_tts.storage.files import TEMPORARY, BadFileError, temporary, touch
 
-__all__ = ["LruFolder"]
-
 _KEY = re.compile(r"[0-9a-f]{16,128}")
 _LEFTOVER_SECONDS = 3600.0  # no write takes an hour: the process that made an older temporary file is gone
 _MANY = 256  # maximum files of a folder that is scanned after each write; the scan takes negligible time

@@ -7,8 +7,6 @@ import hashlib
 
 import torch
 
-__all__ = ["content_digest"]
-
 
 def content_digest(tensor: torch.Tensor) -> bytes:
     """Return the SHA-256 of a strided tensor's values; empty for other layouts, subclasses and meta tensors."""

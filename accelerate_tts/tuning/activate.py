@@ -8,6 +8,7 @@ from accelerate_tts.plan import PROCESS
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 from accelerate_tts.tuning.draws import WHOLE
+from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.ledger import AppliedChange
 from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.baseline import Baseline
     from accelerate_tts.tuning.compare import Difference
     from accelerate_tts.tuning.ledger import Ledger
-
-__all__ = ["IN_ANY_CASE", "activate", "check", "fault_of", "finish"]
 
 IN_ANY_CASE = frozenset({KeptConstants.name})
 """Changes that `finish` makes without a trial; a warm pack has nothing to say of them."""
@@ -49,12 +48,12 @@ def activate(
             raise ValueError(f"the output of {part.name} does not repeat, so nothing can be checked")
     spared: dict[tuple[str, str], str] = {}
     for part, stage in entries:
-        obstacle = stage.applies(part)
-        if obstacle is not None and stage.process:
-            spared[part.name, stage.name] = obstacle
+        reason = obstacle(stage, part)
+        if reason is not None and stage.process:
+            spared[part.name, stage.name] = reason
             continue
-        if obstacle is not None:
-            raise ValueError(f"{stage.name} does not fit {part.name}: {obstacle}")
+        if reason is not None:
+            raise ValueError(f"{stage.name} does not fit {part.name}: {reason}")
         change = stage.prepare(part)
         ledger.kept.append(AppliedChange(part.name, stage.name, stage.group, change))
         change.on()

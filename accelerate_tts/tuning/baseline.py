@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.policy import TuningPolicy
     from accelerate_tts.tuning.warmup import WarmupCalls
 
-__all__ = ["Baseline", "Reference"]
-
 _BIT_EXACT = Tolerance(0.0, 0.0)
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_cache", "is_past", "settled"]
-
 _PAIR = ("keys", "values")
 
 

@@ -18,11 +18,11 @@ from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.tuning.timing import synchronize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
+
+    from torch.utils.hooks import RemovableHandle
 
     from accelerate_tts.plan import Part
-
-__all__ = ["Captured", "NotReplayableError", "Prepared", "calls_of", "outputs_of", "time_modules", "watch"]
 
 # A few calls represent a part that is called in a loop; more would only cost memory and tuning time.
 _MOST_CALLS = 6
@@ -63,7 +63,7 @@ class Captured:
     obstacle: str = ""
     sorts: dict[Sort, _Tally] = field(default_factory=dict)
 
-    def prepared(self, module: Any, which: Which) -> list[Prepared]:
+    def prepared(self, module: Any, which: Which) -> list[PreparedCall]:
         """Return captured calls with fresh copies of their inputs.
 
         Args:
@@ -126,7 +126,7 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCall:
     """A captured call with copies of its inputs, for one run."""
 
     args: tuple[Any, ...]
@@ -156,7 +156,7 @@ class _Call:
     sort: Sort
     method: str
 
-    def prepared(self, module: Any) -> Prepared:
+    def prepared(self, module: Any) -> PreparedCall:
         """Return the call with fresh copies of its inputs."""
         # Copied in the original mode: writing into an inference tensor outside inference mode fails.
         with torch.inference_mode(self.inference):
@@ -165,7 +165,7 @@ class _Call:
         if ready is not None:
             args = tuple(ready(value) for value in args)
             kwargs = {name: ready(value) for name, value in kwargs.items()}
-        return Prepared(args, kwargs, self)
+        return PreparedCall(args, kwargs, self)
 
 
 @contextmanager
@@ -184,12 +184,9 @@ def _around(part: Part, before: Callable[..., None], after: Callable[..., None])
     """Call `before(module, args, kwargs)` and `after(module, args, output)` around each run of a part while open."""
     module, method = part.module, part.method
     if method == CALL:
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-        try:
+        hooks = (module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
+        with removed_at_end(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         return
     plain = getattr(module, method)
 
@@ -217,14 +214,9 @@ def time_modules(roots: tuple[Any, ...], device_type: str) -> Generator[dict[Any
     Modules that are never called (because `generate()` or `forward` is called, or for a list of modules) are missing.
     """
     seconds: dict[Any, float] = {}
-    handles: list[Any] = []
-    for module in {inner for root in roots for inner in root.modules()}:
-        handles += _timing_hooks(module, seconds, device_type)
-    try:
+    modules = {inner for root in roots for inner in root.modules()}
+    with removed_at_end(handle for module in modules for handle in _timing_hooks(module, seconds, device_type)):
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -236,9 +228,17 @@ def calls_of(roots: tuple[Any, ...]) -> Generator[set[int], None, None]:
     def note(module: Any, _args: Any) -> None:
         called.add(id(module))
 
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    try:
+    with removed_at_end(module.register_forward_pre_hook(note) for module in modules):
         yield called
+
+
+@contextmanager
+def removed_at_end(hooks: Iterable[RemovableHandle]) -> Generator[None, None, None]:
+    """Remove hooks at the end of the scope. They are registered when it begins, if `hooks` registers them lazily."""
+    handles: list[RemovableHandle] = []
+    try:
+        handles.extend(hooks)
+        yield
     finally:
         for handle in handles:
             handle.remove()

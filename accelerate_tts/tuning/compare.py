@@ -17,17 +17,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.settings import Precision
 
-__all__ = [
-    "EXACT_TOLERANCE",
-    "NOTHING_TO_COMPARE",
-    "TOLERANCES",
-    "Difference",
-    "Tolerance",
-    "compare",
-    "spectral_distance",
-    "tensors_of",
-]
-
 NOTHING_TO_COMPARE = "nothing in the result can be compared; let the warm-up return the speech"
 
 EXACT_TOLERANCE = 1e-4
@@ -129,11 +118,6 @@ class Difference:
     rounding: float = 0.0
     divergence: float | None = None
     errors: tuple[tuple[float, float], ...] = dataclasses.field(default=(), compare=False)
-
-    @property
-    def snr(self) -> float:
-        """Signal-to-noise ratio in dB, infinite for bit-exact results."""
-        return math.inf if self.error == 0.0 else -20.0 * math.log10(self.error)
 
 
 def compare(reference: Any, candidate: Any) -> Difference:

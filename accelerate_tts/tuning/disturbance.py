@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.device.usage import TICK, Usage, usage, waited
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from accelerate_tts.tuning.timing import Timing
-
-__all__ = ["QUIET", "Disturbance", "Machine", "ThisMachine", "Watcher", "Window", "between", "one_thread"]
 
 _LIMIT = 0.1
 # A timing counts as undisturbed if its threads waited for less than this share of it.
@@ -53,42 +51,22 @@ class Disturbance:
 QUIET = Disturbance()
 
 
-class Machine(Protocol):
-    """Measurements that a `Watcher` needs. Tests implement it with fixed values."""
-
-    def usage(self) -> Usage:
-        """Read the counters."""
-        ...
-
-    def waited(self) -> float | None:
-        """Read `Usage.waited` alone, which is needed around each timing."""
-        ...
-
-    def probe(self) -> float:
-        """Return the best seconds of a fixed piece of memory reads and arithmetic."""
-        ...
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep."""
-        ...
-
-
-class ThisMachine:
-    """The machine that this process runs on."""
+class Machine:
+    """Measurements of this machine that a `Watcher` needs. Tests give another one, with fixed values."""
 
     def __init__(self) -> None:
         self._work: Callable[[], object] | None = None
 
     def usage(self) -> Usage:
-        """See `Machine.usage`."""
+        """Read the counters."""
         return usage()
 
     def waited(self) -> float | None:
-        """See `Machine.waited`."""
+        """Read `Usage.waited` alone, which is needed around each timing."""
         return waited()
 
     def probe(self) -> float:
-        """See `Machine.probe`. Reads 16 MB and multiplies two matrices, three times: about 10 ms."""
+        """Return the best seconds of three runs that read 16 MB and multiply two matrices: about 10 ms."""
         import torch
 
         with torch.inference_mode():
@@ -105,7 +83,7 @@ class ThisMachine:
         return best
 
     def sleep(self, seconds: float) -> None:
-        """See `Machine.sleep`."""
+        """Sleep."""
         time.sleep(seconds)
 
 

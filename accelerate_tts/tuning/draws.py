@@ -7,18 +7,13 @@ during it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate_tts.runtime.seeding import ALL, drawing, other_threads, others_draw, seeded
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-    from accelerate_tts.tuning.compare import Difference
-
-__all__ = ["LOOKS", "WHOLE", "Draws", "OtherThreadsDrawError"]
+from accelerate_tts.runtime.drawing import drawing
+from accelerate_tts.runtime.seeding import ALL, other_threads, others_draw, seeded
+from accelerate_tts.tuning.compare import EXACT_TOLERANCE, Difference, compare
 
 WHOLE = ""
 """Name of a whole pass, among the names of parts."""

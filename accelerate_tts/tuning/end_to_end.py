@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.errors import TimeLimitError, message_of
+from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.baseline import Baseline
     from accelerate_tts.tuning.ledger import Ledger
     from accelerate_tts.tuning.policy import TuningPolicy
-
-__all__ = ["check_whole"]
 
 
 def check_whole(baseline: Baseline, ledger: Ledger) -> tuple[Timing, Difference | None]:
@@ -142,7 +140,7 @@ def _compared(
             ledger.off()
             _clocked(baseline)  # raises where the untouched object fails too, which is no change's fault
             ledger.on()
-            return None, Difference(math.inf), 0.0, f"{type(error).__name__}: {message_of(error)}"
+            return None, Difference(math.inf), 0.0, described(error)
         difference = compare(reference, candidate)
         objection = baseline.tolerance.objection(difference)
         if not objection or not baseline.draws.by_others():

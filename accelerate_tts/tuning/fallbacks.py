@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
 from accelerate_tts.events import Event, FellBack, add_hook
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-__all__ = ["fallbacks"]
 
 _noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_noting", default=())
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate_tts.runtime.guard.checks import Expectation
     from accelerate_tts.stages.protocol import Change
 
-__all__ = ["Findings", "Tuning", "recompile_counter", "versions"]
-
 
 @dataclass(frozen=True)
 class Findings:
@@ -58,9 +56,7 @@ class Findings:
             let_go: Original weights that are offloaded or freed while copies serve.
         """
         changes = tuple(kept.change for kept in self.kept)
-        return Tuning(
-            self.receipt(*notes), changes, self.complete, self.kept, self.expected, let_go,
-        )  # fmt: skip
+        return Tuning(self.receipt(*notes), changes, self.complete, self.kept, self.expected, let_go)
 
 
 @dataclass(frozen=True)

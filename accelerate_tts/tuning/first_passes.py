@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.policy import TuningPolicy
     from accelerate_tts.tuning.warmup import WarmupCalls
 
-__all__ = ["first_passes", "one_pass"]
-
 
 @contextmanager
 def _recording(

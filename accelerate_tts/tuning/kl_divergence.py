@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["divergence", "head_of"]
-
 
 def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> float | None:
     """Compute the largest Kullback-Leibler divergence of next-token distributions, KL(reference || candidate), in nats.

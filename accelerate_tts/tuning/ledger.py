@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import StageResult
     from accelerate_tts.stages.protocol import Change
 
-__all__ = ["AppliedChange", "Ledger", "switch_off"]
-
 
 @dataclass(frozen=True)
 class AppliedChange:
@@ -105,20 +103,17 @@ class Ledger:
             for change in above:
                 change.on()
 
-    def drop(
-        self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True, *, sure: bool = True
-    ) -> None:
+    def drop(self, reason: str, unwanted: Callable[[StageResult], bool] = lambda _result: True) -> None:
         """Give up kept changes, and record the reason in their results.
 
         Args:
             reason: The reason.
             unwanted: Selects the results whose changes are given up; all by default.
-            sure: False if the reason is uncertain.
         """
         self.off()
         for number, result in enumerate(self.results):
             if result.kept and unwanted(result):
-                self.results[number] = replace(result.dropped(f"undone: {reason}"), sure=sure and result.sure)
+                self.results[number] = result.dropped(f"undone: {reason}")
         names = {(result.part, result.stage) for result in self.results if result.kept}
         self.kept[:] = [kept for kept in self.kept if (kept.part, kept.stage) in names]
         self.on()

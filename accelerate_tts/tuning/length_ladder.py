@@ -10,8 +10,6 @@ from accelerate_tts.errors import WarmupError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LONGEST", "at_length", "first_tensor", "is_tensor", "ladder"]
-
 LONGEST = 10_000_000
 """Maximum length, since the warm-up makes an input of it: seven minutes of samples at 24 kHz."""
 

@@ -13,8 +13,6 @@ from accelerate_tts.tuning.policy import TuningPolicy, current_policy
 if TYPE_CHECKING:
     from accelerate_tts.tuning.ledger import Ledger
 
-__all__ = ["Budget", "Limits"]
-
 
 @dataclass(frozen=True)
 class Budget:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accelerate_tts.tuning.capture import removed_at_end
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from torch import nn
-
-__all__ = ["FEW", "LinearWork", "linear_work"]
 
 FEW = 8
 """Maximum rows for which reading a weight from memory takes longer than multiplying with it.
@@ -52,12 +52,8 @@ def linear_work(roots: tuple[nn.Module, ...]) -> Generator[LinearWork, None, Non
     """Record the linear work of every module inside `roots` while open."""
     work = LinearWork()
     modules = {inner for root in roots for inner in root.modules() if _has_a_matrix(inner)}
-    handles = [module.register_forward_pre_hook(work.note) for module in modules]
-    try:
+    with removed_at_end(module.register_forward_pre_hook(work.note) for module in modules):
         yield work
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _has_a_matrix(module: nn.Module) -> bool:

@@ -11,8 +11,6 @@ from accelerate_tts.settings import Mode, Precision, Settings, check_mode, check
 from accelerate_tts.tuning.length_ladder import LONGEST
 from accelerate_tts.tuning.warmup import Loaded, WarmupCalls, check_warmup, warmup_calls
 
-__all__ = ["LoadRequest", "never"]
-
 
 def never() -> bool:
     """Return False: this load is never stopped. A named function, so that a request can be pickled."""

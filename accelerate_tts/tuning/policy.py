@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.tuning.disturbance import Machine, ThisMachine
+from accelerate_tts.tuning.disturbance import Machine
 from accelerate_tts.tuning.timing import Timing, compare_speed, time_once
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Stage
-
-__all__ = ["OVER_BUDGET", "TuningPolicy", "current_policy", "tuning_policy"]
 
 OVER_BUDGET = "the tuning budget"
 """Phrase in the reasons of stages that a larger budget would have tried or finished. Warm packs look for it."""
@@ -75,7 +73,7 @@ class TuningPolicy:
     clock: Callable[[], float] = time.perf_counter
     compare: Callable[..., Timing] = compare_speed
     look: Callable[..., float] = time_once
-    machine: Callable[[], Machine] = ThisMachine
+    machine: Callable[[], Machine] = Machine
     unworthy: Callable[[Any, Part, Stage], str | None] | None = None
     margin: float = 1.02
     comparison: float = 2.0

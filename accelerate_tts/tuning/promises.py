@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Kind
 
-__all__ = ["PROMISES", "Promise", "promise"]
-
 
 @dataclass(frozen=True)
 class Promise:
@@ -37,7 +35,7 @@ class Promise:
     source: str
 
 
-_MODELS = "docs/PERFORMANCE_OPTIMIZATIONS.md, models that no plan knows"
+_MODELS = "docs/decisions/0014-tuning-budget-and-noise.md, models that no plan knows"
 _PATIENCE = "docs/decisions/0014-tuning-budget-and-noise.md"
 
 PROMISES = (

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.tuning.findings import Tuning
 
-__all__ = ["Keeper", "TuningMap", "drop_keeper", "keep", "keeper_of"]
-
-
 _KEEPER = "_accelerate_tts_tuning"
 
 

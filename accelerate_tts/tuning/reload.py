@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.errors import ReloadError
+from accelerate_tts.errors import ReloadError, described
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode, time_limit
 from accelerate_tts.runtime.completion import complete
@@ -21,11 +22,9 @@ from accelerate_tts.runtime.seeding import loading_again, seeded
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Again", "modules_of", "remembered"]
-
 
 @dataclass(frozen=True)
-class Again:
+class Reloader:
     """A load function and its arguments.
 
     Attributes:
@@ -64,7 +63,7 @@ class Again:
             with seeded(device_type), _globals_kept(self.function):
                 return time_limit.within(timeout, f"loading {what} again", self._load)
         except Exception as error:  # the user's function, or a resource that it needs and that is gone
-            reason = f"{type(error).__name__}: {error}"
+            reason = described(error)
         finally:
             loading_again.reset(token)
         # Outside of `except`: the first error's traceback would keep a half-loaded model alive.
@@ -82,7 +81,7 @@ class Again:
         return modules_of(result, twin)
 
 
-def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Again:
+def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reloader:
     """Save a load function's call for a repetition. Must run before the function is called.
 
     Args:
@@ -98,9 +97,9 @@ def remembered(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], 
     elif owner is not None and (isinstance(owner, type) or plain is None or not hasattr(owner, "__dict__")):
         obstacle = "its load function is no method of an object with a __dict__, nor a plain function"
     if obstacle or owner is None:
-        return Again(function, None, {}, args, kwargs, obstacle)
+        return Reloader(function, None, {}, args, kwargs, obstacle)
     before = {name: _own(value) for name, value in vars(owner).items() if not find_modules(value)}
-    return Again(plain or function, type(owner), before, args, kwargs)
+    return Reloader(plain or function, type(owner), before, args, kwargs)
 
 
 def modules_of(result: Any, owner: Any) -> dict[str, nn.Module]:
@@ -114,23 +113,21 @@ def _own(value: Any) -> Any:
     return copy.copy(value) if type(value) in {dict, list, set} else value
 
 
-class _globals_kept:  # noqa: N801 - used like a function, as contextlib's own are
-    """Restores global variables that a function bound to other modules."""
-
-    def __init__(self, function: Any) -> None:
-        self._variables: dict[str, Any] = getattr(function, "__globals__", {})
-
-    def __enter__(self) -> None:
-        self._before = dict(self._variables)
-
-    def __exit__(self, *_: object) -> None:
-        missing = object()
-        for name, value in list(self._variables.items()):
-            before = self._before.get(name, missing)
-            if before is value or not find_modules(value):
+@contextmanager
+def _globals_kept(function: Any) -> Generator[None, None, None]:
+    """Restore global variables that a function binds to other modules, at the end of the scope."""
+    variables: dict[str, Any] = getattr(function, "__globals__", {})
+    before = dict(variables)
+    try:
+        yield
+    finally:
+        for name, value in list(variables.items()):
+            if before.get(name, _MISSING) is value or not find_modules(value):
                 continue
-            if before is missing:
-                del self._variables[name]
+            if name in before:
+                variables[name] = before[name]
             else:
-                self._variables[name] = before
-        self._before = {}
+                del variables[name]
+
+
+_MISSING = object()

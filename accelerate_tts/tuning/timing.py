@@ -19,13 +19,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["WORTH_A_SECOND_LOOK", "Timing", "compare_speed", "synchronize", "time_once"]
 
 FIRST_LOOK, SECOND_LOOK = 0.033, 0.017
 """Maximum probability that the verdict of a look is wrong."""

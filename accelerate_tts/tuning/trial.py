@@ -7,15 +7,16 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from accelerate_tts.errors import TimeLimitError
+from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, Trying, emit
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.receipts.receipt import StageResult
+from accelerate_tts.runtime.compile_timeout import compiling_within
 from accelerate_tts.tuning.activate import fault_of
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE
-from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.draws import OtherThreadsDrawError
+from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.ledger import AppliedChange, Ledger, switch_off
 from accelerate_tts.tuning.policy import OVER_BUDGET
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.baseline import Baseline, Reference
     from accelerate_tts.tuning.compare import Difference
     from accelerate_tts.tuning.timing import Timing
-
-__all__ = ["Trial"]
 
 
 class Trial:
@@ -64,11 +63,12 @@ class Trial:
         part, stage = self._part, self._stage
         start = self._policy.clock()
         try:
-            if stage.applies(part) is not None:
+            if obstacle(stage, part) is not None:
                 return  # nothing to try, nothing to report
-            obstacle = self._known if self._known is not None and not self._known.kept else self._obstacle()
-            if obstacle is not None:
-                self._ledger.enter(obstacle, None)
+            known = self._known
+            verdict = known if known is not None and not known.kept else self._not_begun()
+            if verdict is not None:
+                self._ledger.enter(verdict, None)
                 return
             emit(Trying(self._what, stage.name))
             self._current = self._ledger.current(part.name, stage.group)
@@ -108,13 +108,13 @@ class Trial:
         if isinstance(error, TimeLimitError):
             emit(FellBack(self._what, self._stage.name, str(error)))
             return "; ".join(filter(None, (f"stopped: over {OVER_BUDGET}, interrupted", error.stopped)))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = described(error).splitlines()[0]
         emit(FellBack(self._what, self._stage.name, reason))
         return f"failed: {reason}"
 
     # --- reasons not to begin -----------------------------------------------------------------------------------
 
-    def _obstacle(self) -> StageResult | None:
+    def _not_begun(self) -> StageResult | None:
         """Return the result with the reason not to begin the stage; `None` if it is begun."""
         if self._policy.unworthy is not None:
             reason, sure = self._policy.unworthy(self._baseline, self._part, self._stage), True

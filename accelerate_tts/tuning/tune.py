@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.errors import described
 from accelerate_tts.events import BudgetTooSmall, FellBack, NotApplied, Tuned, TunedUnderLoad, WarmupFailed, emit
 from accelerate_tts.plan import PROCESS, Part
 from accelerate_tts.tuning.activate import finish
@@ -27,23 +28,8 @@ if TYPE_CHECKING:
     from accelerate_tts.receipts.receipt import StageResult
     from accelerate_tts.stages.protocol import Stage
     from accelerate_tts.tuning.baseline import Baseline
-    from accelerate_tts.tuning.findings import Tuning
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
-
-__all__ = ["acts_in_training", "find", "tune", "warn_of_training"]
-
-
-def tune(  # noqa: PLR0913, PLR0917 - what a tuning consists of
-    plan: ModelPlan,
-    calls: WarmupCalls,
-    stages: Sequence[Stage],
-    device: DeviceInfo,
-    limits: Limits,
-    known: Sequence[StageResult] = (),
-) -> Tuning:
-    """Optimise a loaded object in place; see `find`. Returns the receipt and the changes in force."""
-    return find(plan, calls, stages, device, limits, known).tuning()
 
 
 def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
@@ -83,7 +69,7 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     try:
         baseline = first_passes(plan, calls, device, limits, ledger)
     except Exception as error:  # the user's warm-up failed; the loaded model is kept
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
         emit(WarmupFailed(plan.what, reason))
         return Findings({**facts, "seconds": clock() - start}, (f"the warm-up failed: {reason}",))
     try:
@@ -91,7 +77,7 @@ def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     except _StoppedError as error:
         reason = str(error)
     except Exception as error:  # the user's model raised in a later pass; the loaded model is kept
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
     except BaseException:  # Ctrl-C, SIGTERM's SystemExit: leave no half-tuned model behind
         ledger.off()
         raise

@@ -9,8 +9,6 @@ from contextvars import ContextVar
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.concurrency.queue import running_loop
 
-__all__ = ["TuningLock"]
-
 
 class TuningLock:
     """Allows one tuning at a time, since two would disturb each other's timings.

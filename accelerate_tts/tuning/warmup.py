@@ -5,24 +5,23 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.compile_timeout import compiling_within
 from accelerate_tts.runtime.completion import complete
 from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
 from accelerate_tts.settings import Mode
-from accelerate_tts.tuning.compile_timeout import compiling_within
 from accelerate_tts.tuning.length_ladder import at_length, first_tensor, is_tensor, ladder
 
 if TYPE_CHECKING:
     import asyncio
 
-    from accelerate_tts.tuning.reload import Again
-
-__all__ = ["CUDA_GRAPH_PASSES", "Loaded", "WarmupCall", "WarmupCalls", "check_warmup", "warmup_calls"]
+    from accelerate_tts.tuning.reload import Reloader
 
 Call = Callable[..., Any]
 
@@ -52,7 +51,7 @@ class Loaded:
     result: Any
     owner: Any = None
     loop: asyncio.AbstractEventLoop | None = None
-    again: Again | None = None
+    again: Reloader | None = None
 
     @property
     def subject(self) -> Any:
@@ -181,9 +180,11 @@ class _CallMaker:
             )
             given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
             args = tuple(_placed(value, target) for value in given)
-            run = self._finished(*_copying(target, args, kwargs), mode)
-            tensors = any(is_tensor(value) for value in (*args, *kwargs.values()))
-            return WarmupCall(run, self._varied(target, args, kwargs) if tensors and mode == "inference" else None)
+            run = self._finished(_copying(target, args, kwargs, inside=False), (), {}, mode)
+            if mode != "inference" or not any(is_tensor(value) for value in (*args, *kwargs.values())):
+                return WarmupCall(run)
+            vary = self._finished(_copying(target, args, kwargs, inside=True), (), {}, "inference")
+            return WarmupCall(run, lambda: vary() if mode_of(loaded.subject, "inference") == "inference" else None)
         return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
 
     def call_at(self, item: Any, length: int) -> WarmupCall:
@@ -197,20 +198,9 @@ class _CallMaker:
 
         def run() -> Any:
             choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
-            now = mode if choice is None else choice.mode
-            return complete(inference_mode.call(target, args, kwargs, now, choice), loaded.loop)
+            return complete(inference_mode.call(target, args, kwargs, mode, choice), loaded.loop)
 
         return run if self.timeout is None else lambda: _limited(run, self.timeout)
-
-    def _varied(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        def made_inside(value: Any) -> Any:
-            return value.clone() if is_tensor(value) else value
-
-        def call() -> Any:
-            return target(*map(made_inside, args), **{name: made_inside(value) for name, value in kwargs.items()})
-
-        run = self._finished(call, (), {}, "inference")
-        return lambda: run() if mode_of(self.loaded.subject, "inference") == "inference" else None
 
 
 def _limited(run: Call, timeout: float | None) -> Any:
@@ -224,21 +214,26 @@ def _limited(run: Call, timeout: float | None) -> Any:
         raise
 
 
-def _copying(
-    target: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
-    """Wrap a call so that it gets copies of its tensors, since a model may write into its inputs."""
+def _copying(target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], *, inside: bool) -> Call:
+    """Wrap a call so that it gets copies of its tensors, since a model may write into its inputs.
+
+    Args:
+        target: What is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        inside: Make the copies in the caller's mode. Otherwise they are normal tensors, as the user's own.
+    """
 
     def copied(value: Any) -> Any:
         import torch
 
-        with torch.inference_mode(mode=False):  # a normal tensor, as the user's own
+        with nullcontext() if inside else torch.inference_mode(mode=False):
             return value.clone() if is_tensor(value) else value
 
     def call() -> Any:
         return target(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
 
-    return call, (), {}
+    return call
 
 
 def _accepts(function: Callable[..., Any], count: int) -> bool:

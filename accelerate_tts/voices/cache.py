@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from accelerate_tts.errors import message_of
+from accelerate_tts.errors import described, message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.object_tree import reachable_modules
@@ -27,16 +27,11 @@ from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.voices.content_key import Digest
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.encoder_state import constants, function_words, outside
-from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, Kept
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
-__all__ = ["Embeddings", "Options"]
+from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, StoredEmbedding
 
 
 @dataclass(frozen=True)
-class Options:
+class CacheOptions:
     """Options of `@cached_embedding(...)`."""
 
     limit_bytes: int
@@ -59,7 +54,7 @@ class _Question:
 class Embeddings:
     """The embeddings of one decorated function."""
 
-    def __init__(self, what: str, options: Options) -> None:
+    def __init__(self, what: str, options: CacheOptions) -> None:
         self._what = f"the embedding cache of {what}"
         self._options = options
         self._store = EmbeddingStore(options.limit_bytes)
@@ -97,10 +92,12 @@ class Embeddings:
                 return self._run(wrapped, args, kwargs)  # a recursive call with the same arguments
             found: Any = kept or flight.future.result()
             if found is not None:
-                return self._handed_out(found, owner) if isinstance(found, Kept) else self._run(wrapped, args, kwargs)
+                if isinstance(found, StoredEmbedding):
+                    return self._handed_out(found, owner)
+                return self._run(wrapped, args, kwargs)
         else:
             return self._run(wrapped, args, kwargs)
-        outcome: Kept | str | None = None
+        outcome: StoredEmbedding | str | None = None
         result: Any = None
         try:
             outcome = stored = self._stored(question)
@@ -133,10 +130,10 @@ class Embeddings:
                     return await self._run(wrapped, args, kwargs)
                 found: Any = kept or await asyncio.wrap_future(flight.future)
                 if found is not None:
-                    if isinstance(found, Kept):
+                    if isinstance(found, StoredEmbedding):
                         return self._handed_out(found, owner)
                     return await self._run(wrapped, args, kwargs)
-            outcome: Kept | str | None = None
+            outcome: StoredEmbedding | str | None = None
             result: Any = None
             try:
                 outcome = stored = self._stored(question)
@@ -152,9 +149,9 @@ class Embeddings:
         return wrapped(*args, **kwargs)
 
     def _finished(
-        self, question: _Question, owner: Any, outcome: Kept | str | None, result: Any, *, stored: bool
+        self, question: _Question, owner: Any, outcome: StoredEmbedding | str | None, result: Any, *, stored: bool
     ) -> Any:
-        if not isinstance(outcome, Kept):
+        if not isinstance(outcome, StoredEmbedding):
             return result
         if not stored and self._files is not None and question.durable:
             try:
@@ -164,7 +161,7 @@ class Embeddings:
         # The first caller gets a copy, too, so that all callers get the same.
         return self._handed_out(outcome, owner, count=stored)
 
-    def _handed_out(self, kept: Kept, owner: Any, *, count: bool = True) -> Any:
+    def _handed_out(self, kept: StoredEmbedding, owner: Any, *, count: bool = True) -> Any:
         if count:
             self._store.count(hit=True)
         result, attributes = kept.copy()
@@ -172,7 +169,7 @@ class Embeddings:
             setattr(owner, name, attributes[name])
         return result
 
-    def _stored(self, question: _Question) -> Kept | None:
+    def _stored(self, question: _Question) -> StoredEmbedding | None:
         if self._files is None or not question.durable:
             return None
         return self._files.read(question.key, question.packages, self._is_answer)
@@ -184,10 +181,10 @@ class Embeddings:
         attributes = value[1]
         return type(attributes) is dict and attributes.keys() == set(self._options.sets)
 
-    def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> Kept | str:
+    def _kept(self, question: _Question, wrapped: Callable[..., Any], owner: Any, result: Any) -> StoredEmbedding | str:
         """Copy a call's result for the store; return `ALONE`, with an event, if it must not or cannot be stored."""
         try:
-            kept = Kept((result, {name: getattr(owner, name) for name in self._options.sets}))
+            kept = StoredEmbedding((result, {name: getattr(owner, name) for name in self._options.sets}))
             if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(kept.copy())):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
@@ -196,7 +193,7 @@ class Embeddings:
                 return Flight.ALONE
             same = str(self._encoder(wrapped, owner)) == question.encoder
         except Exception as error:  # the user's classes decide how they are copied
-            emit(NotApplied(self._what, f"the result cannot be kept: {type(error).__name__}: {message_of(error)}"))
+            emit(NotApplied(self._what, f"the result cannot be kept: {described(error, 200)}"))
             return Flight.ALONE
         if not same:
             emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
@@ -215,7 +212,7 @@ class Embeddings:
         except UnknownContentError as error:
             reason = str(error)
         except Exception as error:  # arguments, and what `encoder=` reads, may be of any class
-            reason = f"what the call is asked for cannot be told: {type(error).__name__}: {message_of(error)}"
+            reason = f"what the call is asked for cannot be told: {described(error, 200)}"
         emit(NotApplied(self._what, reason))
         return None
 

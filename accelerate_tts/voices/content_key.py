@@ -20,8 +20,6 @@ from accelerate_tts.voices.encoder_state import Encoders, function_words, global
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Digest"]
-
 _SCALARS = (type(None), bool, int, float, complex)
 _CONTAINERS = (str, bytes, bytearray, int, float, complex, list, tuple, set, frozenset, deque)
 _LONGEST_PATH = 4096  # bytes, the limit of Linux; other systems allow less

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from accelerate_tts.decorators import _BoundShell, _check_function, _Shell
+from accelerate_tts.decorators import _BoundShell, _check_function, _Shell, class_of_call
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.locks import lock
 from accelerate_tts.settings import check_folder, is_active
@@ -15,8 +16,6 @@ from accelerate_tts.settings import check_folder, is_active
 if TYPE_CHECKING:
     from accelerate_tts.voices.cache import Embeddings
     from accelerate_tts.voices.memory import CacheInfo
-
-__all__ = ["CachedFunction", "cached_embedding"]
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -87,16 +86,18 @@ class _AnswerFromCache:
 
     @property
     def embeddings(self) -> Embeddings:
-        from accelerate_tts.voices.cache import Embeddings, Options
+        from accelerate_tts.voices.cache import CacheOptions, Embeddings
 
         with self._lock:
             if self._made is None:
-                self._made = Embeddings(self._what, Options(*self._options))
+                self._made = Embeddings(self._what, CacheOptions(*self._options))
             return self._made
 
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
             return wrapped(*args, **kwargs)
+        if instance is None and (cls := class_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         return self.embeddings.call(wrapped, instance, args, kwargs)
 
 

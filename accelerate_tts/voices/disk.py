@@ -23,13 +23,11 @@ from typing import Any
 
 import torch
 
-from accelerate_tts.errors import message_of
+from accelerate_tts.errors import described
 from accelerate_tts.events import PackIgnored, emit
 from accelerate_tts.storage.files import BadFileError, regular
 from accelerate_tts.storage.lru_folder import LruFolder
-from accelerate_tts.voices.memory import Kept
-
-__all__ = ["EmbeddingFiles"]
+from accelerate_tts.voices.memory import StoredEmbedding
 
 _MAGIC = b"accelerate-tts embedding 3\n"
 _LINE = 128  # maximum bytes of each line of the header
@@ -57,7 +55,7 @@ class EmbeddingFiles:
 
     def read(
         self, key: str, packages: Collection[str] = (), fits: Callable[[Any], bool] = lambda _: True
-    ) -> Kept | None:
+    ) -> StoredEmbedding | None:
         """Read the embedding of a key; return `None` if there is none, or with an event if the file is unusable.
 
         Args:
@@ -71,16 +69,16 @@ class EmbeddingFiles:
                 value = _unpacked(key, self._files.content(file), packages, self._most)
                 if not fits(value):
                     raise BadFileError("it holds something else than an answer of this function")  # noqa: TRY301
-                kept = Kept(value)
+                kept = StoredEmbedding(value)
                 self._files.used(key, file)
         except FileNotFoundError:
             return None
         except Exception as error:  # a file that any program may have written
-            emit(PackIgnored(f"embedding {key[:12]}", f"{type(error).__name__}: {message_of(error)}"))
+            emit(PackIgnored(f"embedding {key[:12]}", described(error, 200)))
             return None
         return kept
 
-    def write(self, key: str, kept: Kept, packages: Collection[str] = ()) -> bool:
+    def write(self, key: str, kept: StoredEmbedding, packages: Collection[str] = ()) -> bool:
         """Write an embedding, replacing an older one of the same key.
 
         Args:
@@ -106,10 +104,10 @@ class EmbeddingFiles:
 
 def _packed(key: str, value: Any, packages: Collection[str], most: int) -> list[bytes]:
     blobs: list[bytes] = []
-    described = json.dumps(_said(value, packages, blobs), allow_nan=False, separators=(",", ":")).encode()
-    if len(described) > most:
-        raise ValueError(f"it holds too many values to be stored: they take {len(described)} bytes to describe")
-    rest = [b"%d\n" % len(described), described, *blobs]
+    description = json.dumps(_said(value, packages, blobs), allow_nan=False, separators=(",", ":")).encode()
+    if len(description) > most:
+        raise ValueError(f"it holds too many values to be stored: they take {len(description)} bytes to describe")
+    rest = [b"%d\n" % len(description), description, *blobs]
     digest = hashlib.sha256(key.encode())
     for part in rest:
         digest.update(part)

@@ -23,6 +23,7 @@ import torch
 
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.signatures import foreign_hooks
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
 from accelerate_tts.patching.lazy_parameters import Absent
@@ -31,22 +32,11 @@ from accelerate_tts.storage.fingerprint import code_of, fingerprint
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = [
-    "Encoders",
-    "constants",
-    "foreign_hooks",
-    "function_words",
-    "global_hooks",
-    "modules_of",
-    "numerics",
-    "outside",
-]
-
 _SAMPLE = 64  # bytes: a cache line costs no more than one of its bytes
 
 
 @dataclasses.dataclass
-class _Known:
+class _WeightState:
     state: list[Any]
     places: list[Any]
     sample: bytes
@@ -70,7 +60,7 @@ class Encoders:
     def __init__(self) -> None:
         self._lock = lock()
         self._numbers = itertools.count()
-        self._known = IdentityMap[_Known]()
+        self._known = IdentityMap[_WeightState]()
         self._owners = IdentityMap[int]()
         self._said = IdentityMap[_Said]()
 
@@ -92,7 +82,7 @@ class Encoders:
                 self._said.put(module, said)
             return said.words, functions
 
-    def known(self, module: nn.Module, walked: list[nn.Module]) -> _Known:
+    def known(self, module: nn.Module, walked: list[nn.Module]) -> _WeightState:
         """Return the record of the present state of a module's weights."""
         state = _state(walked)
         with self._lock:
@@ -102,7 +92,7 @@ class Encoders:
                 held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
                 # Computed again, now that the held references keep the addresses from being reused.
                 places = _places(walked)
-                known = _Known(_state(walked), places, _sampled(places), held, next(self._numbers))
+                known = _WeightState(_state(walked), places, _sampled(places), held, next(self._numbers))
                 self._known.put(module, known)
             return known
 
@@ -223,7 +213,6 @@ def _hold(tensor: torch.Tensor) -> Any:
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _LISTS = frozenset({tuple, list})
 _FUNCTIONS = 64  # maximum functions that are searched for the names that a cached function may use
-_OWN_HOOKS = ("transformers.", "accelerate_tts.")  # the former collect attention weights, the latter observe
 
 
 def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[Any]]:
@@ -249,7 +238,7 @@ def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[An
         if about[1]:  # the items of a list may change while its id stays
             texts += [f"{value}" for value in own.values() if type(value) in _LISTS and _is_plain(value)]
         if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
-            functions += foreign_hooks(own.get("_forward_hooks", {}), own.get("_forward_pre_hooks", {}))
+            functions += foreign_hooks([own.get("_forward_hooks"), own.get("_forward_pre_hooks")])
         if "forward" in own:
             functions.append(own["forward"])
         config = own.get("config")
@@ -269,17 +258,11 @@ def _is_constant(value: Any) -> bool:
     return type(value) in _SCALARS or (type(value) is tuple and all(map(_is_constant, value)))
 
 
-def foreign_hooks(*hooks: Any) -> list[Any]:
-    """Return the user's hooks, in call order."""
-    found = [hook for each in hooks for hook in each.values()]
-    return [hook for hook in found if not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)]
-
-
 def global_hooks() -> list[Any]:
     """Return the user's global module hooks."""
     from torch.nn.modules import module
 
-    return foreign_hooks(module._global_forward_hooks, module._global_forward_pre_hooks)
+    return foreign_hooks([module._global_forward_hooks, module._global_forward_pre_hooks])
 
 
 def numerics() -> str:

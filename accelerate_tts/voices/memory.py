@@ -15,8 +15,6 @@ import torch
 from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import lock
 
-__all__ = ["CacheInfo", "EmbeddingStore", "Flight", "Kept"]
-
 # Estimated bytes of a small Python object, so that a million of them do not count as nothing.
 _OBJECT_BYTES = 64
 
@@ -38,7 +36,7 @@ class CacheInfo:
     bytes: int
 
 
-class Kept:
+class StoredEmbedding:
     """A private copy of an embedding. Callers get copies of it.
 
     Raises:
@@ -114,11 +112,11 @@ class EmbeddingStore:
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._lock = lock()
-        self._entries: OrderedDict[str, Kept] = OrderedDict()
+        self._entries: OrderedDict[str, StoredEmbedding] = OrderedDict()
         self._flights: dict[str, Flight] = {}
         self._bytes = self._hits = self._misses = 0
 
-    def begin(self, key: str, asker: object) -> tuple[Kept | None, Flight, bool]:
+    def begin(self, key: str, asker: object) -> tuple[StoredEmbedding | None, Flight, bool]:
         """Look up a key.
 
         Returns:
@@ -135,31 +133,19 @@ class EmbeddingStore:
             self._flights[key] = flight = Flight(asker)
             return None, flight, True
 
-    def end(self, key: str, flight: Flight, outcome: Kept | str | None) -> None:
+    def end(self, key: str, flight: Flight, outcome: StoredEmbedding | str | None) -> None:
         """End a computation: store its result, and wake waiting callers."""
         with self._lock:
             if self._flights.get(key) is flight:  # otherwise `clear` was called meanwhile
                 del self._flights[key]
-                if isinstance(outcome, Kept):
-                    self._put(key, outcome)
+                # Evicting all others for a larger one would not help.
+                if isinstance(outcome, StoredEmbedding) and outcome.bytes <= self._limit:
+                    self._entries[key] = outcome
+                    self._bytes += outcome.bytes
+                    while self._bytes > self._limit:
+                        _, oldest = self._entries.popitem(last=False)
+                        self._bytes -= oldest.bytes
         flight.future.set_result(outcome)
-
-    def put(self, key: str, kept: Kept) -> None:
-        """Store an embedding."""
-        with self._lock:
-            self._put(key, kept)
-
-    def _put(self, key: str, kept: Kept) -> None:
-        old = self._entries.pop(key, None)
-        if old is not None:
-            self._bytes -= old.bytes
-        if kept.bytes > self._limit:
-            return  # evicting all others for it would not help
-        self._entries[key] = kept
-        self._bytes += kept.bytes
-        while self._bytes > self._limit:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= oldest.bytes
 
     def count(self, *, hit: bool) -> None:
         """Count a call."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from listed import FILE, environments
-from run import ROWS, other_tokens
+from run import ROWS, other_tokens, without_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -54,21 +54,34 @@ def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -
 
 
 def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
-    """Return README's text with the table of results between its two marks.
+    """Return README's text with a small table of results for each machine and day between its two marks.
 
     Args:
         readme: The text.
         environments: As for `page`.
         rows: As for `page`.
     """
-    checks = [line for one in environments if one.name in rows for line in _checks(one, rows[one.name])]
-    shown = [[line[number] for number in _SHOWN] for line in checks]
-    table = _table([_CHECKS[number] for number in _SHOWN], shown) if shown else "No row was written in this state.\n"
+    found: dict[str, list[Sequence[str]]] = {}
+    for one, row in ((one, rows[one.name]) for one in environments if one.name in rows):
+        machine = row["machine"]
+        where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, {row['date']}:"
+        found.setdefault(where, []).extend(map(_in_short, _checks(one, row)))
+    tables = [f"{where}\n\n{_table(_SHORT, lines)}" for where, lines in found.items() if lines]
     head = readme.index("\n", readme.index(_BEGIN)) + 1
-    return f"{readme[:head]}\n{table}\n{readme[readme.index(_END) :]}"
+    text = "\n".join(tables) or "No row was written in this state.\n"
+    return f"{readme[:head]}\n{text}\n{readme[readme.index(_END) :]}"
 
 
-_SHOWN = (0, 1, 2, 3, 5, 6, 7, 8)  # of `_CHECKS`: all but the milliseconds and the stages
+_SHORT = ("environment", "system", "layers", "precision", "one token", "whole call", "output")
+
+
+def _in_short(check: Sequence[str]) -> Sequence[str]:
+    """Return the cells of README's table, with medians alone."""
+    environment, system, layers, precision, seconds, ratio, _floor, whole, output, _kept = check
+    output = "**failed**" if seconds.startswith("**failed**") else output
+    return environment, system, layers, precision, ratio.partition(" ")[0], whole.partition(" ")[0], output
+
+
 _OVERVIEW = ("environment", "Python", "torch", "transformers", "upstream", "tests", "result", "run on")
 _CHECKS = (
     "environment", "system", "layers", "precision", "one token: eager, tuned", "ratio", "times the floor",
@@ -108,6 +121,7 @@ def _result(row: dict[str, Any]) -> str:
     bad = ["tests failed"] if tests is not None and tests["failed"] + tests["errors"] else []
     bad += [f"{check['system']} failed" for check in row["checks"] if check["failed"] is not None]
     bad += [f"{check['system']}: other tokens" for check in row["checks"] if other_tokens(check)]
+    bad += [f"{check['system']}: without kernels" for check in row["checks"] if without_kernels(check)]
     return f"**{', '.join(bad)}**" if bad else "good"
 
 

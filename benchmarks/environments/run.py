@@ -101,9 +101,11 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """True if it was installed, every test passed and every check gave figures; in `exact`, the same tokens."""
+        """True if it was installed, every test passed, every check gave figures: with kernels, with same tokens."""
         tests = self.tests is None or not (self.tests["failed"] or self.tests["errors"])
-        checks = all(check["failed"] is None and not other_tokens(check) for check in self.checks)
+        checks = all(
+            check["failed"] is None and not other_tokens(check) and not without_kernels(check) for check in self.checks
+        )
         return self.failed is None and tests and checks
 
     def as_json(self) -> str:
@@ -114,6 +116,11 @@ class Row:
 def other_tokens(check: Mapping[str, Any]) -> bool:
     """Check that a check gave other tokens where they must be the same."""
     return check["precision"] == "exact" and check.get("same_tokens") is False
+
+
+def without_kernels(check: Mapping[str, Any]) -> bool:
+    """Check that a check was made without the wheel's kernels."""
+    return check.get("kernels") == "none"
 
 
 def run(one: Environment, options: Options, folder: Path, say: Callable[[str], None]) -> Row:
@@ -290,7 +297,8 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
     names = ("part", "stage", "kept", "reason", "ratio", "low", "error", "seconds")
     return {
         **{name: found[name] for name in (
-            "whole", "step", "prompt", "error", "same_tokens", "floor", "tuning", "recompiles", "kept", "events", "note"
+            "whole", "step", "prompt", "error", "same_tokens", "floor", "tuning", "recompiles", "kept", "events",
+            "note", "kernels",
         )},
         "notes": receipt["notes"],
         "stages": [{name: stage[name] for name in names} for stage in receipt["stages"]],

@@ -244,13 +244,22 @@ def child(names: Sequence[str], loads: Sequence[str], seconds: float) -> None:
     from systems import SYSTEMS
 
     def say(**facts: Any) -> None:
-        sys.__stdout__.write(f"\n{_SAY}{json.dumps(facts)}\n")  # type: ignore[union-attr]
+        sys.__stdout__.write(f"\n{_SAY}{without_folders(json.dumps(facts))}\n")  # type: ignore[union-attr]
         sys.__stdout__.flush()  # type: ignore[union-attr]
 
     for name in names:
         say(begins=name)
         _run(SYSTEMS[name], loads, seconds, say)
     say(begins=None)
+
+
+def without_folders(text: str) -> str:
+    """Cut the folders of this machine off the paths in a text, such as a traceback's."""
+    folders = {os.fspath(HERE.parents[1]), tempfile.gettempdir(), os.fspath(Path.home()), *sys.path} - {os.fspath(HERE)}
+    for folder in sorted((folder.rstrip(os.sep) for folder in folders), key=len, reverse=True):
+        if folder:
+            text = text.replace(folder + os.sep, "")
+    return text
 
 
 def _run(stranger: Stranger, loads: Sequence[str], seconds: float, say: Callable[..., None]) -> None:

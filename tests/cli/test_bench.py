@@ -139,6 +139,20 @@ def test_another_environment_is_benched_by_its_own_python(monkeypatch: pytest.Mo
     assert told == [None, Path("there/bin/python")]
 
 
+def test_another_environment_is_measured_with_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout in the present folder is not what was installed there; relative paths are of the present folder."""
+    checkout = tmp_path / "checkout"
+    (checkout / "accelerate_tts").mkdir(parents=True)
+    (checkout / "accelerate_tts" / "__init__.py").write_text("raise SystemExit('the checkout')")
+    (checkout / "bin").mkdir()
+    python = checkout / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(checkout)
+    request = Request("eager", "voice-clone", "tiny", "exact", None, 1, 1.0, None)
+    assert processes.ask(request, Path("bench"), Path("bin/python"))["peak"] > 0
+
+
 def test_a_process_that_dies_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variant's process is killed, as one is that runs out of memory."""
     begin = subprocess.run

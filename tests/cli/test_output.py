@@ -126,9 +126,8 @@ def test_no_escape_sequence_reaches_a_terminal(
     read = Receipt.from_json(told.to_json())
     emit(NotApplied(f"what{ESCAPE}", f"why{ESCAPE}\nsecond line"))
     from accelerate_tts.cli.receipt import show
-    from accelerate_tts.cli.tables import print_receipt, wide_console
+    from accelerate_tts.cli.tables import wide_console
 
-    print_receipt(read, wide_console())
     show(read, wide_console())
     sys.stdout.write(f"{read} {read!r}")
     texts = [capsys.readouterr().out, caplog.text, str(read)]

@@ -225,7 +225,7 @@ class HoldsInAnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.box = Box()
         self.flags = (environment(VARIABLE), self.box.flag)
-        self.live: list[tuple[flags.Hold, dict[Flag, Any]]] = []
+        self.live: list[tuple[flags.HeldFlags, dict[Flag, Any]]] = []
         self.original: dict[Flag, Any] = {}
 
     @initialize(value=_values)
@@ -236,7 +236,7 @@ class HoldsInAnyOrder(RuleBasedStateMachine):
         self.original = {self.flags[0]: value, self.flags[1]: "as it was"}
 
     @rule(target=holds, wanted=st.lists(st.tuples(st.integers(0, 1), _values), max_size=3))
-    def enter(self, wanted: list[tuple[int, Any]]) -> flags.Hold:
+    def enter(self, wanted: list[tuple[int, Any]]) -> flags.HeldFlags:
         pairs = [(self.flags[index], value) for index, value in wanted]
         held = hold(pairs)
         self.live.append((held, dict(pairs)))
@@ -248,12 +248,12 @@ class HoldsInAnyOrder(RuleBasedStateMachine):
             hold([*((self.flags[index], value) for index, value in wanted), (self.box.flag, "bad")])
 
     @rule(held=consumes(holds))
-    def leave(self, held: flags.Hold) -> None:
+    def leave(self, held: flags.HeldFlags) -> None:
         held.release()
         self.live = [(other, values) for other, values in self.live if other is not held]
 
     @rule(target=holds, held=consumes(holds))
-    def leave_twice(self, held: flags.Hold) -> Any:
+    def leave_twice(self, held: flags.HeldFlags) -> Any:
         self.leave(held)
         held.release()
         return multiple()

@@ -25,8 +25,8 @@ from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import tune
 
 
 @dataclass

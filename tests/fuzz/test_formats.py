@@ -32,7 +32,7 @@ from accelerate_tts.packs.format import Pack
 from accelerate_tts.packs.store import PackStore
 from accelerate_tts.receipts.receipt import Receipt, StageResult
 from accelerate_tts.voices.disk import EmbeddingFiles
-from accelerate_tts.voices.memory import Kept
+from accelerate_tts.voices.memory import StoredEmbedding
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "80")),
@@ -253,7 +253,7 @@ def an_embedding() -> tuple[bytes, bytes]:
     """The first line, and what lies behind the checksum."""
     value = {"a": torch.arange(6.0).view(2, 3), "b": [1, 2.5, None, "text", (True, b"bytes")], 3: torch.zeros(0)}
     with tempfile.TemporaryDirectory() as place:
-        assert EmbeddingFiles(Path(place), LIMIT).write(KEY, Kept(value))
+        assert EmbeddingFiles(Path(place), LIMIT).write(KEY, StoredEmbedding(value))
         (path,) = Path(place).iterdir()
         magic, _, rest = path.read_bytes().split(b"\n", 2)
         return magic + b"\n", rest
@@ -268,7 +268,7 @@ def test_a_damaged_embedding_is_read_or_ignored(rest: bytes, *, right: bool) -> 
     digest = hashlib.sha256(KEY.encode() + rest if right else rest).hexdigest().encode()
     with tempfile.TemporaryDirectory() as place:
         files = EmbeddingFiles(Path(place), LIMIT)
-        assert files.write(KEY, Kept(0))
+        assert files.write(KEY, StoredEmbedding(0))
         (path,) = Path(place).iterdir()
         path.write_bytes(MAGIC + digest + b"\n" + rest)
         with at_most(3 * LIMIT):

@@ -34,9 +34,8 @@ from accelerate_tts.plan import PROCESS, ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import is_faster
+from doubles import is_faster, tune
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,9 +23,8 @@ from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.tuning.capture import time_modules
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 
 @pytest.fixture(autouse=True)

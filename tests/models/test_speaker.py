@@ -16,8 +16,8 @@ from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import tune
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # webrtcvad's import of pkg_resources

@@ -21,7 +21,7 @@ from accelerate_tts.packs.format import Pack
 from accelerate_tts.packs.store import PackStore
 from accelerate_tts.storage import file_digests
 from accelerate_tts.voices.disk import EmbeddingFiles
-from accelerate_tts.voices.memory import Kept
+from accelerate_tts.voices.memory import StoredEmbedding
 
 WAIT = 120.0  # seconds after which a child that should have ended has hung
 MEGABYTE = 1 << 20
@@ -214,7 +214,7 @@ def test_a_read_only_folder_costs_events_and_nothing_else(tmp_path: Path) -> Non
 def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path, seen: list[Event]) -> None:
     """One bit is flipped in each byte at both ends and in a sample between; then the file is truncated."""
     files = EmbeddingFiles(tmp_path, MEGABYTE)
-    assert files.write(key(1), Kept([torch.arange(100.0), "a", 1.5]))
+    assert files.write(key(1), StoredEmbedding([torch.arange(100.0), "a", 1.5]))
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     assert len(whole) > 500
@@ -460,13 +460,13 @@ def test_voices_are_evicted_in_order_on_a_clock_that_goes_backwards(tmp_path: Pa
     names = [key(number) for number in range(4)]
     for name in names[:2]:
         clock.now -= DAY
-        assert files.write(name, Kept([1.0]))
+        assert files.write(name, StoredEmbedding([1.0]))
     clock.now -= DAY
     assert files.read(names[0]) is not None
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     files = EmbeddingFiles(tmp_path, sum(sizes))  # room for two
     clock.now -= DAY
-    assert files.write(names[2], Kept([1.0]))
+    assert files.write(names[2], StoredEmbedding([1.0]))
     assert sorted(path.stem for path in tmp_path.iterdir()) == [names[0], names[2]]
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from accelerate_tts import optimized_model, receipt_of
-from accelerate_tts.runtime.seeding import drawing, seeded
+from accelerate_tts.runtime.drawing import drawing
+from accelerate_tts.runtime.seeding import seeded
 from doubles import ALONE, run_alone
 
 SOURCES: dict[str, Callable[[], float]] = {

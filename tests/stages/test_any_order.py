@@ -40,11 +40,11 @@ from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.protocol import Change, Stage
 from accelerate_tts.tuning.baseline import Baseline
 from accelerate_tts.tuning.compare import Difference
+from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import pays_off
+from doubles import pays_off, tune
 
 STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
@@ -221,7 +221,7 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
                 change.off()
 
         for action, what in actions:
-            if action == "apply" and what.applies(part) is None:
+            if action == "apply" and obstacle(what, part) is None:
                 tried.add(what.name)
                 changes.append(what.prepare(part))
                 changes[-1].on()
@@ -246,7 +246,7 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
     settings(max_examples=25, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))(
         given(ACTIONS)(play)
     )()
-    assert tried >= {stage.name for stage in STAGES if stage.applies(part) is None}
+    assert tried >= {stage.name for stage in STAGES if obstacle(stage, part) is None}
 
 
 @pytest.mark.parametrize("stage", [CompileStage("default"), CompiledBlocksStage("default")], ids=lambda s: s.name)
@@ -312,7 +312,7 @@ class Faulty:
     def __init__(self, stage: Stage, point: str, fault: Exception, late: bool, number: int) -> None:
         self._stage, self._point, self._fault, self._late, self._left = stage, point, fault, late, number
         self.name, self.group, self.process, self.times = stage.name, stage.group, False, stage.times
-        self.least_share = 0.0
+        self.least_share, self.excluded_by = 0.0, stage.excluded_by
         self.fired = False
         self.in_force = False
         self.change: Any = None
@@ -385,7 +385,7 @@ def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -
     model = MODELS[name]()
     before = Before(model)
     part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
-    applicable = [stage for stage in STAGES if stage.applies(part) is None]
+    applicable = [stage for stage in STAGES if obstacle(stage, part) is None]
     compared = Baseline.difference
 
     @settings(max_examples=15, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))

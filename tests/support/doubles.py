@@ -16,7 +16,9 @@ from torch import nn
 from accelerate_tts.optimizer import PerformanceOptimizer, replace_performance_optimizer
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.timing import Timing
+from accelerate_tts.tuning.tune import find
 
 TWICE_AS_FAST = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
 
@@ -57,6 +59,11 @@ def run_alone(file: str, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b[1-9]\d* passed", done.stdout)
     assert "skipped" not in done.stdout
+
+
+def tune(*given: Any, **named: Any) -> Tuning:
+    """Tune a loaded object as `find` does; return its receipt and the changes in force."""
+    return find(*given, **named).tuning()
 
 
 class Stage(BaseStage):

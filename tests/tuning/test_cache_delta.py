@@ -18,9 +18,8 @@ from accelerate_tts.tuning.compare import compare, tensors_of
 from accelerate_tts.tuning.first_passes import first_passes
 from accelerate_tts.tuning.ledger import Ledger
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 WIDTH, GIVEN = 32, 40
 

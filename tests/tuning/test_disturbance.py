@@ -22,13 +22,12 @@ from accelerate_tts.events import FellBack, Restored, Retuned, TunedUnderLoad
 from accelerate_tts.packs.format import Pack
 from accelerate_tts.packs.store import PackStore
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
-from accelerate_tts.tuning.disturbance import QUIET, ThisMachine, Watcher, between, one_thread
+from accelerate_tts.tuning.disturbance import QUIET, Machine, Watcher, between, one_thread
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing, compare_speed
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 CPU = DeviceInfo("cpu", "test")
 X = torch.ones(2, 4)
@@ -168,7 +167,7 @@ def test_this_machine_tells_of_itself() -> None:
     assert second.processors >= 1
     if second.busy is not None and first.busy is not None:
         assert second.busy >= first.busy
-    machine = ThisMachine()
+    machine = Machine()
     assert 0.0 < machine.probe() < 10.0
     assert machine.waited() == pytest.approx(waited(), abs=5.0)
 

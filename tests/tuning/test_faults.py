@@ -23,9 +23,8 @@ from accelerate_tts.settings import Precision
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 

@@ -16,9 +16,8 @@ from accelerate_tts.stages.compile.regional import block_rows
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.tuning.capture import outputs_of, watch
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 

@@ -18,9 +18,8 @@ from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.promises import PROMISES, promise
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 

@@ -18,9 +18,8 @@ from accelerate_tts.stages.compile.regional import CompiledBlocksStage, block_ro
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage
+from doubles import Stage, tune
 
 X = torch.ones(2, 4)
 

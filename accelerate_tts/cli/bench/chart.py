@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.cli.bench.report import Found
 
-__all__ = ["draw", "pyplot"]
-
 _COLOURS = {"torch.compile": "#bbbbbb", "exact": "#4477aa", "balanced": "#66ccee", "fast": "#228833"}
 
 

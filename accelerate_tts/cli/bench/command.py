@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.variant import Variant
     from accelerate_tts.settings import Precision
 
-__all__ = ["Options", "run"]
-
 
 @dataclass(frozen=True)
 class Options:

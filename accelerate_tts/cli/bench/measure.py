@@ -16,6 +16,7 @@ from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
+from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.systems import Built, Size
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.settings import Precision
-
-__all__ = [
-    "Measured", "Ratio", "bandwidth", "bench", "bytes_of_a_token", "device_type", "difference", "held_bytes",
-    "length_of", "ordinary", "peak_bytes", "spoken", "tuned", "undisturbed", "warm_up",
-]  # fmt: skip
 
 _TINY_SECONDS = 0.8
 _PATIENCE = 30.0  # total seconds that a measurement waits for a quiet machine
@@ -86,6 +82,7 @@ class Measured:
         bandwidths: Memory bandwidth in bytes a second before, between and after the pairs.
         disturbed: Number of counted pairs during which other programs used the machine. Others were repeated.
         disturbance: The disturbance in words; "" if there was none.
+        kernels: Instruction set of the kernels in use, or "none".
     """
 
     system: str
@@ -114,6 +111,7 @@ class Measured:
     bandwidths: list[float] = field(default_factory=list)
     disturbed: int = 0
     disturbance: str = ""
+    kernels: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary for JSON."""
@@ -320,7 +318,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()), device, list(said), bandwidths, disturbed, watcher.worst.why,
+        json.loads(receipt.to_json()), device, list(said), bandwidths, disturbed, watcher.worst.why, level(),
     )  # fmt: skip
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.cli.bench.systems import Built
 
-__all__ = ["Naive", "naive"]
-
 
 @dataclass(frozen=True)
 class Naive:

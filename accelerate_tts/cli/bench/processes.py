@@ -14,8 +14,6 @@ from typing import Any
 from accelerate_tts.cli.bench.variant import NO_ANSWER, Request
 from accelerate_tts.errors import AccelerateTTSError
 
-__all__ = ["VariantError", "ask", "folders_of"]
-
 _LIMIT_SECONDS = 7200.0
 
 
@@ -38,7 +36,9 @@ def ask(request: Request, folder: Path, python: Path | None = None, limit: float
     """
     with tempfile.TemporaryDirectory() as place:
         answer, complaints = Path(place) / "answer.json", Path(place) / "stderr"
-        interpreter = str(python or sys.executable)
+        interpreter = sys.executable
+        if python is not None:  # absolute, but not resolved: an environment's python is a link; a bare name is on PATH
+            interpreter = str(python if python.parent == Path() else python.absolute())
         command = [interpreter, "-m", "accelerate_tts.cli.bench.variant", json.dumps(asdict(request)), str(answer)]
         environment = {**os.environ, **folders_of(request, folder)}
         if python is not None:
@@ -46,8 +46,10 @@ def ask(request: Request, folder: Path, python: Path | None = None, limit: float
         try:
             with complaints.open("wb") as stderr:
                 code = subprocess.run(  # noqa: S603 - ourselves
-                    command, check=False, env=environment, stderr=stderr, timeout=limit
-                ).returncode
+                    command, check=False, env=environment, stderr=stderr, timeout=limit,
+                    # `-m` would import a checkout in the present folder in place of what that environment has.
+                    cwd=None if python is None else place,
+                ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise VariantError(f"it took longer than {limit:g} s") from error
         except OSError as error:
@@ -64,8 +66,8 @@ def folders_of(request: Request, folder: Path) -> dict[str, str]:
     """Return the environment variables that keep a process off the user's own packs and compiled code."""
     return {
         "ACCELERATE_TTS_PACK": "1",
-        "ACCELERATE_TTS_PACK_FOLDER": str(folder / "packs"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled-{request.variant}"),
+        "ACCELERATE_TTS_PACK_FOLDER": str(folder.absolute() / "packs"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.absolute() / f"compiled-{request.variant}"),
     }
 
 

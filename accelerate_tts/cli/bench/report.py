@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.measure import Measured, Ratio
     from accelerate_tts.cli.bench.naive import Naive
 
-__all__ = ["OVERVIEW", "Found", "overview", "rows", "summaries"]
-
 OVERVIEW: tuple[str, ...] = (
     "system", "promised", "torch.compile", *get_args(Precision), "error", "first call", "cold start", "warm start",
     "peak memory",

@@ -16,8 +16,6 @@ from accelerate_tts.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PARTS", "SYSTEMS", "Built", "Size", "System", "system_of"]
-
 Size = Literal["tiny", "full"]
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.systems import Size
     from accelerate_tts.settings import Precision
 
-__all__ = ["NO_ANSWER", "Request", "Variant", "answer", "finite"]
-
 NO_ANSWER = "no answer"
 """The only key of an answer that reports a failure; its value is the reason."""
 

@@ -13,8 +13,6 @@ from accelerate_tts.errors import MissingExtraError
 if TYPE_CHECKING:
     from accelerate_tts.cli.demo.voice import Voice
 
-__all__ = ["DecoratedBackend", "PlainBackend"]
-
 _WARMUP = ["Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more."]
 _PAUSE = 0.15  # seconds of silence between two sentences
 

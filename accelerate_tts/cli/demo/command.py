@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.demo.phonemes import sentences
-from accelerate_tts.cli.tables import print_receipt, table, wide_console
+from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, printable
 from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from accelerate_tts.cli.demo.backends import DecoratedBackend, PlainBackend
-
-__all__ = ["Comparison", "compare_backends", "run"]
 
 # Characters of the timed text: enough for a meaningful median, short enough for a demo.
 _TIMED_CHARACTERS = 200
@@ -71,9 +70,6 @@ class Comparison:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the demo's table, the header first."""
 
-        def both(name: str, plain: str, decorated: str) -> tuple[str, ...]:
-            return name, plain, decorated
-
         def of(times: list[float]) -> str:
             return f"{duration(statistics.median(times))} ({duration(min(times))} .. {duration(max(times))})"
 
@@ -81,13 +77,13 @@ class Comparison:
             return f"{statistics.median(times) / self.audio:.3f}"
 
         return [
-            both("", "plain", "decorated"),
-            both("load", duration(self.plain_load), f"{duration(self.decorated_load)}, tuning included"),
-            both("cold first call", duration(self.plain_cold), duration(self.decorated_cold)),
-            both("warm call", of(self.plain), of(self.decorated)),
-            both("real-time factor", real_time(self.plain), real_time(self.decorated)),
-            both("cold ratio", "1.00x", f"{self.plain_cold / self.decorated_cold:.2f}x"),
-            both("warm ratio", "1.00x", f"{self.ratio:.2f}x"),
+            ("", "plain", "decorated"),
+            ("load", duration(self.plain_load), f"{duration(self.decorated_load)}, tuning included"),
+            ("cold first call", duration(self.plain_cold), duration(self.decorated_cold)),
+            ("warm call", of(self.plain), of(self.decorated)),
+            ("real-time factor", real_time(self.plain), real_time(self.decorated)),
+            ("cold ratio", "1.00x", f"{self.plain_cold / self.decorated_cold:.2f}x"),
+            ("warm ratio", "1.00x", f"{self.ratio:.2f}x"),
         ]
 
 
@@ -119,7 +115,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
 
     receipt = receipt_of(decorated)
     if receipt is not None:
-        print_receipt(receipt, out)
+        receipts.show(receipt, out)
         if receipt_file is not None:
             receipt.save(receipt_file)
     del plain

@@ -16,8 +16,6 @@ from accelerate_tts.errors import AccelerateTTSError
 if TYPE_CHECKING:
     from accelerate_tts.cli.demo.voice import Voice
 
-__all__ = ["NothingToSayError", "sentences", "to_ids"]
-
 # The encoder's attention grows with the square of the length; 300 characters are about half a minute of speech.
 _LONGEST = 300
 _PAD, _START, _END = "_", "^", "$"

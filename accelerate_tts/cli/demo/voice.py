@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["Voice", "load_voice"]
 
 
 @dataclass(frozen=True)

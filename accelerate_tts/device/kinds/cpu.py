@@ -11,8 +11,6 @@ from accelerate_tts.device.memory import free_host_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__: list[str] = []
-
 
 def _probe() -> DeviceInfo:
     return DeviceInfo("cpu", _model() or platform.processor() or platform.machine() or "CPU")
@@ -36,14 +34,12 @@ def _half_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
 
 
-def _free_bytes(device: DeviceInfo) -> int:
-    del device
-    return free_host_bytes()
-
-
-def _batch_size(device: DeviceInfo) -> int:
-    del device
-    return 1
-
-
-register_device(DeviceSpec("cpu", _probe, half_dtypes=_half_dtypes, free_bytes=_free_bytes, batch_size=_batch_size))
+register_device(
+    DeviceSpec(
+        "cpu",
+        _probe,
+        half_dtypes=_half_dtypes,
+        free_bytes=lambda _: free_host_bytes(),
+        batch_size=lambda _: 1,
+    )
+)

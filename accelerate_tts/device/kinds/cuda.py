@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from accelerate_tts.device.detect import Wanted
     from accelerate_tts.settings import Settings
 
-__all__: list[str] = []
-
 _GIB = 1 << 30
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from accelerate_tts.device.detect import Wanted
     from accelerate_tts.settings import Settings
 
-__all__: list[str] = []
-
 _FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
 _RATIO = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"
 
@@ -58,11 +56,6 @@ def _free_bytes(device: DeviceInfo) -> int:
     return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
 
 
-def _batch_size(device: DeviceInfo) -> int:
-    del device
-    return 2
-
-
 register_device(
     DeviceSpec(
         "mps",
@@ -71,6 +64,6 @@ register_device(
         setup_flags=_setup_flags,
         half_dtypes=_half_dtypes,
         free_bytes=_free_bytes,
-        batch_size=_batch_size,
+        batch_size=lambda _: 2,
     )
 )

@@ -9,8 +9,6 @@ from accelerate_tts.device.detect import DeviceInfo, DeviceSpec, register_device
 if TYPE_CHECKING:
     import torch
 
-__all__: list[str] = []
-
 
 def _probe() -> DeviceInfo | None:
     import torch

@@ -23,8 +23,6 @@ from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, nam
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Turn", "call", "check_concurrency"]
-
 _MOST = 2**31 - 1
 _AT_ONCE = 0.1  # seconds
 _KINDS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR

@@ -19,8 +19,6 @@ from typing import Any
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.runtime import time_limit
 
-__all__ = ["INSIDE", "Room", "Slot", "Ticket", "room_of", "running_code", "running_loop"]
-
 WAIT_LIMIT = 30.0
 """Seconds that a thread waits for a permit whose last item it took itself."""
 

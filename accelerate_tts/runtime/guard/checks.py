@@ -20,8 +20,6 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-__all__ = ["UNKNOWN", "Expectation", "Heard", "Units", "cut", "fault_of", "hear", "size_of", "units_of"]
-
 # Limits that keep a check cheap: a decoder's cache has a hundred tensors.
 _DEEPEST, _DEEPEST_OBJECT, _MOST_TENSORS, _MOST_ITEMS = 6, 2, 64, 4096
 # Audio has one channel or two, in a small batch; hidden states and spectrograms have more rows.

@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NoReturn
 
+from accelerate_tts.errors import described
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.concurrency.queue import running_loop
-
-__all__ = ["PATIENCE", "WITHIN", "BusyError", "Gate", "Hold", "Step"]
 
 PATIENCE = 10.0
 """Seconds that a switch waits for running calls, and that new calls wait for the switch."""
@@ -287,7 +286,7 @@ class Gate:
                 self._on()
             except Exception as error:  # no memory, for example: off is correct, half on would not be
                 self._finish()
-                self._tell(f"it could not be put in force again: {type(error).__name__}: {error}")
+                self._tell(f"it could not be put in force again: {described(error)}")
             else:
                 self._is_off = self._told = False
                 self._pins.clear()

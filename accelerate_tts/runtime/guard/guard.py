@@ -22,20 +22,6 @@ from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
 from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold
 
-__all__ = [
-    "Guard",
-    "Listener",
-    "Switch",
-    "Watcher",
-    "guard_of",
-    "is_watched",
-    "listening",
-    "not_again",
-    "protect",
-    "retrying",
-    "watchers_of",
-]
-
 _OWN = "the untouched model gives the same, so this is what was given"
 
 
@@ -59,7 +45,7 @@ class Switch(Protocol):
         ...
 
 
-class Watcher(Protocol):
+class Judge(Protocol):
     """Receives the statistics of the outputs of an object's calls."""
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
@@ -74,7 +60,7 @@ class Listener:
         self._calls: dict[str, list[tuple[Units, Heard]]] = {}
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> None:
-        """See `Watcher.judge`. The reference has no faults."""
+        """See `Judge.judge`. The reference has no faults."""
         if whole:
             self._calls.setdefault(name, []).append((units, heard))
 
@@ -126,7 +112,7 @@ class Guard:
         return self.gate.held
 
     def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
-        """See `Watcher.judge`. A fault that the untouched model has shown `limit` times is ignored."""
+        """See `Judge.judge`. A fault that the untouched model has shown `limit` times is ignored."""
         fault = checks.fault_of(heard, units, self._expected.get(name, checks.UNKNOWN), whole=whole)
         return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
 
@@ -278,7 +264,7 @@ def _held_by(instance: object) -> Iterable[Any]:
     return [value for _, value in members_of(instance)]
 
 
-def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Watcher, ...]:
+def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Judge, ...]:
     """Return the watchers of a call.
 
     Guards are looked up for the object whose method it is, its attributes, and the arguments. A call may have several,

@@ -21,21 +21,19 @@ from accelerate_tts.runtime.drive import SKIPPED, Again, Hooks, Owning, Scoped, 
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Heard, Units
 from accelerate_tts.runtime.guard.gate import WITHIN, BusyError, Hold, Step
-from accelerate_tts.runtime.guard.guard import Guard, Listener, Watcher, retrying
+from accelerate_tts.runtime.guard.guard import Guard, Judge, Listener, retrying
 from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
     from accelerate_tts.runtime.mode_choice import ModeChoice
     from accelerate_tts.settings import Mode
 
-__all__ = ["call"]
-
 _OURS = "made again on the untouched model with the same seed"
 _GIVEN = "it was given as it is: {}"
 
 
 def call(  # noqa: PLR0913 - a call, and how it is made
-    watchers: tuple[Watcher, ...],
+    watchers: tuple[Judge, ...],
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -87,7 +85,7 @@ class _Attempt:
 
     def __init__(
         self,
-        watchers: tuple[Watcher, ...],
+        watchers: tuple[Judge, ...],
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -109,8 +107,7 @@ class _Attempt:
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
-        mode: Any = self._mode if self.choice is None else self.choice.mode
-        return inference_mode.call(*self._call, mode, self.choice)
+        return inference_mode.call(*self._call, self._mode, self.choice)
 
     @contextmanager
     def inside(self, *, wait: bool = True) -> Generator[None, None, None]:

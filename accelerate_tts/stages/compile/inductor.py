@@ -8,23 +8,18 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree
 
 from accelerate_tts.events import Recompiled, emit
 from accelerate_tts.patching.weight_versions import Weights
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-
-__all__ = ["Counter", "Frozen", "clone_outputs", "compile_function", "compiled_by", "guard_of", "options", "reason_of"]
 
 
 class Frozen(Weights):
@@ -52,6 +47,21 @@ class Counter:
         self.graphs += 1
         if self.sealed:
             emit(Recompiled(self.what, self.graphs, shapes, self.guard))
+
+
+class CountedChange:
+    """Base class of changes that compile graphs. Subclasses set `_counter`."""
+
+    _counter: Counter
+
+    @property
+    def graphs(self) -> int | None:
+        """Number of graphs compiled so far."""
+        return self._counter.graphs
+
+    def seal(self) -> None:
+        """Emit an event for each graph from now on."""
+        self._counter.sealed = True
 
 
 @cache

@@ -20,14 +20,20 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
-from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-from accelerate_tts.stages.compile.inductor import Counter, compile_function, guard_of, options, reason_of
+from accelerate_tts.stages.compile.inductor import (
+    CountedChange,
+    Counter,
+    compile_function,
+    guard_of,
+    options,
+    reason_of,
+)
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import Told, attentions_wanted, cache_name, take_cache, token_layer
 from accelerate_tts.stages.decode.growing_cache import growing_caches
@@ -37,9 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from accelerate_tts.plan import Part
-    from accelerate_tts.stages.protocol import Target
-
-__all__ = ["CompiledBlocksStage"]
+    from accelerate_tts.stages.protocol import State, Target
 
 _MOST_ROWS = 3
 """Maximum kinds of blocks of one part that are compiled, those with the most weights first."""
@@ -54,6 +58,7 @@ class CompiledBlocksStage(BaseStage):
     name = "compiled blocks"
     group = "compilation"
     needs_compiler = True
+    excluded_by: tuple[State, ...] = ("compiled",)
     after = ("torch.compile, frozen",)
     cost = 15.0
     least_share = 0.15
@@ -68,8 +73,6 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        if part.module._compiled_call_impl is not None:
-            return "is compiled already"
         return None if block_rows(part.module) else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
@@ -121,7 +124,7 @@ def _size(row: list[nn.Module]) -> int:
     return sum(parameter.numel() for block in row for parameter in block.parameters())
 
 
-class _CompiledBlocks(BaseChange):
+class _CompiledBlocks(CountedChange):
     """The change: the forward of each block's class calls the shared graph first."""
 
     def __init__(self, part: Part, mode: str) -> None:
@@ -132,11 +135,6 @@ class _CompiledBlocks(BaseChange):
         known = {block: row for row in rows for block in row.blocks}
         self._swap = ClassSwap(list(known), lambda block: known[block].class_for(type(block)))
 
-    @property
-    def graphs(self) -> int | None:
-        """Number of graphs compiled so far."""
-        return self._counter.graphs
-
     def on(self) -> None:
         self._growing.on()
         self._swap.on()
@@ -144,10 +142,6 @@ class _CompiledBlocks(BaseChange):
     def off(self) -> None:
         self._swap.off()
         self._growing.off()
-
-    def seal(self) -> None:
-        """Emit an event for each graph from now on."""
-        self._counter.sealed = True
 
 
 class _Row:

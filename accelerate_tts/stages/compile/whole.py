@@ -15,7 +15,7 @@ from torch import nn
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
-from accelerate_tts.patching.class_swap import is_fused, keeps_copies, make_copies
+from accelerate_tts.patching.class_swap import keeps_copies, make_copies
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import Weights
@@ -24,6 +24,7 @@ from accelerate_tts.runtime.graph_thread import graph_owner
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import (
+    CountedChange,
     Counter,
     Frozen,
     clone_outputs,
@@ -39,12 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from accelerate_tts.plan import Part
-    from accelerate_tts.stages.protocol import Target
+    from accelerate_tts.stages.protocol import State, Target
 
     Compiler = Callable[[Callable[..., Any], str, Counter], Callable[..., Any]]
-
-__all__ = ["CompileStage", "CompiledCall", "FrozenCompileStage"]
-
 
 _LIMIT_REACHED = "it has as many graphs as dynamo keeps (8); give lengths= that cover service"
 
@@ -56,10 +54,6 @@ _MOSTLY = 0.5
 
 
 def _obstacle(part: Part) -> str | None:
-    if part.module._compiled_call_impl is not None:
-        return "is compiled already"
-    if is_fused(part.module):
-        return "it is served as a whole"
     if part.method != CALL:
         return f"it is run by .{part.method}(), which torch.compile does not replace"
     return "its cache grows at every call: the decode step is compiled by itself" if part.cached else None
@@ -72,6 +66,7 @@ class CompileStage(BaseStage):
     name = "torch.compile"
     group = "compilation"
     needs_compiler = True
+    excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("compiled blocks",)
     # Compiling adds 10 to 30 s to the start on two cores, and 1.5x on less than this share gains under 5 %.
     least_share = 0.15
@@ -79,7 +74,6 @@ class CompileStage(BaseStage):
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[CompileStage]:
-        """See `BaseStage.variants`."""
         return () if target.compile_mode is None else (cls(target.compile_mode),)
 
     def __init__(self, mode: str) -> None:
@@ -110,6 +104,7 @@ class FrozenCompileStage(BaseStage):
     group = "linear layers"
     devices = ("cpu",)
     needs_compiler = True
+    excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("int8 recurrent layers",)
     # About 4 s of timing for each of a transformer's five weight shapes, and the compilation itself.
     cost = 30.0
@@ -124,7 +119,7 @@ class FrozenCompileStage(BaseStage):
         return CompiledCall(part.module, part.name, "default", frozen=True)
 
 
-class CompiledCall:
+class CompiledCall(CountedChange):
     """Replaces a module's `__call__` while the change is on.
 
     It is stored in the private attribute that `nn.Module.compile()` sets (torch 2.0 to 2.14), which pickling and
@@ -157,11 +152,6 @@ class CompiledCall:
         self._compiled = (compiler or compile_function)(module._call_impl, mode, self._counter)
         self._stage = FrozenCompileStage.name if frozen else CompileStage.name
 
-    @property
-    def graphs(self) -> int | None:
-        """Number of graphs compiled so far."""
-        return self._counter.graphs
-
     def on(self) -> None:
         """See `Change.on`. After a compiler failure it stays off."""
         if not self._broken:
@@ -170,9 +160,6 @@ class CompiledCall:
     def off(self) -> None:
         if self._module._compiled_call_impl is self:
             vars(self._module).pop("_compiled_call_impl", None)  # uncovers the class's attribute, which is None
-
-    def seal(self) -> None:
-        self._counter.sealed = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled if possible."""

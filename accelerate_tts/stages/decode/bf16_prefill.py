@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part, Which
 
-__all__ = ["PromptStage"]
-
 
 @register_stage
 class PromptStage(BaseStage):

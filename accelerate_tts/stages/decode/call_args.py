@@ -12,20 +12,6 @@ from accelerate_tts.stages.decode.kv_cache import growing_layer, sizes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = [
-    "CACHE_NAMES",
-    "Told",
-    "attentions_wanted",
-    "cache_name",
-    "cache_of",
-    "is_read",
-    "is_spied",
-    "take_cache",
-    "tidy",
-    "token_layer",
-    "whole_tuple",
-]
-
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names of the cache in decoders and blocks of transformers, newest first.
 

@@ -29,7 +29,7 @@ from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Told, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
-from accelerate_tts.stages.decode.static_step import CAPACITIES, CudaRecording, Slot, bytes_of
+from accelerate_tts.stages.decode.static_step import CAPACITIES, CudaRecording, StaticSlot, bytes_of
 from accelerate_tts.stages.layers.half_precision import HalfStage
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part, Which
     from accelerate_tts.stages.decode.static_step import Recording
     from accelerate_tts.stages.protocol import Change, Target
-
-__all__ = ["Bounds", "CapturedStepStage"]
 
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
@@ -106,7 +104,7 @@ class CapturedStepStage(BaseStage):
             return "it is not on a CUDA device"
         if not decoders(part.module):
             return "no decoder with a cache in it"
-        return None if self._inside is None else self._inside.obstacle(part)
+        return None if self._inside is None else self._inside.applies(part)
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Nothing is recorded yet."""
@@ -139,7 +137,7 @@ class _Captured(BaseChange):
         return sum(steps.recorded for steps in self._steps.values())
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[StaticSlot]:
         """Slots of all decoders, least recently used first for each."""
         return [slot for steps in self._steps.values() for slot in steps.slots]
 
@@ -183,7 +181,7 @@ class _Steps:
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
         self._weights = Weights(decoder, content=self._copies)
-        self._slots: dict[Any, list[Slot]] = {}  # least recently used first, in each list and among the keys
+        self._slots: dict[Any, list[StaticSlot]] = {}  # least recently used first, in each list and among the keys
         self._lock = lock()
         self._broken = False
         self.recorded = 0
@@ -265,7 +263,7 @@ class _Steps:
 
     def _slot_for(
         self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
-    ) -> Slot | None:
+    ) -> StaticSlot | None:
         capacity = next((size for size in CAPACITIES if size > length), None)
         if capacity is None or bytes_of(past, capacity) > self._bounds.bytes:
             self._told.tell(f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory", 0)
@@ -293,9 +291,9 @@ class _Steps:
 
     def _recorded(
         self, plain: Any, past: Any, inputs: dict[str, torch.Tensor], constants: dict[str, Any], capacity: int
-    ) -> Slot | None:
+    ) -> StaticSlot | None:
         try:
-            slot = Slot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
+            slot = StaticSlot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             # A forbidden operation in the capture, no memory, or arguments that do not go with a static cache.
             self._broken = True
@@ -308,7 +306,7 @@ class _Steps:
         return slot
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[StaticSlot]:
         """All slots."""
         return [slot for slots in self._slots.values() for slot in slots]
 

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["GrowingCacheStage", "decoders", "growing_caches"]
-
 _TAKES = {"inputs_embeds", "use_cache"}
 
 

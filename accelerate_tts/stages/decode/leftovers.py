@@ -17,8 +17,6 @@ from accelerate_tts.stages.decode.call_args import tidy
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Leftovers"]
-
 
 class Leftovers:
     """Left-over hooks of one decoder, removed at the start of each request. Other hooks are untouched."""

@@ -21,8 +21,6 @@ from accelerate_tts.stages.decode import kv_cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Ahead", "Made", "Row"]
-
 _SURE = 3
 """Consecutive mismatches after which a block is no longer computed ahead, and matches after which it is again."""
 

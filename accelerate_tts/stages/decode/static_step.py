@@ -2,7 +2,7 @@
 
 The sequence lies in buffers of a fixed capacity, and its length is a number on the device. Attention runs over the
 whole capacity, with a mask computed from that number. The step reads no value back from the device, and no shape
-depends on one (tests/stages/decode/test_cuda_graph.py traces it). A `Slot` is one set of such buffers with its
+depends on one (tests/stages/decode/test_cuda_graph.py traces it). A `StaticSlot` is one set of such buffers with its
 recording. It holds the sequence of the cache that it served last.
 """
 
@@ -24,8 +24,6 @@ from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
-
-__all__ = ["CAPACITIES", "CudaRecording", "Recording", "Slot", "bytes_of"]
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
 """Capacities of slots, in positions. Each doubles the one before, so a sequence is moved at most five times."""
@@ -100,7 +98,7 @@ class CudaRecording:
         self._done.synchronize()
 
 
-class Slot:
+class StaticSlot:
     """Buffers for one sequence, the inputs of a step over them, and the step's recording.
 
     Args:

@@ -11,7 +11,7 @@ made contiguous again, since callers may rely on that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import channels_last, nn
@@ -21,14 +21,9 @@ from torch.utils import _pytree
 from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
-from accelerate_tts.plan import CALL
+from accelerate_tts.plan import CALL, Part
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-
-if TYPE_CHECKING:
-    from accelerate_tts.plan import Part
-
-__all__ = ["ChannelsLastStage"]
 
 
 @register_stage

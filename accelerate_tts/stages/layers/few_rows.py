@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["FEW_ROWS", "FewRowsStage"]
-
 FEW_ROWS = range(2, 9)
 """Numbers of rows for which the transposed product is computed."""
 

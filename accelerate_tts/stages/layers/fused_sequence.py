@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
 
-__all__ = ["KERNELS", "FusedSequenceStage", "Served"]
-
 KERNELS = (TRANSFORMER, RESIDUAL)
 """Kernels for whole sequences. Each makes a stage of its own."""
 
@@ -54,7 +52,6 @@ class FusedSequenceStage(BaseStage):
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[FusedSequenceStage]:
-        """See `BaseStage.variants`."""
         del target
         return map(cls, KERNELS)
 

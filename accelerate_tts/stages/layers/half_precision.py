@@ -35,7 +35,6 @@ from accelerate_tts.patching.class_swap import (
     fused_by,
     in_fused,
     is_fused,
-    is_recorded,
     open_modules,
     per_class,
     subclass_with,
@@ -50,9 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from accelerate_tts.plan import Part
-    from accelerate_tts.stages.protocol import Target
-
-__all__ = ["HalfStage"]
+    from accelerate_tts.stages.protocol import State, Target
 
 
 @register_stage
@@ -67,6 +64,7 @@ class HalfStage(BaseStage):
     name = "half precision"
     group = "half precision"
     precisions = ("balanced", "fast")
+    excluded_by: tuple[State, ...] = ("recorded",)
     after = ("captured decode step", "growing cache")
 
     @classmethod
@@ -81,10 +79,6 @@ class HalfStage(BaseStage):
         self._carried = carried
 
     def applies(self, part: Part) -> str | None:
-        return "its steps are recorded" if is_recorded(part.module) else self.obstacle(part)
-
-    def obstacle(self, part: Part) -> str | None:
-        """Return the reason why a part has nothing to halve, or `None`. Recorded steps are ignored."""
         if any(fused_by(block).only_tokens for block in part.module.modules() if is_fused(block)):
             return "its blocks are fused"  # prefill alone would not justify copies of all weights
         layers = _layers(part.module)

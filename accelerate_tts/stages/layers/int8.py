@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
 
-__all__ = ["QuantizeRecurrentStage", "QuantizeStage", "engines"]
-
 # Smaller layers spend their time quantising the input.
 _LEAST_WEIGHTS = 16_384
 # Minimum dimensions of the kernels' inputs: (rows, features), and (batch, time, features).

@@ -35,8 +35,6 @@ from accelerate_tts.stages.catalogue import register_stage
 if TYPE_CHECKING:
     from accelerate_tts.plan import Part
 
-__all__ = ["SkinnyStage"]
-
 # Smaller weights are read from the cores' caches, where neither the kernel nor an int8 copy gains anything.
 _LEAST_WEIGHTS = 16_384
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-__all__ = ["FoldStage", "has_folds"]
-
 _FOLD, _PRODUCT = "_accelerate_tts_fold", "_accelerate_tts_product"
 
 

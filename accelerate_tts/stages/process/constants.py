@@ -17,18 +17,14 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from accelerate_tts.patching.change import BaseChange
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable
-
-__all__ = ["PURE", "KeptConstants"]
 
 PURE = (
     "librosa.filters:mel",

@@ -17,10 +17,8 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from accelerate_tts.device.flags import Hold
+    from accelerate_tts.device.flags import HeldFlags
     from accelerate_tts.plan import Part
-
-__all__ = ["QuietBlasStage"]
 
 
 @register_stage
@@ -43,7 +41,7 @@ class QuietBlasStage(BaseStage):
 
 class _Quiet(BaseChange):
     def __init__(self) -> None:
-        self._hold: Hold | None = None
+        self._hold: HeldFlags | None = None
 
     def on(self) -> None:
         if self._hold is None:

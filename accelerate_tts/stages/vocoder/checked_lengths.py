@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +25,7 @@ from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.plan import CALL
-from accelerate_tts.runtime.seeding import seeded, warming
+from accelerate_tts.runtime.seeding import Source, seeded, sources_of, warming
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.layers.fused_sequence import Served
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from accelerate_tts.kernels.packed import Kernel
     from accelerate_tts.plan import Decision, Part
     from accelerate_tts.stages.protocol import Target
-
-__all__ = ["CheckedStage", "holds", "is_checked"]
 
 _CHECKED = "_accelerate_tts_checked"
 _ROUNDING = 2.0**-24
@@ -85,7 +82,7 @@ def holds(values: torch.Tensor, errors: torch.Tensor) -> bool:
 
 
 @dataclass
-class _Attempt:
+class _OwnerCall:
     """One call of an owner.
 
     Attributes:
@@ -102,10 +99,10 @@ class _Attempt:
     untouched: bool = False
     fast: bool = False
     measuring: bool = False
-    later: tuple[Any, Any] | None = None
+    later: list[tuple[Source, Any]] | None = None
 
 
-_attempt: ContextVar[_Attempt | None] = ContextVar("attempt", default=None)
+_attempt: ContextVar[_OwnerCall | None] = ContextVar("attempt", default=None)
 
 
 @register_stage
@@ -122,7 +119,6 @@ class CheckedStage(BaseStage):
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[CheckedStage]:
-        """See `BaseStage.variants`."""
         del target
         return map(cls, (DURATIONS, TEXT))
 
@@ -131,7 +127,6 @@ class CheckedStage(BaseStage):
         self._kernel = kernel
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         decision = part.decision
         if decision is None or part.method != CALL:
             return "no decision is known that hangs on it"
@@ -141,7 +136,6 @@ class CheckedStage(BaseStage):
         return None if self._kernel.parts_of(part.module) is not None else "not of the class that is known"
 
     def prepare(self, part: Part) -> _Checked:
-        """See `Stage.prepare`."""
         decision = cast("Decision", part.decision)
         last = decision.last
         served = Served(part.module, self._kernel, part.name, "fp32")
@@ -212,7 +206,7 @@ class _Guard:
     def _value(self, named: dict[str, Any], *, untouched: bool) -> Any:
         import torch
 
-        token = _attempt.set(_Attempt(self, named, untouched=untouched, measuring=True))
+        token = _attempt.set(_OwnerCall(self, named, untouched=untouched, measuring=True))
         try:
             with seeded("cpu"), torch.no_grad():
                 self.decision.owner.forward(**named)
@@ -222,7 +216,7 @@ class _Guard:
             _attempt.reset(token)
         raise RuntimeError(f"{type(self.decision.owner).__name__} did not call its {self.decision.parts[-1]}")
 
-    def holds(self, attempt: _Attempt, found: Amplified) -> bool:
+    def holds(self, attempt: _OwnerCall, found: Amplified) -> bool:
         """Check that a value decides as the untouched parts would."""
         self.calls, self.last = self.calls + 1, found
         if self.served.described is not self._measured_with:  # the weights changed, so the factor is unknown
@@ -243,20 +237,14 @@ class _MeasuredError(Exception):
         self.value = value
 
 
-def _states() -> tuple[Any, Any]:
-    """Return the states of torch's and NumPy's generators, which VITS draws from."""
-    import torch
-
-    numpy: Any = sys.modules.get("numpy")
-    return torch.get_rng_state(), None if numpy is None else numpy.random.get_state()
+def _states() -> list[tuple[Source, Any]]:
+    """Return torch's and NumPy's generators, which VITS draws from, with their states."""
+    return [(source, source.get()) for name, source in sources_of(()).items() if name[0] != "python"]
 
 
-def _put_back(states: tuple[Any, Any]) -> None:
-    import torch
-
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        sys.modules["numpy"].random.set_state(states[1])
+def _put_back(states: list[tuple[Source, Any]]) -> None:
+    for source, state in states:
+        source.put(state)
 
 
 def _owner_class(plain: Any, guard: _Guard) -> type:
@@ -270,7 +258,7 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
             return plain.forward(self, *args, **kwargs)
         # A user's hook on a part must be called once, and see what upstream computes.
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        attempt = _Attempt(guard, named, untouched=has_hooks(*parts))
+        attempt = _OwnerCall(guard, named, untouched=has_hooks(*parts))
         before = _states()
         token = _attempt.set(attempt)
         try:
@@ -334,7 +322,7 @@ def _deciding_class(plain: Any, served: Served, guard: _Guard) -> type:
     return _marked(plain, forward, served, guard)
 
 
-def _is_checked_now(attempt: _Attempt | None, guard: _Guard) -> bool:
+def _is_checked_now(attempt: _OwnerCall | None, guard: _Guard) -> bool:
     """Check that a part may be computed in fewer operators: in a call of its owner, or while tuning compares it."""
     return warming.get() if attempt is None else attempt.guard is guard and not attempt.untouched
 

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Convolution", "narrow", "wide"]
-
 _MOST_PROBES = 64
 """Maximum lengths whose layout is asked for; another length then takes that of its neighbour."""
 

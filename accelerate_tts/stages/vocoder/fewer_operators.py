@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
 
-__all__ = ["FewerOperatorsStage"]
-
 
 @register_stage
 class FewerOperatorsStage(BaseStage):
@@ -54,7 +52,6 @@ class FewerOperatorsStage(BaseStage):
         self._copies = copies
 
     def applies(self, part: Part) -> str | None:
-        """See `Stage.applies`."""
         if part.decides or part.method != CALL:
             return "lengths hang on it" if part.decides else f"it is run by .{part.method}()"
         return None if self._kernel(part) is not None else "no class that is known in fewer operators"
@@ -63,6 +60,5 @@ class FewerOperatorsStage(BaseStage):
         return next((kernel for kernel in self._kernels if kernel.parts_of(part.module) is not None), None)
 
     def prepare(self, part: Part) -> ClassSwap:
-        """See `Stage.prepare`."""
         served = Served(part.module, cast("Kernel", self._kernel(part)), part.name, self._copies)
         return ClassSwap([part.module], lambda module: served.class_for(type(module)))

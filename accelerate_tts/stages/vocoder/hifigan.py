@@ -23,8 +23,6 @@ from accelerate_tts.stages.vocoder.convolution import Convolution
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PIECE", "Piece", "hifigan"]
-
 _GENERATOR, _PAIRS, _SINGLES = "VitsHifiGan", "HifiGanResidualBlock", "TwoConvolutionBlock"
 _LAST_SLOPE = 0.01
 """Slope of the activation before the last convolution: torch's default."""
@@ -201,7 +199,6 @@ class _Singles:
         self.convolutions = [Convolution.of(convolution, dtype) for convolution in block.convs]
 
     def __call__(self, image: torch.Tensor, bent: torch.Tensor) -> torch.Tensor:
-        """See `_Pairs`."""
         from torch.nn import functional
 
         first, *others = self.convolutions

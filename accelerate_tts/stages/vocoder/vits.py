@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DURATIONS", "FLOW", "TEXT", "Amplified"]
-
 _MODULE = "transformers.models.vits.modeling_vits"
 _LEAST_LENGTH = 10
 """Minimum tokens of a text: in a smaller matrix, the bands of relative positions would overlap."""
@@ -237,7 +235,8 @@ def _gated(layer: Any, width: int) -> Convolution:
     return Convolution(layer.weight * twice[:, None, None], bias, layer.padding[0], layer.dilation[0])
 
 
-def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
+def _one_text(named: dict[str, Any]) -> torch.Tensor | None:
+    """Return the inputs of a call for one whole text at synthesis; `None` for any other call."""
     inputs, mask = named.get("inputs"), named.get("padding_mask")
     if named.get("global_conditioning") is not None or named.get("reverse") is not True:
         return None
@@ -245,7 +244,12 @@ def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
         return None
     if not is_fp32(mask, (1, 1, inputs.shape[2])) or _hides_something(mask):  # type: ignore[union-attr]
         return None
-    return flow(inputs)  # type: ignore[arg-type]
+    return inputs
+
+
+def _serve_flow(flow: _Flow, named: dict[str, Any]) -> torch.Tensor | None:
+    inputs = _one_text(named)
+    return None if inputs is None else flow(inputs)
 
 
 # The durations
@@ -305,11 +309,8 @@ class _Spline:
 
         hidden = torch.addcmul(self.before[1], first[:, None], self.before[0]).add_(condition)
         raw = torch.addmm(self.after[1], self.separable(hidden), self.after[0])
-        bins, bound, least = (
-            self.bins,
-            self.bound,
-            1e-3,
-        )  # minimum of widths, heights and slopes, as upstream
+        bins, bound = self.bins, self.bound
+        least = 1e-3  # of widths, heights and slopes, as upstream
         parts = functional.softmax(raw[:, : 2 * bins].view(-1, 2, bins), -1).mul_(1 - least * bins).add_(least)
         edges = functional.pad(parts.cumsum(-1), (1, 0)).mul_(2 * bound).sub_(bound)
         edges[..., 0], edges[..., -1] = -bound, bound
@@ -375,16 +376,10 @@ class _Durations:
 
 
 def _serve_durations(durations: _Durations, named: dict[str, Any]) -> Amplified | None:
-    inputs, mask = named.get("inputs"), named.get("padding_mask")
-    if named.get("global_conditioning") is not None or named.get("reverse") is not True:
+    inputs, scale = _one_text(named), named.get("noise_scale", 1.0)
+    if inputs is None or named.get("durations") is not None or type(scale) not in {int, float}:
         return None
-    if named.get("durations") is not None or type(scale := named.get("noise_scale", 1.0)) not in {int, float}:
-        return None
-    if not is_fp32(inputs) or inputs.dim() != 3 or inputs.shape[0] != 1:  # type: ignore[union-attr]  # noqa: PLR2004
-        return None
-    if not is_fp32(mask, (1, 1, inputs.shape[2])) or _hides_something(mask):  # type: ignore[union-attr]
-        return None
-    return durations(inputs, scale)  # type: ignore[arg-type]
+    return durations(inputs, scale)
 
 
 def _is_known_text(encoder: Any) -> bool:

@@ -21,10 +21,10 @@ from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.compile import inductor
 from accelerate_tts.stages.compile.inductor import Frozen
 from accelerate_tts.stages.compile.whole import CompiledCall, CompileStage, FrozenCompileStage
+from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Repeats, pays_off
+from doubles import Repeats, pays_off, tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -331,12 +331,12 @@ def test_where_it_applies() -> None:
 def test_what_the_user_has_compiled_is_left_alone(traced: list[Any]) -> None:
     model = build()
     model.compile()
-    assert FrozenCompileStage().applies(part_of(model)) == "is compiled already"
+    assert obstacle(FrozenCompileStage(), part_of(model)) == "is compiled already"
     model = build()
     call = CompiledCall(model, "model", "default")  # as compile_model() does
     call.on()
     for stage in (FrozenCompileStage(), CompileStage("default")):
-        assert stage.applies(part_of(model)) == "is compiled already"
+        assert obstacle(stage, part_of(model)) == "is compiled already"
     assert model._compiled_call_impl is call
 
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import librosa
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from torchaudio.compliance import kaldi
 from accelerate_tts import get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.stages.process.constants import KeptConstants
 
+librosa: Any = pytest.importorskip("librosa")
 librosa.feature.melspectrogram(y=np.zeros(400, np.float32))  # it loads its modules when they are asked for
 MEL: Any = {"sr": 16_000, "n_fft": 400, "n_mels": 40}
 # Not as names of this module, which would be replaced like all others.

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["are_caches_loaded", "cache_classes", "fit", "is_processed"]
-
 
 def cache_classes() -> Any:
     """Return the module `transformers.cache_utils` if it is loaded and has cache layers, else `None`."""

@@ -12,8 +12,6 @@ from typing import Any
 from accelerate_tts.stages.decode.kv_cache import sizes
 from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed
 
-__all__ = ["adopt", "growing_class", "holds", "is_growable", "room_for"]
-
 
 def is_growable(past: Any) -> bool:
     """Check that this is a non-empty `DynamicCache`, each layer of which can be a growing layer.

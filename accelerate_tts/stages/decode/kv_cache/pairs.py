@@ -18,18 +18,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = [
-    "PairLayer",
-    "give_room",
-    "is_listed",
-    "is_pair",
-    "is_tuple",
-    "listed_layer",
-    "open_buffers",
-    "release",
-    "with_room",
-]
-
 
 class PairLayer:
     """Keys and values of one layer of a cache without growing layers. One object serves one token of a block.

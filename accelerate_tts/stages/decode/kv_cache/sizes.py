@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LARGEST", "capacity_for"]
-
 LARGEST = 16_384
 """Maximum positions of a buffer. Longer sequences use upstream's own code."""
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from accelerate_tts.stages.decode.kv_cache.classes import cache_classes
 
-__all__ = ["step_cache", "step_classes"]
-
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:
     """Build a traced block's cache over one layer's buffers. Called inside the traced code."""

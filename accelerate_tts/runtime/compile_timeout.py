@@ -10,17 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.runtime.time_limit import within
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
-
-__all__ = ["compiling_within"]
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.tuning import compile_timeout
 from accelerate_tts.tuning.limits import Limits
-from accelerate_tts.tuning.tune import tune
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
+from doubles import tune
 
 X = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
 WAIT = 60.0  # seconds after which a test gives up
