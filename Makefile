@@ -11,7 +11,8 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps serve
+	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps serve \
+	upstream-tests upstream-tests-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -113,6 +114,12 @@ environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were 
 
 strangers: .venv/.wheel ## Speech systems that no plan knows, decorated and compared with themselves; ONLY="bark csm" ARGS="--loads exact"
 	@$(BIN)/python benchmarks/strangers/run.py $(ONLY) $(ARGS)
+
+upstream-tests: .venv/.wheel ## transformers' own tests, untouched and with each model tuned; CHECKOUT=folder ONLY="vits csm"
+	@$(BIN)/python benchmarks/upstream_tests/run.py $(CHECKOUT:%=--checkout %) $(ONLY) $(ARGS)
+
+upstream-tests-page: .venv/.wheel ## docs/STRANGERS.md from the results that were written
+	@$(BIN)/python benchmarks/upstream_tests/run.py --page
 
 strangers-page: .venv/.wheel ## docs/STRANGERS.md from the results that were written
 	@$(BIN)/python benchmarks/strangers/run.py --page
