@@ -57,6 +57,7 @@ _FURTHER = {
     "receipts.receipt": ("Receipt", "StageResult"),
     "runtime.batching": ("batched",),
     "runtime.inference_mode": ("carry_mode",),
+    "streaming": ("StreamOptions", "stream"),
     "errors": ("MissingExtraError", "TimeLimitError"),
 }
 _HOMES = {name: home for homes in (_PUBLIC, _FURTHER) for home, names in homes.items() for name in names}

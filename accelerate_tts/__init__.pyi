@@ -32,4 +32,6 @@ from accelerate_tts.settings import is_active as is_active
 from accelerate_tts.settings import is_testing as is_testing
 from accelerate_tts.settings import set_active as set_active
 from accelerate_tts.settings import testing as testing
+from accelerate_tts.streaming import StreamOptions as StreamOptions
+from accelerate_tts.streaming import stream as stream
 from accelerate_tts.voices.decorator import cached_embedding as cached_embedding
