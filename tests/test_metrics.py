@@ -45,7 +45,8 @@ def test_a_hook_counts_every_event() -> None:
     assert seen == {
         "accelerate_tts_events": len(SAMPLES), "accelerate_tts_fallbacks": 1, "accelerate_tts_recompilations": 1,
         "accelerate_tts_faulty_outputs": 1, "accelerate_tts_stages_kept Voice": 3,
-        "accelerate_tts_load_seconds Voice": 0.5, "accelerate_tts_speedup Voice": 1.5, "accelerate_tts_first_audio_seconds Voice": 0.25,
+        "accelerate_tts_load_seconds Voice": 0.5, "accelerate_tts_speedup Voice": 1.5,
+        "accelerate_tts_first_audio_seconds Voice": 0.25,
     }  # fmt: skip
 
 
