@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accelerate_tts.errors import printable
-from accelerate_tts.events import Event, FellBack, Guarded, Recompiled, Restored, Tuned
+from accelerate_tts.events import Event, FellBack, FirstAudio, Guarded, Recompiled, Restored, Tuned
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def measurements(event: Event) -> tuple[Measurement, ...]:
     - `FellBack` counts in `accelerate_tts_fallbacks` (`what`, `stage`),
     - `Recompiled` in `accelerate_tts_recompilations` (`what`),
     - `Guarded` in `accelerate_tts_faulty_outputs` (`what`, `fault`),
+    - `FirstAudio` sets the gauge `accelerate_tts_first_audio_seconds` (`what`),
     - `Tuned` and `Restored` set the gauges `accelerate_tts_stages_kept` and `accelerate_tts_load_seconds` (`what`),
       and `Tuned` also `accelerate_tts_speedup`.
     """
@@ -56,6 +57,8 @@ def measurements(event: Event) -> tuple[Measurement, ...]:
         found.append(_counter("accelerate_tts_recompilations", what=event.what))
     elif isinstance(event, Guarded):
         found.append(_counter("accelerate_tts_faulty_outputs", what=event.what, fault=event.fault))
+    elif isinstance(event, FirstAudio):
+        found.append(_gauge("accelerate_tts_first_audio_seconds", event.seconds, event.what))
     elif isinstance(event, (Tuned, Restored)):
         found.append(_gauge("accelerate_tts_stages_kept", event.kept, event.what))
         found.append(_gauge("accelerate_tts_load_seconds", event.seconds, event.what))

@@ -9,6 +9,7 @@ from accelerate_tts.events import (
     BackedOff,
     Event,
     FellBack,
+    FirstAudio,
     Guarded,
     NotApplied,
     Prepared,
@@ -23,6 +24,7 @@ SAMPLES: list[Event] = [
     Prepared("cpu", ()), Warmed("Voice", 1.0), Tuned("Voice", 3, 9, 1.5, 12.0), Restored("Voice", 3, 0.5),
     FellBack("Voice", "int8", "no memory"), Recompiled("Voice", 2, "(1, 80)"), BackedOff("embed", 8, 4),
     Guarded("Voice", "speak", "silent", "made again"), NotApplied("pack", "no folder"),
+    FirstAudio("Voice", 0.25, 4800),
 ]  # fmt: skip
 
 
@@ -44,6 +46,7 @@ def test_a_hook_counts_every_event() -> None:
         "accelerate_tts_events": len(SAMPLES), "accelerate_tts_fallbacks": 1, "accelerate_tts_recompilations": 1,
         "accelerate_tts_faulty_outputs": 1, "accelerate_tts_stages_kept Voice": 3,
         "accelerate_tts_load_seconds Voice": 0.5, "accelerate_tts_speedup Voice": 1.5,
+        "accelerate_tts_first_audio_seconds Voice": 0.25,
     }  # fmt: skip
 
 

@@ -43,10 +43,9 @@ class Operators(TorchDispatchMode):
 class Rerun:
     """A recording that runs again."""
 
-    def __init__(self, run: Callable[[], Any], *, watched: bool) -> None:
-        self._run, self._watched = run, watched
+    def __init__(self, run: Callable[[], Any], replayed: Callable[[], object], *, watched: bool) -> None:
+        self._run, self._replayed, self._watched = run, replayed, watched
         self._seen, self.outputs = self._again()
-        self.replays = 0
 
     def _again(self) -> tuple[list[Any], Any]:
         if not self._watched:
@@ -63,7 +62,7 @@ class Rerun:
                     old.copy_(new)
             else:
                 assert old == new, "a graph would return another constant"
-        self.replays += 1
+        self._replayed()
 
 
 class Reruns:
@@ -78,7 +77,7 @@ class Reruns:
         self, device: torch.device, fault: Callable[[], object] = lambda: None, *, watched: bool = True
     ) -> None:
         self.device = device
-        self.made: list[Rerun] = []
+        self.replays = 0
         self.finished = 0
         self.turns = 0
         self._fault, self._watched = fault, watched
@@ -87,8 +86,10 @@ class Reruns:
         self._fault()
         for _ in range(2):
             run()
-        self.made.append(Rerun(run, watched=self._watched))
-        return self.made[-1]
+        return Rerun(run, self._count, watched=self._watched)
+
+    def _count(self) -> None:
+        self.replays += 1
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

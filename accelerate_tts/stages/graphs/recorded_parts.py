@@ -374,16 +374,16 @@ class _RecordedParts(BaseChange):
             with _without_cast_cache(self._device.type):
                 return run(node.module, *args, **kwargs)
 
+        if node.watches is None and (obstacle := node.watch()) is not None:
+            self._told.tell(obstacle, 0)
+            self._put_off(key)
+            return None
         make_copies(node.module)  # a trace has no values to make them from
         with recording():
             seen = look(run_on, node.module, call.tensors)
         if seen.launches < self._bounds.launches:
             node.small = True
             self._check_use(f"its {seen.launches} operators take less time than a replay")
-            return None
-        if node.watches is None and (obstacle := node.watch()) is not None:
-            self._told.tell(obstacle, 0)
-            self._put_off(key)
             return None
         if self._buffers.needed(call) + seen.bytes > self._bounds.bytes:
             self._told.tell(f"it takes more than {self._bounds.bytes} bytes", 0)

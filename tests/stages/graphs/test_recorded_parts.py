@@ -78,7 +78,7 @@ class Recorded:
 
     @property
     def replays(self) -> int:
-        return sum(made.replays for recorder in self.recorders for made in recorder.made)
+        return sum(recorder.replays for recorder in self.recorders)
 
     def untouched(self, *args: Any, **kwargs: Any) -> Any:
         self.change.off()
@@ -223,7 +223,7 @@ def inverts(module: Any, y: torch.Tensor) -> torch.Tensor:
     ("between", "reason"),
     [
         (asks, "aten._local_scalar_dense.default reads a value from the device"),
-        (selects, "the size of the result of aten.nonzero.default depends on values"),
+        (selects, "the size of the result of aten.index.Tensor depends on values"),
         (draws, "aten.randn_like.default draws random numbers"),
         (keeps, "its forward sets last_seen of a Body"),
         (counts, "aten.add_.Tensor writes into a tensor that it was given or keeps"),
