@@ -166,6 +166,7 @@ def test_the_integration_guide_runs(monkeypatch: pytest.MonkeyPatch, example: Ca
     assert page["german"].numel() > 0
     assert len(page["sentences"]) == 2
     assert len(page["pieces"]) > 0
+    assert len(page["early"]) >= 2
 
     async def serve() -> None:
         async with page["app"].lifespan(page["app"]):
@@ -211,7 +212,7 @@ def test_the_summary_runs() -> None:
 
 def test_every_page_with_code_is_run() -> None:
     with_code = {page.name for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8")}
-    assert with_code == {INTEGRATION, PERFORMANCE, SUMMARY}
+    assert with_code == {INTEGRATION, PERFORMANCE, SUMMARY, "SERVICE.md"}, "the service has tests of its own"
 
 
 # --- what the pages name exists ---------------------------------------------------------------------------------------

@@ -96,10 +96,10 @@ def tune(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = None,
 ) -> None:
     """Tune your own backend, and compare it untouched and tuned; the next process takes the warm pack."""
-    from accelerate_tts.cli.tune.command import Options, run
+    from accelerate_tts.cli.tune.command import TuneOptions, run
 
     try:
-        run(backend, text, Options(method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt))
+        run(backend, text, TuneOptions(method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt))
     except (AccelerateTTSError, OSError) as error:
         _fail(error)
 

@@ -37,7 +37,7 @@ _NO_SOUND = "no sound was found in the output; let the method return the wavefor
 
 
 @dataclass(frozen=True)
-class Options:
+class TuneOptions:
     """Options of the command; see `accelerate-tts tune --help`."""
 
     method: str | None = None
@@ -129,7 +129,7 @@ class Result:
         return found
 
 
-def run(target: str, text: str, options: Options) -> None:
+def run(target: str, text: str, options: TuneOptions) -> None:
     """Load a backend decorated, time its method untouched and tuned, and show both.
 
     Args:
@@ -176,7 +176,7 @@ def run(target: str, text: str, options: Options) -> None:
 
 
 def _measured(  # noqa: PLR0913, PLR0917 - what the command knows by then
-    backend: Backend, made: Any, name: str, text: str, speak: Callable[[], Any], options: Options,
+    backend: Backend, made: Any, name: str, text: str, speak: Callable[[], Any], options: TuneOptions,
     say: Callable[[str], object],
 ) -> Result:  # fmt: skip
     import torch

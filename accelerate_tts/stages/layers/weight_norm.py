@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accelerate_tts.inspection.classes import state_of
+from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import per_class, unannounced
@@ -217,12 +219,12 @@ def _hook_class(plain: Any) -> type:
 def _list_class(plain: Any) -> type:
     def forward(self: Any) -> Any:
         fold = vars(self).get(_FOLD)
-        if fold is None:  # another thread has switched the fold off
-            return plain.forward(self)
-        if is_watched() or (not torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        if fold is None or is_watched():  # another thread has switched the fold off, or upstream's operators are wanted
             return plain.forward(self)
         if torch.compiler.is_compiling():
             return self._accelerate_tts_product  # as above
+        if torch.is_grad_enabled() or calls_others(*fold.steps()):
+            return plain.forward(self)
         product = fold.product()
         fold.place(product)
         return product
@@ -235,6 +237,6 @@ def _reduced(plain: type) -> Any:
         twin: Any = object.__new__(plain)
         twin.__dict__ = {name: value for name, value in vars(self).items() if name not in {_FOLD, _PRODUCT}}
         # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
-        return copyreg._reconstructor, (plain, object, None), twin.__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (plain, object, None), state_of(twin)  # type: ignore[attr-defined]
 
     return reduce_ex
