@@ -193,4 +193,4 @@ def _mapped(outputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
 
 def _start(tensor: torch.Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset() * tensor.element_size())
