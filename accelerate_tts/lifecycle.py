@@ -232,11 +232,10 @@ class LoadedObjects:
     def _tunings_in(self, tuned: object) -> list[Tuning]:
         """Return all tunings of an object, or of the modules in a container, in order."""
         known = self._tunings.all(tuned)
-        if known or not isinstance(tuned, (tuple, list, dict)):
+        if known or (type(tuned).__weakrefoffset__ and not isinstance(tuned, (tuple, list, dict))):
             return known
-        from accelerate_tts.inspection.object_tree import (
-            find_modules,  # a container itself is not registered, but its modules are
-        )
+        # A container, or an object of a class with slots, is not registered itself, but its modules are.
+        from accelerate_tts.inspection.object_tree import find_modules
 
         found = {id(tuning): tuning for root in find_modules(tuned).values() for tuning in self._tunings.all(root)}
         return list(found.values())

@@ -19,7 +19,16 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from accelerate_tts import Event, WarmupError, inference, optimized_model, receipt_of, set_active, testing
+from accelerate_tts import (
+    Event,
+    WarmupError,
+    get_performance_optimizer,
+    inference,
+    optimized_model,
+    receipt_of,
+    set_active,
+    testing,
+)
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Tuned, WarmupFailed
 from doubles import begin_process
@@ -688,7 +697,14 @@ def test_slots_classmethods_containers_and_plain_iterators() -> None:
 
     slotted = Slotted()
     slotted.load()
-    assert receipt_of(slotted.model) is not None
+    receipt = receipt_of(slotted)
+    assert receipt is not None
+    assert receipt is receipt_of(slotted.model)
+    with get_performance_optimizer().untouched(slotted) as in_force:
+        assert in_force == bool(receipt.kept)
+    assert get_performance_optimizer().undo(slotted)
+    assert receipt_of(slotted.model) is receipt_of(slotted) is None
+    assert not get_performance_optimizer().undo(slotted)
 
     class OnClass:
         model: Vocoder
@@ -872,6 +888,7 @@ def test_a_weak_method_is_one() -> None:
     assert weakref.WeakMethod(Callbacks.above_class)()() == ("Callbacks", 1)  # type: ignore[misc]
 
 
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer (make coverage) takes a part of the stack")
 @pytest.mark.parametrize("name", ["recursive", "walked", "awaited"])
 def test_recursion(name: str) -> None:
     """Python's limit is a thousand frames in all, of which a wrapper takes some: two of three, or three of four."""

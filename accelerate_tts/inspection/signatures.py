@@ -29,6 +29,15 @@ def has_hooks(*modules: Any) -> bool:
     return bool(foreign_hooks([hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]))
 
 
+def calls_others(*modules: Any) -> bool:
+    """Check that calls of modules run a user's code beside their classes' forward: hooks, or a forward of their own."""
+    from torch.nn.modules import module as globally
+
+    if globally._global_forward_hooks or globally._global_forward_pre_hooks or has_hooks(*modules):
+        return True
+    return bool([1 for module in modules if "forward" in module.__dict__])
+
+
 def foreign_hooks(places: list[Any]) -> list[Any]:
     """Return the user's hooks in some of torch's dictionaries of hooks; see `has_hooks`."""
     filled = [hooks for hooks in places if hooks]  # mostly none: this runs at each token

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 _compiler: Any = torch.compiler
 _core: Any = torch._C
 _tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack
 _transform = _core._functorch.peek_interpreter_stack
+_overrides, _override_at = _core._len_torch_function_stack, _core._get_function_stack_at
 
 
 def is_traced(*inputs: Any) -> bool:
@@ -25,8 +27,9 @@ def is_watched(*inputs: Any) -> bool:
     """Check for an active tracer, exporter or transform on this thread.
 
     `torch.jit.trace` and ONNX's older exporter run a module with real tensors and record operators. `torch.export` uses
-    tensors without memory, or traces the code. `torch.fx` passes proxies, and `torch.func` wraps inputs. A kernel would
-    read memory that does not exist, or be missing in the record.
+    tensors without memory, or traces the code. `torch.fx` passes proxies, and `torch.func` wraps inputs. A user's
+    `TorchFunctionMode` may replace any function. A kernel would read memory that does not exist, or be missing in the
+    record.
 
     Args:
         inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
@@ -38,4 +41,9 @@ def is_watched(*inputs: Any) -> bool:
         if type(given) is not torch.Tensor and type(given) is not torch.nn.Parameter:
             return True
     # Called for each layer of each token.
-    return bool(_tracing() is not None or _transform() is not None or _modes())
+    return bool(_tracing() is not None or _transform() is not None or _modes() or (_overrides() and _is_overridden()))
+
+
+def _is_overridden() -> bool:
+    """Check for a `TorchFunctionMode` beside `torch.device(...)` and `torch.set_default_device`."""
+    return any(type(_override_at(place)) is not DeviceContext for place in range(_overrides()))

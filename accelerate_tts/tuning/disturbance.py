@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.device.usage import TICK, Usage, usage, waited
 
@@ -71,7 +71,8 @@ class Machine:
 
         with torch.inference_mode():
             if self._work is None:
-                memory, matrix = torch.ones(_FLOATS), torch.ones(_WIDTH, _WIDTH)
+                plain: Any = {"dtype": torch.float32, "device": "cpu"}  # independent of the user's defaults
+                memory, matrix = torch.ones(_FLOATS, **plain), torch.ones(_WIDTH, _WIDTH, **plain)
                 self._work = lambda: (memory.sum(), matrix @ matrix)
                 self._work()
             best = float("inf")

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
+from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.whole import CompiledCall
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
@@ -117,6 +119,31 @@ def test_functional_transforms(name: str) -> None:
     with torch.inference_mode():
         again = model(x(name))
     assert float((again - plain(x(name))).norm() / again.norm()) < 0.05
+
+
+class Louder(TorchFunctionMode):
+    """Doubles what every layer computes."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        return output * 2 if function in {torch.nn.functional.linear, torch.conv1d} else output
+
+
+@each
+def test_a_users_function_mode(name: str) -> None:
+    plain, model = tuned(name)
+    with torch.no_grad(), Louder():
+        same(plain(x(name)), model(x(name)))
+    with torch.no_grad():
+        assert float((model(x(name)) - plain(x(name))).norm() / plain(x(name)).norm()) < 0.05
+
+
+def test_torchs_own_function_mode_for_devices_is_none_of_a_users() -> None:
+    with torch.device("cpu"):
+        assert not is_watched()
+        with Louder():
+            assert is_watched()
+    assert not is_watched()
 
 
 @each

@@ -8,7 +8,7 @@ no other call is inside (`gate`). A call that begins meanwhile runs untouched, w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
+from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
-from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold
+from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold, Step
 
 _OWN = "the untouched model gives the same, so this is what was given"
 
@@ -228,6 +229,22 @@ def protect(item: object, guarding: Guard) -> None:
 
 
 @contextmanager
+def inside_all() -> Generator[None, None, None]:
+    """Scope of work beside a call, such as a thread of its own: no tuned object is switched meanwhile."""
+    step, before = Step(), WITHIN.get()
+    gates = {id(guard.gate): guard.gate for _, guards in _guards.items() for guard in guards if guard.in_force}
+    try:
+        for gate in gates.values():
+            gate.enter(step, wait=True)
+        WITHIN.set((*before, step))
+        yield
+    finally:
+        WITHIN.set(before)
+        for gate in gates.values():
+            gate.leave(step)
+
+
+@contextmanager
 def listening() -> Generator[Listener, None, None]:
     """Learn from `@inference` calls in this context, and in contexts copied from it, while open."""
     listener = Listener()
@@ -256,6 +273,13 @@ def is_watched() -> bool:
     return bool(_guards) or _listener.get() is not None
 
 
+def _held_by(instance: object) -> Iterable[Any]:
+    """Return the values of an object's attributes; slots only where the object cannot be known itself."""
+    if instance is None or type(instance).__weakrefoffset__:
+        return getattr(instance, "__dict__", {}).values()
+    return [value for _, value in members_of(instance)]
+
+
 def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Judge, ...]:
     """Return the watchers of a call.
 
@@ -264,7 +288,7 @@ def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, An
     the second attempt runs without all their changes and counts for each.
     """
     if _guards and is_watched():
-        items = (instance, *args, *kwargs.values(), *getattr(instance, "__dict__", {}).values())
+        items = (instance, *args, *kwargs.values(), *_held_by(instance))
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:
             return tuple(found.values())

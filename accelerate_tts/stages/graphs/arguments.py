@@ -18,7 +18,7 @@ _ALIGNED = 512  # bytes; torch's allocator aligns to as many
 _KERNELS_ALIGN = 16  # bytes; kernels are chosen by whether addresses are multiples of this
 
 
-class Call:
+class CallArguments:
     """Arguments of one call.
 
     Args:
@@ -110,11 +110,11 @@ class Buffers:
         return sum(buffer.numel() for buffer in self._made.values())
 
     @staticmethod
-    def needed(call: Call) -> int:
+    def needed(call: CallArguments) -> int:
         """Return the bytes of the buffers of a call."""
         return sum(map(_room, call.tensors))
 
-    def for_call(self, call: Call) -> list[torch.Tensor]:
+    def for_call(self, call: CallArguments) -> list[torch.Tensor]:
         """Return tensors in buffers, with the shapes, strides and alignment of a call's."""
         return [self._view(number, tensor) for number, tensor in enumerate(call.tensors)]
 
@@ -193,4 +193,4 @@ def _mapped(outputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
 
 def _start(tensor: torch.Tensor) -> int:
-    return int(tensor.storage_offset() * tensor.element_size())
+    return int(tensor.storage_offset()) * tensor.element_size()

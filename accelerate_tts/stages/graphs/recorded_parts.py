@@ -44,7 +44,7 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode.call_args import Told
 from accelerate_tts.stages.decode.growing_cache import decoders
-from accelerate_tts.stages.graphs.arguments import Buffers, Call, copied, fill, output_bytes
+from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
 from accelerate_tts.stages.graphs.obstacles import ObstacleError, look, unchanged_attributes
 from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, recording
 from accelerate_tts.stages.layers.half_precision import HalfStage
@@ -276,7 +276,7 @@ class _RecordedParts(BaseChange):
 
     def _serve(self, node: _Node, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Return the result of a call by a recording; `None` if the module has to run."""
-        call = Call(args, kwargs, self._device)
+        call = CallArguments(args, kwargs, self._device)
         if call.obstacle or self._busy:  # another thread is recording, which takes long
             if call.obstacle:
                 self._told.tell(call.obstacle, 0)
@@ -301,7 +301,7 @@ class _RecordedParts(BaseChange):
             self._recordings.move_to_end(key)
             return (self._replayed(found, call),)
 
-    def _replayed(self, found: _RecordedCall, call: Call) -> Any:
+    def _replayed(self, found: _RecordedCall, call: CallArguments) -> Any:
         assert self._recorder is not None  # noqa: S101 - it made the recording
         with torch.no_grad(), self._recorder.in_turn():
             fill(found.buffers, call.tensors)
@@ -351,7 +351,7 @@ class _RecordedParts(BaseChange):
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
-    def _record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
+    def _record(self, node: _Node, run: Any, call: CallArguments, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
         try:
             return self._try_to_record(node, run, call, key)
         except ObstacleError as obstacle:
@@ -366,7 +366,9 @@ class _RecordedParts(BaseChange):
             emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {message_of(error)}".splitlines()[0]))
         return None
 
-    def _try_to_record(self, node: _Node, run: Any, call: Call, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
+    def _try_to_record(
+        self, node: _Node, run: Any, call: CallArguments, key: tuple[_Node, Hashable]
+    ) -> _RecordedCall | None:
         def run_on(tensors: list[Any]) -> Any:
             args, kwargs = call.filled(tensors)
             with _without_cast_cache(self._device.type):

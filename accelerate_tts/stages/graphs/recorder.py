@@ -159,7 +159,7 @@ class CudaRecorder:
     """Records CUDA graphs with one memory pool. Any thread may replay one, on its own stream.
 
     Graphs of one pool reuse each other's intermediate tensors, so their replays must not overlap: `in_turn` orders
-    them. It never ran on a device (docs/decisions/0022-recorded-parts.md).
+    them. It never ran on a device (docs/decisions/0009-cuda.md).
 
     Args:
         device: The CUDA device. It need not be the current one.

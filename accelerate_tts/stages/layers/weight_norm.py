@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accelerate_tts.inspection.classes import state_of
+from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.patching.class_swap import per_class, unannounced
@@ -218,12 +219,12 @@ def _hook_class(plain: Any) -> type:
 def _list_class(plain: Any) -> type:
     def forward(self: Any) -> Any:
         fold = vars(self).get(_FOLD)
-        if fold is None:  # another thread has switched the fold off
-            return plain.forward(self)
-        if is_watched() or (not torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        if fold is None or is_watched():  # another thread has switched the fold off, or upstream's operators are wanted
             return plain.forward(self)
         if torch.compiler.is_compiling():
             return self._accelerate_tts_product  # as above
+        if torch.is_grad_enabled() or calls_others(*fold.steps()):
+            return plain.forward(self)
         product = fold.product()
         fold.place(product)
         return product

@@ -146,7 +146,7 @@ class _Layouts:
         import torch
 
         with torch.no_grad():
-            numbers = torch.arange(torch.Size(self._shape).numel()).remainder_(251).to(self._dtype).view(self._shape)
-            reordered = _reordered(numbers, self._geometry, batch, length)
+            numbers = torch.arange(torch.Size(self._shape).numel(), device="cpu").remainder_(251).to(self._dtype)
+            reordered = _reordered(numbers.view(self._shape), self._geometry, batch, length)
             operators = torch.ops.mkldnn
             return hash(ctypes.string_at(operators.data_ptr(reordered), operators._nbytes(reordered)))

@@ -56,10 +56,8 @@ def _hides_something(mask: Any) -> bool:
 
 def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight, (inputs, outputs), and bias of a linear layer or a convolution of one frame."""
-    import torch
-
     weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
-    bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
+    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
     return weight.t().contiguous(), bias
 
 
@@ -97,7 +95,7 @@ def _edge(length: int, window: int) -> torch.Tensor:
     """Return a mask of the band's elements inside the matrix: `(length, 2 * window + 1)` of ones and zeros."""
     import torch
 
-    column = torch.arange(length)[:, None] + torch.arange(-window, window + 1)
+    column = torch.arange(length, device="cpu")[:, None] + torch.arange(-window, window + 1, device="cpu")
     return ((column >= 0) & (column < length)).to(torch.float32)
 
 
@@ -142,7 +140,7 @@ class _Layer:
         # before its diagonal, and the diagonals of two rows are length + 1 elements apart.
         shape, band = (self.heads, length, length), (self.heads, length, 2 * window + 1)
         steps = (length * length, length + 1, 1)
-        room = torch.zeros(self.heads * length * length + 2 * window)
+        room = hidden.new_zeros(self.heads * length * length + 2 * window)
         weights = torch.empty_like(room)
         weights[:window] = 0
         weights[-window:] = 0
@@ -231,9 +229,7 @@ def _gated(layer: Any, width: int) -> Convolution:
 
     The inner factor of two is in these weights, and the outer one in those of the next layer. Powers of two are exact.
     """
-    import torch
-
-    twice = torch.ones(layer.out_channels)
+    twice = layer.weight.new_ones(layer.out_channels)
     twice[:width] = 2
     bias = None if layer.bias is None else layer.bias * twice
     return Convolution(layer.weight * twice[:, None, None], bias, layer.padding[0], layer.dilation[0])
@@ -295,13 +291,12 @@ class _Spline:
     """The inverse of a convolutional flow."""
 
     def __init__(self, flow: Any) -> None:
-        import torch
 
         self.before = flow.conv_pre.weight.detach().reshape(-1), flow.conv_pre.bias.detach()
         self.separable = _Separable(flow.conv_dds)
         weight, bias = _dense(flow.conv_proj)
         self.bins, self.bound = int(flow.num_bins), float(flow.tail_bound)
-        scale = torch.ones(3 * self.bins - 1)
+        scale = weight.new_ones(3 * self.bins - 1)
         scale[: 2 * self.bins] /= math.sqrt(flow.filter_channels)
         self.after = weight * scale, bias * scale
 
@@ -367,8 +362,9 @@ class _Durations:
 
         rows = torch.addmm(self.before[1], inputs[0].t(), self.before[0])
         rows = torch.addmm(self.after[1], self.separable(rows), self.after[0])
-        first, second = (torch.randn(1, 2, inputs.shape[2]) * noise_scale)[0].unbind(0)
-        gain, others = torch.ones(()), torch.ones(())
+        noise = torch.randn(1, 2, inputs.shape[2]).to(inputs)  # drawn in the user's default dtype, as upstream does
+        first, second = (noise * noise_scale)[0].unbind(0)
+        gain, others = inputs.new_ones(()), inputs.new_ones(())
         for number, spline in enumerate(self.splines, 1):
             first, second = second, first
             second, gain = spline(first, second, rows)

@@ -204,6 +204,22 @@ def test_a_faulty_call_gives_what_the_untouched_model_gives(
     assert torch.equal(following, torch.randn(3)), "the random numbers go on as after one untouched call"
 
 
+def test_an_object_with_slots_is_guarded_by_what_is_in_them(guarded: Any, seen: list[Event]) -> None:
+    class Slotted:
+        __slots__ = ("voice",)
+
+        @inference
+        def speak(self, text: str) -> torch.Tensor:
+            return self.voice(SAMPLES * len(text))
+
+    slotted = Slotted()
+    slotted.voice = (backend := guarded(nan)).voice
+    seed()
+    assert torch.equal(slotted.speak(TEXT), untouched("speak"))
+    assert [event.count for event in told(seen)] == [1]
+    assert backend.voice.fault is not None
+
+
 @pytest.mark.parametrize("kind", ["stream", "stream_later"])
 @pytest.mark.parametrize("faulty_from", [1, 3])
 def test_a_stream_that_turns_bad_goes_on_where_it_was(

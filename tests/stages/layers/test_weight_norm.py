@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -191,6 +192,33 @@ def test_another_step_behind_a_norm_is_seen() -> None:
     assert torch.equal(run(model), run(plain))
     change.off()
     assert torch.equal(run(model), run(plain))
+
+
+@pytest.mark.parametrize("where", ["hook", "pre-hook", "forward", "global hook"])
+def test_what_a_user_hangs_on_the_step_that_computes_the_weight_is_called(where: str) -> None:
+    model, plain = build(NEW), build(NEW)
+    change = folded(model)
+
+    def doubled(module: nn.Module, _given: Any, output: torch.Tensor) -> torch.Tensor | None:
+        return output * 2 if type(module).__name__ == "_WeightNorm" else None
+
+    step, own = (each[0].parametrizations["weight"][0] for each in (model, plain))
+    with ExitStack() as hooks:
+        if where == "global hook":
+            hooks.callback(nn.modules.module.register_module_forward_hook(doubled).remove)
+        for inner in () if where == "global hook" else (step, own):
+            if where == "hook":
+                hooks.callback(inner.register_forward_hook(doubled).remove)
+            elif where == "pre-hook":
+                hooks.callback(inner.register_forward_pre_hook(lambda _, given: (given[0] * 2, given[1])).remove)
+            else:
+                inner.forward = lambda g, v, inner=inner: type(inner).forward(inner, g * 2, v)
+                hooks.callback(vars(inner).pop, "forward")
+        altered = run(plain)
+        assert torch.equal(run(model), altered)
+    assert torch.equal(run(model), run(plain))
+    assert not torch.equal(run(plain), altered)
+    change.off()
 
 
 def test_a_module_has_no_buffer_that_upstreams_has_not(norm: Callable[..., nn.Module]) -> None:
