@@ -10,8 +10,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean bench soak audit \
-	releases environments environments-page strangers strangers-page upstream-tests upstream-tests-page
+.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
+	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps serve \
+	upstream-tests upstream-tests-page
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -48,6 +49,15 @@ help: ## Show this list
 demo: .venv/.demo ## Install into .venv and hear a decorated voice (out.wav); TEXT="..." to choose the words
 	@$(BIN)/accelerate-tts demo "$(TEXT)" -o out.wav
 
+.venv/.service: .venv/.torch pyproject.toml $(SOURCES)
+	@echo "==> installing accelerate_tts[demo,service]"
+	@$(PIP) '.[demo,service]' && $(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+# From the examples' folder, so that the installed package is imported, which has the kernels.
+serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (docs/SERVICE.md); ARGS="--port 9000"
+	@cd examples && ../$(BIN)/python -m service --folder ../service_data $(ARGS)
+
 # Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
 # instead. Tests that are about threads set their own number.
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
@@ -59,6 +69,10 @@ coverage: .venv/.dev ## Lines and branches of the package that the tests reach (
 
 fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
+
+shared-steps: .venv/.wheel ## Random callers share decode steps, bit for bit as alone: ARRIVALS=10000 of them
+	@ARRIVALS=$(or $(ARRIVALS),10000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/stages/decode/test_shared_steps.py \
+	  -k random $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -88,6 +102,12 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
 	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
 	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
+
+record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
+	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
+
+figures: .venv/.wheel ## Every table and chart of README and docs, from the files that runs have written
+	@$(BIN)/python benchmarks/figures.py
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py

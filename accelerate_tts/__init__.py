@@ -53,9 +53,11 @@ _FURTHER = {
     "_version": ("__version__",),
     "settings": ("is_active", "is_testing"),
     "events": ("Event", "EventHook"),
+    "metrics": ("Measurement", "measurements"),
     "receipts.receipt": ("Receipt", "StageResult"),
     "runtime.batching": ("batched",),
     "runtime.inference_mode": ("carry_mode",),
+    "streaming": ("StreamOptions", "stream"),
     "errors": ("MissingExtraError", "TimeLimitError"),
 }
 _HOMES = {name: home for homes in (_PUBLIC, _FURTHER) for home, names in homes.items() for name in names}

@@ -17,6 +17,8 @@ from accelerate_tts.errors import WarmupError as WarmupError
 from accelerate_tts.events import Event as Event
 from accelerate_tts.events import EventHook as EventHook
 from accelerate_tts.events import add_hook as add_hook
+from accelerate_tts.metrics import Measurement as Measurement
+from accelerate_tts.metrics import measurements as measurements
 from accelerate_tts.optimizer import PerformanceOptimizer as PerformanceOptimizer
 from accelerate_tts.optimizer import create_inference_context as create_inference_context
 from accelerate_tts.optimizer import get_performance_optimizer as get_performance_optimizer
@@ -30,4 +32,6 @@ from accelerate_tts.settings import is_active as is_active
 from accelerate_tts.settings import is_testing as is_testing
 from accelerate_tts.settings import set_active as set_active
 from accelerate_tts.settings import testing as testing
+from accelerate_tts.streaming import StreamOptions as StreamOptions
+from accelerate_tts.streaming import stream as stream
 from accelerate_tts.voices.decorator import cached_embedding as cached_embedding

@@ -317,6 +317,12 @@ class _Optimize:
         return result
 
 
+def is_load_function(function: Any) -> bool:
+    """Check that `@optimized_model` decorates a function or a member of a class."""
+    both = function, getattr(function, "__func__", None)  # the second inside a class method
+    return any(isinstance(getattr(one, "_self_wrapper", None), _Optimize) for one in both)
+
+
 def _check_function(decorator: str, function: Any) -> None:
     if not (callable(function) or isinstance(function, (classmethod, staticmethod))) or inspect.isclass(function):
         raise TypeError(

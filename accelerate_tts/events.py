@@ -274,6 +274,24 @@ class BackedOff(Event, degraded=True):
         return f"{self.what}: a batch of {self.batch} ran out of memory; going on with {self.smaller}"
 
 
+@dataclass(frozen=True)
+class FirstAudio(Event):
+    """The first piece of a stream is there.
+
+    Attributes:
+        what: The system that speaks.
+        seconds: Seconds since the stream was first asked for a piece.
+        samples: Samples of the piece.
+    """
+
+    what: str
+    seconds: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: first audio after {self.seconds:.2f} s ({self.samples} samples)"
+
+
 class EventHook(Protocol):
     """Callable for events. It is called on the thread of the event, and must be quick and not raise."""
 

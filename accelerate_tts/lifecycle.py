@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from accelerate_tts.device import setup
+from accelerate_tts.device import flags, setup
 from accelerate_tts.device.detect import detect
 from accelerate_tts.errors import WarmupError, described
 from accelerate_tts.events import NotApplied, Undone, Warmed, WarmupFailed, emit
@@ -275,11 +275,12 @@ def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     """The changes of a warm pack or, where none fits, of a tuning, in force."""
     from accelerate_tts.tuning.tune import find
 
-    findings = None if pack is None else pack.restore(calls, stages, device, limits)
-    if findings is None:
-        findings = find(plan, calls, stages, device, limits, () if pack is None else pack.known)
-        if pack is not None:
-            pack.renew(findings)
+    with flags.hold(setup.tuning_flags(device)):
+        findings = None if pack is None else pack.restore(calls, stages, device, limits)
+        if findings is None:
+            findings = find(plan, calls, stages, device, limits, () if pack is None else pack.known)
+            if pack is not None:
+                pack.renew(findings)
     return findings
 
 

@@ -31,7 +31,8 @@ from rich.console import Console
 from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 
 from accelerate_tts import Receipt, get_performance_optimizer, optimized_model, receipt_of
-from accelerate_tts.cli.bench.measure import bandwidth, bytes_of_a_token, device_type, held_bytes
+from accelerate_tts.cli.bench.floors import bandwidth
+from accelerate_tts.cli.bench.measure import bytes_of_a_token, device_type, held_bytes
 from accelerate_tts.cli.tables import table
 from accelerate_tts.plan import Head
 from accelerate_tts.tuning.kl_divergence import divergence

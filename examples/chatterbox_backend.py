@@ -94,13 +94,12 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
         s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
     tokens = max(1, round(seconds * TOKENS_A_SECOND))
+    only_sounds(t3)
     if turbo:
         del t3.tfmr.wte  # as upstream does: its words are T3's own
-        t3.inference_turbo = at_most(t3.inference_turbo, max_gen_len=tokens)
+        limit(t3, "inference_turbo", max_gen_len=tokens)
     else:
-        limited = at_most(t3.inference, max_new_tokens=tokens)
-        # Later releases of the English class drop tokens without a sound; the other classes expect none.
-        t3.inference = lambda **given: limited(**given) % SOUNDS
+        limit(t3, "inference", max_new_tokens=tokens)
     frames = 20 if tiny else 100  # of the reference, at 50 a second
     voice = Conditionals(
         T3Cond(torch.rand(1, 256), None, torch.randint(0, SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
@@ -111,6 +110,25 @@ def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, var
     )  # fmt: skip
     parts = [part.to(device).eval() for part in (t3, s3, VoiceEncoder())]
     return class_of(variant)(*parts, Letters(), device, voice.to(device))
+
+
+def limit(t3: T3, method: str, **limits: int) -> None:
+    """Give T3 a class whose method has these limits. A stream calls the method on a copy of the object."""
+    plain = type(t3)
+
+    def limited(self: T3, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return getattr(plain, method)(self, *args, **{**kwargs, **limits})
+
+    t3.__class__ = type(plain.__name__, (plain,), {method: limited})
+
+
+def only_sounds(t3: T3) -> None:
+    """Have T3 choose tokens with a sound only, as trained weights do: `generate` drops the others, or expects none."""
+    head = torch.nn.Linear(t3.speech_head.in_features, t3.speech_head.out_features)
+    head.weight = t3.speech_head.weight
+    with torch.no_grad():
+        head.bias.copy_(torch.where(torch.arange(len(head.bias)) < SOUNDS, 0.0, -1e4))
+    t3.speech_head = head
 
 
 class Letters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -54,8 +55,14 @@ class QuietMachine:
 Decide = Callable[..., TuningPolicy]
 
 
-# Processes that tests start import the wheel, too, and not this folder, which has no kernels (Python 3.11 and later).
+# Processes that tests start import the wheel, too, and not this folder, which has no kernels.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
+@pytest.fixture(scope="session", autouse=sys.version_info < (3, 11))
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Python 3.10 knows no PYTHONSAFEPATH, and its processes import from the present folder."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(autouse=True)

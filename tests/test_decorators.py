@@ -888,6 +888,7 @@ def test_a_weak_method_is_one() -> None:
     assert weakref.WeakMethod(Callbacks.above_class)()() == ("Callbacks", 1)  # type: ignore[misc]
 
 
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer (make coverage) takes a part of the stack")
 @pytest.mark.parametrize("name", ["recursive", "walked", "awaited"])
 def test_recursion(name: str) -> None:
     """Python's limit is a thousand frames in all, of which a wrapper takes some: two of three, or three of four."""

@@ -16,6 +16,7 @@ from accelerate_tts.events import (
     BudgetTooSmall,
     Event,
     FellBack,
+    FirstAudio,
     Guarded,
     NotApplied,
     PackIgnored,
@@ -55,11 +56,13 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (Tidied("LlamaModel", "hooks of earlier requests"), ["LlamaModel", "at each request", "hooks of earlier requests"]),
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
+    (FirstAudio("Xtts", 0.123, 2400), ["Xtts", "first audio after 0.12 s", "2400 samples"]),
 ]
 DEGRADED = {
     BackedOff,
     BudgetTooSmall,
     FellBack,
+    FirstAudio,
     Guarded,
     NotApplied,
     PackIgnored,

@@ -1,4 +1,4 @@
-"""The command line: `accelerate-tts doctor | demo | receipt | pack`.
+"""The command line: `accelerate-tts demo | tune | doctor | bench | receipt | pack`.
 
 Needs the `cli` extra; `--help` never imports torch.
 """

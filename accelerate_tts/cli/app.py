@@ -68,11 +68,57 @@ def demo(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+def tune(  # noqa: PLR0913, PLR0917 - the options of a command
+    backend: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:CLASS", help="A class with an @optimized_model method and an @inference method."
+        ),
+    ],
+    text: Annotated[str, typer.Option(help="What to speak.")],
+    method: Annotated[str | None, typer.Option(help="The @inference method, if several take a text.")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another argument of that method; may be repeated.")
+    ] = None,
+    init: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument of the class; may be repeated.")
+    ] = None,
+    load: Annotated[str | None, typer.Option(help="The @optimized_model method, if there are several.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, max=50, help="Warm calls to time of each, in turn.")] = 3,
+    rate: Annotated[
+        int | None, typer.Option(min=4000, max=384_000, help="Sampling rate in Hz, if the backend tells none.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page: both sounds, their waveforms and spectrograms, the receipt.")
+    ] = None,
+    receipt: Annotated[
+        Path | None, typer.Option(help="Also save the receipt here: as JSON, or as a page if it is named .html.")
+    ] = None,
+) -> None:
+    """Tune your own backend, and compare it untouched and tuned; the next process takes the warm pack."""
+    from accelerate_tts.cli.tune.command import TuneOptions, run
+
+    try:
+        run(backend, text, TuneOptions(method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt))
+    except (AccelerateTTSError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def doctor(
+    backend: Annotated[
+        str | None, typer.Argument(metavar="[MODULE:CLASS]", help="Also load this backend, and say what is lost on it.")
+    ] = None,
+    init: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument of the class; may be repeated.")
+    ] = None,
+    load: Annotated[str | None, typer.Option(help="The @optimized_model method, if there are several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
     """Say what this machine is, what is wrong with it for speech, and how to mend that."""
     from accelerate_tts.cli.doctor import run
 
-    raise typer.Exit(run(as_json))
+    raise typer.Exit(run(as_json, backend, tuple(init or ()), load))
 
 
 @app.command()
@@ -101,7 +147,9 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     naive: Annotated[
         bool | None, typer.Option("--naive/--no-naive", help="Also time torch.compile, put around the hot module.")
     ] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures here, in the format of benchmarks/results.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a chart here (matplotlib).")] = None,
     python: Annotated[
         Path | None,

@@ -9,7 +9,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,11 +51,24 @@ class Finding:
     mend: str = ""
 
 
-def run(as_json: bool) -> int:
-    """Examine, print, and return the exit status: 1 if there is a problem, else 0."""
+def run(as_json: bool, backend: str | None = None, init: Sequence[str] = (), load: str | None = None) -> int:
+    """Examine, print, and return the exit status: 1 if there is a problem, else 0.
+
+    Args:
+        as_json: Print JSON instead of a table.
+        backend: Also examine this backend, `module:Class`.
+        init: Arguments of its class, as `name=value`.
+        load: Name of its load method, if there are several.
+    """
     console = wide_console()
     with Terminal(stderr=True).status("examining this machine (importing torch)"):
         findings = list(examine())
+    if backend is not None:
+        from accelerate_tts.cli import doctor_backend
+        from accelerate_tts.cli.progress import quiet
+
+        with Terminal(stderr=True).status(f"loading {printable(backend)}"), quiet():
+            findings += doctor_backend.examine(backend, init, load)
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
@@ -199,12 +212,21 @@ def _kernels() -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _compiler_name() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def compiler_path() -> str | None:
+    """Return the path of the C++ compiler that torch.compile would use, or `None` if it is not on PATH."""
+    return shutil.which(_compiler_name())
+
+
 def _compiler() -> Iterator[Finding]:
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    path = shutil.which(name)
+    path = compiler_path()
     if path is None:
         yield Finding(
-            "C++ compiler", "warning", f"{name} is not on PATH: torch.compile will fall back to eager on a CPU",
+            "C++ compiler", "warning",
+            f"{_compiler_name()} is not on PATH: torch.compile will fall back to eager on a CPU",
             "install one (Debian: apt install g++; macOS: xcode-select --install), or set CXX",
         )  # fmt: skip
     else:

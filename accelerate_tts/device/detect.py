@@ -53,6 +53,7 @@ class DeviceSpec:
         call_flags: Returns the flags that make calls faster, which `fast_inference()` holds.
         setup_flags: Returns further flags and variables for `PerformanceOptimizer.initialize()`. Variables that the
             user has set must not be among them.
+        tuning_flags: Returns flags that are held while an object is tuned.
         half_dtypes: Returns the half-precision dtypes that it computes in at full speed, best first.
         free_bytes: Returns the free bytes; `None` if unknown.
         batch_size: Returns a default number of items for a batch; `None` for the caller's default.
@@ -63,6 +64,7 @@ class DeviceSpec:
     compile_mode: str | None = "default"
     call_flags: Callable[[Settings], Wanted] = lambda _: []
     setup_flags: Callable[[Settings], Wanted] = lambda _: []
+    tuning_flags: Callable[[DeviceInfo], Wanted] = lambda _: []
     half_dtypes: Callable[[], tuple[torch.dtype, ...]] = tuple
     free_bytes: Callable[[DeviceInfo], int | None] = lambda _: None
     batch_size: Callable[[DeviceInfo], int | None] = lambda _: None

@@ -194,6 +194,14 @@ def _write_matmul(value: Any) -> None:
     _torch().set_float32_matmul_precision(value)
 
 
+def _write_cuda_share(value: Any) -> None:
+    _torch().cuda.set_per_process_memory_fraction(value)
+
+
+def _save_cuda_share() -> Any:
+    return _torch().cuda.get_per_process_memory_fraction()
+
+
 def _write_threads(value: Any) -> None:
     _torch().set_num_threads(value)
 
@@ -201,6 +209,7 @@ def _write_threads(value: Any) -> None:
 MATMUL_PRECISION = Flag("TF32 matrix products", _write_matmul, _save_matmul, _restore_matmul)
 CUDNN_TF32 = Flag("TF32 convolutions", _write_cudnn_tf32, _save_cudnn_tf32, _restore_cudnn_tf32)
 CUDNN_BENCHMARK = Flag("cuDNN autotune", _write_benchmark, lambda: _torch().backends.cudnn.benchmark, _write_benchmark)
+CUDA_SHARE = Flag("share of the GPU's memory", _write_cuda_share, _save_cuda_share, _write_cuda_share)
 TORCH_THREADS = Flag("CPU threads", _write_threads, lambda: _torch().get_num_threads(), _write_threads)
 TORCH_FLAGS = (MATMUL_PRECISION, CUDNN_TF32, CUDNN_BENCHMARK, TORCH_THREADS)
 

@@ -26,6 +26,11 @@ def setup_flags(device: DeviceInfo, settings: Settings) -> list[tuple[Flag, Any]
     return [*call_flags(device, settings), *spec_of(device).setup_flags(settings), *_threads(settings)]
 
 
+def tuning_flags(device: DeviceInfo) -> list[tuple[Flag, Any]]:
+    """Return the flags that are held while an object on `device` is tuned."""
+    return spec_of(device).tuning_flags(device)
+
+
 def compile_mode(device: DeviceInfo, settings: Settings) -> str | None:
     """Return torch.compile's mode for `device`, or `None` if compiling is off or not worth trying (MPS)."""
     mode = spec_of(device).compile_mode

@@ -43,3 +43,9 @@ def beneath_swaps(cls: type[Any]) -> type[Any]:
     while PLAIN in vars(cls):
         cls = vars(cls)[PLAIN]
     return cls
+
+
+def state_of(module: object) -> Any:
+    """Return what pickle stores of an object's attributes. `object.__getstate__` is of Python 3.11."""
+    state: Any = object.__reduce_ex__(module, 2)
+    return state[2]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._device import DeviceContext
 
-_is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+_compiler: Any = torch.compiler
 _core: Any = torch._C
 _tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack
 _transform = _core._functorch.peek_interpreter_stack
@@ -35,7 +35,8 @@ def is_watched(*inputs: Any) -> bool:
         inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
     """
     if torch.compiler.is_compiling():  # the package's operators may be in a compiled graph, but not in an exported one
-        return bool(_is_exporting())
+        # `is_exporting()` itself is folded to True in all graphs by dynamo of torch 2.10. The flag is of torch 2.7.
+        return bool(getattr(_compiler, "_is_exporting_flag", False))
     for given in inputs:
         if type(given) is not torch.Tensor and type(given) is not torch.nn.Parameter:
             return True

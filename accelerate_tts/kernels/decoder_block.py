@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
     from accelerate_tts.kernels.block_layout import Anatomy
 
-__all__ = ["Described", "Shared", "holds", "plain", "run", "shared"]
-
 _POINTER = ctypes.c_void_p
-_Linear, _Block, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Token"))
-_NO_ROWS = (None, None, None)  # no caches for single rows: one cache holds the whole batch
+_Linear, _Block, _Row, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Row", "Token"))
 
 
 class Described:
@@ -103,42 +100,118 @@ def shared(rotated: Any, mask: Any, rows: int, head_size: int, positions: int) -
     return Shared((rows, *rotation[:3], *seen[:3]), (rotation[3:], seen[3:]))
 
 
-def run(  # noqa: PLR0913, PLR0917 - what one call of a kernel needs
-    blocks: Sequence[Described],
-    x: torch.Tensor,
-    given: Shared,
-    buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    length: int,
-    attentions: torch.Tensor | None = None,
-) -> torch.Tensor:
+class Call(NamedTuple):
+    """One token of one caller through consecutive blocks."""
+
+    x: torch.Tensor
+    """Hidden states, (rows, 1, hidden), fp32 and contiguous."""
+    given: Shared
+    """Rotation and mask."""
+    buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values of each block with spare capacity, (rows, heads, capacity, head size)."""
+    length: int
+    """Number of positions in them."""
+    attentions: torch.Tensor | None = None
+    """Receives each block's attention weights, (blocks, rows, heads, length + 1), fp32 and contiguous."""
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.x.shape[0]
+
+    def layout(self) -> tuple[Any, ...] | None:
+        """Return what must be equal in calls that are computed together; `None` if this one is computed alone."""
+        keys, values = self.buffers[0]
+        strides = keys.stride(2), values.stride(2)
+        if any((keys.stride(2), values.stride(2)) != strides for keys, values in self.buffers):
+            return None
+        cos, mask = self.given.fields[1], self.given.fields[4:]
+        return keys.dtype, strides, cos is None, None if mask[0] is None else mask[2]
+
+
+def run(blocks: Sequence[Described], call: Call) -> torch.Tensor:
     """Compute one token through consecutive blocks, and write its keys and values behind the cached sequence.
 
     Args:
         blocks: The blocks, in order.
-        x: Hidden states, (rows, 1, hidden), fp32 and contiguous.
-        given: Rotation and mask.
-        buffers: Keys and values of each block with spare capacity, (rows, heads, capacity, head size).
-        length: Number of positions in them.
-        attentions: Receives each block's attention weights, (blocks, rows, heads, length + 1), fp32 and contiguous;
-            `None` if they are not needed.
+        call: Their inputs.
 
     Returns:
         Hidden states behind each block, (blocks, rows, 1, hidden), fp32; for a bf16 model rounded to bf16.
     """
+    tokens = [
+        (
+            *call.given.fields, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3],
+            keys.dtype == torch.bfloat16, call.length,
+            None if call.attentions is None else call.attentions[number].data_ptr(), None,
+        )
+        for number, (keys, values) in enumerate(call.buffers)
+    ]  # fmt: skip
+    return _computed(blocks, call.x, tokens)
+
+
+def run_together(blocks: Sequence[Described], calls: Sequence[Call]) -> torch.Tensor:
+    """Compute one token of several callers, each with its own cache, in one pass over the weights.
+
+    A row's result is bit for bit the same as by `run`.
+
+    Args:
+        blocks: The blocks, in order.
+        calls: Inputs of each caller, with equal layouts that are not `None`.
+
+    Returns:
+        Hidden states behind each block, (blocks, rows of all callers, 1, hidden), in the order of the callers.
+    """
+    rows, count = sum(call.rows for call in calls), len(blocks)
+    own = (_Row * (count * rows))(
+        *(_Row(*row) for number in range(count) for call in calls for row in _rows(call, number))
+    )
+    kept: tuple[Any, ...] = ()
+    rotation: tuple[Any, ...] = (None, None, 0)
+    if calls[0].given.fields[1] is not None:
+        kept = tuple(
+            torch.cat([call.given.kept[0][which].expand(call.rows, -1, -1) for call in calls]) for which in (0, 1)
+        )
+        rotation = (kept[0].data_ptr(), kept[1].data_ptr(), kept[0].shape[-1])
+    in_bytes = any(call.given.fields[6] for call in calls)
+    keys, values = calls[0].buffers[0]
+    ends = (
+        None, None, 0, 0, keys.stride(2), 0, 0, values.stride(2), keys.dtype == torch.bfloat16,
+        max(call.length for call in calls), None,
+    )  # fmt: skip
+    address, size = ctypes.addressof(own), ctypes.sizeof(_Row) * rows
+    tokens = [(rows, *rotation, None, 0, in_bytes, *ends, address + number * size) for number in range(count)]
+    return _computed(blocks, torch.cat([call.x for call in calls]), tokens)
+
+
+def _rows(call: Call, number: int) -> list[tuple[Any, ...]]:
+    """Return the kernel's rows of one caller in one block."""
+    keys, values = call.buffers[number]
+    mask, mask_stride, in_bytes = call.given.fields[4:]
+    attention = None if call.attentions is None else call.attentions[number]
+    steps = (
+        keys.stride(0) * keys.element_size(), values.stride(0) * values.element_size(),
+        mask_stride if in_bytes else 4 * mask_stride, 0 if attention is None else 4 * attention.stride(0),
+    )  # fmt: skip
+    starts = (keys.data_ptr(), values.data_ptr(), mask, None if attention is None else attention.data_ptr())
+    found = []
+    for row in range(call.rows):
+        at = [None if start is None else start + row * step for start, step in zip(starts, steps, strict=True)]
+        found.append((at[0], at[1], keys.stride(1), values.stride(1), call.length, at[2], at[3]))
+    return found
+
+
+def _computed(blocks: Sequence[Described], x: torch.Tensor, tokens: Sequence[tuple[Any, ...]]) -> torch.Tensor:
+    """Call the kernel with the tokens' fields behind `x` and `y`; return the hidden states behind each block."""
     y = torch.empty((len(blocks), *x.shape), dtype=torch.float32, device="cpu")  # independent of the user's defaults
     source, target, size = x.data_ptr(), y.data_ptr(), 4 * x.numel()
-    tokens: list[Any] = []
-    for number, (keys, values) in enumerate(buffers):
-        token = _Token(
-            source, target, *given.fields, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3],
-            *values.stride()[:3], keys.dtype == torch.bfloat16, length,
-            None if attentions is None else attentions[number].data_ptr(), *_NO_ROWS,
-        )  # fmt: skip
-        tokens.append(token)
+    structs: list[Any] = []
+    for fields in tokens:
+        structs.append(_Token(source, target, *fields))
         source, target = target, target + size
     count = len(blocks)
     addresses = (_POINTER * count)(*(block.address for block in blocks))
-    decoder_blocks()(addresses, (_Token * count)(*tokens), count, torch.get_num_threads())
+    decoder_blocks()(addresses, (_Token * count)(*structs), count, torch.get_num_threads())
     return y
 
 

@@ -45,6 +45,13 @@ _FIELDS: dict[str, list[Field]] = {
         *_all("norm1 norm1_bias norm2 norm2_bias", "const float*", "[hidden]; biases may be null"),
         *_all("q k v o gate up down", "Linear", "k.w and v.w are null where q makes all three"),
     ],
+    "Row": [
+        *_all("keys values", "void*", "[kv_heads, room, head_dim]"),
+        *_all("key_head value_head", "int64_t", "strides, in elements; those of positions are the token's"),
+        ("length", "int64_t", "positions in the cache before this token"),
+        ("mask", "const void*", "[length + 1] as the token's, or null"),
+        ("attention", "float*", "[heads, length + 1], or null"),
+    ],
     "Token": [
         ("x", "const float*", "[rows, hidden]"),
         ("y", "float*", "the same"),
@@ -61,13 +68,7 @@ _FIELDS: dict[str, list[Field]] = {
         ("is_bf16", "int64_t", "the model: its cache, and what one block hands to the next"),
         ("length", "int64_t", "positions in the cache before this token; of the longest, where rows have their own"),
         ("attention", "float*", "[rows, heads, length + 1], the attention weights; null if not requested"),
-        (
-            "row_keys",
-            "void* const*",
-            "[rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all",
-        ),
-        ("row_values", "void* const*", "the same for values; null where row_keys is"),
-        ("row_lengths", "const int64_t*", "[rows], positions in each row's cache; or null: `length` for all"),
+        ("own", "const Row*", "[rows], each row's own cache; or null: one cache and one mask, as above, for all"),
     ],
     "Dense": [
         ("w", "const uint16_t*", "bf16, in panels of 64 outputs, each [inputs / 2][64][2]"),

@@ -14,7 +14,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from accelerate_tts.events import FellBack, NotApplied, emit
-from accelerate_tts.inspection.classes import PLAIN, beneath_swaps, class_of, plain_class
+from accelerate_tts.inspection.classes import PLAIN, beneath_swaps, class_of, plain_class, state_of
 from accelerate_tts.patching.change import BaseChange
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
         if "__reduce_ex__" in vars(plain):  # another stage's class, whose reduction makes an untouched module
             return twin(self).__reduce_ex__(protocol)
         # Not the copy's own: pickle requires that its __newobj__ makes an object of the module's present class.
-        return copyreg._reconstructor, (plain, object, None), twin(self).__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (plain, object, None), state_of(twin(self))  # type: ignore[attr-defined]
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(twin(self), memo)

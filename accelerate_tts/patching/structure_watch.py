@@ -83,7 +83,11 @@ class Inside:
 
     def altered(self) -> str | None:
         """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""
-        return self._hooked() or self._exchanged() or self._rewritten()
+        return self._hooked() or self.changed()
+
+    def changed(self) -> str | None:
+        """Return the same without hooks, for callers that watch them by `Calls`."""
+        return self._exchanged() or self._rewritten()
 
     def _hooked(self) -> str | None:
         if has_hooks(*self._inner):

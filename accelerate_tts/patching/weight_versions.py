@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.library import kernels, missing
 
 if TYPE_CHECKING:
@@ -83,6 +84,13 @@ class Weights:
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
 
+    def moved(self) -> bool:
+        """Check whether a tensor has been moved or replaced, or a module replaced. Writes in place do not count."""
+        if [1 for holder, before in self._children if list(holder.values()) != before]:
+            return True
+        tensors = self._tensors()
+        return _state(tensors)[0] != self._addresses or self._is_turned(tensors)
+
     def outdated(self) -> bool:
         """Check whether a tensor has been written, moved or replaced, or a module replaced."""
         if [1 for holder, before in self._children if list(holder.values()) != before]:
@@ -91,13 +99,21 @@ class Weights:
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
             return True
-        if tensors:  # `weight.data = weight.data.t()` keeps the address. One layout a check, since all would be slow
-            self._turn = (self._turn + 1) % len(tensors)
-            if _layout(tensors[self._turn]) != self._layouts[self._turn]:
-                return True
+        if self._is_turned(tensors):
+            return True
         if self._digests is not None and self._digests.differ():
             return True
         return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))
+
+    def _is_turned(self, tensors: list[torch.Tensor]) -> bool:
+        """Check the layout of one tensor, another one at each check: `weight.data = weight.data.t()` keeps the address.
+
+        All at once would be slow.
+        """
+        if not tensors:
+            return False
+        self._turn = (self._turn + 1) % len(tensors)
+        return _layout(tensors[self._turn]) != self._layouts[self._turn]
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
@@ -122,7 +138,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided
 
 
-def _span(tensor: torch.Tensor) -> int:
+def span(tensor: torch.Tensor) -> int:
     """Return the number of elements from a tensor's first to its last, gaps between rows included."""
     if tensor.numel() == 0:
         return 0
@@ -172,7 +188,7 @@ class _Digests:
         digests, self._changed = kernels().digests, kernels().changed
         count = len(tensors)
         starts = [t.data_ptr() for t in tensors]
-        sizes = [_span(t) * t.element_size() for t in tensors]
+        sizes = [span(t) * t.element_size() for t in tensors]
         self._kept = [(ctypes.c_uint64 * max(1, -(-size // _PIECE)))() for size in sizes]
         for start, size, room in zip(starts, sizes, self._kept, strict=True):
             digests(start, size, room)
@@ -211,23 +227,23 @@ class _Places:
     """The bits of some elements of a tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        span = _span(tensor)
+        count = span(tensor)
         # Spread evenly and not aligned with rows: fractional parts of multiples of the golden ratio.
-        places = sorted({int(span * (number * _GOLDEN % 1)) for number in range(_PLACES)}) if span else []
+        places = sorted({int(count * (number * _GOLDEN % 1)) for number in range(_PLACES)}) if count else []
         with torch.inference_mode(mode=False), torch.no_grad():
             self._places = torch.tensor(places, dtype=torch.int64, device=tensor.device)
             self._bits = self._read(tensor)
 
     def _read(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.detach().as_strided((_span(tensor),), (1,))
+        flat = tensor.detach().as_strided((span(tensor),), (1,))
         if flat.is_complex():
             return torch.view_as_real(flat[self._places]).contiguous().view(torch.uint8)
         return flat[self._places].view(torch.uint8)
 
     def differ(self, tensor: torch.Tensor) -> bool:
         """Check whether an element has changed."""
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # a capture must not synchronise; the calls around it check
+        if is_watched() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False  # neither a trace nor a capture may ask the device; the calls around it check
         with torch.inference_mode(mode=False), torch.no_grad():
             return not torch.equal(self._read(tensor), self._bits)
 

@@ -1,11 +1,13 @@
-"""Rendering of a receipt as one HTML page, from the template `page.html.j2` beside this file.
+"""Rendering of a receipt as one HTML page, from the templates beside this file.
 
-jinja2 is not declared as a dependency, since torch requires it.
+`receipt.html.j2` is what a receipt says and `style.css.j2` the style of all pages; other pages include both. jinja2 is
+not declared as a dependency, since torch requires it.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,15 @@ from markupsafe import Markup
 from accelerate_tts.errors import printable
 from accelerate_tts.receipts.format import duration, ratio_text
 
-_LONGEST_NAME = 40  # maximum characters of a name in the chart, as many as fit on a phone
-_WIDEST_BAR = 40.0  # per cent of the chart; leaves room for the figures to the right of a bar on a phone
-_LEGEND_HEIGHT, _PAIR_HEIGHT = 32, 58  # pixels
-_LEGEND = (("before", 0), ("kept", 70), ("rejected", 126), ("whole", 212))  # classes of bars, and offsets in pixels
+_MOST_PARTS = 6  # colours of the chart; smaller parts are one segment
+_NUMBERED = 5.0  # per cent of the chart from which a segment has room for its number, on a phone too
+_LEAST_RATIO = 1e-6
+_ROWS = (("before", 16), ("after", 70))  # and the text's place from above, in pixels
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
 def to_html(receipt: Any) -> str:
-    """Render a receipt as an HTML5 page with the headline, a bar chart of times, a table of all stages, and the notes.
+    """Render a receipt as an HTML5 page with the headline, stacked bars of the time by part, all stages, and the notes.
 
     Args:
         receipt: A `Receipt`, also one loaded from a file. Its texts are not trusted.
@@ -32,11 +34,15 @@ def to_html(receipt: Any) -> str:
     Returns:
         The page's text, to be written as UTF-8.
     """
+    return templates().get_template("page.html.j2").render(content_of(receipt))
+
+
+def content_of(receipt: Any) -> dict[str, Any]:
+    """Return the values that `receipt.html.j2` shows of a receipt."""
     before, after, ratio, error = receipt.figures()
-    pairs = _pairs(receipt)
-    return _templates().get_template("page.html.j2").render(
-        receipt=receipt,
-        headline=(
+    return {
+        "receipt": receipt,
+        "headline": (
             ("speed-up of the whole", ratio),
             ("relative error", error),
             ("warm pass before", before),
@@ -46,13 +52,14 @@ def to_html(receipt: Any) -> str:
             ("stages kept", f"{len(receipt.kept)} of {len(receipt.stages)}"),
             ("recompiles since warm-up", receipt.recompiles),
         ),
-        legend=_LEGEND,
-        pairs=pairs,
-        height=_LEGEND_HEIGHT + len(pairs) * _PAIR_HEIGHT,
-        columns=_COLUMNS,
-        stages=[(stage, _figures(stage.figures(), ratio_text(stage.low), stage.seconds)) for stage in receipt.stages],
-        whole=_figures(receipt.figures(), "-", receipt.seconds),
-    )  # fmt: skip
+        "segments": _segments(receipt),
+        "totals": [(name, total, y) for (name, y), total in zip(_ROWS, (before, after), strict=True)],
+        "columns": _COLUMNS,
+        "stages": [
+            (stage, _figures(stage.figures(), ratio_text(stage.low), stage.seconds)) for stage in receipt.stages
+        ],
+        "whole": _figures(receipt.figures(), "-", receipt.seconds),
+    }
 
 
 def _shown(value: object) -> object:
@@ -60,9 +67,10 @@ def _shown(value: object) -> object:
 
 
 @cache
-def _templates() -> Environment:
+def templates(*folders: Path) -> Environment:
+    """Return the templates beside this file and in other folders. Values are made printable and escaped."""
     return Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        loader=FileSystemLoader([*folders, Path(__file__).parent], encoding="utf-8"),
         autoescape=True,
         finalize=_shown,
         undefined=StrictUndefined,
@@ -77,36 +85,60 @@ def _figures(figures: tuple[str, str, str, str], low: str, seconds: float | None
     return (before, after, ratio, low, error, duration(seconds))
 
 
-def _pairs(receipt: Any) -> list[dict[str, Any]]:
-    """Return two bars for each timed stage and for the whole object: positions in pixels, widths in per cent."""
-    named = [
-        (f"{stage.part}: {stage.stage}", "kept" if stage.kept else "rejected", stage) for stage in receipt.stages
-    ] + [("the whole", "whole", receipt)]
-    timed = [(name, kind, one) for name, kind, one in named if one.before is not None and one.after is not None]
-    seconds = [value for *_, one in timed for value in (one.before, one.after) if math.isfinite(value)]
-    longest = max(seconds, default=0.0)
-    pairs = []
-    for number, (name, kind, one) in enumerate(timed):
-        before, after, ratio, error = one.figures()
-        top = _LEGEND_HEIGHT + number * _PAIR_HEIGHT
-        bars = (
-            {"kind": "before", "y": top + 18, "width": _width(one.before, longest), "figures": before},
-            {"kind": kind, "y": top + 33, "width": _width(one.after, longest),
-             "figures": f"{after} ({ratio}, {error})"},
-        )  # fmt: skip
-        pairs.append({"name": name, "short": _shortened(printable(name)), "kind": kind, "top": top, "bars": bars})
-    return pairs
+@dataclass(frozen=True)
+class _Place:
+    """A segment's place in a bar, in per cent of the chart, and its time."""
+
+    left: str
+    width: str
+    middle: str
+    numbered: bool
+    seconds: str
 
 
-def _width(seconds: float, longest: float) -> str:
-    """Return a bar's width in per cent of the chart; 0 for an invalid time."""
-    share = seconds / longest if longest > 0.0 and math.isfinite(seconds) else 0.0
-    return f"{_WIDEST_BAR * max(share, 0.0):.2f}"
+def _segments(receipt: Any) -> list[dict[str, Any]]:
+    """Return the segments of both bars: the parts with the most time, the other parts, and what is in none.
+
+    The upper bar is divided by the parts' shares. In the lower one each part takes less by the ratio of the last stage
+    that was kept on it; then all is scaled to the measured length.
+    """
+    before, after = receipt.before, receipt.after
+    if before is None or after is None or not (_is_time(before) and _is_time(after)) or before == 0.0:
+        return []
+    shares = {name: share for name, share in receipt.shares.items() if _is_time(share) and share > 0.0}
+    scale = max(1.0, sum(shares.values()))  # parts that run beside each other may take more than the whole
+    ratios = {stage.part: stage.ratio for stage in receipt.stages if stage.kept and stage.ratio}
+    parts = sorted(((name, share / scale) for name, share in shares.items()), key=lambda part: -part[1])
+    both = [(name, share, share / _gain(ratios.get(name))) for name, share in parts]
+    shown = [(name, f"s{number}", was, now) for number, (name, was, now) in enumerate(both[:_MOST_PARTS])]
+    small = both[_MOST_PARTS:]
+    if small:
+        shown.append(("smaller parts", "rest", sum(was for _, was, _ in small), sum(now for *_, now in small)))
+    rest = max(0.0, 1.0 - sum(share for _, share in parts))
+    shown.append(("everything else" if parts else "everything", "rest", rest, rest))
+    longest, total = max(before, after), sum(now for *_, now in shown) or 1.0
+    upper = _bar([was * before for _, _, was, _ in shown], longest)
+    lower = _bar([now / total * after for *_, now in shown], longest)
+    return [
+        {"name": name, "kind": kind, "before": was, "after": now}
+        for (name, kind, *_), was, now in zip(shown, upper, lower, strict=True)
+    ]
 
 
-def _shortened(name: str) -> str:
-    """Shorten a long name in the middle, since its ends (the part's first name and the stage) identify it."""
-    if len(name) <= _LONGEST_NAME:
-        return name
-    half = _LONGEST_NAME // 2
-    return f"{name[: half - 1]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+def _bar(seconds: list[float], longest: float) -> list[_Place]:
+    places, left = [], 0.0
+    for value in seconds:
+        width = 100.0 * value / longest
+        middle = f"{left + width / 2:.2f}"
+        places.append(_Place(f"{left:.2f}", f"{width:.2f}", middle, width >= _NUMBERED, duration(value)))
+        left += width
+    return places
+
+
+def _is_time(value: float) -> bool:
+    return math.isfinite(value) and value >= 0.0
+
+
+def _gain(ratio: float | None) -> float:
+    # The ratio of a receipt from a file may be any number.
+    return ratio if ratio is not None and _LEAST_RATIO <= ratio <= 1.0 / _LEAST_RATIO else 1.0

@@ -86,6 +86,7 @@ class Receipt:
         error: Relative error of the whole object's output, tuned against untouched; `None` if unknown.
         spectral: Log-spectral distance of that output in dB, if it looks like audio.
         precision: Precision level: "exact", "balanced" or "fast".
+        shares: Share of each part, by its name, of a warm pass of the untouched object, from 0 to 1. Empty if unknown.
         seconds: Seconds that tuning took.
         notes: Further remarks for the user, such as a check that could not be made.
         recompiled: Number of recompilations at the time of saving; see `recompiles`.
@@ -105,6 +106,7 @@ class Receipt:
     recompiled: int = 0
     spectral: float | None = None
     precision: str = "exact"
+    shares: dict[str, float] = field(default_factory=dict)
     _live: Callable[[], int] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -153,6 +155,7 @@ class Receipt:
             loaded = cls(stages=stages, **rest)
             # Every figure is formatted once, so that a value of a wrong type raises here and not when it is shown.
             _ = str(loaded), loaded.versions.items(), *((duration(s.seconds), ratio_text(s.low)) for s in stages)
+            _ = {name: 0.0 + share for name, share in loaded.shares.items()}
         except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"this is no receipt: {error!r}") from error
         return loaded

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.stages.process.constants import KeptConstants
+from accelerate_tts.tuning.callers import share_steps
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 from accelerate_tts.tuning.draws import WHOLE
 from accelerate_tts.tuning.exclusions import obstacle
@@ -101,6 +102,7 @@ def _nothing_compiled(change: Change) -> str:
 
 def finish(baseline: Baseline, ledger: Ledger) -> None:
     """End the warm-up: run the remaining kinds of inputs, and report later compilations as events."""
+    share_steps(baseline, ledger)
     with baseline.draws.seeded(WHOLE):
         baseline.calls.run_others()
     for kept in ledger.kept:

@@ -117,8 +117,15 @@ def _tried(
     return {
         "cold": baseline.cold, "before": timing.before, "after": timing.after, "ratio": timing.ratio,
         "error": None if difference is None else difference.error,
-        "spectral": None if difference is None else difference.spectral,
+        "spectral": None if difference is None else difference.spectral, "shares": _shares(baseline),
     }  # fmt: skip
+
+
+def _shares(baseline: Baseline) -> dict[str, float]:
+    """Return the share of each part in the recorded pass of the untouched object."""
+    whole = baseline.pass_seconds
+    seconds = {name: seen.seconds for name, seen in baseline.captured.items()} if whole > 0.0 else {}
+    return {name: min(1.0, spent / whole) for name, spent in seconds.items() if spent > 0.0}
 
 
 def acts_in_training(plan: ModelPlan) -> bool:

@@ -28,8 +28,8 @@ Call = Callable[..., Any]
 CUDA_GRAPH_PASSES = 3
 """Passes until a CUDA graph is warm: eager, recording and replay."""
 
-# Names of methods that take a text in known speech libraries, most usual first.
-_SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
+SPEAKING = ("synthesize", "synthesise", "generate", "tts", "speak", "say", "infer", "text_to_speech")
+"""Names of methods that take a text in known speech libraries, most usual first."""
 _WARMUP = "a warm-up call"
 _TAKES = (
     "a tensor, a tuple of arguments, a mapping of keyword arguments, a text, a callable of what was loaded,"
@@ -253,8 +253,8 @@ def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
     subjects = [item for item in (loaded.owner, loaded.result) if item is not None]
     for subject in subjects:
         owner = subject if isinstance(subject, type) else type(subject)
-        names = [name for name in _decorated_methods(owner) if _accepts(getattr(subject, name), 1)]
-        usual = [name for name in _SPEAKING if name in names]
+        names = [name for name in inference_methods(owner) if _accepts(getattr(subject, name), 1)]
+        usual = [name for name in SPEAKING if name in names]
         if usual or len(names) == 1:
             return getattr(subject, (usual or names)[0]), True
         if names:
@@ -265,7 +265,7 @@ def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
     for subject in reversed(subjects):
         if isinstance(subject, nn.Module):
             continue  # a module's generate() takes token ids
-        for name in _SPEAKING:
+        for name in SPEAKING:
             method = getattr(subject, name, None)
             if callable(method) and _accepts(method, 1):
                 return method, False
@@ -273,11 +273,12 @@ def _speaker(loaded: Loaded) -> tuple[Callable[..., Any], bool]:
             return subject, False
     raise WarmupError(
         f"warmup is a text, but {_describe(loaded.subject)} has no @inference method that takes one,"
-        f" nor any of {', '.join(_SPEAKING)}; give warmup=lambda loaded: ... instead"
+        f" nor any of {', '.join(SPEAKING)}; give warmup=lambda loaded: ... instead"
     )
 
 
-def _decorated_methods(owner: type) -> list[str]:
+def inference_methods(owner: type) -> list[str]:
+    """Return the names of a class's methods that `@inference` decorates, those of the class itself first."""
     names: dict[str, bool] = {}
     for cls in owner.__mro__:
         for name, member in vars(cls).items():

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -33,9 +32,9 @@ from typing import TYPE_CHECKING, Any
 from listed import FILE, HERE, ROOT, EnvironmentsError, chosen, environments
 
 from accelerate_tts.cli.bench import processes
+from accelerate_tts.cli.bench.machine import machine
 from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.variant import Request, finite
-from accelerate_tts.device.cpu import usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -46,7 +45,6 @@ ROWS = HERE / "rows"
 TOOLS = ("pytest>=8.2", "pytest-asyncio>=0.24", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 """Packages that the tests need beside the upstream."""
 
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
 _INSTALL_SECONDS, _TEST_SECONDS, _CHECK_SECONDS = 1500.0, 1800.0, 600.0
 _PAIRS = 5
 _MOST_NAMES = 40
@@ -369,24 +367,6 @@ def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("WARNING", "[notice"))]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines[-1:] or [""])[0]
-
-
-def machine() -> dict[str, Any]:
-    """The processor, the cores of it that may be used, and the instruction sets that our kernels know."""
-    name, flags = platform.processor(), set[str]()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        told = {
-            key.strip(): value.strip()
-            for key, _, value in (line.partition(":") for line in cpuinfo.read_text("utf-8").splitlines())
-        }
-        flags = set(told.get("flags", told.get("Features", "")).split())
-        model = " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told)
-        name = f"{told.get('model name', name)} ({model})" if model else told.get("model name", name)
-    return {
-        "system": platform.system(), "machine": platform.machine(), "processor": name, "cores": usable_cpus(),
-        "isa": [isa for isa in _ISA if isa in flags],
-    }  # fmt: skip
 
 
 def _commit() -> str:

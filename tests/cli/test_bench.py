@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError
 from accelerate_tts.cli.app import app
 from accelerate_tts.cli.bench import chart, command, measure, processes, report, systems, variant
+from accelerate_tts.cli.bench.floors import floors as floors_of_machine
 from accelerate_tts.cli.bench.measure import Measured, Ratio, undisturbed
+from accelerate_tts.cli.bench.measure import series as measure_series
 from accelerate_tts.cli.bench.naive import Naive, naive
 from accelerate_tts.cli.bench.processes import VariantError, folders_of
 from accelerate_tts.cli.bench.report import Found, summaries
@@ -78,7 +80,7 @@ def test_it_prints_a_table_and_writes_every_figure(
     done = bench("higgs", "--naive", "--warm-start", "--tokens", "12", "--json", str(path), "--plot", str(chart_path))
     assert done.exit_code == 0, done.output
     assert [request.variant for request in asked] == ["eager", "naive", "tuned", "restored"]
-    (found,) = json.loads(path.read_text("utf-8"))
+    (found,) = json.loads(path.read_text("utf-8"))["systems"]
     assert found["system"] == "higgs"
     assert found["failed"] == {}
     (run,) = found["runs"]
@@ -314,7 +316,7 @@ def test_a_variant_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch, tm
     assert "xtts, eager: failed: MemoryError: not enough" in done.output
     assert "mms, warm start, exact: failed: MemoryError" in done.output
     assert "mms, exact: promised" in done.output
-    xtts, mms = json.loads(path.read_text("utf-8"))
+    xtts, mms = json.loads(path.read_text("utf-8"))["systems"]
     assert (xtts["runs"], list(xtts["failed"])) == ([], ["eager"])
     assert list(mms["failed"]) == ["torch.compile", "warm start, exact", "fast"]
 
@@ -401,9 +403,44 @@ def test_a_disturbed_measurement_is_repeated_or_counted(
 
 def test_the_report_says_what_was_disturbed() -> None:
     why = "other processes used 1.0 of 2 processors"
-    one = measured("mms", "exact", 1.0, bandwidths=[1e10, 9.5e9, 1.02e10], disturbed=2, disturbance=why)
+    floors = [{"memory": rate, "fp32": 1e11} for rate in (1e10, 9.5e9, 1.02e10)]
+    one = measured("mms", "exact", 1.0, floors=floors, disturbed=2, disturbance=why, moved="x")
     (line,) = summaries(Found("mms", runs=[one]))
     assert "memory gave 10.0, 9.5, 10.2 GB/s; 2 pairs were disturbed: other processes used 1.0 of 2 processors" in line
+    assert "the machine changed meanwhile: x" in line
+
+
+@pytest.mark.parametrize(
+    ("rates", "waits", "numbers", "told"),
+    [
+        ([10.0, 11.0, 12.0], 0, [0, 1, 2], ""),
+        ([10.0, 20.0, 10.0, 10.0, 10.0, 11.0], 0, [3, 4, 5], ""),
+        ([10.0, 20.0, 10.0, 20.0, 20.0, 40.0], 0, [3, 4, 5], "memory gave 20.0 to 40.0 GB/s"),
+        ([10.0, 20.0, 10.0], math.inf, [0, 1, 2], "memory gave 10.0 to 20.0 GB/s"),
+    ],
+    ids=["steady", "once", "always", "busy"],
+)
+def test_a_run_whose_floors_moved_is_repeated_or_says_so(
+    rates: list[float], waits: float, numbers: list[int], told: str
+) -> None:
+    """Floors before, in the middle and after: three for each series of pairs."""
+    left, done, found = [1e9 * rate for rate in rates], list[int](), list[int]()
+
+    def measure() -> None:
+        found.append(len(done))
+        done.append(1)
+
+    watcher = Watcher(Neighbours(99 if waits else 0, waits), 2, 1.0)
+    _, floors, why = measure_series(measure, (found,), 3, watcher, lambda: {"memory": left.pop(0), "bf16": None})
+    assert (found, why, left) == (numbers, told, [])
+    assert len(floors) == 3
+
+
+def test_the_floors_of_this_machine() -> None:
+    found = floors_of_machine()
+    assert found.keys() == {"memory", "fp32", "bf16", "int8"}
+    assert all(rate is None or rate > 1e6 for rate in found.values())
+    assert None not in {found["memory"], found["fp32"]}
 
 
 def test_run_checks_its_names_before_it_builds_anything() -> None:

@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 import accelerate_tts.cli
-from accelerate_tts.cli.demo.command import OutputError, check_writable
 from accelerate_tts.cli.lines import say
+from accelerate_tts.cli.output import OutputError, check_writable
 from accelerate_tts.cli.tables import table
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable

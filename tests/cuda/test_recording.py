@@ -129,3 +129,21 @@ def test_what_is_recorded_is_freed(make: dict[str, Callable[[], Any]]) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**22  # cuBLAS's workspaces stay
+
+
+def test_eight_threads_take_four_slots_from_each_other(model: Any, seen: list[Event]) -> None:
+    """No sequence's buffers are written from another stream: longer than a slot lives, and each state is compared."""
+    work = [(seed, 1 + seed % 2) for seed in range(24)]
+    expected = [states(model, 40, rows, seed) for seed, rows in work]
+    change = capture(model)
+
+    def ask(each: tuple[int, int]) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            return states(model, 40, each[1], each[0])
+
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            for (seed, rows), a, b in zip(work, expected, pool.map(ask, work), strict=True):
+                assert torch.allclose(a, b, atol=1e-5), f"seed {seed}, {rows} rows, {float((a - b).abs().max())}"
+    assert len(change.slots) <= BOUNDS.slots
+    assert not [event for event in seen if isinstance(event, FellBack)]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate_tts.device import cpu, setup
+from accelerate_tts.device import cpu, flags, setup
 from accelerate_tts.device.detect import DeviceInfo, detect
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Event, NotApplied, Prepared
@@ -179,6 +179,40 @@ def test_cuda_gets_tf32_and_autotune_unless_switched_off(
         assert inside[key] == before[key]
     made.close()
     assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["cuda", "rocm"])
+@pytest.mark.parametrize(
+    ("free", "allocated", "set_by_user", "share"),
+    [
+        (20, 0, 1.0, 10 / 25),
+        (10, 12, 1.0, 17 / 25),
+        (2, 20, 1.0, 22 / 25),  # little is free: all of it, and nothing of what is not
+        (20, 0, 0.3, None),
+    ],
+)
+def test_a_search_for_kernels_leaves_half_of_the_free_memory_while_tuning(
+    become: Become, monkeypatch: pytest.MonkeyPatch, kind: str, free: int, allocated: int, set_by_user: float,
+    share: float | None,
+) -> None:  # fmt: skip
+    """The allocator is a stand-in; it never ran on a device."""
+    become(kind)
+    now = [set_by_user]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 25 * GIB))
+    for what in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{what}", lambda: allocated * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", now.append)
+    before = torch.backends.cudnn.benchmark
+    try:
+        for searches in (False, True):
+            torch.backends.cudnn.benchmark = searches
+            wanted = setup.tuning_flags(detect())
+            with flags.hold(wanted):
+                assert now[-1] == pytest.approx(share if searches and share else set_by_user)
+            assert now[-1] == set_by_user
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "xpu"])

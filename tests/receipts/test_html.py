@@ -26,7 +26,10 @@ STAGES = (
     StageResult("encoder", "torch.compile", False, "no gain", 0.0002, 0.0004, 0.5, 0.4, 0.0, 1, 2.0),
     StageResult("flow", "channels-last", False, "not tried: 1.5 % of the time"),
 )
-RECEIPT = Receipt("Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 0.8, 0.4, 2.0, 3e-5, 4.5, ("a note", "more"))
+RECEIPT = Receipt(
+    "Vits", "cpu (Test)", {"torch": "2.14"}, STAGES, 1.5, 0.8, 0.4, 2.0, 3e-5, 4.5, ("a note", "more"),
+    shares={"encoder": 0.1, "decoder": 0.8},
+)  # fmt: skip
 
 
 # --- a reader of pages that takes no nonsense ----------------------------------------------------------------------
@@ -142,36 +145,70 @@ def test_the_recompiles_are_those_of_this_moment() -> None:
     assert rows_of(page, "tfoot")[0][-1] == "1 kept, 7 recompiles since warm-up"
 
 
-def bars(group: Node) -> list[tuple[str | None, float]]:
-    """The kind and the per cent of each bar of a pair."""
-    widths = [rect.attributes["width"] or "" for rect in group.all("rect")]
-    assert all(width.endswith("%") for width in widths)
-    return [(r.attributes["class"], float(w[:-1])) for r, w in zip(group.all("rect"), widths, strict=True)]
-
-
-def test_the_chart_has_a_pair_of_bars_for_each_stage_that_was_timed_and_for_the_whole() -> None:
-    groups = page_of(RECEIPT).one("svg").all("g")
-    assert [[node.text for node in group.children if node.tag != "rect"] for group in groups] == [
-        ["decoder: fold weight norm (kept)", "decoder: fold weight norm", "400.0 ms", "100.0 ms (4.00x, 3e-07)"],
-        ["encoder: torch.compile (rejected)", "encoder: torch.compile", "200 us", "400 us (0.50x, bit-exact)"],
-        ["the whole (whole)", "the whole", "800.0 ms", "400.0 ms (2.00x, 3e-05)"],
-    ]
-    assert [bars(group) for group in groups] == [
-        [("before", 20.0), ("kept", 5.0)],
-        [("before", 0.01), ("rejected", 0.02)],
-        [("before", 40.0), ("whole", 20.0)],
+def bars(page: Node) -> list[list[tuple[str, float, float]]]:
+    """The bars of the chart: of each segment the class, and where it begins and how wide it is, in per cent."""
+    rects = page.one("svg", role="img").all("rect")
+    rows = sorted({int(rect.attributes["y"] or "") for rect in rects})
+    return [
+        [
+            ((r.attributes["class"] or "").removeprefix("bar "), percent(r, "x"), percent(r, "width"))
+            for r in rects
+            if r.attributes["y"] == str(row)
+        ]
+        for row in rows
     ]
 
 
-def test_pairs_of_bars_do_not_cover_each_other_and_lie_in_the_chart() -> None:
-    chart = page_of(RECEIPT).one("svg")
-    spans = [
-        (int(rect.attributes["y"] or ""), int(rect.attributes["y"] or "") + int(rect.attributes["height"] or ""))
-        for group in chart.all("g")
-        for rect in group.all("rect")
+def percent(rect: Node, name: str) -> float:
+    value = rect.attributes[name] or ""
+    assert value.endswith("%")
+    return float(value[:-1])
+
+
+def legend(page: Node) -> list[str]:
+    return [" ".join(node.text.split()) for node in page.one("ol").all("li")]
+
+
+def test_both_bars_are_divided_by_parts() -> None:
+    page = page_of(RECEIPT)
+    # The decoder takes a quarter: of 0.1 + 0.1 + 0.8 / 4 = 0.4 the decoder is a half.
+    assert bars(page) == [
+        [("s0", 0.0, 80.0), ("s1", 80.0, 10.0), ("rest", 90.0, 10.0)],
+        [("s0", 0.0, 25.0), ("s1", 25.0, 12.5), ("rest", 37.5, 12.5)],
     ]
-    assert all(above[1] <= below[0] for above, below in pairwise(spans))
-    assert spans[-1][1] <= int(chart.attributes["height"] or "")
+    assert legend(page) == [
+        "decoder 640.0 ms, now 200.0 ms",
+        "encoder 80.0 ms, now 100.0 ms",
+        "everything else 80.0 ms, now 100.0 ms",
+    ]
+    chart = page.one("svg", role="img")
+    assert [node.text for node in chart.children if node.tag == "text"] == ["before: 800.0 ms", "after: 400.0 ms"]
+    assert [group.one("title").text for group in chart.all("g")][:2] == ["decoder: 640.0 ms", "encoder: 80.0 ms"]
+    assert [node.text for group in chart.all("g") for node in group.all("text")] == ["1", "2", "3"] * 2
+
+
+def test_an_earlier_receipt_has_one_segment() -> None:
+    page = page_of(replace(RECEIPT, shares={}))
+    assert bars(page) == [[("rest", 0.0, 100.0)], [("rest", 0.0, 50.0)]]
+    assert legend(page) == ["everything 800.0 ms, now 400.0 ms"]
+
+
+def test_many_parts_and_parts_beside_each_other() -> None:
+    page = page_of(replace(RECEIPT, stages=(), shares={f"part {n}": 0.5 for n in range(8)}))
+    before, after = bars(page)
+    assert [kind for kind, *_ in before] == ["s0", "s1", "s2", "s3", "s4", "s5", "rest", "rest"]
+    assert [round(width, 1) for *_, width in before] == [12.5] * 6 + [25.0, 0.0]
+    assert [round(width, 2) for *_, width in after] == [6.25] * 6 + [12.5, 0.0]
+    assert legend(page)[-2].startswith("smaller parts")
+
+
+def test_bars_lie_in_the_chart_and_do_not_cover_each_other() -> None:
+    chart = page_of(RECEIPT).one("svg", role="img")
+    spans = sorted({(int(r.attributes["y"] or ""), int(r.attributes["height"] or "")) for r in chart.all("rect")})
+    assert all(top + height <= below[0] for (top, height), below in pairwise(spans))
+    assert sum(spans[-1]) <= int(chart.attributes["height"] or "")
+    for row in bars(page_of(RECEIPT)):
+        assert all(left + width == pytest.approx(after) for (_, left, width), (_, after, _) in pairwise(row))
 
 
 def test_the_table_has_every_stage_and_the_whole() -> None:
@@ -201,30 +238,30 @@ def test_a_receipt_of_nothing() -> None:
     assert page.one("dl").text.count("not known") == 4
 
 
-def test_figures_that_are_no_lengths_draw_no_bar() -> None:
-    odd = tuple(StageResult("p", "s", True, "r", value, 0.0) for value in (float("inf"), float("nan"), -1.0, 0.0))
-    for stages in (odd, odd[-1:]):
-        for group in page_of(Receipt("x", "y", {}, stages)).all("g"):
-            assert [width for _, width in bars(group)] == [0.0, 0.0]
-    beside = page_of(Receipt("x", "y", {}, (*odd, STAGES[0]))).all("g")
-    assert [[width for _, width in bars(group)] for group in beside] == [[0.0, 0.0]] * 4 + [[40.0, 10.0]]
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_figures_that_are_no_lengths_draw_no_bar(value: float) -> None:
+    for odd in ({"before": value}, {"after": value}, {"before": None}, {"before": 0.0}):
+        assert page_of(replace(RECEIPT, **odd)).all("svg") == []
+    assert bars(page_of(replace(RECEIPT, shares={"decoder": value})))[0] == [("rest", 0.0, 100.0)]
 
 
-def test_a_long_name_is_shortened_in_the_chart_and_whole_elsewhere() -> None:
+def test_a_long_name_is_not_cut() -> None:
     part = "decoder." + "resblocks." * 20 + "weight"
-    page = page_of(Receipt("x", "y", {}, (replace(STAGES[0], part=part),)))
-    shown = page.one("svg").one("text", class_="name").text
-    assert len(shown) == 40
-    assert shown.startswith("decoder.")
-    assert "…" in shown
-    assert shown.endswith(": fold weight norm")
-    assert page.one("svg").one("title").text == f"{part}: fold weight norm (kept)"
+    page = page_of(replace(RECEIPT, stages=(replace(STAGES[0], part=part),), shares={part: 0.5}))
+    assert legend(page)[0].startswith(f"{part} ")
     assert rows_of(page, "tbody")[0][0] == part
+    style = page.one("style").text
+    assert "overflow-wrap: anywhere" in style
+    assert "ellipsis" not in style
 
 
-def test_a_long_name_is_not_cut_within_an_escaped_character() -> None:
-    page = page_of(Receipt("x", "y", {}, (replace(STAGES[0], part="<" * 100),)))
-    assert page.one("svg").one("text", class_="name").text == "<" * 19 + "…" + "<" * 2 + ": fold weight norm"
+def test_on_a_phone_each_figure_stands_beside_its_name() -> None:
+    page = page_of(RECEIPT)
+    figures = page.one("tbody").all("tr")[0].all("td", class_="number")
+    assert [cell.attributes["data-label"] for cell in figures] == [
+        "before", "after", "ratio", "at least", "error", "trying took",
+    ]  # fmt: skip
+    assert "@media (max-width: 45rem)" in page.one("style").text
 
 
 # --- what kind of page it is ---------------------------------------------------------------------------------------
@@ -252,9 +289,10 @@ def test_the_page_is_accessible() -> None:
     assert page.attributes["lang"] == "en"
     assert page.one("meta", name="viewport").attributes["content"] == "width=device-width, initial-scale=1"
     assert page.one("meta", charset="utf-8")
-    chart = page.one("svg")
+    chart, *keys = page.all("svg")
     assert chart.attributes["role"] == "img"
     assert chart.attributes["aria-label"]
+    assert all(key.attributes["aria-hidden"] == "true" for key in keys)
     assert all(cell.attributes == {"scope": "col"} for cell in page.one("thead").all("th"))
     assert all(len(row.all("th", scope="row")) == 1 for row in page.one("tbody").all("tr"))
     region = page.one("div", role="region")
@@ -283,12 +321,12 @@ def test_every_colour_is_legible_in_both_modes() -> None:
     assert luminance(light["page"]) > 0.9
     assert luminance(dark["page"]) < 0.1
     for mode in (light, dark):
-        assert len({mode["before"], mode["kept"], mode["rejected"], mode["whole"]}) == 4
+        segments = [mode[name] for name in ("s0", "s1", "s2", "s3", "s4", "s5", "rest")]
+        assert len(set(segments)) == 7
         for text in ("ink", "quiet", "kept", "rejected"):  # 4.5 and 3.0 are WCAG's AA for text and for graphics
             assert contrast(mode[text], mode["page"]) >= 4.5, text
-        for graphic in ("before", "whole"):
-            assert contrast(mode[graphic], mode["page"]) >= 3.0, graphic
-    assert "rect.rejected { fill: none;" in style, "kept and rejected must differ without colours too"
+        for graphic in segments:
+            assert contrast(graphic, mode["page"]) >= 3.0, graphic
 
 
 def test_the_page_is_small() -> None:
@@ -324,13 +362,17 @@ receipts = st.builds(
     Receipt, texts, texts, st.dictionaries(texts, texts, max_size=3),
     st.lists(stages_of_any_kind, max_size=4).map(tuple), numbers, numbers, numbers, st.floats(0.0, 1e3), numbers,
     seconds, st.lists(texts, max_size=3).map(tuple), st.integers(0, 9),
+    shares=st.dictionaries(texts, st.floats(0.0, 2.0), max_size=8),
 )  # fmt: skip
 
 
 def harmless(receipt: Receipt) -> Receipt:
     """The same receipt with an x for every text."""
-    stages = tuple(replace(stage, part="x", stage="x", reason="x") for stage in receipt.stages)
-    return replace(receipt, what="x", device="x", versions={}, stages=stages, notes=tuple("x" for _ in receipt.notes))
+    names = {name: f"x{number}" for number, name in enumerate(receipt.shares)}
+    stages = tuple(replace(one, part=names.get(one.part, "x"), stage="x", reason="x") for one in receipt.stages)
+    shares = {names[name]: share for name, share in receipt.shares.items()}
+    notes = tuple("x" for _ in receipt.notes)
+    return replace(receipt, what="x", device="x", versions={}, stages=stages, notes=notes, shares=shares)
 
 
 WORST = StageResult("<script>alert(1)</script>", "</title></svg>", False, "RuntimeError: <b onclick='x'>&lt;", 1.0, 2.0)
@@ -354,18 +396,20 @@ def test_no_text_of_a_receipt_becomes_a_part_of_the_page(receipt: Receipt) -> No
 def test_what_was_given_is_what_a_reader_sees(receipt: Receipt) -> None:
     page = page_of(receipt)
     assert page.one("h1").text == f"Receipt: {printable(receipt.what)}"
-    assert [node.text for node in page.all("li")] == [printable(note) for note in receipt.notes]
+    assert [node.text for ul in page.all("ul") for node in ul.all("li")] == [printable(note) for note in receipt.notes]
     expected = [
         [printable(s.part), printable(s.stage), duration(s.before), duration(s.after), ratio_text(s.ratio),
          ratio_text(s.low), error_text(s.error), duration(s.seconds), printable(s.verdict)]
         for s in receipt.stages
     ]  # fmt: skip
     assert rows_of(page, "tbody") == (expected or [["No stage was tried."]])
-    timed = [item for item in (*receipt.stages, receipt) if None not in {item.before, item.after}]
-    groups = page.all("g")
-    assert len(groups) == len(timed)
-    assert all(0.0 <= width <= 40.0 for group in groups for _, width in bars(group))
-    assert all(len(group.one("text", class_="name").text) <= 40 for group in groups)
+    if page.all("svg"):
+        for row in bars(page):
+            assert all(0.0 <= left + width <= 100.1 for _, left, width in row)
+        shown = sorted(receipt.shares, key=lambda name: -receipt.shares[name])[:6]
+        names = [name for name in shown if receipt.shares[name] > 0.0]
+        texts_of = [" ".join(printable(name).split()) for name in names]
+        assert all(line.startswith(text) for line, text in zip(legend(page), texts_of, strict=False))
 
 
 @given(receipts)
@@ -421,9 +465,10 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> str:
         edited(lambda receipt: receipt.update(before=10**400)),
         edited(lambda receipt: receipt["stages"][0].update(seconds="long")),
         edited(lambda receipt: receipt["stages"][0].update(low=[])),
+        edited(lambda receipt: receipt.update(shares={"a": "b"})),
         "[" * 100_000,
     ],
-    ids=["Infinity", "NaN", "1e999", "a huge integer", "a stage's seconds", "a stage's bound", "deep"],
+    ids=["Infinity", "NaN", "1e999", "a huge integer", "a stage's seconds", "a stage's bound", "a share", "deep"],
 )
 def test_what_could_not_be_shown_is_refused_when_it_is_loaded(text: str) -> None:
     with pytest.raises(ValueError, match="this is no receipt"):

@@ -21,10 +21,10 @@ from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.errors import TimeLimitError
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import ModelPlan, Part
+from accelerate_tts.runtime import compile_timeout
 from accelerate_tts.runtime.time_limit import WatchdogPolicy, watchdog_policy
 from accelerate_tts.stages.compile.whole import CompileStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
-from accelerate_tts.tuning import compile_timeout
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 from doubles import tune

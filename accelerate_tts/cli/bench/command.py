@@ -13,8 +13,9 @@ from accelerate_tts.cli.bench.measure import Measured, Ratio
 from accelerate_tts.cli.bench.naive import Naive
 from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.report import Found
+from accelerate_tts.cli.bench.results import document
 from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS, system_of
-from accelerate_tts.cli.bench.variant import Request, finite
+from accelerate_tts.cli.bench.variant import Request
 from accelerate_tts.cli.lines import say
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
@@ -64,7 +65,7 @@ def run(systems: Sequence[str], options: Options) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for _ in _Bench(found[-1], options, Path(folder)).variants():
                 if options.json is not None:  # after each, since the next may take minutes
-                    options.json.write_text(json.dumps([finite(one.as_dict()) for one in found], indent=2), "utf-8")
+                    options.json.write_text(json.dumps(document(found, options), indent=2), "utf-8")
     if not any(one.runs for one in found):
         raise AccelerateTTSError("; ".join(line for one in found for line in report.summaries(one)))
     numbers = {"eager", "tuned", "ratio", "error", "floor"}
@@ -145,5 +146,5 @@ class _Bench:
             return None
 
 
-def _ratio(told: dict[str, float] | None) -> Ratio | None:
+def _ratio(told: dict[str, Any] | None) -> Ratio | None:
     return None if told is None else Ratio(**told)

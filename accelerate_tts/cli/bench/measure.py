@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.cli.bench.floors import floors, moved
 from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.device.memory import resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from accelerate_tts.cli.bench.floors import Floors
     from accelerate_tts.cli.bench.systems import Built, Size
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.settings import Precision
@@ -37,20 +39,25 @@ _PATIENCE = 30.0  # total seconds that a measurement waits for a quiet machine
 
 @dataclass(frozen=True)
 class Ratio:
-    """Two states timed alternately: their median seconds, and median, minimum and maximum of the paired ratios."""
+    """Two states timed alternately: their median seconds, and median, minimum and maximum of the paired ratios.
+
+    Attributes:
+        pairs: Number of pairs; 0 if it was not stored.
+    """
 
     before: float
     after: float
     ratio: float
     lowest: float
     highest: float
+    pairs: int = 0
 
     @classmethod
     def of(cls, pairs: list[tuple[float, float]]) -> Ratio:
         """Compute it from the seconds of each pair."""
         ratios = sorted(a / b for a, b in pairs)
         before, after = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
-        return cls(before, after, statistics.median(ratios), ratios[0], ratios[-1])
+        return cls(before, after, statistics.median(ratios), ratios[0], ratios[-1], len(pairs))
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Measured:
             the output is tokens only.
         same_tokens: True if all integers in the output (tokens) are equal; `None` if there are none.
         floor: Seconds to read the weights of one token from memory once, in their loaded format, at the best of
-            `bandwidths`.
+            `floors`.
         cold: Seconds of the very first call.
         tuning: Seconds that tuning took.
         warm_start: Seconds that a second process took instead, with the warm pack; `None` if not requested.
@@ -79,7 +86,9 @@ class Measured:
         receipt: The receipt, as its JSON.
         device: torch's name of the device type.
         events: Texts of `FellBack` and `NotApplied` events, each once.
-        bandwidths: Memory bandwidth in bytes a second before, between and after the pairs.
+        floors: Rates of the machine before, between and after the pairs; see `Floors`.
+        moved: Floors that changed in between, in words; "" if none did. The pairs were then measured once more, if the
+            machine was quiet.
         disturbed: Number of counted pairs during which other programs used the machine. Others were repeated.
         disturbance: The disturbance in words; "" if there was none.
         kernels: Instruction set of the kernels in use, or "none".
@@ -108,10 +117,11 @@ class Measured:
     receipt: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     events: list[str] = field(default_factory=list)
-    bandwidths: list[float] = field(default_factory=list)
+    floors: list[Floors] = field(default_factory=list)
     disturbed: int = 0
     disturbance: str = ""
     kernels: str = ""
+    moved: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary for JSON."""
@@ -138,36 +148,6 @@ def bytes_of_a_token(decoder: nn.Module) -> int:
     idle += [module.mlp for module in decoder.modules() if hasattr(module, "audio_mlp")]
     unread = {id(weight) for module in idle for weight in module.parameters()}
     return sum(p.numel() * p.element_size() for p in decoder.parameters() if id(p) not in unread)
-
-
-def bandwidth(device: str = "cpu") -> float:
-    """Measure the memory bandwidth in bytes a second: the best of ten reads of 256 MB, each by a sum and by a product.
-
-    On other devices than the CPU, the size is 1 GB, larger than any cache, and ten reads in a row are timed, since one
-    launch takes as long as the read.
-    """
-    import torch
-
-    rows, readings = (16_384, 1) if device == "cpu" else (65_536, 10)
-    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
-    x = matrix.view(-1)
-
-    def summed() -> None:
-        x.sum()
-
-    def multiplied() -> None:
-        torch.mv(matrix, vector)
-
-    best = float("inf")
-    for _ in range(10):  # either operation may be bound by arithmetic
-        for read in (summed, multiplied):
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(readings):
-                read()
-            synchronize(device)
-            best = min(best, (time.perf_counter() - start) / readings)
-    return x.numel() * 4 / best
 
 
 def held_bytes(device: str) -> int:
@@ -293,7 +273,6 @@ def bench(  # noqa: PLR0913 - the options of the command
     watcher = Watcher(current_policy().machine(), torch.get_num_threads(), _PATIENCE)
     whole: list[tuple[float, float]] = []
     loops: list[tuple[Loop, Loop]] = []
-    bandwidths = [bandwidth(device)]
 
     def pair() -> None:
         plain, fast = Loop(), Loop()
@@ -301,25 +280,57 @@ def bench(  # noqa: PLR0913 - the options of the command
             first = spoken(built, length, plain)[0]
         whole.append((first, spoken(built, length, fast)[0]))
         loops.append((plain, fast))
-        if len(whole) == (pairs + 1) // 2:
-            bandwidths.append(bandwidth(device))
 
-    disturbed = undisturbed(pair, (whole, loops), pairs, watcher)
-    bandwidths.append(bandwidth(device))
+    disturbed, rates, why = series(pair, (whole, loops), pairs, watcher, lambda: floors(device))
     forget()
     has_loop = bool(loops[0][0].steps)
     weights = 0 if built.decoder is None else bytes_of_a_token(built.decoder)
     error, same_tokens = difference(expected, found)
+    floor = weights / max(one["memory"] or 0.0 for one in rates) if has_loop else None
     return Measured(
         name, size, precision, layers, Ratio.of(whole),
         Ratio.of([(a.step, b.step) for a, b in loops]) if has_loop else None,
         Ratio.of([(a.prompt, b.prompt) for a, b in loops]) if has_loop else None,
-        error, same_tokens, weights / max(bandwidths) if has_loop else None, receipt.cold, receipt.seconds, None,
+        error, same_tokens, floor, receipt.cold, receipt.seconds, None,
         after / held, receipt.recompiles, peak, None,
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
-        json.loads(receipt.to_json()), device, list(said), bandwidths, disturbed, watcher.worst.why, level(),
+        json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, level(), why,
     )  # fmt: skip
+
+
+def series(
+    measure: Callable[[], object], found: Sequence[list[Any]], count: int, watcher: Watcher, rates: Callable[[], Floors]
+) -> tuple[int, list[Floors], str]:
+    """Measure `count` times between floors, and once more if the floors moved and the machine is quiet now.
+
+    Args:
+        measure: As for `undisturbed`.
+        found: As for `undisturbed`.
+        count: As for `undisturbed`.
+        watcher: As for `undisturbed`.
+        rates: Measures the floors: before, in the middle, and after.
+
+    Returns:
+        Number of disturbed measurements that are counted, the three floors, and how they moved in words.
+    """
+    told: list[Floors] = []
+
+    def measured() -> None:
+        measure()
+        if len(told) == 1 and len(found[0]) == (count + 1) // 2:
+            told.append(rates())
+
+    for last in (False, True):
+        told[:] = [rates()]
+        disturbed = undisturbed(measured, found, count, watcher)
+        told.append(rates())
+        why = moved(told)
+        if last or not why or not watcher.wait():
+            break
+        for figures in found:
+            figures.clear()
+    return disturbed, told, why
 
 
 def undisturbed(measure: Callable[[], object], found: Sequence[list[Any]], count: int, watcher: Watcher) -> int:

@@ -157,10 +157,13 @@ def _summary(system: Found, one: Measured) -> str:
         facts.append(f"with a warm pack {one.warm_start:.1f} s ({one.warm_start / one.tuning:.0%})")
     if one.error is not None:
         facts.append(f"error {one.error:.0e}")
-    if one.bandwidths:
-        facts.append(f"memory gave {', '.join(f'{rate / 1e9:.1f}' for rate in one.bandwidths)} GB/s")
+    rates = [rate for told in one.floors if (rate := told.get("memory")) is not None]
+    if rates:
+        facts.append(f"memory gave {', '.join(f'{rate / 1e9:.1f}' for rate in rates)} GB/s")
     if one.disturbed:
         facts.append(f"{one.disturbed} pairs were disturbed: {one.disturbance}")
+    if one.moved:
+        facts.append(f"the machine changed meanwhile: {one.moved}")
     facts.append(f"kept: {', '.join(one.kept) or 'nothing'}")
     if one.note:
         facts.append(one.note)

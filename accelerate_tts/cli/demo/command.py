@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,14 +13,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.demo.phonemes import sentences
+from accelerate_tts.cli.output import OutputError, check_writable
+from accelerate_tts.cli.progress import quiet, shown_events
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
-from accelerate_tts.errors import AccelerateTTSError, MissingExtraError, printable
-from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
+from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.receipts.format import duration, error_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from rich.console import Console
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 _TIMED_CHARACTERS = 200
 _SEED = 0
 _LINE_EVERY = 5.0  # seconds between progress lines without a terminal
-
-
-class OutputError(AccelerateTTSError, OSError):
-    """The output file cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
         check_writable(path)
     with console.status("importing torch"):  # a second or two
         import_module("torch")
-    with _quiet(), _shown(console):
+    with quiet(), shown_events(console):
         plain, decorated, comparison = compare_backends(pieces, pairs, console)
         frames = _speak_to_file(decorated, pieces, output, console)
     out = wide_console()
@@ -228,59 +224,3 @@ def _progress(pieces: list[str], console: Console) -> Iterator[str]:
             if not console.is_terminal and time.monotonic() - last > _LINE_EVERY:
                 last = time.monotonic()
                 console.print(f"speaking: {number} of {len(pieces)} sentences")
-
-
-def check_writable(path: Path) -> None:
-    """Raise `OutputError` unless `path` can be written. An existing file is not changed."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder {path.parent}; make it first")
-    existed = path.exists()
-    if existed and not (path.is_file() or path.is_char_device()):  # opening a pipe would block
-        raise OutputError(f"{path} is no regular file; name a file")
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-
-
-@contextmanager
-def _shown(console: Console) -> Generator[None, None, None]:
-    """Print the events of tuning as they come."""
-
-    def show(event: Event) -> None:
-        if isinstance(event, Trying):
-            console.print(f"  {printable(event)}", style="dim")
-        elif isinstance(event, (FellBack, NotApplied, WarmupFailed)):
-            console.print(f"  {printable(event)}", style="yellow")
-
-    remove = add_hook(show)
-    try:
-        yield
-    finally:
-        remove()
-
-
-@contextmanager
-def _quiet() -> Generator[None, None, None]:
-    """Silence the messages of other libraries; this library's events are shown by the hook."""
-    import logging
-    import warnings
-
-    from torch._logging import set_logs  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateImportUsage]
-
-    ours = logging.getLogger("accelerate_tts")
-    level = ours.level
-    ours.setLevel(logging.ERROR)
-    set_logs(all=logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")
-        try:
-            yield
-        finally:
-            ours.setLevel(level)
-            set_logs()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate_tts.settings import Settings
 
 _GIB = 1 << 30
+_LEAST_SEARCH = 4 * _GIB
 
 
 def _probe() -> DeviceInfo | None:
@@ -34,6 +35,24 @@ def _call_flags(settings: Settings) -> Wanted:
     if settings.cudnn_benchmark:
         wanted.append((flags.CUDNN_BENCHMARK, True))
     return wanted
+
+
+def _tuning_flags(device: DeviceInfo) -> Wanted:
+    """Leave half of the free memory to others while tuning.
+
+    cuDNN's search for the fastest kernels tries those that borrow whatever is free (73 of 80 GB were seen for moments,
+    docs/decisions/0009-cuda.md). torch goes on without a kernel whose memory the allocator refuses.
+    """
+    import torch
+
+    known = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in torch 2.6
+    if known is None or not torch.backends.cudnn.benchmark or not device.total_memory:
+        return []
+    free = _free_bytes(device)
+    # Unused blocks of the allocator are free and reserved at once, so they count once.
+    most = int(torch.cuda.memory_allocated()) + max(free // 2, min(free, _LEAST_SEARCH))
+    share = most / device.total_memory
+    return [(flags.CUDA_SHARE, share)] if share < known() else []
 
 
 def _half_dtypes() -> tuple[torch.dtype, ...]:
@@ -64,6 +83,7 @@ register_device(
         # CUDA graphs remove the launch cost of a GPU's kernels. On a CPU the mode has no effect.
         compile_mode="reduce-overhead",
         call_flags=_call_flags,
+        tuning_flags=_tuning_flags,
         half_dtypes=_half_dtypes,
         free_bytes=_free_bytes,
         batch_size=_batch_size,

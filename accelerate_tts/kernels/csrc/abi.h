@@ -41,6 +41,16 @@ struct DecoderBlock {
   Linear down;
 };
 
+struct Row {
+  void* keys;  // [kv_heads, room, head_dim]
+  void* values;
+  int64_t key_head;  // strides, in elements; those of positions are the token's
+  int64_t value_head;
+  int64_t length;  // positions in the cache before this token
+  const void* mask;  // [length + 1] as the token's, or null
+  float* attention;  // [heads, length + 1], or null
+};
+
 struct Token {
   const float* x;  // [rows, hidden]
   float* y;  // the same
@@ -62,9 +72,7 @@ struct Token {
   int64_t is_bf16;  // the model: its cache, and what one block hands to the next
   int64_t length;  // positions in the cache before this token; of the longest, where rows have their own
   float* attention;  // [rows, heads, length + 1], the attention weights; null if not requested
-  void* const* row_keys;  // [rows], each row's own keys, [kv_heads, room, head_dim]; or null: `keys` has all
-  void* const* row_values;  // the same for values; null where row_keys is
-  const int64_t* row_lengths;  // [rows], positions in each row's cache; or null: `length` for all
+  const Row* own;  // [rows], each row's own cache; or null: one cache and one mask, as above, for all
 };
 
 struct Dense {
@@ -157,6 +165,13 @@ constexpr Field FIELDS[] = {
     KERNELS_FIELD(DecoderBlock, gate),
     KERNELS_FIELD(DecoderBlock, up),
     KERNELS_FIELD(DecoderBlock, down),
+    KERNELS_FIELD(Row, keys),
+    KERNELS_FIELD(Row, values),
+    KERNELS_FIELD(Row, key_head),
+    KERNELS_FIELD(Row, value_head),
+    KERNELS_FIELD(Row, length),
+    KERNELS_FIELD(Row, mask),
+    KERNELS_FIELD(Row, attention),
     KERNELS_FIELD(Token, x),
     KERNELS_FIELD(Token, y),
     KERNELS_FIELD(Token, rows),
@@ -177,9 +192,7 @@ constexpr Field FIELDS[] = {
     KERNELS_FIELD(Token, is_bf16),
     KERNELS_FIELD(Token, length),
     KERNELS_FIELD(Token, attention),
-    KERNELS_FIELD(Token, row_keys),
-    KERNELS_FIELD(Token, row_values),
-    KERNELS_FIELD(Token, row_lengths),
+    KERNELS_FIELD(Token, own),
     KERNELS_FIELD(Dense, w),
     KERNELS_FIELD(Dense, bias),
     KERNELS_FIELD(Dense, outputs),

@@ -171,14 +171,18 @@ inline void gather(const T* values, int64_t stride, const float* weights, int64_
 template <class T>
 __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scratch& s, int64_t row, int64_t kv_head, float* scores) {
   const int64_t size = b.head_dim, group = b.heads / b.kv_heads;
-  const int64_t length = t.row_lengths ? t.row_lengths[row] : t.length, positions = length + 1;
+  const Row* own = t.own ? t.own + row : nullptr;
+  const int64_t length = own ? own->length : t.length, positions = length + 1;
   float* qkv = s.qkv + row * (b.heads + 2 * b.kv_heads) * size;
   float* key = qkv + (b.heads + kv_head) * size;
   const float* value = qkv + (b.heads + b.kv_heads + kv_head) * size;
-  T* keys = t.row_keys ? static_cast<T*>(t.row_keys[row]) : static_cast<T*>(t.keys) + row * t.key_row;
-  T* values = t.row_keys ? static_cast<T*>(t.row_values[row]) : static_cast<T*>(t.values) + row * t.value_row;
-  keys += kv_head * t.key_head;
-  values += kv_head * t.value_head;
+  T* keys = own ? static_cast<T*>(own->keys) : static_cast<T*>(t.keys) + row * t.key_row;
+  T* values = own ? static_cast<T*>(own->values) : static_cast<T*>(t.values) + row * t.value_row;
+  keys += kv_head * (own ? own->key_head : t.key_head);
+  values += kv_head * (own ? own->value_head : t.value_head);
+  const void* mask = own ? own->mask : t.mask;
+  const int64_t at = own ? 0 : row * t.mask_stride;
+  float* attention = own ? own->attention : t.attention ? t.attention + row * b.heads * positions : nullptr;
   const float* cos = t.cos ? t.cos + row * t.rotation_stride : nullptr;
   const float* sin = t.cos ? t.sin + row * t.rotation_stride : nullptr;
   if (cos) rotate(key, cos, sin, size);
@@ -199,13 +203,12 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
     }
     for (; j < positions; j++)
       look<1>(query, keys + j * t.key_position, t.key_position, size, float(b.scaling), scores + j);
-    if (t.mask) {
-      const int64_t at = row * t.mask_stride;
+    if (mask) {
       if (t.mask_is_bytes) {
         for (j = 0; j < positions; j++)
-          if (!static_cast<const uint8_t*>(t.mask)[at + j]) scores[j] = -3.0e38f;
+          if (!static_cast<const uint8_t*>(mask)[at + j]) scores[j] = -3.0e38f;
       } else
-        for (j = 0; j < positions; j++) scores[j] += static_cast<const float*>(t.mask)[at + j];
+        for (j = 0; j < positions; j++) scores[j] += static_cast<const float*>(mask)[at + j];
     }
     float peak = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : peak)
@@ -214,12 +217,11 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
     for (j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - peak);
 #pragma omp simd reduction(+ : sum)
     for (j = 0; j < positions; j++) sum += scores[j];
-    if (t.attention) {
-      float* weights = t.attention + (row * b.heads + head) * (t.length + 1);
+    if (attention) {
+      float* weights = attention + head * positions;
       const float factor = 1.0f / sum;
 #pragma omp simd
       for (j = 0; j < positions; j++) weights[j] = scores[j] * factor;
-      for (j = positions; j <= t.length; j++) weights[j] = 0;
     }
     float* out = s.attended + (row * b.heads + head) * size;
     int64_t i = 0;

@@ -1,7 +1,8 @@
 // x @ w.T * scale for a few rows of x, at the rate at which the memory gives w: what skinny_gemm.cpp and
 // decoder_block.cpp have in common.
 //
-// Each weight is read once, in the order in which it lies in memory, and used for up to four rows of x. Weights are
+// Each weight is read once, in the order in which it lies in memory, and used for up to eight rows of x, or four with few
+// registers. Weights are
 // fp32, bf16 or int8 with a scale for each output. Sums are kept in fp32; for int8 in integers, with x in 16 bits.
 #pragma once
 #include "common.h"
@@ -26,10 +27,14 @@ struct Shape {
 #if defined(__AVX512BW__)
 constexpr bool FAR_APART = true;
 constexpr int FP32_ROWS = 8, NARROW_ROWS = 8;
+constexpr int MOST_AT_ONCE = 8;  // rows of x whose sums fit into the registers
 #else
 constexpr bool FAR_APART = false;
 constexpr int FP32_ROWS = 4, NARROW_ROWS = 0;
+constexpr int MOST_AT_ONCE = 4;
 #endif
+// How many rows of weights at once: `one` for one or two of x, and `many` for more than four.
+constexpr int at_once(int rows, int one, int many) { return rows <= 2 ? one : rows <= 4 ? one / 2 : many; }
 
 struct Fp32 {
   static constexpr bool as_is = true;  // x needs nothing done to it
@@ -37,17 +42,17 @@ struct Fp32 {
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = LANES;
-  static constexpr int together(int rows) { return rows <= 2 ? FP32_ROWS : FP32_ROWS / 2; }
+  static constexpr int together(int rows) { return at_once(rows, FP32_ROWS, 3); }
   static void prepare(const float* x, input* to, float*, Shape of) {
     memcpy(to, x, of.rows * of.inputs * sizeof(float));
   }
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
-    vec in[ROWS];
-    for (int m = 0; m < ROWS; m++) in[m] = load(x + m * inputs + k);
-    for (int r = 0; r < COUNT; r++) {
-      const vec weights = load(w + r * apart + k);
-      for (int m = 0; m < ROWS; m++) sums[m][r] += in[m] * weights;
+    vec weights[COUNT];
+    for (int r = 0; r < COUNT; r++) weights[r] = load(w + r * apart + k);
+    for (int m = 0; m < ROWS; m++) {
+      const vec in = load(x + m * inputs + k);
+      for (int r = 0; r < COUNT; r++) sums[m][r] += in * weights[r];
     }
   }
   static sum join(sum a, sum b) { return a + b; }
@@ -60,8 +65,10 @@ struct Bf16 {
   typedef float input;
   typedef vec sum;
   static constexpr int64_t step = 2 * LANES;
-  static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
+  static constexpr int together(int rows) { return at_once(rows, NARROW_ROWS, 2); }
   // The weights at even places are the low halves of 32 bits, those at odd places the high halves: x is sorted so too.
+  // The same for any number of rows: a sum in another order has other bits.
+  static constexpr int in_turn(int) { return 2; }
   static void prepare(const float* x, input* to, float*, Shape of) {
     for (int64_t m = 0; m < of.rows; m++)
       for (int64_t k = 0; k + step <= of.inputs; k += step)
@@ -72,11 +79,15 @@ struct Bf16 {
   }
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
+    vec even[COUNT], odd[COUNT];
     for (int r = 0; r < COUNT; r++) {
       const words pairs = load_as<words>(w + r * apart + k);
-      const vec even = even_bf16(pairs), odd = odd_bf16(pairs);
-      for (int m = 0; m < ROWS; m++)
-        sums[m][r] += load(x + m * inputs + k) * even + load(x + m * inputs + k + LANES) * odd;
+      even[r] = even_bf16(pairs), odd[r] = odd_bf16(pairs);
+    }
+    for (int m = 0; m < ROWS; m++) {
+      const vec first = load(x + m * inputs + k), second = load(x + m * inputs + k + LANES);
+      for (int r = 0; r < COUNT; r++) sums[m][r] += first * even[r];
+      for (int r = 0; r < COUNT; r++) sums[m][r] += second * odd[r];
     }
   }
   static sum join(sum a, sum b) { return a + b; }
@@ -89,7 +100,8 @@ struct Int8 {
   typedef int16_t input;
   typedef ints sum;
   static constexpr int64_t step = 2 * LANES;
-  static constexpr int together(int rows) { return rows <= 2 ? NARROW_ROWS : NARROW_ROWS / 2; }
+  static constexpr int together(int rows) { return at_once(rows, NARROW_ROWS, 3); }
+  static constexpr int in_turn(int rows) { return rows <= 2 ? 4 : 2; }  // sums of integers are the same in any order
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
@@ -117,10 +129,11 @@ struct Int8 {
   }
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
-    for (int r = 0; r < COUNT; r++) {
-      const shorts weights = load_int8(w + r * apart + k);
-      for (int m = 0; m < ROWS; m++)
-        sums[m][r] = add_products(sums[m][r], weights, load_as<shorts>(x + m * inputs + k));
+    shorts weights[COUNT];
+    for (int r = 0; r < COUNT; r++) weights[r] = load_int8(w + r * apart + k);
+    for (int m = 0; m < ROWS; m++) {
+      const shorts in = load_as<shorts>(x + m * inputs + k);
+      for (int r = 0; r < COUNT; r++) sums[m][r] = add_products(sums[m][r], weights[r], in);
     }
   }
   static sum join(sum a, sum b) { return a + b; }  // prepare() has left room for all of a lane
@@ -167,7 +180,7 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n, int64_t apart) {
 // The same with one row of weights, in several sums.
 template <class F, int ROWS>
 inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
-  constexpr int SUMS = ROWS <= 2 ? 4 : 2;
+  constexpr int SUMS = F::in_turn(ROWS);
   constexpr int64_t LINE = 64 / sizeof(typename F::weight), AHEAD = 128 * LINE;  // farther than processors by themselves
   const int64_t inputs = work.of.inputs, whole = inputs / F::step * F::step;
   const typename F::input* x = work.prepared + m0 * inputs;
@@ -196,30 +209,41 @@ __attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, i
   if constexpr (COUNT > 0) {
     const int64_t times = (end - n) / COUNT, apart = FAR_APART ? times : 1, next = FAR_APART ? 1 : COUNT;
     for (int64_t i = 0; i < times; i++) dot<F, ROWS, COUNT>(work, m, n + i * next, apart);
-    n += times * COUNT;
-  }
-  for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
+    for (n += times * COUNT; n < end; n++) dot<F, ROWS, 1>(work, m, n, 1);
+  } else
+    for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
 }
 
-// Outputs begin .. end of all rows of x. Of more than four, strips of w stay in the cache while all take their turn.
+// Outputs begin .. end of all rows of x. Of more rows than registers have room for, strips of w stay in the cache while
+// all take their turn.
 template <class F>
 void all_dots(const Work<F>& work, int64_t begin, int64_t end) {
-  const int64_t rows = work.of.rows, strip = rows <= 4 ? end - begin : 16;
+  const int64_t rows = work.of.rows, strip = rows <= MOST_AT_ONCE ? end - begin : 16;
   for (int64_t n = begin; n < end; n += strip) {
     const int64_t to = n + strip < end ? n + strip : end;
-    for (int64_t m = 0; m < rows; m += 4) switch (rows - m) {
+    for (int64_t m = 0; m < rows; m += MOST_AT_ONCE) {
+      const int64_t left = rows - m;
+      if constexpr (MOST_AT_ONCE > 4) switch (left) {
+          case 1: case 2: case 3: case 4: break;
+          case 5: dots<F, 5>(work, m, n, to); continue;
+          case 6: dots<F, 6>(work, m, n, to); continue;
+          case 7: dots<F, 7>(work, m, n, to); continue;
+          default: dots<F, 8>(work, m, n, to); continue;
+        }
+      switch (left) {
         case 1: dots<F, 1>(work, m, n, to); break;
         case 2: dots<F, 2>(work, m, n, to); break;
         case 3: dots<F, 3>(work, m, n, to); break;
         default: dots<F, 4>(work, m, n, to);
       }
+    }
   }
 }
 
 // Inputs begin .. end of w [inputs, outputs], as transformers' Conv1D (of GPT-2) has it: rows of w, several at a time, are
 // added to y [rows, outputs]. With 32 registers they lie far apart, as above.
 __attribute__((noinline)) void add_transposed(const float* x, const float* w, float* y, Shape of, int64_t begin, int64_t end) {
-  constexpr int64_t AT_ONCE = FAR_APART ? 16 : 4;
+  constexpr int64_t AT_ONCE = FAR_APART ? 16 : 4, ROWS = 8;
   const int64_t times = (end - begin + AT_ONCE - 1) / AT_ONCE, apart = FAR_APART ? times : 1;
   const int64_t ahead = FAR_APART ? 8 * LANES : AT_ONCE * of.outputs;
   for (int64_t i = 0; i < times; i++) {
@@ -229,20 +253,29 @@ __attribute__((noinline)) void add_transposed(const float* x, const float* w, fl
       at[j] = begin + (FAR_APART ? i : i * AT_ONCE) + j * apart;
       rows[j] = w + (at[j] < end ? at[j] : begin) * of.outputs;
     }
-    for (int64_t m = 0; m < of.rows; m++) {
-      float in[AT_ONCE];
-      for (int64_t j = 0; j < AT_ONCE; j++) in[j] = at[j] < end ? x[m * of.inputs + at[j]] : 0;
-      float* ym = y + m * of.outputs;
+    for (int64_t m0 = 0; m0 < of.rows; m0 += ROWS) {
+      const int64_t count = least(of.rows - m0, ROWS);
+      float in[ROWS][AT_ONCE];
+      for (int64_t m = 0; m < count; m++)
+        for (int64_t j = 0; j < AT_ONCE; j++) in[m][j] = at[j] < end ? x[(m0 + m) * of.inputs + at[j]] : 0;
       int64_t n = 0;
       for (; n + LANES <= of.outputs; n += LANES) {
-        if (m == 0)
-          for (int64_t j = 0; j < AT_ONCE; j++) __builtin_prefetch(rows[j] + n + ahead);
-        vec sum = load(ym + n);
-        for (int64_t j = 0; j < AT_ONCE; j += 2) sum += in[j] * load(rows[j] + n) + in[j + 1] * load(rows[j + 1] + n);
-        store(ym + n, sum);
+        vec weights[AT_ONCE];  // in registers while all rows of x take their turn
+        for (int64_t j = 0; j < AT_ONCE; j++) {
+          __builtin_prefetch(rows[j] + n + ahead);
+          weights[j] = load(rows[j] + n);
+        }
+        for (int64_t m = 0; m < count; m++) {
+          float* to = y + (m0 + m) * of.outputs + n;
+          vec even = load(to), odd = in[m][1] * weights[1];
+          for (int64_t j = 0; j < AT_ONCE; j += 2) even += in[m][j] * weights[j];
+          for (int64_t j = 3; j < AT_ONCE; j += 2) odd += in[m][j] * weights[j];
+          store(to, even + odd);
+        }
       }
       for (; n < of.outputs; n++)
-        for (int64_t j = 0; j < AT_ONCE; j++) ym[n] += in[j] * rows[j][n];
+        for (int64_t m = 0; m < count; m++)
+          for (int64_t j = 0; j < AT_ONCE; j++) y[(m0 + m) * of.outputs + n] += in[m][j] * rows[j][n];
     }
   }
 }

@@ -20,7 +20,7 @@ from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
-from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold
+from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold, Step
 
 _OWN = "the untouched model gives the same, so this is what was given"
 
@@ -226,6 +226,22 @@ def protect(item: object, guarding: Guard) -> None:
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
     with suppress(TypeError):
         _guards.put(item, (*others, guarding))
+
+
+@contextmanager
+def inside_all() -> Generator[None, None, None]:
+    """Scope of work beside a call, such as a thread of its own: no tuned object is switched meanwhile."""
+    step, before = Step(), WITHIN.get()
+    gates = {id(guard.gate): guard.gate for _, guards in _guards.items() for guard in guards if guard.in_force}
+    try:
+        for gate in gates.values():
+            gate.enter(step, wait=True)
+        WITHIN.set((*before, step))
+        yield
+    finally:
+        WITHIN.set(before)
+        for gate in gates.values():
+            gate.leave(step)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.kernels.block_layout import anatomies
 from accelerate_tts.kernels.calls import decoder_blocks
-from accelerate_tts.kernels.decoder_block import Described, holds, plain, run, shared
+from accelerate_tts.kernels.decoder_block import Call, Described, holds, plain, shared
 from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
 from accelerate_tts.patching.change import BaseChange
@@ -49,6 +49,7 @@ from accelerate_tts.stages.decode.call_args import (
 )
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
+from accelerate_tts.stages.decode.shared_steps import SharedSteps
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.plan import Part
-
-__all__ = ["FusedBlocksStage"]
 
 # Arguments that a block may get beside the kernel's inputs, and that change nothing for one token.
 _IGNORED = {
@@ -104,6 +103,7 @@ class _FusedBlocks(BaseChange):
         for decoder in decoders(part.module):
             _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], told.what)
         attentions: dict[nn.Module, _Fused] = {fused.attention: fused for fused in self._fused.values()}
+        self.steps = [block.steps for block in self._fused.values() if block.number == 0]
         self._swaps = (
             ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block))),
             ClassSwap(list(attentions), lambda attention: attentions[attention].attention_class(type(attention))),
@@ -128,9 +128,9 @@ def _put_in_rows(blocks: list[_Fused], what: str) -> None:
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
-        row, forms = Row(len(blocks), what), _Forms()
+        row, forms, steps = Row(len(blocks), what), _Forms(), SharedSteps(what)
         for block in blocks:
-            block.row, block.blocks, block.forms = row, blocks, forms
+            block.row, block.blocks, block.forms, block.steps = row, blocks, forms, steps
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
@@ -202,7 +202,7 @@ class _Fused:
         rotation = getattr(getattr(attention, "rotary_emb", None), "inv_freq", None)
         rotation = None if rotation is None else tuple(rotation.tolist())
         self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
-        self.row = Row(1, told.what)
+        self.row, self.steps = Row(1, told.what), SharedSteps(told.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
         self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
@@ -311,14 +311,8 @@ class _Fused:
         weights = None
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
-        made = run(
-            [one.described for one in asked],
-            plain(hidden),
-            given,
-            [one.layer.buffers() for one in asked],
-            length,
-            weights,
-        ).to(hidden.dtype)
+        call = Call(plain(hidden), given, [one.layer.buffers() for one in asked], length, weights)
+        made = self.steps.run([one.described for one in asked], call).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)
         self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))

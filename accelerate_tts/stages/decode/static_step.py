@@ -9,7 +9,6 @@ recording. It holds the sequence of the cache that it served last.
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,9 +19,10 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
+from accelerate_tts.stages.graphs.recorder import Turns, capture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
@@ -52,7 +52,7 @@ class Recording(Protocol):
         ...
 
 
-class CudaRecording:
+class CudaRecording(Turns):
     """A CUDA graph of a step.
 
     It is a plain graph, not one of inductor's CUDA graph trees. Any thread may replay it, one at a time, on that
@@ -60,42 +60,12 @@ class CudaRecording:
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._last = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate workspaces in their first calls, which a capture must not contain
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may continue their own work on the device during the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self.outputs = step()
+        super().__init__()
+        self._graph, self.outputs = capture(step)
 
     def replay(self) -> None:
         """See `Recording.replay`."""
         self._graph.replay()
-
-    @contextmanager
-    def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
-        """See `Recording.in_turn`. Streams of different threads are ordered by an event.
-
-        Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
-        after the free, before that work is done.
-        """
-        stream = self._last if for_the_last else torch.cuda.current_stream()
-        with torch.cuda.stream(stream):
-            stream.wait_event(self._done)
-            try:
-                yield
-            finally:
-                self._done.record(stream)
-                self._last = stream
-
-    def finish(self) -> None:
-        """See `Recording.finish`. The allocator returns freed memory to its own stream at once."""
-        self._done.synchronize()
 
 
 class StaticSlot:

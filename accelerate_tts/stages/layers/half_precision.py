@@ -65,7 +65,7 @@ class HalfStage(BaseStage):
     group = "half precision"
     precisions = ("balanced", "fast")
     excluded_by: tuple[State, ...] = ("recorded",)
-    after = ("captured decode step", "growing cache")
+    after = ("captured decode step", "recorded by shape", "growing cache")
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[HalfStage]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accelerate_tts.inspection.classes import state_of
 from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.change import BaseChange
@@ -236,6 +237,6 @@ def _reduced(plain: type) -> Any:
         twin: Any = object.__new__(plain)
         twin.__dict__ = {name: value for name, value in vars(self).items() if name not in {_FOLD, _PRODUCT}}
         # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
-        return copyreg._reconstructor, (plain, object, None), twin.__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (plain, object, None), state_of(twin)  # type: ignore[attr-defined]
 
     return reduce_ex

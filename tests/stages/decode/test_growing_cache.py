@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from transformers import DynamicCache
 
 from accelerate_tts import Event
@@ -292,10 +295,23 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def hooks_are_traced() -> None:
+    """transformers 5.24 captures outputs by hooks with a `ContextVar`, which dynamo of torch 2.10 does not trace."""
+    collected: ContextVar[bool] = ContextVar("collected", default=False)
+    try:
+        torch.compile(lambda x: -x if collected.get() else x, backend="eager", fullgraph=True)(torch.ones(1))
+    except Unsupported:
+        if importlib.util.find_spec("transformers.utils.output_capturing"):
+            pytest.skip("dynamo of this torch does not trace the hooks by which this transformers captures outputs")
+
+
 @pytest.fixture(scope="module", params=PAIRS)
 def stepping(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, Any]]:
     """The untouched model, the one with a fast step (compiled once for all tests here), and its change."""
     make, stage = request.param
+    if stage is STEPS["compiled"]:
+        request.getfixturevalue("hooks_are_traced")
     untouched, model = make(), make()
     step = change(stage(), model)
     step.on()
@@ -435,6 +451,7 @@ def test_with_gradients_it_is_the_untouched_model(stepping: tuple[Any, Any, Any]
     model.zero_grad()
 
 
+@pytest.mark.usefixtures("hooks_are_traced")
 def test_written_weights_are_seen(seen: list[Event]) -> None:
     model = llama()
     step = change(CompiledBlocksStage("default"), model)

@@ -1,5 +1,6 @@
 // Linear layers with one to nine rows, in all formats and odd shapes.
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -27,6 +28,26 @@ void few_rows(const std::string& level) {
           expect(distance(layer(wide(x)), y.data()), format == INT8 ? 3e-4 : 2e-6, what);
           expect(std::fabs(y.back() - 77.0f), 0, what + ": behind the end");
         }
+  // A row's result does not depend on the rows beside it, nor on their number, in a single bit.
+  for (int format = FP32; format <= TRANSPOSED; format++)
+    for (const auto& [outputs, inputs] : std::vector<std::pair<int64_t, int64_t>>{
+             {1, 1}, {3, 5}, {17, 31}, {64, 64}, {67, 130}, {33, 257}, {140, 512}, {77, 1024}})
+      for (int threads = 1; threads <= 3; threads++) {
+        const Layer layer(Format(format), outputs, inputs, outputs % 2);
+        const std::vector<float> x = normals(8 * inputs);
+        const Linear told = layer.linear();
+        std::vector<float> all(8 * outputs), some(8 * outputs);
+        accelerate_tts_skinny_linear(format, x.data(), told.w, told.scale, told.bias, all.data(), 8, outputs, inputs,
+                                     threads);
+        for (int64_t rows = 1; rows <= 8; rows++)
+          for (int64_t first = 0; first + rows <= 8; first++) {
+            accelerate_tts_skinny_linear(format, &x[first * inputs], told.w, told.scale, told.bias, some.data(), rows,
+                                         outputs, inputs, threads);
+            expect(memcmp(some.data(), &all[first * outputs], rows * outputs * sizeof(float)) != 0, 0,
+                   level + " " + names[format] + " " + std::to_string(rows) + " rows differ from eight, " +
+                       std::to_string(outputs) + " x " + std::to_string(inputs));
+          }
+      }
   // A row that is not finite stays so, and changes no other row.
   for (int format = FP32; format <= TRANSPOSED; format++)
     for (float value : {NAN, INFINITY, -INFINITY}) {

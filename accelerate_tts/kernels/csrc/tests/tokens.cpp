@@ -1,6 +1,7 @@
 // Decoder blocks for one token: formats, rows, lengths of the cache, masks, and caches of single rows.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "library.h"
@@ -125,20 +126,50 @@ void one_token(const std::string& level, const Sizes& s, int threads) {
   token.key_head = token.value_head = room * s.head_dim;
   token.key_position = token.value_position = s.head_dim;
   token.length = s.length, token.attention = attention.data();
+  std::vector<Row> own;
+  std::vector<float> own_attention(attention.size(), 5.0f);
+  for (int64_t m = 0; m < s.rows; m++) {
+    const int64_t at = m * (s.length + 1);
+    const void* mask = s.mask == 1 ? static_cast<const void*>(&seen[at]) : s.mask == 2 ? &added[at] : nullptr;
+    own.push_back({own_keys[m], own_values[m], room * s.head_dim, room * s.head_dim, lengths[m], mask,
+                   &own_attention[at * s.heads]});
+  }
   if (s.own_rows) {
-    token.keys = token.values = nullptr;
-    token.row_keys = own_keys.data(), token.row_values = own_values.data(), token.row_lengths = lengths.data();
+    token.keys = token.values = nullptr, token.mask = nullptr, token.attention = nullptr;
+    token.own = own.data();
   }
   const DecoderBlock* one = &block;
   const std::string what = level + ": a token, format " + std::to_string(s.format) + ", " + std::to_string(s.rows) +
                            " rows, " + std::to_string(s.length) + " before, mask " + std::to_string(s.mask) +
                            (s.own_rows ? ", each row's own cache" : "");
   expect(accelerate_tts_decoder_blocks(&one, &token, 1, threads), 0, what);
+  for (int64_t m = 0; s.own_rows && m < s.rows; m++)  // each row's weights are as long as its own cache
+    for (int64_t head = 0; head < s.heads; head++)
+      for (int64_t j = 0; j <= s.length; j++)
+        attention[(m * s.heads + head) * (s.length + 1) + j] =
+            j <= lengths[m] ? own[m].attention[head * (lengths[m] + 1) + j] : 0;
   const double limit = s.format == INT8 ? 2e-3 : 2e-5;
   expect(distance(expected, y.data()), limit, what);
   expect(distance(weights, attention.data()), limit, what + ": attention weights");
   expect(distance(wide(expected_keys), keys.data()), limit, what + ": keys");
   expect(distance(wide(expected_values), values.data()), limit, what + ": values");
+
+  // Each row alone: not a bit differs.
+  const std::vector<float> joint_keys = keys, joint_values = values;
+  for (int64_t m = 0; m < s.rows; m++) {
+    std::vector<float> alone_x(x.begin() + m * hidden, x.begin() + (m + 1) * hidden), alone_y(hidden);
+    std::vector<float> alone_attention(s.heads * (lengths[m] + 1));
+    Token alone = token;
+    alone.x = alone_x.data(), alone.y = alone_y.data(), alone.rows = 1, alone.own = nullptr;
+    alone.keys = own_keys[m], alone.values = own_values[m], alone.length = lengths[m];
+    alone.mask = own[m].mask, alone.attention = alone_attention.data();
+    expect(accelerate_tts_decoder_blocks(&one, &alone, 1, threads), 0, what);
+    expect(memcmp(alone_y.data(), &y[m * hidden], hidden * sizeof(float)) != 0, 0, what + ": a row differs alone");
+    for (int64_t head = 0; head < s.heads; head++)
+      expect(memcmp(&alone_attention[head * (lengths[m] + 1)], &attention[(m * s.heads + head) * (s.length + 1)],
+                    (lengths[m] + 1) * sizeof(float)) != 0, 0, what + ": a row's weights differ alone");
+  }
+  expect(joint_keys == keys && joint_values == values ? 0 : 1, 0, what + ": a row's cache differs alone");
 }
 
 }  // namespace
@@ -149,7 +180,7 @@ void tokens(const std::string& level) {
       for (int64_t length : {0, 1, 6, 37})
         for (int mask = 0; mask < 3; mask++) {
           const bool gpt = format == TRANSPOSED || length == 6;
-          const bool own_rows = rows > 1 && length == 37;
+          const bool own_rows = rows > 1 && length >= 6;
           one_token(level, {Format(format), rows, 6, gpt ? 6 : 2, length == 37 ? 20 : 16, 53, length, !gpt, gpt, gpt,
                             !gpt, own_rows, mask}, int(1 + (rows + length) % 3));
         }

@@ -1,0 +1,280 @@
+"""Shared steps: decode steps of several threads are computed in one pass over the weights. Bit-exact.
+
+A decode step reads every weight for one or two rows, and reading is most of its cost. Calls of one model in several
+threads, each in upstream's own loop with its own cache, therefore meet here. A thread that finds no pass under way
+computes its step at once. Steps that arrive during a pass are computed together in the next one, up to `most_rows`
+rows. The thread of the first step computes for all.
+
+Before a pass, its thread waits for callers that left the last pass a moment ago and usually come back within the
+window, a share of a pass's duration. Without this wait, four callers would form two groups that take turns. A caller
+that stalls, ends or is cancelled is waited for once, for at most one window.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from accelerate_tts.errors import message_of
+from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.kernels.decoder_block import run, run_together
+from accelerate_tts.kernels.weight_formats import MOST_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from accelerate_tts.kernels.decoder_block import Call, Described
+
+_LOOK = 1.0
+"""Seconds after which a waiting step checks that its process was not forked, which leaves it without the others."""
+
+
+class Rules(NamedTuple):
+    """Rules of passes."""
+
+    most_rows: int = MOST_ROWS
+    """Maximum rows of a pass."""
+    window: float = 0.5
+    """Longest wait for callers, as a share of the last pass's duration. Computing a step in a pass of its own takes at
+    least that much longer than computing it in this one."""
+    clock: Callable[[], float] = time.perf_counter
+    """Returns the time in seconds."""
+    alone: Callable[[Sequence[Described], Call], torch.Tensor] = run
+    """Computes one call."""
+    together: Callable[[Sequence[Described], Sequence[Call]], torch.Tensor] = run_together
+    """Computes several calls in one pass."""
+
+
+class _Caller:
+    """One thread, as the meeting knows it."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.left = 0.0  # time of its last step's end
+        self.is_away = True
+        self.returns = False  # its last step came within a window of the one before
+        self.is_inside = False
+
+
+_WAITS, _LEADS, _TAKEN, _DONE = "waits", "leads", "taken", "done"
+
+
+class _Step:
+    """A decode step of one caller."""
+
+    def __init__(self, caller: _Caller, blocks: Sequence[Described], call: Call) -> None:
+        self.caller, self.blocks, self.call = caller, blocks, call
+        self.threads = torch.get_num_threads()  # sums of transposed weights depend on it
+        self.state = _WAITS
+        self.wake = threading.Lock()  # released when the step is done, or when its thread leads the next pass
+        self.wake.acquire()
+        self.made: torch.Tensor | None = None  # hidden states of all rows of its pass
+        self.first = 0  # its first row in them
+
+    @cached_property
+    def layout(self) -> tuple[object, ...] | None:
+        return self.call.layout()
+
+    def joins(self, other: _Step) -> bool:
+        """Check that this step can be computed in one pass with another."""
+        return (
+            self.threads == other.threads and self.layout is not None and self.layout == other.layout
+            and len(self.blocks) == len(other.blocks)
+            and all(one is its for one, its in zip(self.blocks, other.blocks, strict=True))
+        )  # fmt: skip
+
+
+class _Meeting:
+    """State of one decoder's meeting, behind one lock."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.Lock())
+        self.is_led = False  # a thread prepares or computes a pass
+        self.waiting: list[_Step] = []
+        self.taken: list[_Step] = []  # steps of the present pass
+        self.callers: set[_Caller] = set()  # inside, or left a moment ago
+        self.window = 0.0  # seconds
+
+
+_all: weakref.WeakSet[SharedSteps] = weakref.WeakSet()
+
+
+class SharedSteps:
+    """Meeting point of the decode steps of one decoder.
+
+    Attributes:
+        is_on: True if steps are shared. Otherwise each is computed alone, as it comes.
+        rules: The rules of passes.
+
+    Args:
+        what: Name for events.
+        rules: The rules of passes.
+    """
+
+    def __init__(self, what: str, rules: Rules | None = None) -> None:
+        self.is_on = False
+        self._what = what
+        self.rules = rules or Rules()
+        self._mine = threading.local()
+        self._meeting = _Meeting()
+        _all.add(self)
+
+    def run(self, blocks: Sequence[Described], call: Call) -> torch.Tensor:
+        """Compute a step, alone or with those of other threads.
+
+        Args:
+            blocks: Consecutive blocks.
+            call: Inputs of this thread's caller.
+
+        Returns:
+            Hidden states behind each block, (blocks, rows, 1, hidden), fp32.
+        """
+        if not self.is_on:
+            return self.rules.alone(blocks, call)
+        caller: _Caller | None = getattr(self._mine, "caller", None)
+        if caller is None:
+            caller = self._mine.caller = _Caller()
+        if caller.is_inside:  # a signal handler's call, while the step of its thread waits
+            return self.rules.alone(blocks, call)
+        caller.is_inside = True
+        try:
+            return self._met(self._meeting, _Step(caller, blocks, call))
+        finally:
+            caller.is_inside = False
+
+    def forget(self) -> None:
+        """Start anew, without the callers so far. For a forked child, which has none of the other threads."""
+        self._meeting = _Meeting()
+
+    def _met(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
+        try:
+            self._arrive(meeting, step)
+            while step.state in {_WAITS, _TAKEN} and not step.wake.acquire(timeout=_LOOK):
+                if meeting is not self._meeting:
+                    return self.rules.alone(step.blocks, step.call)
+            if step.state == _LEADS:
+                return self._lead(meeting, step)
+        except BaseException:  # Ctrl-C
+            self._withdraw(meeting, step)
+            raise
+        if step.made is None:
+            return self.rules.alone(step.blocks, step.call)
+        # In memory of its own, made in the thread that uses it, since tensors of inference mode differ from others.
+        return step.made[:, step.first : step.first + step.call.rows].clone()
+
+    def _arrive(self, meeting: _Meeting, step: _Step) -> None:
+        caller = step.caller
+        with meeting.changed:
+            caller.returns = self.rules.clock() - caller.left <= meeting.window
+            caller.is_away = False
+            caller.rows = step.call.rows
+            meeting.callers.add(caller)
+            if meeting.is_led:
+                meeting.waiting.append(step)
+                meeting.changed.notify()
+            else:
+                meeting.is_led, step.state = True, _LEADS
+
+    def _lead(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
+        """Compute the next pass, and hand over to the first of those who wait."""
+        steps = self._gathered(meeting, step)
+        made = None
+        try:
+            start = self.rules.clock()
+            made = self._computed(steps)
+            meeting.window = self.rules.window * (self.rules.clock() - start)
+        finally:
+            with meeting.changed:
+                self._end(meeting)
+        return self.rules.alone(step.blocks, step.call) if made is None else made[:, : step.call.rows]
+
+    def _computed(self, steps: list[_Step]) -> torch.Tensor | None:
+        """Compute a pass. `None` if that of several failed, so that each is computed alone."""
+        first = steps[0]
+        if len(steps) == 1:
+            return self.rules.alone(first.blocks, first.call)
+        try:
+            made = self.rules.together(first.blocks, [step.call for step in steps])
+        except Exception as error:  # must not reach callers whose own step may be sound
+            self.is_on = False
+            reason = f"a pass failed ({type(error).__name__}: {message_of(error)}); each step is computed alone now"
+            emit(NotApplied(f"shared steps of {self._what}", reason))
+            return None
+        row = 0
+        for step in steps:
+            step.first, step.made = row, made
+            row += step.call.rows
+        return made
+
+    def _gathered(self, meeting: _Meeting, step: _Step) -> list[_Step]:
+        """Wait for callers that come within the window; return the steps of the pass, this one first."""
+        with meeting.changed:
+            while True:
+                steps, rows = [step], step.call.rows
+                for other in meeting.waiting if self.is_on else ():
+                    if rows + other.call.rows <= self.rules.most_rows and other.joins(step):
+                        steps.append(other)
+                        rows += other.call.rows
+                wait = self._to_wait(meeting, self.rules.most_rows - rows)
+                if wait <= 0:
+                    break
+                meeting.changed.wait(wait)
+            meeting.taken = steps
+            for other in steps[1:]:
+                other.state = _TAKEN
+            meeting.waiting = [other for other in meeting.waiting if other.state == _WAITS]
+            return steps
+
+    def _to_wait(self, meeting: _Meeting, room: int) -> float:
+        """Return the seconds to wait for the next caller with at most `room` rows; forget those that are late."""
+        now, longest = self.rules.clock(), 0.0
+        for caller in [caller for caller in meeting.callers if caller.is_away]:
+            left = caller.left + meeting.window - now
+            if left <= 0 or not caller.returns:
+                meeting.callers.discard(caller)
+            elif caller.rows <= room:
+                longest = max(longest, left)
+        return longest
+
+    def _end(self, meeting: _Meeting) -> None:
+        """Let the callers of a pass go, and let the first of the others lead the next."""
+        now = self.rules.clock()
+        for step in meeting.taken:
+            step.caller.left, step.caller.is_away = now, True
+            is_waiting = step.state == _TAKEN
+            step.state = _DONE
+            if is_waiting:
+                step.wake.release()
+        meeting.taken = []
+        meeting.is_led = bool(meeting.waiting)
+        if meeting.waiting:
+            following = meeting.waiting.pop(0)
+            following.state = _LEADS
+            following.wake.release()
+
+    def _withdraw(self, meeting: _Meeting, step: _Step) -> None:
+        """Take back the step of a caller that was interrupted."""
+        with meeting.changed:
+            step.caller.is_away, step.caller.returns = True, False
+            if step in meeting.waiting:
+                meeting.waiting.remove(step)
+            if step.state == _LEADS:
+                meeting.taken = meeting.taken or [step]
+                self._end(meeting)
+        while step.state == _TAKEN:  # its cache is written to
+            step.wake.acquire(timeout=_LOOK)
+
+
+def _after_fork() -> None:
+    for each in list(_all):
+        each.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,242 @@
+"""Obstacles to recording a computation, found by tracing it with tensors that have no values.
+
+A replay repeats the kernels of the recorded call, so nothing in it may depend on values: neither a shape, nor what
+Python decides, nor what is written beside the result. The trace runs no kernel, draws no number and writes no tensor.
+It names the operator that is in the way, and adds up the memory that the computation needs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accelerate_tts.errors import TimeLimitError, message_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from types import TracebackType
+
+
+class ObstacleError(Exception):
+    """A computation cannot be recorded; the message says why."""
+
+
+class Look(NamedTuple):
+    """Properties of a computation that can be recorded.
+
+    Attributes:
+        launches: Number of operators that are no views.
+        bytes: Maximum bytes of its own tensors at a time, results included.
+    """
+
+    launches: int
+    bytes: int
+
+
+def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]) -> Look:
+    """Trace a computation.
+
+    Args:
+        run: Takes tensors in place of `tensors`, and returns the result.
+        module: The module that computes. Its attributes are put back.
+        tensors: The tensors that it is given, all on one device.
+
+    Raises:
+        ObstacleError: It cannot be recorded.
+    """
+    device = tensors[0].device
+    fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    # Normal tensors: in inference mode composed operators would not be taken apart.
+    with torch.inference_mode(mode=False), torch.no_grad(), unchanged_attributes(module) as changed:
+        given = [fakes.from_tensor(tensor) for tensor in tensors]
+        watch = _Watch(device)
+        try:
+            with fakes, watch:
+                outputs = run(given)
+        except ObstacleError as error:
+            raise ObstacleError(f"{error}{_place(error.__traceback__)}") from None
+        except TimeLimitError:
+            raise
+        except Exception as error:  # whatever a trace cannot do is a reason not to record
+            raise ObstacleError(f"{_reason(error)}{_place(error.__traceback__)}") from None
+        if watch.obstacle is not None:  # it was caught by the computation
+            raise watch.obstacle
+        watch.check_outputs(outputs, given)
+    if changed:
+        raise ObstacleError(f"its forward sets {changed[0]}, which a replay does not")
+    return Look(watch.launches, watch.most)
+
+
+def _reason(error: Exception) -> str:
+    function = getattr(error, "func", None)
+    if isinstance(error, fake_tensor.DataDependentOutputException):
+        return f"{function} reads a value from the device"
+    if isinstance(error, fake_tensor.DynamicOutputShapeException):
+        return f"the size of the result of {function} depends on values"
+    return f"it cannot be traced: {type(error).__name__}: {message_of(error)}"
+
+
+def _place(traceback: TracebackType | None) -> str:
+    """Return the class of the innermost module whose code runs in a traceback, as the end of a sentence."""
+    place = ""
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            place = f" in {type(owner).__name__}"
+        traceback = traceback.tb_next
+    return place
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees each operator of a trace.
+
+    Args:
+        device: Device of the computation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self.launches = 0
+        self.most = 0
+        self.obstacle: ObstacleError | None = None
+        self._now = 0
+        self._own: dict[int, int] = {}  # number of living tensors of each storage that was made in the trace
+        self._watches: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if function.namespace == "prim":  # a question about a tensor, such as its device
+            return function(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+            with self:
+                result = function.decompose(*args, **kwargs)  # in inference mode operators come whole
+            if result is not NotImplemented:
+                return result
+        obstacle = self._obstacle(function, args, kwargs)
+        if obstacle is not None:
+            self.obstacle = ObstacleError(obstacle)
+            raise self.obstacle
+        result = function(*args, **kwargs)
+        tensors = [*_tensors((args, kwargs)), *_tensors(result)]
+        if len({tensor.device for tensor in tensors} | {self._device}) > 1 and any(
+            tensor.device == self._device for tensor in tensors
+        ):
+            self.obstacle = ObstacleError(f"{function} copies between the host and the device")
+            raise self.obstacle
+        self._count(function, result)
+        return result
+
+    def _obstacle(self, function: Any, args: Any, kwargs: Any) -> str | None:
+        if torch.Tag.data_dependent_output in function.tags:
+            return f"{function} reads a value from the device"
+        if torch.Tag.dynamic_output_shape in function.tags:
+            return f"the size of the result of {function} depends on values"
+        schema = function._schema.arguments
+        given = {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
+        if torch.Tag.nondeterministic_seeded in function.tags and _draws(given):
+            return f"{function} draws random numbers"
+        for argument in schema:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in _tensors(given.get(argument.name)):
+                    if _key(tensor) not in self._own:
+                        return f"{function} writes into a tensor that it was given or keeps"
+        return None
+
+    def _count(self, function: Any, result: Any) -> None:
+        returned = [one.alias_info for one in function._schema.returns]
+        if all(alias is None or alias.is_write for alias in returned):
+            self.launches += 1
+        for tensor in _tensors(result):
+            key = _key(tensor)
+            if key not in self._own:
+                if any(alias is not None for alias in returned):
+                    continue  # a view of a tensor that it was given
+                self._own[key] = 0
+                self._now += tensor.untyped_storage().nbytes()
+                self.most = max(self.most, self._now)
+            self._own[key] += 1
+            self._watches.append(weakref.ref(tensor, self._freed(key, tensor.untyped_storage().nbytes())))
+
+    def _freed(self, key: int, size: int) -> Callable[[Any], None]:
+        def freed(_reference: Any) -> None:
+            self._own[key] -= 1
+            if self._own[key] == 0:
+                del self._own[key]
+                self._now -= size
+
+        return freed
+
+    def check_outputs(self, outputs: Any, given: list[Any]) -> None:
+        """Check that results can be copied out of a recording.
+
+        Raises:
+            ObstacleError: One is of an unknown type, or a view of a tensor that lives on.
+        """
+        known = {id(tensor) for tensor in given}
+        for leaf in _pytree.tree_leaves(outputs):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in known and (_key(leaf) not in self._own or leaf.is_conj() or leaf.is_neg()):
+                    raise ObstacleError("it returns a view of a tensor that it was given or keeps")
+            elif not isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+                raise ObstacleError(f"it returns a {type(leaf).__name__}, which cannot be copied")
+
+
+def _draws(given: dict[str, Any]) -> bool:
+    """Check that an operator that may draw random numbers does: attention and recurrent layers draw for dropout."""
+    dropout = [value for name, value in given.items() if name in {"dropout_p", "dropout"}]
+    return not dropout or bool(any(dropout) and given.get("train", True))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def unchanged_attributes(module: nn.Module) -> Generator[list[str], None, None]:
+    """Put the attributes of a module and its submodules back at the end, and list those that were set meanwhile.
+
+    Lists and dictionaries among them are put back, too, without what is inside their items.
+    """
+    before = [(inner, dict(vars(inner)), _contents(vars(inner))) for inner in module.modules()]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for inner, attributes, contents in before:
+            now = vars(inner)
+            names = [name for name in {**attributes, **now} if now.get(name, now) is not attributes.get(name, now)]
+            names += [name for name in contents if not _same(attributes[name], contents[name])]
+            # The hook of an old weight norm sets the weight that only its own layer reads.
+            changed += [f"{name} of a {type(inner).__name__}" for name in names if f"{name}_g" not in inner._parameters]
+            now.update(attributes)
+            for name in set(now) - set(attributes):
+                del now[name]
+            for name in names:
+                if name in contents and not _same(attributes[name], contents[name]):
+                    attributes[name].clear()
+                    getattr(attributes[name], "update" if isinstance(contents[name], dict) else "extend")(
+                        contents[name]
+                    )
+
+
+def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() for name, value in attributes.items() if type(value) in {list, dict}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(value is other[name] for name, value in one.items())
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,63 @@
+"""Options of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.streaming.sentences import sentences
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a text is streamed.
+
+    Attributes:
+        first: Seconds of speech in the first piece of a sentence. Less is an earlier sound.
+        growth: Ratio of each piece to the one before. Each piece costs its overlap, so few large ones cost less.
+        most: Seconds of speech in the largest piece.
+        left_context: Seconds of speech that a flow sees before a piece, where the flow looks at all of its input
+            (Chatterbox). The stream then differs from the whole. `None` makes the sound of each sentence at once, as
+            upstream does.
+        overlap: Make the next tokens while the sound of the ones before is made, on half of the threads. Faster where
+            tokens and sound do not compete for the same cores. A seed then does not make the stream repeatable.
+        split: Splits a text into sentences; `None` to speak it at once.
+
+    Raises:
+        SettingsError: A value is out of its range.
+    """
+
+    first: float = 0.4
+    growth: float = 2.0
+    most: float = 4.0
+    left_context: float | None = None
+    overlap: bool = False
+    split: Callable[[str], Iterable[str]] | None = sentences
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.first <= self.most:
+            raise SettingsError(
+                f"first={shown(self.first)} and most={shown(self.most)} must be seconds: 0 < first <= most"
+            )
+        if not self.growth >= 1.0:
+            raise SettingsError(f"growth={shown(self.growth)} must be at least 1, so that later pieces are not smaller")
+        if self.left_context is not None and not self.left_context > 0.0:
+            raise SettingsError(f"left_context={shown(self.left_context)} must be seconds above 0, or None")
+
+    def sizes(self, rate: float) -> Iterator[int]:
+        """Yield the number of tokens (or frames) of each piece, without end.
+
+        Args:
+            rate: Tokens a second of speech.
+        """
+        seconds = self.first
+        while True:
+            yield max(1, round(seconds * rate))
+            seconds = min(seconds * self.growth, self.most)
+
+    def sentences(self, text: str) -> list[str]:
+        """Return the sentences of a text; the text itself if it is not to be split, and nothing for an empty one."""
+        if self.split is None:
+            return [text] if any(character.isalnum() for character in text) else []
+        return list(self.split(text))

@@ -1,0 +1,268 @@
+"""Tokens of somebody else's loop, as they are sampled.
+
+Upstream's loop stays as it is. It runs on a copy of its module that shares all weights and all tuning with the
+original (`twin`), and in which a submodule also reports what it is given (`Reporting`). A loop that only returns at its
+end runs in a thread (`Tapped`), one token at a time. It goes on when the stream wants more tokens, in the order of a
+single thread, so that a seed makes the stream repeatable. A stream that is left stops its loop at the next token.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.guard.guard import inside_all
+from accelerate_tts.runtime.inference_mode import carry_mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+_LONGEST_TOKEN = 30.0
+"""Seconds that `close` waits for the token that is being made."""
+
+
+class Left(BaseException):
+    """Raised inside a loop whose stream was left. Not an `Exception`, which upstream's code may catch."""
+
+
+class Tokens(Generic[T]):
+    """Tokens of one loop.
+
+    Attributes:
+        ended: True if the loop has ended and all its tokens were taken.
+        result: What the loop returned.
+    """
+
+    ended = False
+    result: Any = None
+
+    def take(self, count: int) -> list[T]:
+        """Return the next tokens, fewer if the loop ends before.
+
+        Raises:
+            Left: The stream was left.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Begin before the first `take`, if the loop may run ahead."""
+
+    def close(self) -> None:
+        """Stop the loop, and wait for the token that is being made. Idempotent."""
+
+
+class Pulled(Tokens[T]):
+    """Tokens of a generator, made on the caller's thread.
+
+    Args:
+        source: The generator.
+        left: Set when the stream is left.
+    """
+
+    def __init__(self, source: Iterator[T], left: threading.Event) -> None:
+        self._source = source
+        self._left = left
+
+    def take(self, count: int) -> list[T]:
+        """See `Tokens.take`."""
+        found: list[T] = []
+        while len(found) < count and not self.ended:
+            if self._left.is_set():
+                raise Left
+            try:
+                found.append(next(self._source))
+            except StopIteration as stop:
+                self.ended, self.result = True, stop.value
+        return found
+
+    def close(self) -> None:
+        """See `Tokens.close`."""
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
+
+
+class Tapped(Tokens[T]):
+    """Tokens of a call that returns at its end only. It runs in a thread, with the caller's inference mode and context.
+
+    Args:
+        work: Takes a function to be called with each token, and returns the loop's result.
+        left: Set when the stream is left.
+        ahead: The loop runs ahead of `take` to its end. Otherwise it makes no token before it is asked for.
+    """
+
+    def __init__(self, work: Callable[[Callable[[T], None]], Any], left: threading.Event, *, ahead: bool) -> None:
+        self._loop: _Loop[T] = _Loop(left, ahead=ahead)
+        loop = self._loop  # the thread must not hold this object, whose collection ends it
+        context = contextvars.copy_context()
+        run = carry_mode(loop.run)
+        threads = max(1, torch.get_num_threads() // 2) if ahead else torch.get_num_threads()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._thread = threading.Thread(
+            target=context.run, args=(_on_device, run, work, threads, device), name="accelerate_tts-tokens", daemon=True
+        )
+
+    def start(self) -> None:
+        """See `Tokens.start`."""
+        if self._thread.ident is None:
+            _loops.add(self._loop)
+            self._thread.start()
+
+    def take(self, count: int) -> list[T]:
+        """See `Tokens.take`."""
+        self.start()
+        found = self._loop.take(count)
+        self.ended, self.result = self._loop.over and not self._loop.made, self._loop.result
+        return found
+
+    def close(self) -> None:
+        """See `Tokens.close`."""
+        self._loop.leave()
+        # The collector may close a stream on its own thread.
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(_LONGEST_TOKEN)
+
+    def __del__(self) -> None:
+        self._loop.leave()
+
+
+def _on_device(run: Callable[..., None], work: Any, threads: int, device: int | None) -> None:
+    """Run on a thread whose settings are those of another one: torch keeps them for each thread."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if device is not None:
+        torch.cuda.set_device(device)
+    run(work)
+
+
+class _Loop(Generic[T]):
+    """State that a loop's thread and its stream share."""
+
+    def __init__(self, left: threading.Event, *, ahead: bool) -> None:
+        self._left = left
+        self._quit = False
+        self._ahead = ahead
+        self._wanted = 0
+        self._changed = threading.Condition(rlock())  # reentrant: the collector may close a stream anywhere
+        self.made: list[T] = []
+        self.over = False
+        self.result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self, work: Callable[[Callable[[T], None]], Any]) -> None:
+        """Run the loop, in its thread."""
+        error: BaseException | None = None
+        result: Any = None
+        try:
+            self._wait()
+            # Token by token it computes inside the call that asks, otherwise beside it.
+            with inside_all() if self._ahead else nullcontext():
+                result = work(self.emit)
+        except BaseException as raised:  # raised again on the stream's thread
+            error = raised
+        with self._changed:
+            self.over, self.result, self._error = True, result, error
+            self._changed.notify_all()
+
+    def emit(self, token: T) -> None:
+        """Hand out a token, and wait until one more is wanted."""
+        with self._changed:
+            self.made.append(token)
+            self._changed.notify_all()
+        self._wait()
+
+    def _wait(self) -> None:
+        with self._changed:
+            while not (self._is_left() or self._ahead or len(self.made) < self._wanted):
+                self._changed.wait()
+            if self._is_left():
+                raise Left
+
+    def _is_left(self) -> bool:
+        return self._quit or self._left.is_set()
+
+    def take(self, count: int) -> list[T]:
+        with self._changed:
+            self._wanted = count
+            self._changed.notify_all()
+            while len(self.made) < count and not self.over:
+                self._changed.wait()
+            self._wanted = 0
+            found, self.made = self.made[:count], self.made[count:]
+            error, self._error = (self._error, None) if self.over and not self.made else (None, self._error)
+            if error is not None:
+                raise error
+            return found
+
+    def leave(self) -> None:
+        with self._changed:
+            self._quit = True
+            self._changed.notify_all()
+
+
+_loops: weakref.WeakSet[_Loop[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Stop the loops at exit: a thread that computes while the interpreter goes away would crash."""
+    for loop in list(_loops):
+        loop.leave()
+
+
+def twin(module: M, **replaced: nn.Module) -> M:
+    """Return a module that shares all weights and submodules with the original, but not its attributes.
+
+    What a call stores in the twin is its own, so that calls in several threads do not mix.
+
+    Args:
+        module: The original.
+        **replaced: Submodules of the twin in place of the original's, by their names.
+    """
+    made: M = object.__new__(type(module))  # the class that tuning gave it
+    vars(made).update(vars(module))
+    # A compiled call is bound to the original.
+    vars(made).update(_modules={**module._modules, **replaced}, _compiled_call_impl=None)
+    return made
+
+
+class Reporting(nn.Module):
+    """A module that also reports its arguments. Its attributes are those of the module inside.
+
+    Args:
+        module: The module that is called.
+        hear: Called with the arguments, before the module.
+    """
+
+    def __init__(self, module: nn.Module, hear: Callable[..., object]) -> None:
+        super().__init__()
+        self.inside = module
+        object.__setattr__(self, "_hear", hear)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Report the arguments, and call the module inside."""
+        self._hear(*args, **kwargs)
+        return self.inside(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: the module inside is the original's."""
+        del mode
+        return self

@@ -1,0 +1,81 @@
+"""Runs `accelerate-tts bench`, and stores its figures in benchmarks/results, by machine: `make record SYSTEMS=mms`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--from", dest="file", type=Path, help="store this file of `bench --json`, and run nothing")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="the folder of results")
+    known, bench = parser.parse_known_args(arguments)
+    if known.file is not None:
+        content = json.loads(known.file.read_text("utf-8"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "results.json"
+            command = [sys.executable, "-m", "accelerate_tts", "bench", *bench, "--json", str(file)]
+            status = subprocess.run(command, check=False).returncode
+            if status or not file.exists():
+                return status or 1
+            content = json.loads(file.read_text("utf-8"))
+    path = store(content, known.into, commit())
+    print(f"wrote {path}; make figures writes the pages")
+    return 0
+
+
+def store(content: dict[str, Any], folder: Path, at: str) -> Path:
+    """Write a document into the folder of its machine.
+
+    Args:
+        content: The document.
+        folder: The folder of results.
+        at: The commit.
+    """
+    path = folder / slug(content["machine"]) / f"{name_of(content)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, "commit": at}, indent=1) + "\n", "utf-8")
+    return path
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """Return a folder's name for a machine: its processor, its best instruction set and its cores."""
+    processor = re.sub(r"\((?:R|TM|tm|C)\)|\bProcessor\b|\bCPU\b|@.*", "", machine["processor"])
+    words = re.findall(r"[a-z0-9]+", f"{processor} {(machine['isa'] or [''])[-1]}".lower())
+    return "-".join([*words, f"{machine['cores']}-cores"])
+
+
+def name_of(content: dict[str, Any]) -> str:
+    """Return a file's name: the systems, the precisions, and what else makes it another measurement."""
+    options = content["options"]
+    systems = "-".join(one["system"] for one in content["systems"])
+    told = [systems, *options["precisions"]]
+    told += [f"{options['layers']}-layers"] if options["layers"] else []
+    told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
+    return "-".join([*told, *([] if options["size"] == "full" else [options["size"]])])
+
+
+def commit() -> str:
+    """Return the commit of the working tree, with a plus where the package in it differs."""
+    git = ["git", "-C", str(ROOT)]
+    done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", "accelerate_tts"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return "unknown" if done.returncode else done.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Parts that are no decoder as CUDA graphs: bit for bit upstream's, from several threads, and after failures."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from accelerate_tts import Event
+from accelerate_tts.cli.bench import systems
+from accelerate_tts.errors import MissingExtraError
+from accelerate_tts.events import FellBack
+from accelerate_tts.models import describe
+from accelerate_tts.plan import Part
+from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
+from accelerate_tts.stages.graphs.recorder import capture
+
+
+class Vocoder(nn.Module):
+    """Convolutions, as a vocoder has them; `asks` reads a value from the device in the middle."""
+
+    def __init__(self, *, asks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.asks = asks
+        self.first = nn.Sequential(nn.Conv1d(16, 64, 7, padding=3), nn.Tanh(), nn.Conv1d(64, 64, 7, padding=3))
+        self.last = nn.Sequential(nn.Tanh(), nn.Conv1d(64, 64, 7, padding=3), nn.Tanh(), nn.Conv1d(64, 1, 7, padding=3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.asks and float(y.sum()) > 0:
+            y = -y
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def features(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, 16, length, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def record(module: nn.Module, bounds: PartBounds | None = None) -> Any:
+    stage = RecordedPartsStage(bounds=bounds or PartBounds())
+    part = Part("part", "vocoder", module)
+    assert stage.applies(part) is None
+    change = stage.prepare(part)
+    change.on()
+    return change
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_part_is_bit_for_bit_upstreams(asks: bool, seen: list[Event]) -> None:
+    model = Vocoder(asks=asks).eval().cuda()
+    work = [(length, seed) for seed in range(4) for length in (400, 700)]
+    with torch.inference_mode():
+        expected = [model(features(*each)) for each in work]
+        change = record(model)
+        found = [model(features(*each)) for each in work]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert change.graphs == (4 if asks else 2)
+    assert not [event for event in seen if isinstance(event, FellBack)]
+    change.off()
+
+
+def test_eight_threads_with_streams_of_their_own(seen: list[Event]) -> None:
+    model = Vocoder().eval().cuda()
+    work = [(length, seed) for seed in range(8) for length in (300, 400, 500)]
+    with torch.inference_mode():
+        expected = [model(features(*each)).cpu() for each in work]
+        change = record(model, PartBounds(graphs=2))
+
+        def ask(number: int) -> list[torch.Tensor]:
+            with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():  # type: ignore[no-untyped-call]
+                return [model(features(*each)).cpu() for each in work[number:] + work[:number]]
+
+        with ThreadPoolExecutor(8) as pool:
+            for number, found in enumerate(pool.map(ask, range(8))):
+                turned = expected[number:] + expected[:number]
+                # A thread that has not convolved yet may find other kernels for eager calls.
+                assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, turned, strict=True))
+    assert change.kept <= 2
+    assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+def test_weights_written_in_place_and_exchanged() -> None:
+    model = Vocoder().eval().cuda()
+    change = record(model)
+    with torch.inference_mode():
+        model(features(400))
+    with torch.no_grad():
+        model.first[0].weight.mul_(2)
+    fresh = Vocoder().eval().cuda()
+    fresh.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model(features(400)), fresh(features(400)))
+    assert change.graphs == 1
+    model.cpu().cuda()
+    with torch.inference_mode():
+        assert torch.equal(model(features(400)), fresh(features(400)))
+
+
+def test_a_failed_capture_leaves_the_device_usable() -> None:
+    stream = torch.cuda.current_stream()
+    x = features(400)
+    with pytest.raises(RuntimeError):
+        capture(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == stream
+    assert torch.isfinite(torch.randn(4, device="cuda")).all(), "the generator counts for no graph any more"
+    graph, result = capture(lambda: x.sum())
+    graph.replay()
+    assert torch.equal(result, x.sum())
+
+
+def test_a_recording_while_another_thread_computes(seen: list[Event]) -> None:
+    model, other = Vocoder().eval().cuda(), Vocoder().eval().cuda()
+    stop = threading.Event()
+    wrong: list[Exception] = []
+
+    def compute() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():  # type: ignore[no-untyped-call]
+                while not stop.is_set():
+                    other(features(640)).sum().item()
+        except Exception as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        change = record(model)
+        with torch.inference_mode():
+            for length in (300, 400, 500):
+                model(features(length))
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert change.graphs == 3
+    assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+def test_what_is_recorded_is_freed() -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model = Vocoder().eval().cuda()
+    change = record(model)
+    with torch.inference_mode():
+        model(features(4000))
+    assert change.graphs == 1
+    change.off()
+    del model, change
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**23  # the libraries' workspaces stay
+
+
+@pytest.mark.parametrize("name", ["mms", "voice-clone", "chatterbox", "xtts"])
+def test_a_systems_parts(name: str, seen: list[Event]) -> None:
+    torch.manual_seed(0)
+    try:
+        built = systems.SYSTEMS[name].build("tiny", None, "cuda")
+    except MissingExtraError as missing:
+        pytest.skip(str(missing))
+
+    def speak() -> list[torch.Tensor]:
+        with seeded("cuda"), torch.inference_mode():
+            return [t for t in _pytree.tree_leaves(built.speak(0.8)) if isinstance(t, torch.Tensor)]
+
+    expected = speak()
+    for part in describe(built.model).parts:
+        stage = RecordedPartsStage()
+        if stage.applies(part) is None:
+            change = stage.prepare(part)
+            change.on()
+            for _ in range(3):
+                assert all(torch.equal(a, b) for a, b in zip(speak(), expected, strict=True)), part.name
+            assert change.graphs or any(isinstance(event, FellBack) for event in seen), part.name
+            change.off()

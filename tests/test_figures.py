@@ -1,0 +1,166 @@
+"""Every figure of a page comes from a file of a run, and the files are in the documented format."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accelerate_tts.cli.bench.command import Options
+from accelerate_tts.cli.bench.measure import Measured, Ratio
+from accelerate_tts.cli.bench.naive import Naive
+from accelerate_tts.cli.bench.report import Found
+from accelerate_tts.cli.bench.results import FORMAT, document
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SCHEMA = json.loads((BENCHMARKS / "results" / "schema.json").read_text("utf-8"))
+KEYWORDS = {"$schema", "$defs", "title", "description", "type", "required", "properties", "items", "enum", "const",
+            "additionalProperties"}  # fmt: skip
+FLOORS = [{"memory": 2e10, "fp32": 1e11, "bf16": 2e11, "int8": None}] * 3
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    yield importlib.import_module("figures")
+    for name in ("figures", "record", "page", "listed", "run"):
+        sys.modules.pop(name, None)
+
+
+def objections(value: Any, schema: dict[str, Any], where: str = "") -> Iterator[str]:
+    """What a value has against a schema, by the keywords that ours uses."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+             "null": type(None)}  # fmt: skip
+    if "$ref" in schema:
+        schema = SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]]
+    assert set(schema) <= KEYWORDS
+    wanted = schema.get("type", [])
+    named = [wanted] if isinstance(wanted, str) else wanted
+    if named and not any(isinstance(value, kinds[kind]) for kind in named):
+        yield f"{where} is {value!r}, not {named}"
+        return
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        yield f"{where} is {value!r}"
+    if isinstance(value, dict):
+        yield from (f"{where} has no {name}" for name in schema.get("required", []) if name not in value)
+        for name, inner in value.items():
+            found = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+            if found is None and "properties" in schema:
+                yield f"{where}.{name} is not in the schema"
+            elif found is not None:
+                yield from objections(inner, found, f"{where}.{name}")
+    if isinstance(value, list) and "items" in schema:
+        for number, inner in enumerate(value):
+            yield from objections(inner, schema["items"], f"{where}[{number}]")
+
+
+def made(**changes: Any) -> dict[str, Any]:
+    ratio = Ratio.of([(0.02, 0.01), (0.03, 0.01), (0.025, 0.01)])
+    run = Measured(
+        "xtts", "full", "exact", 4, ratio, ratio, ratio, 3e-7, None, 0.008, 1.0, 30.0, 2.0, 1.1, 0, 2**30, 2**30,
+        ["gpt: <fused> | blocks"], "random weights", floors=FLOORS,
+    )  # fmt: skip
+    run = replace(run, **changes)
+    naive = Naive(ratio, 9.0, 2, 1e-6, None, 2**30)
+    found = [
+        Found("xtts", 0.5, 2**30, naive, [run], {"fast": "MemoryError: <not> enough"}),
+        Found("mms", failed={"eager": "no"}),
+    ]
+    return json.loads(json.dumps(document(found, Options(layers=4, json=Path("/a/path.json")))))
+
+
+def test_the_pages_are_what_the_files_say(figures: Any) -> None:
+    for path, text in figures.files().items():
+        assert path.read_text("utf-8") == text, f"{path.name} differs: run make figures"
+
+
+BY_HAND = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+           if path.name not in {"ENVIRONMENTS.md", "RESULTS.md", "STRANGERS.md"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=[path.name for path in BY_HAND])
+def test_a_figure_in_a_text_names_where_it_is_from(page: Path) -> None:
+    """A measured ratio or time has a link to a decision, or to a page that runs have written, in its paragraph."""
+    text = page.read_text("utf-8")
+    for made_by_a_script in (r"<!-- environments: .*?<!-- environments: end -->", r"```.*?```"):
+        text = re.sub(made_by_a_script, "", text, flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- )", text):
+        figures = re.findall(r"\d\.\d\dx|\b[\d.]+ (?:ms|us|GB/s|GFLOP/s)\b", re.sub(r"`[^`]*`", "", paragraph))
+        assert not figures or re.search(r"decisions/00|ENVIRONMENTS\.md|RESULTS\.md", paragraph), paragraph
+
+
+def test_every_stored_result_is_in_the_format(figures: Any) -> None:
+    machines = figures.read(figures.RESULTS)
+    for documents in machines.values():
+        for one in documents:
+            assert list(objections(one, SCHEMA)) == []
+            assert re.fullmatch(r"[0-9a-f]{7,40}\+?", one["commit"])
+
+
+def test_what_the_bench_writes_is_in_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_PACK_KEY", "a secret")
+    monkeypatch.setenv("ACCELERATE_TTS_TF32", "0")
+    content = made()
+    assert list(objections(content, SCHEMA)) == []
+    assert content["format"] == FORMAT
+    assert content["environment"]["ACCELERATE_TTS_TF32"] == "0"
+    assert "a secret" not in json.dumps(content)
+    assert "/a/path.json" not in json.dumps(content)
+    assert content["machine"]["cores"] >= 1
+    assert content["systems"][0]["runs"][0]["whole"]["pairs"] == 3
+    for name in ("floors", "whole", "disturbed"):
+        broken = json.loads(json.dumps(content))
+        del broken["systems"][0]["runs"][0][name]
+        assert list(objections(broken, SCHEMA)) == [f".systems[0].runs[0] has no {name}"]
+    assert list(objections({**content, "format": 2}, SCHEMA)) == [".format is 2"]
+    assert list(objections({**content, "host": "x"}, SCHEMA)) == [".host is not in the schema"]
+
+
+def test_another_environment_has_its_versions_in_the_receipts(tmp_path: Path) -> None:
+    content = document([Found("mms")], Options(python=tmp_path / "python"))
+    assert (content["python"], content["versions"]) == (None, {})
+    assert list(objections(json.loads(json.dumps(content)), SCHEMA)) == []
+
+
+def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: Path, capsys: Any) -> None:
+    record = importlib.import_module("record")
+    machine = {"system": "Linux", "machine": "x86_64", "processor": "Intel(R) Xeon(R) Processor (6 207 2)", "cores": 2,
+               "isa": ["avx2", "amx_bf16"]}  # fmt: skip
+    content = {**made(moved="memory gave 10.0 to 20.0 GB/s"), "machine": machine}
+    path = record.store(content, tmp_path, "0123456789")
+    assert path == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores" / "xtts-mms-exact-4-layers.json"
+    page = figures.results_page(figures.read(tmp_path))
+    row = next(line for line in page.splitlines() if line.startswith("| xtts | 4 |"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "xtts", "4", "exact", "25.0 ms, 10.0 ms", "2.50x (2.00 to 3.00)", "1.25", "2.50x (2.00 to 3.00)", "error 3e-07",
+        "30 s", "2.0 s", "1.00x", "2.50x (2.00 to 3.00)", "3", "yes",
+    ]  # fmt: skip
+    assert "**failed**: MemoryError: &lt;not> enough" in page
+    assert "0123456789" in page
+    assert "memory gave 20.0, 20.0, 20.0 GB/s; memory gave 10.0 to 20.0 GB/s; random weights" in page
+    assert "No result is stored" in figures.results_page({})
+    assert record.main(["--from", str(path), "--into", str(tmp_path / "again")]) == 0
+    assert "make figures" in capsys.readouterr().out
+    assert len(list((tmp_path / "again").glob("*/*.json"))) == 1
+
+
+def test_the_chart_has_a_bar_for_each_ratio(figures: Any) -> None:
+    ratio = {"ratio": 1.5, "lowest": 1.25, "highest": 2.0}
+    root = ET.fromstring(  # noqa: S314 - our own
+        figures.chart([("a <b>: t3", ratio), ("b: xtts", {**ratio, "ratio": 0.5, "lowest": 0.25})])
+    )
+    space = "{http://www.w3.org/2000/svg}"
+    widths = [float(bar.attrib["width"]) for bar in root.iter(f"{space}rect")]
+    assert widths == [420.0, 140.0]
+    texts = [node.text for node in root.iter(f"{space}text")]
+    assert texts[1:] == ["a <b>: t3", "1.50x", "b: xtts", "0.50x"]
+    assert "prefers-color-scheme: dark" in next(iter(root.iter(f"{space}style"))).text
