@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ def members_of(value: object) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), item) for index, item in enumerate(value))
     elif not isinstance(value, ModuleType):
         yield from getattr(value, "__dict__", {}).items()
-        slots = [name for cls in type(value).__mro__ for name in slots_of(cls)]
-        yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))
+        for name in (name for cls in type(value).__mro__ for name in slots_of(cls)):
+            with suppress(AttributeError):  # not set
+                yield name, object.__getattribute__(value, name)  # a class's own __getattr__ may raise anything
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

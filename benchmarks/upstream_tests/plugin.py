@@ -54,12 +54,17 @@ class Tuner:
 
         PreTrainedModel.__call__ = self._entry(nn.Module.__call__)  # type: ignore[method-assign]
         GenerationMixin.generate = self._entry(GenerationMixin.generate)  # type: ignore[method-assign]
+        init = PreTrainedModel.__init__
 
-    def install_own_generate(self, model_class: type) -> None:
-        """Do so with the `generate` that a class defines itself, as Bark's does."""
-        own = vars(model_class).get("generate")
-        if own is not None and not hasattr(own, "_upstream_entry"):
-            model_class.generate = self._entry(own)  # type: ignore[attr-defined]
+        @functools.wraps(init)
+        def made(model: Any, *args: Any, **kwargs: Any) -> None:
+            for each in type(model).__mro__:
+                own = vars(each).get("generate")
+                if own is not None and not hasattr(own, "_upstream_entry"):  # a class's own, as Bark has it
+                    each.generate = self._entry(own)  # type: ignore[attr-defined]
+            init(model, *args, **kwargs)
+
+        PreTrainedModel.__init__ = made  # type: ignore[method-assign]
 
     def told(self) -> dict[str, Any]:
         """Return what was tuned since the last time, and forget it."""
@@ -155,9 +160,6 @@ class _Log:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._write(begins=_name(item.nodeid))
-        if self._tuner is not None:
-            for model_class in getattr(getattr(item, "cls", None), "all_model_classes", ()):
-                self._tuner.install_own_generate(model_class)
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

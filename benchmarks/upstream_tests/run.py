@@ -109,7 +109,7 @@ def _read(log: Path, ended: str) -> dict[str, Any]:
         read["collected"] = facts.get("collected", read["collected"])
         begun = facts.get("begins", begun)
         if "test" in facts:
-            read["tests"][facts.pop("test")] = facts
+            read["tests"][facts.pop("test")] = {name: value for name, value in facts.items() if value}
             begun = None
     if ended and begun is not None:  # a crash, not the limit
         read["tests"][begun] = {"outcome": "failed", "why": ended, "seconds": 0.0, "text": ended}
@@ -127,8 +127,14 @@ def run_model(runner: Runner, model: str, row: dict[str, Any]) -> None:
         if not done["collected"] and not row["untouched"]:
             row["skipped"] = done["ended"] or "no tests"
             return
-        row["untouched"] |= done["tests"]
         row["left"] = [name for name in names or done["collected"] if name not in done["tests"]]
+        skips = row.setdefault("skips", {})
+        for name, test in done["tests"].items():
+            if test["outcome"] == "skipped":  # most are, and a reason says enough
+                why = test.get("why", "")
+                skips[why] = skips.get(why, 0) + 1
+            else:
+                row["untouched"][name] = test
     wanted = to_tune(row)
     if wanted:
         row["tuned"] |= runner.run(model, wanted, tuned=True)["tests"]
@@ -266,7 +272,7 @@ def main() -> int:
         )
         print(f"[{number + 1}/{len(chosen.models or MODELS)}] {model}: {said}", flush=True)
         for name in new:
-            print(f"    {name}: {row['tuned'][name]['why']}", flush=True)
+            print(f"    {name}: {row['tuned'][name].get('why', '')}", flush=True)
     print(f"{len(failed)} tests pass untouched and fail tuned: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 

@@ -84,22 +84,6 @@ def test_the_users_default_dtype_is_not_that_of_its_parts(default: torch.dtype, 
         assert compare(expected, each).error < EXACT_TOLERANCE
 
 
-def test_the_users_default_device_is_not_that_of_its_parts(decide: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    decide(compare=is_faster, looks=False, unworthy=lambda *_given: None)
-    model, tokens, mask = small().text_encoder, ids(12), torch.ones(1, 12, 1)
-    optimized_model(warmup=(tokens, mask))(lambda: model)()
-    with torch.inference_mode():
-        expected = model(tokens, mask).last_hidden_state
-        torch.set_default_device("meta")
-        try:
-            found = model(tokens, mask).last_hidden_state
-        finally:
-            torch.set_default_device(None)
-    assert found.device.type == "cpu"
-    assert torch.equal(found, expected)
-
-
 def test_tuned_speaks_the_same_and_undo_is_complete(decide: Any) -> None:
     """Keep every correct change, so that it is in force on any machine."""
     # One part is compiled: half a minute of compiling the duration predictor would be for nothing.

@@ -206,7 +206,10 @@ def test_a_faulty_call_gives_what_the_untouched_model_gives(
 
 def test_an_object_with_slots_is_guarded_by_what_is_in_them(guarded: Any, seen: list[Event]) -> None:
     class Slotted:
-        __slots__ = ("voice",)
+        __slots__ = ("unset", "voice")
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(name) if name.startswith("__") else RuntimeError(name)
 
         @inference
         def speak(self, text: str) -> torch.Tensor:

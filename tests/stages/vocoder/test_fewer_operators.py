@@ -125,6 +125,19 @@ def test_a_flow_computes_the_same(flows: int) -> None:
     assert type(module) is VitsResidualCouplingBlock
 
 
+def test_the_users_default_device_is_not_that_of_a_part() -> None:
+    made: Any = VitsResidualCouplingBlock(config()).eval()
+    plain, module = made, copy.deepcopy(made)
+    inputs, mask = spectrogram(40), torch.ones(1, 1, 40)
+    with torch.inference_mode():
+        expected = plain(inputs, mask, None, reverse=True)
+        with torch.device("meta"):
+            change = changed(module, "flow")
+            found = module(inputs, mask, None, reverse=True)
+    assert compare(expected, found).error < 1e-5
+    change.off()
+
+
 def test_weights_that_are_written_are_used() -> None:
     plain = decoder()
     module = copy.deepcopy(plain)
