@@ -13,6 +13,9 @@ _tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack
 _transform = _core._functorch.peek_interpreter_stack
 _overrides, _override_at = _core._len_torch_function_stack, _core._get_function_stack_at
 
+KEEPS_KERNELS = "accelerate_tts_keeps_kernels"
+"""Attribute of a `TorchFunctionMode` that replaces nothing that kernels compute."""
+
 
 def is_traced(*inputs: Any) -> bool:
     """Check that a call is traced by `torch.compile`, or is watched; see `is_watched`.
@@ -45,5 +48,6 @@ def is_watched(*inputs: Any) -> bool:
 
 
 def _is_overridden() -> bool:
-    """Check for a `TorchFunctionMode` beside `torch.device(...)` and `torch.set_default_device`."""
-    return any(type(_override_at(place)) is not DeviceContext for place in range(_overrides()))
+    """Check for a `TorchFunctionMode` beside `torch.device(...)`, `torch.set_default_device` and our own."""
+    modes = (_override_at(place) for place in range(_overrides()))
+    return any(type(mode) is not DeviceContext and not hasattr(mode, KEEPS_KERNELS) for mode in modes)

@@ -27,6 +27,7 @@ from accelerate_tts import Event, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.events import FellBack, Recompiled
+from accelerate_tts.inspection.tracing import KEEPS_KERNELS
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.change import BaseChange
@@ -125,6 +126,9 @@ class OwnRandom(TorchFunctionMode):
         if func in DRAWS:
             kwargs = {**kwargs, "generator": self._generator}
         return func(*args, **kwargs)
+
+
+setattr(OwnRandom, KEEPS_KERNELS, True)
 
 
 def said(subject: Any, speak: Speak) -> Any:

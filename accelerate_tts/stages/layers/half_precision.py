@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of, plain_class
-from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_watched
 from accelerate_tts.patching.class_swap import (
     COPY,
     HALF,
@@ -296,4 +296,5 @@ def _islands(dtype: torch.dtype) -> Any:
                 args, kwargs = _raised(args, dtype), _raised(kwargs, dtype)
             return function(*args, **kwargs)
 
+    setattr(Islands, KEEPS_KERNELS, True)
     return Islands
