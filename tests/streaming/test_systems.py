@@ -206,7 +206,7 @@ def made(example: Any, variant: str, seconds: float = 2.0) -> tuple[Any, dict[st
     module = example("chatterbox_backend")
     pytest.importorskip(module.VARIANTS[variant][0], reason=f"this release of Chatterbox has no {variant} model")
     torch.manual_seed(0)
-    return module.random(seconds, tiny=True, variant=variant), (
+    return module.random(seconds=seconds, tiny=True, variant=variant), (
         {"language_id": "en"} if variant == "multilingual" else {}
     )
 
