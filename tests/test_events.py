@@ -62,7 +62,6 @@ DEGRADED = {
     BackedOff,
     BudgetTooSmall,
     FellBack,
-    FirstAudio,
     Guarded,
     NotApplied,
     PackIgnored,
