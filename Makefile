@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps serve \
+	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps gpu-dry-run serve \
 	upstream-tests upstream-tests-page
 .DEFAULT_GOAL := help
 
@@ -69,6 +69,9 @@ coverage: .venv/.dev ## Lines and branches of the package that the tests reach (
 
 fuzz: .venv/.wheel ## Damage files and the environment, edit weights: FUZZ=20000 examples a format; finds are kept in .hypothesis
 	@FUZZ_EXAMPLES=$(or $(FUZZ),20000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/fuzz $(ARGS)
+
+gpu-dry-run: .venv/.wheel ## benchmarks/gpu.sh on a CPU, to the end
+	@GPU_DRY_RUN=1 OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/test_gpu_script.py $(ARGS)
 
 shared-steps: .venv/.wheel ## Random callers share decode steps, bit for bit as alone: ARRIVALS=10000 of them
 	@ARRIVALS=$(or $(ARRIVALS),10000) OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=0 tests/stages/decode/test_shared_steps.py \

@@ -42,7 +42,7 @@ def test_each_test_is_told_and_the_one_that_hangs_is_named(gpu: Any, tmp_path: P
     file = tmp_path / "test_some.py"
     file.write_text(TESTS, "utf-8")
     options = ("-c", os.devnull, "--rootdir", str(tmp_path), "-v", "--color=no", "-p", "no:cacheprovider")
-    step = gpu.Step("tests", ("-m", "pytest", *options, str(file)), 4.0, tests=True)
+    step = gpu.Step("tests", ("-m", "pytest", *options, str(file)), 10.0, tests=True)
     (found,) = gpu.run_all([step], tmp_path, {**os.environ, "PYTHONUNBUFFERED": "1"})
     assert found.outcome == "stopped"
     assert {name.partition("::")[2]: what for name, what in found.tests.items()} == {
@@ -95,6 +95,7 @@ def test_the_steps_are_commands_that_exist(gpu: Any, dry: bool, monkeypatch: pyt
     assert {options.size for _, options in asked} == {"tiny" if dry else "full"}
 
 
+@pytest.mark.skipif("GPU_DRY_RUN" not in os.environ, reason="it takes half a minute: make gpu-dry-run")
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     only = "machine,tests/cuda/test_recording"
     script = [str(FOLDER / "gpu.sh"), "--dry-run", "--installed", "--only", only, "--out", str(tmp_path)]
