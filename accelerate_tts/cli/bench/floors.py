@@ -61,7 +61,7 @@ def _product(name: str, device: str) -> float | None:
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name]
-    multiply: Any = torch._int_mm if name == "int8" else torch.mm
+    multiply: Any = getattr(torch, "_int_mm" if name == "int8" else "mm")
     try:
         a, b = (torch.ones(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
         seconds = _best(lambda: multiply(a, b), 1, _PRODUCTS, device)

@@ -164,7 +164,8 @@ def _holders(backend: Any) -> Iterator[Any]:
 
 
 def _rate_of(holder: Any) -> int | None:
-    return next((value for name in _RATE_NAMES if _is_rate(value := getattr(holder, name, None))), None)
+    found: list[Any] = [getattr(holder, name, None) for name in _RATE_NAMES]
+    return next((value for value in found if _is_rate(value)), None)
 
 
 def _uri(kind: str, content: bytes) -> str:

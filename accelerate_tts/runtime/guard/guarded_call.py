@@ -95,7 +95,7 @@ class _Attempt:
         self.guards = [watcher for watcher in watchers if isinstance(watcher, Guard)]
         self.name = str(getattr(function, "__qualname__", type(function).__qualname__))
         self._call = function, args, kwargs
-        self._mode = mode
+        self._mode: Mode = mode
         self.choice: ModeChoice | None = None
         self.units = checks.units_of(args, kwargs, function)
         self._given = (*args, *kwargs.values())
