@@ -50,8 +50,8 @@ class CallArguments:
             content = tuple((name, self._signature(item)) for name, item in value.items())
         elif kind in {list, tuple} or (isinstance(value, tuple) and hasattr(value, "_fields")):
             content = tuple(map(self._signature, value))
-        elif kind is float:
-            content = float(value).hex()  # tells 0.0 from -0.0
+        elif isinstance(value, float):
+            content = value.hex()  # tells 0.0 from -0.0
         elif not isinstance(value, _PLAIN):
             self.obstacle = f"it is given a {kind.__name__}"
             content = None
