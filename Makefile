@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
-.PHONY: help demo kernels kernels-test kernels-tidy test coverage fuzz lint format types imports docs dev check clean \
+.PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
 	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps gpu-dry-run serve \
 	upstream-tests upstream-tests-page
 .DEFAULT_GOAL := help
@@ -61,7 +61,10 @@ serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (
 # Two processes of one thread each: small tensors are computed no faster by two threads, which wait for each other
 # instead. Tests that are about threads set their own number.
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m "not slow" $(ARGS)
+
+test-slow: .venv/.wheel ## The tests that take long for what they show, and those of the example service
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m slow $(ARGS)
 
 # One process, since the two of `make test` would have to be measured apart.
 coverage: .venv/.dev ## Lines and branches of the package that the tests reach (ARGS= goes to pytest)
@@ -154,7 +157,7 @@ kernels-tidy: ## clang-tidy over each unit of the kernels
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true
 
-check: test lint types imports docs ## What CI runs
+check: test test-slow lint types imports docs ## What CI runs
 
 clean: ## Remove .venv and everything built
 	rm -rf .venv dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

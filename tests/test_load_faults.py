@@ -240,6 +240,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, decide: Any) -> None:
     decide(compare=is_faster)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_end_of_a_load() -> None:
     """Run in a process of its own: after other tests a lock was once held at the end, for no known reason."""
     run_alone(__file__, "test_ctrl_c_at_any_line_of_the_end_of_a_load_leaves_all_of_it_or_nothing")

@@ -52,7 +52,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     monkeypatch.setenv("ACCELERATE_TTS_PACK_FOLDER", str(tmp_path / "packs"))
     monkeypatch.setattr(bench, "run", lambda *options: found.append(options))
     monkeypatch.setattr(demo, "run", lambda *options: found.append(options))
-    monkeypatch.setattr("accelerate_tts.cli.doctor.run", lambda as_json: 0 if isinstance(as_json, bool) else 3)
+    monkeypatch.setattr("accelerate_tts.cli.doctor.run", lambda as_json, *_: 0 if isinstance(as_json, bool) else 3)
     return found
 
 

@@ -57,6 +57,7 @@ def test_contract(contract: Any, example: Any, variant: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fifty_sentences(steady: Any, example: Any) -> None:
     """From letters to samples: T3's steps, S3Gen's encoder and flow, and the vocoder. Turbo has the fewest of each."""
     module = example("chatterbox_backend")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +35,7 @@ def test_contract(contract: Any, example: Any) -> None:
     contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts, Speaking.other, right)
 
 
+@pytest.mark.slow
 def test_fifty_sentences(steady: Any, example: Any) -> None:
     random = example("higgs_backend").random
 

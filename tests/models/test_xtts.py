@@ -60,6 +60,7 @@ def test_the_stream_is_the_whole(example: Any, only_growing: None) -> None:
     assert compare(whole, together).error <= 0.02
 
 
+@pytest.mark.slow
 def test_fifty_sentences(steady: Any, example: Any) -> None:
     """The graphs are those of inductor."""
     random = example("xtts_backend").random

@@ -336,8 +336,10 @@ TUNE = """
 @posix
 def test_sigterm_in_the_middle_of_tuning_ends_the_process_and_breaks_nothing(tmp_path: Path) -> None:
     variables = {"ACCELERATE_TTS_PACK_FOLDER": str(tmp_path / "packs")}
-    children = [child(TUNE, **variables, PAUSE="0.05", HANDLER=handler) for handler in ("default", "own")]
-    for process in children:
+    children = []
+    for handler in ("default", "own"):
+        process = child(TUNE, **variables, PAUSE="0.05", HANDLER=handler)
+        children.append(process)
         assert process.stdout is not None
         while (line := process.stdout.readline()) and line != "in force\n":
             pass

@@ -374,6 +374,7 @@ mel = torch.linspace(-1, 1, 2 * 256).view(2, 256)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the compiler that takes notes is a shell script")
 def test_another_process_with_compiled_code_from_the_pack(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packs: Path

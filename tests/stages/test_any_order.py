@@ -379,6 +379,7 @@ def quick(decide: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", MODELS)
 def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

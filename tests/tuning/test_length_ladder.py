@@ -280,6 +280,7 @@ class CompiledWhereItMayBe(CompileStage):
         return "decides" if part.decides else super().applies(part)
 
 
+@pytest.mark.slow
 def test_no_length_of_service_compiles_again(monkeypatch: pytest.MonkeyPatch, decide: Any, seen: list[Event]) -> None:
     # Compiled changes are kept even if slow: the test is about later calls.
     decide(compare=pays_off, hopeless=float("inf"), unworthy=lambda *_given: None)

@@ -22,6 +22,13 @@ for folder in (str(EXAMPLES), str(HERE)):
         sys.path.append(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count the tests of the example service as slow: each starts processes."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="package", autouse=True)
 def workers_path() -> Iterator[None]:
     """Where the worker finds the stand-in."""
