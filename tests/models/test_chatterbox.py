@@ -42,7 +42,9 @@ def other(model: Any) -> torch.Tensor:
     return speak(model, "A longer sentence, for the other thread.")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, marks=[pytest.mark.slow] * (one != "english")) for one in VARIANTS]
+)
 def test_contract(contract: Any, example: Any, variant: str) -> None:
     module = example("chatterbox_backend")
     pytest.importorskip(module.VARIANTS[variant][0], reason=f"this release of Chatterbox has no {variant} model")

@@ -27,6 +27,8 @@ from accelerate_tts import carry_mode, fast_inference, get_performance_optimizer
 from accelerate_tts.device import flags
 from accelerate_tts.runtime.guard import guard as guards
 
+pytestmark = pytest.mark.slow
+
 on = torch.is_inference_mode_enabled
 MODES = {"inference": (True, False), "no_grad": (False, False), "plain": (False, True)}
 """Inference mode and gradient mode that a body must see, by kind."""

@@ -23,6 +23,8 @@ from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.stages.layers.weight_norm import has_folds
 from doubles import is_faster
 
+pytestmark = pytest.mark.slow
+
 THREADS = 32
 IDS = [torch.arange(1, 4 + length)[None] % 37 + 1 for length in range(6)]
 """Texts of the requests, of different lengths, so that all answers differ."""

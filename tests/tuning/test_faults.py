@@ -250,6 +250,7 @@ def test_a_fault_in_undoing_is_raised_when_all_is_undone() -> None:
     before.assert_untouched()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     error=st.sampled_from(ERRORS),
