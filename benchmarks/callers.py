@@ -31,7 +31,8 @@ from decode import SYSTEMS
 from rich.console import Console
 
 from accelerate_tts import Receipt, optimized_model, receipt_of
-from accelerate_tts.cli.bench.measure import bandwidth, bytes_of_a_token
+from accelerate_tts.cli.bench.floors import bandwidth
+from accelerate_tts.cli.bench.measure import bytes_of_a_token
 from accelerate_tts.cli.tables import table
 from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
