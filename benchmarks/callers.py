@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from decode import SYSTEMS
+from decode import SYSTEMS, guided_logits
 from rich.console import Console
 
 from accelerate_tts import Receipt, optimized_model, receipt_of
@@ -66,10 +66,7 @@ class Caller:
         ready.wait()
         start = time.perf_counter()
         for _ in range(count):
-            logits = decoder.head(out.last_hidden_state[:, -1:])[:, -1].float()
-            if decoder.head.guidance is not None:
-                conditioned, unconditioned = logits.chunk(2)
-                logits = conditioned + decoder.head.guidance * (conditioned - unconditioned)
+            logits = guided_logits(decoder, out)
             token = torch.multinomial((logits[0].flatten() / 0.8).softmax(-1), 1, generator=generator)
             x = voices[token % len(voices)].expand(decoder.batch, 1, -1).to(decoder.like)
             out = decoder.model(inputs_embeds=x, past_key_values=out.past_key_values, use_cache=True, **decoder.asked)

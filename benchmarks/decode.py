@@ -119,6 +119,15 @@ def higgs(layers: int | None) -> Decoder:
 
 
 @torch.inference_mode()
+def guided_logits(decoder: Decoder, out: Any) -> torch.Tensor:
+    """Logits of the last state, fp32, (rows, vocabulary): guided rows where the system has classifier-free guidance."""
+    logits: torch.Tensor = decoder.head(out.last_hidden_state[:, -1:])[:, -1].float()
+    if decoder.head.guidance is None:
+        return logits
+    conditioned, unconditioned = logits.chunk(2)
+    return conditioned + decoder.head.guidance * (conditioned - unconditioned)
+
+
 def sampled(decoder: Decoder, count: int) -> torch.Tensor:
     """Tokens of a loop as the systems have it: logits of the last state, guidance, temperature, a seeded draw.
 
@@ -130,10 +139,7 @@ def sampled(decoder: Decoder, count: int) -> torch.Tensor:
     drawn: list[torch.Tensor] = []
     out = decoder.prompt()
     for _ in range(count):
-        logits = decoder.head(out.last_hidden_state[:, -1:])[:, -1].float()
-        if decoder.head.guidance is not None:
-            conditioned, unconditioned = logits.chunk(2)
-            logits = conditioned + decoder.head.guidance * (conditioned - unconditioned)
+        logits = guided_logits(decoder, out)
         logits = logits[0].view(decoder.head.codebooks, -1).cpu()  # one generator for all devices
         token = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator).flatten()
         drawn.append(token)

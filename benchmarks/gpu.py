@@ -69,7 +69,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step.
+    """Outcome of a step.
 
     Attributes:
         outcome: "ok", "failed", "stopped" (by its limit) or "not reached".

@@ -37,7 +37,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def objections(value: Any, schema: dict[str, Any], where: str = "") -> Iterator[str]:
-    """What a value has against a schema, by the keywords that ours uses."""
+    """Return the faults of a value under a schema, by the keywords that ours uses."""
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
              "null": type(None)}  # fmt: skip
     if "$ref" in schema:

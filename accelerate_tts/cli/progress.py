@@ -1,4 +1,4 @@
-"""What a command shows while a model is loaded and tuned: this library's events, and nothing of other libraries."""
+"""Progress of a command while a model is loaded and tuned: this library's events, and nothing of other libraries."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from accelerate_tts.streaming.sentences import sentences
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How a text is streamed.
+    """Options of a stream.
 
     Attributes:
         first: Seconds of speech in the first piece of a sentence. Less is an earlier sound.

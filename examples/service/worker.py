@@ -37,7 +37,7 @@ class Refused(ValueError):  # noqa: N818 - it is the caller's fault, and not one
 
 @dataclass(frozen=True)
 class Utterance:
-    """What to speak.
+    """A request for speech.
 
     Attributes:
         text: The text, not empty.

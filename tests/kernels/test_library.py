@@ -116,9 +116,7 @@ def test_a_library_of_other_structs_is_refused(change: str, monkeypatch: pytest.
 
 
 def test_the_header_is_the_description() -> None:
-    header = Path(library.__file__).parent / "csrc" / "abi.h"
-    if not header.exists():
-        pytest.skip("wheels do not carry the sources")
+    header = Path(__file__).parents[2] / "accelerate_tts" / "kernels" / "csrc" / "abi.h"  # the wheel has no sources
     assert header.read_text() == structs.header()
 
 

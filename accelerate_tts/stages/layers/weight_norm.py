@@ -229,13 +229,23 @@ def _list_class(plain: Any) -> type:
         fold.place(product)
         return product
 
-    return unannounced(plain, {"forward": forward, "__reduce_ex__": _reduced(plain)})
+    def prepare_scriptable(self: Any) -> Any:
+        return _twin(self, plain)  # torch.jit.script compiles the source of a forward
+
+    return unannounced(
+        plain, {"forward": forward, "__reduce_ex__": _reduced(plain), "__prepare_scriptable__": prepare_scriptable}
+    )
+
+
+def _twin(module: Any, plain: type) -> Any:
+    twin: Any = object.__new__(plain)
+    twin.__dict__ = {name: value for name, value in vars(module).items() if name not in {_FOLD, _PRODUCT}}
+    return twin
 
 
 def _reduced(plain: type) -> Any:
     def reduce_ex(self: Any, _protocol: int) -> Any:
-        twin: Any = object.__new__(plain)
-        twin.__dict__ = {name: value for name, value in vars(self).items() if name not in {_FOLD, _PRODUCT}}
+        twin = _twin(self, plain)
         # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
         return copyreg._reconstructor, (plain, object, None), state_of(twin)  # type: ignore[attr-defined]
 

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def workers_path() -> Iterator[None]:
-    """Where the worker finds the stand-in."""
+    """Put the stand-in where the worker finds it."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), before)))
     yield

@@ -28,7 +28,7 @@ class Stream:
 
 
 class Cuda:
-    """What the recorder uses of `torch.cuda`, as torch 2.14 behaves.
+    """Stand-in for what the recorder uses of `torch.cuda`, as torch 2.14 behaves.
 
     Args:
         fault: What the computation is told in a capture.
