@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import operator
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -35,8 +36,18 @@ class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore
     """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
 
     A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
-    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`.
+    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`. cloudpickle, which Ray
+    and Spark use, also pickles functions by value, and then with their decorator.
     """
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
+        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:
+        self.__wrapped__.__class__ = kind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
         return type(self)(copy.deepcopy(self.__wrapped__, memo), self._self_wrapper)
@@ -45,9 +56,22 @@ class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore
         return type(self)(self.__wrapped__, self._self_wrapper)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        if inspect.ismethod(self.__wrapped__):
+        cloudpickle = _cloudpickle()
+        by_value = cloudpickle is not None and not self._is_importable(cloudpickle)
+        if by_value or inspect.ismethod(self.__wrapped__):
             return _rewrap, (type(self), self.__wrapped__, self._self_wrapper)
         return self.__wrapped__.__qualname__  # pickle then takes it from its module by this name
+
+    def _is_importable(self, cloudpickle: dict[str, Any]) -> bool:
+        """Check that another process finds this function by its name."""
+        module = self.__wrapped__.__module__
+        by_value = {"__main__", *cloudpickle.get("list_registry_pickle_by_value", set)()}
+        if any(f"{module}.".startswith(f"{name}.") for name in by_value):
+            return False
+        try:
+            return operator.attrgetter(self.__wrapped__.__qualname__)(sys.modules[module]) is self
+        except (AttributeError, KeyError):
+            return False
 
 
 class _InferenceShell(_Shell):
@@ -94,6 +118,12 @@ setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt
 
 
 setattr(_InferenceShell, inference_mode.INFERENCE_MARK, True)
+
+
+def _cloudpickle() -> dict[str, Any] | None:
+    """Return the names of the module that called the caller if it is cloudpickle, or Ray's or joblib's copy of it."""
+    names = sys._getframe(2).f_globals
+    return names if "cloudpickle" in str(names.get("__name__", "")).split(".") else None
 
 
 def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -234,6 +235,11 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
+    # Python 3.12.0 to 3.12.3 keeps classes that dynamo looked at by `getattr_static` (mended in 3.12.4), and with the
+    # class of a parametrized module its weights.
+    shadowed: Any = getattr(inspect, "_shadowed_dict_from_mro_tuple", None)
+    if hasattr(shadowed, "cache_clear"):
+        shadowed.cache_clear()
 
 
 def _has_tensors(module: types.ModuleType) -> bool:
