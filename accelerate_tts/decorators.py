@@ -32,13 +32,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
 
 
-class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
-    """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
+class _NoFunction:
+    """A wrapt proxy that only cloudpickle does not take for the function that it wraps."""
 
-    A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
-    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`. cloudpickle, which Ray
-    and Spark use, also pickles functions by value, and then with their decorator.
-    """
+    __wrapped__: Any
 
     @property
     def __class__(self) -> Any:  # type: ignore[override]
@@ -48,6 +45,15 @@ class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore
     @__class__.setter
     def __class__(self, kind: Any) -> None:
         self.__wrapped__.__class__ = kind
+
+
+class _Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+    """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
+
+    A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
+    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`. cloudpickle, which Ray
+    and Spark use, also pickles functions by value, and then with their decorator.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
         return type(self)(copy.deepcopy(self.__wrapped__, memo), self._self_wrapper)
@@ -78,7 +84,7 @@ class _InferenceShell(_Shell):
     pass
 
 
-class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+class _BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A decorated function that was read from an instance or a class.
 
     It is pickled and copied like a method, by its object and its name. `weakref.WeakMethod` calls the class of a method
@@ -106,6 +112,8 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
         wrapped = self.__wrapped__
         owner = wrapped.__self__ if inspect.ismethod(wrapped) else self._self_instance
         if owner is None:  # a static method, or a function that was read from its class
+            if _cloudpickle() is not None:
+                return _read, (self._self_parent,)
             return _found, (wrapped.__module__, wrapped.__qualname__)
         return getattr, (owner, wrapped.__name__)
 
@@ -128,6 +136,11 @@ def _cloudpickle() -> dict[str, Any] | None:
 
 def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
     return shell(wrapped, wrapper)
+
+
+def _read(shell: _Shell) -> Any:
+    """Read a function as from a class."""
+    return shell.__get__(None, object)
 
 
 def _found(module: str, name: str) -> Any:

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -903,6 +904,11 @@ def test_what_cloudpickle_takes_by_value_stays_decorated() -> None:
         def made(cls) -> bool:
             return on()
 
+        @inference
+        @staticmethod
+        def alone() -> bool:
+            return on()
+
     service = Local()
     for backend in (cloudpickle.loads(cloudpickle.dumps(service)), service):
         assert [backend.speak(), *backend.stream(), backend.made()] == [True] * 3
@@ -911,8 +917,8 @@ def test_what_cloudpickle_takes_by_value_stays_decorated() -> None:
         assert is_load_function(type(backend).load)
         assert inspect.isfunction(vars(type(backend))["speak"])
         assert receipt_of(backend.load()) is not None
-    bound = cloudpickle.loads(cloudpickle.dumps(service.speak))
-    assert bound()
+    read = (service.speak, partial(Local.speak, service), service.alone, Local.alone, Local.made)
+    assert all(cloudpickle.loads(cloudpickle.dumps(each))() for each in read)
 
 
 def test_a_weak_method_is_one() -> None:
