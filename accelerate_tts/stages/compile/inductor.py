@@ -20,6 +20,7 @@ import torch
 from torch.utils import _pytree
 
 from accelerate_tts.events import Recompiled, emit
+from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.weight_versions import Weights
 
 
@@ -90,22 +91,24 @@ _strictness = _Strictness()
 class _Process:
     """Replaces `_Dynamo` where dynamo's settings are process-wide and must not affect other threads."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
 
     def __enter__(self) -> None:
         self._before, _strictness.strict = _strictness.strict, self._strict
+        self._outside = compiles_itself.set(True)
 
     def __exit__(self, *_exception: object) -> None:
         _strictness.strict = self._before
+        compiles_itself.reset(self._outside)
 
 
 class _Dynamo:
     """dynamo's configuration during a call. `config.patch` is slower: it makes a class each time, 30 times a token."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -113,6 +116,7 @@ class _Dynamo:
     def __enter__(self) -> None:
         from torch._dynamo import config
 
+        self._outside = compiles_itself.set(True)
         self._before = (config.fail_on_recompile_limit_hit, config.error_on_recompile)
         config.fail_on_recompile_limit_hit = True
         config.error_on_recompile = self._strict
@@ -121,6 +125,7 @@ class _Dynamo:
         from torch._dynamo import config
 
         config.fail_on_recompile_limit_hit, config.error_on_recompile = self._before
+        compiles_itself.reset(self._outside)
 
 
 @contextmanager
