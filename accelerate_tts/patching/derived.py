@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.patching.structure_watch import plain_attributes
 from accelerate_tts.patching.weight_versions import Weights
 
@@ -35,10 +35,10 @@ class Derived(Generic[T]):
         """Return the value for the present weights and attributes."""
         made = self._made
         # A compiler cannot trace the check; the callers of compiled code do it at each call (`keeps_copies`).
-        # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
+        # Offloaded weights (`LazyParameters`) cannot have been written, and reading them would reload them.
         if made is not None and (
             torch.compiler.is_compiling()
-            or type(self._module._parameters) is Absent
+            or type(self._module._parameters) is LazyParameters
             or not (made[0].outdated() or self._is_another(made[1]))
         ):
             return made[2]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.kernels.weight_formats import Weights
-    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.settings import Precision
     from accelerate_tts.stages.protocol import Stage, State, Target
 
@@ -49,7 +49,7 @@ class BaseStage:
     group: str = ""
     cost: float = 0.0
     process: bool = False
-    times: Which = "loop"
+    times: TimedCalls = "loop"
     excluded_by: tuple[State, ...] = ()
     superseded_by: tuple[str, ...] = ()
 

@@ -20,7 +20,7 @@ import torch
 from accelerate_tts.inspection.classes import state_of
 from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.change import BaseChange, Changes
 from accelerate_tts.patching.class_swap import per_class, unannounced
 from accelerate_tts.patching.weight_versions import Weights
 from accelerate_tts.stages.base import BaseStage
@@ -46,21 +46,8 @@ class FoldStage(BaseStage):
     def applies(self, part: Part) -> str | None:
         return None if _foldable(part.module) else "no weight norm in it"
 
-    def prepare(self, part: Part) -> _Folds:
-        return _Folds(_foldable(part.module))
-
-
-class _Folds(BaseChange):
-    def __init__(self, folds: list[_Fold]) -> None:
-        self._folds = folds
-
-    def on(self) -> None:
-        for fold in self._folds:
-            fold.on()
-
-    def off(self) -> None:
-        for fold in reversed(self._folds):
-            fold.off()
+    def prepare(self, part: Part) -> Changes:
+        return Changes(*_foldable(part.module))
 
 
 def has_folds(module: nn.Module) -> bool:
@@ -95,7 +82,7 @@ def _foldable(module: nn.Module) -> list[_Fold]:
     ]
 
 
-class _Fold:
+class _Fold(BaseChange):
     """The fold of one weight of one module.
 
     Args:

@@ -17,7 +17,7 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels import decoder_block
-from accelerate_tts.kernels.block_layout import anatomies
+from accelerate_tts.kernels.block_layout import block_layouts
 from accelerate_tts.kernels.weight_formats import Weights
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.catalogue import default_stages
@@ -467,9 +467,9 @@ class Wrapped(torch.Tensor):
 )
 def test_shapes_that_do_not_fit_together_are_upstreams(spoil: Callable[[Any], Any]) -> None:
     block = of("Llama").layers[0]
-    assert anatomies(block, "fp32")
+    assert block_layouts(block, "fp32")
     spoil(block)
-    assert not anatomies(block, "fp32")
+    assert not block_layouts(block, "fp32")
 
 
 @pytest.mark.usefixtures("layered_caches")
