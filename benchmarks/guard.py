@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from accelerate_tts import inference
-from accelerate_tts.cli.demo.backends import PlainBackend, _speak
+from accelerate_tts.cli.demo.backends import PlainBackend, speak_text
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime.guard import checks, guarded_call
 from accelerate_tts.runtime.guard import guard as guards
@@ -36,7 +36,7 @@ class Backend(PlainBackend):
 
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
-        return _speak(self.voice, text)
+        return speak_text(self.voice, text)
 
 
 def seconds(function: Callable[[], object]) -> float:

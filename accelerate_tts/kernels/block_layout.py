@@ -12,7 +12,7 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.weight_formats import is_transposed
 
 if TYPE_CHECKING:
-    from accelerate_tts.kernels.weight_formats import Weights
+    from accelerate_tts.kernels.weight_formats import WeightFormat
 
 # Known by class name, since shapes do not show what else another class may do.
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -53,7 +53,7 @@ class BlockLayout:
         return {name: layer for name, layer in named.items() if layer is not None}
 
 
-def block_layouts(block: nn.Module, weights: Weights) -> dict[bool, BlockLayout]:
+def block_layouts(block: nn.Module, weights: WeightFormat) -> dict[bool, BlockLayout]:
     """Return the block's layouts for text tokens (key `True`) and audio tokens (`False`); empty if it is unknown.
 
     Only Higgs Audio's blocks have a layout for audio tokens.
@@ -111,7 +111,7 @@ def _of_gpt2(block: Any) -> BlockLayout:
     )  # fmt: skip
 
 
-def _can_be_served(layout: BlockLayout, weights: Weights) -> bool:
+def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)
         return cls is nn.Linear or is_transposed(layer)

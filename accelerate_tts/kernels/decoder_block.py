@@ -9,7 +9,7 @@ import torch
 
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.structs import FORMATS, STRUCTS
-from accelerate_tts.kernels.weight_formats import Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.kernels.weight_formats import WeightFormat, in_bf16, in_int8, is_transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Described:
         takes: Hidden size, number of key heads, and head size of its inputs.
     """
 
-    def __init__(self, layout: BlockLayout, weights: Weights) -> None:
+    def __init__(self, layout: BlockLayout, weights: WeightFormat) -> None:
         self._kept: list[torch.Tensor] = []
         self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
         layers = layout.layers()
@@ -60,7 +60,7 @@ class Described:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, layer: Any, weights: Weights) -> Any:
+    def _linear(self, layer: Any, weights: WeightFormat) -> Any:
         outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
         if weights == "fp32":
             weight, scale = layer.weight, None

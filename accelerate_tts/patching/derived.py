@@ -8,7 +8,7 @@ import torch
 
 from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.patching.structure_watch import plain_attributes
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ class Derived(Generic[T]):
     def __init__(self, module: nn.Module, make: Callable[[Any], T]) -> None:
         self._module = module
         self._make = make
-        self._made: tuple[Weights, list[tuple[str, Any]], T] | None = None
+        self._made: tuple[WeightWatch, list[tuple[str, Any]], T] | None = None
 
     def get(self) -> T:
         """Return the value for the present weights and attributes."""
@@ -44,7 +44,7 @@ class Derived(Generic[T]):
             return made[2]
         # Normal tensors, even if tuning runs in inference mode, since they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():
-            weights = Weights(self._module)  # first the watch, so that a concurrent write is seen next time
+            weights = WeightWatch(self._module)  # first the watch, so that a concurrent write is seen next time
             attributes = plain_attributes(self._module)
             value = self._make(self._module)
         self._made = (weights, attributes, value)

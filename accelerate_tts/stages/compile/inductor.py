@@ -19,10 +19,10 @@ import torch
 from torch.utils import _pytree
 
 from accelerate_tts.patching.change import Counter
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 
-class Frozen(Weights):
+class Frozen(WeightWatch):
     """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
 
     def options(self) -> Any:

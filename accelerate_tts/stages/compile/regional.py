@@ -24,7 +24,7 @@ from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.compile.inductor import compile_function, guard_of, options, reason_of
@@ -144,7 +144,7 @@ class _CompiledStack:
         self._names = parameters_of(plain_class(blocks[0]))
         self._cache = cache_name(self._names)
         # A graph does not notice writes to weights that a stage has copied.
-        self._copies = {block: Weights(block) for block in blocks if keeps_copies(block) or has_folds(block)}
+        self._copies = {block: WeightWatch(block) for block in blocks if keeps_copies(block) or has_folds(block)}
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
         self._classes: dict[type, type] = {}

@@ -19,7 +19,7 @@ from accelerate_tts.patching.change import CountedChange, Counter
 from accelerate_tts.patching.class_swap import keeps_copies, make_copies
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
 from accelerate_tts.stages.base import BaseStage
@@ -131,7 +131,7 @@ class CompiledCall(CountedChange):
         self._module = module
         self._frozen = Frozen(module) if frozen else None
         # A graph does not notice writes to weights that are constants in it, or that a stage has copied.
-        self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
+        self._weights = self._frozen or (WeightWatch(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
         self._calls, self._obstacles = Calls(module), Obstacles(f"the compiled {what}")

@@ -24,7 +24,7 @@ from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, cache_of, is_spied
@@ -146,7 +146,7 @@ class _Steps:
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
-        self._weights = Weights(decoder, content=self._copies)
+        self._weights = WeightWatch(decoder, content=self._copies)
         self._slots: dict[Any, list[StaticSlot]] = {}  # least recently used first, in each list and among the keys
         self._lock = lock()
         self._broken = False
@@ -217,7 +217,7 @@ class _Steps:
             if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
                 return None  # upstream raises its own error
             if self._weights.outdated():  # a recording holds addresses, and copies of weights
-                self._weights = Weights(self._decoder, content=self._copies)
+                self._weights = WeightWatch(self._decoder, content=self._copies)
                 self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
             if slot is None:

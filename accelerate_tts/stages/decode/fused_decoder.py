@@ -28,11 +28,11 @@ from accelerate_tts.kernels.block_layout import block_layouts
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.decoder_block import Call, Described, holds, plain, shared
 from accelerate_tts.kernels.library import missing
-from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat
 from accelerate_tts.patching.change import Changes
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
-from accelerate_tts.patching.weight_versions import Weights as Watched
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
@@ -87,14 +87,14 @@ class FusedBlocksStage(FormatStage):
         return _FusedBlocks(part, self._weights)
 
 
-def _blocks(module: nn.Module, weights: Weights) -> list[nn.Module]:
+def _blocks(module: nn.Module, weights: WeightFormat) -> list[nn.Module]:
     return [inner for inner in module.modules() if block_layouts(inner, weights)]
 
 
 class _FusedBlocks(Changes):
     """The change: the forward of each block's class tries the kernel first."""
 
-    def __init__(self, part: Part, weights: Weights) -> None:
+    def __init__(self, part: Part, weights: WeightFormat) -> None:
         blocks = _blocks(part.module, weights)
         obstacles = Obstacles(f"the fused blocks of {part.name}")
         self._fused = {block: _Fused(block, obstacles, weights) for block in blocks}
@@ -173,10 +173,10 @@ class _Fused:
 
     only_tokens = True
 
-    def __init__(self, block: nn.Module, obstacles: Obstacles, weights: Weights) -> None:
+    def __init__(self, block: nn.Module, obstacles: Obstacles, weights: WeightFormat) -> None:
         self._block: Any = block
         self._obstacles = obstacles
-        self._weights: Weights = weights
+        self._weights: WeightFormat = weights
         self._names = parameters_of(plain_class(block))
         attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
         self.attention = attention
@@ -187,7 +187,7 @@ class _Fused:
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
-        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
+        self._known: tuple[WeightWatch, dict[bool, Described]] = (self._watched(), {})
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
@@ -398,9 +398,9 @@ class _Fused:
             self._obstacles.report(obstacle, self.number)
         return obstacle is not None
 
-    def _watched(self) -> Watched:
+    def _watched(self) -> WeightWatch:
         # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
-        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+        return WeightWatch(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
 
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known

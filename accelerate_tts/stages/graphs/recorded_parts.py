@@ -38,7 +38,7 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.structure_watch import Calls, Inside
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode.call_args import Obstacles
@@ -134,7 +134,7 @@ class _Node:
         self.cut = False
         self.small = False
         self.inside: list[_Node] = []
-        self.watches: tuple[Weights, bool, Inside, Calls] | None = None
+        self.watches: tuple[WeightWatch, bool, Inside, Calls] | None = None
 
     @property
     def is_active(self) -> bool:
@@ -154,7 +154,7 @@ class _Node:
         if any(not module_of(hook).startswith("torch.") for hook in foreign_hooks(hooks)):
             return "there are hooks inside it, which a replay does not call"
         copies = keeps_copies(self.module) or has_folds(self.module)
-        weights = Weights(self.module, content=copies)
+        weights = WeightWatch(self.module, content=copies)
         self.watches = (weights, copies, Inside(self.module), Calls(self.module, itself=False))
         return None
 

@@ -23,7 +23,7 @@ from accelerate_tts.kernels.residual_block import RESIDUAL
 from accelerate_tts.kernels.transformer_block import TRANSFORMER
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode.call_args import Obstacles
@@ -121,7 +121,7 @@ class Served:
         self._obstacles, self._number = obstacles or Obstacles(f"the fused {kernel.name} of {what}"), number
         self._inside = Inside(block, kernel.watched(block))
         # The watch on the weights and the description made from them. One pair, replaced atomically.
-        self._known: tuple[Weights, Any] = (Weights(block), None)
+        self._known: tuple[WeightWatch, Any] = (WeightWatch(block), None)
 
     def class_for(self, plain: Any) -> type:
         """Return the block's class while the change is on."""
@@ -164,7 +164,7 @@ class Served:
     def _describe(self) -> Any:
         watched, described = self._known
         if described is None or watched.outdated():
-            watched = Weights(self._block)  # first the watch, so that a concurrent write is seen next time
+            watched = WeightWatch(self._block)  # first the watch, so that a concurrent write is seen next time
             parts = self._kernel.parts_of(self._block)
             if parts is None:
                 reason = "weights were exchanged for others, which the kernel does not know"
