@@ -152,7 +152,8 @@ def running_code() -> tuple[weakref.ref[Any], bool]:
     return (weakref.ref(threading.current_thread()), False) if task is None else (weakref.ref(task), True)
 
 
-_queues = IdentityMap[WaitQueue]()
+known_queues = IdentityMap[WaitQueue]()
+"""Queues of objects."""
 
 
 def queue_of(instance: object, function: object) -> WaitQueue:
@@ -162,11 +163,11 @@ def queue_of(instance: object, function: object) -> WaitQueue:
     """
     item = function if instance is None else instance
     try:
-        return _queues.setdefault(item, WaitQueue)
+        return known_queues.setdefault(item, WaitQueue)
     except TypeError:
         return queue_of(type(item), function)
 
 
 if hasattr(os, "register_at_fork"):
     # The threads that held permits do not exist in the child, so these would never be released.
-    os.register_at_fork(after_in_child=_queues.clear)
+    os.register_at_fork(after_in_child=known_queues.clear)

@@ -205,7 +205,8 @@ class Guard:
             emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
 
 
-_guards = IdentityMap[tuple[Guard, ...]]()
+known_guards = IdentityMap[tuple[Guard, ...]]()
+"""Guards of objects, newest last."""
 # A context variable: calls of other threads and tasks are no part of the warm-up.
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("accelerate_tts_listeners", default=())
 # A call inside a second attempt is not retried by itself; the whole attempt runs untouched.
@@ -239,14 +240,14 @@ def protect(item: object, guarding: Guard) -> None:
     """
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
     with suppress(TypeError):
-        _guards.put(item, (*others, guarding))
+        known_guards.put(item, (*others, guarding))
 
 
 @contextmanager
 def inside_all() -> Generator[None, None, None]:
     """Scope of work beside a call, such as a thread of its own: no tuned object is switched meanwhile."""
     step, before = Step(), WITHIN.get()
-    gates = {id(guard.gate): guard.gate for _, guards in _guards.items() for guard in guards if guard.in_force}
+    gates = {id(guard.gate): guard.gate for _, guards in known_guards.items() for guard in guards if guard.in_force}
     try:
         for gate in gates.values():
             gate.enter(step, wait=True)
@@ -271,7 +272,7 @@ def listening() -> Generator[Listener, None, None]:
 
 def guards_of(item: object) -> tuple[Guard, ...]:
     """Return the guards of an object, newest last."""
-    return _guards.get(item) or ()
+    return known_guards.get(item) or ()
 
 
 def guard_of(item: object) -> Guard | None:
@@ -284,7 +285,7 @@ def is_watched() -> bool:
     """Check that calls in this context may have a watcher."""
     if _retrying.get() or len(WITHIN.get()) >= _DEEPEST:
         return False
-    return bool(_guards or _listeners.get())
+    return bool(known_guards or _listeners.get())
 
 
 def _held_by(instance: object) -> Iterable[Any]:
@@ -301,7 +302,7 @@ def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, An
     for example of a model and a vocoder that were loaded separately. A fault cannot be attributed to one of them, so
     the second attempt runs without all their changes and counts for each.
     """
-    if _guards and is_watched():
+    if known_guards and is_watched():
         items = (instance, *args, *kwargs.values(), *_held_by(instance))
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:

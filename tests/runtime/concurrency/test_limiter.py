@@ -227,10 +227,10 @@ def test_copies_and_pickles_have_turns_of_their_own() -> None:
 def test_a_room_lives_as_long_as_its_object() -> None:
     one = backend(1)
     one.speak("x")
-    count = len(queue._queues)
+    count = len(queue.known_queues)
     del one
     gc.collect()
-    assert len(queue._queues) < count
+    assert len(queue.known_queues) < count
 
 
 def test_objects_that_take_no_weak_reference_take_turns_together() -> None:
