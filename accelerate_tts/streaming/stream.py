@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.errors import ModelError
 from accelerate_tts.events import FirstAudio, emit
 from accelerate_tts.runtime import inference_mode
@@ -72,7 +74,9 @@ class Stream(Generator["Tensor", None, None]):
 
     def send(self, value: None, /) -> Tensor:
         """Return the next piece."""
-        return self._body.send(value)
+        piece = self._body.send(value)
+        # The body runs in inference mode, whose tensors a caller outside it could not write to.
+        return piece.clone() if piece.is_inference() and not torch.is_inference_mode_enabled() else piece
 
     def throw(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from accelerate_tts.events import Recompiled, emit
+from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
 
@@ -57,22 +60,24 @@ _strictness = _Strictness()
 class _Process:
     """Replaces `_Dynamo` where dynamo's settings are process-wide and must not affect other threads."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
 
     def __enter__(self) -> None:
         self._before, _strictness.strict = _strictness.strict, self._strict
+        self._outside = compiles_itself.set(True)
 
     def __exit__(self, *_exception: object) -> None:
         _strictness.strict = self._before
+        compiles_itself.reset(self._outside)
 
 
 class _Dynamo:
     """dynamo's configuration during a call. `config.patch` is slower: it makes a class each time, 30 times a token."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -80,6 +85,7 @@ class _Dynamo:
     def __enter__(self) -> None:
         from torch._dynamo import config
 
+        self._outside = compiles_itself.set(True)
         self._before = (config.fail_on_recompile_limit_hit, config.error_on_recompile)
         config.fail_on_recompile_limit_hit = True
         config.error_on_recompile = self._strict
@@ -88,6 +94,7 @@ class _Dynamo:
         from torch._dynamo import config
 
         config.fail_on_recompile_limit_hit, config.error_on_recompile = self._before
+        compiles_itself.reset(self._outside)
 
 
 @contextmanager
@@ -202,6 +209,11 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
+    # Python 3.12.0 to 3.12.3 keeps classes that dynamo looked at by `getattr_static` (mended in 3.12.4), and with the
+    # class of a parametrized module its weights.
+    shadowed: Any = getattr(inspect, "_shadowed_dict_from_mro_tuple", None)
+    if hasattr(shadowed, "cache_clear"):
+        shadowed.cache_clear()
 
 
 def _has_tensors(module: types.ModuleType) -> bool:
