@@ -162,10 +162,11 @@ class Service:
 @contextmanager
 def started(name: str, arguments: Sequence[str]) -> Iterator[Service]:
     """Start a service, wait until it is ready, and end it with the block."""
+    path = os.pathsep.join(filter(None, (str(EXAMPLES), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         process = stack.enter_context(subprocess.Popen(
             [sys.executable, "-m", "service", "--port", "0", "--folder", folder, *arguments],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=EXAMPLES,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
         ))  # fmt: skip
         stack.callback(process.send_signal, signal.SIGTERM)
         port, lines = None, deque[str](maxlen=50)

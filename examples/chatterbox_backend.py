@@ -94,7 +94,9 @@ def random(
     """
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
-    t3, s3 = (small_t3(config, layers), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    t3, s3 = (
+        (small_t3(config, layers), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    )
     if tiny and "n_cfm_timesteps" in signature(s3.inference).parameters:  # since chatterbox-tts 0.1.6
         s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
@@ -163,7 +165,7 @@ def config_of(variant: str) -> T3Config:
 
 
 def small_t3(config: T3Config, layers: int = 0) -> T3:
-    """The class at small size, or with a few layers of full width; its Perceiver has one size only, and is left out."""
+    """The class at small size, or with a few layers of full width, without the Perceiver, which has one size only."""
     llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     gpt2 = {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024}

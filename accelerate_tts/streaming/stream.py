@@ -90,7 +90,7 @@ class Stream(Generator["Tensor", None, None]):
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""
         self._left.set()
-        if self._running.acquire(blocking=False):  # otherwise a thread waits for a piece, and its loop stops by the flag
+        if self._running.acquire(blocking=False):  # otherwise a thread waits for a piece, and stops by the flag
             try:
                 self._body.close()
             finally:

@@ -121,7 +121,7 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
     threads: int = 1,
     together: int = 4,
     ahead: int = 64,
-    heard: Callable[[int, int], object] = lambda done, count: None,
+    heard: Callable[[int, int], object] | None = None,
 ) -> Made:
     """Speak all sentences of a text that are not in the folder yet.
 
@@ -148,7 +148,6 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
     work = iter([missing[begin : begin + together] for begin in range(0, len(missing), together)])
     running: dict[Any, list[str]] = {}
     done = known - len(missing)
-    heard(done, known)
     while True:
         while len(running) < ahead and (some := next(work, None)) is not None:
             running[task.remote(voice, some)] = some
@@ -161,7 +160,8 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
                 _write(folder / f"{key_of(voice, sentence)}.wav", sound, rate)
                 seconds += len(sound) / rate
                 done += 1
-            heard(done, known)
+            if heard is not None:
+                heard(done, known)
 
 
 def _write(path: Path, sound: np.ndarray, rate: int) -> None:

@@ -170,7 +170,8 @@ class _Service:
             )
         return {
             "model": wanted.model, "precision": precision, "text": wanted.input, "speed": wanted.speed,
-            "seed": wanted.seed, "streamed": wanted.stream_format is not None, "voice": "" if reference else voice, "reference": str(reference) if reference else "",
+            "seed": wanted.seed, "streamed": wanted.stream_format is not None,
+            "voice": "" if reference else voice, "reference": str(reference) if reference else "",
         }  # fmt: skip
 
     async def speak(self, fields: dict[str, Any], note: Callable[[str, Any], None]) -> AsyncGenerator[np.ndarray, None]:

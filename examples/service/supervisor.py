@@ -263,9 +263,7 @@ class Supervisor:
         finally:
             await process.end()
 
-    async def speak(
-        self, wanted: Message, *, deadline: float, ended: Callable[[], None]
-    ) -> AsyncIterator[np.ndarray]:
+    async def speak(self, wanted: Message, *, deadline: float, ended: Callable[[], None]) -> AsyncIterator[np.ndarray]:
         """Yield the pieces of speech, fp32. A request whose worker is lost is made once more on the next one.
 
         Args:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from accelerate_tts import StreamOptions, cached_embedding, inference, optimized_model, receipt_of, stream
@@ -17,6 +16,9 @@ from accelerate_tts.settings import Precision
 from accelerate_tts.streaming import Stream, sentences
 from service.joints import joined
 from service.worker import Refused, Speaker, Utterance
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WARMUP = ("Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more.")
 _LONG = 1e6  # seconds: more than a sentence has

@@ -185,9 +185,7 @@ class _Worker:
         self._send({"kind": "started", "id": key})
         message = task.message
         reference = Path(message["reference"]) if message["reference"] else None
-        said = Utterance(
-            message["text"], message["voice"], reference, message["speed"], message["streamed"], task.left
-        )
+        said = Utterance(message["text"], message["voice"], reference, message["speed"], message["streamed"], task.left)
         torch = sys.modules.get("torch")  # a system without it needs no seed
         if torch is not None:
             torch.manual_seed(message["seed"])

@@ -11,7 +11,7 @@ from serving import Served
 
 pytest.importorskip("playwright", reason="it drives the browser: pip install 'accelerate_tts[browser]'")
 
-from service.screenshot import find_browser, opened, wait_for  # noqa: E402
+from service.screenshot import find_browser, opened, wait_for
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed: apt-get install chromium")
 
