@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,12 @@ import soundfile
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from accelerate_tts.streaming import sentences
+from service.joints import PAUSE
 
 if TYPE_CHECKING:
     from service.worker import Speaker
 
 EXAMPLES = Path(__file__).parents[1]
-PAUSE = 0.15
-"""Seconds of silence between two sentences."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,6 @@ class Made:
 @cache
 def speaker_of(system: str, precision: str) -> Speaker:
     """Load a speaker once in a worker process. It takes the warm pack of that machine, if there is one."""
-    from importlib import import_module
-
     module, _, function = system.partition(":")
     folder = Path.home() / ".cache" / "accelerate_tts_cluster"
     speaker: Speaker = getattr(import_module(module), function)(precision, folder)
@@ -189,7 +186,6 @@ def bind(text: str, folder: Path, voice: Voice, book: Path) -> float:
 
 def started(address: str | None) -> None:
     """Start Ray, or join a cluster; its workers get this folder's modules."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     ray.init(address=address, runtime_env={"working_dir": str(EXAMPLES)}, log_to_driver=False)
 
 
@@ -235,4 +231,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, by which workers find `speak` and keep their speaker.
+    import_module("cluster.batch").main()
