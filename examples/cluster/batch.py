@@ -122,7 +122,7 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
 ) -> Made:
     """Speak all sentences of a text that are not in the folder yet.
 
-    Ray must be started. A task that is lost is made again, on another machine if need be.
+    Ray must be started. A task that is lost is made again, on another machine if need be. The first task runs alone.
 
     Args:
         text: The text.
@@ -145,12 +145,14 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
     work = iter([missing[begin : begin + together] for begin in range(0, len(missing), together)])
     running: dict[Any, list[str]] = {}
     done = known - len(missing)
+    room = 1  # the first worker may tune, and leave a warm pack; others that tune meanwhile would disturb it
     while True:
-        while len(running) < ahead and (some := next(work, None)) is not None:
+        while len(running) < room and (some := next(work, None)) is not None:
             running[task.remote(voice, some)] = some
         if not running:
             return Made(len(missing), known - len(missing), seconds, time.perf_counter() - begun)
         ready, _ = ray.wait(list(running))
+        room = ahead
         for one in ready:
             rate, sounds = ray.get(one)  # made again if the machine that had it is lost
             for sentence, sound in zip(running.pop(one), sounds, strict=True):
