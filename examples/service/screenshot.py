@@ -28,7 +28,7 @@ def find_browser() -> str | None:
 
 
 @contextmanager
-def opened(url: str, width: int = 760, height: int = 900) -> Generator[Any, None, None]:
+def opened(url: str, width: int = 760, height: int = 1000) -> Generator[Any, None, None]:
     """Open a service's page in a headless Chromium. Yields playwright's page, ready to speak.
 
     Raises:
