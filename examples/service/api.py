@@ -528,7 +528,7 @@ def _add_page(app: FastAPI) -> None:
         return page("index.html")
 
     @app.get("/page.{kind}", include_in_schema=False)
-    async def part(kind: Literal["js", "css"]) -> Response:
+    async def part(kind: Literal["js", "css", "svg"]) -> Response:
         return page(f"page.{kind}")
 
 

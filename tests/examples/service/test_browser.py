@@ -89,7 +89,7 @@ def test_without_streaming_there_is_a_player(page: Any) -> None:
 
 
 def test_stop_and_a_refusal_are_said_aloud(page: Any) -> None:
-    page.get_by_label("Text").fill("one WAIT:30 two")
+    page.get_by_label("Text").fill("one WAIT:1 two")
     page.get_by_role("button", name="Speak").click()
     page.get_by_role("button", name="Stop").click()
     wait_for(page, "Stopped.")
