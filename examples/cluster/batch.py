@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -187,8 +188,9 @@ def bind(text: str, folder: Path, voice: Voice, book: Path) -> float:
 
 
 def started(address: str | None) -> None:
-    """Start Ray, or join a cluster; its workers get this folder's modules."""
-    ray.init(address=address, runtime_env={"working_dir": str(EXAMPLES)}, log_to_driver=False)
+    """Start Ray on this machine, or join a cluster; its workers get this folder's modules."""
+    alone = {} if address or os.environ.get("RAY_ADDRESS") else {"_node_ip_address": "127.0.0.1"}
+    ray.init(address=address, runtime_env={"working_dir": str(EXAMPLES)}, log_to_driver=False, **alone)
 
 
 def shown(progress: Progress) -> Callable[[int, int], None]:

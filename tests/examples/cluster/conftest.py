@@ -43,10 +43,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
     for name in ("REPLICA", "HANDLE"):
         monkeypatch.setenv(f"RAY_SERVE_{name}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.2")
-    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=small)
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.1"}
+    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     try:
-        nodes.second = nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        nodes.second = nodes.add_node(**small)
         ray.init(address=nodes.address, log_to_driver=False)
         nodes.wait_for_nodes()
         yield nodes
