@@ -37,6 +37,10 @@ _COLUMNS = (
     "system", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start", "peak",
     "torch.compile", "pairs", "disturbed",
 )  # fmt: skip
+_LOAD = (
+    "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
+    "speech a second", "first audio, ratio", "whole, ratio", "others",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -80,7 +84,8 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
         parts += [
             f"## {name}\n",
             f"{facts}: {', '.join(machine['isa']) or 'no instruction set that is known by name'}.\n",
-            environments_page.table(_COLUMNS, [row for one in documents for row in _rows(one)]),
+            *([environments_page.table(_COLUMNS, rows)] if (rows := [row for one in documents for row in _rows(one)]) else []),
+            *([environments_page.table(_LOAD, loads)] if (loads := [row for one in documents for row in _loads(one)]) else []),
             *(f"- {line}" for one in documents for line in _about(one)),
             "",
         ]
@@ -107,10 +112,23 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield (system["system"], "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 4))
 
 
+def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for item in document.get("service", []):
+        for name in ("plain", "decorated"):
+            one = item[name]
+            ratios = [_ratio(item["first"]), _ratio(item["total"])] if name == "decorated" else ["", ""]
+            yield (
+                item["model"], str(item["callers"]), name, str(one["answers"]), str(one["refused"]),
+                f"{one['first_p50']:.2f} s, {one['first_p95']:.2f} s",
+                f"{one['total_p50']:.2f} s, {one['total_p95']:.2f} s", f"{one['speech_a_second']:.2f} s", *ratios,
+                f"{item['others']:.0%}",
+            )  # fmt: skip
+
+
 def _about(document: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     variables = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
-    names = ", ".join(one["system"] for one in document["systems"])
+    names = ", ".join(one["system"] for one in document["systems"]) or "a service"
     python = f"Python {document['python']}, " if document["python"] else ""
     yield f"{names}: {document['date']}, {document['commit']}; {python}{versions}; {variables or 'no variable set'}"
     for system in document["systems"]:

@@ -48,6 +48,7 @@ def content_of(receipt: Any) -> dict[str, Any]:
             ("warm pass before", before),
             ("warm pass after", after),
             ("cold first pass", duration(receipt.cold)),
+            *([] if receipt.first_audio is None else [("first audio", duration(receipt.first_audio))]),
             ("tuning took", duration(receipt.seconds)),
             ("stages kept", f"{len(receipt.kept)} of {len(receipt.stages)}"),
             ("recompiles since warm-up", receipt.recompiles),

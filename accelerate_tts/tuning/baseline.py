@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from accelerate_tts.tuning.capture import outputs_of
 from accelerate_tts.tuning.compare import TOLERANCES, Tolerance, compare
 from accelerate_tts.tuning.draws import WHOLE, Draws
 from accelerate_tts.tuning.kl_divergence import divergence
+from accelerate_tts.tuning.timing import synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -95,6 +97,18 @@ class Baseline:
     def run(self) -> list[Any]:
         """Run a warm-up pass through the public path, with the same random numbers every time."""
         return self.draws.whole(self.calls.run)
+
+    def first_audio(self, passes: int) -> float | None:
+        """Return the median seconds until the first piece of the calls that speak in pieces; `None` without any."""
+        seconds = []
+        for _ in range(passes):
+            with self.draws.seeded(WHOLE):
+                start = self.policy.clock()
+                for _ in self.calls.begin():
+                    synchronize(self.device.type)
+                    seconds.append(self.policy.clock() - start)
+                    start = self.policy.clock()
+        return statistics.median(seconds) if seconds else None
 
     def replayable(self, part: Part) -> bool:
         """Check that the part can be run by itself, on its captured inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -62,6 +62,28 @@ def test_a_faster_and_right_stage_is_kept_and_can_be_undone() -> None:
     assert tuning.receipt.ratio > 1.0
     tuning.undo()
     assert model.seconds == 0.02
+
+
+@pytest.mark.parametrize("kind", ["iterator", "asynchronous", "at once"])
+def test_the_receipt_has_first_audio_of_what_speaks_in_pieces(kind: str) -> None:
+    pieces: list[int] = []  # of each call
+
+    def speak(model: nn.Module) -> Iterator[torch.Tensor]:
+        pieces.append(0)
+        for _ in range(3):
+            pieces[-1] += 1
+            yield model(X)
+
+    async def later(model: nn.Module) -> AsyncIterator[torch.Tensor]:
+        for piece in speak(model):
+            yield piece
+
+    warmup = {"iterator": speak, "asynchronous": later, "at once": lambda model: list(speak(model))}[kind]
+    receipt = run(Slow(0.002), Stage(seconds=0.0), warmup=warmup).receipt
+    assert (receipt.first_audio is not None) is (kind != "at once")
+    assert ("first audio after" in str(receipt)) is (kind != "at once")
+    assert Receipt.from_json(receipt.to_json()).first_audio == receipt.first_audio
+    assert pieces[-3:] == ([3, 3, 3] if kind == "at once" else [1, 1, 1]), "what is left computes no more"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from accelerate_tts.events import Recompiled, emit
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
