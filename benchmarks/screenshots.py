@@ -47,12 +47,10 @@ def main() -> None:
             PICTURES[name](Path(folder), options.to, options.browser)
 
 
-def run(folder: Path, *words: str) -> str:
+def run(folder: Path, *words: str, **variables: str) -> str:
     """Run `accelerate-tts` in a folder, with packs of its own, as if in a terminal; return what it prints."""
-    environment = os.environ | {
-        "FORCE_COLOR": "1", "COLUMNS": str(_COLUMNS), "ACCELERATE_TTS_PACK_FOLDER": str(folder / "packs"),
-        "TORCH_LOGS": "-all",
-    }  # fmt: skip
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": str(_COLUMNS), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = os.environ | terminal | variables
     done = subprocess.run(
         [sys.executable, "-m", "accelerate_tts", *words], cwd=folder, env=environment, capture_output=True, text=True,
         check=False,
@@ -64,9 +62,10 @@ def run(folder: Path, *words: str) -> str:
 
 def without_places(text: str) -> str:
     """Return a text without the folders of this machine."""
-    for folder, name in ((sys.prefix, "~/.venv"), (str(ROOT), "~/accelerate_tts"), (str(Path.home()), "~")):
+    text = re.sub(r"/[^\s:]*/site-packages", "~/.venv/lib/site-packages", text)
+    for folder, name in ((sys.prefix, "~/.venv"), (str(ROOT), "~"), (str(Path.home()), "~")):
         text = text.replace(folder, name)
-    return re.sub(r"/tmp/[\w./-]+", "~/voice", text)  # noqa: S108 - a name that is replaced
+    return text
 
 
 def terminal(command: str, output: str, path: Path) -> None:
@@ -77,7 +76,7 @@ def terminal(command: str, output: str, path: Path) -> None:
 
     console = Console(record=True, width=_COLUMNS, file=Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     console.print(Text(f"$ {command}", style="bold"))
-    console.print(Text.from_ansi(without_places(output).strip("\n")))
+    console.print(Text.from_ansi(without_places(output).strip("\n")), end="\n\n")  # rich cuts into the last line
     svg = console.export_svg(title="", theme=MONOKAI, unique_id=path.stem)
     # rich asks another server for its fonts; those of the reader's machine will do.
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "ui-monospace")
@@ -123,7 +122,9 @@ def backend_of_the_tutorial(folder: Path) -> None:
 
 
 def doctor(folder: Path, to: Path, _browser: str | None) -> None:
-    terminal("accelerate-tts doctor", run(folder, "doctor"), to / "doctor.svg")
+    # A usual fault, so that the picture has a mend.
+    said = run(folder, "doctor", OMP_NUM_THREADS="64")
+    terminal("OMP_NUM_THREADS=64 accelerate-tts doctor", said, to / "doctor.svg")
 
 
 def bench(folder: Path, to: Path, _browser: str | None) -> None:

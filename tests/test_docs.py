@@ -257,7 +257,9 @@ FILES |= {path.relative_to(ROOT) for path in ROOT.iterdir() if path.is_file()}
 NAMED = sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))])
 MADE_BY_RUNS = {"ENVIRONMENTS.md", "RESULTS.md", "STRANGERS.md"}  # they quote the messages of upstream's packages
 # Files of the reader's own, of other projects, and of CONTRIBUTING's examples. 0001 has the folders before its move.
-OTHERS = re.compile(r"my_voice\.py|receipt\.json|xtts_v2/.*|voices/.*|voices\.json|llama\.cpp|.*snake(_vocoder)?\.py|.*/hpu\.py")
+OTHERS = re.compile(
+    r"my_voice\.py|receipt\.json|xtts_v2/.*|voices/.*|voices\.json|llama\.cpp|.*snake(_vocoder)?\.py|.*/hpu\.py"
+)
 BEFORE_A_MOVE = {"0001-the-house.md": re.compile(r"engine/.*|loading\.py")}
 
 
