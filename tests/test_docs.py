@@ -245,7 +245,7 @@ def test_every_page_with_code_is_run() -> None:
     with_code = {name for name, content in pages.items() if "```python" in content}
     guides = {f"guides/{name}.md" for name in GUIDES}
     run_here = {INTEGRATION, PERFORMANCE, SUMMARY, TUTORIAL, *guides}
-    assert with_code == {*run_here, "SERVICE.md"}, "the service has tests of its own"
+    assert with_code == run_here
 
 
 # --- what the pages name exists ---------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def quoted() -> Iterator[str]:
     for item in re.findall(r"^- ((?:`[^`]+`[,;: ]*\n?\s*)+)", page, re.MULTILINE):
         for message in re.findall(r"`([^`]+)`", item):
             text = re.sub(r"^(rejected|note|failed|stopped|undone|\w+Error): ", "", " ".join(message.split()))
-            pieces = re.split(rf"\.\.\.|\b\d[\d.]*x?|\btfmr\b|: |, |{VALUES}", text)
+            pieces = re.split(rf"\.\.\.|; |, or |\b\d[\d.]*x?|\btfmr\b|: |, |{VALUES}", text)
             yield from (piece.strip(" :,()") for piece in pieces if not text.startswith(OF_TORCH))
 
 
@@ -362,14 +362,14 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
 DEGRADED = {cls.__name__ for cls in Event.__subclasses__() if cls.degraded}
 
 
-def emitted() -> Iterator[tuple[str, str, list[str]]]:
-    """Each place of the code that emits a degradation: where it is, the event's name, and its texts without values."""
+def emitted() -> Iterator[tuple[str, list[str]]]:
+    """Each place of the code that emits a degradation, and its texts without values."""
     for file in sorted(path for path in FILES if path.parts[0] == "accelerate_tts" and path.suffix == ".py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in DEGRADED:
                 texts = [text for argument in node.args for text in said(ast.unparse(argument))]
                 pieces = [piece.strip(" :,;()'") for text in texts for piece in text.split("\0")]
-                yield f"{file}:{node.lineno}", node.func.id, [piece for piece in pieces if len(piece) > 4]
+                yield f"{file}:{node.lineno}", [piece for piece in pieces if len(piece) > 4]
 
 
 def test_troubleshooting_has_every_degradation_of_the_code() -> None:
@@ -378,7 +378,8 @@ def test_troubleshooting_has_every_degradation_of_the_code() -> None:
     assert {name for name in DEGRADED if f"`{name}`" not in page} == set()
     places = list(emitted())
     assert len(places) > 50
-    missing = [place for place in places if place[2] and not any(piece in page for piece in place[2])]
+    quotes = [quote for quote in quoted() if len(quote) > 6]
+    missing = [place for place, texts in places if texts and not any(q in text for text in texts for q in quotes)]
     assert missing == []
 
 
@@ -415,3 +416,24 @@ def test_lines_are_short(page: Path) -> None:
     if page.name in {*MADE_BY_RUNS, "README.md"}:
         lines = [line for line in lines if not line.startswith("|")]
     assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_and_pictures_are_there(page: Path) -> None:
+    """`make docs` checks anchors and names, too."""
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_a_block_of_code_is_one_for_the_site(page: Path) -> None:
+    """A word behind the language makes a block plain text there."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert [fence for fence in fences if not re.fullmatch(r"\w*", fence)] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8") if (ROOT / "mkdocs.yml").exists() else ""
+    for page in DOCS.rglob("*.md") if config else ():  # an sdist has none
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in config, page

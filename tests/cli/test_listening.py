@@ -36,6 +36,7 @@ def test_a_word_error_is_bounded(said: list[str], heard: list[str]) -> None:
     assert abs(len(said) - len(heard)) / len(said) <= error <= max(len(said), len(heard)) / len(said)
 
 
+@pytest.mark.slow  # noise takes the recogniser long
 def test_good_speech_is_understood_and_noise_is_not() -> None:
     pytest.importorskip("pocketsphinx")
     pytest.importorskip("resemblyzer")

@@ -69,6 +69,9 @@ class Page(HTMLParser):
         assert self.open == [self.root], f"not closed: {[node.tag for node in self.open[1:]]}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # where a long name may be broken: no part of what the page has, nor of its text
+            assert attrs == []
+            return
         self.handle_startendtag(tag, attrs)
         if tag != "meta":
             self.open.append(self.open[-1].children[-1])
@@ -134,7 +137,7 @@ def test_the_headline() -> None:
         "cold first pass": "1.50 s",
         "tuning took": "4.50 s",
         "stages kept": "1 of 3",
-        "recompiles since warm-up": "0",
+        "recompiles": "0",
     }
     assert [node.text for node in page.one("ul").all("li")] == ["a note", "more"]
 
@@ -250,6 +253,7 @@ def test_a_long_name_is_not_cut() -> None:
     page = page_of(replace(RECEIPT, stages=(replace(STAGES[0], part=part),), shares={part: 0.5}))
     assert legend(page)[0].startswith(f"{part} ")
     assert rows_of(page, "tbody")[0][0] == part
+    assert "resblocks.<wbr>resblocks." in replace(RECEIPT, shares={part: 0.5}).to_html()
     style = page.one("style").text
     assert "overflow-wrap: anywhere" in style
     assert "ellipsis" not in style
