@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -137,6 +138,8 @@ def receipt(folder: Path, to: Path, executable: str | None) -> None:
     backend_of_the_tutorial(folder)
     run(folder, "tune", "my_voice:FastBackend", "--text", TEXT, "--html", "tuned.html", "--receipt", "receipt.json")
     run(folder, "receipt", "receipt.json", "--html", "receipt.html")
+    for page in (folder / "receipt.html", folder / "tuned.html"):
+        page.write_text(page.read_text("utf-8").replace(str(folder / "cache"), "~/.cache"), "utf-8")
     with browser(executable) as take:
         for page, name in (("receipt.html", "receipt"), ("tuned.html", "tune")):
             take((folder / page).as_uri(), to / f"{name}.png", WIDE, dark=False)
@@ -151,10 +154,11 @@ def service(folder: Path, to: Path, executable: str | None) -> None:
     address = f"http://127.0.0.1:{port}/"
     environment = os.environ | {"ACCELERATE_TTS_TORCH_COMPILE": "0", "ACCELERATE_TTS_TUNE_SECONDS": "20"}
     served = subprocess.Popen(
-        [sys.executable, "-m", "service", *words], cwd=ROOT / "examples", env=environment, stderr=subprocess.DEVNULL
-    )
+        [sys.executable, "-m", "service", *words], cwd=ROOT / "examples", env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
-        _wait_for(port, served)
+        _wait_for(f"{address}ready", served)
         with browser(executable) as take:
             take(address, to / "service.png", WIDE, dark=False, height=900)
             take(address, to / "service-phone.png", PHONE, dark=True)
@@ -163,12 +167,12 @@ def service(folder: Path, to: Path, executable: str | None) -> None:
         served.wait()
 
 
-def _wait_for(port: int, served: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
+def _wait_for(address: str, served: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and served.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
-        except OSError:
+            urlopen(address, timeout=5.0).close()  # noqa: S310 - of this machine
+        except OSError:  # not there yet, or 503 while it loads
             time.sleep(0.5)
         else:
             return
