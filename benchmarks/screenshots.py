@@ -98,19 +98,19 @@ def browser(executable: str | None) -> Iterator[Any]:
     with sync_playwright() as player:
         chromium = player.chromium.launch(executable_path=executable, args=list(_FLAGS))
 
-        def take(address: str, path: Path, width: int, *, dark: bool, height: int | None = None) -> None:
-            context = chromium.new_context(
-                viewport={"width": width, "height": height or 800}, color_scheme="dark" if dark else "light"
-            )
-            page = context.new_page()
-            page.goto(address)
-            page.wait_for_timeout(500)
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            if wide > width:
-                raise SystemExit(f"{address} is {wide} pixels wide in a window of {width}: a reader scrolls sideways")
-            page.screenshot(path=path, full_page=height is None)
-            context.close()
-            print(f"{path} is written")
+        def take(address: str, path: Path, height: int | None = None) -> None:
+            """Take a picture, and one on a phone in the dark, which goes to the current folder to be looked at."""
+            phone = Path(f"{path.stem}-phone.png")
+            for file, width, scheme in ((path, WIDE, "light"), (phone, PHONE, "dark")):
+                page = chromium.new_page(viewport={"width": width, "height": height or 800}, color_scheme=scheme)
+                page.goto(address)
+                page.wait_for_timeout(500)
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                if wide > width:
+                    raise SystemExit(f"{address} is {wide} pixels wide in a window of {width}: readers scroll sideways")
+                page.screenshot(path=file, full_page=height is None)
+                page.close()
+                print(f"{file} is written")
 
         yield take
         chromium.close()
@@ -134,16 +134,15 @@ def bench(folder: Path, to: Path, _browser: str | None) -> None:
 
 
 def receipt(folder: Path, to: Path, executable: str | None) -> None:
-    """The receipt of the tutorial's backend, and the page of `tune`: on a wide screen, and dark on a phone."""
+    """The receipt of the tutorial's backend, and the page of `tune`."""
     backend_of_the_tutorial(folder)
     run(folder, "tune", "my_voice:FastBackend", "--text", TEXT, "--html", "tuned.html", "--receipt", "receipt.json")
     run(folder, "receipt", "receipt.json", "--html", "receipt.html")
     for page in (folder / "receipt.html", folder / "tuned.html"):
         page.write_text(page.read_text("utf-8").replace(str(folder / "cache"), "~/.cache"), "utf-8")
     with browser(executable) as take:
-        for page, name in (("receipt.html", "receipt"), ("tuned.html", "tune")):
-            take((folder / page).as_uri(), to / f"{name}.png", WIDE, dark=False)
-            take((folder / page).as_uri(), to / f"{name}-phone.png", PHONE, dark=True)
+        take((folder / "receipt.html").as_uri(), to / "receipt.png")
+        take((folder / "tuned.html").as_uri(), to / "tune.png", height=920)  # below it has the receipt once more
 
 
 def service(folder: Path, to: Path, executable: str | None) -> None:
@@ -160,8 +159,7 @@ def service(folder: Path, to: Path, executable: str | None) -> None:
     try:
         _wait_for(f"{address}ready", served)
         with browser(executable) as take:
-            take(address, to / "service.png", WIDE, dark=False, height=900)
-            take(address, to / "service-phone.png", PHONE, dark=True)
+            take(address, to / "service.png", height=900)
     finally:
         served.terminate()
         served.wait()

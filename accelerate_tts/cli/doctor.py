@@ -74,8 +74,8 @@ def run(as_json: bool, backend: str | None = None, init: Sequence[str] = (), loa
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
-        marks = {verdict: Text(mark, _STYLES[verdict]) for verdict, mark in _MARKS.items()}
-        rows = [("", "what", "found"), *((marks[f.verdict], f.name, f.found) for f in findings)]
+        rows: list[tuple[str | Text, str, str]] = [("", "what", "found")]
+        rows += [(Text(_MARKS[f.verdict], _STYLES[f.verdict]), f.name, f.found) for f in findings]
         console.print(table(rows, f"accelerate_tts {__version__}"))
         for finding in findings:
             if finding.mend:

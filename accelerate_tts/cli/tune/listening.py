@@ -49,7 +49,8 @@ class Judgement:
             ("speaker similarity", "1.000", f"{self.similarity:.3f}"),
         ]
         if self.quality is not None:
-            rows.append(("estimated MOS", *(f"{value:.2f}" for value in self.quality)))
+            before, after = self.quality
+            rows.append(("estimated MOS", f"{before:.2f}", f"{after:.2f}"))
         return rows
 
     @property
