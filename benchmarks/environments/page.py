@@ -34,6 +34,11 @@ the table says, tunes it, and times it untouched and tuned in turn, five pairs. 
 step of the decode loop. The floor is the time in which this machine's memory gives that step's
 weights once, as they were loaded. Ratios are medians, with the lowest and the highest of the pairs.
 Few layers show that everything applies; they are no speed-up of a whole system.
+
+A model in half precision rounds each result. Where two tokens are about equally likely, what is
+sampled depends on the order of its sums, also in `exact`. Such a row says by how much a step
+diverges, and is not judged by its tokens
+([why](decisions/0011-tolerances.md)).
 """
 
 
@@ -151,7 +156,11 @@ def _ratio(ratio: dict[str, float]) -> str:
 
 def _output(check: dict[str, Any]) -> str:
     if check["same_tokens"] is not None:
-        return "same tokens" if check["same_tokens"] else "**other tokens**" if other_tokens(check) else "other tokens"
+        if check["same_tokens"]:
+            return "same tokens"
+        if check["precision"] == "exact" and not other_tokens(check):
+            return f"other tokens: in {check['dtype']}, a step diverges by {check['divergence'] or 0:.0e} nats at most"
+        return "**other tokens**" if other_tokens(check) else "other tokens"
     error = check["error"]
     return "differs" if error is None else "bit-exact" if error == 0.0 else f"error {error:.0e}"
 

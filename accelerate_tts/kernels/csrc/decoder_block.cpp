@@ -58,6 +58,7 @@ inline Share share(int64_t size, Team team) {
 struct Scratch {
   Buffer<float> floats;
   Buffer<char> prepared;
+  Buffer<int8_t> packed;
   float *norm, *qkv, *attended, *made, *after, *inner, *row_scales, *partial, *scores;
   int64_t partial_size, scores_size;
 };
@@ -65,7 +66,7 @@ struct Scratch {
 // Room for the largest of the blocks.
 bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens, int64_t count, int threads) {
   enum { NORM, QKV, ATTENDED, MADE, AFTER, INNER, ROW_SCALES, PARTIAL, SCORES, PIECES };
-  int64_t sizes[PIECES] = {}, widest = 0;
+  int64_t sizes[PIECES] = {}, widest = 0, pack = 0;
   for (int64_t i = 0; i < count; i++) {
     const DecoderBlock& b = *blocks[i];
     const int64_t rows = tokens[i].rows, attended = b.heads * b.head_dim;
@@ -75,6 +76,7 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
         rows * 2,        b.format == TRANSPOSED ? rows * widths : 0, tokens[i].length + 17};
     for (int j = 0; j < PIECES; j++) sizes[j] = most(sizes[j], wanted[j]);
     widest = most(widest, rows * widths);
+    if (b.format == INT8 && in_tiles(rows, TILE_INPUTS)) pack = most(pack, pack_bytes(rows, widths));
   }
   for (int64_t& size : sizes) size = (size + 15) / 16 * 16;
   s.partial_size = sizes[PARTIAL];  // of one thread, and so are the scores
@@ -83,7 +85,7 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
   sizes[SCORES] *= threads;
   int64_t total = 0;
   for (int64_t size : sizes) total += size;
-  if (!s.floats.fit(total) || !s.prepared.fit(widest * sizeof(float))) return false;
+  if (!s.floats.fit(total) || !s.prepared.fit(widest * sizeof(float)) || !s.packed.fit(pack)) return false;
   float** pieces[PIECES] = {&s.norm,  &s.qkv,        &s.attended, &s.made,  &s.after,
                             &s.inner, &s.row_scales, &s.partial,  &s.scores};
   float* next = s.floats.data();
@@ -96,11 +98,13 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
 
 // y = x @ w.T for outputs begin .. end of all rows, by one thread.
 template <class F>
-void part_of_linear(const Linear& l, const float* x, const void* prepared, const float* row_scales, float* y,
-                    int64_t stride, int64_t rows, bool is_bf16, Share mine) {
-  const Work<F> work = {x, static_cast<const typename F::input*>(prepared), row_scales,
+void part_of_linear(const Linear& l, const float* x, const Scratch& s, float* y, int64_t stride, int64_t rows,
+                    bool is_bf16, Share mine) {
+  const void* prepared = F::as_is ? static_cast<const void*>(x) : s.prepared.data();
+  const Work<F> work = {x, static_cast<const typename F::input*>(prepared), s.row_scales,
                         static_cast<const typename F::weight*>(l.w), l.scale, l.bias, y,
-                        {rows, l.outputs, l.inputs}, stride};
+                        {rows, l.outputs, l.inputs}, stride,
+                        F::packs && in_tiles(rows, l.inputs) ? s.packed.data() : nullptr};
   all_dots(work, mine.begin, mine.end);
   for (int64_t m = 0; m < rows; m++) round_if(is_bf16, y + m * stride + mine.begin, mine.end - mine.begin);
 }
@@ -109,16 +113,17 @@ void part_of_linear(const Linear& l, const float* x, const void* prepared, const
 template <class F>
 struct Rows {
   static constexpr bool as_is = F::as_is;
-  static void ready(const float* x, Scratch& s, int64_t row, int64_t inputs) {
+  static void ready(const float* x, Scratch& s, int64_t row, int64_t rows, int64_t inputs) {
     if (as_is) return;
     typedef typename F::input input;
-    F::prepare(x + row * inputs, reinterpret_cast<input*>(s.prepared.data()) + row * inputs, s.row_scales + row,
-               {1, 0, inputs});
+    input* to = reinterpret_cast<input*>(s.prepared.data()) + row * inputs;
+    F::prepare(x + row * inputs, to, s.row_scales + row, {1, 0, inputs});
+    if constexpr (F::packs)
+      if (in_tiles(rows, inputs)) F::pack(to, row, inputs, s.packed.data());
   }
   static void multiply(const Linear& l, const float* x, Scratch& s, float* y, int64_t stride, int64_t rows,
                        bool is_bf16, Team team) {
-    const void* prepared = as_is ? static_cast<const void*>(x) : s.prepared.data();
-    part_of_linear<F>(l, x, prepared, s.row_scales, y, stride, rows, is_bf16, share(l.outputs, team));
+    part_of_linear<F>(l, x, s, y, stride, rows, is_bf16, share(l.outputs, team));
   }
 };
 
@@ -126,7 +131,7 @@ struct Transposed {};
 template <>
 struct Rows<Transposed> {
   static constexpr bool as_is = true;
-  static void ready(const float*, Scratch&, int64_t, int64_t) {}
+  static void ready(const float*, Scratch&, int64_t, int64_t, int64_t) {}
   static void multiply(const Linear& l, const float* x, Scratch& s, float* y, int64_t stride, int64_t rows,
                        bool is_bf16, Team team) {
     float* mine = s.partial + team.me * s.partial_size;
@@ -270,7 +275,7 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
   for (int64_t m = team.me; m < rows; m += team.all) {
     normalise(t.x + m * b.hidden, b.norm1, b.norm1_bias, float(b.eps1), b.layer_norm, b.hidden, t.is_bf16,
               s.norm + m * b.hidden);
-    Rows<F>::ready(s.norm, s, m, b.hidden);
+    Rows<F>::ready(s.norm, s, m, rows, b.hidden);
   }
   team.barrier();
   Rows<F>::multiply(b.q, s.norm, s, s.qkv, qkv, rows, t.is_bf16, team);
@@ -286,7 +291,7 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
   }
   team.barrier();
   if (!Rows<F>::as_is) {
-    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(s.attended, s, m, attended);
+    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(s.attended, s, m, rows, attended);
   team.barrier();
   }
   Rows<F>::multiply(b.o, s.attended, s, s.made, b.hidden, rows, t.is_bf16, team);
@@ -297,7 +302,7 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
     round_if(t.is_bf16, after, b.hidden);
     normalise(after, b.norm2, b.norm2_bias, float(b.eps2), b.layer_norm, b.hidden, t.is_bf16,
               s.norm + m * b.hidden);
-    Rows<F>::ready(s.norm, s, m, b.hidden);
+    Rows<F>::ready(s.norm, s, m, rows, b.hidden);
   }
   team.barrier();
   float *up = s.inner, *gate = s.inner + rows * b.inner;
@@ -319,7 +324,7 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
   }
   team.barrier();
   if (!Rows<F>::as_is) {
-    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(up, s, m, b.inner);
+    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(up, s, m, rows, b.inner);
   team.barrier();
   }
   Rows<F>::multiply(b.down, up, s, s.made, b.hidden, rows, t.is_bf16, team);
@@ -339,6 +344,7 @@ int decoder_blocks(const DecoderBlock* const* blocks, const Token* tokens, int64
   if (!borrowed.get() || !lay_out(*borrowed.get(), blocks, tokens, count, threads)) return NO_MEMORY;
   Scratch& s = *borrowed.get();
   in_team(threads, [&](Team team) {
+    const Tiles tiles;
     for (int64_t i = 0; i < count; i++) {
       const DecoderBlock& b = *blocks[i];
       const Token& t = tokens[i];
