@@ -191,6 +191,6 @@ def test_the_commands_write_nowhere_else() -> None:
 
 def test_a_header_is_broken_between_its_words_alone() -> None:
     told = io.StringIO()
-    rows = [("system", "torch.compile first", "verdict"), ("mms", "x", "a sentence that needs some room " * 3)]
-    Terminal(file=told, width=44).print(table(rows, "A table"))
+    rows = [("system", "torch.compile first", "verdict"), ("mms", "-", "a sentence that needs some room " * 9)]
+    Terminal(file=told, width=36).print(table(rows, "A table"))
     assert "torch.compile" in told.getvalue()
