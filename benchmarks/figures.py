@@ -81,11 +81,14 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     for name, documents in machines.items():
         machine = documents[-1]["machine"]
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
+        tables = [
+            (head, [line for one in documents for line in lines(one)])
+            for head, lines in ((_COLUMNS, _rows), (_LOAD, _loads))
+        ]
         parts += [
             f"## {name}\n",
             f"{facts}: {', '.join(machine['isa']) or 'no instruction set that is known by name'}.\n",
-            *([environments_page.table(_COLUMNS, rows)] if (rows := [row for one in documents for row in _rows(one)]) else []),
-            *([environments_page.table(_LOAD, loads)] if (loads := [row for one in documents for row in _loads(one)]) else []),
+            *(environments_page.table(head, lines) for head, lines in tables if lines),
             *(f"- {line}" for one in documents for line in _about(one)),
             "",
         ]
@@ -116,7 +119,11 @@ def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for item in document.get("service", []):
         for name in ("plain", "decorated"):
             one = item[name]
-            ratios = [_ratio(item["first"]), _ratio(item["total"])] if name == "decorated" else ["", ""]
+            ratios = (
+                [environments_page.ratio_range(item[k]) for k in ("first", "total")]
+                if name == "decorated"
+                else ["", ""]
+            )
             yield (
                 item["model"], str(item["callers"]), name, str(one["answers"]), str(one["refused"]),
                 f"{one['first_p50']:.2f} s, {one['first_p95']:.2f} s",
