@@ -38,7 +38,7 @@ class _NoFunction:
     __wrapped__: Any
 
     @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    def __class__(self) -> Any:
         # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
         return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
 
