@@ -11,8 +11,8 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record figures strangers strangers-page shared-steps gpu-dry-run serve \
-	upstream-tests upstream-tests-page
+	bench soak audit releases environments environments-page record service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
+	upstream-tests upstream-tests-page screenshots
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -96,7 +96,7 @@ imports: .venv/.dev ## import-linter: the floors of the house
 	@$(BIN)/lint-imports
 
 docs: .venv/.dev ## Build the documentation; a broken link fails
-	@$(BIN)/mkdocs build --strict --quiet --site-dir site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing else meanwhile)
 	@$(BIN)/python benchmarks/overhead.py
@@ -112,8 +112,19 @@ environments: .venv/.wheel ## Each environment that users have, built and run: h
 record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
 	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
 
+service-load: .venv/.wheel ## The example service with 1 to 32 callers, plain against decorated, stored as by record (ARGS= goes to the script)
+	@$(BIN)/python benchmarks/service_load.py --into benchmarks/results $(ARGS)
+
 figures: .venv/.wheel ## Every table and chart of README and docs, from the files that runs have written
 	@$(BIN)/python benchmarks/figures.py
+
+.venv/.screenshots: .venv/.wheel
+	@echo "==> installing accelerate_tts[screenshots]"
+	@$(PIP) "$$(ls dist/*.whl)[screenshots]"
+	@touch $@
+
+screenshots: .venv/.screenshots ## The pictures of docs/figures, with an installed Chromium; ONLY="doctor receipt" (nothing else may run)
+	@$(BIN)/python benchmarks/screenshots.py $(ONLY) $(ARGS)
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py

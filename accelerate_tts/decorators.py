@@ -19,7 +19,7 @@ import wrapt
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.concurrency import limiter, queue
-from accelerate_tts.runtime.guard import guard as retries
+from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard import guarded_call
 from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
 from accelerate_tts.runtime.seeding import loading_again
@@ -38,7 +38,7 @@ class _NoFunction:
     __wrapped__: Any
 
     @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    def __class__(self) -> Any:
         # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
         return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
 
@@ -180,10 +180,10 @@ class _RunInMode:
         elif instance is None and (cls := class_of_call(wrapped, args)) is not None:
             wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         if not self.retry:
-            retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
+            guards.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
         if self.concurrency is None:
-            if inference_mode.is_on(self.mode) and not retries.is_watched():
+            if inference_mode.is_on(self.mode) and not guards.is_watched():
                 # Inside another call in this mode: saves frames, since recursion is limited.
                 result = wrapped(*args, **kwargs)
                 return inference_mode.adopt(result, self.mode) if inference_mode.is_suspended(result) else result
@@ -191,7 +191,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(queue.room_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None
@@ -199,7 +199,7 @@ class _RunInMode:
             choice = ModeChoice(
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
-        watchers = retries.watchers_of(instance, args, kwargs)
+        watchers = guards.watchers_of(instance, args, kwargs)
         if not watchers:
             return inference_mode.call(wrapped, args, kwargs, self.mode, choice)
         return guarded_call.call(

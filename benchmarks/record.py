@@ -60,6 +60,8 @@ def name_of(content: dict[str, Any]) -> str:
     """Return a file's name: the systems, the precisions, and what else makes it another measurement."""
     options = content["options"]
     systems = "-".join(one["system"] for one in content["systems"])
+    if "service" in content:
+        systems = "-".join(["service", *dict.fromkeys(one["model"] for one in content["service"])])
     told = [systems, *options["precisions"]]
     told += [f"{options['layers']}-layers"] if options["layers"] else []
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []

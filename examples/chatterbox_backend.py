@@ -85,11 +85,18 @@ def pretrained(device: str, variant: str = "english") -> Any:
     return class_of(variant).from_pretrained(device)
 
 
-def random(device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english") -> Any:
-    """The architecture with seeded weights, a voice of noise, and a limit on tokens for each sentence."""
+def random(
+    device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english", layers: int = 0
+) -> Any:
+    """The architecture with seeded weights, a voice of noise, and a limit on tokens for each sentence.
+
+    A tiny one may have a T3 of full width with a few layers.
+    """
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
-    t3, s3 = (small_t3(config), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    t3, s3 = (
+        (small_t3(config, layers), small_s3gen(**meanflow)) if tiny else (T3(config), s3gen.S3Token2Wav(**meanflow))
+    )
     if tiny and "n_cfm_timesteps" in signature(s3.inference).parameters:  # since chatterbox-tts 0.1.6
         s3.inference = at_most(s3.inference, n_cfm_timesteps=2)  # of ten, except turbo's two
     # Chatterbox's loops end at the stop token, which random weights hardly ever choose.
@@ -157,8 +164,8 @@ def config_of(variant: str) -> T3Config:
     return config
 
 
-def small_t3(config: T3Config) -> T3:
-    """The class at small size; its Perceiver has one size only, and is left out."""
+def small_t3(config: T3Config, layers: int = 0) -> T3:
+    """The class at small size, or with a few layers of full width, without the Perceiver, which has one size only."""
     llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     gpt2 = {"hidden_size": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "n_ctx": 1024}
@@ -167,7 +174,7 @@ def small_t3(config: T3Config) -> T3:
     # of releases before 0.1.3, which have no other, at the tenth layer.
     if getattr(config, "is_multilingual", True):
         llama |= {"num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 16}
-    size = gpt2 if large["model_type"] == "gpt2" else llama
+    size = {"num_hidden_layers": layers} if layers else gpt2 if large["model_type"] == "gpt2" else llama
     config.llama_config_name, config.use_perceiver_resampler = "small", False
     with patch.dict(LLAMA_CONFIGS, small={**large, **size}):
         return T3(config)

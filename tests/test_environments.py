@@ -168,6 +168,10 @@ def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any])
     other = page.page(several, {"one": row(checks=[check(same_tokens=False, step=None, error=None)])})
     assert "**t3: other tokens**" in other
     assert "**other tokens**" in other
+    in_half = check(same_tokens=False, dtype="bfloat16", divergence=1.7e-4)
+    other = page.page(several, {"one": row(checks=[in_half])})
+    assert "other tokens: in bfloat16, a step diverges by 2e-04 nats at most" in other
+    assert "**" not in other.partition("## What it gave")[2].partition("## What was tried")[0]
     assert "**t3: without kernels**" in page.page(several, {"one": row(checks=[check(kernels="none")])})
 
 
@@ -179,6 +183,7 @@ def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
     assert not made(failed="no memory").good
     assert not made(checks=[check(failed="no memory")]).good
     assert not made(checks=[check(same_tokens=False)]).good
+    assert made(checks=[check(same_tokens=False, dtype="bfloat16")]).good
     assert not made(checks=[check(kernels="none")]).good
     assert made(checks=[check(kernels="avx2")]).good
     assert not made(tests={**row()["tests"], "failed": 1}).good

@@ -19,12 +19,10 @@ from accelerate_tts.cli.bench.measure import Measured, Ratio
 from accelerate_tts.cli.bench.naive import Naive
 from accelerate_tts.cli.bench.report import Found
 from accelerate_tts.cli.bench.results import FORMAT, document
+from schemas import SCHEMA, objections
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SCHEMA = json.loads((BENCHMARKS / "results" / "schema.json").read_text("utf-8"))
-KEYWORDS = {"$schema", "$defs", "title", "description", "type", "required", "properties", "items", "enum", "const",
-            "additionalProperties"}  # fmt: skip
 FLOORS = [{"memory": 2e10, "fp32": 1e11, "bf16": 2e11, "int8": None}] * 3
 
 
@@ -34,33 +32,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield importlib.import_module("figures")
     for name in ("figures", "record", "page", "listed", "run"):
         sys.modules.pop(name, None)
-
-
-def objections(value: Any, schema: dict[str, Any], where: str = "") -> Iterator[str]:
-    """Return the faults of a value under a schema, by the keywords that ours uses."""
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
-             "null": type(None)}  # fmt: skip
-    if "$ref" in schema:
-        schema = SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]]
-    assert set(schema) <= KEYWORDS
-    wanted = schema.get("type", [])
-    named = [wanted] if isinstance(wanted, str) else wanted
-    if named and not any(isinstance(value, kinds[kind]) for kind in named):
-        yield f"{where} is {value!r}, not {named}"
-        return
-    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
-        yield f"{where} is {value!r}"
-    if isinstance(value, dict):
-        yield from (f"{where} has no {name}" for name in schema.get("required", []) if name not in value)
-        for name, inner in value.items():
-            found = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
-            if found is None and "properties" in schema:
-                yield f"{where}.{name} is not in the schema"
-            elif found is not None:
-                yield from objections(inner, found, f"{where}.{name}")
-    if isinstance(value, list) and "items" in schema:
-        for number, inner in enumerate(value):
-            yield from objections(inner, schema["items"], f"{where}[{number}]")
 
 
 def made(**changes: Any) -> dict[str, Any]:
@@ -151,6 +122,26 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     assert record.main(["--from", str(path), "--into", str(tmp_path / "again")]) == 0
     assert "make figures" in capsys.readouterr().out
     assert len(list((tmp_path / "again").glob("*/*.json"))) == 1
+
+
+def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("record")
+    ratio = {"before": 2.0, "after": 1.0, "ratio": 2.0, "lowest": 1.5, "highest": 2.5, "pairs": 3}
+    answers = {"answers": 40, "refused": 7, "most_inside": 24, "first_p50": 0.5, "first_p95": 1.25, "total_p50": 2.0,
+               "total_p95": 3.5, "speech_a_second": 4.0}  # fmt: skip
+    item = {"model": "joe", "callers": 32, "most": 24, "plain": answers, "decorated": {**answers, "refused": 9},
+            "first": ratio, "total": ratio, "others": 0.04}  # fmt: skip
+    options = {"systems": ["joe"], "precisions": ["exact"], "layers": None, "tokens": None, "size": "full"}
+    content = {**made(), "systems": [], "service": [item], "options": options, "commit": "0123456"}
+    assert list(objections(content, SCHEMA)) == []
+    assert list(objections({**content, "service": [{**item, "others": None}]}, SCHEMA))
+    assert record.store(content, tmp_path, "0123456").name == "service-joe-exact.json"
+    rows = [line for line in figures.results_page(figures.read(tmp_path)).splitlines() if line.startswith("| joe |")]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+        ["joe", "32", "plain", "40", "7", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "", "", "4%"],
+        ["joe", "32", "decorated", "40", "9", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "2.00x (1.50 to 2.50)",
+         "2.00x (1.50 to 2.50)", "4%"],
+    ]  # fmt: skip
 
 
 def test_the_chart_has_a_bar_for_each_ratio(figures: Any) -> None:

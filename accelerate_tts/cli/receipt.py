@@ -96,7 +96,8 @@ def show(receipt: Receipt, console: Console) -> None:
         console.print(table([header, *(_row(*row) for row in rows)], title))
     versions = ", ".join(f"{name} {version}" for name, version in receipt.versions.items())
     cold = "" if receipt.cold is None else f"cold first pass {duration(receipt.cold)}, "
-    _line(console, f"{cold}tuning took {receipt.seconds:.1f} s ({versions})", "dim")
+    first = "" if receipt.first_audio is None else f"first audio after {duration(receipt.first_audio)}, "
+    _line(console, f"{cold}{first}tuning took {receipt.seconds:.1f} s ({versions})", "dim")
     for note in receipt.notes:
         _line(console, f"note: {note}", "yellow")
 

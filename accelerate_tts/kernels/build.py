@@ -43,10 +43,10 @@ X86: dict[str, tuple[str, ...]] = {
     "avx512": _AVX512,
     "avx512vnni": _VNNI,
     "avx512bf16": _BF16,
-    "amx": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 # Instruction sets that gain nothing for decode steps, or for sequences. These use the kernels of the level below.
-_NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES = {"avx512bf16", "amx"}, {"avx512vnni"}
+_NOT_FOR_TOKENS, _NOT_FOR_SEQUENCES = {"avx512bf16"}, {"avx512vnni"}
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fopenmp-simd",
     "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",

@@ -89,6 +89,8 @@ class Receipt:
         shares: Share of each part, by its name, of a warm pass of the untouched object, from 0 to 1. Empty if unknown.
         seconds: Seconds that tuning took.
         notes: Further remarks for the user, such as a check that could not be made.
+        first_audio: Median seconds until the first piece of a warm-up call that speaks in pieces, tuned; `None` if none
+            does.
         recompiled: Number of recompilations at the time of saving; see `recompiles`.
     """
 
@@ -107,6 +109,7 @@ class Receipt:
     spectral: float | None = None
     precision: str = "exact"
     shares: dict[str, float] = field(default_factory=dict)
+    first_audio: float | None = None
     _live: Callable[[], int] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -178,7 +181,8 @@ class Receipt:
         lines = [printable(f"{self.what} on {self.device}")]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         cold = f"first pass {duration(self.cold)}, " if self.cold is not None else ""
-        lines.append(f"{cold}tuning took {self.seconds:.1f} s")
+        first = f"first audio after {duration(self.first_audio)}, " if self.first_audio is not None else ""
+        lines.append(f"{cold}{first}tuning took {self.seconds:.1f} s")
         lines += [printable(f"note: {note}") for note in self.notes]
         return "\n".join(lines)
 

@@ -35,6 +35,38 @@ def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
     return list(result) if isinstance(result, Iterator) else result
 
 
+def is_stream(result: Any) -> bool:
+    """Tell if a call's result comes in pieces."""
+    return isinstance(result, (Iterator, AsyncIterator))
+
+
+def begin(stream: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    """Take the first piece of a stream, and leave it, as a caller may.
+
+    Args:
+        stream: A result for which `is_stream` is true.
+        loop: See `complete`.
+    """
+    if isinstance(stream, AsyncIterator):
+        _wait_for(_begin(stream), loop)
+        return
+    try:
+        next(stream, None)
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()
+
+
+async def _begin(stream: Any) -> None:
+    try:
+        await stream.__anext__()
+    except StopAsyncIteration:
+        return
+    finally:
+        if hasattr(stream, "aclose"):
+            await stream.aclose()
+
+
 async def _collect(stream: AsyncIterator[Any]) -> list[Any]:
     return [item async for item in stream]
 

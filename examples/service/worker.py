@@ -35,6 +35,42 @@ class Refused(ValueError):  # noqa: N818 - it is the caller's fault, and not one
         self.param = param
 
 
+class Left:
+    """Flag that the caller of a request has left. It closes the stream of the sentence that is being spoken."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._stream: Any = None
+
+    def is_set(self) -> bool:
+        """Return True if the caller has left."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Say that the caller has left, from any thread."""
+        with self._lock:
+            self._is_set, stream = True, self._stream
+        if stream is not None:
+            stream.close()
+
+    def stops(self, stream: Any) -> Iterator[Any]:
+        """Yield the pieces of a stream. It is closed as soon as the caller leaves.
+
+        Args:
+            stream: Its `close` may be called from any thread, also while another one waits for a piece.
+        """
+        with self._lock:
+            self._stream = stream
+        try:
+            if not self._is_set:
+                yield from stream
+        finally:
+            with self._lock:
+                self._stream = None
+            stream.close()
+
+
 @dataclass(frozen=True)
 class Utterance:
     """A request for speech.
@@ -44,12 +80,16 @@ class Utterance:
         voice: Name of a built-in voice; "" if `reference` is given.
         reference: WAV file of the voice, 24 kHz mono, or `None`.
         speed: 1.0 is the model's own.
+        streamed: True if each piece is sent as soon as it is there.
+        left: Says that the caller has left.
     """
 
     text: str
     voice: str = ""
     reference: Path | None = None
     speed: float = 1.0
+    streamed: bool = False
+    left: Left = field(default_factory=Left)
 
 
 @dataclass(frozen=True)
@@ -76,7 +116,7 @@ class Speaker:
 @dataclass
 class _Task:
     message: Message
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    left: Left = field(default_factory=Left)
 
 
 class _Worker:
@@ -121,8 +161,8 @@ class _Worker:
         elif message["kind"] == "speak":
             task = self._tasks[message["id"]] = _Task(message)
             self._waiting.put(task)
-        elif (cancelled := self._tasks.get(message["id"])) is not None:  # otherwise it has just ended
-            cancelled.cancelled.set()
+        elif (task := self._tasks.get(message["id"])) is not None:  # otherwise it has just ended
+            task.left.set()
 
     def _speak_all(self) -> None:
         while True:
@@ -140,19 +180,19 @@ class _Worker:
             self._send({"id": key, **answer})
 
     def _speak(self, key: int, task: _Task) -> None:
-        if task.cancelled.is_set():
+        if task.left.is_set():
             return
         self._send({"kind": "started", "id": key})
         message = task.message
         reference = Path(message["reference"]) if message["reference"] else None
-        said = Utterance(message["text"], message["voice"], reference, message["speed"])
+        said = Utterance(message["text"], message["voice"], reference, message["speed"], message["streamed"], task.left)
         torch = sys.modules.get("torch")  # a system without it needs no seed
         if torch is not None:
             torch.manual_seed(message["seed"])
         pieces = self._speakers[message["model"], message["precision"]].stream(said)
         try:
             for piece in pieces:
-                if task.cancelled.is_set():
+                if task.left.is_set():
                     return
                 self._send({"kind": "sound", "id": key}, np.ascontiguousarray(piece, dtype=np.float32).tobytes())
         finally:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from itertools import accumulate, pairwise
@@ -388,6 +388,28 @@ def test_closing_from_elsewhere_stops_at_the_token_that_is_being_made(english: A
     computed.append(lambda: speaking.close() if computed[0] == 3 else None)
     assert list(speaking) == []
     assert computed[0] == 3
+
+
+def test_a_stream_that_is_being_closed_has_ended_for_another_thread() -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    def body(_left: threading.Event) -> Iterator[torch.Tensor]:
+        try:
+            yield torch.zeros(1, 1)
+            yield torch.zeros(1, 1)
+        finally:
+            closing.set()
+            assert go_on.wait(10)
+
+    speaking = Stream("a loop", body)
+    next(speaking)
+    with ThreadPoolExecutor(2) as pool:
+        closed = pool.submit(speaking.close)
+        assert closing.wait(10)
+        rest = pool.submit(list, speaking)
+        wait({rest}, timeout=0.1)
+        go_on.set()
+        assert (closed.result(10), rest.result(10)) == (None, [])
 
 
 async def test_a_cancelled_task_stops_at_the_token_that_is_being_made(english: Any, computed: list[Any]) -> None:

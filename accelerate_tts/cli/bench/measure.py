@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ class Measured:
         disturbed: Number of counted pairs during which other programs used the machine. Others were repeated.
         disturbance: The disturbance in words; "" if there was none.
         kernels: Instruction set of the kernels in use, or "none".
+        dtype: Number format of the model's weights as loaded, such as "float32"; the decoder's, if there is one.
     """
 
     system: str
@@ -122,6 +124,7 @@ class Measured:
     disturbance: str = ""
     kernels: str = ""
     moved: str = ""
+    dtype: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary for JSON."""
@@ -296,6 +299,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
         json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, level(), why,
+        _dtype(built.decoder or built.model),
     )  # fmt: skip
 
 
@@ -412,6 +416,18 @@ def _tensors(output: Any) -> list[Any]:
 
 def _floats(output: Any) -> list[Any]:
     return [tensor.float() for tensor in _tensors(output) if tensor.is_floating_point()]
+
+
+def _dtype(model: Any) -> str:
+    """Return the number format of most weights below a module, or of an object's modules."""
+    import torch
+
+    counts = Counter[torch.dtype]()
+    for module in [model] if isinstance(model, torch.nn.Module) else vars(model).values():
+        if isinstance(module, torch.nn.Module):
+            for weight in module.parameters():
+                counts[weight.dtype] += weight.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else ""
 
 
 def _same_tokens(first: Any, second: Any) -> bool | None:

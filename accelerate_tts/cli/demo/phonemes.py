@@ -27,20 +27,22 @@ class NothingToSayError(AccelerateTTSError, ValueError):
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into pieces of at most 300 characters, at ends of sentences where possible.
-
-    Characters that cannot be spoken (controls, lone surrogates) are replaced by spaces.
+    """Split a text into pieces of at most 300 characters, at ends of sentences where possible, and make it `speakable`.
 
     Raises:
         NothingToSayError: Nothing is left.
     """
-    clean = "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else " " for c in text)
     pieces: list[str] = []
-    for sentence in _SENTENCE_END.split(clean):
+    for sentence in _SENTENCE_END.split(speakable(text)):
         pieces += _short(" ".join(sentence.split()))
     if not pieces:
         raise NothingToSayError(f"there is nothing to say in {text[:40]!r}; give a sentence of English")
     return pieces
+
+
+def speakable(text: str) -> str:
+    """Replace the characters of a text that cannot be spoken (controls, lone surrogates) by spaces."""
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else " " for c in text)
 
 
 def _short(sentence: str) -> list[str]:

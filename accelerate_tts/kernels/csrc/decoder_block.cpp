@@ -12,8 +12,17 @@
 namespace KERNELS_LEVEL {
 namespace {
 
+// A model in bf16 rounds what each of its operators returns. So do these kernels, in the same places: what is left
+// between the two is the order of the sums.
+inline float rounded(float value) { return widen(narrow(value)); }
+inline void round_if(bool is_bf16, float* values, int64_t count) {
+  if (!is_bf16) return;
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) values[i] = rounded(values[i]);
+}
+
 void normalise(const float* x, const float* weight, const float* bias, float eps, bool layer_norm, int64_t size,
-               float* y) {
+               bool is_bf16, float* y) {
   double sum = 0, squares = 0;
   if (layer_norm) {
 #pragma omp simd reduction(+ : sum)
@@ -24,11 +33,15 @@ void normalise(const float* x, const float* weight, const float* bias, float eps
   for (int64_t i = 0; i < size; i++) squares += double(x[i] - mean) * double(x[i] - mean);
   const float factor = float(1.0 / sqrt(squares / double(size) + double(eps)));
 #pragma omp simd
-  for (int64_t i = 0; i < size; i++) y[i] = (x[i] - mean) * factor * weight[i];
+  for (int64_t i = 0; i < size; i++) y[i] = (x[i] - mean) * factor;
+  round_if(is_bf16 && !layer_norm, y, size);  // RMSNorm is two operators: the weight comes after it
+#pragma omp simd
+  for (int64_t i = 0; i < size; i++) y[i] *= weight[i];
   if (bias) {
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) y[i] += bias[i];
   }
+  round_if(is_bf16, y, size);
 }
 
 // Who of the team computes which outputs, in whole strips so that no two write to one line of the cache.
@@ -45,6 +58,7 @@ inline Share share(int64_t size, Team team) {
 struct Scratch {
   Buffer<float> floats;
   Buffer<char> prepared;
+  Buffer<int8_t> packed;
   float *norm, *qkv, *attended, *made, *after, *inner, *row_scales, *partial, *scores;
   int64_t partial_size, scores_size;
 };
@@ -52,7 +66,7 @@ struct Scratch {
 // Room for the largest of the blocks.
 bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens, int64_t count, int threads) {
   enum { NORM, QKV, ATTENDED, MADE, AFTER, INNER, ROW_SCALES, PARTIAL, SCORES, PIECES };
-  int64_t sizes[PIECES] = {}, widest = 0;
+  int64_t sizes[PIECES] = {}, widest = 0, pack = 0;
   for (int64_t i = 0; i < count; i++) {
     const DecoderBlock& b = *blocks[i];
     const int64_t rows = tokens[i].rows, attended = b.heads * b.head_dim;
@@ -62,6 +76,7 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
         rows * 2,        b.format == TRANSPOSED ? rows * widths : 0, tokens[i].length + 17};
     for (int j = 0; j < PIECES; j++) sizes[j] = most(sizes[j], wanted[j]);
     widest = most(widest, rows * widths);
+    if (b.format == INT8 && in_tiles(rows, TILE_INPUTS)) pack = most(pack, pack_bytes(rows, widths));
   }
   for (int64_t& size : sizes) size = (size + 15) / 16 * 16;
   s.partial_size = sizes[PARTIAL];  // of one thread, and so are the scores
@@ -70,7 +85,7 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
   sizes[SCORES] *= threads;
   int64_t total = 0;
   for (int64_t size : sizes) total += size;
-  if (!s.floats.fit(total) || !s.prepared.fit(widest * sizeof(float))) return false;
+  if (!s.floats.fit(total) || !s.prepared.fit(widest * sizeof(float)) || !s.packed.fit(pack)) return false;
   float** pieces[PIECES] = {&s.norm,  &s.qkv,        &s.attended, &s.made,  &s.after,
                             &s.inner, &s.row_scales, &s.partial,  &s.scores};
   float* next = s.floats.data();
@@ -83,28 +98,32 @@ bool lay_out(Scratch& s, const DecoderBlock* const* blocks, const Token* tokens,
 
 // y = x @ w.T for outputs begin .. end of all rows, by one thread.
 template <class F>
-void part_of_linear(const Linear& l, const float* x, const void* prepared, const float* row_scales, float* y,
-                    int64_t stride, int64_t rows, Share mine) {
-  const Work<F> work = {x, static_cast<const typename F::input*>(prepared), row_scales,
+void part_of_linear(const Linear& l, const float* x, const Scratch& s, float* y, int64_t stride, int64_t rows,
+                    bool is_bf16, Share mine) {
+  const void* prepared = F::as_is ? static_cast<const void*>(x) : s.prepared.data();
+  const Work<F> work = {x, static_cast<const typename F::input*>(prepared), s.row_scales,
                         static_cast<const typename F::weight*>(l.w), l.scale, l.bias, y,
-                        {rows, l.outputs, l.inputs}, stride};
+                        {rows, l.outputs, l.inputs}, stride,
+                        F::packs && in_tiles(rows, l.inputs) ? s.packed.data() : nullptr};
   all_dots(work, mine.begin, mine.end);
+  for (int64_t m = 0; m < rows; m++) round_if(is_bf16, y + m * stride + mine.begin, mine.end - mine.begin);
 }
 
 // Products of a format within a team. The thread that computed a row of x converts it to the format by `ready`.
 template <class F>
 struct Rows {
   static constexpr bool as_is = F::as_is;
-  static void ready(const float* x, Scratch& s, int64_t row, int64_t inputs) {
+  static void ready(const float* x, Scratch& s, int64_t row, int64_t rows, int64_t inputs) {
     if (as_is) return;
     typedef typename F::input input;
-    F::prepare(x + row * inputs, reinterpret_cast<input*>(s.prepared.data()) + row * inputs, s.row_scales + row,
-               {1, 0, inputs});
+    input* to = reinterpret_cast<input*>(s.prepared.data()) + row * inputs;
+    F::prepare(x + row * inputs, to, s.row_scales + row, {1, 0, inputs});
+    if constexpr (F::packs)
+      if (in_tiles(rows, inputs)) F::pack(to, row, inputs, s.packed.data());
   }
   static void multiply(const Linear& l, const float* x, Scratch& s, float* y, int64_t stride, int64_t rows,
-                       Team team) {
-    const void* prepared = as_is ? static_cast<const void*>(x) : s.prepared.data();
-    part_of_linear<F>(l, x, prepared, s.row_scales, y, stride, rows, share(l.outputs, team));
+                       bool is_bf16, Team team) {
+    part_of_linear<F>(l, x, s, y, stride, rows, is_bf16, share(l.outputs, team));
   }
 };
 
@@ -112,9 +131,9 @@ struct Transposed {};
 template <>
 struct Rows<Transposed> {
   static constexpr bool as_is = true;
-  static void ready(const float*, Scratch&, int64_t, int64_t) {}
+  static void ready(const float*, Scratch&, int64_t, int64_t, int64_t) {}
   static void multiply(const Linear& l, const float* x, Scratch& s, float* y, int64_t stride, int64_t rows,
-                       Team team) {
+                       bool is_bf16, Team team) {
     float* mine = s.partial + team.me * s.partial_size;
     const int64_t size = rows * l.outputs;
     memset(mine, 0, size * sizeof(float));
@@ -126,14 +145,23 @@ struct Rows<Transposed> {
       for (int64_t n = part.begin; n < part.end; n++) {
         float sum = l.bias ? l.bias[n] : 0;
         for (int64_t t = 0; t < team.all; t++) sum += s.partial[t * s.partial_size + m * l.outputs + n];
-        y[m * stride + n] = sum;
+        y[m * stride + n] = is_bf16 ? rounded(sum) : sum;
       }
   team.barrier();
   }
 };
 
-void rotate(float* head, const float* cos, const float* sin, int64_t size) {
+void rotate(float* head, const float* cos, const float* sin, int64_t size, bool is_bf16) {
   const int64_t half = size / 2;
+  if (is_bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      const float a = head[i], b = head[i + half];
+      head[i] = rounded(rounded(a * cos[i]) - rounded(b * sin[i]));
+      head[i + half] = rounded(rounded(b * cos[i + half]) + rounded(a * sin[i + half]));
+    }
+    return;
+  }
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
     const float a = head[i], b = head[i + half];
@@ -169,7 +197,8 @@ inline void gather(const T* values, int64_t stride, const float* weights, int64_
 
 // One key/value head of one row: the new position is written behind the cache, then all query heads of its group look.
 template <class T>
-__attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scratch& s, int64_t row, int64_t kv_head, float* scores) {
+__attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scratch& s, int64_t row, int64_t kv_head,
+                                      float* scores) {
   const int64_t size = b.head_dim, group = b.heads / b.kv_heads;
   const Row* own = t.own ? t.own + row : nullptr;
   const int64_t length = own ? own->length : t.length, positions = length + 1;
@@ -185,14 +214,14 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
   float* attention = own ? own->attention : t.attention ? t.attention + row * b.heads * positions : nullptr;
   const float* cos = t.cos ? t.cos + row * t.rotation_stride : nullptr;
   const float* sin = t.cos ? t.sin + row * t.rotation_stride : nullptr;
-  if (cos) rotate(key, cos, sin, size);
+  if (cos) rotate(key, cos, sin, size, t.is_bf16);
   for (int64_t i = 0; i < size; i++) {
     put(keys + length * t.key_position + i, key[i]);
     put(values + length * t.value_position + i, value[i]);
   }
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
     float* query = qkv + head * size;
-    if (cos) rotate(query, cos, sin, size);
+    if (cos) rotate(query, cos, sin, size, t.is_bf16);
     int64_t j = 0;
     for (; j + 4 <= positions; j += 4) {
       for (int ahead = 4; ahead < 8; ahead++) {
@@ -223,6 +252,7 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
 #pragma omp simd
       for (j = 0; j < positions; j++) weights[j] = scores[j] * factor;
     }
+    round_if(t.is_bf16, scores, positions);  // PyTorch's attention rounds its weights behind their sum
     float* out = s.attended + (row * b.heads + head) * size;
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)
@@ -234,6 +264,7 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
       for (j = 0; j < positions; j++) one += scores[j] * widen(values[j * t.value_position + i]);
       out[i] = one / sum;
     }
+    round_if(t.is_bf16, out, size);
   }
 }
 
@@ -242,14 +273,15 @@ template <class F>
 void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team) {
   const int64_t qkv = (b.heads + 2 * b.kv_heads) * b.head_dim, attended = b.heads * b.head_dim, rows = t.rows;
   for (int64_t m = team.me; m < rows; m += team.all) {
-    normalise(t.x + m * b.hidden, b.norm1, b.norm1_bias, float(b.eps1), b.layer_norm, b.hidden, s.norm + m * b.hidden);
-    Rows<F>::ready(s.norm, s, m, b.hidden);
+    normalise(t.x + m * b.hidden, b.norm1, b.norm1_bias, float(b.eps1), b.layer_norm, b.hidden, t.is_bf16,
+              s.norm + m * b.hidden);
+    Rows<F>::ready(s.norm, s, m, rows, b.hidden);
   }
   team.barrier();
-  Rows<F>::multiply(b.q, s.norm, s, s.qkv, qkv, rows, team);
+  Rows<F>::multiply(b.q, s.norm, s, s.qkv, qkv, rows, t.is_bf16, team);
   if (b.k.w) {
-    Rows<F>::multiply(b.k, s.norm, s, s.qkv + b.q.outputs, qkv, rows, team);
-    Rows<F>::multiply(b.v, s.norm, s, s.qkv + b.q.outputs + b.k.outputs, qkv, rows, team);
+    Rows<F>::multiply(b.k, s.norm, s, s.qkv + b.q.outputs, qkv, rows, t.is_bf16, team);
+    Rows<F>::multiply(b.v, s.norm, s, s.qkv + b.q.outputs + b.k.outputs, qkv, rows, t.is_bf16, team);
   }
   team.barrier();
   float* scores = s.scores + team.me * s.scores_size;
@@ -259,21 +291,23 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
   }
   team.barrier();
   if (!Rows<F>::as_is) {
-    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(s.attended, s, m, attended);
+    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(s.attended, s, m, rows, attended);
   team.barrier();
   }
-  Rows<F>::multiply(b.o, s.attended, s, s.made, b.hidden, rows, team);
+  Rows<F>::multiply(b.o, s.attended, s, s.made, b.hidden, rows, t.is_bf16, team);
   team.barrier();
   for (int64_t m = team.me; m < rows; m += team.all) {
     float* after = s.after + m * b.hidden;
     for (int64_t i = 0; i < b.hidden; i++) after[i] = t.x[m * b.hidden + i] + s.made[m * b.hidden + i];
-    normalise(after, b.norm2, b.norm2_bias, float(b.eps2), b.layer_norm, b.hidden, s.norm + m * b.hidden);
-    Rows<F>::ready(s.norm, s, m, b.hidden);
+    round_if(t.is_bf16, after, b.hidden);
+    normalise(after, b.norm2, b.norm2_bias, float(b.eps2), b.layer_norm, b.hidden, t.is_bf16,
+              s.norm + m * b.hidden);
+    Rows<F>::ready(s.norm, s, m, rows, b.hidden);
   }
   team.barrier();
   float *up = s.inner, *gate = s.inner + rows * b.inner;
-  Rows<F>::multiply(b.up, s.norm, s, up, b.inner, rows, team);
-  if (b.gated) Rows<F>::multiply(b.gate, s.norm, s, gate, b.inner, rows, team);
+  Rows<F>::multiply(b.up, s.norm, s, up, b.inner, rows, t.is_bf16, team);
+  if (b.gated) Rows<F>::multiply(b.gate, s.norm, s, gate, b.inner, rows, t.is_bf16, team);
   const Share mine = share(b.inner, team);  // what this thread has just made
   for (int64_t m = 0; m < rows; m++) {
     float* to = up + m * b.inner;
@@ -283,20 +317,22 @@ void block_by_team(const DecoderBlock& b, const Token& t, Scratch& s, Team team)
     for (int64_t n = mine.begin; n < mine.end; n++) {
       const float x = from[n], cube = x * x * x;
       const float z = b.activation == 0 ? x : 1.5957691216057308f * (x + 0.044715f * cube);
-      to[n] = x / (1.0f + quick_exp(-z)) * (b.gated ? to[n] : 1.0f);
+      const float active = x / (1.0f + quick_exp(-z));
+      to[n] = (t.is_bf16 ? rounded(active) : active) * (b.gated ? to[n] : 1.0f);
     }
+    if (b.gated) round_if(t.is_bf16, to + mine.begin, mine.end - mine.begin);
   }
   team.barrier();
   if (!Rows<F>::as_is) {
-    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(up, s, m, b.inner);
+    for (int64_t m = team.me; m < rows; m += team.all) Rows<F>::ready(up, s, m, rows, b.inner);
   team.barrier();
   }
-  Rows<F>::multiply(b.down, up, s, s.made, b.hidden, rows, team);
+  Rows<F>::multiply(b.down, up, s, s.made, b.hidden, rows, t.is_bf16, team);
   const Share last = share(b.hidden, team);
   for (int64_t m = 0; m < rows; m++)
     for (int64_t n = last.begin; n < last.end; n++) {
       const float y = s.after[m * b.hidden + n] + s.made[m * b.hidden + n];
-      t.y[m * b.hidden + n] = t.is_bf16 ? widen(narrow(y)) : y;
+      t.y[m * b.hidden + n] = t.is_bf16 ? rounded(y) : y;
     }
 }
 
@@ -308,6 +344,7 @@ int decoder_blocks(const DecoderBlock* const* blocks, const Token* tokens, int64
   if (!borrowed.get() || !lay_out(*borrowed.get(), blocks, tokens, count, threads)) return NO_MEMORY;
   Scratch& s = *borrowed.get();
   in_team(threads, [&](Team team) {
+    const Tiles tiles;
     for (int64_t i = 0; i < count; i++) {
       const DecoderBlock& b = *blocks[i];
       const Token& t = tokens[i];

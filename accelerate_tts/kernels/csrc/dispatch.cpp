@@ -62,7 +62,7 @@ bool has(const char* level) {
   if (!strcmp(level, "avx512vnni")) return vnni;
   if (!strcmp(level, "avx512bf16")) return bf16;
   if (!strcmp(level, "amx"))
-    return bf16 && (low >> 17 & 3) == 3 && (d7 >> 24 & 1) && (d7 >> 22 & 1) && may_use_tiles();
+    return bf16 && (low >> 17 & 3) == 3 && (d7 >> 24 & 3) == 3 && (d7 >> 22 & 1) && may_use_tiles();
   return false;
 }
 #else

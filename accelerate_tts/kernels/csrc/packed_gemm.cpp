@@ -9,14 +9,6 @@ namespace {
 
 constexpr int64_t TILE = 16, DEEP = 32;  // rows and columns of sums, and inputs, of one tile
 
-// Eight tiles of 16 rows of 64 bytes. A constant, since GCC takes the instruction to read no more than a pointer.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr TileConfig CONFIG;
-
 // WIDE tiles of columns of TALL tiles of rows: tiles 0..3 are sums, 4..5 rows of a, 6..7 columns of the panel.
 template <int TALL, int WIDE>
 inline void block(const bf16* a, int64_t stride, const bf16* panel, int64_t columns, int64_t inputs, bool add, float* c) {
@@ -65,9 +57,6 @@ inline void block(const bf16* a, int64_t stride, const bf16* panel, int64_t colu
 }
 
 }  // namespace
-
-Tiles::Tiles() { _tile_loadconfig(&CONFIG); }
-Tiles::~Tiles() { _tile_release(); }
 
 void multiply_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t columns, int64_t rows, int64_t inputs,
                     bool add, float* c) {
@@ -120,9 +109,6 @@ inline void block(const bf16* a, int64_t stride, const bf16* panel, int64_t colu
 }
 
 }  // namespace
-
-Tiles::Tiles() = default;
-Tiles::~Tiles() = default;
 
 void multiply_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t columns, int64_t rows, int64_t inputs,
                     bool add, float* c) {

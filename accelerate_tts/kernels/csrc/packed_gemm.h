@@ -6,6 +6,7 @@
 #include "common.h"
 #include "simd.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace KERNELS_LEVEL {
 
@@ -15,15 +16,6 @@ constexpr int64_t PANEL = 64, ROWS = 64;
 // Rows are a multiple of 16, columns of 64, inputs of 32.
 void multiply_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t columns, int64_t rows, int64_t inputs,
                     bool add, float* c);
-
-// A thread's tiles, for as long as it multiplies; nothing where there are none.
-class Tiles {
- public:
-  Tiles();
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles();
-};
 
 namespace {
 

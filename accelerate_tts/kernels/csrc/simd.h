@@ -100,6 +100,24 @@ inline float total(vec v) {
 #endif
 }
 
+// a * b + c, rounded once where there is an instruction for it: left alone, compilers choose anew at each place.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// All numbers of a vector, without rounding.
+inline int64_t total(ints v) {
+  typedef int64_t longs __attribute__((vector_size(LANES * 4)));
+  const longs pairs = (longs)v, sums = (pairs << 32 >> 32) + (pairs >> 32);
+  int64_t sum = 0;
+  for (int i = 0; i < LANES / 2; i++) sum += sums[i];
+  return sum;
+}
+
 // exp to 2 units in the last place, without branches, so that compilers make vectors of it (Cephes' polynomial).
 inline float quick_exp(float x) {
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);

@@ -12,6 +12,7 @@ namespace {
 struct Workspace {
   Buffer<char> prepared;
   Buffer<float> row_scales, partial;
+  Buffer<int8_t> packed;
 };
 
 // w is [outputs, inputs], as nn.Linear has it.
@@ -22,9 +23,17 @@ int linear(const SkinnyCall& call, Workspace& s, int threads) {
   if (!s.prepared.fit(of.rows * of.inputs * sizeof(input)) || !s.row_scales.fit(of.rows)) return NO_MEMORY;
   input* prepared = reinterpret_cast<input*>(s.prepared.data());
   F::prepare(call.x, prepared, s.row_scales.data(), of);
+  const int8_t* packed = nullptr;
+  if constexpr (F::packs)
+    if (in_tiles(of.rows, of.inputs)) {
+      if (!s.packed.fit(pack_bytes(of.rows, of.inputs))) return NO_MEMORY;
+      for (int64_t m = 0; m < of.rows; m++) F::pack(prepared + m * of.inputs, m, of.inputs, s.packed.data());
+      packed = s.packed.data();
+    }
   const Work<F> work = {call.x, prepared, s.row_scales.data(), static_cast<const typename F::weight*>(call.w),
-                        call.scale, call.bias, call.y, of, of.outputs};
+                        call.scale, call.bias, call.y, of, of.outputs, packed};
   in_team(threads, [&](Team team) {
+    const Tiles tiles;
     all_dots(work, of.outputs * team.me / team.all, of.outputs * (team.me + 1) / team.all);
   });
   return 0;

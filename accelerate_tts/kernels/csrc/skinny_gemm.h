@@ -4,9 +4,13 @@
 // Each weight is read once, in the order in which it lies in memory, and used for up to eight rows of x, or four with few
 // registers. Weights are
 // fp32, bf16 or int8 with a scale for each output. Sums are kept in fp32; for int8 in integers, with x in 16 bits.
+//
+// From three rows on, the arithmetic of int8 takes longer than the reading. AMX's tiles have it for nothing: weights are
+// the rows of a tile as they lie in memory, and each row of x is two columns of another, its high and its low bytes.
 #pragma once
 #include "common.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace KERNELS_LEVEL {
 namespace {
@@ -36,7 +40,19 @@ constexpr int MOST_AT_ONCE = 4;
 // How many rows of weights at once: `one` for one or two of x, and `many` for more than four.
 constexpr int at_once(int rows, int one, int many) { return rows <= 2 ? one : rows <= 4 ? one / 2 : many; }
 
+// Rows of x in a pack for tiles, two of whose 16 columns each takes; as many as are computed at once.
+constexpr int64_t PACKED_ROWS = 8, TILE_INPUTS = 64, TILE_OUTPUTS = 16;
+#if defined(__AMX_INT8__)
+constexpr bool INT8_TILES = true;
+#else
+constexpr bool INT8_TILES = false;
+#endif
+// Whether so many rows are worth a pack. The sums are integers, so one row in tiles and another beside them agree.
+constexpr bool in_tiles(int64_t rows, int64_t inputs) { return INT8_TILES && rows > 2 && inputs % TILE_INPUTS == 0; }
+constexpr int64_t pack_bytes(int64_t rows, int64_t inputs) { return up_to(rows, PACKED_ROWS) * 2 * inputs; }
+
 struct Fp32 {
+  static constexpr bool packs = false;
   static constexpr bool as_is = true;  // x needs nothing done to it
   typedef float weight;
   typedef float input;
@@ -60,6 +76,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
+  static constexpr bool packs = false;
   static constexpr bool as_is = false;
   typedef bf16 weight;
   typedef float input;
@@ -95,6 +112,7 @@ struct Bf16 {
 };
 
 struct Int8 {
+  static constexpr bool packs = INT8_TILES;
   static constexpr bool as_is = false;
   typedef int8_t weight;
   typedef int16_t input;
@@ -105,7 +123,8 @@ struct Int8 {
   // x in up to 16 bits, as many as the sums have room for: each of LANES sums gets 1 / LANES of the products.
   static void prepare(const float* x, input* to, float* scales, Shape of) {
     const double room = 2147483647.0 * LANES / (127.0 * double(of.inputs + step));
-    const float limit = room < 32767.0 ? float(floor(room)) : 32767.0f;
+    constexpr double most = 127 * 256 + 127;  // a high and a low byte, both with a sign
+    const float limit = float(room < most ? floor(room) : most);
     for (int64_t m = 0; m < of.rows; m++) {
       const float* row = x + m * of.inputs;
       float peak = 0, zero = 0;
@@ -127,6 +146,16 @@ struct Int8 {
       }
     }
   }
+  // Row m of x for tiles: [inputs / 4][16 columns][4], high bytes in the first eight columns, low bytes in the others.
+  static void pack(const input* row, int64_t m, int64_t inputs, int8_t* packed) {
+    int8_t* to = packed + m / PACKED_ROWS * pack_bytes(1, inputs) + m % PACKED_ROWS * 4;
+    for (int64_t k = 0; k < inputs; k += 4)
+      for (int64_t i = 0; i < 4; i++) {
+        const int high = (row[k + i] + 128) >> 8;
+        to[k * 16 + i] = int8_t(high);
+        to[k * 16 + PACKED_ROWS * 4 + i] = int8_t(row[k + i] - high * 256);
+      }
+  }
   template <int ROWS, int COUNT>
   static void add(sum (&sums)[ROWS][COUNT], const input* x, int64_t inputs, const weight* w, int64_t apart, int64_t k) {
     shorts weights[COUNT];
@@ -137,7 +166,7 @@ struct Int8 {
     }
   }
   static sum join(sum a, sum b) { return a + b; }  // prepare() has left room for all of a lane
-  static float value(sum s, float scale) { return total(__builtin_convertvector(s, vec)) * scale; }
+  static float value(sum s, float scale) { return float(total(s)) * scale; }
 };
 // Inputs of a call: x as given, and x in the format with a scale for each row.
 template <class F>
@@ -151,6 +180,14 @@ struct Work {
   float* y;
   Shape of;
   int64_t stride;  // of y's rows
+  const int8_t* packed;  // x for tiles, or null
+
+  void put(int64_t m, int64_t n, float sum) const {
+    if (scale && bias) sum = multiply_add(sum, scale[n], bias[n]);
+    else if (scale) sum *= scale[n];
+    else if (bias) sum += bias[n];
+    y[m * stride + n] = sum;
+  }
 };
 
 // Outputs n, n + apart, ... of COUNT.
@@ -171,9 +208,7 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n, int64_t apart) {
       const int64_t to = n + r * apart;
       float sum = F::value(sums[m][r], work.row_scales[m0 + m]);
       for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * stride + k]);
-      if (work.scale) sum *= work.scale[to];
-      if (work.bias) sum += work.bias[to];
-      work.y[(m0 + m) * work.stride + to] = sum;
+      work.put(m0 + m, to, sum);
     }
 }
 
@@ -196,9 +231,7 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
     for (int j = 1; j < SUMS; j++) sums[0][m][0] = F::join(sums[0][m][0], sums[j][m][0]);
     float sum = F::value(sums[0][m][0], work.row_scales[m0 + m]);
     for (k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[k]);
-    if (work.scale) sum *= work.scale[n];
-    if (work.bias) sum += work.bias[n];
-    work.y[(m0 + m) * work.stride + n] = sum;
+    work.put(m0 + m, n, sum);
   }
 }
 
@@ -214,15 +247,48 @@ __attribute__((noinline)) void dots(const Work<F>& work, int64_t m, int64_t n, i
     for (; n < end; n++) dot_in_turn<F, ROWS>(work, m, n);
 }
 
+#if defined(__AMX_INT8__)
+// Outputs n .. end of up to eight rows of x from m0 on, 16 far apart at once; returns the first that is left.
+__attribute__((noinline)) inline int64_t dots_in_tiles(const Work<Int8>& work, int64_t m0, int64_t rows, int64_t n,
+                                                       int64_t end) {
+  const int64_t inputs = work.of.inputs, apart = (end - n) / TILE_OUTPUTS;
+  const int8_t* packed = work.packed + m0 / PACKED_ROWS * pack_bytes(1, inputs);
+  alignas(64) int32_t sums[TILE_OUTPUTS][2][PACKED_ROWS];
+  float scales[PACKED_ROWS] = {}, made[PACKED_ROWS];
+  for (int64_t m = 0; m < rows; m++) scales[m] = work.row_scales[m0 + m];
+  for (int64_t i = n; i < n + apart; i++) {
+    _tile_zero(0);
+    for (int64_t k = 0; k < inputs; k += TILE_INPUTS) {
+      _tile_loadd(1, packed + k * 16, 64);
+      _tile_loadd(2, work.w + i * inputs + k, apart * inputs);
+      _tile_dpbssd(0, 2, 1);
+    }
+    _tile_stored(0, sums, 64);
+    for (int64_t r = 0; r < TILE_OUTPUTS; r++) {
+#pragma omp simd
+      for (int64_t m = 0; m < PACKED_ROWS; m++)
+        made[m] = float(int64_t(sums[r][0][m]) * 256 + sums[r][1][m]) * scales[m];
+      for (int64_t m = 0; m < rows; m++) work.put(m0 + m, i + r * apart, made[m]);
+    }
+  }
+  return n + apart * TILE_OUTPUTS;
+}
+#endif
+
 // Outputs begin .. end of all rows of x. Of more rows than registers have room for, strips of w stay in the cache while
 // all take their turn.
 template <class F>
 void all_dots(const Work<F>& work, int64_t begin, int64_t end) {
   const int64_t rows = work.of.rows, strip = rows <= MOST_AT_ONCE ? end - begin : 16;
-  for (int64_t n = begin; n < end; n += strip) {
-    const int64_t to = n + strip < end ? n + strip : end;
+  for (int64_t first = begin; first < end; first += strip) {
+    const int64_t to = least(first + strip, end);
     for (int64_t m = 0; m < rows; m += MOST_AT_ONCE) {
       const int64_t left = rows - m;
+      int64_t n = first;
+#if defined(__AMX_INT8__)
+      if constexpr (F::packs)
+        if (work.packed) n = dots_in_tiles(work, m, least(left, PACKED_ROWS), n, to);
+#endif
       if constexpr (MOST_AT_ONCE > 4) switch (left) {
           case 1: case 2: case 3: case 4: break;
           case 5: dots<F, 5>(work, m, n, to); continue;

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from accelerate_tts.events import Recompiled, emit
 from accelerate_tts.inspection.tracing import compiles_itself
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.change import Counter
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 
-class Frozen(Weights):
+class Frozen(WeightWatch):
     """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
 
     def options(self) -> Any:
@@ -32,38 +32,6 @@ class Frozen(Weights):
         from torch._inductor import config
 
         return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0)
-
-
-class Counter:
-    """Counts graphs. Separate from the call, since dynamo keeps the backend and its references alive."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.graphs = 0
-        self.sealed = False
-        self.left_out = False
-        self.guard = ""  # the guard that failed last
-
-    def count(self, shapes: str) -> None:
-        """Count a graph for inputs of these shapes; emit an event after warm-up."""
-        self.graphs += 1
-        if self.sealed:
-            emit(Recompiled(self.what, self.graphs, shapes, self.guard))
-
-
-class CountedChange:
-    """Base class of changes that compile graphs. Subclasses set `_counter`."""
-
-    _counter: Counter
-
-    @property
-    def graphs(self) -> int | None:
-        """Number of graphs compiled so far."""
-        return self._counter.graphs
-
-    def seal(self) -> None:
-        """Emit an event for each graph from now on."""
-        self._counter.sealed = True
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,17 @@ def loud(_precision: str, folder: Path) -> Speaker:
             yield np.full(PIECE, 0.5, np.float32)
 
     return Speaker(RATE, stream, ("a", "b"), takes_references=True, takes_speed=True)
+
+
+def slow(precision: str, folder: Path) -> Speaker:
+    """Takes a while for each text, so that a test can kill it meanwhile."""
+    speaker = loud(precision, folder)
+
+    def stream(said: Utterance) -> Iterator[np.ndarray]:
+        time.sleep(0.1)
+        yield from speaker.stream(said)
+
+    return replace(speaker, stream=stream)
 
 
 def plain(_precision: str, _folder: Path) -> Speaker:

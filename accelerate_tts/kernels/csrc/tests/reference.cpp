@@ -49,7 +49,7 @@ double distance(const std::vector<double>& expected, const float* found) {
 Layer::Layer(Format format, int64_t outputs, int64_t inputs, bool with_bias)
     : outputs(outputs), inputs(inputs), truth(outputs * inputs), format(format) {
   if (with_bias) bias = normals(outputs);
-  if (format == INT8) scale = normals(outputs, 0.01f);
+  if (format == INT8) scale = normals(outputs, 0.06f / std::sqrt(float(inputs)));
   for (int64_t n = 0; n < outputs; n++)
     for (int64_t k = 0; k < inputs; k++) {
       const float value = normal(1 / std::sqrt(float(inputs)));

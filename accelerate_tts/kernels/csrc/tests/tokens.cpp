@@ -12,13 +12,13 @@ namespace {
 
 struct Sizes {
   Format format;
-  int64_t rows, heads, kv_heads, head_dim, inner, length;
+  int64_t hidden, rows, heads, kv_heads, head_dim, inner, length;
   bool gated, layer_norm, joined, rotated, own_rows;
   int mask;  // 0 none, 1 bytes, 2 added
 };
 
 void one_token(const std::string& level, const Sizes& s, int threads) {
-  const int64_t hidden = 40, attended = s.heads * s.head_dim, keyed = s.kv_heads * s.head_dim, room = s.length + 3;
+  const int64_t hidden = s.hidden, attended = s.heads * s.head_dim, keyed = s.kv_heads * s.head_dim, room = s.length + 3;
   const bool biased = s.layer_norm;
   const Layer q(s.format, s.joined ? attended + 2 * keyed : attended, hidden, biased), k(s.format, keyed, hidden, biased),
       v(s.format, keyed, hidden, biased), o(s.format, hidden, attended, biased), gate(s.format, s.inner, hidden, false),
@@ -181,7 +181,8 @@ void tokens(const std::string& level) {
         for (int mask = 0; mask < 3; mask++) {
           const bool gpt = format == TRANSPOSED || length == 6;
           const bool own_rows = rows > 1 && length >= 6;
-          one_token(level, {Format(format), rows, 6, gpt ? 6 : 2, length == 37 ? 20 : 16, 53, length, !gpt, gpt, gpt,
+          const int64_t hidden = format == INT8 && length == 37 ? 128 : 40;  // whole tiles
+          one_token(level, {Format(format), hidden, rows, 6, gpt ? 6 : 2, length == 37 ? 20 : 16, 53, length, !gpt, gpt, gpt,
                             !gpt, own_rows, mask}, int(1 + (rows + length) % 3));
         }
 }
