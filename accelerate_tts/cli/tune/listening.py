@@ -6,6 +6,7 @@ misunderstands some words of good speech. So the tuned sound is held to the unto
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ def check_installed() -> None:
         MissingExtraError: One of them cannot be imported.
     """
     try:
-        import pocketsphinx  # noqa: F401
-        import resemblyzer  # noqa: F401
+        for name in ("pocketsphinx", "resemblyzer"):
+            importlib.import_module(name)
     except ImportError as error:
         raise MissingExtraError(f"--listen needs {error.name}: pip install 'accelerate_tts[listen]'") from error
 
