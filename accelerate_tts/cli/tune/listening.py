@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -147,7 +147,8 @@ def _quality(*sounds: Sound) -> tuple[float, float] | None:
         from speechmos import dnsmos
     except ImportError:  # a judge more, which nothing is decided by
         return None
-    first, second = (float(dnsmos.run(_usual(sound).numpy(), sr=_RATE)["ovrl_mos"]) for sound in sounds)
+    run: Any = dnsmos.run  # without annotations; of an array it returns a dictionary of numbers
+    first, second = (float(run(_usual(sound).numpy(), sr=_RATE)["ovrl_mos"]) for sound in sounds)
     return first, second
 
 
