@@ -6,11 +6,12 @@ misunderstands some words of good speech. So the tuned sound is held to the unto
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -100,8 +101,8 @@ def check_installed() -> None:
         MissingExtraError: One of them cannot be imported.
     """
     try:
-        import pocketsphinx  # noqa: F401
-        import resemblyzer  # noqa: F401
+        for name in ("pocketsphinx", "resemblyzer"):
+            importlib.import_module(name)
     except ImportError as error:
         raise MissingExtraError(f"--listen needs {error.name}: pip install 'accelerate_tts[listen]'") from error
 
@@ -146,7 +147,8 @@ def _quality(*sounds: Sound) -> tuple[float, float] | None:
         from speechmos import dnsmos
     except ImportError:  # a judge more, which nothing is decided by
         return None
-    first, second = (float(dnsmos.run(_usual(sound).numpy(), sr=_RATE)["ovrl_mos"]) for sound in sounds)
+    run: Any = dnsmos.run  # without annotations; of an array it returns a dictionary of numbers
+    first, second = (float(run(_usual(sound).numpy(), sr=_RATE)["ovrl_mos"]) for sound in sounds)
     return first, second
 
 
