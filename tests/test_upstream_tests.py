@@ -59,10 +59,13 @@ def test_what_is_known_has_its_reason(scripts: Any, monkeypatch: pytest.MonkeyPa
 def test_a_process_that_died_is_laid_to_the_test_that_it_was_in(scripts: Any, tmp_path: Path) -> None:
     run, _ = scripts
     log = tmp_path / "log"
-    lines = [{"collected": ["a", "b", "c"]}, {"begins": "a"}, {"test": "a", "outcome": "passed"}, {"begins": "b"}]
+    text = "/home/me/env/lib/python3.11/site-packages/torch/nn.py:3: in\n/srv/python/lib/python3.11/copy.py:1"
+    passed = {"test": "a", "outcome": "passed", "text": text}
+    lines = [{"collected": ["a", "b", "c"]}, {"begins": "a"}, passed, {"begins": "b"}]
     log.write_text("\n".join(map(json.dumps, lines)))
     stopped = run._read(log, "")  # by the limit of seconds: nobody's fault
     assert list(stopped["tests"]) == ["a"]
+    assert stopped["tests"]["a"]["text"] == "site-packages/torch/nn.py:3: in\nlib/python3.11/copy.py:1"
     died = run._read(log, "the process ended with status -11")
     assert died["collected"] == ["a", "b", "c"]
     assert died["tests"]["b"]["outcome"] == "failed"

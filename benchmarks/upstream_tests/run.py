@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -101,11 +102,17 @@ class Runner:
             return _read(log, ended)
 
 
+def without_folders(text: str) -> str:
+    """Cut the folders of this machine off the paths in a text, such as a traceback's."""
+    return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|tests)/)", "", text)
+
+
 def _read(log: Path, ended: str) -> dict[str, Any]:
+    ended = without_folders(ended)
     read: dict[str, Any] = {"collected": [], "tests": {}, "ended": ended}
     begun = None
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        facts = json.loads(line)
+        facts = json.loads(without_folders(line))
         read["collected"] = facts.get("collected", read["collected"])
         begun = facts.get("begins", begun)
         if "test" in facts:

@@ -127,14 +127,24 @@ def test_functional_transforms(name: str) -> None:
 @each
 def test_a_users_own_compile_sees_what_is_written_later(name: str) -> None:
     """Its graph makes no check of weights, as those of the package do."""
-    plain, model = tuned(name)
+    written_after_compiling(*tuned(name), x(name))
+
+
+def test_a_users_own_compile_of_a_weight_norm_by_hooks() -> None:
+    plain, model = (nn.utils.weight_norm(nn.Conv1d(128, 8, 1)).eval() for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    FoldStage().prepare(Part("model", "decoder", model)).on()
+    written_after_compiling(plain, model, x("fold"))
+
+
+def written_after_compiling(plain: nn.Module, model: nn.Module, given: torch.Tensor) -> None:
     compiled = [torch.compile(module, backend="eager") for module in (plain, model)]
     with torch.no_grad():
-        same(*(module(x(name)) for module in compiled))
+        same(*(module(given) for module in compiled))
         for module in (plain, model):
             for parameter in module.parameters():
                 parameter.data *= 1.5
-        same(*(module(x(name)) for module in compiled))
+        same(*(module(given) for module in compiled))
 
 
 class Louder(TorchFunctionMode):
