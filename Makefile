@@ -12,7 +12,7 @@ SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
 	bench soak audit releases environments environments-page record service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
-	upstream-tests upstream-tests-page
+	upstream-tests upstream-tests-page screenshots
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -96,7 +96,7 @@ imports: .venv/.dev ## import-linter: the floors of the house
 	@$(BIN)/lint-imports
 
 docs: .venv/.dev ## Build the documentation; a broken link fails
-	@$(BIN)/mkdocs build --strict --quiet --site-dir site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 bench: .venv/.wheel ## Import time, cost of one call, demo ratio (run nothing else meanwhile)
 	@$(BIN)/python benchmarks/overhead.py
@@ -117,6 +117,14 @@ service-load: .venv/.wheel ## The example service with 1 to 32 callers, plain ag
 
 figures: .venv/.wheel ## Every table and chart of README and docs, from the files that runs have written
 	@$(BIN)/python benchmarks/figures.py
+
+.venv/.screenshots: .venv/.wheel
+	@echo "==> installing accelerate_tts[screenshots]"
+	@$(PIP) "$$(ls dist/*.whl)[screenshots]"
+	@touch $@
+
+screenshots: .venv/.screenshots ## The pictures of docs/figures, with an installed Chromium; ONLY="doctor receipt" (nothing else may run)
+	@$(BIN)/python benchmarks/screenshots.py $(ONLY) $(ARGS)
 
 environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
 	@$(BIN)/python benchmarks/environments/page.py

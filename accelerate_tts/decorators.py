@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import operator
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ import wrapt
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.concurrency import limiter, queue
-from accelerate_tts.runtime.guard import guard as retries
+from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard import guarded_call
 from accelerate_tts.runtime.mode_choice import ModeChoice, made_once
 from accelerate_tts.runtime.seeding import loading_again
@@ -31,11 +32,27 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | staticmethod[..., Any]")
 
 
-class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+class _NoFunction:
+    """A wrapt proxy that only cloudpickle does not take for the function that it wraps."""
+
+    __wrapped__: Any
+
+    @property
+    def __class__(self) -> Any:
+        # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
+        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
+
+    @__class__.setter
+    def __class__(self, kind: Any) -> None:
+        self.__wrapped__.__class__ = kind
+
+
+class _Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
 
     A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
-    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`.
+    (`module.forward = inference(module.forward)`) works with `copy.deepcopy` and `torch.save`. cloudpickle, which Ray
+    and Spark use, also pickles functions by value, and then with their decorator.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
@@ -45,16 +62,29 @@ class _Shell(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore
         return type(self)(self.__wrapped__, self._self_wrapper)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        if inspect.ismethod(self.__wrapped__):
+        cloudpickle = _cloudpickle()
+        by_value = cloudpickle is not None and not self._is_importable(cloudpickle)
+        if by_value or inspect.ismethod(self.__wrapped__):
             return _rewrap, (type(self), self.__wrapped__, self._self_wrapper)
         return self.__wrapped__.__qualname__  # pickle then takes it from its module by this name
+
+    def _is_importable(self, cloudpickle: dict[str, Any]) -> bool:
+        """Check that another process finds this function by its name."""
+        module = self.__wrapped__.__module__
+        by_value = {"__main__", *cloudpickle.get("list_registry_pickle_by_value", set)()}
+        if any(f"{module}.".startswith(f"{name}.") for name in by_value):
+            return False
+        try:
+            return operator.attrgetter(self.__wrapped__.__qualname__)(sys.modules[module]) is self
+        except (AttributeError, KeyError):
+            return False
 
 
 class _InferenceShell(_Shell):
     pass
 
 
-class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+class _BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A decorated function that was read from an instance or a class.
 
     It is pickled and copied like a method, by its object and its name. `weakref.WeakMethod` calls the class of a method
@@ -82,6 +112,8 @@ class _BoundShell(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unu
         wrapped = self.__wrapped__
         owner = wrapped.__self__ if inspect.ismethod(wrapped) else self._self_instance
         if owner is None:  # a static method, or a function that was read from its class
+            if _cloudpickle() is not None:
+                return _read, (self._self_parent,)
             return _found, (wrapped.__module__, wrapped.__qualname__)
         return getattr, (owner, wrapped.__name__)
 
@@ -96,8 +128,19 @@ setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt
 setattr(_InferenceShell, inference_mode.INFERENCE_MARK, True)
 
 
+def _cloudpickle() -> dict[str, Any] | None:
+    """Return the names of the module that called the caller if it is cloudpickle, or Ray's or joblib's copy of it."""
+    names = sys._getframe(2).f_globals
+    return names if "cloudpickle" in str(names.get("__name__", "")).split(".") else None
+
+
 def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
     return shell(wrapped, wrapper)
+
+
+def _read(shell: _Shell) -> Any:
+    """Read a function as from a class."""
+    return shell.__get__(None, object)
 
 
 def _found(module: str, name: str) -> Any:
@@ -137,10 +180,10 @@ class _RunInMode:
         elif instance is None and (cls := class_of_call(wrapped, args)) is not None:
             wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
         if not self.retry:
-            retries.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
+            guards.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
         if self.concurrency is None:
-            if inference_mode.is_on(self.mode) and not retries.is_watched():
+            if inference_mode.is_on(self.mode) and not guards.is_watched():
                 # Inside another call in this mode: saves frames, since recursion is limited.
                 result = wrapped(*args, **kwargs)
                 return inference_mode.adopt(result, self.mode) if inference_mode.is_suspended(result) else result
@@ -148,7 +191,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(queue.room_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None
@@ -156,7 +199,7 @@ class _RunInMode:
             choice = ModeChoice(
                 self if instance is None else instance, wrapped, args, kwargs, self.mode, again=self.retry
             )
-        watchers = retries.watchers_of(instance, args, kwargs)
+        watchers = guards.watchers_of(instance, args, kwargs)
         if not watchers:
             return inference_mode.call(wrapped, args, kwargs, self.mode, choice)
         return guarded_call.call(

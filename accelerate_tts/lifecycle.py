@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.device.detect import DeviceInfo
     from accelerate_tts.packs.warm_pack import WarmPack
-    from accelerate_tts.patching.lazy_parameters import LetGo
+    from accelerate_tts.patching.lazy_parameters import WeightOffloader
     from accelerate_tts.plan import ModelPlan
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.stages.protocol import Stage
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from accelerate_tts.tuning.load_request import LoadRequest
     from accelerate_tts.tuning.warmup import Loaded, WarmupCalls
 
-_GUARD_ON = "guard: on; the loaded weights are still in place, so a retry switches the changes off: 0 bytes extra"
+_GUARD_ON = "guard: on; the original weights are still in place, so a retry switches the changes off: 0 bytes extra"
 _FOR_UNDO = "for undoing, state_dict and the guard; guard_weights='disk' keeps them in a file"
 _GUARD_OFF = "guard: off, by Settings.guard"
 
@@ -108,7 +108,7 @@ class LoadedObjects:
                 keep(root)
             findings = _found(plan, calls, stages, limits, pack, device)
             roots = {path: root for path, root in found.items() if id(root) not in tuned}
-            tuning = self._settled(plan, findings, loaded, roots, calls)
+            tuning = self._with_weights_placed(plan, findings, loaded, roots, calls)
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
             self._remember(loaded, tuning, *plan.roots)
@@ -126,10 +126,10 @@ class LoadedObjects:
         for root in plan.roots:
             drop_keeper(root)
 
-    def _settled(
+    def _with_weights_placed(
         self, plan: ModelPlan, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
     ) -> Tuning:
-        """The tuning, once loaded weights are where they were asked to go; its receipt says what the guard costs."""
+        """Place the original weights as `guard_weights` asks, and make the tuning, whose receipt has the cost."""
         if not findings.kept:
             return findings.tuning()
         from accelerate_tts.packs.store import pack_folder
@@ -138,51 +138,53 @@ class LoadedObjects:
         beside = sum(storage.nbytes() for storage in copied_storages(plan.roots).values()) / 2**20
         notes = [_GUARD_ON if self._settings.guard else _GUARD_OFF]
         if beside >= 1.0:
-            notes.append(f"{beside:.0f} MiB of loaded weights lie beside the copies that serve now: {_FOR_UNDO}")
+            notes.append(
+                f"{beside:.0f} MiB of original weights stay in memory beside the copies that compute now: {_FOR_UNDO}"
+            )
         if self._settings.guard_weights == "disk":
             moved = originals_to_file(plan.roots, plan.what, pack_folder(self._settings))
-            notes.append(f"the loaded weights that have copies lie in a file: {moved / 2**20:.0f} MiB of memory less")
-        let_go = None
+            notes.append(f"the original weights that have copies are in a file: {moved / 2**20:.0f} MiB of memory less")
+        offloader = None
         if self._settings.guard_weights == "reload":
-            let_go, note = self._let_go(plan.what, findings, loaded, found, calls)
+            offloader, note = self._freed(plan.what, findings, loaded, found, calls)
             notes.append(note)
-        return findings.tuning(*notes, let_go=let_go)
+        return findings.tuning(*notes, offloader=offloader)
 
-    def _let_go(
+    def _freed(
         self, what: str, findings: Findings, loaded: Loaded, found: dict[str, nn.Module], calls: WarmupCalls
-    ) -> tuple[LetGo | None, str]:
+    ) -> tuple[WeightOffloader | None, str]:
         """Free original weights, and run the warm-up to see that they are not read.
 
         Returns:
             The object that reloads them, or `None`, and a note for the receipt.
         """
-        from accelerate_tts.patching.offload import let_go_of
+        from accelerate_tts.patching.offload import offloader_of
         from accelerate_tts.runtime.seeding import seeded
 
         again, device = loaded.again, self._ready().type
         if again is None:
             why = "there is no load function to call again: decorate it with @optimized_model"
             emit(NotApplied(f"guard_weights='reload' of {what}", why))
-            return None, f"the loaded weights stay in memory: {why}"
+            return None, f"the original weights stay in memory: {why}"
         start = time.perf_counter()
         timeout = self._settings.warmup_timeout
         # A graph refers to its weights, and would be compiled again.
         compiled = {kept.part for kept in findings.kept if kept.change.graphs is not None}
         besides = {inner for part in findings.parts if part.name in compiled for inner in part.module.modules()}
-        let_go = let_go_of(what, found, lambda: again.modules(what, device, timeout), besides)
+        offloader = offloader_of(what, found, lambda: again.modules(what, device, timeout), besides)
         seconds = time.perf_counter() - start
-        gone = 0 if let_go is None else let_go.leave()
+        gone = 0 if offloader is None else offloader.free()
         try:
             with seeded(device):  # other code may read a layer's weights at each call
                 for call in calls.main if gone else ():
                     call.run()
         except Exception as error:  # the user's model raised; the loaded model is kept
             emit(WarmupFailed(what, described(error)))
-        if let_go is None or not let_go.gone:
-            return let_go, "guard_weights='reload': no loaded weights could be let go; they stay in memory"
-        return let_go, (
-            f"{gone / 2**20:.1f} MiB of loaded weights were let go: a second attempt, undo or state_dict has them"
-            f" loaded again ({seconds:.1f} s, and the memory of one more model meanwhile)"
+        if offloader is None or not offloader.gone:
+            return offloader, "guard_weights='reload': no original weights could be freed; they stay in memory"
+        return offloader, (
+            f"{gone / 2**20:.1f} MiB of original weights were freed: a second attempt, undo or state_dict loads them"
+            f" again ({seconds:.1f} s, and the memory of one more model meanwhile)"
         )
 
     def _warm_up_new(self, request: LoadRequest, found: dict[str, nn.Module]) -> None:
@@ -272,7 +274,7 @@ def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     plan: ModelPlan, calls: WarmupCalls, stages: Sequence[Stage], limits: Limits, pack: WarmPack | None,
     device: DeviceInfo,
 ) -> Findings:  # fmt: skip
-    """The changes of a warm pack or, where none fits, of a tuning, in force."""
+    """Put the changes of a warm pack in force or, if none fits, those of a tuning."""
     from accelerate_tts.tuning.tune import find
 
     with flags.hold(setup.tuning_flags(device)):

@@ -143,7 +143,7 @@ class PerformanceOptimizer:
                 if change.graphs == 0:
                     change.off()
                     emit(FellBack(model_name, "torch.compile", "it compiled no graph"))
-                change.seal()
+                change.end_warmup()
         return model
 
     def warmup_model(self, model: Any, warmup_input: Any) -> bool:
@@ -205,7 +205,7 @@ class PerformanceOptimizer:
     def remembered(
         self, function: Callable[..., Any], owner: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reloader | None:
-        """Remember what calling a load function again takes, before it is called. `None` where no need is."""
+        """Save the call of a load function for a repetition, before it is made; `None` unless weights are reloaded."""
         if self.settings.guard_weights != "reload":
             return None
         from accelerate_tts.tuning.reload import remembered
@@ -273,7 +273,7 @@ class PerformanceOptimizer:
         return create_inference_context()
 
     def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
-        """Number of items to run at once.
+        """Return the number of items to run at once.
 
         Args:
             default: The answer where the table below has none: a device whose memory cannot be read.

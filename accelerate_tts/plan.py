@@ -119,8 +119,8 @@ class ModelPlan:
 
 READY = "_accelerate_tts_ready"
 """Name of a class's function that prepares an argument of a replayed call before it is timed, and returns it."""
-Which = Literal["all", "loop", "others", "pass"]
+TimedCalls = Literal["all", "loop", "prefill", "end_to_end"]
 """Captured calls that are timed: all; only those of a loop that takes most of the time; or only the others (prefill).
 
-"pass" times the whole warm-up pass instead.
+"end_to_end" times the whole warm-up pass instead.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 CHART = ROOT / "docs" / "figures" / "environments.svg"
 sys.path.insert(0, str(HERE / "environments"))
+
+import page as environments_page
 
 _HEAD = """# What was measured
 
@@ -50,7 +52,6 @@ def main() -> None:
 
 def files() -> dict[Path, str]:
     """Return the content of each file that is made of figures."""
-    import page as environments_page
     from listed import FILE, environments
     from run import ROWS
 
@@ -80,11 +81,14 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     for name, documents in machines.items():
         machine = documents[-1]["machine"]
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
+        tables = [
+            (head, [line for one in documents for line in lines(one)])
+            for head, lines in ((_COLUMNS, _rows), (_LOAD, _loads))
+        ]
         parts += [
             f"## {name}\n",
             f"{facts}: {', '.join(machine['isa']) or 'no instruction set that is known by name'}.\n",
-            *([_table(_COLUMNS, rows)] if (rows := [row for one in documents for row in _rows(one)]) else []),
-            *([_table(_LOAD, loads)] if (loads := [row for one in documents for row in _loads(one)]) else []),
+            *(environments_page.table(head, lines) for head, lines in tables if lines),
             *(f"- {line}" for one in documents for line in _about(one)),
             "",
         ]
@@ -93,29 +97,33 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for system in document["systems"]:
-        naive = "" if system["naive"] is None else _ratio(system["naive"]["whole"])
+        naive = "" if system["naive"] is None else environments_page.ratio_range(system["naive"]["whole"])
         for run in system["runs"]:
             step, whole = run["step"], run["whole"]
             peak, alone = run["peak"], system["peak"]
             yield (
                 run["system"], str(run["layers"] or "all"), run["precision"],
                 "" if step is None else f"{1e3 * step['before']:.1f} ms, {1e3 * step['after']:.1f} ms",
-                "" if step is None else _ratio(step),
+                "" if step is None else environments_page.ratio_range(step),
                 "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}",
-                _ratio(whole), _output(run), f"{run['tuning']:.0f} s",
+                environments_page.ratio_range(whole), _output(run), f"{run['tuning']:.0f} s",
                 "" if run["warm_start"] is None else f"{run['warm_start']:.1f} s",
                 "" if not peak or not alone else f"{peak / alone:.2f}x", naive, str(whole["pairs"]),
                 "yes" if run["disturbed"] or run["moved"] else "no",
             )  # fmt: skip
         for variant, why in system["failed"].items():
-            yield (system["system"], "", variant, f"**failed**: {_cell(why)}", *[""] * (len(_COLUMNS) - 4))
+            yield (system["system"], "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 4))
 
 
 def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for item in document.get("service", []):
         for name in ("plain", "decorated"):
             one = item[name]
-            ratios = [_ratio(item["first"]), _ratio(item["total"])] if name == "decorated" else ["", ""]
+            ratios = (
+                [environments_page.ratio_range(item[k]) for k in ("first", "total")]
+                if name == "decorated"
+                else ["", ""]
+            )
             yield (
                 item["model"], str(item["callers"]), name, str(one["answers"]), str(one["refused"]),
                 f"{one['first_p50']:.2f} s, {one['first_p95']:.2f} s",
@@ -134,26 +142,13 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
         for run in system["runs"]:
             memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in run["floors"] if one["memory"])
             said = [f"memory gave {memory} GB/s", *filter(None, (run["disturbance"], run["moved"], run["note"]))]
-            yield f"{run['system']}, {run['precision']}: {'; '.join(map(_cell, said))}"
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    return f"{ratio['ratio']:.2f}x ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+            yield f"{run['system']}, {run['precision']}: {'; '.join(map(environments_page.cell, said))}"
 
 
 def _output(run: dict[str, Any]) -> str:
     if run["same_tokens"] is not None:
         return "same tokens" if run["same_tokens"] else "other tokens"
     return "differs" if run["error"] is None else "bit-exact" if run["error"] == 0.0 else f"error {run['error']:.0e}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 # --- the chart --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from accelerate_tts import inference
-from accelerate_tts.cli.demo.backends import PlainBackend, _speak
+from accelerate_tts.cli.demo.backends import PlainBackend, speak_text
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime.guard import checks, guarded_call
 from accelerate_tts.runtime.guard import guard as guards
@@ -36,7 +36,7 @@ class Backend(PlainBackend):
 
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
-        return _speak(self.voice, text)
+        return speak_text(self.voice, text)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -71,13 +71,13 @@ def main() -> None:
         calls.append(times[id(plain)])
         ratios.append(times[id(guarded)] / times[id(plain)])
     call = statistics.median(calls)
-    units, heard = checks.units_of((TEXT,), {}), checks.hear(wave)
+    units, stats = checks.units_of((TEXT,), {}), checks.audio_stats(wave)
     parts = {
         "look-up": median(lambda: guards.watchers_of(guarded, (TEXT,), {})),
         "random states": median(lambda: guarded_call._random_states((TEXT,))),
         "text": median(lambda: checks.units_of((TEXT,), {})),
-        "output": median(lambda: checks.hear(wave)),
-        "verdict": median(lambda: watcher.judge("Backend.synthesize", units, heard, whole=True)),
+        "output": median(lambda: checks.audio_stats(wave)),
+        "verdict": median(lambda: watcher.judge("Backend.synthesize", units, stats, whole=True)),
     }
     share = sum(parts.values()) / call
     audio = wave.shape[-1] / plain.voice.sampling_rate

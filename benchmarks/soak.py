@@ -217,7 +217,7 @@ def registries(backend: Any) -> dict[str, int]:
     """Count the entries of all that could grow for ever: what the library remembers, graphs, caches."""
     receipt = receipt_of(backend)
     found = {
-        "guards": len(guards._guards), "rooms": len(queue._rooms), "locks": len(locks.all_locks()),
+        "guards": len(guards.known_guards), "queues": len(queue.known_queues), "locks": len(locks.all_locks()),
         "logged events": len(events._logged), "recompiled graphs": 0 if receipt is None else receipt.recompiled,
     }  # fmt: skip
     embed = getattr(backend, "embed", None)

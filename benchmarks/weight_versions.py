@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 TOKENS = 200
 
@@ -20,7 +20,7 @@ def block() -> nn.Module:
     return nn.ModuleList([*linear, *feed, nn.LayerNorm(1024, bias=False), nn.LayerNorm(1024, bias=False)])
 
 
-def asked(weights: list[Weights]) -> float:
+def asked(weights: list[WeightWatch]) -> float:
     """Microseconds of one check of all blocks."""
     begun = time.perf_counter()
     if any(each.outdated() for each in weights):
@@ -33,9 +33,9 @@ def main() -> None:
     torch.set_num_threads(1)
     blocks = [block() for _ in range(30)]
     begun = time.perf_counter()
-    kinds = {"content": [Weights(each) for each in blocks]}
+    kinds = {"content": [WeightWatch(each) for each in blocks]}
     seconds = time.perf_counter() - begun
-    kinds["addresses and versions"] = [Weights(each, content=False) for each in blocks]
+    kinds["addresses and versions"] = [WeightWatch(each, content=False) for each in blocks]
     between = torch.zeros(64 << 20)
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(TOKENS):

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from accelerate_tts import (
     Event,
     WarmupError,
+    cached_embedding,
     get_performance_optimizer,
     inference,
     optimized_model,
@@ -29,6 +31,7 @@ from accelerate_tts import (
     set_active,
     testing,
 )
+from accelerate_tts.decorators import is_load_function
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Tuned, WarmupFailed
 from doubles import begin_process
@@ -872,6 +875,50 @@ def test_methods_are_copied_and_pickled_as_python_does_it(kind: Any, name: str, 
     if not from_class and name == "decorated":
         assert copy.copy(method).__self__ is owner
         assert copy.deepcopy(method).__self__ is not owner
+
+
+def test_what_cloudpickle_takes_by_value_stays_decorated() -> None:
+    """Ray and Spark send classes of scripts so, and in one process cloudpickle writes to the class that is there."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    assert cloudpickle.loads(cloudpickle.dumps(module_level)) is module_level
+
+    class Local:
+        @inference
+        def speak(self) -> bool:
+            return on()
+
+        @inference
+        def stream(self) -> Iterator[bool]:
+            yield on()
+
+        @cached_embedding
+        def embed(self, voice: str) -> list[str]:
+            return [voice]
+
+        @optimized_model(warmup=lambda module: module(torch.ones(1)))
+        def load(self) -> nn.Module:
+            return nn.Identity()
+
+        @inference
+        @classmethod
+        def made(cls) -> bool:
+            return on()
+
+        @inference
+        @staticmethod
+        def alone() -> bool:
+            return on()
+
+    service = Local()
+    for backend in (cloudpickle.loads(cloudpickle.dumps(service)), service):
+        assert [backend.speak(), *backend.stream(), backend.made()] == [True] * 3
+        assert backend.embed("a") == backend.embed("a") == ["a"]
+        assert type(backend).embed.cache_info().hits
+        assert is_load_function(type(backend).load)
+        assert inspect.isfunction(vars(type(backend))["speak"])
+        assert receipt_of(backend.load()) is not None
+    read = (service.speak, partial(Local.speak, service), service.alone, Local.alone, Local.made)
+    assert all(cloudpickle.loads(cloudpickle.dumps(each))() for each in read)
 
 
 def test_a_weak_method_is_one() -> None:

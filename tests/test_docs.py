@@ -1,7 +1,7 @@
 """The code on the pages of docs/ runs, against upstream's own classes at small size; what the pages name exists.
 
 Each page is one program: its blocks share a namespace. Only what would fetch from a hub is replaced, and a web
-framework that is not installed. A block that starts with "```python no-run" is compiled and not run.
+framework that is not installed. A block that starts with "```py" is compiled and not run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from accelerate_tts.environment import VARIABLES
+from accelerate_tts.events import Event
 from accelerate_tts.kernels.library import VARIABLE as KERNELS
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.process.constants import KeptConstants
@@ -33,14 +34,15 @@ from doubles import is_faster
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 INTEGRATION, PERFORMANCE, SUMMARY = "INTEGRATION_GUIDE.md", "PERFORMANCE_OPTIMIZATIONS.md", "OPTIMIZATIONS_SUMMARY.md"
+TUTORIAL, TROUBLESHOOTING = "tutorial.md", "TROUBLESHOOTING.md"
 TEXT = "Hello there."
 
 
 def blocks(page: Path) -> Iterator[tuple[str, bool]]:
     """Each block, behind as many empty lines as make its line numbers the page's; and whether it is to be run."""
     content = page.read_text(encoding="utf-8")
-    for found in re.finditer(r"^```python( no-run)?\n(.*?)^```", content, re.DOTALL | re.MULTILINE):
-        yield "\n" * content.count("\n", 0, found.start(2)) + found[2], not found[1]
+    for found in re.finditer(r"^```py(thon)?\n(.*?)^```", content, re.DOTALL | re.MULTILINE):
+        yield "\n" * content.count("\n", 0, found.start(2)) + found[2], bool(found[1])
 
 
 def run(name: str, **names: Any) -> dict[str, Any]:
@@ -153,30 +155,58 @@ def web(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_integration_guide_runs(monkeypatch: pytest.MonkeyPatch, example: Callable[[str], ModuleType]) -> None:
-    chatterbox(monkeypatch, example("chatterbox_backend"))
-    higgs(monkeypatch, example("higgs_backend"))
     mms(monkeypatch, example("mms_backend"))
-    coqui(monkeypatch, example("xtts_backend"))
-    recordings(monkeypatch, example("voice_clone_service"))
     web(monkeypatch)
     monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "2")  # each; what tuning does to them is shown by tests/models
     page = run(INTEGRATION)
-    assert np.array_equal(page["voice"], page["again"])
     assert page["wave"].shape == (1, 1, 960)
-    assert page["german"].numel() > 0
-    assert len(page["sentences"]) == 2
-    assert len(page["pieces"]) > 0
-    assert len(page["early"]) >= 2
 
     async def serve() -> None:
         async with page["app"].lifespan(page["app"]):
             spoken = (await page["speak"](TEXT)).content
-            streamed = [piece async for piece in (await page["stream"](TEXT)).content]
+            streamed = [piece async for piece in (await page["speak_in_pieces"](TEXT)).content]
             assert len(spoken) > 0
             assert sum(map(len, streamed)) > 0
             assert (await page["health"]())["recompiles"] == 0
 
     asyncio.run(serve())
+
+
+# Each guide, the example whose model it speaks with, and what takes the place of the hub.
+GUIDES = {
+    "chatterbox": ("chatterbox_backend", chatterbox),
+    "higgs": ("higgs_backend", higgs),
+    "mms": ("mms_backend", mms),
+    "streaming": ("xtts_backend", coqui),
+    "voice-clone": ("voice_clone_service", recordings),
+    "xtts": ("xtts_backend", coqui),
+}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guide_runs(guide: str, monkeypatch: pytest.MonkeyPatch, example: Callable[[str], ModuleType]) -> None:
+    module, fetch = GUIDES[guide]
+    fetch(monkeypatch, example(module))
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "2")
+    page = run(f"guides/{guide}.md")
+    if guide == "voice-clone":
+        assert np.array_equal(page["voice"], page["again"])
+    elif guide == "chatterbox":
+        assert page["german"].numel() > 0
+        assert len(page["sentences"]) == 2
+    elif guide == "xtts":
+        assert len(page["pieces"]) > 0
+    elif guide == "streaming":
+        assert len(page["early"]) >= 2
+
+
+def test_the_tutorial_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, example: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = run(TUTORIAL)
+    assert page["receipt"].kept, "every stage that is right counts as faster here"
+    assert (tmp_path / "receipt.html").exists()
+    assert page["difference"] <= 1e-4
+    assert page["events"] == []
 
 
 def test_the_performance_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, example: Any) -> None:
@@ -211,8 +241,11 @@ def test_the_summary_runs() -> None:
 
 
 def test_every_page_with_code_is_run() -> None:
-    with_code = {page.name for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8")}
-    assert with_code == {INTEGRATION, PERFORMANCE, SUMMARY, "SERVICE.md"}, "the service has tests of its own"
+    pages = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+    with_code = {name for name, content in pages.items() if "```python" in content}
+    guides = {f"guides/{name}.md" for name in GUIDES}
+    run_here = {INTEGRATION, PERFORMANCE, SUMMARY, TUTORIAL, *guides}
+    assert with_code == run_here
 
 
 # --- what the pages name exists ---------------------------------------------------------------------------------------
@@ -224,7 +257,9 @@ FILES |= {path.relative_to(ROOT) for path in ROOT.iterdir() if path.is_file()}
 NAMED = sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))])
 MADE_BY_RUNS = {"ENVIRONMENTS.md", "RESULTS.md", "STRANGERS.md"}  # they quote the messages of upstream's packages
 # Files of the reader's own, of other projects, and of CONTRIBUTING's examples. 0001 has the folders before its move.
-OTHERS = re.compile(r"receipt\.json|xtts_v2/.*|voices/.*|voices\.json|llama\.cpp|.*snake(_vocoder)?\.py|.*/hpu\.py")
+OTHERS = re.compile(
+    r"my_voice\.py|receipt\.json|xtts_v2/.*|voices/.*|voices\.json|llama\.cpp|.*snake(_vocoder)?\.py|.*/hpu\.py"
+)
 BEFORE_A_MOVE = {"0001-the-house.md": re.compile(r"engine/.*|loading\.py")}
 
 
@@ -287,17 +322,18 @@ def test_the_performance_page_lists_the_stages_by_their_names(monkeypatch: pytes
 
 # What torch says itself, or asks about a call.
 OF_TORCH = ("InvalidCxxCompiler", "Inference tensors")
+# Before or behind these a message has a value, or the code puts two texts together.
+VALUES = r"(?= is off)|(?= did not return)|(?= was (?:not applied|ignored))|\bcpu\b|\bcuda\b"
 
 
 def quoted() -> Iterator[str]:
-    """The messages at the head of the items of both troubleshooting sections, in pieces without values."""
-    for name, head in ((PERFORMANCE, "## Troubleshooting"), (INTEGRATION, "## Common problems")):
-        page = (DOCS / name).read_text(encoding="utf-8")
-        for item in re.findall(r"^- ((?:`[^`]+`[,;: ]*\n?\s*)+)", page[page.index(head) :], re.MULTILINE):
-            for message in re.findall(r"`([^`]+)`", item):
-                text = re.sub(r"^(rejected|note|failed|stopped|\w+Error): ", "", " ".join(message.split()))
-                pieces = re.split(r"\.\.\.|\b\d[\d.]*x?|\ba, b\b|\btfmr\b|: |, |(?= is off)|(?= did not return)", text)
-                yield from (piece.strip(" :,()") for piece in pieces if not text.startswith(OF_TORCH))
+    """The messages at the head of the items of the troubleshooting page, in pieces without values."""
+    page = (DOCS / TROUBLESHOOTING).read_text(encoding="utf-8")
+    for item in re.findall(r"^- ((?:`[^`]+`[,;: ]*\n?\s*)+)", page, re.MULTILINE):
+        for message in re.findall(r"`([^`]+)`", item):
+            text = re.sub(r"^(rejected|note|failed|stopped|undone|\w+Error): ", "", " ".join(message.split()))
+            pieces = re.split(rf"\.\.\.|; |, or |\b\d[\d.]*x?|\btfmr\b|: |, |{VALUES}", text)
+            yield from (piece.strip(" :,()") for piece in pieces if not text.startswith(OF_TORCH))
 
 
 def said(source: str) -> Iterator[str]:
@@ -323,6 +359,41 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
     assert unknown == set()
 
 
+DEGRADED = {cls.__name__ for cls in Event.__subclasses__() if cls.degraded}
+
+
+def emitted() -> Iterator[tuple[str, list[str]]]:
+    """Each place of the code that emits a degradation, and its texts without values."""
+    for file in sorted(path for path in FILES if path.parts[0] == "accelerate_tts" and path.suffix == ".py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in DEGRADED:
+                texts = [text for argument in node.args for text in said(ast.unparse(argument))]
+                pieces = [piece.strip(" :,;()'") for text in texts for piece in text.split("\0")]
+                yield f"{file}:{node.lineno}", [piece for piece in pieces if len(piece) > 4]
+
+
+def test_troubleshooting_has_every_degradation_of_the_code() -> None:
+    """Each event by its name, and each place that emits one by a text of it; a reason alone may be foreign."""
+    page = " ".join((DOCS / TROUBLESHOOTING).read_text(encoding="utf-8").split())
+    assert {name for name in DEGRADED if f"`{name}`" not in page} == set()
+    places = list(emitted())
+    assert len(places) > 50
+    quotes = [quote for quote in quoted() if len(quote) > 6]
+    missing = [place for place, texts in places if texts and not any(q in text for text in texts for q in quotes)]
+    assert missing == []
+
+
+def test_troubleshooting_has_every_exception_and_event() -> None:
+    page = (DOCS / TROUBLESHOOTING).read_text(encoding="utf-8")
+    names = {cls.__name__ for cls in Event.__subclasses__() if cls.__module__.startswith("accelerate_tts.")}
+    for file in FILES:
+        if file.parts[0] == "accelerate_tts" and file.suffix == ".py":
+            source = (ROOT / file).read_text(encoding="utf-8")
+            names |= set(re.findall(r"^class (\w+)\(AccelerateTTSError\b", source, re.MULTILINE))
+    assert len(names) > 25
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 def test_decisions_that_files_name_are_there() -> None:
     decisions = {path.name for path in (DOCS / "decisions").glob("0*.md")}
     assert len(decisions) <= 20, "merge those that tell one story"
@@ -345,3 +416,24 @@ def test_lines_are_short(page: Path) -> None:
     if page.name in {*MADE_BY_RUNS, "README.md"}:
         lines = [line for line in lines if not line.startswith("|")]
     assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_and_pictures_are_there(page: Path) -> None:
+    """`make docs` checks anchors and names, too."""
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_a_block_of_code_is_one_for_the_site(page: Path) -> None:
+    """A word behind the language makes a block plain text there."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert [fence for fence in fences if not re.fullmatch(r"\w*", fence)] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8") if (ROOT / "mkdocs.yml").exists() else ""
+    for page in DOCS.rglob("*.md") if config else ():  # an sdist has none
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in config, page

@@ -303,7 +303,7 @@ def test_a_hook_may_undo_what_an_undo_reloads() -> None:
     assert tuning is not None
 
     class Reloading:
-        def stay(self) -> None:
+        def keep(self) -> None:
             if not undone:
                 undone.append(1)
                 undone.append(optimizer.undo(backend))
@@ -311,7 +311,7 @@ def test_a_hook_may_undo_what_an_undo_reloads() -> None:
         def at_hand(self) -> None:
             return None
 
-    object.__setattr__(tuning, "let_go", Reloading())
+    object.__setattr__(tuning, "offloader", Reloading())
     thread = threading.Thread(target=lambda: undone.append(optimizer.undo(backend)), daemon=True)
     thread.start()
     thread.join(20)

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from accelerate_tts import fast_inference, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts import locks as lock_module
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.runtime.guard.checks import Heard, Units
+from accelerate_tts.runtime.guard.checks import AudioStats, Units
 from accelerate_tts.stages.layers.weight_norm import has_folds
 from accelerate_tts.tuning.tuning_lock import TuningLock
 from doubles import is_faster
@@ -197,7 +197,7 @@ def test_calls_of_another_instance_are_no_part_of_the_warm_up() -> None:
         thread.join(WAIT)
         own = guards.watchers_of(object(), (), {})
         assert own == (listener,)
-        listener.judge("speak", Units(), Heard(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
+        listener.judge("speak", Units(), AudioStats(audio=True, samples=9, swing=1.0, peak=1.0), whole=True)
     assert seen == [()]
     assert list(listener.expected) == ["speak"]
     assert guards.watchers_of(object(), (), {}) == ()

@@ -94,12 +94,22 @@ def tune(  # noqa: PLR0913, PLR0917 - the options of a command
     receipt: Annotated[
         Path | None, typer.Option(help="Also save the receipt here: as JSON, or as a page if it is named .html.")
     ] = None,
+    listen: Annotated[
+        bool, typer.Option("--listen", help="Also judge both sounds: English words by a recogniser, and the voice.")
+    ] = False,
+    word_error_limit: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Listen, and fail if the tuned sound has more word errors by over this."),
+    ] = None,
 ) -> None:
     """Tune your own backend, and compare it untouched and tuned; the next process takes the warm pack."""
     from accelerate_tts.cli.tune.command import TuneOptions, run
 
     try:
-        run(backend, text, TuneOptions(method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt))
+        options = TuneOptions(
+            method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt, listen, word_error_limit
+        )
+        run(backend, text, options)
     except (AccelerateTTSError, OSError) as error:
         _fail(error)
 

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from rich.text import Text
+
 from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
@@ -72,7 +74,8 @@ def run(as_json: bool, backend: str | None = None, init: Sequence[str] = (), loa
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     else:
-        rows = [("", "what", "found"), *((_MARKS[f.verdict], f.name, f.found) for f in findings)]
+        rows: list[tuple[str | Text, str, str]] = [("", "what", "found")]
+        rows += [(Text(_MARKS[f.verdict], _STYLES[f.verdict]), f.name, f.found) for f in findings]
         console.print(table(rows, f"accelerate_tts {__version__}"))
         for finding in findings:
             if finding.mend:
@@ -82,6 +85,7 @@ def run(as_json: bool, backend: str | None = None, init: Sequence[str] = (), loa
 
 
 _MARKS: dict[Verdict, str] = {"ok": "ok", "info": "", "warning": "!", "problem": "!!"}
+_STYLES: dict[Verdict, str] = {"ok": "green", "info": "", "warning": "bold yellow", "problem": "bold red"}
 
 
 def examine() -> Iterator[Finding]:

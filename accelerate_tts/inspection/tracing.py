@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ _core: Any = torch._C
 _tracing, _modes = _core._get_tracing_state, _core._len_torch_dispatch_stack
 _transform = _core._functorch.peek_interpreter_stack
 _overrides, _override_at = _core._len_torch_function_stack, _core._get_function_stack_at
+
+compiles_itself: ContextVar[bool] = ContextVar("compiles_itself", default=False)
+"""True inside calls of what this package compiles."""
 
 KEEPS_KERNELS = "accelerate_tts_keeps_kernels"
 """Attribute of a `TorchFunctionMode` that replaces nothing that kernels compute."""
@@ -26,9 +30,20 @@ def is_traced(*inputs: Any) -> bool:
     return torch.compiler.is_compiling() or is_watched(*inputs)
 
 
+def _is_others_graph() -> bool:
+    # `is_exporting()` itself is folded to True in all graphs by dynamo of torch 2.10. The flag is of torch 2.7.
+    return not compiles_itself.get() or bool(getattr(_compiler, "_is_exporting_flag", False))
+
+
+# dynamo calls it while it traces, and its result is a constant of the graph (`torch.compiler.assume_constant_result`,
+# which imports dynamo).
+_is_others_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_watched(*inputs: Any) -> bool:
     """Check for an active tracer, exporter or transform on this thread.
 
+    A graph of a user's own `torch.compile` never checks whether weights were written, so it gets no copies of them.
     `torch.jit.trace` and ONNX's older exporter run a module with real tensors and record operators. `torch.export` uses
     tensors without memory, or traces the code. `torch.fx` passes proxies, and `torch.func` wraps inputs. A user's
     `TorchFunctionMode` may replace any function. A kernel would read memory that does not exist, or be missing in the
@@ -37,9 +52,8 @@ def is_watched(*inputs: Any) -> bool:
     Args:
         inputs: Inputs of the call. Other objects than plain tensors and parameters count as watched.
     """
-    if torch.compiler.is_compiling():  # the package's operators may be in a compiled graph, but not in an exported one
-        # `is_exporting()` itself is folded to True in all graphs by dynamo of torch 2.10. The flag is of torch 2.7.
-        return bool(getattr(_compiler, "_is_exporting_flag", False))
+    if torch.compiler.is_compiling():  # the package's operators may be in its own graphs, but in no exported one
+        return _is_others_graph()
     for given in inputs:
         if type(given) is not torch.Tensor and type(given) is not torch.nn.Parameter:
             return True

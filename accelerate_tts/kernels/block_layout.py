@@ -12,7 +12,7 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.weight_formats import is_transposed
 
 if TYPE_CHECKING:
-    from accelerate_tts.kernels.weight_formats import Weights
+    from accelerate_tts.kernels.weight_formats import WeightFormat
 
 # Known by class name, since shapes do not show what else another class may do.
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -26,7 +26,7 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class BlockLayout:
     """Layers and sizes of a block.
 
     `k` and `v` are `None` if `q` computes all three projections. `gate` is `None` if the feed-forward is not gated.
@@ -53,7 +53,7 @@ class Anatomy:
         return {name: layer for name, layer in named.items() if layer is not None}
 
 
-def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
+def block_layouts(block: nn.Module, weights: WeightFormat) -> dict[bool, BlockLayout]:
     """Return the block's layouts for text tokens (key `True`) and audio tokens (`False`); empty if it is unknown.
 
     Only Higgs Audio's blocks have a layout for audio tokens.
@@ -71,7 +71,7 @@ def anatomies(block: nn.Module, weights: Weights) -> dict[bool, Anatomy]:
             found = {True: _of_llama(block)}
     except AttributeError:
         return {}  # a release with another structure
-    return found if all(_can_be_served(anatomy, weights) for anatomy in found.values()) else {}
+    return found if all(_can_be_served(layout, weights) for layout in found.values()) else {}
 
 
 def _scaling(attention: Any) -> float:
@@ -88,12 +88,12 @@ def _scaling(attention: Any) -> float:
     return float(attention.head_dim**-0.5)
 
 
-def _of_llama(block: Any, of: str = "") -> Anatomy:
+def _of_llama(block: Any, of: str = "") -> BlockLayout:
     attention, feed = block.self_attn, getattr(block, f"{of}mlp")
     if getattr(attention.config, "pretraining_tp", 1) > 1:
         raise AttributeError("in pieces")  # before 4.48, such layers compute their products in slices
     size = attention.head_dim
-    return Anatomy(
+    return BlockLayout(
         attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, _scaling(attention),
         _ACTIVATIONS.get(type(feed.act_fn).__name__, -1),
         getattr(block, f"{of}input_layernorm"), getattr(block, f"{of}post_attention_layernorm"),
@@ -102,16 +102,16 @@ def _of_llama(block: Any, of: str = "") -> Anatomy:
     )  # fmt: skip
 
 
-def _of_gpt2(block: Any) -> Anatomy:
+def _of_gpt2(block: Any) -> BlockLayout:
     attention, feed = block.attn, block.mlp
-    return Anatomy(
+    return BlockLayout(
         attention.num_heads, attention.num_heads, attention.head_dim, _scaling(attention),
         _ACTIVATIONS.get(type(feed.act).__name__, -1), block.ln_1, block.ln_2,
         attention.c_attn, None, None, attention.c_proj, None, feed.c_fc, feed.c_proj,
     )  # fmt: skip
 
 
-def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
+def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)
         return cls is nn.Linear or is_transposed(layer)
@@ -123,43 +123,43 @@ def _can_be_served(anatomy: Anatomy, weights: Weights) -> bool:
             and isinstance(norm.variance_epsilon, float)
         )  # fmt: skip
 
-    layers = list(anatomy.layers().values())
+    layers = list(layout.layers().values())
     plain = {torch.Tensor, nn.Parameter}  # quantised or sharded weights have no plain memory
-    tensors = [getattr(m, name, None) for m in (*layers, anatomy.norm1, anatomy.norm2) for name in ("weight", "bias")]
+    tensors = [getattr(m, name, None) for m in (*layers, layout.norm1, layout.norm2) for name in ("weight", "bias")]
     if not all(type(tensor) in plain and tensor.is_cpu for tensor in tensors if tensor is not None):
         return False
-    if anatomy.activation < 0 or anatomy.heads % anatomy.kv_heads or not all(map(is_linear, layers)):
+    if layout.activation < 0 or layout.heads % layout.kv_heads or not all(map(is_linear, layers)):
         return False
     dtypes = {layer.weight.dtype for layer in layers}
     stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16}
     return (
-        is_norm(anatomy.norm1) and is_norm(anatomy.norm2)
+        is_norm(layout.norm1) and is_norm(layout.norm2)
         and len(dtypes) == 1 and dtypes <= stored
         and all(layer.weight.is_contiguous() for layer in layers)
         and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
-        and _fits_together(anatomy)
+        and _fits_together(layout)
     )  # fmt: skip
 
 
-def _fits_together(anatomy: Anatomy) -> bool:
+def _fits_together(layout: BlockLayout) -> bool:
     """Check that all shapes agree with the sizes that the kernel gets; it reads raw addresses without checks."""
-    if len({is_transposed(layer) for layer in anatomy.layers().values()}) > 1:
+    if len({is_transposed(layer) for layer in layout.layers().values()}) > 1:
         return False
-    if hasattr(anatomy.norm1, "eps") != hasattr(anatomy.norm2, "eps"):
+    if hasattr(layout.norm1, "eps") != hasattr(layout.norm2, "eps"):
         return False
     shapes = {
         name: tuple(layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape)
-        for name, layer in anatomy.layers().items()
+        for name, layer in layout.layers().items()
     }
-    hidden, attended = anatomy.norm1.weight.shape[0], anatomy.heads * anatomy.head_dim
-    keys, inner = anatomy.kv_heads * anatomy.head_dim, shapes["up"][0]
+    hidden, attended = layout.norm1.weight.shape[0], layout.heads * layout.head_dim
+    keys, inner = layout.kv_heads * layout.head_dim, shapes["up"][0]
     expected = {
         "q": (attended if "k" in shapes else attended + 2 * keys, hidden), "k": (keys, hidden), "v": (keys, hidden),
         "o": (hidden, attended), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
     }  # fmt: skip
     biases = all(layer.bias is None or tuple(layer.bias.shape) == shapes[name][:1]
-                 for name, layer in anatomy.layers().items())  # fmt: skip
-    norms = (anatomy.norm1, anatomy.norm2)
+                 for name, layer in layout.layers().items())  # fmt: skip
+    norms = (layout.norm1, layout.norm2)
     sizes = {tuple(tensor.shape) for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None))
              if tensor is not None}  # fmt: skip
     return biases and sizes == {(hidden,)} and all(shape == expected[name] for name, shape in shapes.items())

@@ -9,14 +9,14 @@ import torch
 
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.structs import FORMATS, STRUCTS
-from accelerate_tts.kernels.weight_formats import Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.kernels.weight_formats import WeightFormat, in_bf16, in_int8, is_transposed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from accelerate_tts.kernels.block_layout import Anatomy
+    from accelerate_tts.kernels.block_layout import BlockLayout
 
 _POINTER = ctypes.c_void_p
 _Linear, _Block, _Row, _Token = (STRUCTS[name] for name in ("Linear", "DecoderBlock", "Row", "Token"))
@@ -30,27 +30,27 @@ class Described:
         takes: Hidden size, number of key heads, and head size of its inputs.
     """
 
-    def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
+    def __init__(self, layout: BlockLayout, weights: WeightFormat) -> None:
         self._kept: list[torch.Tensor] = []
         self.copies: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        layers = anatomy.layers()
-        transposed = is_transposed(anatomy.q)
-        own = "transposed" if transposed else "bf16" if anatomy.q.weight.dtype == torch.bfloat16 else "fp32"
+        layers = layout.layers()
+        transposed = is_transposed(layout.q)
+        own = "transposed" if transposed else "bf16" if layout.q.weight.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors, since they outlive this scope
             norms = {
                 f"{name}{suffix}": self._pointer(getattr(norm, attribute, None), torch.float32)
-                for name, norm in (("norm1", anatomy.norm1), ("norm2", anatomy.norm2))
+                for name, norm in (("norm1", layout.norm1), ("norm2", layout.norm2))
                 for suffix, attribute in (("", "weight"), ("_bias", "bias"))
             }
             linears = {name: self._linear(layer, weights) for name, layer in layers.items()}
         self.struct = _Block(
-            hidden=anatomy.norm1.weight.shape[0], heads=anatomy.heads, kv_heads=anatomy.kv_heads,
-            head_dim=anatomy.head_dim, inner=linears["up"].outputs,
+            hidden=layout.norm1.weight.shape[0], heads=layout.heads, kv_heads=layout.kv_heads,
+            head_dim=layout.head_dim, inner=linears["up"].outputs,
             format=FORMATS.index(own if weights == "fp32" else weights),
-            layer_norm=hasattr(anatomy.norm1, "eps"), gated=anatomy.gate is not None, activation=anatomy.activation,
-            eps1=_epsilon(anatomy.norm1), eps2=_epsilon(anatomy.norm2), scaling=anatomy.scaling, **norms, **linears,
+            layer_norm=hasattr(layout.norm1, "eps"), gated=layout.gate is not None, activation=layout.activation,
+            eps1=_epsilon(layout.norm1), eps2=_epsilon(layout.norm2), scaling=layout.scaling, **norms, **linears,
         )  # fmt: skip
-        self.takes = (anatomy.norm1.weight.shape[0], anatomy.kv_heads, anatomy.head_dim)
+        self.takes = (layout.norm1.weight.shape[0], layout.kv_heads, layout.head_dim)
         self.address = ctypes.addressof(self.struct)
 
     def _pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
@@ -60,7 +60,7 @@ class Described:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, layer: Any, weights: Weights) -> Any:
+    def _linear(self, layer: Any, weights: WeightFormat) -> Any:
         outputs, inputs = layer.weight.shape[::-1] if is_transposed(layer) else layer.weight.shape
         if weights == "fp32":
             weight, scale = layer.weight, None

@@ -9,15 +9,15 @@ from accelerate_tts.inspection.classes import plain_class
 if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
-Weights = Literal["fp32", "bf16", "int8"]
-FORMATS: tuple[Weights, ...] = ("int8", "bf16", "fp32")
+WeightFormat = Literal["fp32", "bf16", "int8"]
+FORMATS: tuple[WeightFormat, ...] = ("int8", "bf16", "fp32")
 """Storage formats, fewest bytes first."""
 _PRECISIONS: tuple[Precision, ...] = ("fast", "balanced", "exact")
 MOST_ROWS = 8
 """Maximum rows for which reading the weights dominates the time of a linear layer."""
 
 
-def formats_under(precision: Precision) -> tuple[Weights, ...]:
+def formats_under(precision: Precision) -> tuple[WeightFormat, ...]:
     """Return the formats that a precision allows, fewest bytes first."""
     return FORMATS[_PRECISIONS.index(precision) :]
 

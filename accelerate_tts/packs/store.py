@@ -97,7 +97,7 @@ class PackStore:
         try:
             secret = self._known_secret() or self._new_secret()
         except OSError as error:
-            _ignored(pack.key, f"it could not be kept: {error}")
+            _ignored(pack.key, f"it could not be written: {error}")
             return False
         return self._store(pack.key, *sealed(pack.key, text, pack.artifacts, secret))
 
@@ -221,7 +221,7 @@ class PackStore:
         try:
             self._files.write(key, *parts)
         except OSError as error:
-            _ignored(key, f"it could not be kept: {error}")
+            _ignored(key, f"it could not be written: {error}")
             return False
         return True
 

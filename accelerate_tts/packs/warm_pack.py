@@ -155,7 +155,7 @@ class WarmPack:
         self, baseline: Baseline, ledger: Ledger, entries: Sequence[tuple[Part, Stage]], receipt: Receipt,
         spared: Mapping[tuple[str, str], str], seconds: float,
     ) -> Findings:  # fmt: skip
-        """The changes that are in force now, with the facts of the earlier receipt."""
+        """Return the changes that are in force now, with the facts of the earlier receipt."""
         kept = tuple(ledger.kept)
         note = f"from a warm pack: tuned for {receipt.seconds:.1f} s in an earlier process, nothing was timed again"
         if receipt.unsure and self.retune:
@@ -209,7 +209,7 @@ class WarmPack:
             }  # fmt: skip
             self.store.write(Pack(self.key, decisions, self._code_of(findings.kept)))
         except Exception as error:  # see `of`
-            emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be kept: {error}"))
+            emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be written: {error}"))
 
     def _code_of(self, kept: Sequence[AppliedChange]) -> bytes | None:
         """Compiled code of the changes in force."""

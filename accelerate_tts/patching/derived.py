@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.patching.structure_watch import plain_attributes
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,22 +29,22 @@ class Derived(Generic[T]):
     def __init__(self, module: nn.Module, make: Callable[[Any], T]) -> None:
         self._module = module
         self._make = make
-        self._made: tuple[Weights, list[tuple[str, Any]], T] | None = None
+        self._made: tuple[WeightWatch, list[tuple[str, Any]], T] | None = None
 
     def get(self) -> T:
         """Return the value for the present weights and attributes."""
         made = self._made
         # A compiler cannot trace the check; the callers of compiled code do it at each call (`keeps_copies`).
-        # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
+        # Offloaded weights (`LazyParameters`) cannot have been written, and reading them would reload them.
         if made is not None and (
             torch.compiler.is_compiling()
-            or type(self._module._parameters) is Absent
+            or type(self._module._parameters) is LazyParameters
             or not (made[0].outdated() or self._is_another(made[1]))
         ):
             return made[2]
         # Normal tensors, even if tuning runs in inference mode, since they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():
-            weights = Weights(self._module)  # first the watch, so that a concurrent write is seen next time
+            weights = WeightWatch(self._module)  # first the watch, so that a concurrent write is seen next time
             attributes = plain_attributes(self._module)
             value = self._make(self._module)
         self._made = (weights, attributes, value)

@@ -1,10 +1,10 @@
 # ruff: noqa: D102 - dict has documented its methods
 """Lazy parameters: original weights that are freed, and reloaded by the user's load function on access.
 
-`balanced` and `fast` compute from copies of the weights. A layer's `_parameters` is then an `Absent`, a dictionary that
-knows the names and reloads the tensors on access. `state_dict`, `parameters()`, `.to()`, pickling, `layer.weight` and
-torch's own forward all go through it, so a read never finds a wrong or missing tensor. A tensor that other code holds
-stays alive, and is not freed.
+`balanced` and `fast` compute from copies of the weights. A layer's `_parameters` is then a `LazyParameters`, a
+dictionary that knows the names and reloads the tensors on access. `state_dict`, `parameters()`, `.to()`, pickling,
+`layer.weight` and torch's own forward all go through it, so a read never finds a wrong or missing tensor. A tensor that
+other code holds stays alive, and is not freed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _LEAST = 1 << 16  # bytes; smaller weights are not worth freeing
 
 
-class Absent(dict[str, Any]):
+class LazyParameters(dict[str, Any]):
     """A module's `_parameters` while some of them are offloaded.
 
     The base dictionary is empty. Names are read from `own`, and access to an offloaded tensor reloads it first.
@@ -37,19 +37,19 @@ class Absent(dict[str, Any]):
     Args:
         own: The module's own dictionary, with `None` for offloaded parameters.
         away: Names of the offloaded parameters.
-        bring: Reloads them into `own`.
+        reload: Reloads them into `own`.
     """
 
-    __slots__ = ("_away", "_bring", "_own")
+    __slots__ = ("_away", "_own", "_reload")
 
-    def __init__(self, own: dict[str, Any], away: frozenset[str], bring: Callable[[str], None]) -> None:
+    def __init__(self, own: dict[str, Any], away: frozenset[str], reload: Callable[[str], None]) -> None:
         super().__init__()
         self._own = own
         self._away = away
-        self._bring = bring
+        self._reload = reload
 
     def _all(self) -> dict[str, Any]:
-        self._bring(", ".join(sorted(self._away)))
+        self._reload(", ".join(sorted(self._away)))
         return self._own
 
     def __getitem__(self, name: str) -> Any:
@@ -74,7 +74,7 @@ class Absent(dict[str, Any]):
     __hash__ = None
 
     def __repr__(self) -> str:
-        return f"Absent({list(self._own)})"
+        return f"LazyParameters({list(self._own)})"
 
     def __copy__(self) -> dict[str, Any]:
         return self._all().copy()
@@ -96,14 +96,14 @@ _OF_TENSORS = (
 def _forwarded(name: str) -> Callable[..., Any]:
     reloads, method = name in _OF_TENSORS, getattr(dict, name)
 
-    def call(self: Absent, *args: Any, **kwargs: Any) -> Any:
+    def call(self: LazyParameters, *args: Any, **kwargs: Any) -> Any:
         return method(self._all() if reloads else self._own, *args, **kwargs)
 
     return call
 
 
 for _name in (*_OF_NAMES, *_OF_TENSORS):
-    setattr(Absent, _name, _forwarded(_name))
+    setattr(LazyParameters, _name, _forwarded(_name))
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Layer:
     device: torch.device
     own: dict[str, Any]
 
-    def anew(self, found: Mapping[str, nn.Module]) -> dict[str, torch.nn.Parameter]:
+    def same_weights(self, found: Mapping[str, nn.Module]) -> dict[str, torch.nn.Parameter]:
         """Return the same weights from a reloaded object.
 
         Raises:
@@ -181,7 +181,7 @@ def _bytes(weight: torch.Tensor) -> int:
     return weight.numel() * weight.element_size()
 
 
-class LetGo:
+class WeightOffloader:
     """Offloads the weights of one tuned object and reloads them.
 
     Args:
@@ -214,9 +214,9 @@ class LetGo:
         """
         found = self._again()
         for layer in self._layers:
-            layer.anew(found)
+            layer.same_weights(found)
 
-    def leave(self) -> int:
+    def free(self) -> int:
         """Free the weights that no other code holds, unless one was written or read since.
 
         The changes must be on, and each layer must have its copy.
@@ -229,22 +229,22 @@ class LetGo:
             return 0
         try:
             written = self._state is not None and self._state != self._now()
-            return 0 if self._over or self._pins or self._gone or written else sum(map(self._leave, self._layers))
+            return 0 if self._over or self._pins or self._gone or written else sum(map(self._free, self._layers))
         finally:
             self._lock.release()
 
-    def _leave(self, layer: Layer) -> int:
+    def _free(self, layer: Layer) -> int:
         own, names = layer.own, frozenset(layer.digests)
         sizes = {name: _bytes(own[name]) for name in names}
         # First, so that a concurrent read waits for the lock and reloads them.
-        vars(layer.module)["_parameters"] = Absent(own, names, self._needed)
+        vars(layer.module)["_parameters"] = LazyParameters(own, names, self._needed)
         for name in names:
             known = weakref.ref(own[name])
             own[name] = None
             own[name] = known()  # still alive if other code holds it; freeing it saves nothing
         gone = frozenset(name for name in names if own[name] is None)
         if gone:
-            vars(layer.module)["_parameters"] = Absent(own, gone, self._needed)
+            vars(layer.module)["_parameters"] = LazyParameters(own, gone, self._needed)
             self._gone.append((layer, gone))
         else:
             vars(layer.module)["_parameters"] = own
@@ -257,16 +257,16 @@ class LetGo:
             ReloadError: They cannot be reloaded.
         """
         pin = _Pin(self)
-        self._come_home()
+        self._reload()
         return pin
 
-    def stay(self) -> None:
+    def keep(self) -> None:
         """Reload the weights and keep them for good.
 
         Raises:
             ReloadError: They cannot be reloaded.
         """
-        self._come_home()
+        self._reload()
         self._over = True
 
     def pin(self, number: int) -> None:
@@ -277,14 +277,14 @@ class LetGo:
         """Remove a pin; offload the weights again after the last one."""
         self._pins.discard(number)
         if not self._pins:
-            self.leave()
+            self.free()
 
-    def _come_home(self) -> None:
+    def _reload(self) -> None:
         with self._lock:
             if not self._gone:
                 return
             found = self._again()
-            fresh = [layer.anew(found) for layer, _ in self._gone]  # all are checked before any is put in place
+            fresh = [layer.same_weights(found) for layer, _ in self._gone]  # all are checked before any is put in place
             for (layer, names), weights in zip(self._gone, fresh, strict=True):
                 layer.own.update((name, weights[name]) for name in names)
                 vars(layer.module)["_parameters"] = layer.own
@@ -294,7 +294,7 @@ class LetGo:
     def _needed(self, names: str) -> None:
         with self._lock:
             asked = bool(self._gone)
-            self._come_home()
+            self._reload()
             self._over = self._over or asked
         if asked:
             emit(
@@ -313,11 +313,11 @@ class LetGo:
 class _Pin:
     """Keeps weights in memory while it lives."""
 
-    __slots__ = ("_let_go",)
+    __slots__ = ("_offloader",)
 
-    def __init__(self, let_go: LetGo) -> None:
-        self._let_go = let_go
-        let_go.pin(id(self))
+    def __init__(self, offloader: WeightOffloader) -> None:
+        self._offloader = offloader
+        offloader.pin(id(self))
 
     def __del__(self) -> None:
-        self._let_go.unpin(id(self))
+        self._offloader.unpin(id(self))

@@ -16,7 +16,7 @@ from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.patching.class_swap import COPY, HALF, PACKED, make_copies, serves_copies
 from accelerate_tts.patching.derived import Derived
-from accelerate_tts.patching.lazy_parameters import LetGo, layers_of
+from accelerate_tts.patching.lazy_parameters import WeightOffloader, layers_of
 from accelerate_tts.patching.weight_versions import lie_in_files
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
     return moved
 
 
-def let_go_of(
+def offloader_of(
     what: str, found: Mapping[str, nn.Module], again: Callable[[], dict[str, nn.Module]], besides: set[nn.Module]
-) -> LetGo | None:
+) -> WeightOffloader | None:
     """Prepare to free the weights of layers that compute everything from copies. Nothing is freed yet.
 
     The weights are loaded once to check that the load function returns the same ones.
@@ -74,13 +74,13 @@ def let_go_of(
     layers = layers_of(found, _computes_from_copies, besides)
     if not layers:
         return None
-    let_go = LetGo(what, layers, again)
+    offloader = WeightOffloader(what, layers, again)
     try:
-        let_go.check()
+        offloader.check()
     except ReloadError as error:
         emit(NotApplied(f"guard_weights='reload' of {what}", f"{error}; they stay in memory"))
         return None
-    return let_go
+    return offloader
 
 
 def _computes_from_copies(module: nn.Module) -> bool:

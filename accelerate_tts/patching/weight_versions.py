@@ -38,7 +38,7 @@ Holder = dict[str, Any]
 """A module's `_parameters` or `_buffers`."""
 
 
-class Weights:
+class WeightWatch:
     """The present state of all tensors of a module and its submodules, and of the submodules' order.
 
     Args:
@@ -55,10 +55,10 @@ class Weights:
         self._children += [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
 
     @classmethod
-    def at(cls, holders: Iterable[Holder], *, content: bool = True) -> Weights:
-        """Watch the tensors in some dictionaries."""
+    def at(cls, holders: Iterable[Holder]) -> WeightWatch:
+        """Watch the tensors in some dictionaries, and their content."""
         made = cls.__new__(cls)
-        made._watch(list(holders), content=content)
+        made._watch(list(holders), content=True)
         return made
 
     def _watch(self, holders: list[Holder], *, content: bool) -> None:

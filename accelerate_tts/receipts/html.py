@@ -7,6 +7,7 @@ not declared as a dependency, since torch requires it.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ _MOST_PARTS = 6  # colours of the chart; smaller parts are one segment
 _NUMBERED = 5.0  # per cent of the chart from which a segment has room for its number, on a phone too
 _LEAST_RATIO = 1e-6
 _ROWS = (("before", 16), ("after", 70))  # and the text's place from above, in pixels
+_BREAKS = re.compile(r"(?<=[a-z][._])(?=\w)|(?<=[a-z])(?=[A-Z])")  # not inside a number
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
@@ -51,16 +53,21 @@ def content_of(receipt: Any) -> dict[str, Any]:
             *([] if receipt.first_audio is None else [("first audio", duration(receipt.first_audio))]),
             ("tuning took", duration(receipt.seconds)),
             ("stages kept", f"{len(receipt.kept)} of {len(receipt.stages)}"),
-            ("recompiles since warm-up", receipt.recompiles),
+            ("recompiles", receipt.recompiles),
         ),
         "segments": _segments(receipt),
         "totals": [(name, total, y) for (name, y), total in zip(_ROWS, (before, after), strict=True)],
         "columns": _COLUMNS,
         "stages": [
-            (stage, _figures(stage.figures(), ratio_text(stage.low), stage.seconds)) for stage in receipt.stages
+            (stage, _figures(stage.figures(), ratio_text(stage.low), stage.seconds or None)) for stage in receipt.stages
         ],
         "whole": _figures(receipt.figures(), "-", receipt.seconds),
     }
+
+
+def _breakable(value: object) -> Markup:
+    """Escape a text, and let a narrow screen break its long names after a dot or an underscore, or before a capital."""
+    return Markup("<wbr>").join(_BREAKS.split(printable(value)))
 
 
 def _shown(value: object) -> object:
@@ -70,7 +77,7 @@ def _shown(value: object) -> object:
 @cache
 def templates(*folders: Path) -> Environment:
     """Return the templates beside this file and in other folders. Values are made printable and escaped."""
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent], encoding="utf-8"),
         autoescape=True,
         finalize=_shown,
@@ -79,6 +86,8 @@ def templates(*folders: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
 
 
 def _figures(figures: tuple[str, str, str, str], low: str, seconds: float | None) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ warming: ContextVar[bool] = ContextVar("warming", default=False)
 loading_again: ContextVar[bool] = ContextVar("loading_again", default=False)
 """True while a load function runs again to reload weights. Objects loaded inside it are discarded, and not tuned."""
 
+_MOMENT = 0.02  # seconds
+
 
 class Source(NamedTuple):
     """Functions that read, write and seed the state of generators of the process."""
@@ -121,18 +123,19 @@ def other_threads() -> bool:
     )
 
 
-def others_draw(device_type: str, seconds: float = 0.02) -> bool:
-    """Watch the generators for a moment in which this thread draws nothing: does another thread draw from them?
+def others_draw(device_type: str) -> bool:
+    """Check for draws of another thread, during a moment in which this thread draws nothing.
+
+    A thread that draws more rarely is not seen.
 
     Args:
         device_type: Device whose torch generators are watched beside the CPU's.
-        seconds: Length of the moment. A thread that draws more rarely is not seen.
     """
     if not other_threads():
         return False
     sources = sources_of({device_type})
     before = _digests(sources)
-    time.sleep(seconds)
+    time.sleep(_MOMENT)
     return _digests(sources) != before
 
 

@@ -42,12 +42,12 @@ class WatchdogPolicy:
     Attributes:
         clock: Returns seconds.
         again: Seconds between two interruptions of code that swallows exceptions.
-        deaf: Seconds after which an event reports that the work does not react.
+        unresponsive: Seconds after which an event reports that the work does not react.
     """
 
     clock: Callable[[], float] = time.monotonic
     again: float = 1.0
-    deaf: float = 10.0
+    unresponsive: float = 10.0
 
 
 _policies: list[WatchdogPolicy] = [WatchdogPolicy()]
@@ -74,7 +74,7 @@ class Interruption(BaseException):
         super().__init__(*args)
         limit = self.limit()
         if limit is not None:
-            limit.heard, limit.due = True, False
+            limit.arrived, limit.due = True, False
             limit.raised = weakref.ref(self)
 
 
@@ -102,7 +102,7 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
         self.thread = 0
         self.end = 0.0
         self.over = True
-        self.fired = self.due = self.heard = self.told = self.raising = False
+        self.fired = self.due = self.arrived = self.reported = self.raising = False
         self.raised: weakref.ref[BaseException] | None = None
         self.kind: type[Interruption] = Interruption
         self._outer: weakref.ref[time_limit] | None = None
@@ -182,11 +182,11 @@ class time_limit:  # noqa: N801 - used like a function, as contextlib's own are
             self.freed = self.free() or self.freed
         return now + _policies[-1].again
 
-    def is_deaf(self, now: float) -> bool:
+    def is_unresponsive(self, now: float) -> bool:
         """Check once that the work does not react to the interruption. The caller holds the lock."""
-        deaf = self.fired and not self.heard and now > self.end + _policies[-1].deaf
-        self.told, before = self.told or deaf, self.told
-        return self.told and not before and not self.over
+        unresponsive = self.fired and not self.arrived and now > self.end + _policies[-1].unresponsive
+        self.reported, before = self.reported or unresponsive, self.reported
+        return self.reported and not before and not self.over
 
 
 def within(seconds: float | None, what: str, work: Callable[[], T], free: Callable[[], str] | None = None) -> T:
@@ -252,7 +252,7 @@ for _function in (
     shield(_function)
 
 # Limits by the time of their next check. An ended limit stays until then, since waking the watchdog costs more.
-_bell = threading.Condition()
+_changed = threading.Condition()
 _limits: list[tuple[float, int, weakref.ref[time_limit]]] = []
 _numbers = itertools.count()
 _most = 256
@@ -261,7 +261,7 @@ _watchdog: threading.Thread | None = None
 
 def _watch(limit: time_limit) -> None:
     global _watchdog, _limits, _most  # noqa: PLW0603 - one watchdog for the process, under its lock
-    with _bell:
+    with _changed:
         if len(_limits) >= _most:
             _limits = [entry for entry in _limits if (known := entry[2]()) is not None and not known.over]
             heapq.heapify(_limits)
@@ -271,28 +271,28 @@ def _watch(limit: time_limit) -> None:
             _watchdog = threading.Thread(target=_keep_watch, name="accelerate_tts-watchdog", daemon=True)
             _watchdog.start()
         elif _limits[0][2]() is limit:
-            _bell.notify()
+            _changed.notify()
 
 
 def _check_all() -> None:
-    with _bell:
-        _bell.notify()
+    with _changed:
+        _changed.notify()
 
 
 def known_limits() -> int:
     """Return the number of limits that are remembered, ended ones among them."""
-    with _bell:
+    with _changed:
         return len(_limits)
 
 
 def _keep_watch() -> None:
     while True:
-        with _bell:
+        with _changed:
             clock = _policies[-1].clock
-            deaf = _looked(clock())
-            if not deaf:
-                _bell.wait(max(0.0, _limits[0][0] - clock()) if _limits else None)
-        for what in deaf:
+            unresponsive = _looked(clock())
+            if not unresponsive:
+                _changed.wait(max(0.0, _limits[0][0] - clock()) if _limits else None)
+        for what in unresponsive:
             emit(
                 NotApplied(
                     f"the time limit of {what}",
@@ -304,21 +304,21 @@ def _keep_watch() -> None:
 
 def _looked(now: float) -> list[str]:
     """Check all limits that are due; return the names of work that does not react."""
-    deaf: list[str] = []
+    unresponsive: list[str] = []
     while _limits and _limits[0][0] <= now:
         limit = heapq.heappop(_limits)[2]()
         again = None if limit is None else limit.look(now)
         if limit is not None and again is not None:
-            if limit.is_deaf(now):
-                deaf.append(limit.what)
+            if limit.is_unresponsive(now):
+                unresponsive.append(limit.what)
             heapq.heappush(_limits, (again, next(_numbers), weakref.ref(limit)))
-    return deaf
+    return unresponsive
 
 
 def _after_fork() -> None:
     # The watchdog does not exist in the child, and may have held the lock.
-    global _bell, _watchdog
-    _bell, _watchdog = threading.Condition(), None
+    global _changed, _watchdog
+    _changed, _watchdog = threading.Condition(), None
     _limits.clear()
 
 

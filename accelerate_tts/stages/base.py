@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from accelerate_tts.kernels.weight_formats import Weights
-    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.kernels.weight_formats import WeightFormat
+    from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.settings import Precision
     from accelerate_tts.stages.protocol import Stage, State, Target
 
@@ -49,7 +49,7 @@ class BaseStage:
     group: str = ""
     cost: float = 0.0
     process: bool = False
-    times: Which = "loop"
+    times: TimedCalls = "loop"
     excluded_by: tuple[State, ...] = ()
     superseded_by: tuple[str, ...] = ()
 
@@ -91,8 +91,8 @@ class FormatStage(BaseStage):
         """See `BaseStage.variants`: one for each format, the fewest bytes first."""
         return cast("Iterable[Stage]", map(cls, formats_under(target.precision)))  # a subclass is a whole stage
 
-    def __init__(self, weights: Weights = "fp32") -> None:
+    def __init__(self, weights: WeightFormat = "fp32") -> None:
         smaller = FORMATS[: FORMATS.index(weights)]
         self.superseded_by = tuple(f"{self.name} ({weights})" for weights in smaller)
         self.name = f"{self.name} ({weights})"
-        self._weights: Weights = weights
+        self._weights: WeightFormat = weights

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.settings import Precision
 
 State = Literal["compiled", "fused", "recorded"]
@@ -49,7 +49,7 @@ class Change(Protocol):
         """Put the part back exactly as it was. Idempotent."""
         ...
 
-    def seal(self) -> None:
+    def end_warmup(self) -> None:
         """End the warm-up: report later compilations as events."""
         ...
 
@@ -64,7 +64,7 @@ class Stage(Protocol):
     """Group of alternatives. At most one stage of a group is kept on a part: the fastest. "" without alternatives."""
     process: bool
     """True if the stage changes the process. It is tried once, on whole passes, and not on each part."""
-    times: Which
+    times: TimedCalls
     """Calls that are timed, for a part that is called in a loop."""
     excluded_by: tuple[State, ...]
     """States of a part in which the stage is not tried on it. Tuning asks for them before `applies`."""

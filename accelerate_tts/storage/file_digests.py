@@ -67,7 +67,7 @@ class FileDigests:
         """
         about = os.stat(path)  # noqa: PTH116 - a text that may not be a path
         if not stat.S_ISREG(about.st_mode):  # checked before opening, since opening a pipe would block
-            raise UnknownContentError(f"{path!r} is no regular file, whose content could be told")
+            raise UnknownContentError(f"{path!r} is no regular file, so its content cannot be hashed")
         digest = hashlib.new(algorithm)
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
             before = os.fstat(file.fileno())

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelerate_tts.errors import ModelError
 from accelerate_tts.events import FirstAudio, emit
 from accelerate_tts.runtime import inference_mode
@@ -73,7 +75,9 @@ class Stream(Generator["Tensor", None, None]):
     def send(self, value: None, /) -> Tensor:
         """Return the next piece."""
         with self._running:
-            return self._body.send(value)
+            piece = self._body.send(value)
+        # The body runs in inference mode, whose tensors a caller outside it could not write to.
+        return piece.clone() if piece.is_inference() and not torch.is_inference_mode_enabled() else piece
 
     def throw(
         self,

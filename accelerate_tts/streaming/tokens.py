@@ -118,6 +118,7 @@ class Tapped(Tokens[T]):
         """See `Tokens.start`."""
         if self._thread.ident is None:
             _loops.add(self._loop)
+            _threads.add(self._thread)
             self._thread.start()
 
     def take(self, count: int) -> list[T]:
@@ -213,13 +214,16 @@ class _Loop(Generic[T]):
 
 
 _loops: weakref.WeakSet[_Loop[Any]] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @atexit.register
 def _leave_all() -> None:
-    """Stop the loops at exit: a thread that computes while the interpreter goes away would crash."""
+    """End the loops at exit: Python ends a thread that computes by an exception that torch does not survive."""
     for loop in list(_loops):
         loop.leave()
+    for thread in list(_threads):
+        thread.join(_LONGEST_TOKEN)
 
 
 def twin(module: M, **replaced: nn.Module) -> M:

@@ -106,7 +106,7 @@ def finish(baseline: Baseline, ledger: Ledger) -> None:
     with baseline.draws.seeded(WHOLE):
         baseline.calls.run_others()
     for kept in ledger.kept:
-        kept.change.seal()
+        kept.change.end_warmup()
     constants = baseline.constants
     if constants.found:
         constants.on()

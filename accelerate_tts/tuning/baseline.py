@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from accelerate_tts.plan import Which
+from accelerate_tts.plan import TimedCalls
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.stages.vocoder.checked_lengths import is_checked
 from accelerate_tts.tuning.capture import outputs_of
@@ -96,8 +96,7 @@ class Baseline:
 
     def run(self) -> list[Any]:
         """Run a warm-up pass through the public path, with the same random numbers every time."""
-        with self.draws.seeded(WHOLE, watched=True):
-            return self.calls.run()
+        return self.draws.whole(self.calls.run)
 
     def first_audio(self, passes: int) -> float | None:
         """Return the median seconds until the first piece of the calls that speak in pieces; `None` without any."""
@@ -116,7 +115,7 @@ class Baseline:
         captured = self.captured.get(part.name)
         return captured is not None and bool(captured.calls) and not captured.obstacle
 
-    def replay(self, part: Part, which: Which = "all") -> Callable[[], list[Any]]:
+    def replay(self, part: Part, which: TimedCalls = "all") -> Callable[[], list[Any]]:
         """Prepare a replay of the part on its captured inputs, or a whole pass if it cannot be run by itself.
 
         Args:
@@ -126,7 +125,7 @@ class Baseline:
         Returns:
             A function that runs it once. The inputs are copied here, outside of its time.
         """
-        if which == "pass" or not self.replayable(part):
+        if which == "end_to_end" or not self.replayable(part):
             return self.run
         prepared = self.captured[part.name].prepared(part.module, which)
 
@@ -189,14 +188,14 @@ class Baseline:
         return part.name if self.replayable(part) else WHOLE
 
     def objection(self, part: Part, difference: Difference) -> str:
-        """Say why a changed part's outputs are not tolerated; "" if they are."""
+        """Return the reason why a changed part's outputs are not tolerated; "" if they are."""
         bit_exact = part.decides and not is_checked(part.module)
         tolerance = TOLERANCES["exact"] if part.decides else self.tolerance
         return (_BIT_EXACT if bit_exact else tolerance).objection(
             difference, depth=_depth_of(part.module), read_by_a_head=part.head is not None and part.head.reads_alone
         )
 
-    def seconds(self, part: Part, which: Which = "loop") -> float:
+    def seconds(self, part: Part, which: TimedCalls = "loop") -> float:
         """Return the seconds of one replay in the present state."""
         return self.policy.look(self.replay(part, which), self.device.type, self.policy.clock)
 

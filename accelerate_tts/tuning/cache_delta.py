@@ -14,7 +14,7 @@ import torch
 _PAIR = ("keys", "values")
 
 
-class Added:
+class CacheDelta:
     """The positions that a call added to its cache.
 
     Args:
@@ -42,7 +42,7 @@ def is_past(value: Any) -> bool:
     return is_cache(value) or (type(value) is tuple and bool(_tensors(value)))
 
 
-def settled(output: Any, given: tuple[Any, ...]) -> Any:
+def without_past(output: Any, given: tuple[Any, ...]) -> Any:
     """Replace the cache in a call's output by its delta, if it is an extension of the cache among the arguments.
 
     Args:
@@ -94,7 +94,7 @@ def _added(value: Any, before: list[torch.Tensor]) -> Any:
             count = then.shape[-2]
             tensors.append(torch.cat([now[..., count:, :].flatten(), torch.linalg.vector_norm(then).view(1)]))
             worst = max(worst, _error(now[..., :count, :], then))
-        return Added(tensors, torch.tensor(1.0 + worst, dtype=torch.float64))
+        return CacheDelta(tensors, torch.tensor(1.0 + worst, dtype=torch.float64))
 
 
 def _goes_on(now: torch.Tensor, then: torch.Tensor) -> bool:

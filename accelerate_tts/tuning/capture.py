@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.plan import CALL, READY, Which
-from accelerate_tts.tuning.cache_delta import is_cache, is_past, settled
+from accelerate_tts.plan import CALL, READY, TimedCalls
+from accelerate_tts.tuning.cache_delta import is_cache, is_past, without_past
 from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.tuning.timing import synchronize
 
@@ -63,22 +63,24 @@ class Captured:
     obstacle: str = ""
     sorts: dict[Sort, _Tally] = field(default_factory=dict)
 
-    def prepared(self, module: Any, which: Which) -> list[PreparedCall]:
+    def prepared(self, module: Any, which: TimedCalls) -> list[PreparedCall]:
         """Return captured calls with fresh copies of their inputs.
 
         Args:
             module: The module that they will run on. Its class may prepare caches (`READY`).
-            which: See `Which`.
+            which: See `TimedCalls`.
         """
         return [call.prepared(module) for call in self._chosen(which)]
 
     def outcomes(self, module: Any) -> list[Any]:
-        """Outputs of the captured calls: one after the other, so that there is one copy of their inputs at a time."""
-        return [settled(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls]
+        """Return the outputs of the captured calls. They run in turn, with one copy of their inputs at a time."""
+        return [
+            without_past(call.prepared(module).run(module), (*call.args, *call.kwargs.values())) for call in self.calls
+        ]
 
     @property
     def cached(self) -> bool:
-        """Tell if it was called with a key/value cache, as a decoder in its loop is."""
+        """True if it was called with a key/value cache, as a decoder in its loop is."""
         return any(is_past(value) for call in self.calls for value in (*call.args, *call.kwargs.values()))
 
     def place_for(self, sort: Sort) -> int | None:
@@ -99,7 +101,7 @@ class Captured:
             return len(self.calls)
         return None
 
-    def _chosen(self, which: Which) -> list[_Call]:
+    def _chosen(self, which: TimedCalls) -> list[_Call]:
         longest = max(self.sorts, key=lambda sort: self.sorts[sort].seconds, default=None)
         if which == "all" or longest is None:
             return self.calls
@@ -107,7 +109,7 @@ class Captured:
         loop = tally.count >= _A_LOOP and tally.seconds > _MOSTLY * self.seconds
         if not loop:
             return self.calls
-        if which == "others":
+        if which == "prefill":
             return [call for call in self.calls if call.sort != longest] or self.calls
         calls = [call for call in self.calls if call.sort == longest] or self.calls
         # The latest calls, in which a cache has the lengths of service.
@@ -273,7 +275,7 @@ def outputs_of(part: Part) -> Generator[list[Any], None, None]:
 
 
 def _watchers(captured: Captured, device_type: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that are called before and after each call of a part, to record it."""
+    """Return the hooks that record each call of a part, before and after it."""
     starts: list[tuple[float, Sort]] = []
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

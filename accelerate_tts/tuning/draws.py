@@ -71,6 +71,11 @@ class Draws:
                 known.append(window.end)
             self._ended[what] = window.end
 
+    def whole(self, run: Callable[[], list[Any]]) -> list[Any]:
+        """Run a warm-up pass with the same random numbers every time, and return its results."""
+        with self.seeded(WHOLE, watched=True):
+            return run()
+
     @contextmanager
     def finding(self) -> Generator[None, None, None]:
         """Observe a first pass while open, to find the generators that the object uses; `found` evaluates it.

@@ -190,12 +190,16 @@ def _is_inexact(result: StageResult) -> bool:
 
 
 def _is_sampled(result: StageResult) -> bool:
-    """Tell if a decoder's steps were verified one by one, so that another sequence of tokens may come of it."""
+    """Check that a decoder's steps were verified one by one, so that it may sample another sequence of tokens."""
     return _is_inexact(result) and result.divergence is not None
 
 
 def _unlike(baseline: Baseline, ledger: Ledger, reference: list[Any], candidate: list[Any]) -> str:
-    """Return an objection other than another sampled sequence, or "": without that change the rest must be right."""
+    """Return an objection to a result whose sampled sequence differs; "" if nothing else differs.
+
+    Without the changes that sample another sequence, the output must equal the reference. With them, its lengths and
+    its loudness must be plausible.
+    """
     sampled = {(result.part, result.stage) for result in ledger.results if _is_sampled(result)}
     changes = [kept.change for kept in ledger.kept if (kept.part, kept.stage) in sampled]
     for change in reversed(changes):

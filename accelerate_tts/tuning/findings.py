@@ -15,7 +15,7 @@ from accelerate_tts.tuning.ledger import AppliedChange, switch_off
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from accelerate_tts.patching.lazy_parameters import LetGo
+    from accelerate_tts.patching.lazy_parameters import WeightOffloader
     from accelerate_tts.runtime.guard.checks import Expectation
     from accelerate_tts.stages.protocol import Change
 
@@ -48,15 +48,15 @@ class Findings:
         """
         return Receipt(**self.facts, notes=(*self.notes, *notes))
 
-    def tuning(self, *notes: str, let_go: LetGo | None = None) -> Tuning:
+    def tuning(self, *notes: str, offloader: WeightOffloader | None = None) -> Tuning:
         """Make the tuning that the object keeps.
 
         Args:
             notes: As for `receipt`.
-            let_go: Original weights that are offloaded or freed while copies serve.
+            offloader: Original weights that are offloaded or freed while copies serve.
         """
         changes = tuple(kept.change for kept in self.kept)
-        return Tuning(self.receipt(*notes), changes, self.complete, self.kept, self.expected, let_go)
+        return Tuning(self.receipt(*notes), changes, self.complete, self.kept, self.expected, offloader)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Tuning:
         complete: False if the warm-up failed, or there was none: it may be tried again.
         kept: The changes again, with the part and the stage of each.
         expected: Outputs of the untouched object's `@inference` functions for the warm-up.
-        let_go: Original weights that are offloaded or freed while copies serve, if `guard_weights` asks for it.
+        offloader: Original weights that are offloaded or freed while copies serve, if `guard_weights` asks for it.
     """
 
     receipt: Receipt
@@ -77,7 +77,7 @@ class Tuning:
     complete: bool = False
     kept: tuple[AppliedChange, ...] = ()
     expected: Mapping[str, Expectation] = field(default_factory=dict)
-    let_go: LetGo | None = None
+    offloader: WeightOffloader | None = None
 
     def undo(self) -> None:
         """Put the object back exactly as it was loaded.
@@ -106,7 +106,7 @@ class Tuning:
         Raises:
             ReloadError: As for `undo`.
         """
-        return None if self.let_go is None else self.let_go.at_hand()
+        return None if self.offloader is None else self.offloader.at_hand()
 
     def keep_loaded(self) -> None:
         """Reload the original weights and keep them.
@@ -114,8 +114,8 @@ class Tuning:
         Raises:
             ReloadError: As for `undo`.
         """
-        if self.let_go is not None:
-            self.let_go.stay()
+        if self.offloader is not None:
+            self.offloader.keep()
 
     def put_back(self) -> Receipt:
         """Return the receipt after the guard has undone the tuning for good."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.runtime.guard.guard import listening
@@ -12,7 +13,7 @@ from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.baseline import Baseline
 from accelerate_tts.tuning.capture import calls_of, time_modules, watch
 from accelerate_tts.tuning.compare import TOLERANCES
-from accelerate_tts.tuning.draws import WHOLE, Draws
+from accelerate_tts.tuning.draws import Draws
 from accelerate_tts.tuning.kl_divergence import head_of
 from accelerate_tts.tuning.linear_profile import linear_work
 from accelerate_tts.tuning.policy import OVER_BUDGET
@@ -44,10 +45,7 @@ def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Li
     """Make the baseline of one pass, for changes that were decided earlier and are not timed again."""
     policy, budget, constants, draws = limits.policy, limits.budget(), KeptConstants(), Draws(device.type)
 
-    def run() -> list[Any]:
-        with draws.seeded(WHOLE, watched=True):
-            return calls.run()
-
+    run = partial(draws.whole, calls.run)
     start = policy.clock()
     replayed = [part for part in plan.parts if part.name != PROCESS]
     with _recording(replayed, device, policy, constants) as (captured, listener), draws.finding():
@@ -70,9 +68,7 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
     policy, watcher, budget, constants = limits.policy, limits.watcher(), limits.budget(), KeptConstants()
     clock, draws = policy.clock, Draws(device.type)
 
-    def run() -> list[Any]:
-        with draws.seeded(WHOLE, watched=True):
-            return calls.run()
+    run = partial(draws.whole, calls.run)
 
     def recorded(cold: Callable[[], float]) -> Baseline:
         with (

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from accelerate_tts.plan import Which
+from accelerate_tts.plan import TimedCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -23,7 +23,7 @@ class AppliedChange:
     stage: str
     group: str
     change: Change
-    times: Which = "loop"
+    times: TimedCalls = "loop"
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Ledger:
 
     @property
     def compiles(self) -> bool:
-        """Tell if a change in force compiles something."""
+        """True if a change in force compiles something."""
         return any(kept.change.graphs is not None for kept in self.kept)
 
     def enter(self, result: StageResult, change: AppliedChange | None, instead_of: AppliedChange | None = None) -> None:

@@ -25,7 +25,7 @@ from accelerate_tts.tuning.promises import promise
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.stages.protocol import Change, Stage
     from accelerate_tts.tuning.baseline import Baseline, Reference
     from accelerate_tts.tuning.compare import Difference
@@ -53,7 +53,7 @@ class Trial:
         self._what = f"{baseline.plan.what}: {part.name}"
         self._part = part
         self._stage = stage
-        self._times: Which = stage.times
+        self._times: TimedCalls = stage.times
         self._current: AppliedChange | None = None
         self._change: Change | None = None
         self._result = StageResult(part.name, stage.name, kept=False, reason="")
@@ -76,8 +76,8 @@ class Trial:
             if self._current is not None:
                 self._ledger.lift(self._current)
             self._change = compiling_within(self._left(), stage.name, lambda: stage.prepare(part))
-            if self._current is not None and self._current.times == "pass":
-                self._times = "pass"  # single calls would show it slower than it is
+            if self._current is not None and self._current.times == "end_to_end":
+                self._times = "end_to_end"  # single calls would show it slower than it is
             self._result = self._judge(self._change)
         except OtherThreadsDrawError as error:
             self._result = replace(self._result, kept=False, reason=f"not compared: {error}", sure=False)
@@ -238,12 +238,13 @@ class Trial:
     @property
     def _untouched(self) -> float:
         """Seconds of the untouched part in the timed calls."""
-        return self._baseline.pass_seconds if self._times == "pass" else self._baseline.reference(self._part).seconds
+        baseline = self._baseline
+        return baseline.pass_seconds if self._times == "end_to_end" else baseline.reference(self._part).seconds
 
     def _looked_at(self, change: Change, result: StageResult) -> StageResult:
         """Take a single look at the time, a second one if the first shows no gain, and then time it in pairs."""
         baseline, watcher = self._baseline, self._baseline.watcher
-        calm = baseline.reference(self._part).quiet and (self._times != "pass" or baseline.pass_quiet)
+        calm = baseline.reference(self._part).quiet and (self._times != "end_to_end" or baseline.pass_quiet)
         quiet = True
         for again in (False, True):
             with watcher.window() as window:
@@ -258,7 +259,7 @@ class Trial:
                 return replace(result, after=seconds, reason=hopeless)
             if not quiet:
                 break
-        longest = seconds if self._times == "others" else max(seconds, self._untouched)
+        longest = seconds if self._times == "prefill" else max(seconds, self._untouched)
         no_time = self._no_time_for_pairs(longest)
         if no_time is not None:
             self._missed()
@@ -275,7 +276,7 @@ class Trial:
 
     def _hopeless(self, seconds: float) -> str | None:
         """Return the reason why a change is not timed in pairs after single looks; `None` if it is."""
-        before = math.inf if self._times == "others" else self._untouched
+        before = math.inf if self._times == "prefill" else self._untouched
         if seconds > max(self._policy.hopeless * before, self._policy.cheap_pairs):
             return "slower at the first look"
         # Whole passes are long. Collisions of other libraries' threads show in one look, or are not worth more.

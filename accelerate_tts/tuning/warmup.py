@@ -80,7 +80,9 @@ def check_warmup(warmup: Any, lengths: tuple[int, int] | None = None) -> None:
 
 def _check_lengths(warmup: Any) -> None:
     if warmup is None:
-        raise WarmupError("lengths= says how long inputs are, but no warmup= says what an input is")
+        raise WarmupError(
+            "lengths= says how long inputs are, but no warmup= says what an input is; give a warmup=, too"
+        )
     for item in warmup if isinstance(warmup, list) else [warmup]:
         if callable(item) and not is_tensor(item):
             if not _accepts(item, 2):

@@ -212,7 +212,7 @@ class Embeddings:
         except UnknownContentError as error:
             reason = str(error)
         except Exception as error:  # arguments, and what `encoder=` reads, may be of any class
-            reason = f"what the call is asked for cannot be told: {described(error, 200)}"
+            reason = f"the arguments of the call cannot be hashed: {described(error, 200)}"
         emit(NotApplied(self._what, reason))
         return None
 

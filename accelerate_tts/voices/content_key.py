@@ -121,7 +121,9 @@ class Digest:
         elif all(callable(getattr(value, name, None)) for name in ("read", "seek", "tell")):
             self._opened(value)
         else:
-            raise UnknownContentError(f"the content of an argument of type {_name(kind)} cannot be told")
+            raise UnknownContentError(
+                f"an argument of type {_name(kind)} cannot be hashed; give the audio, its path or its bytes"
+            )
 
     def _put(self, tag: str, content: str | bytes | bytearray | memoryview) -> None:
         if isinstance(content, str):
@@ -181,7 +183,7 @@ class Digest:
 
     def _text(self, text: str) -> None:
         if "://" in text or text.startswith("file:"):
-            raise UnknownContentError("the content behind a URL cannot be told; give the audio itself")
+            raise UnknownContentError("the content behind a URL cannot be hashed; give the audio itself")
         separators = {os.sep, os.altsep or os.sep, "."}
         if not separators & set(text):
             self.word(text)  # "en" counts as a text even if a file of this name exists
@@ -235,7 +237,7 @@ class Digest:
             return False
         plain = type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
         if not plain or value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            raise UnknownContentError(f"the content of a tensor of type {_name(type(value))} cannot be told")
+            raise UnknownContentError(f"a tensor of type {_name(type(value))} cannot be hashed; give a plain tensor")
         from accelerate_tts.storage.tensor_bytes import content_digest
 
         self._put("tensor", f"{value.dtype} {tuple(value.shape)} {value.device}")
@@ -261,7 +263,9 @@ class Digest:
             return False
         plain = type(value) in {numpy.ndarray, numpy.memmap} or isinstance(value, numpy.generic)
         if not plain or value.dtype.hasobject or value.dtype.names is not None:
-            raise UnknownContentError(f"the content of an array of {value.dtype} ({_name(type(value))}) cannot be told")
+            raise UnknownContentError(
+                f"an array of {value.dtype} ({_name(type(value))}) cannot be hashed; give an array of numbers"
+            )
         self._put("array", f"{value.dtype.str} {value.shape}")
         if value.dtype.kind in "US":  # an array of texts, each of which may be a path
             self._container(value.reshape(-1).tolist())

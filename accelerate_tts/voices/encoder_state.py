@@ -26,7 +26,7 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import foreign_hooks
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
-from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.storage.fingerprint import code_of, fingerprint
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:
-    # Offloaded weights (`Absent`) cannot have been written, and reading them would reload them.
-    parameters: Iterable[Any] = () if type(module._parameters) is Absent else module._parameters.values()
+    # Offloaded weights (`LazyParameters`) cannot have been written, and reading them would reload them.
+    parameters: Iterable[Any] = () if type(module._parameters) is LazyParameters else module._parameters.values()
     return [tensor for tensor in (*parameters, *module._buffers.values()) if tensor is not None]
 
 
@@ -153,8 +153,8 @@ def _state(walked: list[nn.Module]) -> list[Any]:
         for tensors in (module._parameters, module._buffers):
             if not tensors:  # most modules have none, and this runs for all of them at each request
                 continue
-            if type(tensors) is Absent:
-                state.append(Absent)
+            if type(tensors) is LazyParameters:
+                state.append(LazyParameters)
                 continue
             try:
                 state += [

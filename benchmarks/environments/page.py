@@ -50,10 +50,10 @@ def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -
         rows: Rows by the environment's name, as `run.py` writes them. The page says so where one is missing.
     """
     found = [(one, rows.get(one.name)) for one in environments]
-    parts = [_HEAD, "## What was installed and tested\n", _table(_OVERVIEW, map(_overview, found))]
+    parts = [_HEAD, "## What was installed and tested\n", table(_OVERVIEW, map(_overview, found))]
     checks = [line for one, row in found if row is not None for line in _checks(one, row)]
     if checks:
-        parts += ["## What it gave\n", _table(_CHECKS, checks)]
+        parts += ["## What it gave\n", table(_CHECKS, checks)]
     parts += ["## What was tried in each\n", *(_details(one, row) for one, row in found if row is not None)]
     return "\n".join(parts)
 
@@ -71,7 +71,7 @@ def with_table(readme: str, environments: Sequence[Environment], rows: dict[str,
         machine = row["machine"]
         where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, {row['date']}:"
         found.setdefault(where, []).extend(map(_in_short, _checks(one, row)))
-    tables = [f"{where}\n\n{_table(_SHORT, lines)}" for where, lines in found.items() if lines]
+    tables = [f"{where}\n\n{table(_SHORT, lines)}" for where, lines in found.items() if lines]
     head = readme.index("\n", readme.index(_BEGIN)) + 1
     text = "\n".join(tables) or "No row was written in this state.\n"
     return f"{readme[:head]}\n{text}\n{readme[readme.index(_END) :]}"
@@ -94,12 +94,14 @@ _CHECKS = (
 )  # fmt: skip
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(_cell(cell) for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(cell(one) for one in row) + " |\n" for row in rows)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return a text as it may stand in a table's cell."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
@@ -140,9 +142,9 @@ def _checks(one: Environment, row: dict[str, Any]) -> Iterator[Sequence[str]]:
             yield (
                 *about,
                 "" if step is None else f"{_ms(step['before'])}, {_ms(step['after'])}",
-                "" if step is None else _ratio(step),
+                "" if step is None else ratio_range(step),
                 "" if step is None or not floor else f"{step['after'] / floor:.2f}",
-                _ratio(check["whole"]), _output(check), ", ".join(check["kept"]) or "nothing",
+                ratio_range(check["whole"]), _output(check), ", ".join(check["kept"]) or "nothing",
             )  # fmt: skip
 
 
@@ -150,7 +152,8 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms"
 
 
-def _ratio(ratio: dict[str, float]) -> str:
+def ratio_range(ratio: dict[str, float]) -> str:
+    """Return a ratio with the least and the most of its pairs."""
     return f"{ratio['ratio']:.2f}x ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
 
@@ -179,8 +182,8 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
     if row["seconds"]:
         lines.append("- Seconds: " + ", ".join(f"{what} {seconds:.0f}" for what, seconds in row["seconds"].items()))
     if row["tests"] is not None:
-        lines += [f"- Skipped, {count}: {_cell(why)}" for why, count in row["tests"]["skips"].items()]
-        lines += [f"- Failed: `{name}`: {_cell(why)}" for name, why in row["tests"]["failures"].items()]
+        lines += [f"- Skipped, {count}: {cell(why)}" for why, count in row["tests"]["skips"].items()]
+        lines += [f"- Failed: `{name}`: {cell(why)}" for name, why in row["tests"]["failures"].items()]
     for check in row["checks"]:
         lines += _of_check(check)
     return "\n".join([f"### {one.name}\n", *map(_wrapped, lines)]) + "\n"
@@ -197,14 +200,14 @@ def _code(words: Iterable[str]) -> str:
 
 def _of_check(check: dict[str, Any]) -> Iterator[str]:
     for line in check.get("said", []):
-        yield f"- {check['system']}: {_cell(line)}"
+        yield f"- {check['system']}: {cell(line)}"
     stages = check.get("stages", [])
     kept = [f"{s['part']}: {s['stage']}" for s in stages if s["kept"]]
-    others = [f"{s['part']}: {s['stage']} ({_cell(s['reason'])})" for s in stages if not s["kept"]]
+    others = [f"{s['part']}: {s['stage']} ({cell(s['reason'])})" for s in stages if not s["kept"]]
     if stages:
         yield f"- {check['system']}, kept: {'; '.join(kept) or 'nothing'}. Not kept: {'; '.join(others) or 'nothing'}"
     for event in check.get("events", []):
-        yield f"- {check['system']}, event: {_cell(event)}"
+        yield f"- {check['system']}, event: {cell(event)}"
 
 
 def main() -> None:

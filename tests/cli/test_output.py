@@ -187,3 +187,10 @@ def test_the_commands_write_nowhere_else() -> None:
                 found.append(f"{path.name}:{node.lineno}: {called}({given})")
     # These two are for when rich is missing, or standard output is gone: an error's own number and words.
     assert [line for line in found if not line.startswith("__init__.py")] == []
+
+
+def test_a_header_is_broken_between_its_words_alone() -> None:
+    told = io.StringIO()
+    rows = [("system", "torch.compile first", "verdict"), ("mms", "-", "a sentence that needs some room " * 9)]
+    Terminal(file=told, width=36).print(table(rows, "A table"))
+    assert "torch.compile" in told.getvalue()

@@ -357,3 +357,16 @@ def test_odd_sounds_are_drawn() -> None:
     for sound in draw([Sound(samples, 8000) for samples in odd]):
         assert "nan" not in sound.wave
     assert draw([Sound(torch.zeros(61 * 8000), 8000)])[0].cut
+
+
+@pytest.mark.slow
+def test_both_sounds_are_judged_and_the_receipt_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("pocketsphinx")
+    pytest.importorskip("resemblyzer")
+    words = ("tune", "my_service:Small", "--text", "Good morning to you.", "--pairs", "1", "--receipt", "kept.json")
+    said = invoke(*words, "--word-error-limit", "1.0")
+    assert "word error" in said
+    assert "speaker similarity" in said
+    notes = Receipt.from_json((tmp_path / "kept.json").read_text("utf-8")).notes
+    (note,) = [note for note in notes if note.startswith("judged by")]
+    assert "on a text of 4 words" in note

@@ -244,7 +244,7 @@ def test_the_stage_is_switched_on_and_off(libraries: list[Library]) -> None:
         change.off()
         assert threads(libraries) == [4, 2]
     assert change.graphs is None
-    change.seal()
+    change.end_warmup()
     for library in libraries:
         library.threads = 1
     assert QuietBlasStage().applies(PART) == "no OpenBLAS with several threads is loaded"

@@ -124,6 +124,19 @@ def test_functional_transforms(name: str) -> None:
     assert float((again - plain(x(name))).norm() / again.norm()) < 0.05
 
 
+@each
+def test_a_users_own_compile_sees_what_is_written_later(name: str) -> None:
+    """Its graph makes no check of weights, as those of the package do."""
+    plain, model = tuned(name)
+    compiled = [torch.compile(module, backend="eager") for module in (plain, model)]
+    with torch.no_grad():
+        same(*(module(x(name)) for module in compiled))
+        for module in (plain, model):
+            for parameter in module.parameters():
+                parameter.data *= 1.5
+        same(*(module(x(name)) for module in compiled))
+
+
 class Louder(TorchFunctionMode):
     """Doubles what every layer computes."""
 

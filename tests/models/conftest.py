@@ -339,7 +339,7 @@ def steady(seen: list[Event], monkeypatch: pytest.MonkeyPatch, request: pytest.F
             for letters in LENGTHS:
                 said(subject, lambda system, letters=letters: speak(system, sentence(letters)))
             for change in changes:
-                change.seal()
+                change.end_warmup()
             graphs = [change.graphs for change in changes]
             for letters, say in spoken.items():
                 result = said(subject, say)

@@ -117,7 +117,7 @@ FILL = """
     model = optimized_model(warmup=torch.ones(1, 8, 16))(lambda: torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)).eval())()
     assert receipt_of(model) is not None
     lost = [event for event in seen if type(event).__name__ == "PackIgnored"]
-    assert len(lost) == 1 and "could not be kept" in str(lost[0]), seen
+    assert len(lost) == 1 and "could not be written" in str(lost[0]), seen
     seen.clear()
     print("load")
     try:

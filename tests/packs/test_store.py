@@ -479,7 +479,7 @@ class TestSecret:
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", failing(os.open, errno.EMFILE))
             assert not store.write(Pack(OTHER, {}))
-            one(seen, "could not be kept")
+            one(seen, "could not be written")
         assert store.read(KEY) == PACK
 
     def test_where_there_are_no_hard_links(
@@ -635,7 +635,7 @@ class TestFolder:
             if call in {"replace", "mkdir"}:  # Python 3.10's Path has taken its own reference
                 patch.setattr(Path, call, failing(getattr(Path, call), number))
             assert store.write(Pack(OTHER, {"new": 1}, b"code")) is False
-            one(seen, "warm pack fedcba987654", "could not be kept", os.strerror(number))
+            one(seen, "warm pack fedcba987654", "could not be written", os.strerror(number))
             if call == "open":
                 assert store.read(KEY) is None
                 one(seen, "warm pack 0123456789ab", os.strerror(number))
@@ -673,7 +673,7 @@ class TestFolder:
             assert store.read(KEY) == PACK
             assert seen == []
             assert store.write(Pack(OTHER, {})) is False
-            one(seen, "could not be kept")
+            one(seen, "could not be written")
         finally:
             folder.chmod(0o700)
 
@@ -682,7 +682,7 @@ class TestFolder:
         (tmp_path / "file").write_text("mine")
         store = PackStore(tmp_path / "file" / below, MEGABYTE)
         assert store.write(PACK) is False
-        one(seen, "could not be kept")
+        one(seen, "could not be written")
         assert store.read(KEY) is None
         one(seen, "warm pack 0123456789ab")
         assert store.entries() == []
@@ -841,7 +841,7 @@ class TestEviction:
         assert PackStore(folder, size, SHARED).read(KEY) == PACK
         assert seen == []
         assert not PackStore(folder, size - 1, SHARED).write(PACK)
-        one(seen, "could not be kept", str(size), str(size - 1))
+        one(seen, "could not be written", str(size), str(size - 1))
         assert PackStore(folder, size, SHARED).read(KEY) == PACK
 
     def test_one_that_alone_exceeds_the_limit_evicts_nothing(self, folder: Path, seen: list[Event]) -> None:

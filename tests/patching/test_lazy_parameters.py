@@ -27,7 +27,7 @@ from accelerate_tts import (
 )
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import FellBack, Guarded, NotApplied
-from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.lazy_parameters import LazyParameters
 from doubles import begin_process
 
 SIZE = 256
@@ -88,7 +88,7 @@ def is_fp32(model: Any) -> bool:
 
 
 def away(model: Any) -> bool:
-    kinds = {type(layer._parameters) is Absent for layer in (model[0], model[2])}
+    kinds = {type(layer._parameters) is LazyParameters for layer in (model[0], model[2])}
     assert len(kinds) == 1
     return kinds.pop()
 
@@ -111,12 +111,12 @@ def reference(text: str, seed: int) -> torch.Tensor:
         return model(torch.randn(len(text) + 20, SIZE)).flatten()  # type: ignore[no-any-return]
 
 
-def test_what_is_let_go_is_gone_and_the_receipt_says_how_much() -> None:
+def test_what_is_freed_is_gone_and_the_receipt_says_how_much() -> None:
     voice = loaded()
     assert away(voice.model)
     receipt = receipt_of(voice)
     assert receipt is not None
-    assert any(note.startswith("0.5 MiB of loaded weights were let go") for note in receipt.notes)
+    assert any(note.startswith("0.5 MiB of original weights were freed") for note in receipt.notes)
     assert alive() == 1, "the model that was loaded to see that it can be is kept"
     with_memory = [t for t in gc.get_objects() if type(t) is nn.Parameter and t.shape == (SIZE, SIZE)]
     assert not with_memory
@@ -260,7 +260,7 @@ def test_who_holds_a_weight_keeps_it() -> None:
     model: Any = load()
     assert type(model[0]._parameters) is dict
     assert model[0].weight is held[0]
-    assert type(model[2]._parameters) is Absent
+    assert type(model[2]._parameters) is LazyParameters
 
 
 @pytest.mark.parametrize("how", ["undo", "untouched"])
@@ -416,7 +416,7 @@ def test_what_the_load_function_puts_elsewhere_is_put_back() -> None:
 
     model = load()
     assert GLOBAL is model
-    assert type(model[0]._parameters) is Absent  # type: ignore[index]
+    assert type(model[0]._parameters) is LazyParameters  # type: ignore[index]
 
 
 def test_containers_of_the_owner_are_its_own() -> None:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
-from accelerate_tts.kernels.weight_formats import Weights
+from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -117,7 +117,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: Weights, seen: list[Event]) -> None:
+def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: WeightFormat, seen: list[Event]) -> None:
     model = build()
     if name == "scaling" and not hasattr(model.layers[0].self_attn, "scaling"):
         pytest.skip("attention has no scaling to change before transformers 4.48")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 
 from accelerate_tts.patching import weight_versions
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.whole import CompiledCall
 from accelerate_tts.stages.layers.half_precision import HalfStage
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_what_is_not_changed_is_not_outdated() -> None:
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300), nn.Linear(3, 5)).eval()
-    weights = Weights(model)
+    weights = WeightWatch(model)
     with torch.inference_mode():
         model[:2](torch.randn(2, 300))
     model.train().eval().requires_grad_(requires_grad=False)
@@ -50,7 +50,7 @@ def test_what_is_not_changed_is_not_outdated() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_element_is_found_when_the_pieces_come_round(place: int, dtype: torch.dtype) -> None:
     layer = nn.Linear(512, 512, dtype=dtype)
-    weights = Weights(layer)
+    weights = WeightWatch(layer)
     layer.weight.data.view(-1)[place] += 1
     pieces = -(-layer.weight.numel() * layer.weight.element_size() // 1024)
     assert any(weights.outdated() for _ in range(pieces))
@@ -58,7 +58,7 @@ def test_one_element_is_found_when_the_pieces_come_round(place: int, dtype: torc
 
 def test_content_that_comes_back_is_not_outdated() -> None:
     layer = nn.Linear(64, 64)
-    weights, kept = Weights(layer), layer.weight.detach().clone()
+    weights, kept = WeightWatch(layer), layer.weight.detach().clone()
     layer.weight.data.add_(1)
     assert weights.outdated()
     layer.weight.data.copy_(kept)
@@ -67,7 +67,7 @@ def test_content_that_comes_back_is_not_outdated() -> None:
 
 def test_without_content_it_is_where_they_are_that_counts() -> None:
     layer = nn.Linear(64, 64)
-    weights = Weights(layer, content=False)
+    weights = WeightWatch(layer, content=False)
     layer.weight.data.add_(1)
     assert not weights.outdated()
     layer.weight.data = layer.weight.data.clone()
@@ -92,7 +92,7 @@ def test_tensors_of_every_kind(make: Callable[[], Any], native: bool, monkeypatc
     if not native:
         monkeypatch.setattr(weight_versions, "missing", lambda: "there are none")
     holder = {"a": make()}
-    weights = Weights.at([holder])
+    weights = WeightWatch.at([holder])
     assert not any(weights.outdated() for _ in range(10))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -103,7 +103,7 @@ def test_tensors_of_every_kind(make: Callable[[], Any], native: bool, monkeypatc
 def test_where_there_are_no_kernels_some_places_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_versions, "missing", lambda: "there are none")
     layer = nn.Linear(64, 64)
-    weights = Weights(layer)
+    weights = WeightWatch(layer)
     assert not weights.outdated()
     layer.weight.data.mul_(1.001)
     assert any(weights.outdated() for _ in range(1_000_000))  # looks may take a hundredth of the time
@@ -126,7 +126,7 @@ def test_looks_where_they_are_dear_take_a_share_of_the_time() -> None:
     assert len(looks) > 0.009 * now[0] / 0.001
 
 
-def seen_edits(weights: Weights, layer: nn.Linear) -> int:
+def seen_edits(weights: WeightWatch, layer: nn.Linear) -> int:
     """Of one edit a piece of 1,024 bytes, each taken back, those that are seen."""
     before = [layer.weight.data.view(-1, 256)[number].clone() for number in range(1024)]
     seen = 0
@@ -139,7 +139,7 @@ def seen_edits(weights: Weights, layer: nn.Linear) -> int:
 
 def test_a_file_is_read_at_one_place() -> None:
     layer = nn.Linear(512, 512, bias=False)
-    weights = Weights(layer)
+    weights = WeightWatch(layer)
     weights.outdated()
     weight_versions.lie_in_files([layer.weight.untyped_storage()])
     weights.outdated()
@@ -159,7 +159,7 @@ def test_memory_that_was_in_a_file_and_is_used_again_is_read_as_a_whole() -> Non
     del first
     gc.collect()
     second = at_this_place()
-    weights = Weights(second)
+    weights = WeightWatch(second)
     weights.outdated()
     second.weight.data.view(-1)[-1] += 1
     assert any(weights.outdated() for _ in range(1024))
@@ -167,11 +167,11 @@ def test_memory_that_was_in_a_file_and_is_used_again_is_read_as_a_whole() -> Non
 
 def test_a_module_without_tensors_that_is_put_in_is_seen() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-    weights = Weights(model)
+    weights = WeightWatch(model)
     model[1] = nn.ReLU()
     assert weights.outdated()
     parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    weights = Weights(model[0])
+    weights = WeightWatch(model[0])
     parametrize.register_parametrization(model[0], "weight", nn.Tanh())
     assert weights.outdated()
 

@@ -69,6 +69,9 @@ class Page(HTMLParser):
         assert self.open == [self.root], f"not closed: {[node.tag for node in self.open[1:]]}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # where a long name may be broken: no part of what the page has, nor of its text
+            assert attrs == []
+            return
         self.handle_startendtag(tag, attrs)
         if tag != "meta":
             self.open.append(self.open[-1].children[-1])
@@ -134,7 +137,7 @@ def test_the_headline() -> None:
         "cold first pass": "1.50 s",
         "tuning took": "4.50 s",
         "stages kept": "1 of 3",
-        "recompiles since warm-up": "0",
+        "recompiles": "0",
     }
     assert [node.text for node in page.one("ul").all("li")] == ["a note", "more"]
 
@@ -219,7 +222,7 @@ def test_the_table_has_every_stage_and_the_whole() -> None:
     assert rows_of(page, "tbody") == [
         ["decoder", "fold weight norm", "400.0 ms", "100.0 ms", "4.00x", "3.50x", "3e-07", "500.0 ms", "kept, faster"],
         ["encoder", "torch.compile", "200 us", "400 us", "0.50x", "0.40x", "bit-exact", "2.00 s", "rejected: no gain"],
-        ["flow", "channels-last", "-", "-", "-", "-", "-", "0 us", "not tried: 1.5 % of the time"],
+        ["flow", "channels-last", "-", "-", "-", "-", "-", "-", "not tried: 1.5 % of the time"],
     ]
     assert rows_of(page, "tfoot") == [
         ["the whole", "all kept stages", "800.0 ms", "400.0 ms", "2.00x", "-", "3e-05", "4.50 s",
@@ -250,6 +253,7 @@ def test_a_long_name_is_not_cut() -> None:
     page = page_of(replace(RECEIPT, stages=(replace(STAGES[0], part=part),), shares={part: 0.5}))
     assert legend(page)[0].startswith(f"{part} ")
     assert rows_of(page, "tbody")[0][0] == part
+    assert "resblocks.<wbr>resblocks." in replace(RECEIPT, shares={part: 0.5}).to_html()
     style = page.one("style").text
     assert "overflow-wrap: anywhere" in style
     assert "ellipsis" not in style
@@ -388,7 +392,7 @@ def test_no_text_of_a_receipt_becomes_a_part_of_the_page(receipt: Receipt) -> No
     words = [receipt.what, receipt.device, *receipt.versions, *receipt.versions.values(), *receipt.notes]
     words += [word for stage in receipt.stages for word in (stage.part, stage.stage, stage.verdict)]
     for word in words:
-        assert str(escape(printable(word))) in source
+        assert str(escape(printable(word))) in source.replace("<wbr>", "")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", source)
 
 
@@ -399,7 +403,7 @@ def test_what_was_given_is_what_a_reader_sees(receipt: Receipt) -> None:
     assert [node.text for ul in page.all("ul") for node in ul.all("li")] == [printable(note) for note in receipt.notes]
     expected = [
         [printable(s.part), printable(s.stage), duration(s.before), duration(s.after), ratio_text(s.ratio),
-         ratio_text(s.low), error_text(s.error), duration(s.seconds), printable(s.verdict)]
+         ratio_text(s.low), error_text(s.error), duration(s.seconds or None), printable(s.verdict)]
         for s in receipt.stages
     ]  # fmt: skip
     assert rows_of(page, "tbody") == (expected or [["No stage was tried."]])

@@ -27,7 +27,7 @@ on = torch.is_inference_mode_enabled
 class _Contented:
     """A watcher that finds no fault."""
 
-    def judge(self, name: str, units: Any, heard: Any, *, whole: bool) -> None: ...
+    def judge(self, name: str, units: Any, stats: Any, *, whole: bool) -> None: ...
 
 
 @pytest.fixture(autouse=True, params=["bare", "guarded"])

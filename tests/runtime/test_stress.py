@@ -356,7 +356,7 @@ def test_abandoned_generators_are_finalised_in_another_thread(cyclic: bool) -> N
 class Contented:
     """A watcher that finds no fault."""
 
-    def judge(self, name: str, units: Any, heard: Any, *, whole: bool) -> None: ...
+    def judge(self, name: str, units: Any, stats: Any, *, whole: bool) -> None: ...
 
 
 @pytest.mark.parametrize("guarded", [False, True])

@@ -244,7 +244,7 @@ def test_shielded_work_is_left_alone_until_it_ends() -> None:
 
 
 def test_work_in_native_code_is_told_of_and_interrupted_when_it_returns(seen: list[Event]) -> None:
-    with watchdog_policy(WatchdogPolicy(again=0.02, deaf=0.05)), pytest.raises(TimeLimitError):
+    with watchdog_policy(WatchdogPolicy(again=0.02, unresponsive=0.05)), pytest.raises(TimeLimitError):
         within(SHORT, "the warm-up", lambda: time.sleep(0.4))
     told = [event for event in seen if isinstance(event, NotApplied)]
     assert [event.what for event in told] == ["the time limit of the warm-up"]

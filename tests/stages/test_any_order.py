@@ -350,8 +350,8 @@ class Faulty:
         self.change.off()
         self.hit("off", early=False)
 
-    def seal(self) -> None:
-        self.change.seal()
+    def end_warmup(self) -> None:
+        self.change.end_warmup()
 
     def called(self, x: torch.Tensor) -> torch.Tensor:
         return self.hit("call", early=not self._late, x=x)

@@ -171,6 +171,7 @@ def test_vits_in_pieces_is_its_whole(example: Any) -> None:
     pieces = list(stream(model, ids, options=options))
     assert len(pieces) > 2
     same(whole, torch.cat(pieces, dim=-1)[0])
+    pieces[0].mul_(0.5)  # as any tensor
     with pytest.raises(SettingsError, match="one text"):
         stream(model, ids.expand(2, -1))
     assert list(stream(model, ids[:, :0])) == []

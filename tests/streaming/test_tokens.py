@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +115,27 @@ def test_a_loop_that_runs_ahead_stops_within_a_token() -> None:
     made = len(tokens._loop.made)
     time.sleep(0.01)
     assert len(tokens._loop.made) == made
+
+
+def test_a_process_may_end_while_a_loop_runs_ahead() -> None:
+    """Python ends a thread that comes back from torch then by an exception, which would abort the process."""
+    code = """
+import sys, threading, torch
+from accelerate_tts.streaming import Tapped
+
+def endless(emit):
+    x = torch.ones(300, 300)
+    while True:
+        emit(x)
+        for _ in range(300):  # a long token
+            x = torch.tanh(x @ x)
+
+tokens = Tapped(endless, threading.Event(), ahead=True)
+tokens.take(1)
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
 
 
 def test_an_error_of_the_loop_comes_after_its_tokens() -> None:

@@ -71,7 +71,8 @@ class Stage(BaseStage):
 
     Args:
         name: Its name.
-        faults: What is called at "applies", "prepare", "on", "run" (a run of the module while it is on), "off", "seal".
+        faults: What is called at "applies", "prepare", "on", "run" (a run of the module while it is on), "off" and
+            "end_warmup".
         group: The group of alternatives that it belongs to.
         graphs: Number of graphs that it claims to have compiled.
         process: True for a change of the process.
@@ -148,9 +149,9 @@ class _Set:
             else:
                 self.own[name] = value
 
-    def seal(self) -> None:
+    def end_warmup(self) -> None:
         self.stage.sealed = True
-        self.stage.at("seal")
+        self.stage.at("end_warmup")
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

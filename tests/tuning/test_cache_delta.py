@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.plan import ModelPlan, Part
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.tuning.cache_delta import is_past, settled
+from accelerate_tts.tuning.cache_delta import is_past, without_past
 from accelerate_tts.tuning.compare import compare, tensors_of
 from accelerate_tts.tuning.first_passes import first_passes
 from accelerate_tts.tuning.ledger import Ledger
@@ -57,14 +57,14 @@ def cached(output: Any) -> list[torch.Tensor]:
 
 def test_a_token_leaves_a_position_of_each_layer_and_the_rest_of_its_output(model: Any) -> None:
     output, given = step(model)
-    found = settled(output, given)
+    found = without_past(output, given)
     assert type(found) is BaseModelOutputWithPast
     assert found.last_hidden_state is output.last_hidden_state
     *added, kept = cached(found)
     whole = [tensor for pair in pairs_of(output.past_key_values) for tensor in pair]
     assert all(torch.equal(a[:-1], b[..., GIVEN:, :].flatten()) for a, b in zip(added, whole, strict=True))
     assert kept == 1.0
-    assert compare(found, settled(*step(model))).error == 0.0
+    assert compare(found, without_past(*step(model))).error == 0.0
 
 
 def test_an_error_is_that_of_the_whole_cache(model: Any) -> None:
@@ -73,26 +73,27 @@ def test_an_error_is_that_of_the_whole_cache(model: Any) -> None:
     with torch.inference_mode():
         pairs_of(other.past_key_values)[1][1][..., GIVEN:, :] += 0.1
     expected = compare(output, other).error
-    assert 0.0 < compare(settled(output, given), settled(other, given)).error == pytest.approx(expected, rel=1e-3)
+    found = compare(without_past(output, given), without_past(other, given)).error
+    assert 0.0 < found == pytest.approx(expected, rel=1e-3)
 
 
 def test_in_a_tuple_too(model: Any) -> None:
     output, given = step(model)
-    found = settled((output.last_hidden_state, output.past_key_values), given)
+    found = without_past((output.last_hidden_state, output.past_key_values), given)
     assert len(list(tensors_of(found))) == 1 + 4 + 1
 
 
 @torch.inference_mode()
 def test_whoever_writes_to_positions_that_it_was_given_is_found_out(model: Any) -> None:
     output, given = step(model)
-    right = settled(output, given)
+    right = without_past(output, given)
     pairs_of(output.past_key_values)[1][1][0, 0, 3] += 1.0
-    difference = compare(right, settled(output, given))
+    difference = compare(right, without_past(output, given))
     assert difference.error > 1e-3
     others = transformers.DynamicCache()
     for layer in range(2):
         others.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), layer)
-    assert compare(right, settled(output, (given[0], others))).error == float("inf"), (
+    assert compare(right, without_past(output, (given[0], others))).error == float("inf"), (
         "another number of rows: not the same cache"
     )
 
@@ -106,7 +107,7 @@ def test_what_is_not_the_cache_that_was_given_is_compared_whole(model: Any, how:
         output.past_key_values.crop(-6)
     else:
         given = (*step(model, rows=1)[1],)
-    assert settled(output, given).past_key_values is output.past_key_values
+    assert without_past(output, given).past_key_values is output.past_key_values
 
 
 class Spoils(Stage):

@@ -200,7 +200,7 @@ def test_a_fault_in_a_pass_of_the_whole_undoes_everything(number: int, seen: lis
 def test_a_fault_in_sealing_undoes_everything(seen: list[Event]) -> None:
     model = Slow()
     before = Before(model)
-    stages = Stage("good", seconds=0.01), Stage("bad", {"seal": raising(MemoryError("late"))}, seconds=0.0)
+    stages = Stage("good", seconds=0.01), Stage("bad", {"end_warmup": raising(MemoryError("late"))}, seconds=0.0)
     given_up(saved(run(model, *stages)), seen)
     before.assert_untouched()
 
@@ -254,7 +254,7 @@ def test_a_fault_in_undoing_is_raised_when_all_is_undone() -> None:
 @settings(max_examples=20, deadline=None)
 @given(
     error=st.sampled_from(ERRORS),
-    point=st.sampled_from([*POINTS, "seal"]),
+    point=st.sampled_from([*POINTS, "end_warmup"]),
     number=st.integers(0, 30),
     first=st.booleans(),
 )
@@ -273,7 +273,7 @@ def test_any_fault_at_any_call(error: Exception, point: str, number: int, first:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize(("point", "number"), [*((point, 0) for point in POINTS), ("run", 3), ("seal", 0)])
+@pytest.mark.parametrize(("point", "number"), [*((point, 0) for point in POINTS), ("run", 3), ("end_warmup", 0)])
 def test_an_interrupt_goes_on_and_leaves_the_model_untouched(error: BaseException, point: str, number: int) -> None:
     model = Slow()
     before = Before(model)

@@ -34,7 +34,7 @@ class Stacked:
             assert self.stack[-1] is self, "another change was made on top of it"
             self.stack.pop()
 
-    def seal(self) -> None: ...
+    def end_warmup(self) -> None: ...
 
 
 def test_a_verdict_that_was_not_sure_is_not_sure_once_it_is_undone() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.models.named import Known
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.stages.compile.regional import block_rows
+from accelerate_tts.stages.compile.regional import block_stacks
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.tuning.capture import outputs_of, watch
 from accelerate_tts.tuning.limits import Limits
@@ -132,11 +132,11 @@ def test_blocks_of_several_lists_share_a_graph_unless_they_have_a_cache() -> Non
             return hidden_states
 
     lists = nn.ModuleList([nn.ModuleList([block(), block()]), nn.ModuleList([block()])])
-    assert [len(row) for row in block_rows(lists)] == [3]
+    assert [len(row) for row in block_stacks(lists)] == [3]
     cached = nn.ModuleList([nn.ModuleList([block(Cached), block(Cached)]) for _ in range(2)])
-    assert [len(row) for row in block_rows(cached)] == [2, 2]
+    assert [len(row) for row in block_stacks(cached)] == [2, 2]
     shared = nn.ModuleList([block(), block()])
-    assert [len(row) for row in block_rows(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
+    assert [len(row) for row in block_stacks(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
 
 
 def test_of_a_long_step_fewer_calls_are_timed() -> None:
@@ -170,7 +170,7 @@ def test_a_second_length_after_a_loop_is_captured_too(steps: int, longer: int) -
     assert kept == sorted(kept), "in the order in which they came"
     assert len(kept) <= 6
     assert captured.prepared(part.module, "loop")
-    assert captured.prepared(part.module, "others")
+    assert captured.prepared(part.module, "prefill")
 
 
 def test_two_texts_through_a_solver_are_tuned() -> None:

@@ -338,7 +338,7 @@ class Speaking(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("times", ["loop", "others", "pass"])
+@pytest.mark.parametrize("times", ["loop", "prefill", "end_to_end"])
 @pytest.mark.parametrize("faster", ["prompt", "token"])
 def test_a_stage_says_in_which_calls_of_a_loop_its_gain_is_looked_for(times: Any, faster: str) -> None:
     model = Speaking()
@@ -351,11 +351,11 @@ def test_a_stage_says_in_which_calls_of_a_loop_its_gain_is_looked_for(times: Any
             loaded(torch.ones(1, 32))
 
     (result,) = run(model, stage, warmup=speak).receipt.stages
-    assert result.kept is ((times, faster) in {("loop", "token"), ("others", "prompt"), *pass_of(times)})
+    assert result.kept is ((times, faster) in {("loop", "token"), ("prefill", "prompt"), *pass_of(times)})
 
 
 def pass_of(times: str) -> set[tuple[str, str]]:
-    return {(times, "token"), (times, "prompt")} if times == "pass" else set()
+    return {(times, "token"), (times, "prompt")} if times == "end_to_end" else set()
 
 
 class Remembering(Speaking):
@@ -385,12 +385,12 @@ def test_what_holds_one_loops_sequence_is_not_judged_by_calls_that_bring_another
         return state  # type: ignore[no-any-return]
 
     verdicts = {}
-    for times in ("loop", "pass"):
+    for times in ("loop", "end_to_end"):
         first, rival = alternative(token=0.0, moving=0.008), alternative(token=0.003, moving=0.0)
         first.name, rival.name, first.times = "remembers", "rival", times
         stages = run(Remembering(), first, rival, warmup=speak).receipt.stages
         verdicts[times] = {stage.stage for stage in stages if stage.kept}
-    assert verdicts == {"loop": {"rival"}, "pass": {"remembers"}}, "and so is an alternative to it"
+    assert verdicts == {"loop": {"rival"}, "end_to_end": {"remembers"}}, "and so is an alternative to it"
 
 
 def test_what_the_warm_up_never_calls_is_not_tried() -> None:

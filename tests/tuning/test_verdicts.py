@@ -14,7 +14,7 @@ from accelerate_tts import Event, Receipt
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import ModelPlan, Part
-from accelerate_tts.stages.compile.regional import CompiledBlocksStage, block_rows, place_of
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage, block_stacks, place_of
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
@@ -252,7 +252,7 @@ def test_a_block_is_served_at_the_place_that_its_attention_names() -> None:
     blocks = nn.ModuleList([Block(0, "self_attn"), Other(1, "self_attn"), Block(2, "self_attn"), Other(3, "self_attn")])
     model = nn.ModuleDict({"layers": blocks})
     assert CompiledBlocksStage("default").applies(Part("part", "decoder", model)) is None
-    assert sorted([place_of(block, number) for number, block in enumerate(row)] for row in block_rows(model)) == [
+    assert sorted([place_of(block, number) for number, block in enumerate(row)] for row in block_stacks(model)) == [
         [0, 2], [1, 3],
     ]  # fmt: skip
     assert place_of(Block(7, "attn"), 1) == 7  # as GPT-2 calls it

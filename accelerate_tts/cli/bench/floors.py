@@ -27,7 +27,7 @@ def floors(device: str = "cpu") -> Floors:
 
 
 def moved(found: Sequence[Floors]) -> str:
-    """Say which floors differed between the measurements of a run by more than `STEADY`; "" if none did.
+    """Return which floors differed between the measurements of a run by more than `STEADY`; "" if none did.
 
     Args:
         found: Measurements of one run, in order.

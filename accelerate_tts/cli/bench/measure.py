@@ -420,6 +420,8 @@ def _floats(output: Any) -> list[Any]:
 
 def _dtype(model: Any) -> str:
     """Return the number format of most weights below a module, or of an object's modules."""
+    import torch
+
     counts = Counter[torch.dtype]()
     for module in [model] if isinstance(model, torch.nn.Module) else vars(model).values():
         if isinstance(module, torch.nn.Module):

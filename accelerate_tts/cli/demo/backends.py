@@ -40,7 +40,7 @@ class PlainBackend:
     @torch.no_grad()
     def synthesize(self, text: str) -> torch.Tensor:
         """Speak one text. Returns the waveform, `(samples,)`, fp32 in -1..1 at `voice.sampling_rate`."""
-        return _speak(self.voice, text)
+        return speak_text(self.voice, text)
 
 
 class DecoratedBackend:
@@ -56,10 +56,11 @@ class DecoratedBackend:
     @inference
     def synthesize(self, text: str) -> torch.Tensor:
         """Speak one text. Returns the waveform, `(samples,)`, fp32 in -1..1 at `voice.sampling_rate`."""
-        return _speak(self.voice, text)
+        return speak_text(self.voice, text)
 
 
-def _speak(voice: Voice, text: str) -> torch.Tensor:
+def speak_text(voice: Voice, text: str) -> torch.Tensor:
+    """Speak a text sentence by sentence, and return one waveform of shape (samples,)."""
     device = next(voice.model.parameters()).device
     pieces = [
         voice.model(torch.tensor([ids], device=device)).waveform[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate_tts.cli.backend import Backend
+    from accelerate_tts.cli.tune.listening import Judgement
     from accelerate_tts.cli.tune.sound import Sound
     from accelerate_tts.receipts.receipt import Receipt
     from accelerate_tts.tuning.compare import Difference
@@ -48,6 +49,8 @@ class TuneOptions:
     rate: int | None = None
     html: Path | None = None
     receipt: Path | None = None
+    listen: bool = False
+    word_error_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Result:
         pack: What became of the warm pack, as a sentence.
         disturbed: Number of pairs during which other programs used the machine.
         disturbance: The disturbance in words; "" if there was none.
+        judgement: Word errors and speaker similarity, if they were asked for.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Result:
     pack: str
     disturbed: int
     disturbance: str
+    judgement: Judgement | None = None
 
     @property
     def ratio(self) -> float:
@@ -102,7 +107,7 @@ class Result:
             pieces = zip(sides, (self.before, self.after), strict=True)
             rows.append(("real-time factor", *(f"{statistics.median(s) / one.seconds:.3f}" for s, one in pieces)))
             rows.append(("speech", *(f"{one.seconds:.2f} s at {one.rate} Hz" for one in (self.before, self.after))))
-        return rows
+        return rows + ([] if self.judgement is None else self.judgement.rows())
 
     @property
     def sameness(self) -> str:
@@ -140,7 +145,9 @@ def run(target: str, text: str, options: TuneOptions) -> None:
     Raises:
         BackendError: The backend cannot be found, made, loaded or called.
         OutputError: A file cannot be written. This is checked before anything is loaded.
-        AccelerateTTSError: The decorators are off, or an option of them is invalid.
+        MissingExtraError: A judge of the sound is not installed.
+        AccelerateTTSError: The decorators are off, or an option of them is invalid; or the tuned sound has too many
+            word errors.
     """
     if not text.strip():
         raise BackendError(f"--text {text!r} is empty; give a sentence")
@@ -152,12 +159,28 @@ def run(target: str, text: str, options: TuneOptions) -> None:
     console = Terminal(stderr=True)
     with console.status("importing torch"):
         import_module("torch")
+    listen = options.listen or options.word_error_limit is not None
+    if listen:
+        from accelerate_tts.cli.tune.listening import check_installed
+
+        check_installed()
     with quiet(), shown_events(console):
         backend = find(target, options.load)
         made = backend.made(init)
         method = backend.method(made, options.method, arguments)
         speak = backend.call(made, method, text, arguments)
         result = _measured(backend, made, f"{backend.name}.{method}", text, speak, options, console.print)
+        if listen:
+            result = _judged(result, console.print)
+    _show(result, options)
+    if result.judgement is not None and options.word_error_limit is not None:
+        objection = result.judgement.objection(options.word_error_limit)
+        if objection:
+            raise BackendError(objection)
+
+
+def _show(result: Result, options: TuneOptions) -> None:
+    """Print a result, and write the files that were asked for."""
     out = wide_console()
     out.print(table(result.rows(), f"{result.name}, untouched against tuned, in turn", {"untouched", "tuned"}))
     for line in result.remarks:
@@ -173,6 +196,18 @@ def run(target: str, text: str, options: TuneOptions) -> None:
         except OSError as error:
             raise OutputError(f"{options.html} cannot be written: {error.strerror or error}") from error
         out.print(f"wrote {printable(options.html)}", soft_wrap=True)
+
+
+def _judged(result: Result, say: Callable[[str], object]) -> Result:
+    """Return the result with its sounds judged, on the receipt, too."""
+    from accelerate_tts.cli.tune.listening import judge
+
+    if result.before is None or result.after is None:
+        raise BackendError(_NO_SOUND)
+    say("listening to both")
+    judgement = judge(result.text, result.before, result.after)
+    receipt = replace(result.receipt, notes=(*result.receipt.notes, judgement.note))
+    return replace(result, judgement=judgement, receipt=receipt)
 
 
 def _measured(  # noqa: PLR0913, PLR0917 - what the command knows by then

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
-from accelerate_tts.runtime.concurrency.queue import INSIDE, Room, Ticket, running_code, running_loop
+from accelerate_tts.runtime.concurrency.queue import INSIDE, Ticket, WaitQueue, running_code, running_loop
 from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
@@ -39,15 +39,15 @@ def check_concurrency(concurrency: object) -> None:
         )
 
 
-class Turn:
+class Permit:
     """Permit of one call: a context manager, plain and async, that waits for the permit and releases it.
 
     Raises:
         ConcurrencyError: The permit can never be granted, since its holder waits for this call; raised on entry.
     """
 
-    def __init__(self, room: Room, limit: int, name: str) -> None:
-        self._room = room
+    def __init__(self, wait_queue: WaitQueue, limit: int, name: str) -> None:
+        self._wait_queue = wait_queue
         self._limit = limit
         self._name = name
         self._ticket: Ticket | None = None
@@ -58,8 +58,8 @@ class Turn:
         ticket = self._ticket = Ticket(self._limit, blocking=True)
         lock = self._posted(ticket)
         try:
-            while not lock.acquire(timeout=self._room.wait_limit):
-                ticket.refused = self._room.is_in_vain(ticket, took=True)
+            while not lock.acquire(timeout=self._wait_queue.wait_limit):
+                ticket.refused = self._wait_queue.is_in_vain(ticket, took=True)
                 if ticket.refused:
                     break
         except BaseException:  # Ctrl-C
@@ -73,7 +73,7 @@ class Turn:
         lock = threading.Lock()
         lock.acquire()
         ticket.wake = lock.release
-        self._room.post(ticket)
+        self._wait_queue.post(ticket)
         return lock
 
     async def __aenter__(self) -> None:
@@ -86,13 +86,13 @@ class Turn:
             if not self._posted(ticket).acquire(timeout=_AT_ONCE):
                 self.end()
                 raise ConcurrencyError(
-                    f"{self._name} has to wait for its turn, and coroutines wait on an asyncio event loop only;"
+                    f"{self._name} has to wait for a permit, and coroutines wait on an asyncio event loop only;"
                     " run it with asyncio, or leave concurrency= out"
                 )
             return
         future: asyncio.Future[None] = loop.create_future()
         ticket.wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
-        self._room.post(ticket)
+        self._wait_queue.post(ticket)
         try:
             if ticket.slot is None and not ticket.refused:
                 await future
@@ -106,7 +106,7 @@ class Turn:
         if ticket is not None and ticket.refused:
             self.end()
             raise ConcurrencyError(
-                f"{self._name} would wait for ever: concurrency={self._limit}, and the turn belongs to a call that"
+                f"{self._name} would wait for ever: concurrency={self._limit}, and the permit belongs to a call that"
                 " cannot go on until this one returns. Close a stream before the next call; on an event loop call"
                 " a plain function as `await asyncio.to_thread(function, ...)`"
             )
@@ -141,7 +141,7 @@ class Turn:
         ticket = self._ticket
         if ticket is not None and not ticket.ended:
             ticket.ended = True
-            self._room.post(ticket)
+            self._wait_queue.post(ticket)
 
     @contextmanager
     def inside(self) -> Generator[None, None, None]:
@@ -162,11 +162,11 @@ class Turn:
             slot.taker, slot.loop = running_code()[0], running_loop()
 
 
-def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:
+def call(wait_queue: WaitQueue, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:
     """Make a call under a permit. A returned coroutine or stream acquires its permit when it starts.
 
     Args:
-        room: The object's queue.
+        wait_queue: The object's queue.
         limit: Maximum simultaneous calls.
         function: The function that `make` calls.
         make: Makes the call. Coroutines, generators and async generators must be Python's own.
@@ -174,50 +174,50 @@ def call(room: Room, limit: int, function: Callable[..., Any], make: Callable[[]
     Raises:
         ConcurrencyError: The call would wait forever.
     """
-    turn = Turn(room, limit, str(getattr(function, "__qualname__", type(function).__qualname__)))
+    permit = Permit(wait_queue, limit, str(getattr(function, "__qualname__", type(function).__qualname__)))
     if _flags(function) & _KINDS:
         result = make()  # the body has not started yet
     else:
-        with turn.kept_if_shared(), turn.inside():
+        with permit.kept_if_shared(), permit.inside():
             result = make()
     kind = type(result)
     if kind is types.CoroutineType:
-        return named_like(result, _coroutine(turn, Owning(result, Scoped(turn.inside))))
+        return named_like(result, _coroutine(permit, Owning(result, Scoped(permit.inside))))
     if kind is types.GeneratorType:
-        return named_like(result, _generator(turn, result))
+        return named_like(result, _generator(permit, result))
     if kind is types.AsyncGeneratorType:
-        return named_like(result, drive_async(result, _InTurn(turn)))
-    turn.end()
+        return named_like(result, drive_async(result, _UnderPermit(permit)))
+    permit.end()
     return result
 
 
-class _InTurn(Scoped):
+class _UnderPermit(Scoped):
     """Holds the permit from the first step of an async generator until it ends."""
 
-    __slots__ = ("turn",)
+    __slots__ = ("permit",)
 
-    def __init__(self, turn: Turn) -> None:
-        super().__init__(turn.inside)
-        self.turn: Turn | None = turn
+    def __init__(self, permit: Permit) -> None:
+        super().__init__(permit.inside)
+        self.permit: Permit | None = permit
 
     async def ready(self) -> None:
-        if self.turn is not None:
-            await self.turn.__aenter__()
+        if self.permit is not None:
+            await self.permit.__aenter__()
 
     def closed(self) -> None:
-        if self.turn is not None:
-            self.turn.end()
-            self.turn = None
+        if self.permit is not None:
+            self.permit.end()
+            self.permit = None
 
 
-async def _coroutine(turn: Turn, body: Owning) -> Any:
-    async with turn:
+async def _coroutine(permit: Permit, body: Owning) -> Any:
+    async with permit:
         return await body
 
 
-def _generator(turn: Turn, body: Any) -> Generator[Any, Any, Any]:
-    with turn:
-        return (yield from drive(body, Scoped(turn.inside)))
+def _generator(permit: Permit, body: Any) -> Generator[Any, Any, Any]:
+    with permit:
+        return (yield from drive(body, Scoped(permit.inside)))
 
 
 def _flags(function: Any) -> int:

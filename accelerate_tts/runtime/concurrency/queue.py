@@ -52,11 +52,11 @@ class Ticket:
         self.wake: Callable[[], object] = bool
 
 
-INSIDE: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_turns", default=())
+INSIDE: ContextVar[tuple[Slot, ...]] = ContextVar("accelerate_tts_permits", default=())
 """The permits of the calls that enclose the running code."""
 
 
-class Room:
+class WaitQueue:
     """Queue of the calls of one object.
 
     Attributes:
@@ -152,21 +152,22 @@ def running_code() -> tuple[weakref.ref[Any], bool]:
     return (weakref.ref(threading.current_thread()), False) if task is None else (weakref.ref(task), True)
 
 
-_rooms = IdentityMap[Room]()
+known_queues = IdentityMap[WaitQueue]()
+"""Queues of objects."""
 
 
-def room_of(instance: object, function: object) -> Room:
+def queue_of(instance: object, function: object) -> WaitQueue:
     """Return the queue of an object, or of a function that is not a method.
 
     An object without support for weak references uses the queue of its class.
     """
     item = function if instance is None else instance
     try:
-        return _rooms.setdefault(item, Room)
+        return known_queues.setdefault(item, WaitQueue)
     except TypeError:
-        return room_of(type(item), function)
+        return queue_of(type(item), function)
 
 
 if hasattr(os, "register_at_fork"):
     # The threads that held permits do not exist in the child, so these would never be released.
-    os.register_at_fork(after_in_child=_rooms.clear)
+    os.register_at_fork(after_in_child=known_queues.clear)

@@ -53,7 +53,7 @@ _OTHERS = frozenset({
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
+class AudioStats:
     """Audio statistics of an output.
 
     Attributes:
@@ -72,9 +72,9 @@ class Heard:
     peak: float = 0.0
     flat: float = 0.0
 
-    def joined(self, other: Heard) -> Heard:
+    def joined(self, other: AudioStats) -> AudioStats:
         """Return the statistics of two outputs in sequence."""
-        return Heard(
+        return AudioStats(
             self.finite and other.finite,
             self.audio or other.audio,
             self.samples + other.samples,
@@ -117,18 +117,18 @@ class Expectation:
     rate: float | None = None
 
     @classmethod
-    def of(cls, calls: list[tuple[Units, Heard]]) -> Expectation:
+    def of(cls, calls: list[tuple[Units, AudioStats]]) -> Expectation:
         """Compute the expectation from calls of the untouched model."""
-        outputs = [heard for _, heard in calls]
-        audible = [heard for heard in outputs if heard.audio and heard.swing > 0.0]
-        rates = [heard.samples / max(units.amount, 1) for units, heard in calls if units.amount is not None]
+        outputs = [stats for _, stats in calls]
+        audible = [stats for stats in outputs if stats.audio and stats.swing > 0.0]
+        rates = [stats.samples / max(units.amount, 1) for units, stats in calls if units.amount is not None]
         known = bool(rates) and bool(audible) and len(rates) == len(calls)
         return cls(
-            finite=all(heard.finite for heard in outputs),
+            finite=all(stats.finite for stats in outputs),
             sounds=len(audible) == len(outputs),
-            peak=max((heard.peak for heard in audible), default=1.0),
-            flat=max((heard.flat for heard in outputs), default=0.0),
-            longest=max(heard.samples for heard in outputs) if known else None,
+            peak=max((stats.peak for stats in audible), default=1.0),
+            flat=max((stats.flat for stats in outputs), default=0.0),
+            longest=max(stats.samples for stats in outputs) if known else None,
             rate=max(rates) if known else None,
         )
 
@@ -137,11 +137,11 @@ UNKNOWN = Expectation()
 """Expectation of a function that the warm-up did not call: full scale is 1, and lengths are not judged."""
 
 
-def fault_of(heard: Heard, units: Units, expected: Expectation = UNKNOWN, *, whole: bool = True) -> str | None:
+def fault_of(stats: AudioStats, units: Units, expected: Expectation = UNKNOWN, *, whole: bool = True) -> str | None:
     """Name the fault of an output in a few words.
 
     Args:
-        heard: Statistics of the output.
+        stats: Statistics of the output.
         units: Amount of text.
         expected: Expected outputs.
         whole: True if this is the whole output. A silent piece of a stream is a pause.
@@ -149,29 +149,29 @@ def fault_of(heard: Heard, units: Units, expected: Expectation = UNKNOWN, *, who
     Returns:
         "NaN or Inf", "clipped flat", "too long" or "silent"; `None` if nothing is wrong.
     """
-    if not heard.finite:
+    if not stats.finite:
         return "NaN or Inf" if expected.finite else None
-    if not heard.audio:
+    if not stats.audio:
         return None
-    loud = heard.peak >= _FLAT_PEAK * expected.peak
-    if loud and heard.flat > max(_FLAT_SHARE, _FLAT_TIMES * expected.flat):
+    loud = stats.peak >= _FLAT_PEAK * expected.peak
+    if loud and stats.flat > max(_FLAT_SHARE, _FLAT_TIMES * expected.flat):
         return "clipped flat"
-    if _is_too_long(heard, units, expected):
+    if _is_too_long(stats, units, expected):
         return "too long"
-    if whole and expected.sounds and heard.swing <= _INAUDIBLE * expected.peak and _has_much_to_say(heard, units):
+    if whole and expected.sounds and stats.swing <= _INAUDIBLE * expected.peak and _has_much_to_say(stats, units):
         return "silent"
     return None
 
 
-def _is_too_long(heard: Heard, units: Units, expected: Expectation) -> bool:
+def _is_too_long(stats: AudioStats, units: Units, expected: Expectation) -> bool:
     if expected.rate is None or expected.longest is None or units.amount is None:
         return False
     limit = _TOO_LONG * expected.rate * max(units.amount, _LEAST_UNITS)
-    return heard.samples > max(limit, 2 * expected.longest)
+    return stats.samples > max(limit, 2 * expected.longest)
 
 
-def _has_much_to_say(heard: Heard, units: Units) -> bool:
-    return heard.samples >= _LEAST_SAMPLES if units.letters is None else units.letters >= _LEAST_LETTERS
+def _has_much_to_say(stats: AudioStats, units: Units) -> bool:
+    return stats.samples >= _LEAST_SAMPLES if units.letters is None else units.letters >= _LEAST_LETTERS
 
 
 def units_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Callable[..., Any] | None = None) -> Units:
@@ -263,24 +263,24 @@ def _units_of(given: list[tuple[str, Any]]) -> Units:
     return Units()
 
 
-def hear(output: Any) -> Heard:
+def audio_stats(output: Any) -> AudioStats:
     """Compute the statistics of an output. Never raises: objects that cannot be read are skipped."""
-    found: list[Heard] = []
+    found: list[AudioStats] = []
     try:
         for leaf in _leaves(output, 0):
-            heard = _of_leaf(leaf)
-            if heard is not None:
-                found.append(heard)
+            stats = _of_leaf(leaf)
+            if stats is not None:
+                found.append(stats)
             if len(found) >= _MOST_TENSORS:
                 break
     except Exception:  # a user's object may raise at any attribute; the guard must not fail a call
-        return Heard(finite=all(heard.finite for heard in found))
-    finite = all(heard.finite for heard in found)
-    longest = max((heard.samples for heard in found if heard.audio), default=0)
-    total = Heard(finite)
-    for heard in found:
-        if heard.audio and heard.samples >= longest / _ASIDE:
-            total = total.joined(heard)
+        return AudioStats(finite=all(stats.finite for stats in found))
+    finite = all(stats.finite for stats in found)
+    longest = max((stats.samples for stats in found if stats.audio), default=0)
+    total = AudioStats(finite)
+    for stats in found:
+        if stats.audio and stats.samples >= longest / _ASIDE:
+            total = total.joined(stats)
     return dataclasses.replace(total, finite=finite)
 
 
@@ -353,19 +353,19 @@ def _items(value: Any, depth: int) -> Any:
     return getattr(value, "__dict__", {}).values()
 
 
-def _of_leaf(leaf: Any) -> Heard | None:
+def _of_leaf(leaf: Any) -> AudioStats | None:
     """Compute the statistics of one leaf; `None` for irrelevant ones, such as token ids."""
     if isinstance(leaf, float):
-        return Heard(math.isfinite(leaf))
+        return AudioStats(math.isfinite(leaf))
     if isinstance(leaf, (bytes, bytearray)):
         loud = float(leaf.count(0) < len(leaf))  # encoded audio shows no more
-        return Heard(audio=True, samples=len(leaf), swing=loud, peak=loud)
+        return AudioStats(audio=True, samples=len(leaf), swing=loud, peak=loud)
     if isinstance(leaf, (list, tuple)):
-        return _of_floats(leaf) if math.isfinite(sum(leaf)) else Heard(finite=False)
+        return _of_floats(leaf) if math.isfinite(sum(leaf)) else AudioStats(finite=False)
     return _of_tensor(leaf) if _is_tensor(leaf) else _of_array(leaf)
 
 
-def _of_floats(numbers: Any) -> Heard:
+def _of_floats(numbers: Any) -> AudioStats:
     some = [float(number) for number in numbers[:: max(1, len(numbers) // _SAMPLED)]]
 
     def at_peaks(lower: float, upper: float) -> float:
@@ -374,7 +374,7 @@ def _of_floats(numbers: Any) -> Heard:
     return _wave(len(numbers), min(some), max(some), at_peaks)
 
 
-def _of_tensor(tensor: Any) -> Heard | None:
+def _of_tensor(tensor: Any) -> AudioStats | None:
     import torch
 
     scale = 1.0 / 32768.0 if tensor.dtype == torch.int16 else 1.0
@@ -384,12 +384,12 @@ def _of_tensor(tensor: Any) -> Heard | None:
         return None
     shape = tuple(tensor.shape)
     if tensor.numel() == 0:
-        return Heard(audio=bool(shape))
+        return AudioStats(audio=bool(shape))
     tensor = tensor.detach()
     # One pass and one wait for the device. Both bounds are NaN if any number is.
     low, high = (float(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist())
     if not _is_audio(shape):
-        return Heard(math.isfinite(low) and math.isfinite(high))
+        return AudioStats(math.isfinite(low) and math.isfinite(high))
 
     def at_peaks(lower: float, upper: float) -> float:
         some = tensor[..., :: max(1, shape[-1] // _SAMPLED)]
@@ -398,19 +398,19 @@ def _of_tensor(tensor: Any) -> Heard | None:
     return _wave(shape[-1], low, high, at_peaks, scale)
 
 
-def _of_array(array: Any) -> Heard | None:
+def _of_array(array: Any) -> AudioStats | None:
     kind, shape = array.dtype.kind, tuple(array.shape)
     scale = 1.0 / 32768.0 if str(array.dtype) == "int16" else 1.0
     if kind == "c":
-        return Heard(bool(math.isfinite(abs(complex(array.sum())))))
+        return AudioStats(bool(math.isfinite(abs(complex(array.sum())))))
     if kind != "f" and scale == 1.0:
         return None
     if array.size == 0:
-        return Heard(audio=bool(shape))
+        return AudioStats(audio=bool(shape))
     with sys.modules["numpy"].errstate(all="ignore"):
         low, high = float(array.min()), float(array.max())
     if not _is_audio(shape):
-        return Heard(math.isfinite(low) and math.isfinite(high))
+        return AudioStats(math.isfinite(low) and math.isfinite(high))
 
     def at_peaks(lower: float, upper: float) -> float:
         some = array[..., :: max(1, shape[-1] // _SAMPLED)]
@@ -425,12 +425,12 @@ def _is_audio(shape: tuple[int, ...]) -> bool:
 
 def _wave(
     samples: int, low: float, high: float, at_peaks: Callable[[float, float], float], scale: float = 1.0
-) -> Heard:
+) -> AudioStats:
     if not (math.isfinite(low) and math.isfinite(high)):
-        return Heard(finite=False, audio=True, samples=samples)
+        return AudioStats(finite=False, audio=True, samples=samples)
     peak, swing = max(abs(low), abs(high)), high / 2 - low / 2
     flat = 0.0
     if samples >= _LEAST_SAMPLES // 4 and peak * scale >= _INAUDIBLE:
         margin = (1.0 - _FLAT_LEVEL) * swing
         flat = at_peaks(low + margin, high - margin)
-    return Heard(audio=True, samples=samples, swing=swing * scale, peak=peak * scale, flat=flat)
+    return AudioStats(audio=True, samples=samples, swing=swing * scale, peak=peak * scale, flat=flat)

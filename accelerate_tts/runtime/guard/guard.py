@@ -19,10 +19,10 @@ from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard import checks
-from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units
+from accelerate_tts.runtime.guard.checks import AudioStats, Expectation, Units
 from accelerate_tts.runtime.guard.gate import PATIENCE, WITHIN, Gate, Hold, Step
 
-_OWN = "the untouched model gives the same, so this is what was given"
+_OWN = "the untouched model's output has the same fault, and was returned"
 
 
 class Switch(Protocol):
@@ -45,10 +45,29 @@ class Switch(Protocol):
         ...
 
 
+class _NoSwitch:
+    """The switch of an object that is gone. There is nothing to switch."""
+
+    def on(self) -> None:
+        """See `Switch.on`."""
+
+    def off(self) -> None:
+        """See `Switch.off`."""
+
+    def at_hand(self) -> None:
+        """See `Switch.at_hand`."""
+
+    def keep_loaded(self) -> None:
+        """See `Switch.keep_loaded`."""
+
+
+_NO_SWITCH = _NoSwitch()
+
+
 class Judge(Protocol):
     """Receives the statistics of the outputs of an object's calls."""
 
-    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
+    def judge(self, name: str, units: Units, stats: AudioStats, *, whole: bool) -> str | None:
         """Return the fault of an output of the named function, or `None`."""
         ...
 
@@ -57,12 +76,12 @@ class Listener:
     """Learns the expected outputs of each function from the untouched model's calls."""
 
     def __init__(self) -> None:
-        self._calls: dict[str, list[tuple[Units, Heard]]] = {}
+        self._calls: dict[str, list[tuple[Units, AudioStats]]] = {}
 
-    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> None:
+    def judge(self, name: str, units: Units, stats: AudioStats, *, whole: bool) -> None:
         """See `Judge.judge`. The reference has no faults."""
         if whole:
-            self._calls.setdefault(name, []).append((units, heard))
+            self._calls.setdefault(name, []).append((units, stats))
 
     @property
     def expected(self) -> dict[str, Expectation]:
@@ -88,18 +107,28 @@ class Guard:
         self, what: str, switch: Switch, expected: Mapping[str, Expectation], limit: int, patience: float = PATIENCE
     ) -> None:
         self._what = what
-        self._switch = weakref.ref(switch)
+        self._tuning = weakref.ref(switch)
         self._expected = expected
         self._limit = limit
         self._lock = rlock()
-        self.gate = Gate(self._on, self._off, patience, lambda why: emit(FellBack(what, "everything", why)))
+        self.gate = Gate(
+            lambda: self._switch.on(),  # noqa: PLW0108 - the object may be gone by then
+            lambda: self._switch.off(),  # noqa: PLW0108
+            patience,
+            lambda why: emit(FellBack(what, "everything", why)),
+        )
         self._faults = 0
         self._own: dict[tuple[str, str], int] = {}
 
     @property
     def in_force(self) -> bool:
         """True while the object is tuned: the guard is not retired and the tuning is alive."""
-        return not self.retired and self._switch() is not None
+        return not self.retired and self._switch is not _NO_SWITCH
+
+    @property
+    def _switch(self) -> Switch:
+        switch = self._tuning()
+        return _NO_SWITCH if switch is None else switch
 
     @property
     def retired(self) -> bool:
@@ -111,9 +140,9 @@ class Guard:
         """Number of second attempts that need the object untouched now."""
         return self.gate.held
 
-    def judge(self, name: str, units: Units, heard: Heard, *, whole: bool) -> str | None:
+    def judge(self, name: str, units: Units, stats: AudioStats, *, whole: bool) -> str | None:
         """See `Judge.judge`. A fault that the untouched model has shown `limit` times is ignored."""
-        fault = checks.fault_of(heard, units, self._expected.get(name, checks.UNKNOWN), whole=whole)
+        fault = checks.fault_of(stats, units, self._expected.get(name, checks.UNKNOWN), whole=whole)
         return None if fault is None or self._own.get((name, fault), 0) >= self._limit else fault
 
     def hold(self, *, force: bool = False) -> Hold:
@@ -126,11 +155,12 @@ class Guard:
             ReloadError: The loaded weights were freed and cannot be reloaded. Nothing is switched then.
             BusyError: There was no gap between other calls, and `force` is off. Nothing is switched then.
         """
-        return self.gate.hold(self._at_hand(), force=force)  # loads outside the gate's lock, since it may take long
+        at_hand = self._switch.at_hand()  # outside the gate's lock, since it may take long
+        return self.gate.hold(at_hand, force=force)
 
     async def hold_later(self) -> Hold:
         """Like `hold`, as a coroutine."""
-        return await self.gate.hold_later(self._at_hand())
+        return await self.gate.hold_later(self._switch.at_hand())
 
     @contextmanager
     def untouched(self) -> Generator[None, None, None]:
@@ -142,20 +172,6 @@ class Guard:
         with self.hold(force=True), retrying():
             yield
 
-    def _at_hand(self) -> object:
-        switch = self._switch()
-        return None if switch is None else switch.at_hand()
-
-    def _on(self) -> None:
-        switch = self._switch()
-        if switch is not None:
-            switch.on()
-
-    def _off(self) -> None:
-        switch = self._switch()
-        if switch is not None:
-            switch.off()
-
     def retire(self, *, wait: bool = True) -> None:
         """Put the object back as it was loaded, for good. A retry that still runs will not switch it on again.
 
@@ -165,9 +181,7 @@ class Guard:
         Raises:
             ReloadError: As for `hold`.
         """
-        switch = self._switch()
-        if switch is not None:
-            switch.keep_loaded()
+        self._switch.keep_loaded()
         self.gate.end(wait=wait)
 
     def own(self, name: str, fault: str) -> None:
@@ -191,9 +205,10 @@ class Guard:
             emit(FellBack(self._what, "everything", f"faulty output {faults} times, the last of them {fault}"))
 
 
-_guards = IdentityMap[tuple[Guard, ...]]()
+known_guards = IdentityMap[tuple[Guard, ...]]()
+"""Guards of objects, newest last."""
 # A context variable: calls of other threads and tasks are no part of the warm-up.
-_listener: ContextVar[Listener | None] = ContextVar("accelerate_tts_listener", default=None)
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("accelerate_tts_listeners", default=())
 # A call inside a second attempt is not retried by itself; the whole attempt runs untouched.
 _retrying: ContextVar[bool] = ContextVar("accelerate_tts_retrying", default=False)
 # Nesting depth up to which calls are checked; deeper ones are checked as a part of their caller's output.
@@ -225,14 +240,14 @@ def protect(item: object, guarding: Guard) -> None:
     """
     others = tuple(known for known in guards_of(item) if known.in_force and known is not guarding)
     with suppress(TypeError):
-        _guards.put(item, (*others, guarding))
+        known_guards.put(item, (*others, guarding))
 
 
 @contextmanager
 def inside_all() -> Generator[None, None, None]:
     """Scope of work beside a call, such as a thread of its own: no tuned object is switched meanwhile."""
     step, before = Step(), WITHIN.get()
-    gates = {id(guard.gate): guard.gate for _, guards in _guards.items() for guard in guards if guard.in_force}
+    gates = {id(guard.gate): guard.gate for _, guards in known_guards.items() for guard in guards if guard.in_force}
     try:
         for gate in gates.values():
             gate.enter(step, wait=True)
@@ -248,16 +263,16 @@ def inside_all() -> Generator[None, None, None]:
 def listening() -> Generator[Listener, None, None]:
     """Learn from `@inference` calls in this context, and in contexts copied from it, while open."""
     listener = Listener()
-    token = _listener.set(listener)
+    token = _listeners.set((listener,))
     try:
         yield listener
     finally:
-        _listener.reset(token)
+        _listeners.reset(token)
 
 
 def guards_of(item: object) -> tuple[Guard, ...]:
     """Return the guards of an object, newest last."""
-    return _guards.get(item) or ()
+    return known_guards.get(item) or ()
 
 
 def guard_of(item: object) -> Guard | None:
@@ -270,7 +285,7 @@ def is_watched() -> bool:
     """Check that calls in this context may have a watcher."""
     if _retrying.get() or len(WITHIN.get()) >= _DEEPEST:
         return False
-    return bool(_guards) or _listener.get() is not None
+    return bool(known_guards or _listeners.get())
 
 
 def _held_by(instance: object) -> Iterable[Any]:
@@ -287,10 +302,9 @@ def watchers_of(instance: object, args: tuple[Any, ...], kwargs: Mapping[str, An
     for example of a model and a vocoder that were loaded separately. A fault cannot be attributed to one of them, so
     the second attempt runs without all their changes and counts for each.
     """
-    if _guards and is_watched():
+    if known_guards and is_watched():
         items = (instance, *args, *kwargs.values(), *_held_by(instance))
         found = {id(one): one for item in items for one in guards_of(item) if one.in_force}
         if found:
             return tuple(found.values())
-    listener = _listener.get()
-    return () if listener is None else (listener,)
+    return _listeners.get()

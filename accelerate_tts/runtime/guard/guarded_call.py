@@ -19,7 +19,7 @@ from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.concurrency.queue import running_loop
 from accelerate_tts.runtime.drive import SKIPPED, Again, Hooks, Owning, Scoped, drive, drive_async, named_like
 from accelerate_tts.runtime.guard import checks
-from accelerate_tts.runtime.guard.checks import Heard, Units
+from accelerate_tts.runtime.guard.checks import AudioStats, Units
 from accelerate_tts.runtime.guard.gate import WITHIN, BusyError, Hold, Step
 from accelerate_tts.runtime.guard.guard import Guard, Judge, Listener, retrying
 from accelerate_tts.runtime.rng import random_states
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from accelerate_tts.runtime.mode_choice import ModeChoice
     from accelerate_tts.settings import Mode
 
-_OURS = "made again on the untouched model with the same seed"
-_GIVEN = "it was given as it is: {}"
+_OURS = "the call was made again on the untouched model with the same seed"
+_GIVEN = "the output was returned as it is: {}"
 
 
 def call(  # noqa: PLR0913 - a call, and how it is made
@@ -146,11 +146,11 @@ class _Attempt:
 
     def fault_of(self, result: Any) -> str | None:
         """Return the fault of a whole result, or `None`."""
-        return self.judge(self.units, checks.hear(result), whole=True)
+        return self.judge(self.units, checks.audio_stats(result), whole=True)
 
-    def judge(self, units: Units, heard: Heard, *, whole: bool) -> str | None:
+    def judge(self, units: Units, stats: AudioStats, *, whole: bool) -> str | None:
         """Return the fault of an output, or `None`."""
-        judged = (watcher.judge(self.name, units, heard, whole=whole) for watcher in self.watchers)
+        judged = (watcher.judge(self.name, units, stats, whole=whole) for watcher in self.watchers)
         return next((fault for fault in judged if fault is not None), None)
 
     def obstacle(self) -> str:
@@ -247,7 +247,7 @@ class _Stream(Hooks):
         self._begun = self._driven = False
         self._hold: list[Hold] | None = None
         self._pending = False
-        self._all = Heard()
+        self._all = AudioStats()
         self._pieces = 0
         self._samples: int | None = 0
         self._to_skip = 0
@@ -352,21 +352,21 @@ class _Stream(Hooks):
             item = SKIPPED
         if item is not SKIPPED and self._pending:
             # A stream that continues where the first one was stopped as too long is too long as well.
-            self._settle(same=self._judge(checks.hear(item)) is not None or self.attempt.fault == "too long")
+            self._settle(same=self._judge(checks.audio_stats(item)) is not None or self.attempt.fault == "too long")
         return item
 
     def _fault_with(self, item: Any) -> str | None:
         """Return the fault of a piece of the first attempt, or of the stream so far."""
-        heard = checks.hear(item)
-        self._all = self._all.joined(heard)
-        fault = self._judge(heard)
+        stats = checks.audio_stats(item)
+        self._all = self._all.joined(stats)
+        fault = self._judge(stats)
         if fault is None:
-            total = Heard(audio=self._all.audio, samples=self._all.samples)  # length alone
+            total = AudioStats(audio=self._all.audio, samples=self._all.samples)  # length alone
             fault = self.attempt.judge(self.attempt.units, total, whole=False)
         return fault
 
-    def _judge(self, heard: Heard) -> str | None:
-        return self.attempt.judge(Units(), heard, whole=False)
+    def _judge(self, stats: AudioStats) -> str | None:
+        return self.attempt.judge(Units(), stats, whole=False)
 
     def _is_empty(self) -> bool:
         """Check that the stream had no pieces although there was text, and may be repeated; reports a silent stream."""
@@ -375,7 +375,7 @@ class _Stream(Hooks):
                 self._settle(same=self._pieces == 0 and self.attempt.fault == "silent")
             return False
         attempt = self.attempt
-        total = self._all if self._pieces else Heard(audio=True)  # no piece at all counts as silence
+        total = self._all if self._pieces else AudioStats(audio=True)  # no piece at all counts as silence
         fault = attempt.judge(attempt.units, total, whole=True)
         if fault != "silent" or not attempt.guards:
             return False  # other faults were reported with their piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from accelerate_tts.events import Recompiled, emit
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.inspection.tracing import compiles_itself
+from accelerate_tts.patching.change import Counter
+from accelerate_tts.patching.weight_versions import WeightWatch
 
 
-class Frozen(Weights):
+class Frozen(WeightWatch):
     """Frozen weights of a module: inductor's options, and a check that the weights are unchanged."""
 
     def options(self) -> Any:
@@ -30,38 +32,6 @@ class Frozen(Weights):
         from torch._inductor import config
 
         return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0)
-
-
-class Counter:
-    """Counts graphs. Separate from the call, since dynamo keeps the backend and its references alive."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.graphs = 0
-        self.sealed = False
-        self.left_out = False
-        self.guard = ""  # the guard that failed last
-
-    def count(self, shapes: str) -> None:
-        """Count a graph for inputs of these shapes; emit an event after warm-up."""
-        self.graphs += 1
-        if self.sealed:
-            emit(Recompiled(self.what, self.graphs, shapes, self.guard))
-
-
-class CountedChange:
-    """Base class of changes that compile graphs. Subclasses set `_counter`."""
-
-    _counter: Counter
-
-    @property
-    def graphs(self) -> int | None:
-        """Number of graphs compiled so far."""
-        return self._counter.graphs
-
-    def seal(self) -> None:
-        """Emit an event for each graph from now on."""
-        self._counter.sealed = True
 
 
 @cache
@@ -89,22 +59,24 @@ _strictness = _Strictness()
 class _Process:
     """Replaces `_Dynamo` where dynamo's settings are process-wide and must not affect other threads."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
 
     def __enter__(self) -> None:
         self._before, _strictness.strict = _strictness.strict, self._strict
+        self._outside = compiles_itself.set(True)
 
     def __exit__(self, *_exception: object) -> None:
         _strictness.strict = self._before
+        compiles_itself.reset(self._outside)
 
 
 class _Dynamo:
     """dynamo's configuration during a call. `config.patch` is slower: it makes a class each time, 30 times a token."""
 
-    __slots__ = ("_before", "_strict")
+    __slots__ = ("_before", "_outside", "_strict")
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -112,6 +84,7 @@ class _Dynamo:
     def __enter__(self) -> None:
         from torch._dynamo import config
 
+        self._outside = compiles_itself.set(True)
         self._before = (config.fail_on_recompile_limit_hit, config.error_on_recompile)
         config.fail_on_recompile_limit_hit = True
         config.error_on_recompile = self._strict
@@ -120,6 +93,7 @@ class _Dynamo:
         from torch._dynamo import config
 
         config.fail_on_recompile_limit_hit, config.error_on_recompile = self._before
+        compiles_itself.reset(self._outside)
 
 
 @contextmanager
@@ -234,6 +208,11 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
+    # Python 3.12.0 to 3.12.3 keeps classes that dynamo looked at by `getattr_static` (mended in 3.12.4), and with the
+    # class of a parametrized module its weights.
+    shadowed: Any = getattr(inspect, "_shadowed_dict_from_mro_tuple", None)
+    if hasattr(shadowed, "cache_clear"):
+        shadowed.cache_clear()
 
 
 def _has_tensors(module: types.ModuleType) -> bool:

@@ -20,22 +20,16 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
+from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-from accelerate_tts.stages.compile.inductor import (
-    CountedChange,
-    Counter,
-    compile_function,
-    guard_of,
-    options,
-    reason_of,
-)
+from accelerate_tts.stages.compile.inductor import compile_function, guard_of, options, reason_of
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import Told, attentions_wanted, cache_name, take_cache, token_layer
+from accelerate_tts.stages.decode.call_args import Obstacles, attentions_wanted, cache_name, take_cache, token_layer
 from accelerate_tts.stages.decode.growing_cache import growing_caches
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
@@ -45,7 +39,7 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import State, Target
 
-_MOST_ROWS = 3
+_MOST_STACKS = 3
 """Maximum kinds of blocks of one part that are compiled, those with the most weights first."""
 _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """Blocks share a graph, and lengths grow, so the next block would overwrite a CUDA graph's recording."""
@@ -73,16 +67,16 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        return None if block_rows(part.module) else "no repeated blocks in it"
+        return None if block_stacks(part.module) else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
         """See `Stage.prepare`. Nothing is compiled yet."""
         return _CompiledBlocks(part, self._mode)
 
 
-def block_rows(module: nn.Module) -> list[list[nn.Module]]:
+def block_stacks(module: nn.Module) -> list[list[nn.Module]]:
     """Group blocks that differ only in the values of their weights, in the order of their list."""
-    rows: list[list[nn.Module]] = []
+    stacks: list[list[nn.Module]] = []
     others: dict[Any, list[nn.Module]] = {}
     for holder in module.modules():
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
@@ -93,19 +87,19 @@ def block_rows(module: nn.Module) -> list[list[nn.Module]]:
                 continue
             if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
                 alike.setdefault(_kind(block), []).append(block)
-        for kind, row in alike.items():
+        for kind, stack in alike.items():
             # The index in a list is the index in the cache. Without a cache, blocks of several lists share a graph.
-            if cache_name(parameters_of(plain_class(row[0]))) is not None:
-                rows += [row]
+            if cache_name(parameters_of(plain_class(stack[0]))) is not None:
+                stacks += [stack]
             else:
-                others.setdefault(kind, []).extend(row)
-    rows = [list(dict.fromkeys(row)) for row in (*rows, *others.values())]  # a list may be registered twice
-    rows = [row for row in rows if len(row) > 1]
+                others.setdefault(kind, []).extend(stack)
+    stacks = [list(dict.fromkeys(stack)) for stack in (*stacks, *others.values())]  # a list may be registered twice
+    stacks = [stack for stack in stacks if len(stack) > 1]
     fused = in_fused(module)
-    rows = [row for row in rows if row[0] not in fused]
-    inside = {inner for row in rows for block in row for inner in block.modules() if inner is not block}
-    outermost = [row for row in rows if row[0] not in inside]
-    return sorted(outermost, key=_size, reverse=True)[:_MOST_ROWS]
+    stacks = [stack for stack in stacks if stack[0] not in fused]
+    inside = {inner for stack in stacks for block in stack for inner in block.modules() if inner is not block}
+    outermost = [stack for stack in stacks if stack[0] not in inside]
+    return sorted(outermost, key=_size, reverse=True)[:_MOST_STACKS]
 
 
 def place_of(block: Any, number: int) -> int:
@@ -120,44 +114,37 @@ def _kind(block: nn.Module) -> Any:
     return plain_class(block), shapes
 
 
-def _size(row: list[nn.Module]) -> int:
-    return sum(parameter.numel() for block in row for parameter in block.parameters())
+def _size(stack: list[nn.Module]) -> int:
+    return sum(parameter.numel() for block in stack for parameter in block.parameters())
 
 
-class _CompiledBlocks(CountedChange):
+class _CompiledBlocks(CountedChange, Changes):
     """The change: the forward of each block's class calls the shared graph first."""
 
     def __init__(self, part: Part, mode: str) -> None:
         self._counter = Counter(part.name)
-        rows = [_Row(row, part.name, mode, self._counter) for row in block_rows(part.module)]
-        # The graph needs caches that grow in place, even where that change alone was not worth keeping.
-        self._growing = growing_caches(part.module)
-        known = {block: row for row in rows for block in row.blocks}
-        self._swap = ClassSwap(list(known), lambda block: known[block].class_for(type(block)))
-
-    def on(self) -> None:
-        self._growing.on()
-        self._swap.on()
-
-    def off(self) -> None:
-        self._swap.off()
-        self._growing.off()
+        stacks = [_CompiledStack(stack, part.name, mode, self._counter) for stack in block_stacks(part.module)]
+        known = {block: stack for stack in stacks for block in stack.blocks}
+        super().__init__(
+            growing_caches(part.module),  # the graph needs them, even where that change alone was not worth keeping
+            ClassSwap(list(known), lambda block: known[block].class_for(type(block))),
+        )
 
 
-class _Row:
+class _CompiledStack:
     """Blocks of one kind and the graphs that they share."""
 
     def __init__(self, blocks: list[nn.Module], what: str, mode: str, counter: Counter) -> None:
         self.blocks = {block: place_of(block, number) for number, block in enumerate(blocks)}
         self._what = what
-        self._told = Told(f"the compiled blocks of {what}")
+        self._obstacles = Obstacles(f"the compiled blocks of {what}")
         self._calls = {block: Calls(block, itself=False) for block in blocks}
         self._mode = mode
         self._counter = counter
         self._names = parameters_of(plain_class(blocks[0]))
         self._cache = cache_name(self._names)
         # A graph does not notice writes to weights that a stage has copied.
-        self._copies = {block: Weights(block) for block in blocks if keeps_copies(block) or has_folds(block)}
+        self._copies = {block: WeightWatch(block) for block in blocks if keeps_copies(block) or has_folds(block)}
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
         self._classes: dict[type, type] = {}
@@ -178,12 +165,12 @@ class _Row:
         if self._broken or torch.is_grad_enabled() or block.training or is_traced():
             return plain.forward(block, *args, **kwargs)
         if (obstacle := self._calls[block].altered()) is not None:
-            self._told.tell(obstacle, self.blocks[block])
+            self._obstacles.report(obstacle, self.blocks[block])
             return plain.forward(block, *args, **kwargs)
         if self._cache is None:
             done, result = self._run(block, plain, None, args, kwargs)
             if done:
-                self._told.is_served(self.blocks[block])
+                self._obstacles.served(self.blocks[block])
         else:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             past = take_cache(named)
@@ -199,11 +186,11 @@ class _Row:
         if kv_cache.cache_classes() is None:
             return None
         if named.get("output_attentions") or attentions_wanted.get():
-            self._told.tell("attention weights are asked for", number)
+            self._obstacles.report("attention weights are asked for", number)
             return None
-        layer = token_layer(self._told, past, number, named)
+        layer = token_layer(self._obstacles, past, number, named)
         if layer is not None:
-            self._told.is_served(number)
+            self._obstacles.served(number)
         return layer
 
     def _run(

@@ -15,25 +15,17 @@ from torch import nn
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
+from accelerate_tts.patching.change import CountedChange, Counter
 from accelerate_tts.patching.class_swap import keeps_copies, make_copies
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.plan import CALL
 from accelerate_tts.runtime.graph_thread import graph_owner
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-from accelerate_tts.stages.compile.inductor import (
-    CountedChange,
-    Counter,
-    Frozen,
-    clone_outputs,
-    compile_function,
-    guard_of,
-    options,
-    reason_of,
-)
-from accelerate_tts.stages.decode.call_args import Told
+from accelerate_tts.stages.compile.inductor import Frozen, clone_outputs, compile_function, guard_of, options, reason_of
+from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
@@ -139,10 +131,10 @@ class CompiledCall(CountedChange):
         self._module = module
         self._frozen = Frozen(module) if frozen else None
         # A graph does not notice writes to weights that are constants in it, or that a stage has copied.
-        self._weights = self._frozen or (Weights(module) if keeps_copies(module) or has_folds(module) else None)
+        self._weights = self._frozen or (WeightWatch(module) if keeps_copies(module) or has_folds(module) else None)
         self._untouched: Callable[..., Any] = module._call_impl
         self._what = what
-        self._calls, self._told = Calls(module), Told(f"the compiled {what}")
+        self._calls, self._obstacles = Calls(module), Obstacles(f"the compiled {what}")
         self._counter = Counter(what)
         self._first_call = rlock()  # a forward may call its own module
         self._ready = False
@@ -166,9 +158,9 @@ class CompiledCall(CountedChange):
         if is_traced():
             return self._untouched(*args, **kwargs)
         if (obstacle := self._calls.altered()) is not None:
-            self._told.tell(obstacle, 0)
+            self._obstacles.report(obstacle, 0)
             return self._untouched(*args, **kwargs)
-        self._told.is_served(0)
+        self._obstacles.served(0)
         if self._ready:
             return self._run(args, kwargs)
         with self._first_call:  # simultaneous first calls would each compile

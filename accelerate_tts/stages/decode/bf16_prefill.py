@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from accelerate_tts.plan import Part, Which
+    from accelerate_tts.plan import Part, TimedCalls
 
 
 @register_stage
@@ -36,7 +36,7 @@ class PromptStage(BaseStage):
     devices = ("cpu",)
     precisions = ("balanced", "fast")
     after = ("fused decoder blocks",)
-    times: Which = "others"
+    times: TimedCalls = "prefill"
 
     def applies(self, part: Part) -> str | None:
         if not half_dtypes("cpu"):

@@ -47,7 +47,7 @@ def take_cache(named: dict[str, Any]) -> Any:
     return found
 
 
-class Told:
+class Obstacles:
     """Obstacles that were reported. The first block of a part that meets one emits an event.
 
     It is reported again only after all blocks that met it have been served meanwhile.
@@ -60,14 +60,14 @@ class Told:
         self.what = what
         self._blocks: dict[str, set[int]] = {}
 
-    def tell(self, obstacle: str, block: int) -> None:
+    def report(self, obstacle: str, block: int) -> None:
         """Report that a block was not served."""
         known = self._blocks.setdefault(obstacle, set())
         if not known:
             emit(NotApplied(self.what, obstacle))
         known.add(block)
 
-    def is_served(self, block: int) -> None:
+    def served(self, block: int) -> None:
         """Note that a block was served, which ends its obstacles."""
         if self._blocks:
             for known in self._blocks.values():
@@ -75,11 +75,11 @@ class Told:
             self._blocks = {obstacle: known for obstacle, known in self._blocks.items() if known}
 
 
-def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> Any:
+def token_layer(obstacles: Obstacles, past: Any, number: int, named: dict[str, Any]) -> Any:
     """Return the growing layer for one token of a block, with capacity reserved; `None` for any other call.
 
     Args:
-        told: Reports why a call is not served.
+        obstacles: Reports why a call is not served.
         past: The cache, or the block's own pair of tensors.
         number: The block's index in it.
         named: The call's other arguments; `hidden_states` has shape (batch, positions, width).
@@ -92,7 +92,7 @@ def token_layer(told: Told, past: Any, number: int, named: dict[str, Any]) -> An
         return None  # upstream raises its own error
     if not layer.reserve(1):
         if layer.length() >= sizes.LARGEST:
-            told.tell(f"the sequence is longer than {sizes.LARGEST} positions", number)
+            obstacles.report(f"the sequence is longer than {sizes.LARGEST} positions", number)
         return None
     return layer
 

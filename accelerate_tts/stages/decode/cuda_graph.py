@@ -16,30 +16,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from accelerate_tts.events import FellBack, Recompiled, emit
+from accelerate_tts.errors import described
+from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import lock
-from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
-from accelerate_tts.patching.weight_versions import Weights
-from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Told, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
-from accelerate_tts.stages.decode.static_step import CAPACITIES, CudaRecording, StaticSlot, bytes_of
-from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
+from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torch import nn
 
-    from accelerate_tts.plan import Part, Which
-    from accelerate_tts.stages.decode.static_step import Recording
-    from accelerate_tts.stages.protocol import Change, Target
+    from accelerate_tts.patching.class_swap import CarryingSwap
+    from accelerate_tts.plan import Part, TimedCalls
+    from accelerate_tts.stages.graphs.recorder import Recorder
+    from accelerate_tts.stages.layers.half_precision import HalfStage
 
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
@@ -61,131 +63,93 @@ _BOUNDS = Bounds()
 
 
 @register_stage
-class CapturedStepStage(BaseStage):
+class CapturedStepStage(RecordingStage):
     """Records a decode step as a CUDA graph and replays it.
 
     Args:
-        record: Records a step. Tests without a device pass another recorder than `CudaRecording`.
-        inside: Half-precision stage for the recorded step and for prefill.
+        recorder: See `RecordingStage`. Each slot has a recorder of its own.
+        inside: See `RecordingStage`. Prefill computes in it, too.
         bounds: Bounds of each decoder's slots.
     """
 
     name = "captured decode step"
-    group = "compilation"
-    devices = ("cuda",)
     after = ("fused decoder blocks", "fused sequence blocks")
-    cost = 3.0
     # A single replayed call brings a sequence of its own, which must be copied in first; in a loop it is there already.
-    times: Which = "pass"
-
-    @classmethod
-    def variants(cls, target: Target) -> Iterable[CapturedStepStage]:
-        """See `BaseStage.variants`: the step as it is, and in each half precision."""
-        yield cls()
-        for dtype in target.half_dtypes:
-            yield cls(inside=HalfStage(dtype, carried=True))
+    times: TimedCalls = "end_to_end"
 
     def __init__(
         self,
-        record: Callable[[Callable[[], Any]], Recording] = CudaRecording,
+        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
         inside: HalfStage | None = None,
         bounds: Bounds = _BOUNDS,
     ) -> None:
-        self._record = record
-        self._inside = inside
+        super().__init__(recorder, inside)
         self._bounds = bounds
-        if inside is not None:
-            self.name = f"{self.name}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
-        if self._record is CudaRecording and not all(tensor.is_cuda for tensor in part.module.parameters()):
-            return "it is not on a CUDA device"
-        if not decoders(part.module):
-            return "no decoder with a cache in it"
-        return None if self._inside is None else self._inside.applies(part)
+        return super().applies(part) if decoders(part.module) else "no decoder with a cache in it"
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        inside = None if self._inside is None else self._inside.prepare(part)
-        return _Captured(part, self.name, self._record, inside, self._bounds)
+        return _Captured(part, self.name, self._recorder, self.half_precision(part), self._bounds)
 
 
-class _Captured(BaseChange):
-    """The change: the forward of each decoder's class looks for a recording first."""
+class _Captured(CountedChange, Changes):
+    """The change: the forward of each decoder's class looks for a recording first.
+
+    Once it is off, sequences in slots stay valid: upstream's forward continues them in place.
+    """
 
     def __init__(
         self,
         part: Part,
         name: str,
-        record: Callable[[Callable[[], Any]], Recording],
-        inside: Change | None,
+        recorder: Callable[[torch.device], Recorder],
+        inside: CarryingSwap | None,
         bounds: Bounds,
     ) -> None:
         found = decoders(part.module)
-        self._inside = inside
-        self._growing = growing_caches(part.module)
+        self._counter = Counter(part.name)
         self._steps = {
-            decoder: _Steps(decoder, part.name, name, record, bounds, copies=inside is not None) for decoder in found
+            decoder: _Steps(decoder, self._counter, name, recorder, bounds, copies=inside is not None)
+            for decoder in found
         }
-        self._swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
-
-    @property
-    def graphs(self) -> int | None:
-        """Number of recordings so far."""
-        return sum(steps.recorded for steps in self._steps.values())
+        swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
+        super().__init__(inside, growing_caches(part.module), swap)
 
     @property
     def slots(self) -> list[StaticSlot]:
         """Slots of all decoders, least recently used first for each."""
         return [slot for steps in self._steps.values() for slot in steps.slots]
 
-    def on(self) -> None:
-        if self._inside is not None:
-            self._inside.on()
-        self._growing.on()
-        self._swap.on()
-
-    def off(self) -> None:
-        """See `Change.off`. Sequences in slots stay valid: upstream's forward continues them in place."""
-        self._swap.off()
-        self._growing.off()
-        if self._inside is not None:
-            self._inside.off()
-
-    def seal(self) -> None:
-        for steps in self._steps.values():
-            steps.sealed = True
-
 
 class _Steps:
     """The recordings of one decoder."""
 
-    def __init__(  # noqa: PLR0913 - the decoder, its names in events, and the options of the stage
+    def __init__(  # noqa: PLR0913 - the decoder, names in events, and the options of the stage
         self,
         decoder: nn.Module,
-        what: str,
+        counter: Counter,
         stage: str,
-        record: Callable[[Callable[[], Any]], Recording],
+        recorder: Callable[[torch.device], Recorder],
         bounds: Bounds,
         *,
         copies: bool,
     ) -> None:
         self._decoder: Any = decoder
-        self._what, self._stage = what, stage
-        self._told = Told(f"the captured step of {what}")
-        self._record = record
+        self._counter, self._stage = counter, stage
+        self._obstacles = Obstacles(f"the captured step of {counter.what}")
+        self._recorder = recorder
         self._bounds = bounds
         self._names = parameters_of(plain_class(decoder))
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
-        self._weights = Weights(decoder, content=self._copies)
+        self._weights = WeightWatch(decoder, content=self._copies)
         self._slots: dict[Any, list[StaticSlot]] = {}  # least recently used first, in each list and among the keys
         self._lock = lock()
         self._broken = False
-        self.recorded = 0
-        self.sealed = False
 
     def class_for(self, plain: Any) -> type:
         """Return the decoder's class while the change is on."""
@@ -237,7 +201,7 @@ class _Steps:
             obstacle = "there are hooks inside it, which a replay does not call"
         else:
             return False
-        self._told.tell(obstacle, 0)
+        self._obstacles.report(obstacle, 0)
         return True
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
@@ -253,12 +217,12 @@ class _Steps:
             if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
                 return None  # upstream raises its own error
             if self._weights.outdated():  # a recording holds addresses, and copies of weights
-                self._weights = Weights(self._decoder, content=self._copies)
+                self._weights = WeightWatch(self._decoder, content=self._copies)
                 self._clear()
             slot = self._slot_for(plain, past, length, inputs, constants)
             if slot is None:
                 return None
-            self._told.is_served(0)
+            self._obstacles.served(0)
             return slot.run(past, inputs, mask)
 
     def _slot_for(
@@ -266,7 +230,8 @@ class _Steps:
     ) -> StaticSlot | None:
         capacity = next((size for size in CAPACITIES if size > length), None)
         if capacity is None or bytes_of(past, capacity) > self._bounds.bytes:
-            self._told.tell(f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory", 0)
+            reason = f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory"
+            self._obstacles.report(reason, 0)
             return None
         kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
         config = self._decoder.config
@@ -293,16 +258,15 @@ class _Steps:
         self, plain: Any, past: Any, inputs: dict[str, torch.Tensor], constants: dict[str, Any], capacity: int
     ) -> StaticSlot | None:
         try:
-            slot = StaticSlot(self._decoder, plain.forward, past, inputs, constants, capacity, self._record)
+            recorder = self._recorder(past.layers[0].keys.device)
+            slot = StaticSlot(self._decoder, plain.forward, past, inputs, constants, capacity, recorder)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             # A forbidden operation in the capture, no memory, or arguments that do not go with a static cache.
             self._broken = True
-            emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {error}".splitlines()[0]))
+            emit(FellBack(self._counter.what, self._stage, described(error).splitlines()[0]))
             return None
-        self.recorded += 1
-        if self.sealed:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.values())
-            emit(Recompiled(self._what, self.recorded, shapes, f"a sequence of up to {capacity} positions"))
+        self._counter.guard = f"a sequence of up to {capacity} positions"
+        self._counter.count(", ".join(str(tuple(tensor.shape)) for tensor in inputs.values()))
         return slot
 
     @property

@@ -24,20 +24,20 @@ import torch
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.kernels.block_layout import anatomies
+from accelerate_tts.kernels.block_layout import block_layouts
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.decoder_block import Call, Described, holds, plain, shared
 from accelerate_tts.kernels.library import missing
-from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
-from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat
+from accelerate_tts.patching.change import Changes
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
-from accelerate_tts.patching.weight_versions import Weights as Watched
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import (
-    Told,
+    Obstacles,
     attentions_wanted,
     cache_of,
     is_read,
@@ -48,7 +48,7 @@ from accelerate_tts.stages.decode.call_args import (
     whole_tuple,
 )
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
-from accelerate_tts.stages.decode.lookahead import Ahead, Made, Row
+from accelerate_tts.stages.decode.lookahead import Ahead, BlockStack, Made
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 
 if TYPE_CHECKING:
@@ -87,24 +87,23 @@ class FusedBlocksStage(FormatStage):
         return _FusedBlocks(part, self._weights)
 
 
-def _blocks(module: nn.Module, weights: Weights) -> list[nn.Module]:
-    return [inner for inner in module.modules() if anatomies(inner, weights)]
+def _blocks(module: nn.Module, weights: WeightFormat) -> list[nn.Module]:
+    return [inner for inner in module.modules() if block_layouts(inner, weights)]
 
 
-class _FusedBlocks(BaseChange):
+class _FusedBlocks(Changes):
     """The change: the forward of each block's class tries the kernel first."""
 
-    def __init__(self, part: Part, weights: Weights) -> None:
+    def __init__(self, part: Part, weights: WeightFormat) -> None:
         blocks = _blocks(part.module, weights)
-        # The kernel needs caches that grow in place, even where that change alone was not worth keeping.
-        self._growing = growing_caches(part.module)
-        told = Told(f"the fused blocks of {part.name}")
-        self._fused = {block: _Fused(block, told, weights) for block in blocks}
+        obstacles = Obstacles(f"the fused blocks of {part.name}")
+        self._fused = {block: _Fused(block, obstacles, weights) for block in blocks}
         for decoder in decoders(part.module):
-            _put_in_rows([self._fused[inner] for inner in decoder.modules() if inner in self._fused], told.what)
+            _join_stacks([self._fused[inner] for inner in decoder.modules() if inner in self._fused], obstacles.what)
         attentions: dict[nn.Module, _Fused] = {fused.attention: fused for fused in self._fused.values()}
         self.steps = [block.steps for block in self._fused.values() if block.number == 0]
-        self._swaps = (
+        super().__init__(
+            growing_caches(part.module),  # the kernel needs them, even where that change alone was not worth keeping
             ClassSwap(blocks, lambda block: self._fused[block].class_for(type(block))),
             ClassSwap(list(attentions), lambda attention: attentions[attention].attention_class(type(attention))),
         )
@@ -113,24 +112,17 @@ class _FusedBlocks(BaseChange):
         for block, fused in self._fused.items():
             tidy(block)
             tidy(fused.attention)
-        self._growing.on()
-        for swap in self._swaps:
-            swap.on()
-
-    def off(self) -> None:
-        for swap in reversed(self._swaps):
-            swap.off()
-        self._growing.off()
+        super().on()
 
 
-def _put_in_rows(blocks: list[_Fused], what: str) -> None:
+def _join_stacks(blocks: list[_Fused], what: str) -> None:
     """Join the blocks of a decoder to one stack, if they are all of its blocks and of one kind."""
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
-        row, forms, steps = Row(len(blocks), what), _Forms(), SharedSteps(what)
+        stack, forms, steps = BlockStack(len(blocks), what), _Forms(), SharedSteps(what)
         for block in blocks:
-            block.row, block.blocks, block.forms, block.steps = row, blocks, forms, steps
+            block.stack, block.blocks, block.forms, block.steps = stack, blocks, forms, steps
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
@@ -181,28 +173,28 @@ class _Fused:
 
     only_tokens = True
 
-    def __init__(self, block: nn.Module, told: Told, weights: Weights) -> None:
+    def __init__(self, block: nn.Module, obstacles: Obstacles, weights: WeightFormat) -> None:
         self._block: Any = block
-        self._told = told
-        self._weights: Weights = weights
+        self._obstacles = obstacles
+        self._weights: WeightFormat = weights
         self._names = parameters_of(plain_class(block))
         attention: Any = getattr(block, "self_attn", None) or getattr(block, "attn", None)
         self.attention = attention
         self.number = attention.layer_idx
         self._config = attention.config
         # Descriptions of the weights and the watch that tells when they were written. One pair, replaced atomically.
-        found = anatomies(block, weights)
+        found = block_layouts(block, weights)
         self._kinds = list(found)
         one = next(iter(found.values()))
         self._dtype = one.q.weight.dtype
-        self._known: tuple[Watched, dict[bool, Described]] = (self._watched(), {})
+        self._known: tuple[WeightWatch, dict[bool, Described]] = (self._watched(), {})
         self._heads = one.heads
         self._cache_shape = (one.kv_heads, one.head_dim)
         self._hidden = one.norm1.weight.shape[0]
         rotation = getattr(getattr(attention, "rotary_emb", None), "inv_freq", None)
         rotation = None if rotation is None else tuple(rotation.tolist())
         self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
-        self.row, self.steps = Row(1, told.what), SharedSteps(told.what)
+        self.stack, self.steps = BlockStack(1, obstacles.what), SharedSteps(obstacles.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
         self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
@@ -247,8 +239,8 @@ class _Fused:
         """Return the linear layers that the kernel has copies of."""
         if self._weights == "fp32":
             return []
-        found = anatomies(self._block, self._weights).values()
-        return [layer for anatomy in found for layer in anatomy.layers().values()]
+        found = block_layouts(self._block, self._weights).values()
+        return [layer for layout in found for layer in layout.layers().values()]
 
     def copy_of(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Return the present copy of a layer's weight, (outputs, inputs), and for int8 the scale of each output.
@@ -268,11 +260,11 @@ class _Fused:
         past, hidden = take_cache(named), named.get("hidden_states")
         if past is None or not self._fits(hidden):
             return None
-        made = self.row.take(self.number, hidden, past, named) or self._run(hidden, past, named)
+        made = self.stack.take(self.number, hidden, past, named) or self._run(hidden, past, named)
         if made is None:
             return None
         made.layer.advance(1)
-        self._told.is_served(self.number)
+        self._obstacles.served(self.number)
         return (self._answered(made, past, named),)
 
     def _answered(self, made: Made, past: Any, named: dict[str, Any]) -> Any:
@@ -315,7 +307,7 @@ class _Fused:
         made = self.steps.run([one.described for one in asked], call).to(hidden.dtype)
         if weights is not None:
             weights = weights.unsqueeze(3)
-        self.row.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))
+        self.stack.remember(Ahead(self.number, past, [one.layer for one in asked], named, made, weights, form))
         return Made(made[0].clone(), None if weights is None else weights[0], first.layer, form)
 
     def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
@@ -324,7 +316,7 @@ class _Fused:
         """Return the blocks behind this one that are computed with it, up to the first with an obstacle."""
         whole = whole_tuple.get()
         found = []
-        for place in self.row.together(self.number):
+        for place in self.stack.together(self.number):
             theirs = past
             if isinstance(past, tuple):
                 if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
@@ -353,7 +345,7 @@ class _Fused:
             if _WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
                 collected = attentions_wanted.get() or "forward" in self.attention.__dict__
                 wanted = collected or is_spied(self.attention)
-        layer = token_layer(self._told, past, self.number, named)
+        layer = token_layer(self._obstacles, past, self.number, named)
         if layer is None:
             return None
         keys, values = layer.buffers()
@@ -396,19 +388,19 @@ class _Fused:
             obstacle = f"attention is made by {how!r}"
         else:
             return False
-        self._told.tell(obstacle, self.number)
+        self._obstacles.report(obstacle, self.number)
         return True
 
     def _is_altered(self) -> bool:
         """Check for changes inside the block since the stage was applied, such as hooks, that the kernel would skip."""
         obstacle = self._inside.altered()
         if obstacle is not None:
-            self._told.tell(obstacle, self.number)
+            self._obstacles.report(obstacle, self.number)
         return obstacle is not None
 
-    def _watched(self) -> Watched:
+    def _watched(self) -> WeightWatch:
         # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
-        return Watched(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+        return WeightWatch(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
 
     def _describe(self, of_text: bool) -> Described | None:
         watched, known = self._known
@@ -417,11 +409,11 @@ class _Fused:
             self._known = (self._watched(), known)  # first the watch, so that a concurrent write is seen next time
         described = known.get(of_text)
         if described is None:
-            anatomy = anatomies(self._block, self._weights).get(of_text)
-            if anatomy is None:
-                self._told.tell("weights were exchanged for others, which the kernel does not know", self.number)
+            layout = block_layouts(self._block, self._weights).get(of_text)
+            if layout is None:
+                self._obstacles.report("weights were exchanged for others, which the kernel does not know", self.number)
                 return None
-            described = known[of_text] = Described(anatomy, self._weights)
+            described = known[of_text] = Described(layout, self._weights)
         return described
 
 

@@ -21,7 +21,7 @@ from accelerate_tts.stages.decode import kv_cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_SURE = 3
+_IN_A_ROW = 3
 """Consecutive mismatches after which a block is no longer computed ahead, and matches after which it is again."""
 
 
@@ -107,7 +107,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(bits), other.view(bits))  # NaN does not equal itself
 
 
-class Row:
+class BlockStack:
     """The stack of one decoder's fused blocks, in order, and the results computed ahead for them.
 
     Args:
@@ -119,14 +119,14 @@ class Row:
         self._size = size
         self._what = what
         self._mine = threading.local()  # other threads have other caches
-        self._surprises: dict[int, int] = {}  # index of a block: consecutive mismatches
-        self._calm: dict[int, int] = {}  # index of a block that is not computed ahead: consecutive matches
+        self._mismatches: dict[int, int] = {}  # index of a block: consecutive mismatches
+        self._skipped: dict[int, int] = {}  # index of a block that is not computed ahead: consecutive matches
 
     def together(self, place: int) -> range:
         """Return the indices of the blocks that are computed together with this one."""
         end = self._size
-        if self._calm:
-            end = min((other for other in self._calm if other > place), default=end)
+        if self._skipped:
+            end = min((other for other in self._skipped if other > place), default=end)
         return range(place + 1, end)
 
     def remember(self, ahead: Ahead) -> None:
@@ -153,24 +153,24 @@ class Row:
         made = ahead.take(layer)
         if ahead.next == self._size:
             self._mine.ahead = None
-        if self._surprises:
+        if self._mismatches:
             self._note(place, expected=True)
         return made
 
     def _note(self, place: int, *, expected: bool) -> None:
         if place == 0:  # a loop was abandoned, and another one begins
             return
-        if place not in self._calm:
+        if place not in self._skipped:
             if expected:
-                self._surprises.pop(place, None)
+                self._mismatches.pop(place, None)
                 return
-            self._surprises[place] = self._surprises.get(place, 0) + 1
-            if self._surprises[place] == _SURE:
-                if not self._calm:
+            self._mismatches[place] = self._mismatches.get(place, 0) + 1
+            if self._mismatches[place] == _IN_A_ROW:
+                if not self._skipped:
                     reason = f"the decoder changes its states before block {place}; a second call begins there"
                     emit(NotApplied(f"all blocks of {self._what} in one call", reason))
-                self._calm[place] = 0
+                self._skipped[place] = 0
         else:
-            self._calm[place] = self._calm[place] + 1 if expected else 0
-            if self._calm[place] == _SURE:
-                del self._calm[place], self._surprises[place]
+            self._skipped[place] = self._skipped[place] + 1 if expected else 0
+            if self._skipped[place] == _IN_A_ROW:
+                del self._skipped[place], self._mismatches[place]

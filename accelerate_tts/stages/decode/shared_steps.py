@@ -114,13 +114,12 @@ class SharedSteps:
 
     Args:
         what: Name for events.
-        rules: The rules of passes.
     """
 
-    def __init__(self, what: str, rules: Rules | None = None) -> None:
+    def __init__(self, what: str) -> None:
         self.is_on = False
         self._what = what
-        self.rules = rules or Rules()
+        self.rules = Rules()
         self._mine = threading.local()
         self._meeting = _Meeting()
         _all.add(self)

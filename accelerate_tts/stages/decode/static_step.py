@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree
@@ -19,53 +19,14 @@ from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
-from accelerate_tts.stages.graphs.recorder import Turns, capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
+
+    from accelerate_tts.stages.graphs.recorder import Recorder
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
 """Capacities of slots, in positions. Each doubles the one before, so a sequence is moved at most five times."""
-
-
-class Recording(Protocol):
-    """A recorded step."""
-
-    outputs: Any
-    """Result of the step. Each replay overwrites it."""
-
-    def replay(self) -> None:
-        """Run the step again on the present content of its inputs."""
-        ...
-
-    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[object]:
-        """Order this thread's work on inputs, buffers and outputs behind all earlier work of other threads.
-
-        Args:
-            for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
-        """
-        ...
-
-    def finish(self) -> None:
-        """Wait until all that work is done; its tensors may be freed then."""
-        ...
-
-
-class CudaRecording(Turns):
-    """A CUDA graph of a step.
-
-    It is a plain graph, not one of inductor's CUDA graph trees. Any thread may replay it, one at a time, on that
-    thread's own stream. Tested on an H100: decision 0009.
-    """
-
-    def __init__(self, step: Callable[[], Any]) -> None:
-        super().__init__()
-        self._graph, self.outputs = capture(step)
-
-    def replay(self) -> None:
-        """See `Recording.replay`."""
-        self._graph.replay()
 
 
 class StaticSlot:
@@ -78,7 +39,7 @@ class StaticSlot:
         inputs: Tensor arguments of the decoder for one token, without the mask.
         constants: The other arguments; they become part of the recording.
         capacity: Maximum positions.
-        record: Records the step.
+        recorder: Records the step, and nothing else.
 
     Raises:
         TypeError: The decoder returns an object without named fields.
@@ -92,11 +53,12 @@ class StaticSlot:
         inputs: dict[str, torch.Tensor],
         constants: dict[str, Any],
         capacity: int,
-        record: Callable[[Callable[[], Any]], Recording],
+        recorder: Recorder,
     ) -> None:
         self._decoder, self._forward, self._constants = decoder, forward, constants
         self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
         self.capacity = capacity
+        self._recorder = recorder
         self._owner: weakref.ref[Any] | None = None
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -112,7 +74,7 @@ class StaticSlot:
             self.valid = torch.ones(self.rows, capacity, dtype=torch.bool, device=first.device)
             self._open = torch.zeros((), dtype=dtype, device=first.device)
             self._hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=first.device)
-            self._recording = record(self.step)
+            self._recording = recorder.record(self.step)
         if not hasattr(self._recording.outputs, "items"):
             raise TypeError(f"{type(decoder).__name__} returns {type(self._recording.outputs).__name__}, without names")
 
@@ -138,7 +100,7 @@ class StaticSlot:
         Returns:
             The decoder's result in new tensors, with the caller's cache.
         """
-        with torch.inference_mode(mode=False), torch.no_grad(), self._recording.in_turn():
+        with torch.inference_mode(mode=False), torch.no_grad(), self._recorder.in_turn():
             if not self.holds(past):
                 self.leave()
                 for layer, buffers in zip(past.layers, self.buffers, strict=True):
@@ -173,7 +135,7 @@ class StaticSlot:
         """Move the sequence to buffers of its own and wait for all work on the slot's buffers."""
         owner = None if self._owner is None else self._owner()
         self._owner = None
-        with self._recording.in_turn(for_the_last=True):
+        with self._recorder.in_turn(for_the_last=True):
             for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
                 # The cache may use other buffers by now: it was cropped, reordered, or outgrew its bucket.
                 if isinstance(layer, kv_cache.growing_class()):
@@ -181,7 +143,7 @@ class StaticSlot:
                         layer.keys = layer.keys.clone()
                     if layer.buffers()[1] is values:
                         layer.values = layer.values.clone()
-        self._recording.finish()
+        self._recorder.finish()
 
 
 def bytes_of(past: Any, capacity: int) -> int:
@@ -205,6 +167,7 @@ def _own(result: Any, past: Any, positions: int) -> Any:
 
 @cache
 def _static_classes(classes: Any) -> tuple[Any, Any]:
+    # Made here, since they derive from classes of the release that the user has loaded.
     class StaticLayer(classes.DynamicLayer):  # type: ignore[misc]
         """One layer, which writes a token at the position that a device tensor holds."""
 

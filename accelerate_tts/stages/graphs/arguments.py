@@ -10,7 +10,7 @@ from torch.utils import _pytree
 from accelerate_tts.patching.weight_versions import span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Hashable
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -170,7 +170,7 @@ def copied(outputs: Any, buffers: list[torch.Tensor], given: list[torch.Tensor])
             at = _start(tensor) - start
             part = everything[at : at + span(tensor) * tensor.element_size()].view(tensor.dtype)
             known[id(tensor)] = part.as_strided(tensor.shape, tensor.stride())
-    return _mapped(outputs, lambda tensor: known[id(tensor)])
+    return _pytree.tree_map_only(torch.Tensor, lambda tensor: known[id(tensor)], outputs)
 
 
 def output_bytes(outputs: Any) -> int:
@@ -186,10 +186,6 @@ def _by_storage(outputs: Any, known: dict[int, torch.Tensor]) -> dict[int, list[
             seen.add(id(leaf))
             found.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
     return found
-
-
-def _mapped(outputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return _pytree.tree_map_only(torch.Tensor, change, outputs)
 
 
 def _start(tensor: torch.Tensor) -> int:

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from accelerate_tts.errors import TimeLimitError, message_of
-from accelerate_tts.events import FellBack, Recompiled, emit
+from accelerate_tts.errors import TimeLimitError, described
+from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.signatures import foreign_hooks, module_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import lock
-from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import (
     RECORDED,
     ClassSwap,
@@ -38,28 +38,29 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.structure_watch import Calls, Inside
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.plan import CALL
-from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-from accelerate_tts.stages.decode.call_args import Told
+from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
 from accelerate_tts.stages.graphs.obstacles import ObstacleError, look, unchanged_attributes
 from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, recording
-from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.stages.graphs.stage import RecordingStage
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable
 
+    from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.graphs.recorder import Recorder, Replayable
-    from accelerate_tts.stages.protocol import Change, State, Target
+    from accelerate_tts.stages.layers.half_precision import HalfStage
+    from accelerate_tts.stages.protocol import State
 
 
 class PartBounds(NamedTuple):
-    """PartBounds of the recordings of one part.
+    """Bounds of the recordings of one part.
 
     Attributes:
         graphs: Maximum recordings, of the part or of the modules inside it.
@@ -80,28 +81,18 @@ _BOUNDS = PartBounds()
 
 
 @register_stage
-class RecordedPartsStage(BaseStage):
+class RecordedPartsStage(RecordingStage):
     """Records the calls of a part that is no decoder as CUDA graphs, and replays them.
 
     Args:
-        recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
-        inside: Half-precision stage for what is recorded.
-        bounds: PartBounds of each part's recordings.
+        recorder: See `RecordingStage`. Each part has a recorder.
+        inside: See `RecordingStage`.
+        bounds: Bounds of each part's recordings.
     """
 
     name = "recorded by shape"
-    group = "compilation"
-    devices = ("cuda",)
     excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("fold weight norm", "captured decode step")
-    cost = 3.0
-
-    @classmethod
-    def variants(cls, target: Target) -> Iterable[RecordedPartsStage]:
-        """See `BaseStage.variants`: the part as it is, and in each half precision."""
-        yield cls()
-        for dtype in target.half_dtypes:
-            yield cls(inside=HalfStage(dtype, carried=True))
 
     def __init__(
         self,
@@ -109,29 +100,19 @@ class RecordedPartsStage(BaseStage):
         inside: HalfStage | None = None,
         bounds: PartBounds = _BOUNDS,
     ) -> None:
-        self._recorder = recorder
-        self._inside = inside
+        super().__init__(recorder, inside)
         self._bounds = bounds
-        if inside is not None:
-            self.name = f"{self.name}, {inside.name}"
 
     def applies(self, part: Part) -> str | None:
-        module = part.module
-        devices = {tensor.device for tensor in module.parameters()}
-        if part.kind == "decoder" or part.cached or decoders(module):
-            obstacle: str | None = "its decode step is recorded by itself"
-        elif len(devices) != 1 or (self._recorder is CudaRecorder and next(iter(devices)).type != "cuda"):
-            obstacle = "it is not on one CUDA device"
-        elif any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in module.modules()):
-            obstacle = "a module in it is compiled, or served as a whole"
-        else:
-            obstacle = None if self._inside is None else self._inside.applies(part)
-        return obstacle
+        if part.kind == "decoder" or part.cached or decoders(part.module):
+            return "its decode step is recorded by itself"
+        if any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in part.module.modules()):
+            return "a module in it is compiled, or served as a whole"
+        return super().applies(part)
 
     def prepare(self, part: Part) -> _RecordedParts:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        inside = None if self._inside is None else self._inside.prepare(part)
-        return _RecordedParts(part, self.name, self._recorder, inside, self._bounds)
+        return _RecordedParts(part, self.name, self._recorder, self.half_precision(part), self._bounds)
 
 
 class _RecordedCall(NamedTuple):
@@ -153,7 +134,7 @@ class _Node:
         self.cut = False
         self.small = False
         self.inside: list[_Node] = []
-        self.watches: tuple[Weights, bool, Inside, Calls] | None = None
+        self.watches: tuple[WeightWatch, bool, Inside, Calls] | None = None
 
     @property
     def is_active(self) -> bool:
@@ -173,7 +154,7 @@ class _Node:
         if any(not module_of(hook).startswith("torch.") for hook in foreign_hooks(hooks)):
             return "there are hooks inside it, which a replay does not call"
         copies = keeps_copies(self.module) or has_folds(self.module)
-        weights = Weights(self.module, content=copies)
+        weights = WeightWatch(self.module, content=copies)
         self.watches = (weights, copies, Inside(self.module), Calls(self.module, itself=False))
         return None
 
@@ -199,7 +180,7 @@ def _nodes(module: Any, method: str, around: _Node | None) -> _Node:
     return node
 
 
-class _RecordedParts(BaseChange):
+class _RecordedParts(CountedChange, Changes):
     """The change: the forward of each module that may be recorded looks for a recording first."""
 
     def __init__(
@@ -207,13 +188,13 @@ class _RecordedParts(BaseChange):
         part: Part,
         stage: str,
         recorder: Callable[[torch.device], Recorder],
-        inside: Change | None,
+        inside: CarryingSwap | None,
         bounds: PartBounds,
     ) -> None:
-        self._what, self._stage = part.name, stage
-        self._inside = inside
+        self._stage = stage
         self._bounds = bounds
-        self._told = Told(f"{stage} of {part.name}")
+        self._counter = Counter(part.name)
+        self._obstacles = Obstacles(f"{stage} of {part.name}")
         self._device = next(part.module.parameters()).device
         self._make_recorder = recorder
         self._recorder: Recorder | None = None
@@ -221,20 +202,13 @@ class _RecordedParts(BaseChange):
         method = "forward" if part.method == CALL else part.method
         self._root = _nodes(part.module, method, None)
         nodes = {node.module: node for node in self._root.all()}
-        self._swap = ClassSwap(list(nodes), lambda module: self._class_for(nodes[module], type(module)))
+        super().__init__(inside, ClassSwap(list(nodes), lambda module: self._class_for(nodes[module], type(module))))
         self._lock = lock()
         self._busy = False
         self._broken = False
-        self._sealed = False
-        self._recorded = 0
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._due: dict[Hashable, float] = {}
         self._recordings: OrderedDict[tuple[_Node, Hashable], _RecordedCall] = OrderedDict()
-
-    @property
-    def graphs(self) -> int | None:
-        """Number of recordings made so far."""
-        return self._recorded
 
     @property
     def kept(self) -> int:
@@ -245,19 +219,6 @@ class _RecordedParts(BaseChange):
     def bytes(self) -> int:
         """Bytes of the recordings."""
         return self._bytes_with()
-
-    def on(self) -> None:
-        if self._inside is not None:
-            self._inside.on()
-        self._swap.on()
-
-    def off(self) -> None:
-        self._swap.off()
-        if self._inside is not None:
-            self._inside.off()
-
-    def seal(self) -> None:
-        self._sealed = True
 
     def _class_for(self, node: _Node, plain: Any) -> type:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -279,13 +240,13 @@ class _RecordedParts(BaseChange):
         call = CallArguments(args, kwargs, self._device)
         if call.obstacle or self._busy:  # another thread is recording, which takes long
             if call.obstacle:
-                self._told.tell(call.obstacle, 0)
+                self._obstacles.report(call.obstacle, 0)
             return None
         key = (node, (call.key, _modes(self._device.type)))
         with self._lock:
             altered = node.altered()
             if altered is not None:
-                self._told.tell(altered, 0)
+                self._obstacles.report(altered, 0)
                 self._forget(node)
             found = self._recordings.get(key)
             if found is None:
@@ -316,7 +277,7 @@ class _RecordedParts(BaseChange):
         self._calls[key] = count
         while len(self._calls) > self._bounds.kinds:
             self._due.pop(self._calls.popitem(last=False)[0], None)
-        return count >= self._due.get(key, 2 if self._sealed else 1)
+        return count >= self._due.get(key, 2 if self._counter.sealed else 1)
 
     def _put_off(self, key: Hashable) -> None:
         """Ask for more calls of a kind before it is recorded again: else kinds in turn would be recorded each time."""
@@ -363,7 +324,7 @@ class _RecordedParts(BaseChange):
             for dropped in list(self._recordings):
                 self._drop(dropped)
             self._buffers.clear()
-            emit(FellBack(self._what, self._stage, f"{type(error).__name__}: {message_of(error)}".splitlines()[0]))
+            emit(FellBack(self._counter.what, self._stage, described(error).splitlines()[0]))
         return None
 
     def _try_to_record(
@@ -375,7 +336,7 @@ class _RecordedParts(BaseChange):
                 return run(node.module, *args, **kwargs)
 
         if node.watches is None and (obstacle := node.watch()) is not None:
-            self._told.tell(obstacle, 0)
+            self._obstacles.report(obstacle, 0)
             self._put_off(key)
             return None
         make_copies(node.module)  # a trace has no values to make them from
@@ -386,7 +347,7 @@ class _RecordedParts(BaseChange):
             self._check_use(f"its {seen.launches} operators take less time than a replay")
             return None
         if self._buffers.needed(call) + seen.bytes > self._bounds.bytes:
-            self._told.tell(f"it takes more than {self._bounds.bytes} bytes", 0)
+            self._obstacles.report(f"it takes more than {self._bounds.bytes} bytes", 0)
             self._due[key] = math.inf
             return None
         self._make_room(self._buffers.needed(call), seen.bytes)
@@ -397,9 +358,7 @@ class _RecordedParts(BaseChange):
             made = recorder.record(lambda: run_on(buffers))
         found = _RecordedCall(made, buffers, output_bytes(made.outputs), seen.bytes)
         self._recordings[key] = found
-        self._recorded += 1
-        if self._sealed:
-            emit(Recompiled(self._what, self._recorded, call.shapes()))
+        self._counter.count(call.shapes())
         return found
 
     def _ready(self) -> Recorder:
@@ -415,12 +374,12 @@ class _RecordedParts(BaseChange):
         self._forget(node)
         self._check_use(obstacle)
         if node is self._root and not self._broken:
-            self._told.tell(f"{obstacle}; the modules inside it are recorded", 0)
+            self._obstacles.report(f"{obstacle}; the modules inside it are recorded", 0)
 
     def _check_use(self, obstacle: str) -> None:
         if not any(node.is_active for node in self._root.all()):
             self._broken = True
-            emit(FellBack(self._what, self._stage, obstacle))
+            emit(FellBack(self._counter.what, self._stage, obstacle))
 
 
 def _is_capturing(device: torch.device) -> bool:

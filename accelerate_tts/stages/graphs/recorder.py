@@ -32,7 +32,7 @@ class Replayable(Protocol):
 
 
 class Recorder(Protocol):
-    """Records the computations of one part. They share memory, so they are replayed one at a time."""
+    """Records computations that share memory, so that they are replayed one at a time."""
 
     def record(self, run: Callable[[], Any]) -> Replayable:
         """Run a computation a few times, and record it.
@@ -42,8 +42,12 @@ class Recorder(Protocol):
         """
         ...
 
-    def in_turn(self) -> AbstractContextManager[object]:
-        """Order this thread's work on inputs and outputs behind all earlier work of other threads."""
+    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[object]:
+        """Order this thread's work on inputs and outputs behind all earlier work of other threads.
+
+        Args:
+            for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
+        """
         ...
 
     def finish(self) -> None:
@@ -116,37 +120,6 @@ def _put_back(stream: Any) -> None:
     generator.graphsafe_set_state(generator.clone_state())
 
 
-class Turns:
-    """Order of the work of several threads, each on its own stream, on the same tensors."""
-
-    def __init__(self) -> None:
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._last = torch.cuda.current_stream()
-
-    @contextmanager
-    def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
-        """Order this thread's work behind all earlier turns. Streams of different threads are ordered by an event.
-
-        Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
-        after the free, before that work is done.
-
-        Args:
-            for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
-        """
-        stream = self._last if for_the_last else torch.cuda.current_stream()
-        with torch.cuda.stream(stream):
-            stream.wait_event(self._done)
-            try:
-                yield
-            finally:
-                self._done.record(stream)
-                self._last = stream
-
-    def finish(self) -> None:
-        """Wait for all turns. The allocator returns freed memory to its own stream at once."""
-        self._done.synchronize()
-
-
 class _CudaGraph(NamedTuple):
     graph: Any
     outputs: Any
@@ -158,8 +131,8 @@ class _CudaGraph(NamedTuple):
 class CudaRecorder:
     """Records CUDA graphs with one memory pool. Any thread may replay one, on its own stream.
 
-    Graphs of one pool reuse each other's intermediate tensors, so their replays must not overlap: `in_turn` orders
-    them. It never ran on a device (docs/decisions/0009-cuda.md).
+    They are plain graphs, not inductor's CUDA graph trees. Graphs of one pool reuse each other's intermediate tensors,
+    so their replays must not overlap: `in_turn` orders them. docs/decisions/0009-cuda.md says what ran on a device.
 
     Args:
         device: The CUDA device. It need not be the current one.
@@ -168,8 +141,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
-            self._turns = Turns()
             self._pool = torch.cuda.graph_pool_handle()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._last = torch.cuda.current_stream()
 
     def record(self, run: Callable[[], Any]) -> Replayable:
         """See `Recorder.record`."""
@@ -177,11 +151,22 @@ class CudaRecorder:
             return _CudaGraph(*capture(run, self._pool))
 
     @contextmanager
-    def in_turn(self) -> Generator[None, None, None]:
-        """See `Recorder.in_turn`."""
-        with torch.cuda.device(self._device), self._turns.in_turn():
-            yield
+    def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
+        """See `Recorder.in_turn`. Streams of different threads are ordered by an event.
+
+        Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
+        after the free, before that work is done.
+        """
+        with torch.cuda.device(self._device):
+            stream = self._last if for_the_last else torch.cuda.current_stream()
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._done)
+                try:
+                    yield
+                finally:
+                    self._done.record(stream)
+                    self._last = stream
 
     def finish(self) -> None:
-        """See `Recorder.finish`."""
-        self._turns.finish()
+        """See `Recorder.finish`. The allocator returns freed memory to its own stream at once."""
+        self._done.synchronize()

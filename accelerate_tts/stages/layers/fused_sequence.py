@@ -23,10 +23,10 @@ from accelerate_tts.kernels.residual_block import RESIDUAL
 from accelerate_tts.kernels.transformer_block import TRANSFORMER
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
-from accelerate_tts.stages.decode.call_args import Told
+from accelerate_tts.stages.decode.call_args import Obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,9 +77,9 @@ class FusedSequenceStage(BaseStage):
         """
         if not multiplies_in_bf16():
             raise RuntimeError("the kernels do not use AMX here: does ACCELERATE_TTS_KERNELS limit them?")
-        told = Told(f"the fused {self._kernel.name} of {part.name}")
+        obstacles = Obstacles(f"the fused {self._kernel.name} of {part.name}")
         fused = {
-            block: Served(block, self._kernel, part.name, told=told, number=number)
+            block: Served(block, self._kernel, part.name, obstacles=obstacles, number=number)
             for number, block in enumerate(self._blocks(part))
         }
         return ClassSwap(list(fused), lambda block: fused[block].class_for(type(block)))
@@ -99,7 +99,7 @@ class Served:
         kernel: The kernel that computes it.
         what: Name of its part in events.
         copies: Format of the kernel's copies of the weights.
-        told: Reports why a block is not served; shared by the blocks of a part.
+        obstacles: Reports why a block is not served; shared by the blocks of a part.
         number: The block's index among them.
     """
 
@@ -112,16 +112,16 @@ class Served:
         what: str,
         copies: str = "bf16",
         *,
-        told: Told | None = None,
+        obstacles: Obstacles | None = None,
         number: int = 0,
     ) -> None:
         self._block: Any = block
         self._copies = copies
         self._kernel = kernel
-        self._told, self._number = told or Told(f"the fused {kernel.name} of {what}"), number
+        self._obstacles, self._number = obstacles or Obstacles(f"the fused {kernel.name} of {what}"), number
         self._inside = Inside(block, kernel.watched(block))
         # The watch on the weights and the description made from them. One pair, replaced atomically.
-        self._known: tuple[Weights, Any] = (Weights(block), None)
+        self._known: tuple[WeightWatch, Any] = (WeightWatch(block), None)
 
     def class_for(self, plain: Any) -> type:
         """Return the block's class while the change is on."""
@@ -153,21 +153,22 @@ class Served:
             return None
         obstacle = self._inside.altered()
         if obstacle is not None:
-            self._told.tell(obstacle, self._number)
+            self._obstacles.report(obstacle, self._number)
             return None
         described = self._describe()
         if described is None:
             return None
-        self._told.is_served(self._number)
+        self._obstacles.served(self._number)
         return self._kernel.serve(described, named)
 
     def _describe(self) -> Any:
         watched, described = self._known
         if described is None or watched.outdated():
-            watched = Weights(self._block)  # first the watch, so that a concurrent write is seen next time
+            watched = WeightWatch(self._block)  # first the watch, so that a concurrent write is seen next time
             parts = self._kernel.parts_of(self._block)
             if parts is None:
-                self._told.tell("weights were exchanged for others, which the kernel does not know", self._number)
+                reason = "weights were exchanged for others, which the kernel does not know"
+                self._obstacles.report(reason, self._number)
                 return None
             with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors, since they outlive this call
                 described = self._kernel.described(parts)

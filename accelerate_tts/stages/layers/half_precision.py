@@ -15,8 +15,7 @@ pickling and undo, so the copies cost half the weights' size.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn, overrides
@@ -40,7 +39,7 @@ from accelerate_tts.patching.class_swap import (
     subclass_with,
 )
 from accelerate_tts.patching.derived import Derived
-from accelerate_tts.patching.lazy_parameters import Absent
+from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.plan import CALL
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
@@ -142,7 +141,7 @@ def _is_cast(layer: nn.Module) -> bool:
 
     A weight that a hook computes is that of the last call.
     """
-    if type(layer._parameters) is Absent:  # reading offloaded weights would reload them
+    if type(layer._parameters) is LazyParameters:  # reading offloaded weights would reload them
         return False
     return next(layer.parameters()).dtype in {torch.bfloat16, torch.float16}
 
@@ -201,7 +200,7 @@ def _is_inside(dtype: torch.dtype) -> bool:
     """Check that a call of the part is running, which raises its outputs to fp32."""
     if torch.compiler.is_compiling():  # a part is compiled with its border
         return True
-    kind, modes = _islands(dtype), cast("Any", overrides)._get_current_function_mode_stack()
+    kind, modes = _ISLANDS[dtype], cast("Any", overrides)._get_current_function_mode_stack()
     return any(isinstance(mode, kind) for mode in modes)
 
 
@@ -218,7 +217,7 @@ def _island_class(plain: Any, dtype: torch.dtype) -> type:
 def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layer: nn.Module) -> type:
     """Make the class of a part. `layer` is one of its layers, and shows if the part was cast."""
     name = "forward" if method == CALL else method
-    plain, mode = getattr(type(module), name), _islands(dtype)
+    plain, mode = getattr(type(module), name), _ISLANDS[dtype]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_cast(layer):
@@ -241,7 +240,6 @@ def _dtype_of(value: Any) -> torch.dtype:
     return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
 
 
-@cache
 def delicate_functions() -> frozenset[Any]:
     """Return the functions that half precision breaks: no kernel (Fourier), or too little range or precision.
 
@@ -256,7 +254,6 @@ def delicate_functions() -> frozenset[Any]:
     return frozenset(functions)
 
 
-@cache
 def _products() -> frozenset[Any]:
     """Return the functions that multiply tensors of one dtype only.
 
@@ -278,23 +275,38 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
     return dtype in found and torch.float32 in found
 
 
-@cache
-def _islands(dtype: torch.dtype) -> Any:
-    # No sets: dynamo cannot trace look-ups in one.
-    delicate, products = dict.fromkeys(delicate_functions()), dict.fromkeys(_products())
+# Dictionaries, not sets: dynamo cannot trace look-ups in a set.
+_DELICATE, _PRODUCTS = dict.fromkeys(delicate_functions()), dict.fromkeys(_products())
 
-    class Islands(TorchFunctionMode):
-        """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32."""
 
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            del types
-            kwargs = kwargs or {}
-            # Half-precision complex numbers, as in `1j * phase`, have no kernels.
-            up = function in delicate or any(isinstance(argument, complex) for argument in args)
-            up = up or (function in products and _is_mixed((*args, *kwargs.values()), dtype))
-            if up and "out" not in kwargs:
-                args, kwargs = _raised(args, dtype), _raised(kwargs, dtype)
-            return function(*args, **kwargs)
+class _Islands(TorchFunctionMode):
+    """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32.
 
-    setattr(Islands, KEEPS_KERNELS, True)
-    return Islands
+    A class for each dtype, since a compiled graph is guarded on the class of a mode and not on its attributes.
+    """
+
+    dtype: ClassVar[torch.dtype]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        # Half-precision complex numbers, as in `1j * phase`, have no kernels.
+        up = function in _DELICATE or any(isinstance(argument, complex) for argument in args)
+        up = up or (function in _PRODUCTS and _is_mixed((*args, *kwargs.values()), self.dtype))
+        if up and "out" not in kwargs:
+            args, kwargs = _raised(args, self.dtype), _raised(kwargs, self.dtype)
+        return function(*args, **kwargs)
+
+
+setattr(_Islands, KEEPS_KERNELS, True)
+
+
+class _Bf16Islands(_Islands):
+    dtype = torch.bfloat16
+
+
+class _Fp16Islands(_Islands):
+    dtype = torch.float16
+
+
+_ISLANDS: dict[torch.dtype, type[_Islands]] = {torch.bfloat16: _Bf16Islands, torch.float16: _Fp16Islands}

@@ -18,7 +18,7 @@ from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linea
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import missing
-from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights, in_bf16, in_int8, is_transposed
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat, in_bf16, in_int8, is_transposed
 from accelerate_tts.patching.class_swap import (
     COPY,
     CarryingSwap,
@@ -142,7 +142,7 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 
 
 @per_class
-def _copied_class(plain: Any, transposed: bool, weights: Weights) -> type:
+def _copied_class(plain: Any, transposed: bool, weights: WeightFormat) -> type:
     own = plain.forward
 
     def forward(self: Any, x: Any) -> Any:

@@ -20,9 +20,9 @@ import torch
 from accelerate_tts.inspection.classes import state_of
 from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
-from accelerate_tts.patching.change import BaseChange
+from accelerate_tts.patching.change import BaseChange, Changes
 from accelerate_tts.patching.class_swap import per_class, unannounced
-from accelerate_tts.patching.weight_versions import Weights
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
@@ -46,21 +46,8 @@ class FoldStage(BaseStage):
     def applies(self, part: Part) -> str | None:
         return None if _foldable(part.module) else "no weight norm in it"
 
-    def prepare(self, part: Part) -> _Folds:
-        return _Folds(_foldable(part.module))
-
-
-class _Folds(BaseChange):
-    def __init__(self, folds: list[_Fold]) -> None:
-        self._folds = folds
-
-    def on(self) -> None:
-        for fold in self._folds:
-            fold.on()
-
-    def off(self) -> None:
-        for fold in reversed(self._folds):
-            fold.off()
+    def prepare(self, part: Part) -> Changes:
+        return Changes(*_foldable(part.module))
 
 
 def has_folds(module: nn.Module) -> bool:
@@ -95,7 +82,7 @@ def _foldable(module: nn.Module) -> list[_Fold]:
     ]
 
 
-class _Fold:
+class _Fold(BaseChange):
     """The fold of one weight of one module.
 
     Args:
@@ -109,7 +96,7 @@ class _Fold:
         self._class: type | None = None
         # Watches on the factors and on the product, the steps that it was made by, and the product. One tuple, replaced
         # atomically.
-        self._made: tuple[Weights, Weights, list[Any], torch.Tensor] | None = None
+        self._made: tuple[WeightWatch, WeightWatch, list[Any], torch.Tensor] | None = None
 
     def weight(self) -> Any:
         """Compute the weight by torch's own operation."""
@@ -153,9 +140,11 @@ class _Fold:
         if made is None or made[0].outdated() or made[1].outdated() or made[2] != self.steps():
             # A normal tensor, even if tuning runs in inference mode, since it outlives that scope.
             with torch.inference_mode(mode=False), torch.no_grad():
-                watched = Weights.at(self.factors())  # first the watch, so that a concurrent write is seen next time
+                watched = WeightWatch.at(
+                    self.factors()
+                )  # first the watch, so that a concurrent write is seen next time
                 product = self.weight().detach().clone()
-                made = self._made = (watched, Weights.at([{"": product}]), self.steps(), product)
+                made = self._made = (watched, WeightWatch.at([{"": product}]), self.steps(), product)
         return made[3]
 
 

@@ -102,8 +102,8 @@ def backend(limit: int | None) -> Any:
 
 def free(item: Any) -> bool:
     """Check that no permit is held and no call waits."""
-    room = queue.room_of(item, item)
-    return not room._slots and not room._queue and not room._inbox
+    wait_queue = queue.queue_of(item, item)
+    return not wait_queue._slots and not wait_queue._queue and not wait_queue._inbox
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -116,7 +116,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def waiting(item: Any) -> int:
-    return len(queue.room_of(item, item)._queue)
+    return len(queue.queue_of(item, item)._queue)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
@@ -221,16 +221,16 @@ def test_copies_and_pickles_have_turns_of_their_own() -> None:
     twin = copy.deepcopy(module)
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(lambda item: item(torch.ones(2)), [module, twin]))) == 2
-    assert queue.room_of(module, None) is not queue.room_of(twin, None)
+    assert queue.queue_of(module, None) is not queue.queue_of(twin, None)
 
 
 def test_a_room_lives_as_long_as_its_object() -> None:
     one = backend(1)
     one.speak("x")
-    count = len(queue._rooms)
+    count = len(queue.known_queues)
     del one
     gc.collect()
-    assert len(queue._rooms) < count
+    assert len(queue.known_queues) < count
 
 
 def test_objects_that_take_no_weak_reference_take_turns_together() -> None:
@@ -450,7 +450,7 @@ def test_streams_go_from_thread_to_thread_and_are_collected_in_others() -> None:
 
 def hasty(item: Any) -> Any:
     """The object, for whose permits a thread waits a moment only, if it would wait for ever."""
-    queue.room_of(item, item).wait_limit = 0.02
+    queue.queue_of(item, item).wait_limit = 0.02
     return item
 
 

@@ -28,7 +28,7 @@ from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import Part
 from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime.guard import guard as guards
-from accelerate_tts.runtime.guard.checks import Expectation, Heard, Units, fault_of, hear, size_of, units_of
+from accelerate_tts.runtime.guard.checks import AudioStats, Expectation, Units, audio_stats, fault_of, size_of, units_of
 from accelerate_tts.runtime.guard.gate import Gate, Step
 from accelerate_tts.stages import catalogue
 from accelerate_tts.stages.layers.weight_norm import FoldStage, has_folds
@@ -156,7 +156,7 @@ def expected_of(text: str = TEXT) -> dict[str, Expectation]:
     """Expectation from the untouched model's output."""
     listener = guards.Listener()
     for kind in KINDS:
-        listener.judge(f"Backend.{kind}", units_of((text,), {}), hear(untouched("speak", text)), whole=True)
+        listener.judge(f"Backend.{kind}", units_of((text,), {}), audio_stats(untouched("speak", text)), whole=True)
     return listener.expected
 
 
@@ -353,7 +353,7 @@ def test_a_fault_of_the_models_own_is_given_and_not_counted(kind: str, guarded: 
         seed()
         torch.testing.assert_close(call(backend, kind), untouched(kind, own=nan), rtol=0, atol=0, equal_nan=True)
     assert [event.count for event in told(seen)] == [0, 0], "after that nobody asks any more"
-    assert "the untouched model gives the same" in told(seen)[0].outcome
+    assert "the untouched model's output has the same fault" in told(seen)[0].outcome
     assert not any(isinstance(event, FellBack) for event in seen)
 
 
@@ -777,69 +777,69 @@ class Plain:
 )  # fmt: skip
 def test_each_fault_is_found_in_each_kind_of_output(wrap: Callable[[torch.Tensor], Any]) -> None:
     units = Units(24, 20)
-    expected = Expectation.of([(units, hear(wrap(WAVE)))])
+    expected = Expectation.of([(units, audio_stats(wrap(WAVE)))])
     assert expected.sounds
-    assert fault_of(hear(wrap(WAVE)), units, expected) is None
+    assert fault_of(audio_stats(wrap(WAVE)), units, expected) is None
     for fault, bad in {
         "NaN or Inf": nan(WAVE),
         "silent": torch.zeros_like(WAVE),
         "clipped flat": (WAVE * 1e4).clamp(-1, 1),
         "too long": WAVE.repeat(11),
     }.items():
-        assert fault_of(hear(wrap(bad)), units, expected) == fault
+        assert fault_of(audio_stats(wrap(bad)), units, expected) == fault
     for position in (0, 1, 12_345, 23_999):  # wherever it is
         for value in (float("nan"), float("inf"), -float("inf")):
             bad = WAVE.clone()
             bad[position] = value
-            assert not hear(wrap(bad)).finite
+            assert not audio_stats(wrap(bad)).finite
 
 
 def test_whole_numbers_that_are_audio_and_that_are_not() -> None:
     pcm = (WAVE * 32767).to(torch.int16)
-    assert hear(pcm).peak == pytest.approx(0.5, rel=0.01)
-    assert hear(pcm.numpy()).peak == pytest.approx(0.5, rel=0.01)
-    assert fault_of(hear(torch.zeros_like(pcm)), Units()) == "silent"
-    assert fault_of(hear((WAVE.sign() * 32767).to(torch.int16)), Units()) == "clipped flat"
-    assert hear(pcm.numpy().tobytes()).audio
-    assert fault_of(hear(bytes(48_000)), Units()) == "silent"
+    assert audio_stats(pcm).peak == pytest.approx(0.5, rel=0.01)
+    assert audio_stats(pcm.numpy()).peak == pytest.approx(0.5, rel=0.01)
+    assert fault_of(audio_stats(torch.zeros_like(pcm)), Units()) == "silent"
+    assert fault_of(audio_stats((WAVE.sign() * 32767).to(torch.int16)), Units()) == "clipped flat"
+    assert audio_stats(pcm.numpy().tobytes()).audio
+    assert fault_of(audio_stats(bytes(48_000)), Units()) == "silent"
     for ids in (torch.arange(5000), list(range(5000)), np.arange(5000), True, 5, "text", None):
-        assert hear(ids) == Heard()
+        assert audio_stats(ids) == AudioStats()
 
 
 def test_what_is_not_audio_is_judged_by_its_numbers_only() -> None:
     mel = torch.zeros(1, 80, 400)
-    assert fault_of(hear(mel), Units(20, 20)) is None
+    assert fault_of(audio_stats(mel), Units(20, 20)) is None
     mel[0, 3, 5] = float("inf")
-    assert fault_of(hear((mel, "x")), Units()) == "NaN or Inf"
-    assert fault_of(hear(float("nan")), Units()) == "NaN or Inf"
-    assert fault_of(hear(torch.tensor(float("nan"))), Units()) == "NaN or Inf"
-    assert fault_of(hear(torch.full((4,), complex(0, float("nan")))), Units()) == "NaN or Inf"
-    assert fault_of(hear(np.full(4, complex(0, float("nan")))), Units()) == "NaN or Inf"
+    assert fault_of(audio_stats((mel, "x")), Units()) == "NaN or Inf"
+    assert fault_of(audio_stats(float("nan")), Units()) == "NaN or Inf"
+    assert fault_of(audio_stats(torch.tensor(float("nan"))), Units()) == "NaN or Inf"
+    assert fault_of(audio_stats(torch.full((4,), complex(0, float("nan")))), Units()) == "NaN or Inf"
+    assert fault_of(audio_stats(np.full(4, complex(0, float("nan")))), Units()) == "NaN or Inf"
     # A mask of logits: the reference has infinities, too.
-    masked = Expectation.of([(Units(), hear(mel))])
-    assert fault_of(hear(mel), Units(), masked) is None
+    masked = Expectation.of([(Units(), audio_stats(mel))])
+    assert fault_of(audio_stats(mel), Units(), masked) is None
     # Tensors beside the waveform are not the speech.
-    assert fault_of(hear((torch.zeros(24_000), torch.ones(256))), Units(20, 20)) == "silent"
+    assert fault_of(audio_stats((torch.zeros(24_000), torch.ones(256))), Units(20, 20)) == "silent"
 
 
 def test_no_false_alarm() -> None:
-    units, heard = Units(24, 20), hear(WAVE)
-    expected = Expectation.of([(units, heard)])
-    silence, nothing = hear(torch.zeros(24_000)), hear(torch.zeros(0))
+    units, stats = Units(24, 20), audio_stats(WAVE)
+    expected = Expectation.of([(units, stats)])
+    silence, nothing = audio_stats(torch.zeros(24_000)), audio_stats(torch.zeros(0))
     for little in (Units(0, 0), Units(3, 0), Units(2, 2)):  # "", "...", "Hm"
         assert fault_of(silence, little, expected) is None
         assert fault_of(nothing, little, expected) is None
     assert fault_of(nothing, units, expected) == "silent"
     assert fault_of(silence, units, expected, whole=False) is None
-    assert fault_of(hear(WAVE * 0.01), units, expected) is None
-    assert fault_of(hear(WAVE.repeat(8)), units, expected) is None
-    assert fault_of(hear(WAVE.repeat(2)), Units(1, 1), expected) is None
+    assert fault_of(audio_stats(WAVE * 0.01), units, expected) is None
+    assert fault_of(audio_stats(WAVE.repeat(8)), units, expected) is None
+    assert fault_of(audio_stats(WAVE.repeat(2)), Units(1, 1), expected) is None
     # The reference was silent, flat, or of no known text.
     assert fault_of(silence, units, Expectation.of([(units, silence)])) is None
-    flat = hear(torch.ones(24_000))
+    flat = audio_stats(torch.ones(24_000))
     assert fault_of(flat, units, Expectation.of([(units, flat)])) is None
-    assert fault_of(hear(WAVE.repeat(99)), units, Expectation.of([(Units(), heard)])) is None
-    quiet_pause = hear(torch.full((24_000,), 1e-3))
+    assert fault_of(audio_stats(WAVE.repeat(99)), units, Expectation.of([(Units(), stats)])) is None
+    quiet_pause = audio_stats(torch.full((24_000,), 1e-3))
     assert fault_of(quiet_pause, units, expected, whole=False) is None
 
 
@@ -921,7 +921,7 @@ def test_a_method_is_asked_for_its_text_without_its_object(seen: list[Event]) ->
     for speak in ways:
         backend = InAnyOrder(torch.zeros_like)
         name = f"{InAnyOrder.__qualname__}.speak"
-        expected = {name: Expectation.of([(Units(24, 20), hear(untouched("speak")))])}
+        expected = {name: Expectation.of([(Units(24, 20), audio_stats(untouched("speak")))])}
         guards.protect(backend, guards.Guard("Voice", backend.tuning, expected, 3))
         assert speak(backend).any(), "two letters of a language are nothing to say, so silence was right"
         assert told(seen)[-1].fault == "silent"
@@ -987,9 +987,9 @@ _outputs = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(_outputs, st.booleans())
 def test_no_output_makes_the_guard_raise(output: Any, whole: bool) -> None:
-    heard, units = hear(output), units_of((output,), {"text": output})
-    fault_of(heard, units, whole=whole)
-    fault_of(heard, units, Expectation.of([(units, heard)]), whole=whole)
+    stats, units = audio_stats(output), units_of((output,), {"text": output})
+    fault_of(stats, units, whole=whole)
+    fault_of(stats, units, Expectation.of([(units, stats)]), whole=whole)
     size_of(output)
 
 
@@ -1003,9 +1003,9 @@ def test_a_proxy_that_is_bound_to_nothing_costs_no_call(guarded: Any) -> None:
 def test_an_output_that_holds_itself_is_looked_at_to_a_depth() -> None:
     ring: list[Any] = [nan(WAVE)]
     ring.append(ring)
-    assert not hear(ring).finite
+    assert not audio_stats(ring).finite
     wide = {str(number): torch.zeros(4) for number in range(10_000)}
-    assert hear(wide).finite
+    assert audio_stats(wide).finite
 
 
 def test_the_event_is_logged_with_its_fault(seen: list[Event]) -> None:
@@ -1508,8 +1508,8 @@ def test_a_switch_that_fails_holds_nothing(guarded: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("samples", "fault"), [(15_000, None), (25_000, "too long")])
 def test_a_word_may_be_longer_than_its_letters_suggest(samples: int, fault: str | None) -> None:
     expected = Expectation(rate=100.0, longest=1000)
-    heard = Heard(audio=True, samples=samples, swing=1.0, peak=1.0)
-    assert fault_of(heard, Units(2, 2), expected) == fault
+    stats = AudioStats(audio=True, samples=samples, swing=1.0, peak=1.0)
+    assert fault_of(stats, Units(2, 2), expected) == fault
 
 
 def test_what_is_off_already_waits_for_nobody() -> None:

@@ -59,7 +59,7 @@ def test_no_other_thread_is_told(model: Repeats) -> None:
     call = CompiledCall(model, "steps", "default", compiler=compiler)
     call.on()
     call(torch.ones(2, 4), 1)
-    call.seal()
+    call.end_warmup()
     call(torch.ones(2, 4), 1)
     call(torch.ones(2, 4), 2)
     assert len(during) == 4, "the new number of steps is asked for twice: strictly, and then to be compiled"
@@ -73,7 +73,7 @@ def test_a_sealed_call_is_never_compiled_without_a_word(model: Repeats, call: Co
     plain.load_state_dict(model.state_dict())
     inputs = torch.ones(2, 4)
     call(inputs, 1)
-    call.seal()
+    call.end_warmup()
     for steps in (1, 2, 2, 1, 3):
         torch.testing.assert_close(model(inputs, steps), plain(inputs, steps))
     assert call.graphs == 3
@@ -116,7 +116,7 @@ def test_what_dynamo_leaves_out_is_no_miss(
     expected = module(inputs)
     broken.on()
     broken(inputs)
-    broken.seal()
+    broken.end_warmup()
     graphs = broken.graphs
     for _ in range(3):
         torch.testing.assert_close(module(inputs), expected)

@@ -119,7 +119,7 @@ def test_one_graph_for_every_length_until_the_weights_are_written(without_timing
     for length, expected in references.items():
         torch.testing.assert_close(run(model, x(length)), expected, rtol=1e-4, atol=1e-5)
     assert call.graphs == 1
-    call.seal()
+    call.end_warmup()
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert type(model) is nn.Sequential
@@ -302,7 +302,7 @@ def test_what_was_not_warmed_up_is_an_event_and_right(is_frozen: bool, traced: l
     call = CompiledCall(model, "model", "default", frozen=is_frozen)
     call.on()
     run(model, inputs, 1)
-    call.seal()
+    call.end_warmup()
     for steps in (1, 2, 1, 2, 1):
         torch.testing.assert_close(run(model, inputs, steps), expected[steps])
     assert [event.graphs for event in seen if isinstance(event, Recompiled)] == ([] if is_frozen else [2])

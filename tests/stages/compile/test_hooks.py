@@ -91,7 +91,7 @@ def tuned(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
     change: Any = STAGES[request.param].prepare(Part("model", "decoder", model))
     change.on()
     run(model)
-    change.seal()
+    change.end_warmup()
     return plain, model, change
 
 

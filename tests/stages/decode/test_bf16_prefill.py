@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from accelerate_tts.kernels.weight_formats import Weights
+from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.decode import bf16_prefill
@@ -49,7 +49,7 @@ def _bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16_prefill, "half_dtypes", lambda _device: (torch.bfloat16,))
 
 
-def fused(model: Any, weights: Weights) -> Any:
+def fused(model: Any, weights: WeightFormat) -> Any:
     FusedBlocksStage(weights).prepare(Part("model", "decoder", model)).on()
     stage, part = PromptStage(), Part("model", "decoder", model)
     assert stage.applies(part) is None
@@ -64,7 +64,7 @@ def prompt(model: Any, positions: int = 12, rows: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("name", ["Llama", "Llama with biases", "Qwen2", "GPT2"])
-def test_a_prompt_is_served_from_the_copies(name: str, weights: Weights) -> None:
+def test_a_prompt_is_served_from_the_copies(name: str, weights: WeightFormat) -> None:
     model = of(name)
     expected = prompt(model)
     change = fused(model, weights)

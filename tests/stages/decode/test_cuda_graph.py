@@ -6,9 +6,9 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,9 +28,10 @@ from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
-from accelerate_tts.stages.decode.static_step import CudaRecording
+from accelerate_tts.stages.graphs.recorder import CudaRecorder
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.exclusions import obstacle
+from reruns import Reruns
 
 pytestmark = pytest.mark.usefixtures("layered_caches")
 
@@ -38,27 +39,9 @@ WIDTH = 32
 BOUNDS = Bounds()
 
 
-class Rerun:
-    """A stand-in for a CUDA graph: the step again, its results written to where the first ones were."""
-
-    def __init__(self, step: Callable[[], Any]) -> None:
-        self._step = step
-        self.outputs = step()
-
-    def replay(self) -> None:
-        def write(old: Any, new: Any) -> None:
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-
-        fields = [{n: v for n, v in out.items() if n != "past_key_values"} for out in (self.outputs, self._step())]
-        _pytree.tree_map(write, *fields)
-
-    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[None]:
-        del for_the_last
-        return nullcontext()
-
-    def finish(self) -> None:
-        pass
+def reruns(device: torch.device) -> Reruns:
+    """Stand-ins for CUDA graphs that run the step again."""
+    return Reruns(device, watched=False)
 
 
 class Stream:
@@ -80,26 +63,35 @@ def on(stream: Stream, now: list[Stream]) -> Iterator[None]:
     now.pop()
 
 
-class OnStreams(CudaRecording):
-    """The recording for CUDA, on streams that only note what they are told, over the stand-in for its graph."""
+class Noted(dict[str, Any]):
+    """Results that note that they are copied."""
 
-    def __init__(self, step: Callable[[], Any], told: list[str]) -> None:
-        self._graph = Rerun(step)
+    told: ClassVar[list[str]]
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(fields)
+        self.told.append("results are copied")
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class OnStreams(CudaRecorder):
+    """The recorder for CUDA, on streams that only note what they are told, over a stand-in for its graphs."""
+
+    def __init__(self, device: torch.device, told: list[str]) -> None:
+        self._device = device
+        self._told = told
         self._last = torch.cuda.current_stream()
-
-        class Noted(dict[str, Any]):
-            def __init__(self, **fields: Any) -> None:
-                super().__init__(fields)
-                told.append("results are copied")
-
-            def __getattr__(self, name: str) -> Any:
-                return self[name]
-
-        self.outputs = Noted(**self._graph.outputs)
-        told.pop()  # this is what they are copied from
         self._done = SimpleNamespace(
             record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
         )
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        made = reruns(self._device).record(run)
+        noted = type("Noted", (Noted,), {"told": self._told})(**made.outputs)
+        self._told.pop()  # this is what they are copied from
+        return SimpleNamespace(outputs=noted, replay=lambda: (self._told.append("replay"), made.replay()))
 
 
 def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,10 +101,9 @@ def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [streams["one"]]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream, now))
-    replay = Rerun.replay
-    monkeypatch.setattr(Rerun, "replay", lambda self: (told.append("replay"), replay(self))[1])
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     model = llama()
-    stage = CapturedStepStage(lambda step: OnStreams(step, told), bounds=Bounds(slots=1))
+    stage = CapturedStepStage(lambda device: OnStreams(device, told), bounds=Bounds(slots=1))
     change = stage.prepare(Part("model", "decoder", model))
     change.on()
     generator = torch.Generator().manual_seed(0)
@@ -156,8 +147,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def capture(model: Any, bounds: Bounds = BOUNDS) -> Any:
-    stage, part = CapturedStepStage(Rerun, bounds=bounds), Part("model", "decoder", model)
+def capture(model: Any, bounds: Bounds = BOUNDS, recorder: Callable[[torch.device], Any] = reruns) -> Any:
+    stage, part = CapturedStepStage(recorder, bounds=bounds), Part("model", "decoder", model)
     assert stage.applies(part) is None
     change = stage.prepare(part)
     change.on()
@@ -182,7 +173,7 @@ def loop(model: Any, count: int = 8, rows: int = 2, prompt: int = 6, seed: int =
 def test_tokens_are_served_by_one_recording_and_are_upstreams(name: str, rows: int) -> None:
     model = MODELS[name]()
     expected, _ = loop(model, rows=rows)
-    change = capture(model)
+    change = capture(model, recorder=Reruns)
     found, past = loop(model, rows=rows)
     assert torch.allclose(expected, found, atol=1e-5)
     assert change.graphs == 1
@@ -431,13 +422,12 @@ def test_new_weights_are_served() -> None:
 
 
 def test_a_recording_that_fails_costs_an_event_only(seen: list[Event]) -> None:
-    def fails(step: Callable[[], Any]) -> Any:
+    def fails() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = llama()
     expected, _ = loop(model)
-    change = CapturedStepStage(fails).prepare(Part("model", "decoder", model))
-    change.on()
+    capture(model, recorder=lambda device: Reruns(device, fails))
     assert torch.allclose(loop(model)[0], expected, atol=1e-6)
     assert [event.stage for event in seen if isinstance(event, FellBack)] == ["captured decode step"]
 
@@ -446,7 +436,7 @@ def test_recording_in_service_is_an_event(seen: list[Event]) -> None:
     model = llama()
     change = capture(model)
     loop(model)
-    change.seal()
+    change.end_warmup()
     assert not [event for event in seen if isinstance(event, Recompiled)]
     loop(model, rows=3)
     assert len([event for event in seen if isinstance(event, Recompiled)]) == 1
@@ -521,7 +511,7 @@ def test_a_systems_own_loop_is_served_by_one_recording(name: str) -> None:
 
     expected = speak()
     part = next(part for part in describe(built.model).parts if part.kind == "decoder")
-    change = CapturedStepStage(Rerun).prepare(part)
+    change = CapturedStepStage(reruns).prepare(part)
     change.on()
     try:
         for a, b in zip(expected, speak(), strict=True):
@@ -608,7 +598,7 @@ def test_half_precision_is_tried_inside_recordings_and_not_after_them(monkeypatc
     assert obstacle(half, part) is None
     change = capture(model)
     assert obstacle(half, part) == "its steps are recorded"
-    assert CapturedStepStage(Rerun, inside=half).applies(part) is None, "it competes with what is in force"
+    assert CapturedStepStage(reruns, inside=half).applies(part) is None, "it competes with what is in force"
     change.off()
     assert obstacle(half, part) is None
 
@@ -625,7 +615,7 @@ def test_half_precision_is_inside_the_recording(how: str) -> None:
     inside.on()
     expected, _ = loop(model)
     inside.off()
-    change = CapturedStepStage(Rerun, inside=half).prepare(part)
+    change = CapturedStepStage(reruns, inside=half).prepare(part)
     change.on()
     found, past = loop(model)
     assert change.graphs == 1
@@ -635,7 +625,7 @@ def test_half_precision_is_inside_the_recording(how: str) -> None:
     change.off()
     assert torch.equal(loop(model)[0], exact)
     assert (
-        CapturedStepStage(Rerun, inside=half).applies(Part("gpt", "decoder", gpt2()))
+        CapturedStepStage(reruns, inside=half).applies(Part("gpt", "decoder", gpt2()))
         == "no layer that computes in fp32"
     )
 
@@ -645,8 +635,8 @@ def test_blocks_are_compiled_without_recordings_of_inductors() -> None:
     assert vars(blocks)["_mode"] == "default"
 
 
-def test_a_cuda_recording_needs_cuda() -> None:
+def test_a_cuda_recorder_needs_cuda() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, and this is about machines without one")
     with pytest.raises((RuntimeError, AssertionError)):
-        CudaRecording(lambda: None)
+        CudaRecorder(torch.device("cuda"))

@@ -17,8 +17,8 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels import decoder_block
-from accelerate_tts.kernels.block_layout import anatomies
-from accelerate_tts.kernels.weight_formats import Weights
+from accelerate_tts.kernels.block_layout import block_layouts
+from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
@@ -82,7 +82,7 @@ def loop(
     return torch.cat(states, 1).float()
 
 
-def fuse(model: Any, weights: Weights = "fp32") -> Any:
+def fuse(model: Any, weights: WeightFormat = "fp32") -> Any:
     stage, part = FusedBlocksStage(weights), Part("model", "decoder", model)
     assert stage.applies(part) is None
     return stage.prepare(part)
@@ -116,12 +116,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Llama with GELU": lambda: of("Llama", hidden_act="gelu_pytorch_tanh"),
 }
 # Maximum error of the stored weights alone, in these models of random weights.
-LIMITS: dict[Weights, float] = {"fp32": 1e-5, "bf16": 2e-2, "int8": 4e-2}
+LIMITS: dict[WeightFormat, float] = {"fp32": 1e-5, "bf16": 2e-2, "int8": 4e-2}
 
 
 @pytest.mark.parametrize("weights", LIMITS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_known_block_computes_the_same(name: str, weights: Weights, served: list[int]) -> None:
+def test_every_known_block_computes_the_same(name: str, weights: WeightFormat, served: list[int]) -> None:
     model = MODELS[name]()
     classes = [type(module) for module in model.modules()]
     for rows in (1, 2, 3, 8):
@@ -143,7 +143,7 @@ def test_every_known_block_computes_the_same(name: str, weights: Weights, served
     rows=st.integers(1, 8), threads=st.integers(1, 5), weights=st.sampled_from(["fp32", "bf16", "int8"]),
 )  # fmt: skip
 def test_the_kernel_at_any_shape(
-    heads: int, group: int, half: int, inner: int, rows: int, threads: int, weights: Weights
+    heads: int, group: int, half: int, inner: int, rows: int, threads: int, weights: WeightFormat
 ) -> None:
     width = heads * group * 2 * half
     model = of("Llama", width, inner, heads * group, heads, head_dim=2 * half)
@@ -309,7 +309,7 @@ def test_blocks_of_other_kinds_are_left_alone() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("weights", LIMITS)
-def test_what_is_not_finite_stays_so_and_in_its_row(value: float, weights: Weights) -> None:
+def test_what_is_not_finite_stays_so_and_in_its_row(value: float, weights: WeightFormat) -> None:
     model = of("Llama")
     change = fuse(model, weights)
 
@@ -374,7 +374,7 @@ def test_copies_are_made_only_where_they_were_asked_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_the_users_default_dtype_is_not_the_kernels(dtype: torch.dtype, weights: Weights) -> None:
+def test_the_users_default_dtype_is_not_the_kernels(dtype: torch.dtype, weights: WeightFormat) -> None:
     """The kernel writes fp32, and would write past the end of a buffer of a narrower dtype."""
     model = of("Llama")
     change = fuse(model, weights)
@@ -466,9 +466,9 @@ class Wrapped(torch.Tensor):
 )
 def test_shapes_that_do_not_fit_together_are_upstreams(spoil: Callable[[Any], Any]) -> None:
     block = of("Llama").layers[0]
-    assert anatomies(block, "fp32")
+    assert block_layouts(block, "fp32")
     spoil(block)
-    assert not anatomies(block, "fp32")
+    assert not block_layouts(block, "fp32")
 
 
 @pytest.mark.usefixtures("layered_caches")

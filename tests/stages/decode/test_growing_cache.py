@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 from accelerate_tts.kernels import decoder_block
+from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile import inductor
@@ -403,7 +404,7 @@ def test_three_requests_at_once(stepping: tuple[Any, Any, Any]) -> None:
 def test_a_thread_that_does_not_compile_is_not_told_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise hidden states would be collected in a place that another, compiling thread sees."""
     output_capturing = pytest.importorskip("transformers.utils.output_capturing")
-    inductor.compile_function(lambda x: x, "default", inductor.Counter("test"))
+    inductor.compile_function(lambda x: x, "default", Counter("test"))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling(), "torch's own answer has changed: is the mend still needed?"
     assert not output_capturing.is_torchdynamo_compiling()
@@ -467,7 +468,7 @@ def test_written_weights_are_seen(seen: list[Event]) -> None:
 
 def test_after_warm_up_nothing_compiles(stepping: tuple[Any, Any, Any], seen: list[Event]) -> None:
     untouched, model, step = stepping
-    step.seal()
+    step.end_warmup()
     graphs = step.graphs
     for count in (1, 60, 130, 200):
         tokens(model, count)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels.decoder_block import run, run_together
-from accelerate_tts.kernels.weight_formats import Weights
+from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.shared_steps import Rules, SharedSteps
@@ -68,7 +68,7 @@ class Shared(NamedTuple):
         self.steps.is_on = True
 
 
-def fused(model: Any, weights: Weights = "fp32") -> Shared:
+def fused(model: Any, weights: WeightFormat = "fp32") -> Shared:
     change = FusedBlocksStage(weights).prepare(Part("model", "decoder", model))
     change.on()
     (steps,) = change.steps

@@ -111,7 +111,7 @@ def reasons(seen: list[Event], kind: type[Event]) -> list[str]:
 
 def test_the_second_call_of_a_kind_is_recorded_in_service_and_the_third_gains() -> None:
     recorded = Recorded(Body(), kind="estimator")
-    recorded.change.seal()
+    recorded.change.end_warmup()
     graphs = []
     for step in range(10):  # an estimator's steps
         recorded.check(wave(seed=step))
@@ -317,7 +317,7 @@ def test_a_failed_recording_costs_one_event_and_gives_everything_back(seen: list
 
 def test_the_least_recently_used_goes_and_needs_more_calls_to_come_back() -> None:
     recorded = Recorded(Body(), PartBounds(graphs=2))
-    recorded.change.seal()
+    recorded.change.end_warmup()
     for length in (10, 20):
         for _ in range(2):
             recorded.check(wave(length))
@@ -359,7 +359,7 @@ def test_recordings_of_about_one_length_share_buffers() -> None:
 def test_recording_in_service_is_an_event(seen: list[Event]) -> None:
     recorded = Recorded(Body())
     recorded.check(wave())
-    recorded.change.seal()
+    recorded.change.end_warmup()
     assert not reasons(seen, Recompiled)
     recorded.check(wave(13))
     recorded.check(wave(13))
@@ -428,8 +428,8 @@ class Machine(RuleBasedStateMachine):
         self.recorded.change.on()
 
     @rule()
-    def seal(self) -> None:
-        self.recorded.change.seal()
+    def end_warmup(self) -> None:
+        self.recorded.change.end_warmup()
 
     @invariant()
     def bounds_hold(self) -> None:

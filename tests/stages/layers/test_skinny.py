@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.kernels import calls, library
 from accelerate_tts.kernels.calls import skinny_linear
-from accelerate_tts.kernels.weight_formats import MOST_ROWS, Weights
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat
 from accelerate_tts.plan import Part
+from accelerate_tts.stages.compile.inductor import options
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 
 INPUTS, OUTPUTS = 130, 140  # no multiple of any vector's length
-LIMIT: dict[Weights, float] = {"fp32": 1e-6, "bf16": 4e-3, "int8": 1.2e-2}
+LIMIT: dict[WeightFormat, float] = {"fp32": 1e-6, "bf16": 4e-3, "int8": 1.2e-2}
 
 
 def layer(kind: str = "linear", *, bias: bool = True) -> Any:
@@ -34,7 +35,7 @@ def layer(kind: str = "linear", *, bias: bool = True) -> Any:
     return nn.Linear(INPUTS, OUTPUTS, bias=bias).eval()
 
 
-def changed(module: nn.Module, weights: Weights = "fp32") -> Any:
+def changed(module: nn.Module, weights: WeightFormat = "fp32") -> Any:
     part = Part("model", "model", module)
     stage = SkinnyStage(weights)
     assert stage.applies(part) is None
@@ -95,7 +96,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("shape", [(INPUTS,), (1, INPUTS), (8, INPUTS), (2, 1, INPUTS), (2, 2, 2, INPUTS)])
-def test_a_layer_computes_the_same(kind: str, weights: Weights, shape: tuple[int, ...]) -> None:
+def test_a_layer_computes_the_same(kind: str, weights: WeightFormat, shape: tuple[int, ...]) -> None:
     module = layer(kind)
     x = torch.randn(shape)
     with torch.inference_mode():
@@ -121,7 +122,7 @@ def test_a_layer_computes_the_same(kind: str, weights: Weights, shape: tuple[int
     ids=lambda x: f"{tuple(x.shape)} {x.dtype} {x.device}",
 )  # fmt: skip
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_what_it_does_not_take_gets_torchs_own_answer(weights: Weights, x: torch.Tensor) -> None:
+def test_what_it_does_not_take_gets_torchs_own_answer(weights: WeightFormat, x: torch.Tensor) -> None:
     module = layer()
 
     def answer() -> Any:
@@ -179,7 +180,7 @@ def test_strided_inputs_and_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
-def test_written_weights_are_used_at_once(kind: str, weights: Weights) -> None:
+def test_written_weights_are_used_at_once(kind: str, weights: WeightFormat) -> None:
     module, x = layer(kind), torch.randn(2, INPUTS)
     changed(module, weights).on()
     with torch.no_grad():
@@ -195,7 +196,7 @@ def test_written_weights_are_used_at_once(kind: str, weights: Weights) -> None:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_copies_and_pickles_are_of_the_plain_class(kind: str, weights: Weights) -> None:
+def test_copies_and_pickles_are_of_the_plain_class(kind: str, weights: WeightFormat) -> None:
     holder = nn.Sequential(layer(kind))
     plain = type(holder[0])
     changed(holder, weights).on()
@@ -210,7 +211,7 @@ def test_copies_and_pickles_are_of_the_plain_class(kind: str, weights: Weights) 
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_compiled_around_it_is_one_graph_for_all_layers(weights: Weights) -> None:
+def test_compiled_around_it_is_one_graph_for_all_layers(weights: WeightFormat) -> None:
     layers = [nn.Linear(INPUTS, INPUTS) for _ in range(4)]
     model = nn.Sequential(*layers).eval()
     graphs = []
@@ -226,8 +227,9 @@ def test_compiled_around_it_is_one_graph_for_all_layers(weights: Weights) -> Non
         model(x)
         one = torch.compile(lambda block, y: block(y), backend=backend, fullgraph=True)
         y = x
-        for block in layers:
-            y = one(block, y)
+        with options(None):
+            for block in layers:
+                y = one(block, y)
     assert error(expected, y) < 4 * LIMIT[weights]
     assert len(graphs) == 1
     assert any("skinny_linear" in str(node.target) for node in graphs[0].graph.nodes)
@@ -271,7 +273,7 @@ def test_without_kernels_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
     ids=lambda bias: f"{tuple(bias.shape)} {bias.dtype} {bias.stride()}",
 )  # fmt: skip
-def test_a_bias_of_another_shape_is_torchs_business(kind: str, weights: Weights, bias: torch.Tensor) -> None:
+def test_a_bias_of_another_shape_is_torchs_business(kind: str, weights: WeightFormat, bias: torch.Tensor) -> None:
     """torch adds whatever can be broadcast; a kernel that is given an address would read past its end."""
     module, x = layer(kind), torch.randn(2, INPUTS)
     changed(module, weights).on()
@@ -292,7 +294,7 @@ def test_a_bias_of_another_shape_is_torchs_business(kind: str, weights: Weights,
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
-def test_a_bias_of_one_number_in_a_bf16_layer(weights: Weights) -> None:
+def test_a_bias_of_one_number_in_a_bf16_layer(weights: WeightFormat) -> None:
     module = layer().bfloat16() if weights == "fp32" else layer()
     changed(module, weights).on()
     module.bias = nn.Parameter(torch.tensor([0.25], dtype=module.weight.dtype))

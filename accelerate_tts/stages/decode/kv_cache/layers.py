@@ -7,7 +7,9 @@ for cropping, reordering for beams, repeating, selecting and copying therefore w
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from accelerate_tts.stages.decode.kv_cache import sizes
 from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed
@@ -52,151 +54,156 @@ def room_for(past: Any, positions: int) -> bool:
     return all(answers)
 
 
+class GrowingLayer:
+    """Members of a `DynamicLayer` whose keys and values are views of preallocated buffers.
+
+    Attributes:
+        base: The `DynamicLayer` of the loaded release.
+    """
+
+    base: ClassVar[Any]
+
+    _store: list[Any]
+    _lengths: list[int]
+
+    @classmethod
+    def of(cls, layer: Any) -> Any:
+        grown: Any = cls.__new__(cls)
+        grown._store, grown._lengths = [None, None], [0, 0]
+        for name, value in vars(layer).items():
+            setattr(grown, name, value)
+        return grown
+
+    # --- what upstream reads and assigns ---
+
+    @property
+    def keys(self) -> Any:
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, tensor: Any) -> None:
+        self._write(0, tensor)
+
+    @property
+    def values(self) -> Any:
+        return self._read(1)
+
+    @values.setter
+    def values(self, tensor: Any) -> None:
+        self._write(1, tensor)
+
+    def _read(self, which: int) -> Any:
+        stored = self._store[which]
+        return None if stored is None else stored[..., : self._lengths[which], :]
+
+    def _write(self, which: int, tensor: Any) -> None:
+        # Assigned by cropping or reordering: the tensor becomes the buffer, without spare capacity.
+        self._store[which] = tensor
+        if tensor is not None and tensor.dim() >= 2:  # noqa: PLR2004 - upstream starts with an empty vector
+            self._lengths[which] = tensor.shape[-2]
+
+    # --- growing ---
+
+    def holds(self) -> bool:
+        """Check that the layer holds a sequence. Makes no view, since this runs for each layer at each token."""
+        return bool(
+            getattr(self, "is_initialized", True)  # 4.54 and 4.55 do not have it
+            and self._lengths[0] == self._lengths[1]
+            and fit(*self._store)
+        )
+
+    def reserve(self, positions: int) -> bool:
+        """Reserve capacity behind the last position; False if the sequence would exceed `LARGEST`."""
+        needed = self._lengths[0] + positions
+        if needed > sizes.LARGEST:
+            return False
+        if needed >= self._store[0].shape[-2]:
+            # One position always stays free: a slice of the whole buffer would be contiguous, and a compiled step
+            # guards on that. The capacity grows by half, so that a long sequence is not copied at every bucket.
+            capacity = min(sizes.capacity_for(needed, stored) for stored in self._store)
+            self._store = [self._grown(stored, capacity) for stored in self._store]
+        return True
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        # Reorders whole buffers: upstream's code drops the spare capacity, and the next token would reallocate.
+        if not self.holds():
+            self.base.reorder_cache(self, beam_idx)
+            return
+        with torch.inference_mode(mode=False), torch.no_grad():  # as in `_grown`
+            self._store = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._store]
+
+    def _grown(self, stored: Any, capacity: int) -> Any:
+        # Zeros, not uninitialised memory: attention multiplies masked positions by 0, and 0 * NaN is NaN.
+        shape = (*stored.shape[:-2], capacity, stored.shape[-1])
+        with torch.inference_mode(mode=False):  # a sequence may continue outside inference mode
+            buffer = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
+        buffer[..., : self._lengths[0], :] = stored[..., : self._lengths[0], :]
+        return buffer
+
+    def buffers(self) -> tuple[Any, Any]:
+        """Return the buffers of keys and values, spare capacity included."""
+        return self._store[0], self._store[1]
+
+    def move_to(self, keys: Any, values: Any) -> None:
+        """Copy the sequence into these buffers and use them from now on."""
+        for which, buffer in enumerate((keys, values)):
+            buffer[..., : self._lengths[which], :].copy_(self._read(which))
+            self._store[which] = buffer
+
+    def length(self) -> int:
+        """Return the number of positions."""
+        return self._lengths[0]
+
+    def advance(self, positions: int) -> None:
+        """Extend the length by positions that were written into the buffers."""
+        self._lengths = [length + positions for length in self._lengths]
+
+    def mark(self) -> tuple[Any, ...]:
+        """Return a token of the layer's present state, for `is_at`."""
+        return id(self), self._lengths[0], *(stored.data_ptr() for stored in self._store)
+
+    def is_at(self, mark: Any) -> bool:
+        """Check that the state has not changed since `mark`."""
+        return bool(self.mark() == mark)
+
+    def release(self) -> None:
+        """Do nothing: `reserve` takes nothing that must be given back. `PairLayer` does."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        count = key_states.shape[-2]
+        if not self.holds() or torch.is_grad_enabled() or not self.reserve(count):
+            return self.base.update(self, key_states, value_states, *args, **kwargs)
+        for stored, new in zip(self._store, (key_states, value_states), strict=True):
+            stored[..., self._lengths[0] : self._lengths[0] + count, :] = new
+        self.advance(count)
+        return self.keys, self.values
+
+    # --- copying ---
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.plain(copied=True)
+
+    def __reduce__(self) -> Any:
+        return _plain_layer, (self.base, vars(self.plain(copied=True)))
+
+    def plain(self, *, copied: bool) -> Any:
+        """Return an upstream layer with the same content."""
+        state = {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            state[name] = tensor.clone() if copied and tensor is not None else tensor
+        return _plain_layer(self.base, state)
+
+    def compared_as(self) -> list[Any]:
+        """Return the tensors by which results are compared; see tuning/compare.py."""
+        return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
+
+
 @cache
-def _growing_class(classes: Any) -> Any:  # noqa: C901 - one class, whose base is known at run time only
-    import torch
-
+def _growing_class(classes: Any) -> Any:
+    # Made for the release that the user has loaded: upstream checks for its own class.
     base = classes.DynamicLayer
-
-    class GrowingLayer(base):  # type: ignore[misc,valid-type]  # a class of the user's transformers
-        """A `DynamicLayer` whose keys and values are views of preallocated buffers."""
-
-        _store: list[Any]
-        _lengths: list[int]
-
-        @classmethod
-        def of(cls, layer: Any) -> Any:
-            grown: Any = cls.__new__(cls)
-            grown._store, grown._lengths = [None, None], [0, 0]
-            for name, value in vars(layer).items():
-                setattr(grown, name, value)
-            return grown
-
-        # --- what upstream reads and assigns ---
-
-        @property
-        def keys(self) -> Any:
-            return self._read(0)
-
-        @keys.setter
-        def keys(self, tensor: Any) -> None:
-            self._write(0, tensor)
-
-        @property
-        def values(self) -> Any:
-            return self._read(1)
-
-        @values.setter
-        def values(self, tensor: Any) -> None:
-            self._write(1, tensor)
-
-        def _read(self, which: int) -> Any:
-            stored = self._store[which]
-            return None if stored is None else stored[..., : self._lengths[which], :]
-
-        def _write(self, which: int, tensor: Any) -> None:
-            # Assigned by cropping or reordering: the tensor becomes the buffer, without spare capacity.
-            self._store[which] = tensor
-            if tensor is not None and tensor.dim() >= 2:  # noqa: PLR2004 - upstream starts with an empty vector
-                self._lengths[which] = tensor.shape[-2]
-
-        # --- growing ---
-
-        def holds(self) -> bool:
-            """Check that the layer holds a sequence. Makes no view, since this runs for each layer at each token."""
-            return bool(
-                getattr(self, "is_initialized", True)  # 4.54 and 4.55 do not have it
-                and self._lengths[0] == self._lengths[1]
-                and fit(*self._store)
-            )
-
-        def reserve(self, positions: int) -> bool:
-            """Reserve capacity behind the last position; False if the sequence would exceed `LARGEST`."""
-            needed = self._lengths[0] + positions
-            if needed > sizes.LARGEST:
-                return False
-            if needed >= self._store[0].shape[-2]:
-                # One position always stays free: a slice of the whole buffer would be contiguous, and a compiled step
-                # guards on that. The capacity grows by half, so that a long sequence is not copied at every bucket.
-                capacity = min(sizes.capacity_for(needed, stored) for stored in self._store)
-                self._store = [self._grown(stored, capacity) for stored in self._store]
-            return True
-
-        def reorder_cache(self, beam_idx: Any) -> None:
-            # Reorders whole buffers: upstream's code drops the spare capacity, and the next token would reallocate.
-            if not self.holds():
-                super().reorder_cache(beam_idx)
-                return
-            with torch.inference_mode(mode=False), torch.no_grad():  # as in `_grown`
-                self._store = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._store]
-
-        def _grown(self, stored: Any, capacity: int) -> Any:
-            # Zeros, not uninitialised memory: attention multiplies masked positions by 0, and 0 * NaN is NaN.
-            shape = (*stored.shape[:-2], capacity, stored.shape[-1])
-            with torch.inference_mode(mode=False):  # a sequence may continue outside inference mode
-                buffer = torch.zeros(shape, dtype=stored.dtype, device=stored.device)
-            buffer[..., : self._lengths[0], :] = stored[..., : self._lengths[0], :]
-            return buffer
-
-        def buffers(self) -> tuple[Any, Any]:
-            """Return the buffers of keys and values, spare capacity included."""
-            return self._store[0], self._store[1]
-
-        def move_to(self, keys: Any, values: Any) -> None:
-            """Copy the sequence into these buffers and use them from now on."""
-            for which, buffer in enumerate((keys, values)):
-                buffer[..., : self._lengths[which], :].copy_(self._read(which))
-                self._store[which] = buffer
-
-        def length(self) -> int:
-            """Return the number of positions."""
-            return self._lengths[0]
-
-        def advance(self, positions: int) -> None:
-            """Extend the length by positions that were written into the buffers."""
-            self._lengths = [length + positions for length in self._lengths]
-
-        def mark(self) -> tuple[Any, ...]:
-            """Return a token of the layer's present state, for `is_at`."""
-            return id(self), self._lengths[0], *(stored.data_ptr() for stored in self._store)
-
-        def is_at(self, mark: Any) -> bool:
-            """Check that the state has not changed since `mark`."""
-            return bool(self.mark() == mark)
-
-        def release(self) -> None:
-            """Do nothing: `reserve` takes nothing that must be given back. `PairLayer` does."""
-
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            count = key_states.shape[-2]
-            if not self.holds() or torch.is_grad_enabled() or not self.reserve(count):
-                return super().update(key_states, value_states, *args, **kwargs)
-            for stored, new in zip(self._store, (key_states, value_states), strict=True):
-                stored[..., self._lengths[0] : self._lengths[0] + count, :] = new
-            self.advance(count)
-            return self.keys, self.values
-
-        # --- copying ---
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            return self.plain(copied=True)
-
-        def __reduce__(self) -> Any:
-            return _plain_layer, (base, vars(self.plain(copied=True)))
-
-        def plain(self, *, copied: bool) -> Any:
-            """Return an upstream layer with the same content."""
-            state = {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
-            for name in ("keys", "values"):
-                tensor = getattr(self, name)
-                state[name] = tensor.clone() if copied and tensor is not None else tensor
-            return _plain_layer(base, state)
-
-        def compared_as(self) -> list[Any]:
-            """Return the tensors by which results are compared; see tuning/compare.py."""
-            return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
-
-    return GrowingLayer
+    return type("GrowingLayer", (GrowingLayer, base), {"base": base})
 
 
 def _plain_layer(base: Any, state: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ def step_classes() -> tuple[Any, Any]:
 
 @cache
 def _step_classes(classes: Any) -> tuple[Any, Any]:
+    # Made here, since they derive from classes of the release that the user has loaded.
     class StepLayer(classes.DynamicLayer):  # type: ignore[misc]
         """One layer for one token, over the buffers of a growing layer. Created inside the traced block."""
 

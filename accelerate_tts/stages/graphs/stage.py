@@ -1,0 +1,57 @@
+"""Base class of the stages that record calls of a part as CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.layers.half_precision import HalfStage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from accelerate_tts.patching.class_swap import CarryingSwap
+    from accelerate_tts.plan import Part
+    from accelerate_tts.stages.graphs.recorder import Recorder
+    from accelerate_tts.stages.protocol import Stage, Target
+
+
+class RecordingStage(BaseStage):
+    """A stage that records calls of a part, in fp32 or with half precision inside the recording.
+
+    Args:
+        recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
+        inside: Half-precision stage for what is recorded.
+    """
+
+    group = "compilation"
+    devices = ("cuda",)
+    cost = 3.0
+
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[Stage]:
+        """See `BaseStage.variants`: the part as it is, and in each half precision."""
+        halves = [HalfStage(dtype, carried=True) for dtype in target.half_dtypes]
+        return [cast("Stage", cls(inside=inside)) for inside in (None, *halves)]  # a subclass is a whole stage
+
+    def __init__(
+        self, recorder: Callable[[torch.device], Recorder] = CudaRecorder, inside: HalfStage | None = None
+    ) -> None:
+        self._recorder = recorder
+        self._inside = inside
+        if inside is not None:
+            self.name = f"{self.name}, {inside.name}"
+
+    def applies(self, part: Part) -> str | None:
+        """See `Stage.applies`. Subclasses name their own obstacles first."""
+        devices = {tensor.device for tensor in part.module.parameters()}
+        if len(devices) != 1 or (self._recorder is CudaRecorder and next(iter(devices)).type != "cuda"):
+            return "it is not on one CUDA device"
+        return None if self._inside is None else self._inside.applies(part)
+
+    def half_precision(self, part: Part) -> CarryingSwap | None:
+        """Return the change that is recorded with the part, or `None`."""
+        return None if self._inside is None else self._inside.prepare(part)
