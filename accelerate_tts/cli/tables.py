@@ -28,8 +28,7 @@ def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = 
         if name in numbers:
             result.add_column(name, justify="right", no_wrap=True)
         else:
-            widest = max(map(len, name.split()), default=0)  # a header is broken between its words alone
-            result.add_column(name, overflow="fold", min_width=widest)
+            result.add_column(name, overflow="fold")  # with a least width, a narrow terminal would cut the last columns
     for row in body:
         result.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     return result

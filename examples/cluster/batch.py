@@ -132,7 +132,7 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
         threads: Processors of a task.
         together: Sentences of a task. What is lost with a worker is at most one task's.
         ahead: Largest number of tasks that are waiting or running.
-        heard: Called after each task with the number of sentences that are done, and of all.
+        heard: Called at the beginning and after each task with the number of sentences that are done, and of all.
 
     Raises:
         ray.exceptions.RayTaskError: The model raised an exception.
@@ -146,6 +146,8 @@ def make(  # noqa: PLR0913 - the book, and how its work is divided
     work = iter([missing[begin : begin + together] for begin in range(0, len(missing), together)])
     running: dict[Any, list[str]] = {}
     done = known - len(missing)
+    if heard is not None:
+        heard(done, known)
     room = 1  # the first worker may tune, and leave a warm pack; others that tune meanwhile would disturb it
     while True:
         while len(running) < room and (some := next(work, None)) is not None:

@@ -1,6 +1,6 @@
 """A picture of the page of a running service, after it has spoken: `python -m service.screenshot URL FILE.png`.
 
-Needs: pip install 'accelerate_tts[browser]', and a Chromium (Debian's package `chromium`)
+Needs: pip install 'accelerate_tts[screenshots]', and a Chromium (Debian's package `chromium`)
 """
 
 from __future__ import annotations

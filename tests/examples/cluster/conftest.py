@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two nodes of one processor each; the test's process is at the first one, and the second may be killed."""
+    # Read when ray is imported: with 0 it finds nodes at the loopback address, as it does on macOS and Windows.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     pytest.importorskip("ray", reason="the cluster needs it: pip install 'accelerate_tts[cluster]'")
     for name in ("fastapi", "prometheus_client", "soundfile", "soxr"):
         pytest.importorskip(name, reason="its voices are the service's: pip install 'accelerate_tts[service]'")

@@ -9,7 +9,7 @@ import pytest
 
 from serving import Served
 
-pytest.importorskip("playwright", reason="it drives the browser: pip install 'accelerate_tts[browser]'")
+pytest.importorskip("playwright", reason="it drives the browser: pip install 'accelerate_tts[screenshots]'")
 
 from service.screenshot import find_browser, opened, wait_for
 
