@@ -212,6 +212,10 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
   const void* mask = own ? own->mask : t.mask;
   const int64_t at = own ? 0 : row * t.mask_stride;
   float* attention = own ? own->attention : t.attention ? t.attention + row * b.heads * positions : nullptr;
+  // Attention whose weights are asked for is written out in operators, each of which rounds in bf16. Otherwise it is
+  // one operator, which rounds the weights behind their sum, and the result.
+  const bool by_operators = attention && t.is_bf16;
+  const float scaling = by_operators ? 1.0f : float(b.scaling);
   const float* cos = t.cos ? t.cos + row * t.rotation_stride : nullptr;
   const float* sin = t.cos ? t.sin + row * t.rotation_stride : nullptr;
   if (cos) rotate(key, cos, sin, size, t.is_bf16);
@@ -228,10 +232,12 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
         __builtin_prefetch(keys + (j + ahead) * t.key_position);
         __builtin_prefetch(values + (j + ahead) * t.value_position, 0, 2);
       }
-      look<4>(query, keys + j * t.key_position, t.key_position, size, float(b.scaling), scores + j);
+      look<4>(query, keys + j * t.key_position, t.key_position, size, scaling, scores + j);
     }
     for (; j < positions; j++)
-      look<1>(query, keys + j * t.key_position, t.key_position, size, float(b.scaling), scores + j);
+      look<1>(query, keys + j * t.key_position, t.key_position, size, scaling, scores + j);
+    if (by_operators)
+      for (j = 0; j < positions; j++) scores[j] = rounded(rounded(scores[j]) * float(b.scaling));
     if (mask) {
       if (t.mask_is_bytes) {
         for (j = 0; j < positions; j++)
@@ -239,6 +245,7 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
       } else
         for (j = 0; j < positions; j++) scores[j] += static_cast<const float*>(mask)[at + j];
     }
+    round_if(by_operators, scores, positions);
     float peak = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : peak)
     for (j = 0; j < positions; j++) peak = scores[j] > peak ? scores[j] : peak;
@@ -246,23 +253,26 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
     for (j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - peak);
 #pragma omp simd reduction(+ : sum)
     for (j = 0; j < positions; j++) sum += scores[j];
+    const float factor = 1.0f / sum;
     if (attention) {
       float* weights = attention + head * positions;
-      const float factor = 1.0f / sum;
 #pragma omp simd
       for (j = 0; j < positions; j++) weights[j] = scores[j] * factor;
+      round_if(by_operators, weights, positions);
     }
-    round_if(t.is_bf16, scores, positions);  // PyTorch's attention rounds its weights behind their sum
+    round_if(t.is_bf16, scores, positions);
+    const float* weights = by_operators ? attention + head * positions : scores;
+    const float rest = by_operators ? 1.0f : factor;
     float* out = s.attended + (row * b.heads + head) * size;
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)
-      gather<4>(values + i, t.value_position, scores, positions, 1.0f / sum, out + i);
+      gather<4>(values + i, t.value_position, weights, positions, rest, out + i);
     for (; i + LANES <= size; i += LANES)
-      gather<1>(values + i, t.value_position, scores, positions, 1.0f / sum, out + i);
+      gather<1>(values + i, t.value_position, weights, positions, rest, out + i);
     for (; i < size; i++) {
       float one = 0;
-      for (j = 0; j < positions; j++) one += scores[j] * widen(values[j * t.value_position + i]);
-      out[i] = one / sum;
+      for (j = 0; j < positions; j++) one += weights[j] * widen(values[j * t.value_position + i]);
+      out[i] = one * rest;
     }
     round_if(t.is_bf16, out, size);
   }
