@@ -34,7 +34,7 @@ is how often the memory could have given that step's weights meanwhile. A peak i
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
 """
 _COLUMNS = (
-    "system", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start", "peak",
+    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start", "peak",
     "torch.compile", "pairs", "disturbed",
 )  # fmt: skip
 _LOAD = (
@@ -96,13 +96,14 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    torch = document["versions"].get("torch", "")
     for system in document["systems"]:
         naive = "" if system["naive"] is None else environments_page.ratio_range(system["naive"]["whole"])
         for run in system["runs"]:
             step, whole = run["step"], run["whole"]
             peak, alone = run["peak"], system["peak"]
             yield (
-                run["system"], str(run["layers"] or "all"), run["precision"],
+                run["system"], torch, str(run["layers"] or "all"), run["precision"],
                 "" if step is None else f"{1e3 * step['before']:.1f} ms, {1e3 * step['after']:.1f} ms",
                 "" if step is None else environments_page.ratio_range(step),
                 "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}",
@@ -112,7 +113,7 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 "yes" if run["disturbed"] or run["moved"] else "no",
             )  # fmt: skip
         for variant, why in system["failed"].items():
-            yield (system["system"], "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 4))
+            yield (system["system"], torch, "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 5))
 
 
 def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -14,6 +16,7 @@ from accelerate_tts.cli.bench.variant import finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from accelerate_tts.cli.bench.command import Options
     from accelerate_tts.cli.bench.report import Found
@@ -26,6 +29,16 @@ _PACKAGES = (
     "accelerate_tts", "torch", "transformers", "chatterbox-tts", "chatterbox-light", "coqui-tts", "resemblyzer",
     "numpy", "torchao",
 )  # fmt: skip
+_ASK = """
+import importlib.metadata, json, platform, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps([platform.python_version(), found]))
+"""
 _SECRET = {"ACCELERATE_TTS_PACK_KEY", "ACCELERATE_TTS_PACK_FOLDER"}  # a key, and a path of the user's
 _VARIABLES = ("ACCELERATE_TTS_", "TRANSLATOR_", "OMP_", "MKL_", "TORCHINDUCTOR_MAX")
 _FILES = {"json", "plot", "python"}  # options that are paths
@@ -41,14 +54,14 @@ def document(found: Sequence[Found], options: Options) -> dict[str, Any]:
     Returns:
         The document for JSON. Its `commit` is `None`: whoever stores it in a checkout knows which that is.
     """
-    other = options.python is not None  # then only the receipts know what is installed there
+    python, versions = _installed(options.python)
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": None,
         "machine": machine(),
-        "python": None if other else platform.python_version(),
-        "versions": {} if other else _versions(),
+        "python": python,
+        "versions": versions,
         "environment": {
             name: value for name, value in sorted(os.environ.items())
             if name.startswith(_VARIABLES) and name not in _SECRET
@@ -56,6 +69,20 @@ def document(found: Sequence[Found], options: Options) -> dict[str, Any]:
         "options": {name: value for name, value in asdict(options).items() if name not in _FILES},
         "systems": [finite(one.as_dict()) for one in found],
     }  # fmt: skip
+
+
+def _installed(python: Path | None) -> tuple[str | None, dict[str, str]]:
+    """Return an interpreter's version and those of its packages, or this one's; nothing if it cannot be asked."""
+    if python is None:
+        return platform.python_version(), _versions()
+    try:
+        said = subprocess.run(  # noqa: S603
+            [python, "-c", _ASK, *_PACKAGES], capture_output=True, text=True, timeout=60, check=True, cwd=python.parent
+        ).stdout
+        version, versions = json.loads(said)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None, {}
+    return version, versions
 
 
 def _versions() -> dict[str, str]:
