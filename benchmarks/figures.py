@@ -34,8 +34,8 @@ is how often the memory could have given that step's weights meanwhile. A peak i
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
 """
 _COLUMNS = (
-    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start", "peak",
-    "torch.compile", "pairs", "disturbed",
+    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
+    "peak", "torch.compile", "pairs", "disturbed",
 )  # fmt: skip
 _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
