@@ -85,11 +85,12 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
             (head, [line for one in documents for line in lines(one)])
             for head, lines in ((_COLUMNS, _rows), (_LOAD, _loads))
         ]
+        isa = ", ".join(machine["isa"]) or "no instruction set that is known by name"
         parts += [
             f"## {name}\n",
-            f"{facts}: {', '.join(machine['isa']) or 'no instruction set that is known by name'}.\n",
+            environments_page.wrapped(f"{facts}: {isa}.").replace("\n  ", "\n") + "\n",
             *(environments_page.table(head, lines) for head, lines in tables if lines),
-            *(f"- {line}" for one in documents for line in _about(one)),
+            *(environments_page.wrapped(f"- {line}") for one in documents for line in _about(one)),
             "",
         ]
     return "\n".join(parts)

@@ -186,10 +186,10 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
         lines += [f"- Failed: `{name}`: {cell(why)}" for name, why in row["tests"]["failures"].items()]
     for check in row["checks"]:
         lines += _of_check(check)
-    return "\n".join([f"### {one.name}\n", *map(_wrapped, lines)]) + "\n"
+    return "\n".join([f"### {one.name}\n", *map(wrapped, lines)]) + "\n"
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
     """Wrap a list item at 100 columns."""
     return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 

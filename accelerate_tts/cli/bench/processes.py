@@ -75,3 +75,23 @@ def _last_words(code: int, complaints: str) -> str:
     if code < 0:
         return f"its process was ended by signal {-code}, perhaps for lack of memory"
     return (complaints.strip().splitlines() or [f"its process ended with status {code}"])[-1]
+
+
+def output_of(python: Path, code: str, *arguments: str) -> str:
+    """Run a few lines in an interpreter, from its own folder, and return what they print.
+
+    Args:
+        python: The interpreter.
+        code: The lines.
+        arguments: What they find in `sys.argv`.
+
+    Raises:
+        VariantError: It cannot be started, fails, or takes over a minute.
+    """
+    command = [str(python), "-c", code, *arguments]
+    try:
+        return subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=60, check=True, cwd=python.parent
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise VariantError(f"{python}: {error}") from error

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.cli.bench import processes
 from accelerate_tts.cli.bench.machine import machine
 from accelerate_tts.cli.bench.variant import finite
+from accelerate_tts.errors import AccelerateTTSError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,11 +77,8 @@ def _installed(python: Path | None) -> tuple[str | None, dict[str, str]]:
     if python is None:
         return platform.python_version(), _versions()
     try:
-        said = subprocess.run(  # noqa: S603
-            [python, "-c", _ASK, *_PACKAGES], capture_output=True, text=True, timeout=60, check=True, cwd=python.parent
-        ).stdout
-        version, versions = json.loads(said)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        version, versions = json.loads(processes.output_of(python, _ASK, *_PACKAGES))
+    except (AccelerateTTSError, ValueError):
         return None, {}
     return version, versions
 
