@@ -43,7 +43,7 @@ EXAMPLES = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Voice:
-    """What speaks.
+    """A voice of a worker.
 
     Attributes:
         system: Factory of a `service.worker.Speaker`, `module:function`.

@@ -34,7 +34,7 @@ from service.worker import Refused, Speaker, Utterance
 
 
 class Settings(BaseModel):
-    """What `serve run` is given as `name=value`.
+    """Arguments of `serve run`, each given as `name=value`.
 
     Attributes:
         system: One of `service.options.KNOWN`, or `module:function`, which returns a `Speaker`.
