@@ -138,7 +138,7 @@ def _segments(receipt: Any) -> list[dict[str, Any]]:
 def _bar(seconds: list[float], longest: float) -> list[_Place]:
     places, left = [], 0.0
     for value in seconds:
-        width = 100.0 * value / longest
+        width = 100.0 * (value / longest)  # in this order: the largest floats times 100 are infinite
         middle = f"{left + width / 2:.2f}"
         places.append(_Place(f"{left:.2f}", f"{width:.2f}", middle, width >= _NUMBERED, duration(value)))
         left += width

@@ -248,6 +248,13 @@ def test_figures_that_are_no_lengths_draw_no_bar(value: float) -> None:
     assert bars(page_of(replace(RECEIPT, shares={"decoder": value})))[0] == [("rest", 0.0, 100.0)]
 
 
+def test_the_largest_figures_still_draw_bars() -> None:
+    largest = sys.float_info.max
+    for odd in ({"before": largest}, {"after": largest}, {"before": largest, "after": largest}):
+        for row in bars(page_of(replace(RECEIPT, shares={"decoder": largest, "encoder": largest}, **odd))):
+            assert all(0.0 <= left + width <= 100.1 for _, left, width in row)
+
+
 def test_a_long_name_is_not_cut() -> None:
     part = "decoder." + "resblocks." * 20 + "weight"
     page = page_of(replace(RECEIPT, stages=(replace(STAGES[0], part=part),), shares={part: 0.5}))
