@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture
+from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks, has_hooks, hooks_of, is_capture
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
@@ -27,13 +27,8 @@ class Calls:
     """
 
     def __init__(self, module: nn.Module, *, itself: bool = True) -> None:
-        from torch.nn.modules import module as globally
-
         modules = [inner for inner in module.modules() if itself or inner is not module]
-        self._hooks = [
-            *(hooks for inner in modules for hooks in (inner._forward_hooks, inner._forward_pre_hooks)),
-            globally._global_forward_hooks, globally._global_forward_pre_hooks,
-        ]  # fmt: skip
+        self._hooks = [*hooks_of(*modules), *global_hooks()]
         self._found = foreign_hooks(self._hooks)
         self._forwards = [(cls, cls.forward) for cls in {*map(plain_class, modules), plain_class(module)}]
 
@@ -63,8 +58,6 @@ class Inside:
     def __init__(
         self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
     ) -> None:
-        from torch.nn.modules import module as globally
-
         self._read = read
         self._inner = [inner for inner in block.modules() if inner is not block]
         # Also modules without children, since a linear layer may be given an adapter.
@@ -79,7 +72,7 @@ class Inside:
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
         self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
-        self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
+        self._global_hooks = global_hooks()
 
     def altered(self) -> str | None:
         """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""

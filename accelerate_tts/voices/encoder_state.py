@@ -23,7 +23,7 @@ import torch
 
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks
+from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
 from accelerate_tts.patching.lazy_parameters import LazyParameters
@@ -237,8 +237,7 @@ def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[An
         values += [value for value in own.values() if type(value) in _SCALARS]
         if about[1]:  # the items of a list may change while its id stays
             texts += [f"{value}" for value in own.values() if type(value) in _LISTS and _is_plain(value)]
-        if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
-            functions += foreign_hooks([own.get("_forward_hooks"), own.get("_forward_pre_hooks")])
+        functions += foreign_hooks(hooks_of(module))
         if "forward" in own:
             functions.append(own["forward"])
         config = own.get("config")
@@ -256,13 +255,6 @@ def _is_plain(value: Any) -> bool:
 def _is_constant(value: Any) -> bool:
     """Check for an immutable plain value. A list outside a function may as well be one that it writes to."""
     return type(value) in _SCALARS or (type(value) is tuple and all(map(_is_constant, value)))
-
-
-def global_hooks() -> list[Any]:
-    """Return the user's global module hooks."""
-    from torch.nn.modules import module
-
-    return foreign_hooks([module._global_forward_hooks, module._global_forward_pre_hooks])
 
 
 def numerics() -> str:
