@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 
 
+def finite(text: str) -> float:
+    """Parse a number of a JSON text; raise `ValueError` for Infinity and 1e999, which Python's parser accepts."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
 def duration(seconds: float | None) -> str:
     """Format seconds as a short text with a unit."""
     if seconds is None:
