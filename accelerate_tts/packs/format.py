@@ -101,7 +101,7 @@ def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, 
 def _from_json(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text.decode(), parse_constant=finite, parse_float=finite)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise BadFileError(f"its JSON cannot be read: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise BadFileError("its JSON is no object")

@@ -6,9 +6,9 @@ import math
 
 
 def finite(text: str) -> float:
-    """Parse a number of a JSON text; raise `ValueError` for Infinity and 1e999, which Python's parser accepts."""
+    """Parse a number of a JSON text; raise `OverflowError` for Infinity and 1e999, which Python's parser accepts."""
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no number of JSON")
+        raise OverflowError(f"{text} is no number of JSON")
     return number
 
 
