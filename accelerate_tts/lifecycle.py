@@ -212,11 +212,11 @@ class LoadedObjects:
         guarding = guards.guard_of(tuning)
         if guarding is None and self._settings.guard and tuning.changes:
             guarding = guards.Guard(tuning.receipt.what, tuning, tuning.expected, self._settings.guard_limit)
-        for item in (*roots, loaded.result, loaded.owner, tuning):
-            if item is not None and item is not tuning:
-                self._tunings.put(item, tuning)
-            if item is not None and guarding is not None:
-                guards.protect(item, guarding)
+        items = [item for item in (*roots, loaded.result, loaded.owner) if item is not None]
+        for item in items:
+            self._tunings.put(item, tuning)
+        for item in [] if guarding is None else [*items, tuning]:
+            guards.protect(item, guarding)
 
     def receipt(self, tuned: object) -> Receipt | None:
         """See `PerformanceOptimizer.receipt`."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate_tts.receipts.format import finite
+from accelerate_tts.receipts.format import json_number
 from accelerate_tts.storage.files import BadFileError
 
 MAGIC = b"accelerate-tts pack 1\n"
@@ -100,7 +100,7 @@ def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, 
 
 def _from_json(text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode(), parse_constant=finite, parse_float=finite)
+        content = json.loads(text.decode(), parse_constant=json_number, parse_float=json_number)
     except (ValueError, OverflowError, RecursionError) as error:
         raise BadFileError(f"its JSON cannot be read: {type(error).__name__}") from error
     if not isinstance(content, dict):

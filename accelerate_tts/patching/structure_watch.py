@@ -66,7 +66,7 @@ class Inside:
         self._watched += [
             (vars(inner), name, value)
             for inner in block.modules()
-            if not _is_layer(inner)
+            if plain_class(inner) is not nn.Linear  # the most frequent module, of which only the tensors matter
             for name, value in plain_attributes(inner, training=inner is not block)
         ]
         self._classes = list(map(plain_class, self._inner))
@@ -126,8 +126,3 @@ def plain_attributes(module: nn.Module, *, training: bool = False) -> list[tuple
         for name, value in vars(module).items()
         if name not in _NOT_READ and isinstance(value, _KINDS) and (training or name != "training")
     ]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
-    return plain_class(module) is nn.Linear

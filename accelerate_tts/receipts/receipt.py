@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from accelerate_tts.errors import printable
-from accelerate_tts.receipts.format import duration, error_text, finite, ratio_text
+from accelerate_tts.receipts.format import duration, error_text, json_number, ratio_text
 
 _FORMAT = 1
 _PAGES = {".html", ".htm"}
@@ -146,7 +146,7 @@ class Receipt:
             ValueError: The text is not a receipt, or has another format version.
         """
         try:
-            content = json.loads(text, parse_float=finite, parse_constant=finite)
+            content = json.loads(text, parse_float=json_number, parse_constant=json_number)
             found = content.pop("format")
             if found != _FORMAT:
                 raise ValueError(f"receipt format {found!r} is not {_FORMAT}; use the version that wrote it")

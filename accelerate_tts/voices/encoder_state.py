@@ -88,11 +88,11 @@ class Encoders:
         with self._lock:
             known = self._known.get(module)
             # The addresses are read only if the state shows that the memory still belongs to the weights.
-            if known is None or known.state != state or _sampled(known.places) != known.sample:
+            if known is None or known.state != state or b"".join(known.places) != known.sample:
                 held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
                 # Computed again, now that the held references keep the addresses from being reused.
                 places = _places(walked)
-                known = _WeightState(_state(walked), places, _sampled(places), held, next(self._numbers))
+                known = _WeightState(_state(walked), places, b"".join(places), held, next(self._numbers))
                 self._known.put(module, known)
             return known
 
@@ -192,10 +192,6 @@ def _places(walked: list[nn.Module]) -> list[Any]:
         else:
             places += [line.from_address(address + third * (size // 3)) for third in (1, 2)]
     return places
-
-
-def _sampled(places: list[Any]) -> bytes:
-    return b"".join(places)
 
 
 def _hold(tensor: torch.Tensor) -> Any:
