@@ -215,8 +215,9 @@ class LoadedObjects:
         items = [item for item in (*roots, loaded.result, loaded.owner) if item is not None]
         for item in items:
             self._tunings.put(item, tuning)
-        for item in [] if guarding is None else [*items, tuning]:
-            guards.protect(item, guarding)
+        if guarding is not None:
+            for item in (*items, tuning):
+                guards.protect(item, guarding)
 
     def receipt(self, tuned: object) -> Receipt | None:
         """See `PerformanceOptimizer.receipt`."""

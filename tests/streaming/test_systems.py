@@ -247,7 +247,7 @@ def test_the_flow_in_pieces_is_as_near_as_another_draw(english: Any) -> None:
     one, other = seeded(say, 1), seeded(say, 2)
 
     def in_pieces() -> torch.Tensor:
-        sound = chatterbox.Sound(english.s3gen, english.conds.gen, 50)
+        sound = chatterbox.SpokenSentence(english.s3gen, english.conds.gen, 50)
         cuts = [0, 20, 30, 45, 60]
         return torch.cat(
             [sound.push(tokens[: end + 3], begin, end, last=end == 60) for begin, end in pairwise(cuts)], dim=-1

@@ -27,7 +27,7 @@ from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies
 from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
 from accelerate_tts.stages.graphs.stage import RecordingStage
@@ -171,7 +171,7 @@ class _Steps:
 
     def _is_odd(self, named: dict[str, Any], rows: int) -> bool:
         mask = named.get("attention_mask")
-        how = getattr(self._decoder.config, "_attn_implementation", None)
+        how = attention_of(self._decoder.config)
         odd = [
             name
             for name, value in named.items()
@@ -224,7 +224,7 @@ class _Steps:
         kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
         config = self._decoder.config
         asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
-        how = (*asked, getattr(config, "_attn_implementation", None))
+        how = (*asked, attention_of(config))
         key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
         slots = self._slots.pop(key, [])
         self._slots[key] = slots

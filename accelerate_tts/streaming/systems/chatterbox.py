@@ -158,7 +158,7 @@ def _in_pieces(
 ) -> Iterator[Tensor]:
     heard: list[int] = []
     heard += tokens.take(1)  # from here on the voice is there
-    sound = Sound(voice.s3gen, voice.speaking.conds.gen, context)
+    sound = SpokenSentence(voice.s3gen, voice.speaking.conds.gen, context)
     before = spoken = sent = 0
     for size in options.sizes(_RATE):
         spoken += size
@@ -191,7 +191,7 @@ def _whole(voice: _Voice, heard: list[int], made: list[int], before: int) -> lis
     return made
 
 
-class Sound:
+class SpokenSentence:
     """S3Gen for one sentence, in pieces.
 
     Args:
