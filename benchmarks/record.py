@@ -8,11 +8,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_UPSTREAM = {
+    re.compile("chatterbox|t3"): ("chatterbox-tts", "chatterbox-light"),
+    re.compile("xtts"): ("coqui-tts",),
+    re.compile("voice-clone"): ("resemblyzer",),
+}
+"""Packages that only these systems run on."""
+_BESIDE = {"accelerate_tts", "numpy"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,15 +65,33 @@ def slug(machine: dict[str, Any]) -> str:
 
 
 def name_of(content: dict[str, Any]) -> str:
-    """Return a file's name: the systems, the precisions, and what else makes it another measurement."""
+    """Return a file's name: the systems, the precisions, the options, and the environment."""
     options = content["options"]
-    systems = "-".join(one["system"] for one in content["systems"])
+    systems = [one["system"] for one in content["systems"]]
     if "service" in content:
-        systems = "-".join(["service", *dict.fromkeys(one["model"] for one in content["service"])])
-    told = [systems, *options["precisions"]]
+        systems = ["service", *dict.fromkeys(one["model"] for one in content["service"])]
+    if "peers" in content:
+        systems = ["peers", *dict.fromkeys(one["system"] for one in content["peers"])]
+    told = [*systems, *options["precisions"]]
     told += [f"{options['layers']}-layers"] if options["layers"] else []
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
-    return "-".join([*told, *([] if options["size"] == "full" else [options["size"]])])
+    told += [] if options["size"] == "full" else [options["size"]]
+    return "-".join([*told, *environment_of(content, systems)])
+
+
+def environment_of(content: dict[str, Any], systems: Sequence[str]) -> Iterator[str]:
+    """Yield what makes the same options another measurement: Python, what the systems run on, and variables.
+
+    The library itself is left out, since a newer result replaces an older one.
+    """
+    if content["python"]:
+        yield "python-" + ".".join(content["python"].split(".")[:2])
+    absent = {one for name, packages in _UPSTREAM.items() if not any(map(name.match, systems)) for one in packages}
+    for package, version in content["versions"].items():
+        if package not in absent | _BESIDE:
+            yield f"{package}-{version}"
+    for name, value in content["environment"].items():
+        yield re.sub(r"[^a-z0-9.]+", "-", f"{name.removeprefix('ACCELERATE_TTS_')}-{value}".lower()).strip("-")
 
 
 def commit() -> str:

@@ -113,7 +113,8 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
                "isa": ["avx2", "amx_bf16"]}  # fmt: skip
     content = {**made(moved="memory gave 10.0 to 20.0 GB/s"), "machine": machine}
     path = record.store(content, tmp_path, "0123456789")
-    assert path == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores" / "xtts-mms-exact-4-layers.json"
+    assert path.parent == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores"
+    assert path.name.startswith("xtts-mms-exact-4-layers-python-3.")
     page = figures.results_page(figures.read(tmp_path))
     row = next(line for line in page.splitlines() if line.startswith("| xtts |") and "25.0" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
@@ -129,6 +130,29 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     assert len(list((tmp_path / "again").glob("*/*.json"))) == 1
 
 
+def test_another_environment_is_another_file(figures: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("record")
+    versions = {"accelerate_tts": "0.2.0", "torch": "2.6.0", "transformers": "5.2.0", "chatterbox-tts": "0.1.7",
+                "coqui-tts": "0.28.0", "resemblyzer": "0.1.4", "numpy": "1.26.4"}  # fmt: skip
+    old = {**made(), "python": "3.11.7", "versions": versions, "environment": {}}
+    newer = {**old, "versions": {**versions, "accelerate_tts": "0.3.0"}}
+    changes: list[dict[str, Any]] = [
+        {"versions": {**versions, "torch": "2.14.1"}}, {"python": "3.12.1"}, {"python": None, "versions": {}},
+        {"environment": {"ACCELERATE_TTS_TF32": "0"}}, {"environment": {"OMP_NUM_THREADS": "1"}},
+    ]  # fmt: skip
+    paths = [record.store(content, tmp_path, "0123456") for content in (old, newer, *(old | one for one in changes))]
+    assert [path.stem.removeprefix("xtts-mms-exact-4-layers") for path in paths] == [
+        *["-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0"] * 2,
+        "-python-3.11-torch-2.14.1-transformers-5.2.0-coqui-tts-0.28.0",
+        "-python-3.12-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0",
+        "",
+        "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-tf32-0",
+        "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-omp-num-threads-1",
+    ]
+    (documents,) = figures.read(tmp_path).values()
+    assert len(documents) == 6  # a name without an environment, as older files have it, is read, too
+
+
 def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) -> None:
     record = importlib.import_module("record")
     ratio = {"before": 2.0, "after": 1.0, "ratio": 2.0, "lowest": 1.5, "highest": 2.5, "pairs": 3}
@@ -140,7 +164,7 @@ def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) 
     content = {**made(), "systems": [], "service": [item], "options": options, "commit": "0123456"}
     assert list(objections(content, SCHEMA)) == []
     assert list(objections({**content, "service": [{**item, "others": None}]}, SCHEMA))
-    assert record.store(content, tmp_path, "0123456").name == "service-joe-exact.json"
+    assert record.store(content, tmp_path, "0123456").name.startswith("service-joe-exact-python-3.")
     rows = [line for line in figures.results_page(figures.read(tmp_path)).splitlines() if line.startswith("| joe |")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         ["joe", "32", "plain", "40", "7", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "", "", "4%"],
