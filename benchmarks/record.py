@@ -76,7 +76,8 @@ def name_of(content: dict[str, Any]) -> str:
     told += [f"{options['layers']}-layers"] if options["layers"] else []
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
     told += [] if options["size"] == "full" else [options["size"]]
-    return "-".join([*told, *environment_of(content, systems)])
+    told += ["only", *options["peers"]] if options.get("peers") else []
+    return "-".join([*map(_slug, told), *environment_of(content, systems)])
 
 
 def environment_of(content: dict[str, Any], systems: Sequence[str]) -> Iterator[str]:
@@ -91,7 +92,11 @@ def environment_of(content: dict[str, Any], systems: Sequence[str]) -> Iterator[
         if package not in absent | _BESIDE:
             yield f"{package}-{version}"
     for name, value in content["environment"].items():
-        yield re.sub(r"[^a-z0-9.]+", "-", f"{name.removeprefix('ACCELERATE_TTS_')}-{value}".lower()).strip("-")
+        yield _slug(f"{name.removeprefix('ACCELERATE_TTS_')}-{value}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def commit() -> str:
