@@ -66,7 +66,7 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     assert list(rows) == ["eager", "ours, exact", "broken", "slow", "other"]
     assert "absent is left out: no_such_module is not installed" in capsys.readouterr().out
     assert rows["broken"]["failed"] == "ValueError: no such format"
-    assert rows["slow"]["failed"] == "TimeoutError: not ready within 0 s"
+    assert rows["slow"]["failed"] == "OverTimeError: not ready within 0 s"
     assert (rows["broken"]["ratio"], rows["broken"]["lines"]) == (None, 1)
     ratios = {name: row["ratio"]["ratio"] for name, row in rows.items() if row["ratio"]}
     assert ratios == {"eager": 1.0, "ours, exact": 2.0, "other": 0.5}
