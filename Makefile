@@ -112,7 +112,7 @@ environments: .venv/.wheel ## Each environment that users have, built and run: h
 record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
 	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
 
-peers: .venv/.wheel ## SYSTEM=llama|mms|demo|voice-clone in other engines, in turn with eager and ours, stored as by record (ARGS= goes to the script)
+peers: .venv/.wheel ## SYSTEM=llama|mms|demo|voice-clone|kokoro|f5 in other engines, in turn with eager and ours, stored as by record (ARGS= goes to the script)
 	@$(BIN)/python benchmarks/peers.py $(SYSTEM) --into benchmarks/results $(ARGS)
 
 service-load: .venv/.wheel ## The example service with 1 to 32 callers, plain against decorated, stored as by record (ARGS= goes to the script)

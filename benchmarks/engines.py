@@ -6,7 +6,9 @@ A line that ends with `# own` is one that the user's eager program has, too.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -207,11 +209,13 @@ def _compiling(build: Callable[[], Engine]) -> Callable[[], Engine]:
     return built
 
 
-def _tuned(model: Any, speak: Any, warmup: Any, given: Namespace, *, timed: bool) -> Iterator[Candidate]:
+def _tuned(
+    make: Callable[[], Any], speak: Any, warmup: Any, given: Namespace, *, timed: bool = False
+) -> Iterator[Candidate]:
     """Yield ours in each precision.
 
     Args:
-        model: The model, of which each has a copy.
+        make: Returns a model of its own for each.
         speak: Takes the model, and returns the output.
         warmup: As for `optimized_model`.
         given: The options of peers.py.
@@ -219,7 +223,7 @@ def _tuned(model: Any, speak: Any, warmup: Any, given: Namespace, *, timed: bool
     """
 
     def build(precision: str) -> Engine:
-        load, call = ours(lambda: copy.deepcopy(model), speak, warmup, precision, given.tune_seconds)
+        load, call = ours(make, speak, warmup, precision, given.tune_seconds)
         held = load()
         receipt = receipt_of(held)
         kept = () if receipt is None else tuple(f"{stage.part}: {stage.stage}" for stage in receipt.kept)
@@ -275,7 +279,7 @@ def llama(given: Namespace) -> Subject:
     code = (ggml.write, ggml.serve)
     engines = [
         Candidate(EAGER, lambda: Engine(partial(decode, model)), (eager,), ours=True),
-        *_tuned(model, decode, decode, given, timed=True),
+        *_tuned(partial(copy.deepcopy, model), decode, decode, given, timed=True),
         Candidate("torch.compile", _compiling(lambda: stepping(compiled, model)), (compiled,)),
         Candidate("torch.compile, max-autotune, frozen", _compiling(lambda: stepping(frozen, model)), (frozen,)),
         Candidate("transformers, static cache, compiled", _compiling(static), (static_cache,), ("transformers",)),
@@ -330,7 +334,7 @@ def voice(name: str, given: Namespace) -> Subject:
     short = ids[:, : max(4, ids.shape[1] * 3 // 5)]
     engines = [
         Candidate(EAGER, lambda: Engine(_timed(partial(speak, model))), (eager,), ours=True),
-        *_tuned(model, speak, [short, ids], given, timed=False),
+        *_tuned(partial(copy.deepcopy, model), speak, [short, ids], given),
         *_engines(elsewhere, given, () if name == "demo" else (export_voice,)),
         *(Candidate(told, _compiling(lambda make=make: Engine(_timed(partial(speak, make(model))))), (make,))
           for told, make in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
@@ -411,7 +415,7 @@ def speaker(given: Namespace) -> Subject:
 
     engines = [
         Candidate(EAGER, lambda: Engine(_timed(partial(embed, encoder))), (eager,), ours=True),
-        *_tuned(encoder, embed, embed, given, timed=False),
+        *_tuned(partial(copy.deepcopy, encoder), embed, embed, given),
         *_engines(elsewhere, given, (export_encoder, encoder_runs_in)),
         *(Candidate(told, _compiling(partial(compiling, make)), (make,))
           for told, make in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
@@ -419,9 +423,44 @@ def speaker(given: Namespace) -> Subject:
     return Subject("voice-clone", "12 s of sound", None, ("fp32", 0.0), "noise as sound, trained weights", engines)
 
 
+# --- systems of other packages ----------------------------------------------------------------------------------------
+
+
+def other(name: str, what: str, given: Namespace) -> Subject:
+    """Return a system of `strangers/systems.py` at its true size; with the same random numbers in each call."""
+    sys.path.append(str(Path(__file__).parent / "strangers"))
+    systems = importlib.import_module("systems")
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return getattr(systems, name)(full=given.size == "full")
+
+    made = make()
+
+    def speak(model: Any) -> Any:
+        torch.manual_seed(1)
+        return made.call(model, *made.inputs[0])
+
+    def compiling(around: Any) -> Engine:
+        twin = make().model
+        part = twin.transformer if name == "f5_tts" else twin.decoder
+        part.forward = around(part.forward)
+        return Engine(_timed(partial(speak, twin)))
+
+    engines = [
+        Candidate(EAGER, lambda: Engine(_timed(partial(speak, made.model))), (eager,), ours=True),
+        *_tuned(lambda: make().model, speak, speak, given),
+        *(Candidate(told, _compiling(partial(compiling, around)), (around,))
+          for told, around in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
+    ]  # fmt: skip
+    return Subject(name, what, None, ("fp32", _flops(partial(speak, made.model))), "random weights", engines)
+
+
 SUBJECTS: dict[str, Callable[[Namespace], Subject]] = {
     "llama": llama,
     "mms": partial(voice, "mms"),
     "demo": partial(voice, "demo"),
     "voice-clone": speaker,
+    "kokoro": partial(other, "kokoro", "a call"),
+    "f5": partial(other, "f5_tts", "two steps of the solver"),
 }

@@ -234,7 +234,7 @@ def check_bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dic
 
 _TITLES = {
     "llama": "A Llama of the shape of Chatterbox's T3", "mms": "MMS (VITS)", "demo": "The demo's voice (VITS)",
-    "voice-clone": "Speaker encoder (resemblyzer)",
+    "voice-clone": "Speaker encoder (resemblyzer)", "kokoro": "Kokoro", "f5_tts": "F5-TTS",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     python benchmarks/peers.py mms [--precision exact balanced]                 a call of MMS at full size
     python benchmarks/peers.py demo [--precision exact balanced]                a call of the demo's voice
     python benchmarks/peers.py voice-clone [--precision exact balanced]         an embedding of 12 s of sound
+    python benchmarks/peers.py kokoro|f5 [--precision exact balanced]           systems of their own packages
 
 Run nothing else meanwhile. All engines are in one process (llama.cpp in one of its own), with the same weights, inputs
 and threads, and each round calls each of them once. A ratio is the median of the rounds', eager over the engine's. An
