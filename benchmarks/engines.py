@@ -352,7 +352,7 @@ def _demo() -> tuple[Any, Any, tuple[Path, dict[str, Any]]]:
 
     backend = PlainBackend()
     backend.load()
-    ids = to_ids(backend.voice, sentences(_TEXT)[0])
+    ids = torch.tensor([to_ids(backend.voice, sentences(_TEXT)[0])])
     scales = np.array([0.0, 1.0, 0.0], np.float32)  # noise, length, noise of the durations
     feed = {"input": ids.numpy(), "input_lengths": np.array([ids.shape[1]]), "scales": scales}
     return backend.voice.model, ids, (model_path(), feed)

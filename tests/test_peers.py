@@ -71,7 +71,7 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     ratios = {name: row["ratio"]["ratio"] for name, row in rows.items() if row["ratio"]}
     assert ratios == {"eager": 1.0, "ours, exact": 2.0, "other": 0.5}
     assert rows["ours, exact"]["error"] == pytest.approx(0.5)
-    assert rows["other"]["error"] is None  # of another shape
+    assert rows["other"]["error"] is None  # of another length
     assert len(closed) == 3
     content = json.loads(json.dumps(peers.documented(item, given)))
     assert list(objections({**content, "commit": "0123456"}, SCHEMA)) == []

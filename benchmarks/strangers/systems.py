@@ -1058,6 +1058,9 @@ def kokoro(*, full: bool = False) -> System:
 
     _without_init("kokoro")  # its front end, misaki, brings spaCy
     from kokoro.model import KModel
+    from loguru import logger
+
+    logger.disable("kokoro")  # it prints each text
 
     vocab = {letter: 1 + number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
     bert = {
