@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
+LANDING = ROOT / "docs" / "index.md"
 CHART = ROOT / "docs" / "figures" / "environments.svg"
 PEERS = ROOT / "docs" / "figures" / "peers.svg"
 sys.path.insert(0, str(HERE / "environments"))
@@ -63,7 +64,7 @@ def files() -> dict[Path, str]:
     found, rows = environments(FILE.read_text("utf-8")), environments_page.read(ROWS)
     machines, readme = read(RESULTS), ROOT / "README.md"
     groups = list(peer_groups(machines))
-    front = with_chart(readme.read_text("utf-8"), bool(groups))
+    front, landing = (with_chart(one.read_text("utf-8"), bool(groups), one.parent) for one in (readme, LANDING))
     bars = [bar for one in found if one.name in rows for bar in check_bars(one.name, rows[one.name])]
     return {
         environments_page.PAGE: environments_page.page(found, rows),
@@ -71,6 +72,7 @@ def files() -> dict[Path, str]:
         CHART: chart("Times as fast as untouched", [Group("", bars)]),
         **({PEERS: chart("Times as fast as eager PyTorch", groups)} if groups else {}),
         PAGE: results_page(machines),
+        LANDING: landing,
     }
 
 
@@ -82,10 +84,18 @@ and threads. [What was measured](docs/RESULTS.md) has errors, set-up times and l
 _CHART_TOLD = "![Times as fast as untouched, by environment and system](docs/figures/environments.svg)"
 
 
-def with_chart(readme: str, peers: bool) -> str:
-    """Return README's text with the chart of peers between its two marks; that of environments if there is none."""
-    head = readme.index("\n", readme.index(_BEGIN)) + 1
-    return f"{readme[:head]}\n{_PEERS_TOLD if peers else _CHART_TOLD}\n\n{readme[readme.index(_END) :]}"
+def with_chart(page: str, peers: bool, folder: Path = ROOT) -> str:
+    """Return a page's text with the chart of peers between its two marks; that of environments if there is none.
+
+    Args:
+        page: The text.
+        peers: True if there is a chart of peers.
+        folder: The page's folder, this one or docs.
+    """
+    head = page.index("\n", page.index(_BEGIN)) + 1
+    told = _PEERS_TOLD if peers else _CHART_TOLD
+    told = told if folder == ROOT else told.replace("](docs/", "](")
+    return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -293,8 +303,8 @@ def chart(title: str, groups: Sequence[Group]) -> str:
         ".bar { fill: #0959c4 } .other { fill: #8c959f }",
         ".spread, .one { stroke: #24292f } .spread { stroke-width: 2 } .one { stroke-dasharray: 4 3 }",
         ".within { stroke: #ffffff }",
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #6cabff } .other { fill: #6e7681 }",
-        ".spread, .one { stroke: #c9d1d9 } .within { stroke: #0d1117 } }",
+        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #1f6feb } .other { fill: #6e7681 }",
+        ".spread, .one { stroke: #f0f6fc } .within { stroke: #ffffff } }",
         "</style>",
         f'<text x="{_LEFT}" y="16">{escape(title)} (dashed: 1.0; lines: least to most)</text>',
     ]

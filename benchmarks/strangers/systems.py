@@ -1,4 +1,4 @@
-"""Small builders of speech systems that no plan of `accelerate_tts/models` knows, with their own entry points.
+"""Small builders of speech systems with their own entry points; hardly any has a plan in `accelerate_tts/models`.
 
 A builder is called with torch seeded, and returns true upstream classes at small size with random weights. Each
 imports its package inside: a package that is not installed skips its systems, and fails none.
