@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ _UPSTREAM = {
 }
 """Packages that only these systems run on."""
 _BESIDE = {"accelerate_tts", "numpy"}
+_LONGEST = 200  # file systems take names of 255 bytes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,7 +79,10 @@ def name_of(content: dict[str, Any]) -> str:
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
     told += [] if options["size"] == "full" else [options["size"]]
     told += ["only", *options["peers"]] if options.get("peers") else []
-    return "-".join([*map(_slug, told), *environment_of(content, systems)])
+    name = "-".join([*map(_slug, told), *environment_of(content, systems)])
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def environment_of(content: dict[str, Any], systems: Sequence[str]) -> Iterator[str]:

@@ -149,6 +149,8 @@ def test_another_environment_is_another_file(figures: Any, tmp_path: Path) -> No
         "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-tf32-0",
         "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-omp-num-threads-1",
     ]
+    long = [{**old, "environment": {"OMP_PLACES": "x" * 300 + end}} for end in "ab"]
+    assert len({path.name for path in (record.store(one, tmp_path / "long", "0123456") for one in long)}) == 2
     (documents,) = figures.read(tmp_path).values()
     assert len(documents) == 6  # a name without an environment, as older files have it, is read, too
 
