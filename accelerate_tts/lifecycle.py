@@ -102,12 +102,13 @@ class LoadedObjects:
         begun: list[Ledger] = []
         limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
         tuning = None
+        # Not in the block: on Python 3.13 a signal at the jump of a comprehension's `if` passes an `except` by.
+        roots = {path: root for path, root in found.items() if id(root) not in tuned}
         try:
             # Before anything else: dynamo may guard on which attributes a module has.
             for root in plan.roots:
                 keep(root)
             findings = _found(plan, calls, stages, limits, pack, device)
-            roots = {path: root for path, root in found.items() if id(root) not in tuned}
             tuning = self._with_weights_placed(plan, findings, loaded, roots, calls)
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
