@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.streaming.sentences import sentences
+
+_MOST_TOKENS = 2**31
+"""Maximum tokens of a piece, more than any text has. `most` may be infinite."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class StreamOptions:
     Attributes:
         first: Seconds of speech in the first piece of a sentence. Less is an earlier sound.
         growth: Ratio of each piece to the one before. Each piece costs its overlap, so few large ones cost less.
-        most: Seconds of speech in the largest piece.
+        most: Seconds of speech in the largest piece; `math.inf` for no limit.
         left_context: Seconds of speech that a flow sees before a piece, where the flow looks at all of its input
             (Chatterbox). The stream then differs from the whole. `None` makes the sound of each sentence at once, as
             upstream does.
@@ -36,14 +41,17 @@ class StreamOptions:
     split: Callable[[str], Iterable[str]] | None = sentences
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.first <= self.most:
+        first, most, growth = map(_number, (self.first, self.most, self.growth))
+        if not 0.0 < first <= most:
             raise SettingsError(
                 f"first={shown(self.first)} and most={shown(self.most)} must be seconds: 0 < first <= most"
             )
-        if not self.growth >= 1.0:
+        if not growth >= 1.0:
             raise SettingsError(f"growth={shown(self.growth)} must be at least 1, so that later pieces are not smaller")
-        if self.left_context is not None and not self.left_context > 0.0:
+        if self.left_context is not None and not _number(self.left_context) > 0.0:
             raise SettingsError(f"left_context={shown(self.left_context)} must be seconds above 0, or None")
+        if self.split is not None and not callable(self.split):
+            raise SettingsError(f"split={shown(self.split)} must be a callable such as pysbd's, or None")
 
     def sizes(self, rate: float) -> Iterator[int]:
         """Yield the number of tokens (or frames) of each piece, without end.
@@ -53,7 +61,7 @@ class StreamOptions:
         """
         seconds = self.first
         while True:
-            yield max(1, round(seconds * rate))
+            yield max(1, round(min(seconds * rate, _MOST_TOKENS)))
             seconds = min(seconds * self.growth, self.most)
 
     def sentences(self, text: str) -> list[str]:
@@ -61,3 +69,11 @@ class StreamOptions:
         if self.split is None:
             return [text] if any(character.isalnum() for character in text) else []
         return list(self.split(text))
+
+
+def _number(value: object) -> float:
+    """Return an option as a float; NaN, which fails each comparison, if it is no number or too large for one."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 
 _LONGEST = 300
 """Characters of the longest piece. What has no stop is cut at a comma, at a space, or anywhere."""
+_NEAR = 64
+"""Characters before and behind a stop that decide about it. More would take quadratic time in a long text."""
 
 _STOPS = "!?.…‽؟۔।॥։።፧។៕။"  # noqa: RUF001 - stops of other scripts
 _WIDE = "。！？｡"  # noqa: RUF001 - behind these there is no space
 _CLOSING = "\"'”’»›)]}」』】》〉）］〕"  # noqa: RUF001
 _BREAKS = (";:—，、；：؛،,", " \t\u3000")  # noqa: RUF001 - where a text without stops is cut, best first
 
-# A stop, or several, with what closes behind it; then a space, or after a wide stop anything; or an empty line.
-_END = re.compile(rf"[{re.escape(_STOPS)}]+[{re.escape(_CLOSING)}]*(?=\s)|[{_WIDE}]+[{re.escape(_CLOSING)}]*|\n\s*\n")
+# A stop, or several, with what closes behind it; then a space, or after a wide stop anything; or an empty line. Only the
+# first of several stops is tried, since each of thousands would be followed to their end.
+_END = re.compile(rf"(?<![{re.escape(_STOPS)}])[{re.escape(_STOPS)}]+[{re.escape(_CLOSING)}]*(?=\s)|[{_WIDE}]+[{re.escape(_CLOSING)}]*|\n\s*\n")
 # Titles, places, months, Latin and commerce, in some languages of this script. Without their last full stop.
 _ALWAYS = (
     "adj adm apr approx apt asst aug av ave bd bldg blvd brig bros bsp bzgl bzw ca capt cf cmdr comdr corp cpl dec dept"
@@ -38,14 +41,15 @@ _LAST_WORD = re.compile(r"[\w.&'’-]*\Z")  # noqa: RUF001
 def sentences(text: str) -> list[str]:
     """Split a text into sentences, without the spaces around them.
 
-    A piece without a letter or a digit goes to the sentence before it. A text without any has no sentences. A sentence
-    of more than 300 characters is cut at a comma, or else at a space, or else anywhere.
+    A sentence of more than 300 characters is cut at a comma, or else at a space, or else anywhere. A piece without a
+    letter or a digit goes to the one before it, or is left out if that would be too long. A text without any has no
+    sentences.
     """
     found: list[str] = []
-    for piece in _cut(text):
+    for piece in (short for whole in _cut(text) for short in _short(whole)):
         if any(character.isalnum() for character in piece):
-            found += _short(piece)
-        elif found and piece:
+            found.append(piece)
+        elif found and len(found[-1]) + len(piece) < _LONGEST:
             found[-1] += piece if len(piece) == 1 else f" {piece}"
     return found
 
@@ -53,7 +57,8 @@ def sentences(text: str) -> list[str]:
 def _cut(text: str) -> Iterator[str]:
     begin = 0
     for end in _END.finditer(text):
-        if _is_end(text[begin : end.start()], end[0], text[end.end() :].lstrip()):
+        before = text[max(begin, end.start() - _NEAR) : end.start()]
+        if _is_end(before, end[0], text[end.end() : end.end() + _NEAR]):
             yield " ".join(text[begin : end.end()].split())
             begin = end.end()
     yield " ".join(text[begin:].split())
@@ -63,9 +68,9 @@ def _is_end(before: str, stop: str, after: str) -> bool:
     """Check that a sentence ends with a stop.
 
     Args:
-        before: The sentence before the stop.
+        before: The end of the sentence before the stop.
         stop: The stop with what closes behind it.
-        after: The text behind it.
+        after: The beginning of the text behind it.
     """
     if stop.isspace() or stop[0] in _WIDE:
         return True

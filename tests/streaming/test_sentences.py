@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +63,18 @@ def test_a_long_sentence_without_a_stop_is_cut_at_a_comma_a_space_or_anywhere() 
     assert all("1,000" in word for piece in sentences("1,000 " * 100) for word in piece.split())
 
 
+@pytest.mark.parametrize("text", ["a" + "-" * 1000, "Go" + " —" * 900, "Hi. " + ". " * 900, "x." + '"' * 900 + "y"])
+def test_a_piece_without_a_letter_is_never_spoken(text: str) -> None:
+    found = sentences(text)
+    assert all(any(character.isalnum() for character in piece) and len(piece) <= 300 for piece in found)
+
+
+@pytest.mark.parametrize("text", ["." * 300_000, "1. " * 100_000, "a" * 300_000 + " x. Y", "Oh! " + "?" * 300_000 + "x"])
+@pytest.mark.timeout(60)  # quadratic time would be many minutes
+def test_a_long_text_takes_time_in_proportion(text: str) -> None:
+    assert all(len(piece) <= 300 for piece in sentences(text))
+
+
 @given(st.text(alphabet=st.sampled_from("aB1.,!?…。？ \n\"'”()éд字-"), max_size=800))
 def test_nothing_is_lost_or_said_twice(text: str) -> None:
     found = sentences(text)
@@ -69,17 +85,29 @@ def test_nothing_is_lost_or_said_twice(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"first": 0.0}, {"first": 5.0}, {"growth": 0.5}, {"left_context": 0.0}, {"first": float("nan")}]
-)
-def test_wrong_options_are_named(wrong: dict[str, float]) -> None:
+    "wrong",
+    [
+        {"first": 0.0}, {"first": 5.0}, {"growth": 0.5}, {"left_context": 0.0}, {"first": float("nan")},
+        {"first": "1"}, {"most": 10**400}, {"most": True}, {"growth": None}, {"left_context": "1"}, {"split": 3},
+    ],
+)  # fmt: skip
+def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(SettingsError, match=name):
-        StreamOptions(**wrong)  # type: ignore[arg-type]
+        StreamOptions(**wrong)
 
 
 def test_sizes_grow_to_the_largest() -> None:
     sizes = StreamOptions(first=0.4, growth=2.0, most=1.0).sizes(25.0)
     assert [next(sizes) for _ in range(4)] == [10, 20, 25, 25]
+
+
+@pytest.mark.parametrize("growth", [2.0, math.inf])
+def test_a_piece_may_have_any_size(growth: float) -> None:
+    sizes = list(islice(StreamOptions(most=math.inf, growth=growth).sizes(25.0), 2000))
+    assert sizes[0] == 10
+    assert sizes == sorted(sizes)
+    assert sizes[-1] >= 2**31
 
 
 def test_a_splitter_may_be_given() -> None:
