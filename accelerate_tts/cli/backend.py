@@ -65,7 +65,7 @@ class Backend:
             _check_arguments(self.name, signature, given, "--init")
         try:
             made = self.cls(**given)
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             raise BackendError(f"{self.name}() failed: {described(error)}; {self._alone('')}") from error
         needed = _missing(inspect.signature(getattr(made, self.load)), {})
         if needed:
@@ -88,7 +88,7 @@ class Backend:
             return complete(getattr(made, self.load)())
         except AccelerateTTSError:
             raise
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             why = f"{self.name}.{self.load}() failed: {described(error)}"
             raise BackendError(f"{why}; {self._alone(f'.{self.load}()')}") from error
 
@@ -153,7 +153,7 @@ class Backend:
                 return complete(bound(text, **given) if positional else bound(**{first: text}, **given))
             except AccelerateTTSError:
                 raise
-            except Exception as error:  # of the user's code
+            except (Exception, SystemExit) as error:  # of the user's code
                 raise BackendError(
                     f"{what}({text[:40]!r}) failed: {described(error)}; mend it, or give other --arg"
                 ) from error
@@ -186,7 +186,7 @@ def find(target: str, load: str | None = None) -> Backend:
     if not (colon and module_name and class_name):
         raise BackendError(f"{target!r} names no class; give module:Class, {_SHAPE}")
     if module_name.endswith(".py") or os.sep in module_name:
-        name = ".".join(Path(module_name).with_suffix("").parts).strip(".")
+        name = ".".join(Path(os.path.relpath(module_name)).with_suffix("").parts).strip(".")
         raise BackendError(f"{module_name!r} is a file; give the name of the module, {name}:{class_name}")
     module = _imported(module_name)
     try:
@@ -195,6 +195,8 @@ def find(target: str, load: str | None = None) -> Backend:
             cls = getattr(cls, part)
     except AttributeError:
         raise BackendError(_no_class(module, class_name)) from None
+    except Exception as error:  # of the user's __getattr__
+        raise BackendError(f"{target} cannot be read: {described(error)}; mend that, or name another class") from error
     if not isinstance(cls, type):
         raise BackendError(
             f"{target!r} is a {type(cls).__name__}, not a class; give the class with the decorated methods, {_SHAPE}"

@@ -99,7 +99,22 @@ class Failing(Small):
         if text != "Hello there.": raise KeyError(text)
         return Small.synthesize.__wrapped__(self, text)
 
+class Exiting(Small):
+    def __init__(self): raise SystemExit(0)
+
+class LoadExits(Small):
+    @optimized_model(warmup="Hi.")
+    def load(self): raise SystemExit(0)
+
+class SpeechExits(Small):
+    @inference
+    def synthesize(self, text):
+        if text != "Hello there.": raise SystemExit(0)
+        return Small.synthesize.__wrapped__(self, text)
+
 def function(): ...
+def __getattr__(name):
+    raise AttributeError(name) if name != "Lazy" else OSError("no disk")
 """
 
 
@@ -226,6 +241,11 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.Monke
         ("my_service:Picky", ("--init", "name=x"), "--init name=x: Picky() has no argument name; it takes device"),
         ("my_service:Loading", (), "Loading.load() needs path; give each a default"),
         ("my_service:Broken", (), "Broken.load() failed: OSError: no weights in /models/voice.bin; python -c"),
+        ("my_service:Exiting", (), "Exiting() failed: SystemExit: 0; python -c"),
+        ("my_service:LoadExits", (), "LoadExits.load() failed: SystemExit: 0; python -c"),
+        ("my_service:SpeechExits", (), "SpeechExits.synthesize('Good day.') failed: SystemExit: 0; mend it"),
+        ("my_service:Lazy", (), "my_service:Lazy cannot be read: OSError: no disk; mend that"),
+        ("./inner/my_service.py:Small", (), "is a file; give the name of the module, inner.my_service:Small"),
         ("my_service:Empty", (), "Empty.load() was not tuned:"),
         ("my_service:Failing", (), "Failing.synthesize('Good day.') failed: KeyError: 'Good day.'; mend it"),
     ],
