@@ -222,9 +222,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
     ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
-        array: Any = value
-        if array.dtype.kind in "fiub":
-            yield torch.as_tensor(array)
+        yield from _of_array(value)
     elif id(value) not in seen:
         seen.add(id(value))
         if hasattr(type(value), "compared_as"):  # an object of this package that replaces one of upstream's
@@ -237,6 +235,17 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
             items = items_of(value)
             for item in list(getattr(value, "__dict__", {}).values()) if items is None else items:
                 yield from _tensors(item, seen)
+
+
+def _of_array(array: Any) -> Iterator[Any]:
+    if array.dtype.kind not in "fiubc":
+        return
+    widest = {"f": "f8", "c": "c16"}.get(array.dtype.kind, "")
+    if widest and array.dtype.itemsize > int(widest[1:]):  # long double, which torch does not have
+        array = array.astype(widest)
+    # torch takes neither another byte order nor a negative stride, as of a reversed wave.
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    yield torch.as_tensor(native.copy() if any(stride < 0 for stride in native.strides) else native)
 
 
 def _of_bytes(value: bytes) -> Iterator[Any]:

@@ -99,6 +99,20 @@ def test_a_plain_result_object_is_looked_into() -> None:
     assert compare(Result(T), Result(2 * T)).error == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(4.0)[::-1], np.arange(8.0).reshape(2, 4)[:, ::-1], np.arange(4, dtype=">f4"), np.arange(4, dtype=">i2"),
+        np.arange(4, dtype=np.longdouble), np.arange(4) * 1j, np.arange(4, dtype=np.clongdouble), np.float32(2.0),
+        np.zeros((0, 3))[:, ::-1],
+    ],
+)  # fmt: skip
+def test_an_array_that_torch_does_not_take_is_compared(array: Any) -> None:
+    assert compare({"wave": array}, {"wave": array.copy()}).error == 0.0
+    if array.size:
+        assert compare(array, 2 * array).error > 0.1
+
+
 @pytest.mark.parametrize("nothing", [None, [], [None], "text", {"rate": 16000}, 5, object()])
 def test_nothing_to_compare_is_not_right(nothing: Any) -> None:
     assert math.isinf(compare(nothing, nothing).error)
