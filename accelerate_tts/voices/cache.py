@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import inspect
 import sys
 import threading
@@ -27,7 +28,7 @@ from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.voices.content_key import Digest
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.encoder_state import constants, function_words, outside
-from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, StoredEmbedding
+from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, StoredEmbedding, parts_of
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Embeddings:
         """Copy a call's result for the store; return `ALONE`, with an event, if it must not or cannot be stored."""
         try:
             kept = StoredEmbedding((result, {name: getattr(owner, name) for name in self._options.sets}))
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(kept.copy())):
+            if not _is_finite(kept.copy()):
                 emit(NotApplied(self._what, "the result is not finite, and is not kept"))
                 return Flight.ALONE
             if not question.arguments.same_files():  # it is unknown which content the function read
@@ -247,6 +248,14 @@ class Embeddings:
             # The owner may hold other state than modules, such as an ONNX session; only its identity covers that.
             digest.identity(owner)
         return digest
+
+
+def _is_finite(value: Any) -> bool:
+    """Check every tensor, array and number of a result."""
+    numbers = (part for part in parts_of(value) if isinstance(part, (float, complex)))
+    # torch has no isfinite() for float8.
+    tensors = (one.float() if one.dtype.itemsize == 1 and one.is_floating_point() else one for one in tensors_of(value))
+    return all(map(cmath.isfinite, numbers)) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:

@@ -57,7 +57,7 @@ def _copied(value: Any) -> tuple[Any, int]:
     memo: dict[int, Any] = {}
     size = 0
     with torch.inference_mode(mode=False), torch.no_grad():
-        for part in _parts(value):
+        for part in parts_of(value):
             if isinstance(part, torch.nn.Module):
                 raise TypeError(f"it holds a module ({type(part).__name__})")
             if isinstance(part, torch.Tensor):
@@ -69,7 +69,8 @@ def _copied(value: Any) -> tuple[Any, int]:
         return copy.deepcopy(value, memo), size
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> Iterator[Any]:
+    """Yield a value and all that it holds, each object once."""
     stack, seen = [value], {id(value)}
     while stack:
         part = stack.pop()

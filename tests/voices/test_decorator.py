@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -625,3 +626,26 @@ def test_what_is_not_finite_is_not_kept(service: Service, seen: list[events.Even
     assert "not finite" in not_applied(seen)[-1]
     service.embed(WAVE, scale=float("nan"))
     assert service.calls == 2
+
+
+@pytest.mark.parametrize("bad", [[0.5, math.nan], (1, -math.inf), {"a": [None, math.nan]}, complex(0.0, math.inf)])
+def test_numbers_that_are_not_finite_are_not_kept(bad: Any, seen: list[events.Event]) -> None:
+    """An embedding may be a list, as `.tolist()` gives it."""
+
+    @cached_embedding(encoder=lambda: 1)
+    def embed(wave: torch.Tensor) -> Any:
+        return bad
+
+    embed(WAVE)
+    assert embed.cache_info().entries == 0
+    assert "not finite" in not_applied(seen)[-1]
+
+
+def test_float8_is_kept() -> None:
+    @cached_embedding(encoder=lambda: 1)
+    def embed(wave: torch.Tensor) -> torch.Tensor:
+        return wave.to(torch.float8_e4m3fn)
+
+    embed(WAVE)
+    assert embed(WAVE).dtype is torch.float8_e4m3fn
+    assert embed.cache_info().entries == embed.cache_info().hits == 1
