@@ -76,11 +76,11 @@ def measure(vocoder: Vocoder, *like: Tensor) -> ReceptiveField:
         span = _span(whole, run(_changed(plain, rates, at, _KICK)), finite=True)
         if span is None:
             raise ModelError(f"no sample changes with a frame: {vocoder!r} does not read its input")
+        # A change that is not a number also passes through what was too small to be seen: an LSTM forgets noise, and may
+        # remember speech for ever.
+        beyond = _span(whole, run(_changed(plain, rates, at, math.nan)), finite=False) or span
+        span = min(span[0], beyond[0]), max(span[1], beyond[1])
         if _is_inside(span, whole):
-            # A change that is not a number also passes through what was too small to be seen.
-            beyond = _span(whole, run(_changed(plain, rates, at, math.nan)), finite=False)
-            if beyond is not None and _is_inside(beyond, whole):
-                span = min(span[0], beyond[0]), max(span[1], beyond[1])
             left, right = math.ceil(span[1] / hop) - at - 1, at - span[0] // hop
             return ReceptiveField(max(left, 0), max(right, 0), hop)
         frames *= 2

@@ -127,8 +127,25 @@ class LikeLengths(nn.Module):
         return frames[:, :1] * frames.shape[-1]
 
 
+class Remembers(nn.Module):
+    """Forgets the noise of the probes within some frames, but may remember speech for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.memory = nn.LSTM(2, 4, batch_first=True).requires_grad_(requires_grad=False)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.memory(frames.transpose(1, 2))[0].transpose(1, 2)[:, :1]
+
+
 @pytest.mark.parametrize(
-    ("module", "reason"), [(OfAll(), "more than 512 away"), (LikeLengths(), "joined pieces differ")]
+    ("module", "reason"),
+    [
+        (OfAll(), "more than 512 away"),
+        (LikeLengths(), "joined pieces differ"),
+        (Remembers(), "more than 512 away"),
+    ],
 )
 def test_without_a_bound_the_sound_is_made_at_once(seen: list[Event], module: nn.Module, reason: str) -> None:
     assert field_of(module, run, torch.zeros(1, 2, 1)) is None
