@@ -47,7 +47,11 @@ PIECE = Piece(4 << 20, 1024)
 
 def hifigan(dtype: Any = None) -> Kernel:
     """Make the kernel, in fp32 or in another dtype."""
-    return Kernel("HiFi-GAN", _parts_of, partial(_Generator, dtype=dtype), _serve)
+    return Kernel("HiFi-GAN", _parts_of, partial(_Generator, dtype=dtype), _serve, _watched)
+
+
+def _watched(generator: Any) -> tuple[tuple[Any, str], ...]:
+    return ((generator.config, "leaky_relu_slope"),)  # upstream reads it at each call
 
 
 def _parts_of(module: Any) -> Any:

@@ -158,6 +158,18 @@ def test_weights_that_are_written_are_used() -> None:
     change.off()
 
 
+def test_another_slope_in_the_config_is_used() -> None:
+    """Upstream reads it at each call."""
+    plain = decoder()
+    module = copy.deepcopy(plain)
+    change = changed(module)
+    for model in (plain, module):
+        model.config.leaky_relu_slope = 0.7
+    with torch.inference_mode():
+        assert compare(plain(spectrogram(9)), module(spectrogram(9))).error < 1e-5
+    change.off()
+
+
 def test_upstream_serves_what_is_not_plain() -> None:
     plain = decoder()
     module = copy.deepcopy(plain)
