@@ -24,6 +24,9 @@ def main() -> None:
         sys.stderr.write(f"accelerate-tts needs {error.name}: pip install 'accelerate_tts[cli]'\n")
         raise SystemExit(2) from None
     standard = sys.stdout
+    if isinstance(standard, io.TextIOWrapper) and standard.errors == "strict":
+        # A pipe on Windows, or a terminal in another locale than UTF-8, does not have the characters of every name.
+        standard.reconfigure(errors="backslashreplace")
     # There is none if it was closed before Python started; the output is then discarded.
     stdout: Any = _Stdout(standard if standard is not None else io.StringIO())
     sys.stdout = stdout

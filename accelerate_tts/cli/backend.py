@@ -188,15 +188,7 @@ def find(target: str, load: str | None = None) -> Backend:
     if module_name.endswith(".py") or os.sep in module_name:
         name = ".".join(Path(os.path.relpath(module_name)).with_suffix("").parts).strip(".")
         raise BackendError(f"{module_name!r} is a file; give the name of the module, {name}:{class_name}")
-    module = _imported(module_name)
-    try:
-        cls: Any = module
-        for part in class_name.split("."):
-            cls = getattr(cls, part)
-    except AttributeError:
-        raise BackendError(_no_class(module, class_name)) from None
-    except Exception as error:  # of the user's __getattr__
-        raise BackendError(f"{target} cannot be read: {described(error)}; mend that, or name another class") from error
+    cls = _attribute(_imported(module_name), class_name)
     if not isinstance(cls, type):
         raise BackendError(
             f"{target!r} is a {type(cls).__name__}, not a class; give the class with the decorated methods, {_SHAPE}"
@@ -255,6 +247,19 @@ def _imported(name: str) -> ModuleType:
         raise BackendError(
             f'{name} cannot be imported: {described(error)}; python -c "import {name}" shows where'
         ) from error
+
+
+def _attribute(module: ModuleType, name: str) -> Any:
+    found: Any = module
+    try:
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise BackendError(_no_class(module, name)) from None
+    except Exception as error:  # of the user's __getattr__
+        what = f"{module.__name__}:{name}"
+        raise BackendError(f"{what} cannot be read: {described(error)}; mend that, or name another class") from error
+    return found
 
 
 def _no_class(module: ModuleType, name: str) -> str:

@@ -58,6 +58,19 @@ def test_standard_output_that_cannot_be_written(words: list[str], where: str, tm
         assert done.stderr == ""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_encoding_without_the_characters(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe on Windows, or a terminal in another locale."""
+    Receipt("モデル", "cpu", {"torch": "2"}, notes=("→",)).save(tmp_path / "receipt.json")
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["accelerate-tts", "receipt", str(tmp_path / "receipt.json")])
+    with pytest.raises(SystemExit) as ended:
+        accelerate_tts.cli.main()
+    assert not ended.value.code
+    assert b"\\u30e2\\u30c7\\u30eb" in content.getvalue()
+
+
 HOMELESS = """
 import os, sys, tempfile
 sys.path.append(os.environ["SOURCE"])  # at the end: PyPI's `typing` 3.7 (of resemblyzer) must not hide the own one
