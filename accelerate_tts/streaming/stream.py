@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.errors import ModelError
+from accelerate_tts.errors import ModelError, SettingsError, shown
 from accelerate_tts.events import FirstAudio, emit
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.streaming.options import StreamOptions
@@ -48,9 +49,12 @@ def stream(model: object, /, *args: Any, options: StreamOptions | None = None, *
 
     Raises:
         ModelError: The model is of no known class.
+        SettingsError: `options` is no `StreamOptions`.
     """
     from accelerate_tts.streaming.systems import SYSTEMS
 
+    if options is not None and not isinstance(options, StreamOptions):
+        raise SettingsError(f"options={shown(options)} must be StreamOptions(...), such as StreamOptions(first=0.2)")
     names = [cls.__name__ for cls in type(model).__mro__]
     name = next((name for name in names if name in SYSTEMS), None)
     if name is None:
@@ -71,13 +75,14 @@ class Stream(Generator["Tensor", None, None]):
     def __init__(self, what: str, body: Body) -> None:
         self.left = threading.Event()
         self._running = threading.Lock()
+        self._runner: int | None = None
         self._body: Generator[Tensor, None, None] = inference_mode.call(
             _timed, (what, body, self.left), {}, "inference"
         )
 
     def send(self, value: None, /) -> Tensor:
         """Return the next piece."""
-        with self._running:
+        with self._turn():
             piece = self._body.send(value)
         # The body runs in inference mode, whose tensors a caller outside it could not write to.
         return piece.clone() if piece.is_inference() and not torch.is_inference_mode_enabled() else piece
@@ -90,9 +95,27 @@ class Stream(Generator["Tensor", None, None]):
         /,
     ) -> Tensor:
         """Raise an exception where the stream waits. See `Generator.throw`."""
-        del value, traceback
-        with self._running:
+        del traceback
+        if value is not None:
+            kind = value if isinstance(value, BaseException) else kind(value)  # type: ignore[operator]  # a class
+        with self._turn():
             return self._body.throw(kind)  # one argument, as Python 3.12 wants it
+
+    @contextmanager
+    def _turn(self) -> Generator[None, None, None]:
+        """Wait until no other thread runs the body.
+
+        Raises:
+            ValueError: This thread runs it already, as in an event's hook. It would wait forever.
+        """
+        if self._runner == threading.get_ident():
+            raise ValueError("this stream is making a piece already; ask for the next one outside of it")
+        with self._running:
+            self._runner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._runner = None
 
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""

@@ -162,6 +162,43 @@ def test_an_unknown_model_is_named() -> None:
 # --- VITS and Higgs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [([1, 2], "takes a tensor"), (torch.ones(1).long(), "shape .1,."), (torch.ones(1, 1, 2).long(), "shape .1, 1, 2.")],
+)
+def test_what_is_no_text_for_vits_is_named(ids: Any, reason: str) -> None:
+    from transformers import VitsModel
+
+    with pytest.raises(SettingsError, match=reason):
+        stream(object.__new__(VitsModel), ids)
+
+
+def test_options_of_another_class_are_named() -> None:
+    with pytest.raises(SettingsError, match="first"):
+        stream(object(), options={"first": 0.1})  # type: ignore[arg-type]
+
+
+def test_asking_for_a_piece_while_one_is_made_is_an_error() -> None:
+    """On the same thread it would wait for itself, as from the hook of an event."""
+    failed: list[str] = []
+
+    def body(_left: threading.Event) -> Iterator[torch.Tensor]:
+        with pytest.raises(ValueError, match="making a piece already") as error:
+            next(pieces)
+        failed.append(str(error.value))
+        yield torch.ones(1, 3)
+
+    pieces = Stream("it", body)
+    assert len(list(pieces)) == len(failed) == 1
+
+
+def test_an_exception_that_is_thrown_keeps_its_message() -> None:
+    pieces = Stream("it", lambda _left: iter([torch.ones(1, 3)] * 2))
+    next(pieces)
+    with pytest.raises(KeyError, match="why"):
+        pieces.throw(KeyError, "why")
+
+
 def test_vits_in_pieces_is_its_whole(example: Any) -> None:
     torch.manual_seed(0)
     model, tokenize = example("mms_backend").random(tiny=True)

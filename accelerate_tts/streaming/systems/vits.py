@@ -8,16 +8,14 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from accelerate_tts.errors import SettingsError
+from accelerate_tts.errors import SettingsError, abridged
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
 from accelerate_tts.streaming.tokens import twin
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from accelerate_tts.streaming.options import StreamOptions
     from accelerate_tts.streaming.systems import Body
 
@@ -42,10 +40,12 @@ def body(model: Any, input_ids: Tensor, *, options: StreamOptions, **forward: An
         **forward: Further arguments of the model's call, such as `speaker_id`.
 
     Raises:
-        SettingsError: There are several texts.
+        SettingsError: `input_ids` is no tensor of one text.
     """
-    if input_ids.shape[0] != 1:
-        raise SettingsError(f"stream() takes one text, not input_ids of shape {tuple(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor):
+        raise SettingsError(f"stream() takes a tensor of shape (1, tokens), not input_ids={abridged(input_ids)}")
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:  # noqa: PLR2004 - one text, its tokens
+        raise SettingsError(f"stream() takes one text, (1, tokens), not input_ids of shape {tuple(input_ids.shape)}")
 
     def stream(left: threading.Event) -> Iterator[Tensor]:
         if not input_ids.shape[1]:
