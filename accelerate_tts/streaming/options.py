@@ -74,6 +74,6 @@ class StreamOptions:
 def _number(value: object) -> float:
     """Return an option as a float; NaN, which fails each comparison, if it is no number or too large for one."""
     try:
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        return float(value) if isinstance(value, Real) and type(value) is not bool else math.nan
     except OverflowError:
         return math.nan

@@ -76,8 +76,8 @@ def measure(vocoder: Vocoder, *like: Tensor) -> ReceptiveField:
         span = _span(whole, run(_changed(plain, rates, at, _KICK)), finite=True)
         if span is None:
             raise ModelError(f"no sample changes with a frame: {vocoder!r} does not read its input")
-        # A change that is not a number also passes through what was too small to be seen: an LSTM forgets noise, and may
-        # remember speech for ever.
+        # A change that is not a number also passes through what was too small to be seen: an LSTM forgets noise, and
+        # may remember speech for ever.
         beyond = _span(whole, run(_changed(plain, rates, at, math.nan)), finite=False) or span
         span = min(span[0], beyond[0]), max(span[1], beyond[1])
         if _is_inside(span, whole):

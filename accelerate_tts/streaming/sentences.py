@@ -19,9 +19,12 @@ _WIDE = "。！？｡"  # noqa: RUF001 - behind these there is no space
 _CLOSING = "\"'”’»›)]}」』】》〉）］〕"  # noqa: RUF001
 _BREAKS = (";:—，、；：؛،,", " \t\u3000")  # noqa: RUF001 - where a text without stops is cut, best first
 
-# A stop, or several, with what closes behind it; then a space, or after a wide stop anything; or an empty line. Only the
-# first of several stops is tried, since each of thousands would be followed to their end.
-_END = re.compile(rf"(?<![{re.escape(_STOPS)}])[{re.escape(_STOPS)}]+[{re.escape(_CLOSING)}]*(?=\s)|[{_WIDE}]+[{re.escape(_CLOSING)}]*|\n\s*\n")
+# A stop, or several, with what closes behind it; then a space, or after a wide stop anything; or an empty line. Only
+# the first of several stops is tried, since each of thousands would be followed to their end.
+_END = re.compile(
+    rf"(?<![{re.escape(_STOPS)}])[{re.escape(_STOPS)}]+[{re.escape(_CLOSING)}]*(?=\s)"
+    rf"|[{_WIDE}]+[{re.escape(_CLOSING)}]*|\n\s*\n"
+)
 # Titles, places, months, Latin and commerce, in some languages of this script. Without their last full stop.
 _ALWAYS = (
     "adj adm apr approx apt asst aug av ave bd bldg blvd brig bros bsp bzgl bzw ca capt cf cmdr comdr corp cpl dec dept"

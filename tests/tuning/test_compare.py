@@ -102,8 +102,9 @@ def test_a_plain_result_object_is_looked_into() -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.arange(4.0)[::-1], np.arange(8.0).reshape(2, 4)[:, ::-1], np.arange(4, dtype=">f4"), np.arange(4, dtype=">i2"),
-        np.arange(4, dtype=np.longdouble), np.arange(4) * 1j, np.arange(4, dtype=np.clongdouble), np.float32(2.0),
+        np.arange(4.0)[::-1], np.arange(8.0).reshape(2, 4)[:, ::-1], np.arange(4, dtype=">f4"),
+        np.arange(4, dtype=">i2"), np.arange(4, dtype=np.longdouble),
+        np.arange(4) * 1j, np.arange(4, dtype=np.clongdouble), np.float32(2.0),
         np.zeros((0, 3))[:, ::-1],
     ],
 )  # fmt: skip
