@@ -201,6 +201,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Llama": lambda: decoder("Llama"),
     "GPT2": lambda: decoder("GPT2"),
 }
+
+
+def part_of(model: nn.Module) -> Part:
+    is_decoder = not isinstance(model, Tower)
+    return Part("part", "decoder" if is_decoder else "vocoder", model, cached=is_decoder)
+
+
 # Without its explanations: they trace each line, and an interruption that comes in the tracer is lost in it.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 ACTIONS = st.lists(
@@ -219,7 +226,7 @@ ACTIONS = st.lists(
 def test_any_order_of_applying_and_undoing(name: str) -> None:
     model = MODELS[name]()
     before = Before(model)
-    part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
+    part = part_of(model)
     tried: set[str] = set()
 
     def play(actions: list[tuple[str, Any]]) -> None:
@@ -394,7 +401,7 @@ def quick(decide: Any) -> Iterator[None]:
 def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]()
     before = Before(model)
-    part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
+    part = part_of(model)
     applicable = [stage for stage in STAGES if obstacle(stage, part) is None]
     compared = Baseline.difference
 
