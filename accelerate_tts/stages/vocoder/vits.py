@@ -36,11 +36,11 @@ def _is_of(module: Any, name: str) -> bool:
 def _all_fp32(module: nn.Module) -> bool:
     """Check that all weights are plain fp32 tensors on the CPU."""
     import torch
-    from torch import nn
 
-    plain = {torch.Tensor, nn.Parameter}
+    from accelerate_tts.inspection.tracing import is_plain
+
     tensors = [*module.parameters(), *module.buffers()]
-    return all(type(t) in plain and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return all(is_plain(t) and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
 def _parts_of(module: Any, name: str) -> Any:
