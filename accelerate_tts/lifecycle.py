@@ -83,7 +83,7 @@ class LoadedObjects:
                 return done.receipt
             return None
         if lazy := _lazy_modules(new):
-            why = f"{lazy[0]} has no weights before its first call; make one, such as by the warm-up's input, in the load"
+            why = f"{lazy[0]} has no weights before its first call; make one in the load"
             emit(NotApplied(f"@optimized_model on {type(loaded.subject).__name__}", why))
             return None
         from accelerate_tts.models import describe

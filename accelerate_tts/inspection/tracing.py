@@ -48,8 +48,8 @@ def is_watched(*inputs: Any) -> bool:
     A graph of a user's own `torch.compile` never checks whether weights were written, so it gets no copies of them.
     `torch.jit.trace` and ONNX's older exporter run a module with real tensors and record operators. `torch.export` uses
     tensors without memory, or traces the code. `torch.fx` passes proxies, and `torch.func` wraps inputs. Forward-mode
-    differentiation (`torch.autograd.forward_ad`) reads tangents, also under `no_grad`. A user's `TorchFunctionMode` may replace any function. A kernel would read memory that does not exist, or be missing in the
-    record.
+    differentiation (`torch.autograd.forward_ad`) needs tangents, also under `no_grad`. A user's `TorchFunctionMode` may
+    replace any function. A kernel would read memory that does not exist, or be missing in the record.
 
     Args:
         inputs: Inputs of the call. Objects that are not plain tensors (`is_plain`) count as watched.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.tracing import is_plain, is_watched
@@ -34,6 +33,8 @@ from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from accelerate_tts.plan import Part
 
