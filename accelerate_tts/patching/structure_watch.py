@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import BuiltinFunctionType, FunctionType
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture
+from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture, module_of
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
@@ -79,6 +80,7 @@ class Inside:
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
         self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
+        self._functions = Functions(forward for _, forward in self._forwards)
         self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
 
     def altered(self) -> str | None:
@@ -115,7 +117,60 @@ class Inside:
         for holder, name, before in self._watched:
             if (value := holder.get(name)) is not before and value != before:
                 return f"{name} of a module inside a block is another"
-        return None
+        return self._functions.replaced()
+
+
+_ATTENTIONS = ("eager", "sdpa")
+
+
+class Functions:
+    """Functions that forwards find by global names when they run, and that other code may replace there.
+
+    These are functions of the forwards' modules, of modules that they name (`torch.nn.functional`), and the attention
+    functions in a registry of transformers. The functions of transformers are followed in turn.
+    """
+
+    def __init__(self, forwards: Iterable[Any]) -> None:
+        found: dict[tuple[int, str], tuple[Callable[[str], Any], str]] = {
+            (0, name): (vars(nn.Module).get, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")
+        }
+        pending, followed = list(map(inspect.unwrap, forwards)), set()
+        while pending:
+            function = pending.pop()
+            if function in followed or not isinstance(function, FunctionType):
+                continue
+            followed.add(function)
+            for mapping, name in _places(function):
+                found[id(mapping), name] = mapping.get, name
+                if module_of(mapping.get(name)).startswith("transformers."):
+                    pending.append(inspect.unwrap(mapping[name]))
+        self._places = list(found.values())
+        self._before = [get(name) for get, name in self._places]
+
+    def replaced(self) -> str | None:
+        """Return the obstacle if one of them is another function now, else `None`."""
+        now = [get(name) for get, name in self._places]  # this runs for each block at each token
+        if now == self._before:
+            return None
+        name = next(
+            name for (_, name), one, other in zip(self._places, now, self._before, strict=True) if one is not other
+        )
+        return f"{name}, which a block calls, was replaced"
+
+
+def _places(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the dictionaries in which a function looks for others, with their names there."""
+    holders: list[dict[str, Any]] = [function.__globals__]
+    for name in function.__code__.co_names:
+        for holder in [holder for holder in holders if name in holder]:
+            value = holder[name]
+            if isinstance(value, ModuleType):
+                holders.append(vars(value))
+            elif isinstance(value, (FunctionType, BuiltinFunctionType)):
+                yield holder, name
+            else:  # the registry is a dictionary, or an object with two
+                each = [value, *(getattr(value, inner, None) for inner in ("_local_mapping", "_global_mapping"))]
+                yield from ((mapping, how) for mapping in each if isinstance(mapping, dict) for how in _ATTENTIONS)
 
 
 _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_super_init", "dump_patches"}

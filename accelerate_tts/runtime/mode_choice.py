@@ -292,11 +292,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
 def _with_normal(value: Any, normal: Callable[[Any], Any]) -> Any:
     """Return a tuple with normal tensors; the same object if there is nothing to replace."""
     items = [
-        normal(item)
-        if _is_inference(item)
-        else _with_normal(item, normal)
-        if type(item) is tuple
-        else item
+        normal(item) if _is_inference(item) else _with_normal(item, normal) if type(item) is tuple else item
         for item in value
     ]
     if all(new is old for new, old in zip(items, value, strict=True)):
