@@ -282,7 +282,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
         else:
             try:
                 holder = object.__getattribute__(item, "__dict__")
-            except (AttributeError, TypeError):  # a class with slots, or of an extension module
+            except Exception:  # noqa: S112 - a class with slots, or one of the user's, whose property may raise anything
                 continue
         places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
         queue.extend(value for _, value in places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import queue
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -432,3 +433,29 @@ def test_a_users_tensors_are_not_asked() -> None:
 
     given = torch.ones(2).as_subclass(Refuses)
     assert Backend().speak(given) is given
+
+
+def test_objects_that_refuse_to_be_looked_at() -> None:
+    """The search for tensors and generators is ours; nothing that it meets may raise into the call."""
+
+    class Device(random.Random):
+        def getstate(self) -> Any:
+            raise NotImplementedError("it has none")
+
+    class Refuses:
+        generator = Device()
+
+        @property
+        def __dict__(self) -> Any:
+            raise RuntimeError("not for others")
+
+    class Holds:
+        def __init__(self) -> None:
+            self.generator = Device()
+
+        @inference
+        def speak(self, given: Any) -> Any:
+            return given
+
+    given = [Refuses(), Device()]
+    assert Holds().speak(given) is given
