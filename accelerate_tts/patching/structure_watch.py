@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -80,7 +80,13 @@ class Inside:
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
         self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
-        self._functions = Functions(forward for _, forward in self._forwards)
+        self._functions = Functions(self._forwards)
+        self._watched += [
+            (vars(config), name, vars(config)[name])
+            for config in {id(config): config for config in map(_config_of, block.modules())}.values()
+            for name in self._functions.names & vars(config).keys() - _NOT_OF_A_BLOCK
+            if isinstance(vars(config)[name], _KINDS)
+        ]
         self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
 
     def altered(self) -> str | None:
@@ -120,6 +126,9 @@ class Inside:
         return self._functions.replaced()
 
 
+_BASES = vars(nn.Module).keys()  # its own methods are followed for no class
+_NOT_OF_A_BLOCK = {"output_attentions", "output_hidden_states", "use_cache", "return_dict", "dtype", "torch_dtype"}
+"""Options of a configuration that are defaults of a call's arguments, or that saving a model writes."""
 _ATTENTIONS = ("eager", "sdpa")
 
 
@@ -127,23 +136,33 @@ class Functions:
     """Functions that forwards find by global names when they run, and that other code may replace there.
 
     These are functions of the forwards' modules, of modules that they name (`torch.nn.functional`), and the attention
-    functions in a registry of transformers. The functions of transformers are followed in turn.
+    functions in a registry of transformers. The functions of transformers, and methods, are followed in turn.
+
+    Args:
+        forwards: Pairs of a class and its forward.
+
+    Attributes:
+        names: Names of all attributes and globals that they read.
     """
 
-    def __init__(self, forwards: Iterable[Any]) -> None:
+    def __init__(self, forwards: Iterable[tuple[Any, Any]]) -> None:
         found: dict[tuple[int, str], tuple[Callable[[str], Any], str]] = {
             (0, name): (vars(nn.Module).get, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")
         }
-        pending, followed = list(map(inspect.unwrap, forwards)), set()
+        self.names: set[str] = set()
+        pending, followed = list(forwards), set()
         while pending:
-            function = pending.pop()
+            cls, function = pending.pop()
+            function = inspect.unwrap(function)
             if function in followed or not isinstance(function, FunctionType):
                 continue
             followed.add(function)
+            self.names.update(function.__code__.co_names)
+            pending += [(cls, getattr(cls, name, None)) for name in function.__code__.co_names if name not in _BASES]
             for mapping, name in _places(function):
                 found[id(mapping), name] = mapping.get, name
                 if module_of(mapping.get(name)).startswith("transformers."):
-                    pending.append(inspect.unwrap(mapping[name]))
+                    pending.append((None, mapping[name]))
         self._places = list(found.values())
         self._before = [get(name) for get, name in self._places]
 
@@ -156,6 +175,14 @@ class Functions:
             name for (_, name), one, other in zip(self._places, now, self._before, strict=True) if one is not other
         )
         return f"{name}, which a block calls, was replaced"
+
+
+def _config_of(module: Any) -> Any:
+    config = vars(module).get("config")
+    return config if hasattr(config, "__dict__") else _NO_CONFIG
+
+
+_NO_CONFIG = SimpleNamespace()
 
 
 def _places(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:

@@ -17,6 +17,7 @@ from transformers.models.llama import modeling_llama as llama
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels.weight_formats import WeightFormat
+from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -187,3 +188,32 @@ def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: WeightF
 @contextmanager
 def no_change() -> Iterator[None]:
     yield
+
+
+class Vocoder(nn.Module):
+    """Reads an option of its configuration, and calls a function of torch in a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.VitsConfig()
+        self.layer = nn.Conv1d(2, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.shaped(x))  # type: ignore[no-any-return]
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.leaky_relu(x, self.config.leaky_relu_slope).to(x.dtype)
+
+
+def test_what_a_forward_reads_elsewhere() -> None:
+    model = Vocoder()
+    inside = Inside(model)
+    model.config.dtype = "float32"  # as saving a model writes
+    assert inside.altered() is None
+    for holder, name, value in (
+        (model.config, "leaky_relu_slope", 0.5), (nn.functional, "leaky_relu", nn.functional.relu),
+        (nn.functional, "conv1d", nn.functional.linear),
+    ):  # fmt: skip
+        with attribute(holder, name, value):
+            assert name in str(inside.altered())
+        assert inside.altered() is None
