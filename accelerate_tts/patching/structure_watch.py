@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-<<<<<<< HEAD
-from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks, has_hooks, hooks_of, is_capture
-=======
-from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture, module_of
->>>>>>> attack_lib
+from accelerate_tts.inspection.signatures import (
+    foreign_hooks,
+    global_hooks,
+    has_hooks,
+    hooks_of,
+    is_capture,
+    module_of,
+)
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
@@ -77,9 +80,6 @@ class Inside:
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
         self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
-<<<<<<< HEAD
-        self._global_hooks = global_hooks()
-=======
         self._functions = Functions(self._forwards)
         self._watched += [
             (vars(config), name, vars(config)[name])
@@ -87,8 +87,7 @@ class Inside:
             for name in self._functions.names & vars(config).keys() - _NOT_OF_A_BLOCK
             if isinstance(vars(config)[name], _KINDS)
         ]
-        self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
->>>>>>> attack_lib
+        self._global_hooks = global_hooks()
 
     def altered(self) -> str | None:
         """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""

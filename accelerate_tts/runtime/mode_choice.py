@@ -281,14 +281,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
             if len(item) > _LONGEST:
                 continue
         else:
-<<<<<<< HEAD
             holder = attributes_of(item)
-=======
-            try:
-                holder = object.__getattribute__(item, "__dict__")
-            except Exception:  # noqa: S112 - a class with slots, or one of the user's, whose property may raise anything
-                continue
->>>>>>> attack_lib
         places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
         queue.extend(value for _, value in places)
         yield holder, places

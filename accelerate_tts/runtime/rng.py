@@ -6,12 +6,8 @@ import random
 import sys
 import time
 import types
-<<<<<<< HEAD
 from collections.abc import Callable
-=======
-from collections.abc import Callable, Iterable
 from contextlib import suppress
->>>>>>> attack_lib
 from typing import Any, NamedTuple
 
 from accelerate_tts.inspection.object_tree import attributes_of
@@ -102,18 +98,6 @@ def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[_Kept
     return found
 
 
-<<<<<<< HEAD
-=======
-def _attributes_of(item: Any) -> Iterable[Any]:
-    try:
-        attributes = object.__getattribute__(item, "__dict__")
-    except Exception:  # a class with slots, or one of the user's, whose property may raise anything
-        return ()
-    # A module's tensors and submodules are in dictionaries of their own, which hold no generators.
-    return [value for name, value in list(attributes.items()) if name not in _OF_MODULES]
-
-
->>>>>>> attack_lib
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 
 

@@ -24,13 +24,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-<<<<<<< HEAD
 from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
-from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_watched
-=======
-from accelerate_tts.inspection.classes import class_of, plain_class
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
->>>>>>> attack_lib
 from accelerate_tts.patching.class_swap import (
     COPY,
     HALF,

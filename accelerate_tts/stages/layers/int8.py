@@ -20,13 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
-=======
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
-from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
->>>>>>> attack_lib
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
