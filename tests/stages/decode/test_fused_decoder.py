@@ -219,7 +219,7 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     assert len(served) == 28
 
 
-@pytest.mark.parametrize(("layers", "of_its_error"), [(4, 0.3), (28, 0.75)])
+@pytest.mark.parametrize(("layers", "of_its_error"), [(4, 0.4), (28, 0.75)])
 def test_a_model_in_bf16_is_rounded_where_upstream_rounds(layers: int, of_its_error: float, served: list[int]) -> None:
     """The two differ by less than either errs: what is left is the order of the sums, which blocks carry on."""
     torch.manual_seed(0)
