@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
+	bench soak audit releases environments environments-page record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
 	upstream-tests upstream-tests-page screenshots
 .DEFAULT_GOAL := help
 
@@ -111,6 +111,9 @@ environments: .venv/.wheel ## Each environment that users have, built and run: h
 
 record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
 	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
+
+peers: .venv/.wheel ## SYSTEM=llama|mms|demo|voice-clone|kokoro|f5 in other engines, in turn with eager and ours, stored as by record (ARGS= goes to the script)
+	@$(BIN)/python benchmarks/peers.py $(SYSTEM) --into benchmarks/results $(ARGS)
 
 service-load: .venv/.wheel ## The example service with 1 to 32 callers, plain against decorated, stored as by record (ARGS= goes to the script)
 	@$(BIN)/python benchmarks/service_load.py --into benchmarks/results $(ARGS)

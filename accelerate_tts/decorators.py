@@ -47,7 +47,7 @@ class _NoFunction:
         self.__wrapped__.__class__ = kind
 
 
-class _Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+class Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A wrapt function wrapper that supports copying and pickling, unlike wrapt's own.
 
     A function is pickled by its name, so decorated functions can be sent to worker processes. A wrapper on an instance
@@ -55,10 +55,10 @@ class _Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,
     and Spark use, also pickles functions by value, and then with their decorator.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shell:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shell:
         return type(self)(copy.deepcopy(self.__wrapped__, memo), self._self_wrapper)
 
-    def __copy__(self) -> _Shell:
+    def __copy__(self) -> Shell:
         return type(self)(self.__wrapped__, self._self_wrapper)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -80,11 +80,11 @@ class _Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,
             return False
 
 
-class _InferenceShell(_Shell):
+class _InferenceShell(Shell):
     pass
 
 
-class _BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
+class BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types
     """A decorated function that was read from an instance or a class.
 
     It is pickled and copied like a method, by its object and its name. `weakref.WeakMethod` calls the class of a method
@@ -92,6 +92,7 @@ class _BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc
     """
 
     def __new__(cls, wrapped: Any, instance: Any = None, *rest: Any, **named: Any) -> Any:
+        """Make a shell as wrapt does or, given a function and its object only, read it from the object."""
         if rest or named:
             return super().__new__(cls, wrapped, instance, *rest, **named)
         of_class = isinstance(wrapped.__wrapped__, classmethod)
@@ -122,7 +123,7 @@ class _BoundShell(_NoFunction, wrapt.BoundFunctionWrapper):  # type: ignore[misc
         return found(copy.deepcopy(owner, memo), name)
 
 
-setattr(_Shell, "__bound_function_wrapper__", _BoundShell)  # noqa: B010 - wrapt declares it an instance variable
+setattr(Shell, "__bound_function_wrapper__", BoundShell)  # noqa: B010 - wrapt declares it an instance variable
 
 
 setattr(_InferenceShell, inference_mode.INFERENCE_MARK, True)
@@ -134,11 +135,11 @@ def _cloudpickle() -> dict[str, Any] | None:
     return names if "cloudpickle" in str(names.get("__name__", "")).split(".") else None
 
 
-def _rewrap(shell: type[_Shell], wrapped: Any, wrapper: Any) -> _Shell:
+def _rewrap(shell: type[Shell], wrapped: Any, wrapper: Any) -> Shell:
     return shell(wrapped, wrapper)
 
 
-def _read(shell: _Shell) -> Any:
+def _read(shell: Shell) -> Any:
     """Read a function as from a class."""
     return shell.__get__(None, object)
 
@@ -255,7 +256,7 @@ def inference(
 
 
 def _decorate_inference(function: Any, *, mode: Mode, concurrency: int | None, retry: bool) -> Any:
-    _check_function("inference", function)
+    check_function("inference", function)
     return _InferenceShell(function, _RunInMode(mode, concurrency, retry=retry).call)
 
 
@@ -312,8 +313,8 @@ def optimized_model(  # noqa: PLR0913 - all but the function are keywords with a
     request = LoadRequest(warmup, mode, precision, tune_seconds, lengths)
 
     def decorate(decorated: Any) -> Any:
-        _check_function("optimized_model", decorated)
-        return _Shell(decorated, _Optimize(request))
+        check_function("optimized_model", decorated)
+        return Shell(decorated, _Optimize(request))
 
     return decorate if function is None else decorate(function)
 
@@ -363,10 +364,12 @@ class _Optimize:
 def is_load_function(function: Any) -> bool:
     """Check that `@optimized_model` decorates a function or a member of a class."""
     both = function, getattr(function, "__func__", None)  # the second inside a class method
+    # wrapt (1.x and 2.x) gives the wrapper of a function, bound or not, under this name alone.
     return any(isinstance(getattr(one, "_self_wrapper", None), _Optimize) for one in both)
 
 
-def _check_function(decorator: str, function: Any) -> None:
+def check_function(decorator: str, function: Any) -> None:
+    """Raise `TypeError` unless a decorator is given a function or a method."""
     if not (callable(function) or isinstance(function, (classmethod, staticmethod))) or inspect.isclass(function):
         raise TypeError(
             f"@{decorator} decorates a function or method, got {shown(function)};"

@@ -338,6 +338,11 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
     return remove
 
 
+def logged_count() -> int:
+    """Return the number of different degradations that are remembered as logged."""
+    return len(_logged)
+
+
 @contextmanager
 def isolated() -> Generator[None, None, None]:
     """Begin without hooks and without logged events, as in a new process, and put both back at the end. For tests."""

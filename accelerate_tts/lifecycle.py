@@ -106,12 +106,13 @@ class LoadedObjects:
         begun: list[Ledger] = []
         limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
         tuning = None
+        # Not in the block: on Python 3.13 a signal at the jump of a comprehension's `if` passes an `except` by.
+        roots = {path: root for path, root in found.items() if id(root) not in tuned}
         try:
             # Before anything else: dynamo may guard on which attributes a module has.
             for root in plan.roots:
                 keep(root)
             findings = _found(plan, calls, stages, limits, pack, device)
-            roots = {path: root for path, root in found.items() if id(root) not in tuned}
             tuning = self._with_weights_placed(plan, findings, loaded, roots, calls)
             for root in plan.roots:
                 keeper_of(root).tuning = tuning
@@ -216,10 +217,11 @@ class LoadedObjects:
         guarding = guards.guard_of(tuning)
         if guarding is None and self._settings.guard and tuning.changes:
             guarding = guards.Guard(tuning.receipt.what, tuning, tuning.expected, self._settings.guard_limit)
-        for item in (*roots, loaded.result, loaded.owner, tuning):
-            if item is not None and item is not tuning:
-                self._tunings.put(item, tuning)
-            if item is not None and guarding is not None:
+        items = [item for item in (*roots, loaded.result, loaded.owner) if item is not None]
+        for item in items:
+            self._tunings.put(item, tuning)
+        if guarding is not None:
+            for item in (*items, tuning):
                 guards.protect(item, guarding)
 
     def receipt(self, tuned: object) -> Receipt | None:

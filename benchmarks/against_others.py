@@ -1,14 +1,10 @@
-"""A decode step of a T3-shaped Llama (30 layers, 1,024 wide, 16 heads, 4,096 inner): ours, torch's, oneDNN's, ggml's.
+"""Our kernels for few rows against torch's, oneDNN's and ggml's, at the shapes of T3 (30 layers, 1,024 wide).
 
-    python benchmarks/against_others.py [--rows 2] [--layers 30] [--rounds 15] [--only steps|linears|prompt]
+    python benchmarks/against_others.py [--rows 2] [--layers 30] [--rounds 15] [--only linears|prompt]
 
 Run nothing else meanwhile. Candidates take turns, each round one call of each; medians with quartiles. "linears" is
-what reads the weights: the 210 linear layers of a step, without attention and norms. "steps" is the whole step with
-Python around it.
-
-ggml is measured as llama.cpp runs it, where `llama_cpp` and `gguf` can be imported (pip install llama-cpp-python gguf):
-a model of the same shape with random weights is written to a temporary folder (2 GB in F32). It runs in a process of
-its own, asked to go when nothing else does, since it has threads of its own, which would spin beside torch's.
+what reads the weights: the 210 linear layers of a step, without attention and norms. "prompt" is the whole model with
+100 positions; ggml is in it where `llama_cpp` and `gguf` are installed. For whole steps see peers.py.
 """
 
 from __future__ import annotations
@@ -16,14 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
+
+import ggml
 
 HIDDEN, HEADS, INNER, PROMPT, VOCABULARY = 1024, 16, 4096, 100, 256
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)]
@@ -36,17 +29,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["steps", "linears", "prompt"], default=None)
-    parser.add_argument("--ggml", metavar="FORMAT", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["linears", "prompt"], default=None)
     given = parser.parse_args()
-    if given.ggml:
-        serve_ggml(given)
-        return
     import torch
 
     torch.set_num_threads(given.threads)
     with torch.inference_mode():
-        for name, candidates in (("linears", linears), ("steps", steps), ("prompt", prompts)):
+        for name, candidates in (("linears", linears), ("prompt", prompts)):
             if given.only in {None, name}:
                 compare(f"{name}, {given.layers} layers, {given.rows} rows", candidates(given), given.rounds)
 
@@ -111,15 +100,7 @@ def linears(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
     yield "the memory's floor, fp32", lambda: [tensor.sum() for tensor in sums] and None
 
 
-# --- whole steps -----------------------------------------------------------------------------------------------------
-
-
-def steps(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float | None]]]:
-    model = t3(given.layers)
-    yield "eager, fp32", stepping(model, given.rows)
-    for weights in ("fp32", "bf16", "int8"):
-        yield f"ours, fused, {weights}", within(fused(model, weights), stepping(model, given.rows))
-    yield from ggml(given, "step")
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def prompts(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float | None]]]:
@@ -141,7 +122,11 @@ def prompts(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float
         change = PromptStage().prepare(Part("t3", "decoder", model))
         blocks.off()
         yield f"ours, bf16 prompts, {weights}", within(blocks, within(change, prompt))
-    yield from ggml(given, "prompt")
+    if any(importlib.util.find_spec(name) is None for name in ggml.MODULES):
+        print("(ggml is left out: pip install llama-cpp-python gguf)")
+        return
+    for kind in ("F32", "F16", "Q8_0"):
+        yield f"ggml (llama.cpp), {kind}", ggml.Engine(model, kind, given.threads, x, x[:, :1][None]).prompt
 
 
 def fused(model: Any, weights: Any) -> Any:
@@ -174,144 +159,6 @@ def t3(layers: int) -> Any:
         num_attention_heads=HEADS, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaModel(config).eval()
-
-
-def stepping(model: Any, rows: int) -> Callable[[], None]:
-    """One more token each time, behind a prompt."""
-    import torch
-
-    prompt, token = torch.randn(rows, PROMPT, HIDDEN), torch.randn(rows, 1, HIDDEN)
-    past: list[Any] = []
-
-    def step() -> None:
-        if not past or past[0].get_seq_length() > 2 * PROMPT:
-            past[:] = [model(inputs_embeds=prompt, use_cache=True).past_key_values]
-        model(inputs_embeds=token, past_key_values=past[0], use_cache=True)
-
-    step()
-    return step
-
-
-# --- ggml ------------------------------------------------------------------------------------------------------------
-
-
-def ggml(given: argparse.Namespace, what: str) -> Iterator[tuple[str, Callable[[], float | None]]]:
-    if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("gguf") is None:
-        print("(ggml is left out: pip install llama-cpp-python gguf)")
-        return
-    for kind in ("F32", "F16", "Q8_0"):
-        command = [sys.executable, __file__, "--ggml", kind, "--rows", str(given.rows), "--layers", str(given.layers),
-                   "--threads", str(given.threads)]  # fmt: skip
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdout.readline()  # it is loaded
-
-        def ask(child: Any = child) -> float:
-            child.stdin.write(what + "\n")
-            child.stdin.flush()
-            return float(child.stdout.readline())
-
-        yield f"ggml (llama.cpp), {kind}", ask
-
-
-def serve_ggml(given: argparse.Namespace) -> None:
-    """Answer each line, "step" or "prompt", with the seconds that it took."""
-    import llama_cpp as ll
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "t3.gguf"
-        write_gguf(path, given.ggml, given.layers)
-        ll.llama_backend_init()
-        quiet = ll.llama_log_callback(lambda *_: None)
-        ll.llama_log_set(quiet, None)
-        model = ll.llama_model_load_from_file(str(path).encode(), ll.llama_model_default_params())
-        options = ll.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_seq_max = 512 * given.rows, 1024, given.rows
-        options.n_ubatch = 1024
-        options.n_threads = options.n_threads_batch = given.threads
-        context = ll.llama_init_from_model(model, options)
-        assert context
-        batch = ll.llama_batch_init(1024, 0, given.rows)
-        length = 0
-
-        def decode(positions: int) -> float:
-            nonlocal length
-            batch.n_tokens = positions * given.rows
-            for row in range(given.rows):
-                for j in range(positions):
-                    i = row * positions + j
-                    batch.token[i], batch.pos[i], batch.n_seq_id[i] = (7 * i) % VOCABULARY, length + j, 1
-                    batch.seq_id[i][0], batch.logits[i] = row, j == positions - 1
-            start = time.perf_counter()
-            assert ll.llama_decode(context, batch) == 0
-            ll.llama_synchronize(context)
-            length += positions
-            return time.perf_counter() - start
-
-        def forget() -> None:
-            nonlocal length
-            ll.llama_memory_clear(ll.llama_get_memory(context), True)
-            length = 0
-
-        decode(PROMPT)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            if line.strip() == "prompt" or length > 2 * PROMPT:
-                forget()
-            if length == 0:
-                seconds = decode(PROMPT)
-            print(seconds if line.strip() == "prompt" else decode(1), flush=True)
-
-
-def write_gguf(path: Path, kind: str, layers: int) -> None:
-    import gguf
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type({"F32": 0, "F16": 1, "Q8_0": 7}[kind])
-
-    @cache
-    def packed(*shape: int) -> Any:
-        """Numbers of a weight; layers may have the same ones, each in memory of its own."""
-        values = (generator.standard_normal(shape, np.float32) * 0.02).astype(np.float32)
-        if kind == "Q8_0":
-            return gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        return values.astype(np.float16) if kind == "F16" else values
-
-    def add(name: str, *shape: int) -> None:
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-        else:
-            of = gguf.GGMLQuantizationType.Q8_0 if kind == "Q8_0" else None
-            writer.add_tensor(name, packed(*shape), raw_dtype=of)
-
-    add("token_embd.weight", VOCABULARY, HIDDEN)
-    add("output_norm.weight", HIDDEN)
-    add("output.weight", VOCABULARY, HIDDEN)
-    for i in range(layers):
-        for name in ("attn_norm", "ffn_norm"):
-            add(f"blk.{i}.{name}.weight", HIDDEN)
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(f"blk.{i}.{name}.weight", HIDDEN, HIDDEN)
-        add(f"blk.{i}.ffn_gate.weight", INNER, HIDDEN)
-        add(f"blk.{i}.ffn_up.weight", INNER, HIDDEN)
-        add(f"blk.{i}.ffn_down.weight", HIDDEN, INNER)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":

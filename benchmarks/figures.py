@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
+LANDING = ROOT / "docs" / "index.md"
 CHART = ROOT / "docs" / "figures" / "environments.svg"
+PEERS = ROOT / "docs" / "figures" / "peers.svg"
 sys.path.insert(0, str(HERE / "environments"))
 
 import page as environments_page
@@ -37,6 +40,9 @@ _COLUMNS = (
     "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
     "peak", "torch.compile", "pairs", "disturbed",
 )  # fmt: skip
+_PEERS = (
+    "model", "layers", "engine", "seconds", "ratio", "floors", "output", "set-up", "lines", "rounds", "disturbed",
+)  # fmt: skip
 _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
     "speech a second", "first audio, ratio", "whole, ratio", "others",
@@ -56,13 +62,40 @@ def files() -> dict[Path, str]:
     from run import ROWS
 
     found, rows = environments(FILE.read_text("utf-8")), environments_page.read(ROWS)
-    readme = ROOT / "README.md"
+    machines, readme = read(RESULTS), ROOT / "README.md"
+    groups = list(peer_groups(machines))
+    front, landing = (with_chart(one.read_text("utf-8"), bool(groups), one.parent) for one in (readme, LANDING))
+    bars = [bar for one in found if one.name in rows for bar in check_bars(one.name, rows[one.name])]
     return {
         environments_page.PAGE: environments_page.page(found, rows),
-        readme: environments_page.with_table(readme.read_text("utf-8"), found, rows),
-        CHART: chart([bar for one in found if one.name in rows for bar in bars(one.name, rows[one.name])]),
-        PAGE: results_page(read(RESULTS)),
+        readme: environments_page.with_table(front, found, rows),
+        CHART: chart("Times as fast as untouched", [Group("", bars)]),
+        **({PEERS: chart("Times as fast as eager PyTorch", groups)} if groups else {}),
+        PAGE: results_page(machines),
+        LANDING: landing,
     }
+
+
+_BEGIN, _END = "<!-- chart: ", "<!-- chart: end -->"
+_PEERS_TOLD = """![Times as fast as eager PyTorch: this library and other engines](docs/figures/peers.svg)
+
+The chart has one group for each run, in which all engines took turns with the same weights, inputs
+and threads. [What was measured](docs/RESULTS.md) has errors, set-up times and lines of code."""
+_CHART_TOLD = "![Times as fast as untouched, by environment and system](docs/figures/environments.svg)"
+
+
+def with_chart(page: str, peers: bool, folder: Path = ROOT) -> str:
+    """Return a page's text with the chart of peers between its two marks; that of environments if there is none.
+
+    Args:
+        page: The text.
+        peers: True if there is a chart of peers.
+        folder: The page's folder, this one or docs.
+    """
+    head = page.index("\n", page.index(_BEGIN)) + 1
+    told = _PEERS_TOLD if peers else _CHART_TOLD
+    told = told if folder == ROOT else told.replace("](docs/", "](")
+    return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -83,7 +116,7 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
         tables = [
             (head, [line for one in documents for line in lines(one)])
-            for head, lines in ((_COLUMNS, _rows), (_LOAD, _loads))
+            for head, lines in ((_COLUMNS, _rows), (_PEERS, _peers), (_LOAD, _loads))
         ]
         isa = ", ".join(machine["isa"]) or "no instruction set that is known by name"
         parts += [
@@ -117,6 +150,30 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield (system["system"], torch, "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 5))
 
 
+def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for item in document.get("peers", []):
+        for one in item["peers"]:
+            about = (f"{item['system']}, {item['what']}", str(item["layers"] or "all"), one["name"])
+            ratio = one["ratio"]
+            if ratio is None:
+                yield (*about, f"**failed**: {one['failed']}", "", "", "", "", str(one["lines"]), "", "")
+                continue
+            yield (
+                *about, f"{1e3 * ratio['after']:.1f} ms", environments_page.ratio_range(ratio),
+                f"{ratio['after'] / item['floor']:.2f}" if item["floor"] else "",
+                "other length" if one["error"] is None else "same" if not one["error"] else f"error {one['error']:.0e}",
+                f"{one['set_up']:.0f} s", str(one["lines"]), str(ratio["pairs"]),
+                "yes" if item["disturbed"] or item["moved"] else "no",
+            )  # fmt: skip
+
+
+def ahead(item: dict[str, Any]) -> list[str]:
+    """Return the engines of other makers that were faster than each of ours."""
+    ratios = {one["name"]: one["ratio"]["ratio"] for one in item["peers"] if one["ratio"] is not None}
+    ours = max((ratio for name, ratio in ratios.items() if name.startswith("ours")), default=0.0)
+    return [name for name, ratio in ratios.items() if ratio > ours and not name.startswith("ours") and name != "eager"]
+
+
 def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for item in document.get("service", []):
         for name in ("plain", "decorated"):
@@ -138,6 +195,8 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     variables = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
     names = ", ".join(one["system"] for one in document["systems"]) or "a service"
+    if "peers" in document:
+        names = "engines of " + ", ".join(one["system"] for one in document["peers"])
     python = f"Python {document['python']}, " if document["python"] else ""
     yield f"{names}: {document['date']}, {document['commit']}; {python}{versions}; {variables or 'no variable set'}"
     for system in document["systems"]:
@@ -146,6 +205,15 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
             said = [f"memory gave {memory} GB/s", *filter(None, (run["disturbance"], run["moved"], run["note"]))]
             yield f"{run['system']}, {run['precision']}: {'; '.join(map(environments_page.cell, said))}"
 
+    for item in document.get("peers", []):
+        memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
+        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", item["disturbance"], item["moved"]]
+        said += [item["note"], f"faster than all of ours: {', '.join(ahead(item)) or 'none'}"]
+        yield f"engines of {item['system']}: {'; '.join(environments_page.cell(one) for one in said if one)}"
+        for one in item["peers"]:
+            if one["kept"]:
+                yield f"{item['system']}, {one['name']}, kept: {environments_page.cell('; '.join(one['kept']))}"
+
 
 def _output(run: dict[str, Any]) -> str:
     if run["same_tokens"] is not None:
@@ -153,10 +221,18 @@ def _output(run: dict[str, Any]) -> str:
     return "differs" if run["error"] is None else "bit-exact" if run["error"] == 0.0 else f"error {run['error']:.0e}"
 
 
-# --- the chart --------------------------------------------------------------------------------------------------------
+# --- the charts -------------------------------------------------------------------------------------------------------
 
 
-def bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+@dataclass(frozen=True)
+class Group:
+    """Bars of a chart below a heading, which may be empty: names and ratios."""
+
+    heading: str
+    bars: Sequence[tuple[str, dict[str, float]]]
+
+
+def check_bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield a name and the ratio of one token for each check of a row; of a whole call where there is no token."""
     for check in row["checks"]:
         if check["failed"] is None and "whole" in check:
@@ -166,39 +242,73 @@ def bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str,
             yield name, check["step"] or check["whole"]
 
 
-_LEFT, _WIDTH, _ROW, _TOP = 8, 760, 42, 34
+_TITLES = {
+    "llama": "A Llama of the shape of Chatterbox's T3", "mms": "MMS (VITS)", "demo": "The demo's voice (VITS)",
+    "voice-clone": "Speaker encoder (resemblyzer)", "kokoro": "Kokoro", "f5_tts": "F5-TTS",
+}  # fmt: skip
+
+
+def peer_groups(machines: dict[str, list[dict[str, Any]]]) -> Iterator[Group]:
+    """Yield a group for each run of peers, at full size, with the fastest first."""
+    for documents in machines.values():
+        for item in (item for one in documents if one["options"]["size"] == "full" for item in one.get("peers", [])):
+            layers = f", {item['layers']} layers" if item["layers"] else ""
+            title = _TITLES.get(item["system"], item["system"])
+            heading = f"{title}{layers}: {item['what']}, {item['threads']} threads"
+            bars = [(one["name"], one["ratio"]) for one in item["peers"] if one["ratio"] and one["name"] != "eager"]
+            yield Group(heading, sorted(bars, key=lambda bar: -bar[1]["ratio"]))
+
+
+_LEFT, _WIDTH, _ROW, _TOP, _HEADING = 8, 760, 42, 34, 30
 _SCALE_WIDTH = 560
+_LABEL = 48  # the width of a ratio's text
 
 
-def chart(bars: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """Return an SVG with a bar for each ratio, and a line from its least to its most pair."""
-    most = max([2.0, *(ratio["highest"] for _, ratio in bars)])
-    unit = _SCALE_WIDTH / most
-    height = _TOP + _ROW * len(bars) + 8
+def chart(title: str, groups: Sequence[Group]) -> str:
+    """Return an SVG with a bar for each ratio, and a line from its least to its most round.
+
+    Bars of this library have another colour where a group has others, too. The dashed line at 1.0 stands beside bars
+    only, and never behind a text.
+    """
+    unit = _SCALE_WIDTH / max([2.0, *(ratio["highest"] for group in groups for _, ratio in group.bars)])
     one = _LEFT + unit
-    lines = [
+    lines: list[str] = []
+    top = _TOP
+    for group in groups:
+        if group.heading:
+            top += _HEADING
+            lines.append(f'<text class="head" x="{_LEFT}" y="{top - 10}">{escape(group.heading)}</text>')
+        mixed = any(not name.startswith("ours") for name, _ in group.bars) and group.heading
+        for name, ratio in group.bars:
+            kind = "bar other" if mixed and not name.startswith("ours") else "bar"
+            low, high = _LEFT + ratio["lowest"] * unit, _LEFT + ratio["highest"] * unit
+            within = " within" if ratio["ratio"] > 1 else ""
+            label = max(high, _LEFT + ratio["ratio"] * unit) + 8
+            if label - 6 < one < label + _LABEL:
+                label = one + 8
+            lines += [
+                f'<text x="{_LEFT}" y="{top + 11}">{escape(name)}</text>',
+                f'<rect class="{kind}" x="{_LEFT}" y="{top + 16}" width="{ratio["ratio"] * unit:.1f}" height="14"/>',
+                f'<line class="one{within}" x1="{one:.1f}" y1="{top + 15}" x2="{one:.1f}" y2="{top + 32}"/>',
+                f'<line class="spread" x1="{low:.1f}" y1="{top + 23}" x2="{high:.1f}" y2="{top + 23}"/>',
+                f'<text x="{label:.1f}" y="{top + 28}">{ratio["ratio"]:.2f}x</text>',
+            ]
+            top += _ROW
+    height = top + 8
+    head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"',
-        'role="img" aria-label="Times as fast as untouched, by environment and system">',
+        f'role="img" aria-label="{escape(title)}">',
         "<style>",
-        "text { font: 13px system-ui, sans-serif; fill: #1b1f24 } .bar { fill: #0959c4 }",
-        ".spread, .one { stroke: #57606a } .spread { stroke-width: 2 } .one { stroke-dasharray: 4 3 }",
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #6cabff }",
-        ".spread, .one { stroke: #9aa5b1 } }",
+        "text { font: 13px system-ui, sans-serif; fill: #1b1f24 } .head { font-weight: 600 }",
+        ".bar { fill: #0959c4 } .other { fill: #8c959f }",
+        ".spread, .one { stroke: #24292f } .spread { stroke-width: 2 } .one { stroke-dasharray: 4 3 }",
+        ".within { stroke: #ffffff }",
+        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #1f6feb } .other { fill: #6e7681 }",
+        ".spread, .one { stroke: #f0f6fc } .within { stroke: #ffffff } }",
         "</style>",
-        f'<text x="{_LEFT}" y="16">Times as fast as untouched (dashed: 1.0; lines: least to most pair)</text>',
-        f'<line class="one" x1="{one:.1f}" y1="{_TOP - 8}" x2="{one:.1f}" y2="{height - 4}"/>',
+        f'<text x="{_LEFT}" y="16">{escape(title)} (dashed: 1.0; lines: least to most)</text>',
     ]
-    for number, (name, ratio) in enumerate(bars):
-        top = _TOP + number * _ROW
-        width = ratio["ratio"] * unit
-        low, high = _LEFT + ratio["lowest"] * unit, _LEFT + ratio["highest"] * unit
-        lines += [
-            f'<text x="{_LEFT}" y="{top + 11}">{escape(name)}</text>',
-            f'<rect class="bar" x="{_LEFT}" y="{top + 16}" width="{width:.1f}" height="14"/>',
-            f'<line class="spread" x1="{low:.1f}" y1="{top + 23}" x2="{high:.1f}" y2="{top + 23}"/>',
-            f'<text x="{high + 8:.1f}" y="{top + 28}">{ratio["ratio"]:.2f}x</text>',
-        ]
-    return "\n".join([*lines, "</svg>", ""])
+    return "\n".join([*head, *lines, "</svg>", ""])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import torch
 from accelerate_tts import inference
 from accelerate_tts.cli.demo.backends import PlainBackend, speak_text
 from accelerate_tts.receipts.receipt import Receipt
-from accelerate_tts.runtime.guard import checks, guarded_call
+from accelerate_tts.runtime import rng
+from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.tuning.findings import Tuning
 
@@ -74,7 +75,7 @@ def main() -> None:
     units, stats = checks.units_of((TEXT,), {}), checks.audio_stats(wave)
     parts = {
         "look-up": median(lambda: guards.watchers_of(guarded, (TEXT,), {})),
-        "random states": median(lambda: guarded_call._random_states((TEXT,))),
+        "random states": median(lambda: rng.random_states((TEXT,))),
         "text": median(lambda: checks.units_of((TEXT,), {})),
         "output": median(lambda: checks.audio_stats(wave)),
         "verdict": median(lambda: watcher.judge("Backend.synthesize", units, stats, whole=True)),

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_UPSTREAM = {
+    re.compile("chatterbox|t3"): ("chatterbox-tts", "chatterbox-light"),
+    re.compile("xtts"): ("coqui-tts",),
+    re.compile("voice-clone"): ("resemblyzer",),
+}
+"""Packages that only these systems run on."""
+_BESIDE = {"accelerate_tts", "numpy"}
+_LONGEST = 200  # file systems take names of 255 bytes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,15 +67,41 @@ def slug(machine: dict[str, Any]) -> str:
 
 
 def name_of(content: dict[str, Any]) -> str:
-    """Return a file's name: the systems, the precisions, and what else makes it another measurement."""
+    """Return a file's name: the systems, the precisions, the options, and the environment."""
     options = content["options"]
-    systems = "-".join(one["system"] for one in content["systems"])
+    systems = [one["system"] for one in content["systems"]]
     if "service" in content:
-        systems = "-".join(["service", *dict.fromkeys(one["model"] for one in content["service"])])
-    told = [systems, *options["precisions"]]
+        systems = ["service", *dict.fromkeys(one["model"] for one in content["service"])]
+    if "peers" in content:
+        systems = ["peers", *dict.fromkeys(one["system"] for one in content["peers"])]
+    told = [*systems, *options["precisions"]]
     told += [f"{options['layers']}-layers"] if options["layers"] else []
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
-    return "-".join([*told, *([] if options["size"] == "full" else [options["size"]])])
+    told += [] if options["size"] == "full" else [options["size"]]
+    told += ["only", *options["peers"]] if options.get("peers") else []
+    name = "-".join([*map(_slug, told), *environment_of(content, systems)])
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def environment_of(content: dict[str, Any], systems: Sequence[str]) -> Iterator[str]:
+    """Yield what makes the same options another measurement: Python, what the systems run on, and variables.
+
+    The library itself is left out, since a newer result replaces an older one.
+    """
+    if content["python"]:
+        yield "python-" + ".".join(content["python"].split(".")[:2])
+    absent = {one for name, packages in _UPSTREAM.items() if not any(map(name.match, systems)) for one in packages}
+    for package, version in content["versions"].items():
+        if package not in absent | _BESIDE:
+            yield f"{package}-{version}"
+    for name, value in content["environment"].items():
+        yield _slug(f"{name.removeprefix('ACCELERATE_TTS_')}-{value}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def commit() -> str:

@@ -218,7 +218,7 @@ def registries(backend: Any) -> dict[str, int]:
     receipt = receipt_of(backend)
     found = {
         "guards": len(guards.known_guards), "queues": len(queue.known_queues), "locks": len(locks.all_locks()),
-        "logged events": len(events._logged), "recompiled graphs": 0 if receipt is None else receipt.recompiled,
+        "logged events": events.logged_count(), "recompiled graphs": 0 if receipt is None else receipt.recompiled,
     }  # fmt: skip
     embed = getattr(backend, "embed", None)
     return found if embed is None else {**found, "cached embeddings": embed.cache_info().entries}

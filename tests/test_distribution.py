@@ -62,7 +62,7 @@ def test_the_source_distribution_has_what_builds_and_tests_it(built: Path) -> No
     assert {name for name in names if name.startswith("accelerate_tts/")} == sources()
     top = {name.partition("/")[0] for name in names}
     wanted = {"accelerate_tts", "benchmarks", "docs", "examples", "tests", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
-              "Makefile", "README.md", "hatch_build.py", "pyproject.toml", "PKG-INFO"}  # fmt: skip
+              "Makefile", "README.md", "hatch_build.py", "mkdocs.yml", "pyproject.toml", "PKG-INFO"}  # fmt: skip
     assert wanted <= top
     assert top - wanted <= {".gitignore"}
     assert not [name for name in names if OF_BUILDS.search(name)]

@@ -113,7 +113,8 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
                "isa": ["avx2", "amx_bf16"]}  # fmt: skip
     content = {**made(moved="memory gave 10.0 to 20.0 GB/s"), "machine": machine}
     path = record.store(content, tmp_path, "0123456789")
-    assert path == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores" / "xtts-mms-exact-4-layers.json"
+    assert path.parent == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores"
+    assert path.name.startswith("xtts-mms-exact-4-layers-python-3.")
     page = figures.results_page(figures.read(tmp_path))
     row = next(line for line in page.splitlines() if line.startswith("| xtts |") and "25.0" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
@@ -129,6 +130,92 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     assert len(list((tmp_path / "again").glob("*/*.json"))) == 1
 
 
+def test_another_environment_is_another_file(figures: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("record")
+    versions = {"accelerate_tts": "0.2.0", "torch": "2.6.0", "transformers": "5.2.0", "chatterbox-tts": "0.1.7",
+                "coqui-tts": "0.28.0", "resemblyzer": "0.1.4", "numpy": "1.26.4"}  # fmt: skip
+    old = {**made(), "python": "3.11.7", "versions": versions, "environment": {}}
+    newer = {**old, "versions": {**versions, "accelerate_tts": "0.3.0"}}
+    changes: list[dict[str, Any]] = [
+        {"versions": {**versions, "torch": "2.14.1"}}, {"python": "3.12.1"}, {"python": None, "versions": {}},
+        {"environment": {"ACCELERATE_TTS_TF32": "0"}}, {"environment": {"OMP_NUM_THREADS": "1"}},
+    ]  # fmt: skip
+    paths = [record.store(content, tmp_path, "0123456") for content in (old, newer, *(old | one for one in changes))]
+    assert [path.stem.removeprefix("xtts-mms-exact-4-layers") for path in paths] == [
+        *["-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0"] * 2,
+        "-python-3.11-torch-2.14.1-transformers-5.2.0-coqui-tts-0.28.0",
+        "-python-3.12-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0",
+        "",
+        "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-tf32-0",
+        "-python-3.11-torch-2.6.0-transformers-5.2.0-coqui-tts-0.28.0-omp-num-threads-1",
+    ]
+    long = [{**old, "environment": {"OMP_PLACES": "x" * 300 + end}} for end in "ab"]
+    assert len({path.name for path in (record.store(one, tmp_path / "long", "0123456") for one in long)}) == 2
+    (documents,) = figures.read(tmp_path).values()
+    assert len(documents) == 6  # a name without an environment, as older files have it, is read, too
+
+
+def test_engines_of_one_run_are_stored_and_shown(figures: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("record")
+
+    def peer(name: str, ratio: float | None, **changes: Any) -> dict[str, Any]:
+        timed = ratio and {"before": 0.1, "after": 0.1 / ratio, "ratio": ratio, "lowest": ratio, "highest": ratio,
+                           "pairs": 7}  # fmt: skip
+        return {"name": name, "lines": 3, "set_up": 12.3, "ratio": timed, "error": 1e-6, "kept": [], "failed": None,
+                **changes}  # fmt: skip
+
+    peers = [
+        peer("eager", 1.0, error=0.0), peer("ours, exact", 1.25, kept=["model: fused | blocks"]),
+        peer("OpenVINO <bf16>", 2.0, error=None), peer("slow", 0.8),
+        peer("broken", None, set_up=None, error=None, failed="RuntimeError: no"),
+    ]  # fmt: skip
+    item = {"system": "mms", "what": "a call", "layers": None, "threads": 2, "note": "", "floor": 0.04,
+            "floor_of": "fp32", "floors": FLOORS, "disturbed": 1, "disturbance": "other processes", "moved": "",
+            "peers": peers}  # fmt: skip
+    options = {"precisions": ["exact"], "layers": None, "tokens": None, "size": "full", "peers": ["OpenVINO bf16"]}
+    content = {**made(), "systems": [], "peers": [item], "options": options, "commit": "0123456"}
+    assert list(objections(content, SCHEMA)) == []
+    assert list(objections({**content, "peers": [{**item, "floors": None}]}, SCHEMA))
+    assert record.store(content, tmp_path, "0123456").name.startswith("peers-mms-exact-only-openvino-bf16-python-3.")
+    machines = figures.read(tmp_path)
+    page = figures.results_page(machines)
+    rows = [line for line in page.splitlines() if line.startswith("| mms, a call |")]
+    assert [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows[1:3] + rows[-1:]] == [
+        ["ours, exact", "80.0 ms", "1.25x (1.25 to 1.25)", "2.00", "error 1e-06", "12 s", "3", "7", "yes"],
+        ["OpenVINO &lt;bf16>", "50.0 ms", "2.00x (2.00 to 2.00)", "1.25", "other length", "12 s", "3", "7", "yes"],
+        ["broken", "**failed**: RuntimeError: no", "", "", "", "", "3", "", ""],
+    ]
+    assert "faster than all of ours: OpenVINO &lt;bf16>" in " ".join(page.split())
+    (group,) = figures.peer_groups(machines)
+    assert [name for name, _ in group.bars] == ["OpenVINO <bf16>", "ours, exact", "slow"]
+    svg = figures.chart("Title", [group])
+    bars = [bar.attrib for bar in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")]  # noqa: S314 - our own
+    assert [bar["class"] for bar in bars] == ["bar other", "bar", "bar other"]
+    for peers_there in (False, True):
+        text = figures.with_chart("# A\n<!-- chart: x -->\nold\n<!-- chart: end -->\nB\n", peers_there)
+        assert ("figures/peers.svg" in text) is peers_there
+        assert text.endswith("<!-- chart: end -->\nB\n")
+        assert "old" not in text
+    tiny = {**content, "options": {**options, "size": "tiny"}}
+    assert list(figures.peer_groups({"machine": [tiny]})) == []
+
+
+def test_the_line_of_the_chart_crosses_no_text(figures: Any) -> None:
+    """Also where a ratio's text would begin left of 1.0 and end right of it."""
+    bars = [(f"bar {n}", {"ratio": n / 20, "lowest": n / 25, "highest": n / 18}) for n in range(1, 60)]
+    groups = [figures.Group("", bars), figures.Group("head", bars)]
+    root = ET.fromstring(figures.chart("Title", groups))  # noqa: S314 - our own
+    space = "{http://www.w3.org/2000/svg}"
+    lines = [one.attrib for one in root.iter(f"{space}line") if one.attrib["class"].startswith("one")]
+    assert len(lines) == 2 * len(bars)
+    texts = [(float(one.attrib["x"]), float(one.attrib["y"]), one.text or "") for one in root.iter(f"{space}text")]
+    for line in lines:
+        x, top, bottom = (float(line[key]) for key in ("x1", "y1", "y2"))
+        for left, baseline, text in texts:
+            above = baseline + 4 <= top or baseline - 11 >= bottom  # of 13 pixels, with what hangs below
+            assert above or not left <= x <= left + 8 * len(text), text
+
+
 def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) -> None:
     record = importlib.import_module("record")
     ratio = {"before": 2.0, "after": 1.0, "ratio": 2.0, "lowest": 1.5, "highest": 2.5, "pairs": 3}
@@ -140,7 +227,7 @@ def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) 
     content = {**made(), "systems": [], "service": [item], "options": options, "commit": "0123456"}
     assert list(objections(content, SCHEMA)) == []
     assert list(objections({**content, "service": [{**item, "others": None}]}, SCHEMA))
-    assert record.store(content, tmp_path, "0123456").name == "service-joe-exact.json"
+    assert record.store(content, tmp_path, "0123456").name.startswith("service-joe-exact-python-3.")
     rows = [line for line in figures.results_page(figures.read(tmp_path)).splitlines() if line.startswith("| joe |")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         ["joe", "32", "plain", "40", "7", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "", "", "4%"],
@@ -151,9 +238,8 @@ def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) 
 
 def test_the_chart_has_a_bar_for_each_ratio(figures: Any) -> None:
     ratio = {"ratio": 1.5, "lowest": 1.25, "highest": 2.0}
-    root = ET.fromstring(  # noqa: S314 - our own
-        figures.chart([("a <b>: t3", ratio), ("b: xtts", {**ratio, "ratio": 0.5, "lowest": 0.25})])
-    )
+    bars = [("a <b>: t3", ratio), ("b: xtts", {**ratio, "ratio": 0.5, "lowest": 0.25})]
+    root = ET.fromstring(figures.chart("Title", [figures.Group("", bars)]))  # noqa: S314 - our own
     space = "{http://www.w3.org/2000/svg}"
     widths = [float(bar.attrib["width"]) for bar in root.iter(f"{space}rect")]
     assert widths == [420.0, 140.0]

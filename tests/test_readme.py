@@ -36,6 +36,7 @@ def test_the_python_blocks_run(tmp_path: Path) -> None:
     """Run in a fresh interpreter, as a reader does."""
     assert len(blocks("python")) == 1
     for block in blocks("python"):
+        assert len(list(filter(None, block.splitlines()))) == 10, "the first screen has ten lines of code"
         done = subprocess.run(
             [sys.executable, "-c", f"{QUICK}\n{block}"],
             capture_output=True, text=True, check=False, cwd=tmp_path,

@@ -80,9 +80,9 @@ def test_one_system_is_loaded_decorated_and_compared(scripts: Any, monkeypatch: 
         return systems.System(torch.nn.Linear(4, 4).eval(), lambda model, x: model(x), inputs)
 
     stranger = systems.Stranger("linear", "torch", "torch", build)
-    expected, repeats = run._undecorated(stranger)
+    expected, repeats = run.undecorated(stranger)
     assert repeats
-    row = run._one_load(stranger, "exact", expected, 1.0, sampled=False)
+    row = run.one_load(stranger, "exact", expected, 1.0, sampled=False)
     assert (row["failed"], row["error"], row["mode"]) == (None, 0.0, "inference")
     wrong = [[leaf + 1 for leaf in output] for output in expected]
-    assert "relative error" in run._one_load(stranger, "exact", wrong, 1.0, sampled=False)["failed"]
+    assert "relative error" in run.one_load(stranger, "exact", wrong, 1.0, sampled=False)["failed"]

@@ -63,13 +63,13 @@ def test_a_process_that_died_is_laid_to_the_test_that_it_was_in(scripts: Any, tm
     passed = {"test": "a", "outcome": "passed", "text": text}
     lines = [{"collected": ["a", "b", "c"]}, {"begins": "a"}, passed, {"begins": "b"}]
     log.write_text("\n".join(map(json.dumps, lines)))
-    stopped = run._read(log, "")  # by the limit of seconds: nobody's fault
+    stopped = run.read_log(log, "")  # by the limit of seconds: nobody's fault
     assert list(stopped["tests"]) == ["a"]
     assert stopped["tests"]["a"]["text"] == "site-packages/torch/nn.py:3: in\nlib/python3.11/copy.py:1"
-    died = run._read(log, "the process ended with status -11")
+    died = run.read_log(log, "the process ended with status -11")
     assert died["collected"] == ["a", "b", "c"]
     assert died["tests"]["b"]["outcome"] == "failed"
-    assert run._read(tmp_path / "none", "")["tests"] == {}
+    assert run.read_log(tmp_path / "none", "")["tests"] == {}
 
 
 def test_only_what_passed_untouched_runs_tuned(scripts: Any) -> None:
@@ -84,7 +84,7 @@ def test_only_what_passed_untouched_runs_tuned(scripts: Any) -> None:
             tests = {name: {"outcome": outcomes[name], "why": ""} for name in ran}
             return {"collected": names or list(outcomes), "tests": tests, "ended": ""}
 
-    found = run._fresh_row()
+    found = run.fresh_row()
     run.run_model(Runner(), "toy", found)
     assert given == [(None, False), (["a"], True), (["a"], False), (["a"], True)]
     assert found["left"] == ["c"]
@@ -109,7 +109,7 @@ def test_a_model_is_tuned_at_its_first_call_in_eval_mode(scripts: Any, monkeypat
             return self.inner(x)
 
     class Called(Model):
-        __call__ = tuner._entry(nn.Module.__call__)
+        __call__ = tuner.entry(nn.Module.__call__)
 
     x, memory = torch.randn(1, 4, 9), []
     model = Called()

@@ -230,13 +230,7 @@ def values_of(words: Sequence[str], option: str) -> dict[str, Any]:
             raise BackendError(f"{option} {word!r}: write NAME=VALUE, such as {option} language=en")
         try:
             found[name] = ast.literal_eval(text)
-        except (
-            ValueError,
-            SyntaxError,
-            TypeError,
-            MemoryError,
-            RecursionError,
-        ):  # a text, as far as Python is concerned
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal, so a text
             found[name] = text
     return found
 

@@ -124,15 +124,16 @@ def _settings() -> Iterator[Finding]:
         yield Finding("switch", "warning", "every decorator is off", "unset ACCELERATE_TTS_DISABLE to use them")
 
 
-def _settings_or_default() -> Settings:
+def settings_or_default() -> Settings:
+    """Return the settings of the environment; the defaults if a variable is invalid, which is a finding of its own."""
     try:
         return Settings.from_environment()
     except SettingsError:
-        return Settings()  # reported by _settings
+        return Settings()
 
 
 def _device() -> Iterator[Finding]:
-    device = detect.detect(_settings_or_default().device)
+    device = detect.detect(settings_or_default().device)
     memory_text = f", {device.total_memory / _GIB:.1f} GiB" if device.total_memory else ""
     yield Finding("device", "ok", f"{device.kind}: {device.name}{memory_text}")
     if device.kind == "cpu" and shutil.which("nvidia-smi"):
@@ -150,7 +151,7 @@ def _device() -> Iterator[Finding]:
 def _flags() -> Iterator[Finding]:
     import torch
 
-    settings = _settings_or_default()
+    settings = settings_or_default()
     device = detect.detect(settings.device)
     precision = torch.get_float32_matmul_precision()
     now = f"matmul precision {precision}, cuDNN autotune {'on' if torch.backends.cudnn.benchmark else 'off'}"
@@ -163,7 +164,7 @@ def _flags() -> Iterator[Finding]:
 def _threads() -> Iterator[Finding]:
     import torch
 
-    settings = _settings_or_default()
+    settings = settings_or_default()
     quota = cpu.quota_cpus()
     usable, threads = cpu.usable_cpus(), torch.get_num_threads()
     found = (
@@ -187,7 +188,7 @@ def _threads() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    device = detect.detect(_settings_or_default().device)
+    device = detect.detect(settings_or_default().device)
     free = memory.free_bytes(device)
     tight = memory.under_pressure(device)
     text = "unknown" if free is None else f"{free / _GIB:.1f} GiB free on {device.kind}"

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.backend import BackendError, find, values_of
-from accelerate_tts.cli.doctor import Finding, compiler_path
+from accelerate_tts.cli.doctor import Finding, compiler_path, settings_or_default
 from accelerate_tts.device import setup
 from accelerate_tts.device.detect import detect
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
@@ -93,10 +93,7 @@ def _stages(plan: ModelPlan) -> Iterator[Finding]:
     from accelerate_tts.kernels.library import KernelError, kernels
     from accelerate_tts.stages.catalogue import default_stages
 
-    try:
-        settings = Settings.from_environment()
-    except SettingsError:
-        settings = Settings()
+    settings = settings_or_default()
     kind = next((parameter.device.type for root in plan.roots for parameter in root.parameters()), "cpu")
     mode = setup.compile_mode(detect(None), settings)
     tried = default_stages(kind, mode, settings.precision)

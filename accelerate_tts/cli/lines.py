@@ -8,7 +8,7 @@ from accelerate_tts.errors import printable
 
 
 def cleaned(line: str) -> str:
-    """A line without control characters. Its spaces stay, since tables are laid out with them."""
+    """Return a line without control characters. Its spaces stay, since tables are laid out with them."""
     return "".join(printable(c) or " " for c in line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable
+from accelerate_tts.receipts.format import duration
 
 _NUMBERS = {"before", "after", "ratio", "error"}
 
@@ -32,3 +34,8 @@ def table(rows: Sequence[Sequence[str | Text]], title: str, numbers: set[str] = 
     for row in body:
         result.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     return result
+
+
+def spread(times: Sequence[float]) -> str:
+    """Format seconds as their median and, in brackets, the least and the most."""
+    return f"{duration(statistics.median(times))} ({duration(min(times))} .. {duration(max(times))})"

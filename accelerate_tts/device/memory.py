@@ -86,6 +86,15 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_resident_bytes() -> int:
+    """Return the peak resident set size of this process on Linux, 0 if it is not reported.
+
+    Unlike `ru_maxrss` it does not include the parent's memory from before the exec.
+    """
+    status = Path("/proc/self/status").read_text("utf-8", "replace")
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
 def cleanup(device: DeviceInfo) -> None:
     """Collect garbage, empty the allocator's cache of `device`, and return freed heap pages to the system.
 
@@ -155,9 +164,7 @@ def peak_of(device: DeviceInfo, work: Callable[[], object]) -> int | None:
         return None
     before = resident_bytes()
     work()
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
-    return max(0, peak - before)
+    return max(0, peak_resident_bytes() - before)
 
 
 def _reset_peak() -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import nn
 
 PLAIN = "_accelerate_tts_plain"
@@ -45,7 +48,17 @@ def beneath_swaps(cls: type[Any]) -> type[Any]:
     return cls
 
 
-def state_of(module: object) -> Any:
-    """Return what pickle stores of an object's attributes. `object.__getstate__` is of Python 3.11."""
-    state: Any = object.__reduce_ex__(module, 2)
-    return state[2]
+def twin_of(item: Any, cls: type, without: Collection[str]) -> Any:
+    """Make a shallow copy of an object, with another class and without some attributes. No `__init__` runs."""
+    twin: Any = object.__new__(cls)
+    twin.__dict__ = {name: value for name, value in vars(item).items() if name not in without}
+    return twin
+
+
+def reduction_of(item: Any, cls: type, without: Collection[str]) -> tuple[Any, ...]:
+    """Return what `__reduce_ex__` returns for an object whose pickle holds its `twin_of`.
+
+    The twin's own would not do: pickle requires that its `__newobj__` makes an object of the present class.
+    """
+    state: Any = object.__reduce_ex__(twin_of(item, cls, without), 2)  # `object.__getstate__` is of Python 3.11
+    return copyreg._reconstructor, (cls, object, None), state[2]  # type: ignore[attr-defined]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -66,6 +68,29 @@ def members_of(value: object) -> Iterator[tuple[str, Any]]:
         for name in (name for cls in type(value).__mro__ for name in slots_of(cls)):
             with suppress(AttributeError):  # not set
                 yield name, object.__getattribute__(value, name)  # a class's own __getattr__ may raise anything
+
+
+def items_of(value: Any) -> Iterable[Any] | None:
+    """Return what a mapping (transformers' ModelOutput too), a list, a tuple or a dataclass holds, else `None`."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return None
+
+
+def attributes_of(value: object) -> dict[str, Any]:
+    """Return an object's attributes without running code of its class: a proxy that is not bound raises at any.
+
+    Empty for a class with slots, of an extension module, or with a `__dict__` of its own that raises or is none.
+    """
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except Exception:  # a class of the user's may raise anything
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

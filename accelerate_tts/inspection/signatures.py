@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
+
+from torch.nn.modules import module as globally
 
 
 def parameters_of(cls: Any) -> list[str]:
@@ -20,25 +23,36 @@ _READERS = ("transformers.", "accelerate_tts.")  # transformers' own collect req
 _ANALYZER = ".alignment_stream_analyzer"  # Chatterbox's multilingual model tracks its position in the text
 
 
+def hooks_of(*modules: Any) -> list[Any]:
+    """Return torch's dictionaries of the hooks before and after the calls of modules.
+
+    Their names are private in torch (2.0 to 2.14), which has no public way to read hooks.
+    """
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def global_hooks() -> tuple[Any, Any]:
+    """Return torch's dictionaries of the hooks on the calls of all modules; see `hooks_of`."""
+    return globally._global_forward_hooks, globally._global_forward_pre_hooks
+
+
 def has_hooks(*modules: Any) -> bool:
     """Check for user's hooks on modules, which must then really be called.
 
     Hooks of transformers and Chatterbox only read attention weights, and this package's only observe; they do not
     count.
     """
-    return bool(foreign_hooks([hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]))
+    return bool(foreign_hooks(hooks_of(*modules)))
 
 
 def calls_others(*modules: Any) -> bool:
     """Check that calls of modules run a user's code beside their classes' forward: hooks, or a forward of their own."""
-    from torch.nn.modules import module as globally
-
-    if globally._global_forward_hooks or globally._global_forward_pre_hooks or has_hooks(*modules):
+    if any(global_hooks()) or has_hooks(*modules):
         return True
     return bool([1 for module in modules if "forward" in module.__dict__])
 
 
-def foreign_hooks(places: list[Any]) -> list[Any]:
+def foreign_hooks(places: Iterable[Any]) -> list[Any]:
     """Return the user's hooks in some of torch's dictionaries of hooks; see `has_hooks`."""
     filled = [hooks for hooks in places if hooks]  # mostly none: this runs at each token
     return [hook for hooks in filled for hook in hooks.values() if _is_foreign(hook)]

@@ -7,13 +7,13 @@ example.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from torch import nn
 
 from accelerate_tts.errors import described
 from accelerate_tts.events import NotApplied, emit
-from accelerate_tts.inspection.object_tree import find_modules
-from accelerate_tts.inspection.object_tree import members_of as members
+from accelerate_tts.inspection.object_tree import find_modules, members_of
 from accelerate_tts.models import generic
 from accelerate_tts.models.catalogue import SYSTEMS, SystemEntry, register_system
 from accelerate_tts.models.named import Known
@@ -45,7 +45,7 @@ def describe(subject: object, only: Collection[nn.Module] | None = None) -> Mode
         parts += generic.parts(path, module) if name is None else _parts(systems[name], name, path, module)
     _say_what_is_not_known(subject, known, systems)
     # Unknown models are divided into parts after the first pass, by the times of their modules.
-    refine = generic.refiner(tuple(parts)) if any(part.kind == "model" for part in parts) else None
+    refine = partial(generic.refine, tuple(parts)) if any(part.kind == "model" for part in parts) else None
     return ModelPlan(type(subject).__name__, tuple(modules.values()), tuple(parts), refine)
 
 
@@ -68,7 +68,7 @@ def _say_what_is_not_known(subject: object, known: Collection[str], systems: Map
     for _ in range(_DEPTH):
         inner: list[object] = []
         for value in level:
-            held = [] if isinstance(value, nn.Module) else [item for _, item in members(value)]
+            held = [] if isinstance(value, nn.Module) else [item for _, item in members_of(value)]
             inner += held
             if not isinstance(value, nn.Module) and not any(isinstance(item, nn.Module) for item in held):
                 continue

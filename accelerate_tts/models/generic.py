@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from accelerate_tts.plan import Part
@@ -41,11 +40,6 @@ def refine(whole: tuple[Part, ...], seconds: Mapping[nn.Module, float]) -> tuple
         prefix = "" if part.name == type(part.module).__name__ else f"{part.name}."
         found += _taken_apart(part, prefix, seconds, 0)
     return tuple(found)
-
-
-def refiner(whole: tuple[Part, ...]) -> Callable[[Mapping[nn.Module, float]], tuple[Part, ...]]:
-    """Return `refine` with its first argument bound."""
-    return partial(refine, whole)
 
 
 def _taken_apart(part: Part, prefix: str, seconds: Mapping[nn.Module, float], depth: int) -> list[Part]:

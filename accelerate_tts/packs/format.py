@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate_tts.receipts.format import json_number
 from accelerate_tts.storage.files import BadFileError
 
 MAGIC = b"accelerate-tts pack 1\n"
@@ -100,15 +100,9 @@ def unpack(content: bytes, key: str, secret: bytes | None) -> tuple[Pack, bool, 
 
 def _from_json(text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode(), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        content = json.loads(text.decode(), parse_constant=json_number, parse_float=json_number)
+    except (ValueError, OverflowError, RecursionError) as error:
         raise BadFileError(f"its JSON cannot be read: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise BadFileError("its JSON is no object")
     return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return value

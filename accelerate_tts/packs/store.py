@@ -275,8 +275,9 @@ def _replaceable(path: Path) -> Path:
     """Resolve a path for writing. It must not exist, or be a regular file."""
     try:
         target = Path(path).resolve()
-        regular_or_none = not target.exists() or target.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a circular link, or an invalid name
+        # Not `exists`: it is False for a circular link, which `resolve` returns since Python 3.13.
+        regular_or_none = target.is_file() or not os.path.lexists(target)
+    except (OSError, RuntimeError, ValueError) as error:  # a circular link before 3.13, or an invalid name
         raise PackError(f"{path} cannot be written: {error}") from error
     if not regular_or_none:
         raise PackError(f"{path} cannot be written: it is no regular file and would be replaced by one; name a file")

@@ -7,14 +7,13 @@ a pickle of a changed module has its plain class.
 from __future__ import annotations
 
 import copy
-import copyreg
 import weakref
 from abc import ABCMeta
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from accelerate_tts.events import FellBack, NotApplied, emit
-from accelerate_tts.inspection.classes import PLAIN, beneath_swaps, class_of, plain_class, state_of
+from accelerate_tts.inspection.classes import PLAIN, beneath_swaps, class_of, plain_class, reduction_of, twin_of
 from accelerate_tts.patching.change import BaseChange
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ FUSED = "_accelerate_tts_fused"
 prefill."""
 RECORDED = "_accelerate_tts_recorded"
 """Attribute of classes whose objects replay a recording. A recording does not see later changes inside them."""
-COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
+CARRIED = COPY, HALF, PACKED = "_accelerate_tts_copy", "_accelerate_tts_half", "_accelerate_tts_packed"
 """Attributes that a change may set on a module while it is on. Copies and pickles of the module omit them."""
 
 
@@ -153,7 +152,7 @@ def keeps_copies(module: nn.Module) -> bool:
 def make_copies(module: nn.Module) -> None:
     """Compute the values that the layers of a module carry (`Derived`). A compiler cannot trace their computation."""
     for inner in module.modules():
-        for attribute in (COPY, HALF, PACKED):
+        for attribute in CARRIED:
             carried = vars(inner).get(attribute)
             if carried is not None:
                 carried.get()
@@ -181,19 +180,13 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
         method: Name of the method that `forward` replaces.
     """
 
-    def twin(self: Any) -> Any:
-        module: Any = object.__new__(plain)
-        module.__dict__ = {name: value for name, value in vars(self).items() if name not in {COPY, HALF, PACKED}}
-        return module
-
     def reduce_ex(self: Any, protocol: int) -> Any:
         if "__reduce_ex__" in vars(plain):  # another stage's class, whose reduction makes an untouched module
-            return twin(self).__reduce_ex__(protocol)
-        # Not the copy's own: pickle requires that its __newobj__ makes an object of the module's present class.
-        return copyreg._reconstructor, (plain, object, None), state_of(twin(self))  # type: ignore[attr-defined]
+            return twin_of(self, plain, CARRIED).__reduce_ex__(protocol)
+        return reduction_of(self, plain, CARRIED)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(twin(self), memo)
+        return copy.deepcopy(twin_of(self, plain, CARRIED), memo)
 
     names: dict[str, Any] = {PLAIN: plain, "__init_subclass__": classmethod(cast("Any", _derive))}
     if copies:
@@ -202,7 +195,7 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     def prepare_scriptable(self: Any) -> Any:
         # torch.jit.script compiles the source of a forward, and replaces modules in place by the result.
         emit(NotApplied(f"a tuned {plain.__name__}", "torch.jit.script reads upstream's own code, which it is now"))
-        for attribute in (COPY, HALF, PACKED):
+        for attribute in CARRIED:
             vars(self).pop(attribute, None)
         self.__class__ = plain_class(self)
         return self

@@ -58,7 +58,6 @@ def _is_cache(value: Any) -> bool:
 
 def _make_normal(cache: Any) -> None:
     """Replace inference tensors in the attributes of a cache and its layers. The cache itself stays."""
-    import torch
 
     def normal(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_inference():

@@ -10,7 +10,14 @@ from typing import Any
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks, has_hooks, is_capture, module_of
+from accelerate_tts.inspection.signatures import (
+    foreign_hooks,
+    global_hooks,
+    has_hooks,
+    hooks_of,
+    is_capture,
+    module_of,
+)
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
@@ -28,13 +35,8 @@ class Calls:
     """
 
     def __init__(self, module: nn.Module, *, itself: bool = True) -> None:
-        from torch.nn.modules import module as globally
-
         modules = [inner for inner in module.modules() if itself or inner is not module]
-        self._hooks = [
-            *(hooks for inner in modules for hooks in (inner._forward_hooks, inner._forward_pre_hooks)),
-            globally._global_forward_hooks, globally._global_forward_pre_hooks,
-        ]  # fmt: skip
+        self._hooks = [*hooks_of(*modules), *global_hooks()]
         self._found = foreign_hooks(self._hooks)
         self._forwards = [(cls, cls.forward) for cls in {*map(plain_class, modules), plain_class(module)}]
 
@@ -64,8 +66,6 @@ class Inside:
     def __init__(
         self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
     ) -> None:
-        from torch.nn.modules import module as globally
-
         self._read = read
         self._inner = [inner for inner in block.modules() if inner is not block]
         # Also modules without children, since a linear layer may be given an adapter.
@@ -74,7 +74,7 @@ class Inside:
         self._watched += [
             (vars(inner), name, value)
             for inner in block.modules()
-            if not _is_layer(inner)
+            if plain_class(inner) is not nn.Linear  # the most frequent module, of which only the tensors matter
             for name, value in plain_attributes(inner, training=inner is not block)
         ]
         self._classes = list(map(plain_class, self._inner))
@@ -87,7 +87,7 @@ class Inside:
             for name in self._functions.names & vars(config).keys() - _NOT_OF_A_BLOCK
             if isinstance(vars(config)[name], _KINDS)
         ]
-        self._global_hooks = (globally._global_forward_hooks, globally._global_forward_pre_hooks)
+        self._global_hooks = global_hooks()
 
     def altered(self) -> str | None:
         """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""
@@ -215,8 +215,3 @@ def plain_attributes(module: nn.Module, *, training: bool = False) -> list[tuple
         for name, value in vars(module).items()
         if name not in _NOT_READ and isinstance(value, _KINDS) and (training or name != "training")
     ]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Check for torch's linear layer, the most frequent module. Only its tensors matter."""
-    return plain_class(module) is nn.Linear

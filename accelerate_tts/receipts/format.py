@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 
 
+def json_number(text: str) -> float:
+    """Parse a number of a JSON text; raise `OverflowError` for Infinity and 1e999, which Python's parser accepts."""
+    if not math.isfinite(number := float(text)):
+        raise OverflowError(f"{text} is no number of JSON")
+    return number
+
+
 def duration(seconds: float | None) -> str:
     """Format seconds as a short text with a unit."""
     if seconds is None:

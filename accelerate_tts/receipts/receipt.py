@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from accelerate_tts.errors import printable
-from accelerate_tts.receipts.format import duration, error_text, ratio_text
+from accelerate_tts.receipts.format import duration, error_text, json_number, ratio_text
 
 _FORMAT = 1
 _PAGES = {".html", ".htm"}
@@ -147,7 +146,7 @@ class Receipt:
             ValueError: The text is not a receipt, or has another format version.
         """
         try:
-            content = json.loads(text, parse_float=_finite, parse_constant=_finite)
+            content = json.loads(text, parse_float=json_number, parse_constant=json_number)
             found = content.pop("format")
             if found != _FORMAT:
                 raise ValueError(f"receipt format {found!r} is not {_FORMAT}; use the version that wrote it")
@@ -195,10 +194,3 @@ class Receipt:
     def verdict(self) -> str:
         """Number of stages kept and of recompilations, as a text."""
         return f"{len(self.kept)} kept, {self.recompiles} recompiles since warm-up"
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):  # Python's parser accepts Infinity and 1e999, which JSON does not allow
-        raise ValueError(f"this is no receipt: {text} is no number of JSON")
-    return number

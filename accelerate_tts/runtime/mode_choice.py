@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
+from accelerate_tts.inspection.object_tree import attributes_of
 from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
@@ -280,10 +281,7 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
             if len(item) > _LONGEST:
                 continue
         else:
-            try:
-                holder = object.__getattribute__(item, "__dict__")
-            except Exception:  # noqa: S112 - a class with slots, or one of the user's, whose property may raise anything
-                continue
+            holder = attributes_of(item)
         places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
         queue.extend(value for _, value in places)
         yield holder, places

@@ -6,10 +6,11 @@ import random
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from accelerate_tts.inspection.object_tree import attributes_of
 from accelerate_tts.runtime.seeding import other_threads, sources_of
 
 _MOMENT = 0.02
@@ -91,18 +92,10 @@ def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[_Kept
             elif issubclass(kind, dict):
                 inner += list(item.values())[:_MOST_LOOKED_AT]
             elif torch is None or not issubclass(kind, torch.Tensor):
-                inner += _attributes_of(item)
+                # A module's tensors and submodules are in dictionaries of their own, which hold no generators.
+                inner += [value for name, value in list(attributes_of(item).items()) if name not in _OF_MODULES]
         level = inner
     return found
-
-
-def _attributes_of(item: Any) -> Iterable[Any]:
-    try:
-        attributes = object.__getattribute__(item, "__dict__")
-    except Exception:  # a class with slots, or one of the user's, whose property may raise anything
-        return ()
-    # A module's tensors and submodules are in dictionaries of their own, which hold no generators.
-    return [value for name, value in list(attributes.items()) if name not in _OF_MODULES]
 
 
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})

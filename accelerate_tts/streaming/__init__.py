@@ -5,7 +5,6 @@ looks, `Pieces` runs it on overlapping pieces, `Tapped` takes the tokens of a lo
 splits a text.
 """
 
-from accelerate_tts.streaming.clicks import clicks
 from accelerate_tts.streaming.options import StreamOptions
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import ReceptiveField, field_of, measure
@@ -22,7 +21,6 @@ __all__ = [
     "StreamOptions",
     "Tapped",
     "Tokens",
-    "clicks",
     "field_of",
     "measure",
     "sentences",

@@ -19,6 +19,7 @@ import torch
 
 from accelerate_tts.errors import ModelError, message_of
 from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.inspection.signatures import hooks_of
 from accelerate_tts.locks import rlock
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE
 
@@ -150,11 +151,10 @@ def _untouched(module: nn.Module) -> nn.Module:
         copied = copy.deepcopy(module)
     except Exception:  # old weight norm cannot be copied, foreign modules may raise anything; the result is the same
         return module
-    for inner in copied.modules():
-        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
-            # torch's own compute weights.
-            for number in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
-                del hooks[number]
+    for hooks in hooks_of(*copied.modules()):
+        # torch's own compute weights.
+        for number in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
+            del hooks[number]
     return copied
 
 

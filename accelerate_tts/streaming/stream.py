@@ -63,13 +63,16 @@ class Stream(Generator["Tensor", None, None]):
 
     Iterating it asynchronously makes each piece in a thread, and a cancelled task stops it within one token. It can be
     closed from any thread, also while another one waits for a piece.
+
+    Attributes:
+        left: Set once the stream was left. The loop stops at its next token.
     """
 
     def __init__(self, what: str, body: Body) -> None:
-        self._left = threading.Event()
+        self.left = threading.Event()
         self._running = threading.Lock()
         self._body: Generator[Tensor, None, None] = inference_mode.call(
-            _timed, (what, body, self._left), {}, "inference"
+            _timed, (what, body, self.left), {}, "inference"
         )
 
     def send(self, value: None, /) -> Tensor:
@@ -93,7 +96,7 @@ class Stream(Generator["Tensor", None, None]):
 
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""
-        self._left.set()
+        self.left.set()
         if self._running.acquire(blocking=False):  # otherwise a thread waits for a piece, and stops by the flag
             try:
                 self._body.close()
@@ -116,7 +119,7 @@ class Stream(Generator["Tensor", None, None]):
                 try:
                     piece = await asyncio.shield(step)
                 except asyncio.CancelledError:
-                    self._left.set()
+                    self.left.set()
                     await asyncio.wait({step})  # at most one token
                     if not step.cancelled():
                         step.exception()  # seen

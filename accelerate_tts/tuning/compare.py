@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accelerate_tts.inspection.object_tree import items_of
 from accelerate_tts.tuning.cache_delta import is_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from accelerate_tts.settings import Precision
 
@@ -234,7 +234,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
             whole = all(isinstance(item, int) and -(2**63) <= item < 2**63 for item in value)
             yield torch.tensor(value, dtype=torch.int64 if whole else torch.float64)
         else:
-            for item in _items(value):
+            items = items_of(value)
+            for item in list(getattr(value, "__dict__", {}).values()) if items is None else items:
                 yield from _tensors(item, seen)
 
 
@@ -247,16 +248,6 @@ def _of_bytes(value: bytes) -> Iterator[Any]:
             yield torch.frombuffer(bytearray(value[data : data + count]), dtype=torch.int16).view(-1, channels).T
             value = value[:data] + value[data + count :]
     yield torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
-
-
-def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):  # transformers' ModelOutput too
-        return value.values()
-    if isinstance(value, (tuple, list)):
-        return value
-    if dataclasses.is_dataclass(value):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return list(getattr(value, "__dict__", {}).values())
 
 
 def _error(reference: Any, candidate: Any) -> float:

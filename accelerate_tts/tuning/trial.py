@@ -129,9 +129,9 @@ class Trial:
         if captured is not None:
             if captured.count == 0 and not self._is_whole():
                 return "not tried: the warm-up never called it", True
-            total = sum(seen.seconds for seen in baseline.captured.values())
-            if captured.count and total > 0 and captured.seconds < stage.least_share * total:
-                return f"not tried: {100 * captured.seconds / total:.1f} % of the time", baseline.pass_quiet
+            share = baseline.share(part)
+            if captured.count and share < stage.least_share:
+                return f"not tried: {100 * share:.1f} % of the time", baseline.pass_quiet
         longest = min(self._policy.longest_pass, baseline.budget.seconds * self._policy.pass_share)
         if part.kind == PROCESS and baseline.pass_seconds > longest:
             seconds = baseline.pass_seconds

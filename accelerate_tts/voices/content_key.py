@@ -14,8 +14,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.inspection.object_tree import slots_of
+from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks
 from accelerate_tts.storage.file_digests import DURABLE, FileDigests, UnknownContentError, fastest
-from accelerate_tts.voices.encoder_state import Encoders, function_words, global_hooks, modules_of, numerics
+from accelerate_tts.voices.encoder_state import Encoders, function_words, modules_of, numerics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +76,7 @@ class Digest:
     def circumstances(self) -> None:
         """Add global state that affects the encoder: torch's settings and global module hooks."""
         self._put("numerics", numerics())
-        for hook in global_hooks():
+        for hook in foreign_hooks(global_hooks()):
             self.function(hook)
 
     def function(self, function: Any) -> None:

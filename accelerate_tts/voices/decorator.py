@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from accelerate_tts.decorators import _BoundShell, _check_function, _Shell, class_of_call
+from accelerate_tts.decorators import BoundShell, Shell, check_function, class_of_call
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.locks import lock
 from accelerate_tts.settings import check_folder, is_active
@@ -48,24 +48,21 @@ class CachedFunction(Protocol[P, R_co]):
         ...
 
 
-def _cache_of(shell: Any) -> Embeddings:
-    answer: _AnswerFromCache = shell._self_wrapper
-    return answer.embeddings
-
-
 class _Cached:
+    _self_wrapper: Any  # wrapt's own name: the `_AnswerFromCache` of the shell
+
     def cache_info(self) -> CacheInfo:
-        return _cache_of(self).info()
+        return self._self_wrapper.embeddings.info()  # type: ignore[no-any-return]
 
     def cache_clear(self) -> None:
-        _cache_of(self).clear()
+        self._self_wrapper.embeddings.clear()
 
 
-class _CachedBound(_Cached, _BoundShell):
+class _CachedBound(_Cached, BoundShell):
     pass
 
 
-class _CachedShell(_Cached, _Shell):
+class _CachedShell(_Cached, Shell):
     pass
 
 
@@ -153,7 +150,7 @@ def cached_embedding(
     options = _checked(limit_mb, folder, sets, encoder)
 
     def decorate(decorated: Any) -> Any:
-        _check_function("cached_embedding", decorated)
+        check_function("cached_embedding", decorated)
         named = getattr(decorated, "__func__", decorated)  # a class method or a bound method
         return _CachedShell(decorated, _AnswerFromCache(getattr(named, "__qualname__", repr(named)), *options))
 

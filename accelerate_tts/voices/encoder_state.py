@@ -23,7 +23,7 @@ import torch
 
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks
+from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
 from accelerate_tts.patching.lazy_parameters import LazyParameters
@@ -88,11 +88,11 @@ class Encoders:
         with self._lock:
             known = self._known.get(module)
             # The addresses are read only if the state shows that the memory still belongs to the weights.
-            if known is None or known.state != state or _sampled(known.places) != known.sample:
+            if known is None or known.state != state or b"".join(known.places) != known.sample:
                 held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
                 # Computed again, now that the held references keep the addresses from being reused.
                 places = _places(walked)
-                known = _WeightState(_state(walked), places, _sampled(places), held, next(self._numbers))
+                known = _WeightState(_state(walked), places, b"".join(places), held, next(self._numbers))
                 self._known.put(module, known)
             return known
 
@@ -194,10 +194,6 @@ def _places(walked: list[nn.Module]) -> list[Any]:
     return places
 
 
-def _sampled(places: list[Any]) -> bytes:
-    return b"".join(places)
-
-
 def _hold(tensor: torch.Tensor) -> Any:
     """Return an object that keeps a storage's address from being reused, without keeping its memory."""
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -237,8 +233,7 @@ def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[An
         values += [value for value in own.values() if type(value) in _SCALARS]
         if about[1]:  # the items of a list may change while its id stays
             texts += [f"{value}" for value in own.values() if type(value) in _LISTS and _is_plain(value)]
-        if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
-            functions += foreign_hooks([own.get("_forward_hooks"), own.get("_forward_pre_hooks")])
+        functions += foreign_hooks(hooks_of(module))
         if "forward" in own:
             functions.append(own["forward"])
         config = own.get("config")
@@ -256,13 +251,6 @@ def _is_plain(value: Any) -> bool:
 def _is_constant(value: Any) -> bool:
     """Check for an immutable plain value. A list outside a function may as well be one that it writes to."""
     return type(value) in _SCALARS or (type(value) is tuple and all(map(_is_constant, value)))
-
-
-def global_hooks() -> list[Any]:
-    """Return the user's global module hooks."""
-    from torch.nn.modules import module
-
-    return foreign_hooks([module._global_forward_hooks, module._global_forward_pre_hooks])
 
 
 def numerics() -> str:

@@ -59,7 +59,7 @@ def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -
 
 
 def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
-    """Return README's text with a small table of results for each machine and day between its two marks.
+    """Return README's text with a small table of results for each machine between its two marks.
 
     Args:
         readme: The text.
@@ -67,24 +67,35 @@ def with_table(readme: str, environments: Sequence[Environment], rows: dict[str,
         rows: As for `page`.
     """
     found: dict[str, list[Sequence[str]]] = {}
+    days: dict[str, set[str]] = {}
     for one, row in ((one, rows[one.name]) for one in environments if one.name in rows):
         machine = row["machine"]
-        where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, {row['date']}:"
+        where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
         found.setdefault(where, []).extend(map(_in_short, _checks(one, row)))
-    tables = [f"{where}\n\n{table(_SHORT, lines)}" for where, lines in found.items() if lines]
+        days.setdefault(where, set()).add(row["date"])
+    tables = [
+        f"{where}, {' and '.join(sorted({min(days[where]), max(days[where])}))}:\n\n{table(_SHORT, lines)}"
+        for where, lines in found.items()
+        if lines
+    ]
     head = readme.index("\n", readme.index(_BEGIN)) + 1
     text = "\n".join(tables) or "No row was written in this state.\n"
     return f"{readme[:head]}\n{text}\n{readme[readme.index(_END) :]}"
 
 
-_SHORT = ("environment", "system", "layers", "precision", "one token", "whole call", "output")
+_SHORT = ("release", "model", "layers", "precision", "one token", "whole call", "output")
+_MODELS = {
+    "t3": "Chatterbox T3", "t3-multilingual": "T3, multilingual", "t3-turbo": "T3, turbo", "xtts": "XTTS v2",
+    "mms": "MMS", "higgs": "Higgs Audio v2", "voice-clone": "speaker encoder", "chatterbox": "Chatterbox",
+}  # fmt: skip
 
 
 def _in_short(check: Sequence[str]) -> Sequence[str]:
-    """Return the cells of README's table, with medians alone."""
-    environment, system, layers, precision, seconds, ratio, _floor, whole, output, _kept = check
-    output = "**failed**" if seconds.startswith("**failed**") else output
-    return environment, system, layers, precision, ratio.partition(" ")[0], whole.partition(" ")[0], output
+    """Return the cells of README's table, with medians alone and the models as people call them."""
+    release, system, layers, precision, seconds, ratio, _floor, whole, output, _kept = check
+    output = "**failed**" if seconds.startswith("**failed**") else output.partition(":")[0]
+    model = _MODELS.get(system, system)
+    return release, model, layers, precision, ratio.partition(" ")[0], whole.partition(" ")[0], output
 
 
 _OVERVIEW = ("environment", "Python", "torch", "transformers", "upstream", "tests", "result", "run on")

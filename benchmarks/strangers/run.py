@@ -112,8 +112,8 @@ def _called(speak: Any, arguments: tuple[Any, ...], seed: int) -> list[Any]:
     return _leaves(speak(*given))
 
 
-def _undecorated(stranger: Stranger) -> tuple[list[list[Any]], bool]:
-    """The outputs for both inputs, and whether a second object gives the same."""
+def undecorated(stranger: Stranger) -> tuple[list[list[Any]], bool]:
+    """Return the outputs for both inputs, and True if a second object gives the same."""
     import torch
 
     outputs = []
@@ -189,7 +189,7 @@ def _precision(load: str) -> Any:
     return {"again": "exact", "every": "exact", "every-fast": "fast"}.get(load, load)
 
 
-def _one_load(
+def one_load(
     stranger: Stranger, load: str, expected: list[list[Any]], seconds: float, *, sampled: bool
 ) -> dict[str, Any]:
     """Load a system decorated, call it, and say what was found."""
@@ -268,7 +268,7 @@ def _run(stranger: Stranger, loads: Sequence[str], seconds: float, say: Callable
     from accelerate_tts.models import describe
 
     try:
-        expected, repeats = _undecorated(stranger)
+        expected, repeats = undecorated(stranger)
         torch.manual_seed(0)
         made = stranger.build()
         plans = sorted({part.kind for part in describe(made.model).parts})
@@ -278,7 +278,7 @@ def _run(stranger: Stranger, loads: Sequence[str], seconds: float, say: Callable
     say(undecorated="works" if repeats else "works, and gives another output each time", parts=plans)
     shutil.rmtree(os.environ["ACCELERATE_TTS_PACK_FOLDER"], ignore_errors=True)
     for load in loads if repeats else ():
-        say(**_one_load(stranger, load, expected, seconds, sampled=made.sampled))
+        say(**one_load(stranger, load, expected, seconds, sampled=made.sampled))
 
 
 # --- all systems ------------------------------------------------------------------------------------------------------

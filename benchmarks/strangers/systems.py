@@ -1,4 +1,4 @@
-"""Small builders of speech systems that no plan of `accelerate_tts/models` knows, with their own entry points.
+"""Small builders of speech systems with their own entry points; hardly any has a plan in `accelerate_tts/models`.
 
 A builder is called with torch seeded, and returns true upstream classes at small size with random weights. Each
 imports its package inside: a package that is not installed skips its systems, and fails none.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SYSTEMS", "Stranger", "System"]
+__all__ = ["SYSTEMS", "Stranger", "System", "f5_tts", "kokoro"]
 
 
 @dataclass(frozen=True)
@@ -1052,25 +1052,35 @@ def _pocket_tts_own() -> System:
 
 
 @_stranger("kokoro", "kokoro+loguru", "kokoro")
-def _kokoro() -> System:
+def kokoro(*, full: bool = False) -> System:
+    """Build Kokoro; `full` has the sizes of Kokoro-82M, whose random weights speak half a second for each letter."""
     import tempfile
 
     _without_init("kokoro")  # its front end, misaki, brings spaCy
     from kokoro.model import KModel
+    from loguru import logger
+
+    logger.disable("kokoro")  # it prints each text
 
     vocab = {letter: 1 + number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    bert = {
+        "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2,
+        "max_position_embeddings": 128, "embedding_size": 16,
+    }  # fmt: skip
+    if full:
+        bert = {
+            "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 12,
+            "max_position_embeddings": 512,
+        }  # fmt: skip
+    kernels = [3, 7, 11] if full else [3]
     config = {
-        "vocab": vocab, "n_token": 30, "hidden_dim": 512, "style_dim": 128, "n_layer": 2, "max_dur": 5, "dropout": 0.1,
-        "text_encoder_kernel_size": 5, "n_mels": 80,
-        "plbert": {
-            "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2,
-            "max_position_embeddings": 128, "embedding_size": 16,
-        },
+        "vocab": vocab, "n_token": 178 if full else 30, "hidden_dim": 512, "style_dim": 128,
+        "n_layer": 3 if full else 2, "max_dur": 50 if full else 5, "dropout": 0.1, "text_encoder_kernel_size": 5,
+        "n_mels": 80, "plbert": bert,
         "istftnet": {
             "upsample_kernel_sizes": [20, 12], "upsample_rates": [10, 6], "gen_istft_hop_size": 5,
-            "gen_istft_n_fft": 20,
-            "resblock_dilation_sizes": [[1, 3, 5]], "resblock_kernel_sizes": [3],
-            "upsample_initial_channel": 512,
+            "gen_istft_n_fft": 20, "resblock_dilation_sizes": [[1, 3, 5]] * len(kernels),
+            "resblock_kernel_sizes": kernels, "upsample_initial_channel": 512,
         },
     }  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".pth") as weights:  # it loads a file of weights: an empty one
@@ -1098,24 +1108,27 @@ def _bigvgan() -> System:
 
 
 @_stranger("f5-tts", "f5_tts+x_transformers+torchdiffeq", "f5-tts")
-def _f5_tts() -> System:
+def f5_tts(*, full: bool = False) -> System:
+    """Build F5-TTS; `full` has the sizes of F5TTS_v1_Base, and two steps of its solver in place of 32."""
     _without_init("f5_tts")
     _without_init("f5_tts.model")  # it imports its trainer, too
     from f5_tts.model.backbones.dit import DiT
     from f5_tts.model.cfm import CFM
 
-    transformer = DiT(
-        dim=64, depth=2, heads=4, dim_head=16, ff_mult=2, mel_dim=20, text_num_embeds=60, text_dim=32, conv_layers=2
-    )
+    mels, steps = (100, 2) if full else (20, 4)
+    size: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "text_dim": 32, "conv_layers": 2}
+    if full:
+        size = {"dim": 1024, "depth": 22, "heads": 16, "text_dim": 512, "conv_layers": 4}
+    transformer = DiT(**size, ff_mult=2, mel_dim=mels, text_num_embeds=60)
     with torch.no_grad():  # its modulations begin at zero, and then nothing depends on anything
         for parameter in transformer.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.05)
-    model = CFM(transformer, num_channels=20, mel_spec_kwargs={"n_mel_channels": 20}).eval()
-    voice = torch.randn(1, 16, 20)
+    model = CFM(transformer, num_channels=mels, mel_spec_kwargs={"n_mel_channels": mels}).eval()
+    voice, frames = torch.randn(1, 150 if full else 16, mels), (400, 500) if full else (40, 57)
     return System(
-        model, lambda model, ids, length: model.sample(voice, ids, length, steps=4, cfg_strength=2.0, seed=3)[0],
-        ((_ids(12, 50), 40), (_ids(20, 50), 57)),
+        model, lambda model, ids, length: model.sample(voice, ids, length, steps=steps, cfg_strength=2.0, seed=3)[0],
+        ((_ids(12, 50), frames[0]), (_ids(20, 50), frames[1])),
     )  # fmt: skip
 
 

@@ -52,16 +52,16 @@ class Tuner:
         from transformers import PreTrainedModel
         from transformers.generation import GenerationMixin
 
-        PreTrainedModel.__call__ = self._entry(nn.Module.__call__)  # type: ignore[method-assign]
-        GenerationMixin.generate = self._entry(GenerationMixin.generate)  # type: ignore[method-assign]
+        PreTrainedModel.__call__ = self.entry(nn.Module.__call__)  # type: ignore[method-assign]
+        GenerationMixin.generate = self.entry(GenerationMixin.generate)  # type: ignore[method-assign]
         init = PreTrainedModel.__init__
 
         @functools.wraps(init)
         def made(model: Any, *args: Any, **kwargs: Any) -> None:
             for each in type(model).__mro__:
                 own = vars(each).get("generate")
-                if own is not None and not hasattr(own, "_upstream_entry"):  # a class's own, as Bark has it
-                    each.generate = self._entry(own)  # type: ignore[attr-defined]
+                if own is not None and not hasattr(own, "is_tuning_entry"):  # a class's own, as Bark has it
+                    each.generate = self.entry(own)  # type: ignore[attr-defined]
             init(model, *args, **kwargs)
 
         PreTrainedModel.__init__ = made  # type: ignore[method-assign]
@@ -72,7 +72,9 @@ class Tuner:
         self.models, self.kept, self.events = 0, Counter(), Counter()
         return told
 
-    def _entry(self, call: Any) -> Any:
+    def entry(self, call: Any) -> Any:
+        """Return an entry of a model that tunes the model first, at its first call in eval mode."""
+
         @functools.wraps(call)
         def entry(model: Any, *args: Any, **kwargs: Any) -> Any:
             if getattr(self._inside, "on", False) or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -86,7 +88,7 @@ class Tuner:
             finally:
                 self._inside.on = False
 
-        entry._upstream_entry = True  # type: ignore[attr-defined]
+        entry.is_tuning_entry = True  # type: ignore[attr-defined]
         return entry
 
     def _tune(self, model: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> None:

@@ -99,7 +99,7 @@ class Runner:
                     ended = f"the process ended with status {done.returncode}: {done.stdout[-500:].strip()}"
             except subprocess.TimeoutExpired:
                 pass
-            return _read(log, ended)
+            return read_log(log, ended)
 
 
 def without_folders(text: str) -> str:
@@ -107,7 +107,8 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|tests)/)", "", text)
 
 
-def _read(log: Path, ended: str) -> dict[str, Any]:
+def read_log(log: Path, ended: str) -> dict[str, Any]:
+    """Read what a process wrote about its tests; the test that it was in has failed if it ended early."""
     ended = without_folders(ended)
     read: dict[str, Any] = {"collected": [], "tests": {}, "ended": ended}
     begun = None
@@ -237,7 +238,8 @@ def write_page(results: dict[str, Any]) -> None:
 # --- all models -------------------------------------------------------------------------------------------------------
 
 
-def _fresh_row() -> dict[str, Any]:
+def fresh_row() -> dict[str, Any]:
+    """Return the row of a model none of whose tests has run yet."""
     return {"date": datetime.now(timezone.utc).date().isoformat(), "untouched": {}, "tuned": {}}
 
 
@@ -267,7 +269,7 @@ def main() -> int:
     failed = []
     for number, model in enumerate(chosen.models or MODELS):
         if chosen.anew or model not in results["models"] or results["models"][model].get("skipped"):
-            results["models"][model] = _fresh_row()
+            results["models"][model] = fresh_row()
         row = results["models"][model]
         run_model(runner, model, row)
         chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

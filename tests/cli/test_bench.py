@@ -7,7 +7,7 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,9 +304,9 @@ def test_a_variant_that_fails_costs_no_table(monkeypatch: pytest.MonkeyPatch, tm
     def ask(request: Request, _folder: Path, _python: Path | None = None) -> dict[str, Any]:
         if request.system == "xtts" or request.precision == "fast" or request.variant in {"naive", "restored"}:
             raise VariantError("MemoryError: not enough")
-        return {"seconds": 1.0, "peak": 2**30} if request.variant == "eager" else measured(
-            request.system, request.precision, 1.0
-        ).as_dict()  # fmt: skip
+        return {"seconds": 1.0, "peak": 2**30} if request.variant == "eager" else asdict(
+            measured(request.system, request.precision, 1.0)
+        )  # fmt: skip
 
     monkeypatch.setattr(processes, "ask", ask)
     path = tmp_path / "figures.json"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clicks import clicks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.errors import ModelError
 from accelerate_tts.events import NotApplied
-from accelerate_tts.streaming import Pieces, ReceptiveField, clicks, field_of, measure
+from accelerate_tts.streaming import Pieces, ReceptiveField, field_of, measure
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")

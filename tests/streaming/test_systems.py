@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from clicks import clicks
 
 from accelerate_tts import Event, inference, optimized_model, receipt_of
 from accelerate_tts.errors import ModelError, SettingsError
 from accelerate_tts.events import FirstAudio, NotApplied
 from accelerate_tts.runtime.inference_mode import in_inference_mode
-from accelerate_tts.streaming import Stream, StreamOptions, clicks, stream
+from accelerate_tts.streaming import Stream, StreamOptions, stream
 from accelerate_tts.streaming.systems import chatterbox
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare, spectral_distance
 from doubles import is_faster
@@ -246,7 +247,7 @@ def test_the_flow_in_pieces_is_as_near_as_another_draw(english: Any) -> None:
     one, other = seeded(say, 1), seeded(say, 2)
 
     def in_pieces() -> torch.Tensor:
-        sound = chatterbox._Sound(english.s3gen, english.conds.gen, 50)
+        sound = chatterbox.SpokenSentence(english.s3gen, english.conds.gen, 50)
         cuts = [0, 20, 30, 45, 60]
         return torch.cat(
             [sound.push(tokens[: end + 3], begin, end, last=end == 60) for begin, end in pairwise(cuts)], dim=-1
@@ -285,8 +286,8 @@ def test_hift_in_pieces_is_its_whole(english: Any) -> None:
 
     vocoder = english.s3gen.mel2wav
     mel, source = torch.randn(1, 80, 70), 0.1 * torch.randn(1, 1, 70 * 480)
-    decode = partial(chatterbox._decode, vocoder)
-    field = field_of(vocoder, chatterbox._decode, mel[..., :1], source[..., :480], method="decode")
+    decode = partial(chatterbox.decode, vocoder)
+    field = field_of(vocoder, chatterbox.decode, mel[..., :1], source[..., :480], method="decode")
     assert field is not None
     pieces, cuts = Pieces(decode, field), [0, 9, 30, 31, 70]
     with torch.inference_mode():
@@ -425,7 +426,7 @@ async def test_a_cancelled_task_stops_at_the_token_that_is_being_made(english: A
     def cancel() -> None:
         if computed[0] == 3:
             loop.call_soon_threadsafe(task.cancel)
-            assert speaking._left.wait(10)
+            assert speaking.left.wait(10)
 
     computed.append(cancel)
     with pytest.raises(asyncio.CancelledError):

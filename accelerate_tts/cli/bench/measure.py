@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.cli.bench.floors import floors, moved
 from accelerate_tts.cli.bench.systems import system_of
-from accelerate_tts.device.memory import resident_bytes
+from accelerate_tts.device.memory import peak_resident_bytes, resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
 from accelerate_tts.kernels.library import level
 from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.tuning.capture import removed_at_end
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import synchronize
@@ -126,10 +125,6 @@ class Measured:
     moved: str = ""
     dtype: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary for JSON."""
-        return asdict(self)
-
 
 def device_type() -> str:
     """Return the type of the measured device: the detected one, or the one of the settings."""
@@ -170,10 +165,8 @@ def peak_bytes(device: str = "cpu") -> int | None:
 
         return int(torch.cuda.max_memory_reserved())
     platform: str = sys.platform  # typed as str, so that type checkers check all branches
-    if platform == "linux":  # `ru_maxrss` includes the parent's memory from before the exec
-        status = Path("/proc/self/status").read_text("utf-8")
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-        return None if found is None else int(found[1]) * 1024
+    if platform == "linux":
+        return peak_resident_bytes() or None
     if platform == "darwin":
         import resource
 
@@ -399,12 +392,8 @@ def _watching(decoder: Any, loop: Loop | None, device: str) -> Generator[None, N
         positions = output.last_hidden_state.shape[1]
         (loop.steps if positions == 1 else loop.prompts).append(time.perf_counter() - starts.pop())
 
-    handles = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end)]
-    try:
+    with removed_at_end((decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(output: Any) -> list[Any]:

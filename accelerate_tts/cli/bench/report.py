@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, get_args
 
 from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.settings import Precision
@@ -46,10 +46,6 @@ class Found:
     naive: Naive | None = None
     runs: list[Measured] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary for JSON."""
-        return asdict(self)
 
 
 def overview(found: Sequence[Found]) -> list[tuple[str, ...]]:

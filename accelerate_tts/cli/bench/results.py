@@ -68,7 +68,7 @@ def document(found: Sequence[Found], options: Options) -> dict[str, Any]:
             if name.startswith(_VARIABLES) and name not in _SECRET
         },
         "options": {name: value for name, value in asdict(options).items() if name not in _FILES},
-        "systems": [finite(one.as_dict()) for one in found],
+        "systems": [finite(asdict(one)) for one in found],
     }  # fmt: skip
 
 

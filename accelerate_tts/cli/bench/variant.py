@@ -70,10 +70,12 @@ def answer(request: Request) -> dict[str, Any]:
     name, size, layers = request.system, request.size, request.layers
     length = measure.length_of(name, size, request.tokens)
     if request.variant == "tuned":
-        return measure.bench(
-            name, size, request.precision, layers=layers, pairs=request.pairs, seconds=request.tune_seconds,
-            tokens=request.tokens,
-        ).as_dict()  # fmt: skip
+        return asdict(
+            measure.bench(
+                name, size, request.precision, layers=layers, pairs=request.pairs, seconds=request.tune_seconds,
+                tokens=request.tokens,
+            )
+        )  # fmt: skip
     if request.variant == "restored":
         built, receipt, _ = measure.tuned(name, size, request.precision, layers, request.tune_seconds)
         measure.spoken(built, length)

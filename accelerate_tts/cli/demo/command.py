@@ -15,7 +15,7 @@ from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.output import OutputError, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
-from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.tables import spread, table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.receipts.format import duration, error_text
@@ -66,9 +66,6 @@ class Comparison:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the demo's table, the header first."""
 
-        def of(times: list[float]) -> str:
-            return f"{duration(statistics.median(times))} ({duration(min(times))} .. {duration(max(times))})"
-
         def real_time(times: list[float]) -> str:
             return f"{statistics.median(times) / self.audio:.3f}"
 
@@ -76,7 +73,7 @@ class Comparison:
             ("", "plain", "decorated"),
             ("load", duration(self.plain_load), f"{duration(self.decorated_load)}, tuning included"),
             ("cold first call", duration(self.plain_cold), duration(self.decorated_cold)),
-            ("warm call", of(self.plain), of(self.decorated)),
+            ("warm call", spread(self.plain), spread(self.decorated)),
             ("real-time factor", real_time(self.plain), real_time(self.decorated)),
             ("cold ratio", "1.00x", f"{self.plain_cold / self.decorated_cold:.2f}x"),
             ("warm ratio", "1.00x", f"{self.ratio:.2f}x"),

@@ -15,7 +15,7 @@ from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.backend import BackendError, find, values_of
 from accelerate_tts.cli.output import OutputError, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
-from accelerate_tts.cli.tables import table, wide_console
+from accelerate_tts.cli.tables import spread, table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import printable
 from accelerate_tts.events import Event, NotApplied, Restored, WarmupFailed, add_hook
@@ -96,11 +96,10 @@ class Result:
         """Return the rows of the table, the header first."""
         ratios = sorted(before / after for before, after in self.times)
         sides: list[list[float]] = [[pair[side] for pair in self.times] for side in (0, 1)]
-        warm = [f"{duration(statistics.median(s))} ({duration(min(s))} .. {duration(max(s))})" for s in sides]
         rows: list[tuple[str, ...]] = [
             ("", "untouched", "tuned"),
             ("first call", duration(self.receipt.cold), duration(self.first)),
-            ("warm call", *warm),
+            ("warm call", *map(spread, sides)),
             ("warm ratio", "1.00x", f"{self.ratio:.2f}x ({ratios[0]:.2f} .. {ratios[-1]:.2f})"),
         ]
         if self.before is not None and self.after is not None:

@@ -70,6 +70,16 @@ class WaitQueue:
         self._queue: deque[Ticket] = deque()
         self._slots: list[Slot] = []
 
+    @property
+    def waiting(self) -> int:
+        """Number of calls that wait for a permit."""
+        return len(self._queue)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no permit is held, no call waits, and no update is left to process."""
+        return not (self._slots or self._queue or self._inbox)
+
     @time_limit.shield  # after an interruption in here, the inbox might never be processed again
     def post(self, ticket: Ticket) -> None:
         """Post a ticket that is new, or whose call has ended. Callable from any thread at any time; never waits."""

@@ -20,6 +20,8 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from accelerate_tts.inspection.object_tree import items_of
+
 # Limits that keep a check cheap: a decoder's cache has a hundred tensors.
 _DEEPEST, _DEEPEST_OBJECT, _MOST_TENSORS, _MOST_ITEMS = 6, 2, 64, 4096
 # Audio has one channel or two, in a small batch; hidden states and spectrograms have more rows.
@@ -341,12 +343,9 @@ def _leaves(value: Any, depth: int) -> Iterator[Any]:
 
 
 def _items(value: Any, depth: int) -> Any:
-    if isinstance(value, Mapping):  # transformers' ModelOutput too
-        return value.values()
-    if isinstance(value, (list, tuple)):
-        return value
-    if dataclasses.is_dataclass(value):
-        return (getattr(value, field.name, None) for field in dataclasses.fields(value))
+    items = items_of(value)
+    if items is not None:
+        return items
     # A user's object around the waveform; not a module or a decoder's cache, whose tensors are large.
     if depth > _DEEPEST_OBJECT or hasattr(value, "parameters") or hasattr(value, "get_seq_length"):
         return ()

@@ -57,8 +57,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
         retry: True if the call may be repeated.
         choice: See `inference_mode.call`.
     """
-    attempt = _Attempt(watchers, function, args, kwargs, mode)
-    attempt.instance, attempt.once, attempt.choice = instance, not retry, choice
+    attempt = _Attempt(watchers, (function, args, kwargs, mode, choice), instance, once=not retry)
     attempt.keep_random()
     with attempt.inside():
         result = attempt.make()
@@ -86,28 +85,26 @@ class _Attempt:
     def __init__(
         self,
         watchers: tuple[Judge, ...],
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        mode: Mode,
+        call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Mode, ModeChoice | None],
+        instance: object,
+        *,
+        once: bool,
     ) -> None:
+        function, args, kwargs, *_ = call
         self.watchers = watchers
         self.guards = [watcher for watcher in watchers if isinstance(watcher, Guard)]
         self.name = str(getattr(function, "__qualname__", type(function).__qualname__))
-        self._call = function, args, kwargs
-        self._mode: Mode = mode
-        self.choice: ModeChoice | None = None
+        self._call = call
         self.units = checks.units_of(args, kwargs, function)
         self._given = (*args, *kwargs.values())
         self._random: Callable[[], None] | None = None
         self.fault = ""
-        self.instance: object = None
-        self.once = False
+        self._instance, self._once = instance, once
         self._step = Step()
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
-        return inference_mode.call(*self._call, self._mode, self.choice)
+        return inference_mode.call(*self._call)
 
     @contextmanager
     def inside(self, *, wait: bool = True) -> Generator[None, None, None]:
@@ -141,8 +138,8 @@ class _Attempt:
 
     def keep_random(self) -> None:
         """Save the states of all random number generators; once more if a body starts later than the call."""
-        if self.guards and not self.once:
-            self._random = random_states((*self._given, self.instance))
+        if self.guards and not self._once:
+            self._random = random_states((*self._given, self._instance))
 
     def fault_of(self, result: Any) -> str | None:
         """Return the fault of a whole result, or `None`."""
@@ -155,7 +152,7 @@ class _Attempt:
 
     def obstacle(self) -> str:
         """Return the reason why the call must not be repeated, or ""."""
-        if self.once:
+        if self._once:
             return "the function has retry=False"
         # The first attempt has consumed them; an open file is an iterator, too.
         used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)

@@ -24,6 +24,11 @@ whole_tuple: ContextVar[tuple[Any, ...] | None] = ContextVar("whole_tuple", defa
 """The tuple of pairs that the running decoder was called with. A block of GPT-2 gets only its own pair."""
 
 
+def attention_of(config: Any) -> str | None:
+    """Return the name of a model's attention function, which transformers (4.36 to 5.x) has under a private name."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def cache_name(names: Iterable[str]) -> str | None:
     """Return the cache's name among a forward's parameters or a result's fields."""
     known = set(names)

@@ -27,10 +27,9 @@ from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies
 from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
-from accelerate_tts.stages.graphs.recorder import CudaRecorder
 from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.stages.graphs.recorder import Recorder
-    from accelerate_tts.stages.layers.half_precision import HalfStage
 
 _POSITIONS = "position_ids"
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
@@ -59,11 +57,8 @@ class Bounds(NamedTuple):
     bytes: int = 2 << 30
 
 
-_BOUNDS = Bounds()
-
-
 @register_stage
-class CapturedStepStage(RecordingStage):
+class CapturedStepStage(RecordingStage[Bounds]):
     """Records a decode step as a CUDA graph and replays it.
 
     Args:
@@ -72,19 +67,12 @@ class CapturedStepStage(RecordingStage):
         bounds: Bounds of each decoder's slots.
     """
 
+    bounds = Bounds()
+
     name = "captured decode step"
     after = ("fused decoder blocks", "fused sequence blocks")
     # A single replayed call brings a sequence of its own, which must be copied in first; in a loop it is there already.
     times: TimedCalls = "end_to_end"
-
-    def __init__(
-        self,
-        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
-        inside: HalfStage | None = None,
-        bounds: Bounds = _BOUNDS,
-    ) -> None:
-        super().__init__(recorder, inside)
-        self._bounds = bounds
 
     def applies(self, part: Part) -> str | None:
         if kv_cache.cache_classes() is None:
@@ -93,7 +81,7 @@ class CapturedStepStage(RecordingStage):
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        return _Captured(part, self.name, self._recorder, self.half_precision(part), self._bounds)
+        return _Captured(part, self.name, self._recorder, self.half_precision(part), self.bounds)
 
 
 class _Captured(CountedChange, Changes):
@@ -183,7 +171,7 @@ class _Steps:
 
     def _is_odd(self, named: dict[str, Any], rows: int) -> bool:
         mask = named.get("attention_mask")
-        how = getattr(self._decoder.config, "_attn_implementation", None)
+        how = attention_of(self._decoder.config)
         odd = [
             name
             for name, value in named.items()
@@ -236,7 +224,7 @@ class _Steps:
         kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
         config = self._decoder.config
         asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
-        how = (*asked, getattr(config, "_attn_implementation", None))
+        how = (*asked, attention_of(config))
         key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
         slots = self._slots.pop(key, [])
         self._slots[key] = slots

@@ -38,6 +38,7 @@ from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import (
     Obstacles,
+    attention_of,
     attentions_wanted,
     cache_of,
     is_read,
@@ -232,7 +233,7 @@ class _Fused:
 
     def _key(self, what: str, named: dict[str, Any]) -> tuple[Any, ...]:
         """Return the key of a result's form."""
-        how = getattr(self._config, "_attn_implementation", None)
+        how = attention_of(self._config)
         return what, how, bool(named.get("output_attentions")), bool(named.get("use_cache"))
 
     def copied(self) -> list[nn.Module]:
@@ -381,7 +382,7 @@ class _Fused:
 
     def _is_unknown(self, named: dict[str, Any]) -> bool:
         unknown = [name for name, value in named.items() if name not in _IGNORED and value is not None]
-        how = getattr(self._config, "_attn_implementation", None)
+        how = attention_of(self._config)
         if unknown:
             obstacle = f"it is called with {', '.join(sorted(unknown))}"
         elif how not in {"eager", "sdpa", None}:

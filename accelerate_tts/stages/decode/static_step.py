@@ -9,7 +9,6 @@ recording. It holds the sequence of the cache that it served last.
 from __future__ import annotations
 
 import weakref
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +82,9 @@ class StaticSlot:
         seen = (self._places <= self.position) & self.valid
         mask = torch.where(seen, self._open, self._hidden)[:, None, None, :]
         inputs = {"position_ids": self.position.expand(self.rows, 1), **self.inputs}
-        layer, whole = _static_classes(kv_cache.cache_classes())
+        classes = kv_cache.cache_classes()
+        layer = kv_cache.upstream_class(StaticLayer, classes.DynamicLayer)
+        whole = kv_cache.upstream_class(kv_cache.CacheOfLayers, classes.Cache)
         past = whole([layer(keys, values, self.position) for keys, values in self.buffers])
         return self._forward(
             self._decoder, **inputs, **self._constants, attention_mask=mask, **{self._cache: past}, use_cache=True
@@ -165,34 +166,21 @@ def _own(result: Any, past: Any, positions: int) -> Any:
     return type(result)(**fields, **{cache: past})
 
 
-@cache
-def _static_classes(classes: Any) -> tuple[Any, Any]:
-    # Made here, since they derive from classes of the release that the user has loaded.
-    class StaticLayer(classes.DynamicLayer):  # type: ignore[misc]
-        """One layer, which writes a token at the position that a device tensor holds."""
+class StaticLayer:
+    """One layer, which writes a token at the position that a device tensor holds."""
 
-        def __init__(self, keys: Any, values: Any, position: Any) -> None:
-            self.buffers = (keys, values)
-            self.position = position
-            self.is_initialized = True
+    def __init__(self, keys: Any, values: Any, position: Any) -> None:
+        self.buffers = (keys, values)
+        self.position = position
+        self.is_initialized = True
 
-        def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer.index_copy_(2, self.position, states.to(buffer.dtype))
-            return self.buffers
+    def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.position, states.to(buffer.dtype))
+        return self.buffers
 
-        def get_seq_length(self, *_args: Any) -> int:
-            return int(self.buffers[0].shape[-2]) - 1  # a constant: positions and mask are given explicitly
+    def get_seq_length(self, *_args: Any) -> int:
+        return int(self.buffers[0].shape[-2]) - 1  # a constant: positions and mask are given explicitly
 
-        def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
-            return int(self.buffers[0].shape[-2]), 0
-
-    class StaticCache(classes.Cache):  # type: ignore[misc]
-        """The cache of all layers."""
-
-        def __init__(self, layers: list[Any]) -> None:
-            self.layers = layers
-            self.layer_class_to_replicate = None
-            self.offloading = False
-
-    return StaticLayer, StaticCache
+    def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
+        return int(self.buffers[0].shape[-2]), 0

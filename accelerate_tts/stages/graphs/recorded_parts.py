@@ -25,7 +25,7 @@ from torch import nn
 
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
-from accelerate_tts.inspection.signatures import foreign_hooks, module_of
+from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of, module_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
@@ -45,7 +45,7 @@ from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
 from accelerate_tts.stages.graphs.obstacles import ObstacleError, look, unchanged_attributes
-from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, recording
+from accelerate_tts.stages.graphs.recorder import is_recording, recording
 from accelerate_tts.stages.graphs.stage import RecordingStage
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.graphs.recorder import Recorder, Replayable
-    from accelerate_tts.stages.layers.half_precision import HalfStage
     from accelerate_tts.stages.protocol import State
 
 
@@ -77,11 +76,8 @@ class PartBounds(NamedTuple):
     longer: int = 4
 
 
-_BOUNDS = PartBounds()
-
-
 @register_stage
-class RecordedPartsStage(RecordingStage):
+class RecordedPartsStage(RecordingStage[PartBounds]):
     """Records the calls of a part that is no decoder as CUDA graphs, and replays them.
 
     Args:
@@ -90,18 +86,11 @@ class RecordedPartsStage(RecordingStage):
         bounds: Bounds of each part's recordings.
     """
 
+    bounds = PartBounds()
+
     name = "recorded by shape"
     excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("fold weight norm", "captured decode step")
-
-    def __init__(
-        self,
-        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
-        inside: HalfStage | None = None,
-        bounds: PartBounds = _BOUNDS,
-    ) -> None:
-        super().__init__(recorder, inside)
-        self._bounds = bounds
 
     def applies(self, part: Part) -> str | None:
         if part.kind == "decoder" or part.cached or decoders(part.module):
@@ -112,7 +101,7 @@ class RecordedPartsStage(RecordingStage):
 
     def prepare(self, part: Part) -> _RecordedParts:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        return _RecordedParts(part, self.name, self._recorder, self.half_precision(part), self._bounds)
+        return _RecordedParts(part, self.name, self._recorder, self.half_precision(part), self.bounds)
 
 
 class _RecordedCall(NamedTuple):
@@ -147,9 +136,7 @@ class _Node:
 
     def watch(self) -> str | None:
         """Watch the module from now on; return the reason why it cannot be recorded, or `None`."""
-        hooks = [
-            h for m in self.module.modules() if m is not self.module for h in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        hooks = hooks_of(*(inner for inner in self.module.modules() if inner is not self.module))
         # torch's own hooks compute something, as an old weight norm does, and become a part of the recording.
         if any(not module_of(hook).startswith("torch.") for hook in foreign_hooks(hooks)):
             return "there are hooks inside it, which a replay does not call"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.graphs.recorder import CudaRecorder
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from accelerate_tts.stages.protocol import Stage, Target
 
 
-class RecordingStage(BaseStage):
+B = TypeVar("B")
+
+
+class RecordingStage(BaseStage, Generic[B]):
     """A stage that records calls of a part, in fp32 or with half precision inside the recording.
 
     Args:
         recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
         inside: Half-precision stage for what is recorded.
+        bounds: Bounds of the recordings; those of the class if not given.
     """
 
     group = "compilation"
     devices = ("cuda",)
     cost = 3.0
+    bounds: B
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[Stage]:
@@ -38,10 +43,15 @@ class RecordingStage(BaseStage):
         return [cast("Stage", cls(inside=inside)) for inside in (None, *halves)]  # a subclass is a whole stage
 
     def __init__(
-        self, recorder: Callable[[torch.device], Recorder] = CudaRecorder, inside: HalfStage | None = None
+        self,
+        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
+        inside: HalfStage | None = None,
+        bounds: B | None = None,
     ) -> None:
         self._recorder = recorder
         self._inside = inside
+        if bounds is not None:
+            self.bounds = bounds
         if inside is not None:
             self.name = f"{self.name}, {inside.name}"
 

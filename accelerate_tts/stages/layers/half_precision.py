@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from accelerate_tts.inspection.classes import class_of, plain_class
+from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
 from accelerate_tts.patching.class_swap import (
     COPY,
@@ -163,9 +163,8 @@ def half_copy(module: Any, dtype: torch.dtype) -> Any:
         for name in ("weight", "bias")
     }
     # A parametrized layer computes its weight in a property of its own class.
-    twin: Any = object.__new__(plain.__bases__[0] if is_parametrized(module) else plain)
-    own = {name: value for name, value in vars(module).items() if name not in {*halves, COPY, HALF}}
-    twin.__dict__ = {**own, "_parameters": {}, "_buffers": halves, "_modules": {}}
+    twin = twin_of(module, plain.__bases__[0] if is_parametrized(module) else plain, {*halves, COPY, HALF})
+    vars(twin).update(_parameters={}, _buffers=halves, _modules={})
     return twin
 
 

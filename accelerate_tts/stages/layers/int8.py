@@ -22,7 +22,7 @@ from torch import nn
 
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
-from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
+from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
@@ -217,8 +217,8 @@ def _torchao_call(module: Any) -> Any:
 
 def _quantized_recurrent(module: Any) -> Any:
     plain = plain_class(module)
-    twin: Any = object.__new__(plain)  # the converter looks up the class, and would put the user's module into eval
-    twin.__dict__ = {name: value for name, value in vars(module).items() if name != PACKED}  # the converter copies it
+    # The converter looks up the class, copies what the module carries, and would put the user's module into eval.
+    twin = twin_of(module, plain, {PACKED})
     holder = torch.nn.ModuleDict({"inner": twin})
     with warnings.catch_warnings():
         # torch 2.10 deprecates its eager quantisation in favour of torchao's, which supports no LSTM.

@@ -12,12 +12,11 @@ does.
 
 from __future__ import annotations
 
-import copyreg
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.inspection.classes import state_of
+from accelerate_tts.inspection.classes import reduction_of, twin_of
 from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.patching.change import BaseChange, Changes
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.plan import Part
 
-_FOLD, _PRODUCT = "_accelerate_tts_fold", "_accelerate_tts_product"
+_OURS = _FOLD, _PRODUCT = "_accelerate_tts_fold", "_accelerate_tts_product"
 
 
 @register_stage
@@ -219,23 +218,15 @@ def _list_class(plain: Any) -> type:
         return product
 
     def prepare_scriptable(self: Any) -> Any:
-        return _twin(self, plain)  # torch.jit.script compiles the source of a forward
+        return twin_of(self, plain, _OURS)  # torch.jit.script compiles the source of a forward
 
     return unannounced(
         plain, {"forward": forward, "__reduce_ex__": _reduced(plain), "__prepare_scriptable__": prepare_scriptable}
     )
 
 
-def _twin(module: Any, plain: type) -> Any:
-    twin: Any = object.__new__(plain)
-    twin.__dict__ = {name: value for name, value in vars(module).items() if name not in {_FOLD, _PRODUCT}}
-    return twin
-
-
 def _reduced(plain: type) -> Any:
     def reduce_ex(self: Any, _protocol: int) -> Any:
-        twin = _twin(self, plain)
-        # Not the copy's own __reduce_ex__: pickle requires that its __newobj__ makes an object of this class.
-        return copyreg._reconstructor, (plain, object, None), state_of(twin)  # type: ignore[attr-defined]
+        return reduction_of(self, plain, _OURS)
 
     return reduce_ex

@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.patching.change import BaseChange
@@ -34,7 +36,6 @@ from accelerate_tts.stages.vocoder.vits import DURATIONS, TEXT, Amplified
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import torch
     from torch import nn
 
     from accelerate_tts.kernels.packed import Kernel
@@ -73,8 +74,6 @@ def holds(values: torch.Tensor, errors: torch.Tensor) -> bool:
         values: Exponentials, of any shape.
         errors: Error bounds of their logarithms, broadcastable to `values`.
     """
-    import torch
-
     # exp(x + e) is off by exp(x) * (exp(e) - 1). The second term covers exp itself and the product with the rate.
     reach = values * (torch.expm1(errors) + 8 * _ROUNDING)
     distance = (values - values.round()).abs()
@@ -204,8 +203,6 @@ class _Guard:
         self._measured_with = self.served.described
 
     def _value(self, named: dict[str, Any], *, untouched: bool) -> Any:
-        import torch
-
         token = _attempt.set(_OwnerCall(self, named, untouched=untouched, measuring=True))
         try:
             with seeded("cpu"), torch.no_grad():
@@ -251,8 +248,6 @@ def _owner_class(plain: Any, guard: _Guard) -> type:
     names = parameters_of(plain)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import torch
-
         parts = [getattr(self, name) for name in guard.decision.parts]
         if torch.compiler.is_compiling() or _attempt.get() is not None:
             return plain.forward(self, *args, **kwargs)

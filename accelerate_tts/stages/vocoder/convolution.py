@@ -10,10 +10,9 @@ from __future__ import annotations
 import bisect
 import ctypes
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _MOST_PROBES = 64
 """Maximum lengths whose layout is asked for; another length then takes that of its neighbour."""
@@ -43,8 +42,6 @@ class Convolution:
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, dilation: int = 1, dtype: Any = None
     ) -> None:
-        import torch
-
         dtype = dtype or torch.float32
         self._bias = None if bias is None else bias.detach().clone().to(dtype)
         self._geometry = _geometry(padding, dilation)
@@ -59,24 +56,18 @@ class Convolution:
 
     def __call__(self, rows: torch.Tensor, activation: str = "none", *scalars: float) -> torch.Tensor:
         """Convolve `(batch, channels, 1, time)` in channels-last layout, and apply an activation if one is named."""
-        import torch
-
         return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
             rows, self._weight_for(rows), self._bias, *self._geometry, activation, list(scalars), ""
         )
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Convolve, and add `other`."""
-        import torch
-
         return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
             rows, other, self._weight_for(rows), self._bias, *self._geometry, "add", 1.0, None, [], None
         )
 
     def onto(self, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Convolve, and add the result to `other` in place."""
-        import torch
-
         return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
             other, rows, self._weight_for(rows), self._bias, *self._geometry, "add", 1.0, None, [], None
         )
@@ -97,8 +88,6 @@ def _geometry(padding: int, dilation: int) -> tuple[Any, ...]:
 
 
 def _reordered(plain: torch.Tensor, geometry: tuple[Any, ...], batch: int, length: int) -> torch.Tensor:
-    import torch
-
     size = [batch, plain.shape[1], 1, length]
     return torch.ops.mkldnn._reorder_convolution_weight(plain, *geometry, size)  # type: ignore[no-any-return]
 
@@ -126,8 +115,6 @@ class _Layouts:
 
     def at(self, batch: int, length: int) -> int:
         """Return a number that stands for the layout."""
-        import torch
-
         known = self._known.setdefault((torch.get_num_threads(), batch), [])
         place = bisect.bisect(known, (length,))
         above = known[place] if place < len(known) else None
@@ -143,8 +130,6 @@ class _Layouts:
 
     def _probe(self, batch: int, length: int) -> int:
         """Reorder numbers, and return a hash of the order in which they lie in memory then."""
-        import torch
-
         with torch.no_grad():
             numbers = torch.arange(torch.Size(self._shape).numel(), device="cpu").remainder_(251).to(self._dtype)
             reordered = _reordered(numbers.view(self._shape), self._geometry, batch, length)

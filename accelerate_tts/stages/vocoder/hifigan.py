@@ -14,14 +14,15 @@ Supported is transformers' `VitsHifiGan`, with both of HiFi-GAN's types of resid
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.kernels.packed import Kernel, are_plain, is_fp32
 from accelerate_tts.stages.vocoder.convolution import Convolution
-
-if TYPE_CHECKING:
-    import torch
 
 _GENERATOR, _PAIRS, _SINGLES = "VitsHifiGan", "HifiGanResidualBlock", "TwoConvolutionBlock"
 _LAST_SLOPE = 0.01
@@ -57,8 +58,6 @@ def _parts_of(module: Any) -> Any:
 
 
 def _is_known(generator: Any) -> bool:
-    from torch import nn
-
     convolutions = [generator.conv_pre, generator.conv_post]
     for block in generator.resblocks:
         kind = plain_class(block).__name__
@@ -83,12 +82,10 @@ class _Upsampling:
     """A transposed convolution, computed as a plain one."""
 
     def __init__(self, layer: Any, scale: float, dtype: Any) -> None:
-        import torch
-
         self.stride, self.crop = int(layer.stride[0]), int(layer.padding[0])
         self.channels, self.frames = int(layer.out_channels), int(layer.kernel_size[0])
         taps = -(-self.frames // self.stride)
-        weight = torch.nn.functional.pad(layer.weight.detach() * scale, (0, taps * self.stride - self.frames))
+        weight = functional.pad(layer.weight.detach() * scale, (0, taps * self.stride - self.frames))
         # (inputs, outputs, taps * stride) to (stride * outputs, inputs, taps), the last tap first
         weight = weight.reshape(*weight.shape[:2], taps, self.stride).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
         bias = None if layer.bias is None else layer.bias.repeat(self.stride)
@@ -103,8 +100,6 @@ class _Upsampling:
 
 class _Generator:
     def __init__(self, generator: Any, dtype: Any) -> None:
-        import torch
-
         self.dtype = dtype or torch.float32
         count = int(generator.num_kernels)
         self.slope = float(generator.config.leaky_relu_slope)
@@ -120,8 +115,6 @@ class _Generator:
         self.channels = int(generator.conv_pre.in_channels)
 
     def __call__(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        import torch
-
         image = spectrogram.to(self.dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
         image = self.before(image, "leaky_relu", self.slope)
         for number, (upsampling, blocks) in enumerate(zip(self.upsamplings, self.levels, strict=True), 1):
@@ -135,9 +128,6 @@ def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor
     Small pieces also stay in the heap: the C library returns large blocks to the system, and each page of a new block
     costs a page fault.
     """
-    import torch
-    from torch.nn import functional
-
     length = image.shape[3]
     frames = max(PIECE.frames, PIECE.size // (image.element_size() * image.shape[0] * image.shape[1]))
     pieces = max(1, round(length / frames))
@@ -154,8 +144,6 @@ def _level(image: torch.Tensor, blocks: list[Any], slope: float) -> torch.Tensor
 
 def _sum(image: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
     """Return the sum of the blocks' results, in new memory."""
-    from torch.nn import functional
-
     bent = {slope: functional.leaky_relu(image, slope) for slope in {block.slope for block in blocks}}
     total = blocks[0](image, bent[blocks[0].slope])
     for block in blocks[1:]:
@@ -180,8 +168,6 @@ class _Pairs:
 
     def __call__(self, image: torch.Tensor, bent: torch.Tensor) -> torch.Tensor:
         """Return the result in new memory. `bent` is the image behind the activation."""
-        from torch.nn import functional
-
         first, second = self.pairs[0]
         result = second.plus(first(bent, "leaky_relu", self.slope), image)
         for first, second in self.pairs[1:]:
@@ -199,8 +185,6 @@ class _Singles:
         self.convolutions = [Convolution.of(convolution, dtype) for convolution in block.convs]
 
     def __call__(self, image: torch.Tensor, bent: torch.Tensor) -> torch.Tensor:
-        from torch.nn import functional
-
         first, *others = self.convolutions
         result = first.plus(bent, image)
         for convolution in others:

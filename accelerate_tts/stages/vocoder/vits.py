@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.tracing import is_plain
 from accelerate_tts.kernels.packed import Kernel, is_fp32
 from accelerate_tts.stages.vocoder.convolution import Convolution, narrow, wide
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _MODULE = "transformers.models.vits.modeling_vits"
 _LEAST_LENGTH = 10
@@ -35,10 +36,6 @@ def _is_of(module: Any, name: str) -> bool:
 
 def _all_fp32(module: nn.Module) -> bool:
     """Check that all weights are plain fp32 tensors on the CPU."""
-    import torch
-
-    from accelerate_tts.inspection.tracing import is_plain
-
     tensors = [*module.parameters(), *module.buffers()]
     return all(is_plain(t) and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
@@ -73,11 +70,9 @@ class _Text:
         self.flow_size = int(encoder.config.flow_size)
 
     def __call__(self, ids: torch.Tensor) -> Any:
-        import torch
-
         numpy: Any = sys.modules["numpy"]  # upstream has imported it, and draws from it
         length = ids.shape[1]
-        hidden = torch.nn.functional.embedding(ids[0], self.embedded)
+        hidden = functional.embedding(ids[0], self.embedded)
         edge = _edge(length, self.layers[0].window)
         for layer in self.layers:
             numpy.random.uniform(0, 1)  # upstream draws for its layer drop, which acts only in training
@@ -93,16 +88,12 @@ class _Text:
 
 def _edge(length: int, window: int) -> torch.Tensor:
     """Return a mask of the band's elements inside the matrix: `(length, 2 * window + 1)` of ones and zeros."""
-    import torch
-
     column = torch.arange(length, device="cpu")[:, None] + torch.arange(-window, window + 1, device="cpu")
     return ((column >= 0) & (column < length)).to(torch.float32)
 
 
 class _Layer:
     def __init__(self, layer: Any) -> None:
-        import torch
-
         attention, feed = layer.attention, layer.feed_forward
         self.heads, self.size = int(attention.num_heads), int(attention.head_dim)
         self.window = int(attention.window_size)
@@ -121,9 +112,6 @@ class _Layer:
         self.is_relu = isinstance(feed.act_fn, torch.nn.ReLU)
 
     def __call__(self, hidden: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
         hidden = hidden + self._attended(hidden, edge)
         hidden = functional.layer_norm(hidden, hidden.shape[1:], *self.norms[0])
         inner = self.first(wide(hidden), "relu") if self.is_relu else self.activation(self.first(wide(hidden)))
@@ -131,8 +119,6 @@ class _Layer:
         return torch.layer_norm(hidden, hidden.shape[1:], *self.norms[1])
 
     def _attended(self, hidden: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
-        import torch
-
         length, window = hidden.shape[0], self.window
         three = torch.addmm(self.three[1], hidden, self.three[0])
         query, key, value = three.view(length, 3, self.heads, self.size).permute(1, 2, 0, 3)
@@ -155,8 +141,6 @@ class _Layer:
 
 
 def _serve_text(text: _Text, named: dict[str, Any]) -> Any:
-    import torch
-
     ids, mask = named.get("input_ids"), named.get("padding_mask")
     if type(ids) is not torch.Tensor or ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < _LEAST_LENGTH:  # noqa: PLR2004
         return None
@@ -181,8 +165,6 @@ class _Flow:
         self.couplings = [_Coupling(layer, flipped=number % 2 == 0) for number, layer in enumerate(layers)]
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        import torch
-
         # Flipping all channels exchanges the halves and reverses both. The channels are not moved; instead, the weights
         # of every other coupling are reversed.
         first, second = inputs[0].t().chunk(2, dim=1)
@@ -208,8 +190,6 @@ class _Coupling:
         ]
 
     def __call__(self, half: torch.Tensor) -> torch.Tensor:
-        import torch
-
         hidden, width = torch.addmm(self.before[1], half, self.before[0]), self.width
         total = torch.zeros_like(hidden)
         for convolution, (weight, bias) in self.steps:
@@ -270,9 +250,6 @@ class _Separable:
         ]  # fmt: skip
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        import torch
-        from torch.nn import functional
-
         length, width = rows.shape
         for taps, bias, apart, (weight, shift), norms in self.layers:
             reach = apart * (len(taps) // 2)
@@ -304,9 +281,6 @@ class _Spline:
         self, first: torch.Tensor, second: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the other half, and the inverse of the spline's slope, by which errors of the input are multiplied."""
-        import torch
-        from torch.nn import functional
-
         hidden = torch.addcmul(self.before[1], first[:, None], self.before[0]).add_(condition)
         raw = torch.addmm(self.after[1], self.separable(hidden), self.after[0])
         bins, bound = self.bins, self.bound
@@ -345,8 +319,6 @@ class Amplified(NamedTuple):
 
 class _Durations:
     def __init__(self, predictor: Any) -> None:
-        import torch
-
         self.before, self.after = _dense(predictor.conv_pre), _dense(predictor.conv_proj)
         self.separable = _Separable(predictor.conv_dds)
         affine, _useless, *splines = predictor.flows
@@ -357,9 +329,6 @@ class _Durations:
         self.affine = [(float(shift[row]), float(scale[row])) for row in (0, 1)]
 
     def __call__(self, inputs: torch.Tensor, noise_scale: float) -> Amplified:
-        import torch
-        from torch.nn import functional
-
         rows = torch.addmm(self.before[1], inputs[0].t(), self.before[0])
         rows = torch.addmm(self.after[1], self.separable(rows), self.after[0])
         noise = torch.randn(1, 2, inputs.shape[2]).to(inputs)  # drawn in the user's default dtype, as upstream does
@@ -402,8 +371,6 @@ def _is_known_flow(block: Any) -> bool:
 
 
 def _is_known_predictor(predictor: Any) -> bool:
-    from torch import nn
-
     affine, *splines = predictor.flows
     deep = [d for s in (predictor, *splines) for d in (s.conv_dds.convs_dilated)]
     return (

@@ -158,7 +158,7 @@ def _in_pieces(
 ) -> Iterator[Tensor]:
     heard: list[int] = []
     heard += tokens.take(1)  # from here on the voice is there
-    sound = _Sound(voice.s3gen, voice.speaking.conds.gen, context)
+    sound = SpokenSentence(voice.s3gen, voice.speaking.conds.gen, context)
     before = spoken = sent = 0
     for size in options.sizes(_RATE):
         spoken += size
@@ -191,7 +191,7 @@ def _whole(voice: _Voice, heard: list[int], made: list[int], before: int) -> lis
     return made
 
 
-class _Sound:
+class SpokenSentence:
     """S3Gen for one sentence, in pieces.
 
     Args:
@@ -216,11 +216,11 @@ class _Sound:
         self._source = SineSource(vocoder)
         fields = (
             field_of(vocoder, _pitch, like, method="pitch"),
-            field_of(vocoder, _decode, like, like.new_zeros(1, 1, rate), method="decode"),
+            field_of(vocoder, decode, like, like.new_zeros(1, 1, rate), method="decode"),
         )
         self._pitches, self._waves = (
             Pieces(partial(_pitch, vocoder), fields[0]),
-            Pieces(partial(_decode, vocoder), fields[1]),
+            Pieces(partial(decode, vocoder), fields[1]),
         )
         self.ahead = sum(math.ceil(field.right / 2) for field in fields if field is not None)
         self._waiting = like[..., :0]  # frames without a pitch yet
@@ -322,7 +322,8 @@ def _pitch(vocoder: Any, mel: Tensor) -> Tensor:
     return pitch[:, None]
 
 
-def _decode(vocoder: Any, mel: Tensor, source: Tensor) -> Tensor:
+def decode(vocoder: Any, mel: Tensor, source: Tensor) -> Tensor:
+    """Run HiFT on a spectrogram and a source; return samples of shape (1, 1, samples)."""
     wave: Tensor = vocoder.decode(x=mel, s=source)
     return wave[:, None]
 

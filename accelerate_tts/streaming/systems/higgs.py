@@ -62,11 +62,6 @@ def body(model: Any, inputs: Mapping[str, Tensor], codec: Any, *, options: Strea
     return stream
 
 
-def _run(decoder: Any, quantized: Tensor) -> Tensor:
-    sound: Tensor = decoder(quantized)
-    return sound
-
-
 def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tensor], prompt: int) -> Iterator[Tensor]:
     decoder = codec.acoustic_decoder
     like = torch.zeros(1, codec.config.acoustic_model_config.hidden_size, 1, device=codec.device, dtype=codec.dtype)
@@ -75,7 +70,7 @@ def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tenso
         found: Tensor = codec.decode(codes).audio_values
         return found
 
-    field = field_of(decoder, _run, like)
+    field = field_of(decoder, lambda module, x: module(x), like)
     pieces = Pieces(voiced, field)
     books, begin_id, end_id = config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id
     rows: list[Tensor] = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from clicks import clicks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate_tts.streaming import clicks
 from service.joints import FADE, PAUSE, joined
 
 RATE = 16_000

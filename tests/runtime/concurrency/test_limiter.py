@@ -102,8 +102,7 @@ def backend(limit: int | None) -> Any:
 
 def free(item: Any) -> bool:
     """Check that no permit is held and no call waits."""
-    wait_queue = queue.queue_of(item, item)
-    return not wait_queue._slots and not wait_queue._queue and not wait_queue._inbox
+    return queue.queue_of(item, item).is_idle
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -116,7 +115,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def waiting(item: Any) -> int:
-    return len(queue.queue_of(item, item)._queue)
+    return queue.queue_of(item, item).waiting
 
 
 # --- limits -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
 from accelerate_tts.stages.decode.kv_cache import sizes
+from accelerate_tts.stages.decode.kv_cache.step import StepLayer
 from accelerate_tts.tuning.compare import compare
 
 HIDDEN, HEADS, LAYERS = 32, 4, 2
@@ -227,6 +228,27 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> Non
             assert expected is None or expected.dtype == found.dtype
         assert plain.get_seq_length() == grown.get_seq_length()
         assert plain.layers[0].get_mask_sizes(1) == grown.layers[0].get_mask_sizes(1)
+
+
+def test_every_cache_that_a_model_sees_is_upstreams() -> None:
+    """Upstream converts or refuses other classes: its models ask for `Cache`, its mask for the layers' methods."""
+    layer, whole = kv_cache.step_classes()
+    step = kv_cache.step_cache((layer, whole), torch.zeros(1, HEADS, 8, 4), torch.zeros(1, HEADS, 8, 4), 3)
+    assert isinstance(step, transformers.Cache)
+    assert isinstance(step.layers[0], transformers.cache_utils.DynamicLayer)
+    assert kv_cache.step_classes() == (layer, whole)  # one class per release, else every step compiles anew
+    grown = DynamicCache()
+    grown.update(torch.zeros(1, HEADS, 3, 4), torch.zeros(1, HEADS, 3, 4), 0)
+    kv_cache.adopt(grown)
+    assert isinstance(grown.layers[0], transformers.cache_utils.DynamicLayer)
+    model = transformers.LlamaModel(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=HIDDEN, intermediate_size=HIDDEN, num_hidden_layers=1, num_attention_heads=HEADS
+        )
+    )
+    bare = kv_cache.CacheOfLayers([StepLayer(*step.layers[0].buffers, 3)])
+    with pytest.raises((ValueError, AttributeError, TypeError)):
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=bare)
 
 
 def test_a_reordered_cache_keeps_its_room() -> None:

@@ -12,7 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate_tts.stages.decode.kv_cache.classes import are_caches_loaded, cache_classes, is_processed
+from accelerate_tts.stages.decode.kv_cache.classes import (
+    CacheOfLayers,
+    are_caches_loaded,
+    cache_classes,
+    is_processed,
+    upstream_class,
+)
 from accelerate_tts.stages.decode.kv_cache.layers import adopt, growing_class, holds, is_growable, room_for
 from accelerate_tts.stages.decode.kv_cache.pairs import (
     PairLayer,
@@ -28,6 +34,7 @@ from accelerate_tts.stages.decode.kv_cache.pairs import (
 from accelerate_tts.stages.decode.kv_cache.step import step_cache, step_classes
 
 __all__ = [
+    "CacheOfLayers",
     "PairLayer",
     "adopt",
     "are_caches_loaded",
@@ -43,6 +50,7 @@ __all__ = [
     "room_for",
     "step_cache",
     "step_classes",
+    "upstream_class",
     "with_room",
 ]
 

@@ -6,13 +6,38 @@ transformers is not imported here; it is used only if the user's model has impor
 from __future__ import annotations
 
 import sys
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 
 def cache_classes() -> Any:
     """Return the module `transformers.cache_utils` if it is loaded and has cache layers, else `None`."""
     module = sys.modules.get("transformers.cache_utils")
     return module if module is not None and hasattr(module, "DynamicLayer") else None
+
+
+@cache
+def upstream_class(members: Any, base: Any) -> Any:
+    """Return a class with the given members that derives from a class of the loaded release of transformers.
+
+    Upstream checks for its own classes. They cannot be bases in a file: transformers is imported by users alone.
+    """
+    return type(members.__name__, (members, base), {"base": base})
+
+
+class CacheOfLayers:
+    """Members of a `Cache` that has the given layers.
+
+    Attributes:
+        base: The `Cache` of the loaded release.
+    """
+
+    base: ClassVar[Any]
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.layer_class_to_replicate = None
+        self.offloading = False
 
 
 def are_caches_loaded() -> bool:

@@ -6,13 +6,12 @@ for cropping, reordering for beams, repeating, selecting and copying therefore w
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 
 from accelerate_tts.stages.decode.kv_cache import sizes
-from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed
+from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed, upstream_class
 
 
 def is_growable(past: Any) -> bool:
@@ -37,7 +36,7 @@ def holds(layer: Any) -> bool:
 
 def growing_class() -> Any:
     """Return the class of growing layers for the loaded release of transformers."""
-    return _growing_class(cache_classes())
+    return upstream_class(GrowingLayer, cache_classes().DynamicLayer)
 
 
 def adopt(past: Any) -> None:
@@ -209,13 +208,6 @@ def _continues(stored: Any, states: Any) -> bool:
     return bool(
         stored.dtype == states.dtype and stored.shape[:-2] == states.shape[:-2] and stored.shape[-1] == states.shape[-1]
     )
-
-
-@cache
-def _growing_class(classes: Any) -> Any:
-    # Made for the release that the user has loaded: upstream checks for its own class.
-    base = classes.DynamicLayer
-    return type("GrowingLayer", (GrowingLayer, base), {"base": base})
 
 
 def _plain_layer(base: Any, state: dict[str, Any]) -> Any:

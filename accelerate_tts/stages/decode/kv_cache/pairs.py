@@ -10,13 +10,13 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from accelerate_tts.stages.decode.kv_cache import sizes
 from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 
 class PairLayer:
@@ -160,8 +160,6 @@ def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
 
 def _roomy_pair(keys: torch.Tensor, values: torch.Tensor, needed: int) -> tuple[Any, Any]:
     """Copy keys and values into buffers with spare capacity; return views of the same shapes."""
-    import torch
-
     capacity = min(sizes.capacity_for(needed, tensor) for tensor in (keys, values))
     made = []
     for tensor in (keys, values):
@@ -175,8 +173,6 @@ def _roomy_pair(keys: torch.Tensor, values: torch.Tensor, needed: int) -> tuple[
 
 def is_pair(past: tuple[Any, ...]) -> bool:
     """Check for the keys and the values of one layer."""
-    import torch
-
     return len(past) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in past) and fit(*past)  # noqa: PLR2004
 
 

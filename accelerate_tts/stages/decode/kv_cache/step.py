@@ -2,66 +2,58 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from accelerate_tts.stages.decode.kv_cache.classes import cache_classes
+from accelerate_tts.stages.decode.kv_cache.classes import CacheOfLayers, cache_classes, upstream_class
 
 
 def step_cache(classes: tuple[Any, Any], keys: Any, values: Any, length: int) -> Any:
     """Build a traced block's cache over one layer's buffers. Called inside the traced code."""
-    layer, whole = classes  # passed in: dynamo cannot instantiate a class that another class's method closes over
-    return whole(layer(keys, values, length))
+    layer, whole = classes  # passed in, so that the traced code makes no class
+    return whole([layer(keys, values, length)])
 
 
 def step_classes() -> tuple[Any, Any]:
     """Return the layer and cache classes for `step_cache`; two `None` without transformers 4.54 or later."""
     classes = cache_classes()
-    return (None, None) if classes is None else _step_classes(classes)
+    if classes is None:
+        return None, None
+    return upstream_class(StepLayer, classes.DynamicLayer), upstream_class(StepCache, classes.Cache)
 
 
-@cache
-def _step_classes(classes: Any) -> tuple[Any, Any]:
-    # Made here, since they derive from classes of the release that the user has loaded.
-    class StepLayer(classes.DynamicLayer):  # type: ignore[misc]
-        """One layer for one token, over the buffers of a growing layer. Created inside the traced block."""
+class StepLayer:
+    """One layer for one token, over the buffers of a growing layer. Created inside the traced block."""
 
-        def __init__(self, keys: Any, values: Any, length: int) -> None:
-            self.buffers = (keys, values)
-            self.length = length
-            self.is_initialized = True
+    def __init__(self, keys: Any, values: Any, length: int) -> None:
+        self.buffers = (keys, values)
+        self.length = length
+        self.is_initialized = True
 
-        def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            after = self.length + 1
-            keys, values = self.buffers
-            keys[:, :, self.length : after].copy_(key_states)
-            values[:, :, self.length : after].copy_(value_states)
-            return keys[:, :, :after], values[:, :, :after]
+    def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        after = self.length + 1
+        keys, values = self.buffers
+        keys[:, :, self.length : after].copy_(key_states)
+        values[:, :, self.length : after].copy_(value_states)
+        return keys[:, :, :after], values[:, :, :after]
 
-        def get_seq_length(self, *_args: Any) -> int:
-            return self.length
+    def get_seq_length(self, *_args: Any) -> int:
+        return self.length
 
-        def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
-            return self.length + 1, 0
+    def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
+        return self.length + 1, 0
 
-    class StepCache(classes.Cache):  # type: ignore[misc]
-        """The cache of one traced block. It ignores the block's index and writes to its only layer.
 
-        A graph is therefore not guarded on the index, and all blocks of a decoder share one graph.
-        """
+class StepCache(CacheOfLayers):
+    """The cache of one traced block. It ignores the block's index and writes to its only layer.
 
-        def __init__(self, layer: Any) -> None:
-            self.layers = [layer]
-            self.layer_class_to_replicate = None
-            self.offloading = False
+    A graph is therefore not guarded on the index, and all blocks of a decoder share one graph.
+    """
 
-        def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            return self.layers[0].update(key_states, value_states)
+    def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return self.layers[0].update(key_states, value_states)
 
-        def get_seq_length(self, *_args: Any) -> int:
-            return self.layers[0].get_seq_length()  # type: ignore[no-any-return]
+    def get_seq_length(self, *_args: Any) -> int:
+        return self.layers[0].get_seq_length()  # type: ignore[no-any-return]
 
-        def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
-            return self.layers[0].get_mask_sizes()  # type: ignore[no-any-return]
-
-    return StepLayer, StepCache
+    def get_mask_sizes(self, *_args: Any) -> tuple[int, int]:
+        return self.layers[0].get_mask_sizes()  # type: ignore[no-any-return]
