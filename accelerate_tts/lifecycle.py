@@ -83,8 +83,13 @@ class LoadedObjects:
                 return done.receipt
             return None
         if lazy := _lazy_modules(new):
-            why = f"{lazy[0]} has no weights before its first call; make one in the load"
-            emit(NotApplied(f"@optimized_model on {type(loaded.subject).__name__}", why))
+            name = type(loaded.subject).__name__
+            emit(
+                NotApplied(
+                    f"@optimized_model on {name}",
+                    f"{lazy[0]} has no weights before its first call; make one in the load",
+                )
+            )
             return None
         from accelerate_tts.models import describe
         from accelerate_tts.packs.warm_pack import WarmPack
