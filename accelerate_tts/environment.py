@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from accelerate_tts.errors import SettingsError, shown
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import Event, NotApplied
+
+Tell = Callable[[Event], object]
 
 _WORDS = {
     "1": True, "true": True, "yes": True, "on": True,
@@ -97,22 +99,22 @@ VARIABLES = {variable for option in _OPTIONS for variable in option.variables} |
 """Names of all supported variables."""
 
 
-def _report_unknown(environment: Mapping[str, str]) -> None:
+def _report_unknown(environment: Mapping[str, str], tell: Tell) -> None:
     for variable in environment:
         if str(variable).startswith("ACCELERATE_TTS_") and variable not in VARIABLES:
             near = get_close_matches(variable, VARIABLES, n=1)
             hint = f"did you mean {near[0]}?" if near else "see docs/OPTIMIZATIONS_SUMMARY.md for the list"
-            emit(NotApplied(variable, f"there is no such setting; {hint}"))
+            tell(NotApplied(variable, f"there is no such setting; {hint}"))
 
 
-def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any) -> None:
+def _report_set_aside(option: _Option, variable: str, text: str, winner: str, value: Any, tell: Tell) -> None:  # noqa: PLR0913, PLR0917
     """Report an older variable whose value differs from that of the newer one."""
     try:
         same = option.parse(variable, text) == value
     except SettingsError:
         same = False
     if not same:
-        emit(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
+        tell(NotApplied(f"{variable}={text!r}", f"{winner} says something else, and wins; unset one of the two"))
 
 
 # Settings that have no effect beside another one, and the condition. Settings of packs always have one, since packs are
@@ -124,20 +126,21 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
-def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str]) -> None:
+def _report_contradictions(values: Mapping[str, Any], said: Mapping[str, str], tell: Tell) -> None:
     """Report a variable that has no effect because of another one."""
     for idle, other, wins in _IDLE:
         if idle in said and other in said and wins(values[other]):
             why = f"it has no effect beside {said[other]}={str(values[other])!r}; unset one of the two"
-            emit(NotApplied(said[idle], why))
+            tell(NotApplied(said[idle], why))
 
 
-def read(environment: Mapping[str, str], check: Callable[[str, Any], object]) -> dict[str, Any]:
+def read(environment: Mapping[str, str], check: Callable[[str, Any], object], tell: Tell) -> dict[str, Any]:
     """Read the settings that variables set. An empty variable counts as not set.
 
     Args:
         environment: The variables.
         check: Takes a setting's name and value, and raises `SettingsError` if the value is invalid.
+        tell: Receives events about variables that have no effect.
 
     Returns:
         Values by the names of the settings.
@@ -155,9 +158,9 @@ def read(environment: Mapping[str, str], check: Callable[[str, Any], object]) ->
             text = text.strip()
             if text:
                 if option.field in values:
-                    _report_set_aside(option, variable, text, said[option.field], values[option.field])
+                    _report_set_aside(option, variable, text, said[option.field], values[option.field], tell)
                 else:
                     values[option.field], said[option.field] = option.read(variable, text, check), variable
-    _report_unknown(environment)
-    _report_contradictions(values, said)
+    _report_unknown(environment, tell)
+    _report_contradictions(values, said, tell)
     return values

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -369,9 +369,11 @@ def emit(event: Event) -> None:
     if event.degraded:
         level = logging.WARNING if first else logging.DEBUG
     if logger.isEnabledFor(level):  # names and reasons are foreign texts, and a log may be shown in a terminal
-        logger.log(level, "%s", printable(event))
+        with suppress(Exception):  # a filter or handler of the user's must not break speech
+            logger.log(level, "%s", printable(event))
     for hook in hooks:
         try:
             hook(event)
         except Exception:  # a broken metrics hook must not break speech
-            logger.exception("an event hook raised; the event was %s", event)
+            with suppress(Exception):
+                logger.exception("an event hook raised; the event was %s", event)

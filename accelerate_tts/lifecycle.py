@@ -82,6 +82,15 @@ class LoadedObjects:
                 self._remember(loaded, done)
                 return done.receipt
             return None
+        if lazy := _lazy_modules(new):
+            name = type(loaded.subject).__name__
+            emit(
+                NotApplied(
+                    f"@optimized_model on {name}",
+                    f"{lazy[0]} has no weights before its first call; make one in the load",
+                )
+            )
+            return None
         from accelerate_tts.models import describe
         from accelerate_tts.packs.warm_pack import WarmPack
         from accelerate_tts.stages.catalogue import default_stages
@@ -286,6 +295,14 @@ def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
             if pack is not None:
                 pack.renew(findings)
     return findings
+
+
+def _lazy_modules(roots: Sequence[nn.Module]) -> list[str]:
+    """Return the classes of modules whose weights are made by their first call."""
+    from torch.nn.parameter import is_lazy
+
+    modules = (module for root in roots for module in root.modules())
+    return [type(module).__name__ for module in modules if any(map(is_lazy, module.parameters(recurse=False)))]
 
 
 def _device_of(plan: ModelPlan, prepared: DeviceInfo) -> DeviceInfo:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.device import detect, flags, memory, setup
 from accelerate_tts.errors import ModelError, PackError, SettingsError, described, shown
-from accelerate_tts.events import FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
+from accelerate_tts.events import Event, FellBack, NotApplied, Prepared, Warmed, WarmupFailed, emit
 from accelerate_tts.lifecycle import LoadedObjects
-from accelerate_tts.locks import lock, rlock
+from accelerate_tts.locks import rlock
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.settings import Settings, is_active, is_path
 
@@ -337,7 +337,7 @@ class PerformanceOptimizer:
             emit(NotApplied("cleanup_memory", described(error)))
 
 
-_accessor_lock = lock()
+_accessor_lock = rlock()
 _optimizer: PerformanceOptimizer | None = None
 
 
@@ -348,11 +348,16 @@ def get_performance_optimizer() -> PerformanceOptimizer:
         SettingsError: An environment variable has an invalid value.
     """
     global _optimizer  # noqa: PLW0603 - the process-wide instance, made once under a lock
-    if _optimizer is None:
+    optimizer = _optimizer
+    if optimizer is None:
+        told: list[Event] = []
         with _accessor_lock:
             if _optimizer is None:
-                _optimizer = PerformanceOptimizer()
-    return _optimizer
+                _optimizer = PerformanceOptimizer(Settings.from_environment(tell=told.append))
+            optimizer = _optimizer
+        for event in told:  # when it can be used, since a hook may call this
+            emit(event)
+    return optimizer
 
 
 def replace_performance_optimizer(optimizer: PerformanceOptimizer | None) -> PerformanceOptimizer | None:

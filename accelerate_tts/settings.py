@@ -7,13 +7,14 @@ are set, the former wins. docs/OPTIMIZATIONS_SUMMARY.md lists them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from accelerate_tts.environment import flag, read
 from accelerate_tts.errors import SettingsError, shown
+from accelerate_tts.events import Event, emit
 from accelerate_tts.locks import lock
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -124,11 +125,14 @@ class Settings:
         _check_text("pack_key", self.pack_key)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, *, tell: Callable[[Event], object] = emit
+    ) -> Settings:
         """Read the settings from environment variables.
 
         Args:
             environment: The variables to read; `os.environ` if not given. An empty variable counts as not set.
+            tell: Receives events about variables that have no effect.
 
         Raises:
             SettingsError: A variable's text is invalid. The message names the variable, its value and the valid values.
@@ -136,7 +140,7 @@ class Settings:
         given: Any = os.environ if environment is None else environment
         if not isinstance(given, Mapping):
             raise SettingsError(f"environment={shown(given)} must be None or a mapping of names to texts")
-        return cls(**read(given, lambda name, value: cls(**{name: value})))
+        return cls(**read(given, lambda name, value: cls(**{name: value}), tell))
 
 
 def _is_flag(value: object) -> bool:

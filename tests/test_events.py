@@ -231,3 +231,19 @@ def test_what_is_not_callable_is_refused_and_shown(hook: Any) -> None:
         add_hook(hook)
     assert repr(hook) in str(caught.value)
     emit(Undone("nobody is called"))
+
+
+def test_a_filter_of_the_log_that_raises() -> None:
+    class Raises(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise ValueError(record)
+
+    logger, raises, told = logging.getLogger("accelerate_tts"), Raises(), []
+    remove = add_hook(told.append)
+    logger.addFilter(raises)
+    try:
+        emit(NotApplied("a", "b"))
+    finally:
+        logger.removeFilter(raises)
+        remove()
+    assert told == [NotApplied("a", "b")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from accelerate_tts import (
     Settings,
     SettingsError,
     WarmupError,
+    add_hook,
     create_inference_context,
     get_performance_optimizer,
     optimized_model,
@@ -34,6 +36,7 @@ from accelerate_tts.patching.class_swap import ClassSwap, subclass_with
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.stages.base import BaseStage
+from accelerate_tts.tuning.registry import TuningMap
 from doubles import Stage, pays_off
 
 GIB = 1024**3
@@ -313,3 +316,42 @@ def test_a_model_that_is_not_on_the_best_device_is_tuned_for_the_one_it_is_on(se
     assert receipt.device.startswith("cpu")
     assert "captured decode step" not in {stage.stage for stage in receipt.stages}
     assert [e.reason for e in seen if isinstance(e, NotApplied)] == ["its weights are on cpu, so it is tuned for that"]
+
+
+def ends(work: Callable[[], object]) -> bool:
+    """Run some work in a thread; False if it does not end."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+def test_a_hook_may_use_the_optimizer_at_the_first_event_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_TREADS", "4")
+    found: list[object] = []
+    add_hook(lambda _event: found.append(get_performance_optimizer()))
+    assert ends(get_performance_optimizer)
+    assert found == [get_performance_optimizer()]
+    assert "there is no such setting" in str(seen[0])
+
+
+def test_an_object_that_is_freed_while_others_are_undone_undoes_itself() -> None:
+    """Its destructor runs wherever its last reference is dropped, such as in our own loop over objects."""
+    tunings, tuning = TuningMap(), cast("Any", Freed())
+
+    class Backend:
+        @property
+        def __dict__(self) -> Any:  # stands in for the destructor
+            tunings.forget(tuning)
+            return {}
+
+    backend = Backend()
+    assert ends(lambda: tunings.put(backend, tuning))
+    assert ends(lambda: tunings.forget(tuning))
+    assert tunings.get(backend) is None
+
+
+class Freed:
+    """Something that can be referred to weakly."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.device import cpu, flags
 from accelerate_tts.device.detect import spec_of
+from accelerate_tts.events import NotApplied, emit
 
 if TYPE_CHECKING:
     from accelerate_tts.device.detect import DeviceInfo
@@ -32,9 +34,38 @@ def tuning_flags(device: DeviceInfo) -> list[tuple[Flag, Any]]:
 
 
 def compile_mode(device: DeviceInfo, settings: Settings) -> str | None:
-    """Return torch.compile's mode for `device`, or `None` if compiling is off or not worth trying (MPS)."""
+    """Return torch.compile's mode for `device`; `None` if compiling is off, not worth trying (MPS), or not safe.
+
+    A mode in the settings is used where it is not safe, too.
+    """
     mode = spec_of(device).compile_mode
-    return None if mode is None or not settings.compile else settings.compile_mode or mode
+    if mode is None or not settings.compile or settings.compile_mode is not None:
+        return settings.compile_mode if mode is not None and settings.compile else None
+    obstacle = unsafe_compiler()
+    if obstacle is not None:
+        emit(NotApplied("torch.compile", obstacle))
+        return None
+    return mode
+
+
+def unsafe_compiler(python: tuple[int, int] = sys.version_info[:2], release: str | None = None) -> str | None:
+    """Return the reason why torch.compile may end the process here, else `None`.
+
+    On Python 3.10, checks of dynamo's guards in torch 2.6 crash once many graphs were made and freed in a process: a
+    name that the interpreter's cache of methods still holds has been freed.
+
+    Args:
+        python: Version of Python.
+        release: Version of torch; this one's if not given.
+    """
+    if release is None:
+        import torch
+
+        release = torch.__version__
+    numbers = tuple(int(part) for part in release.split(".")[:2])
+    if python < (3, 11) and numbers < (2, 7):
+        return f"torch {release} may crash on Python 3.10 when it checks graphs; use Python 3.11, or torch 2.7"
+    return None
 
 
 def _threads(settings: Settings) -> list[tuple[Flag, Any]]:

@@ -84,12 +84,13 @@ def items_of(value: Any) -> Iterable[Any] | None:
 def attributes_of(value: object) -> dict[str, Any]:
     """Return an object's attributes without running code of its class: a proxy that is not bound raises at any.
 
-    Empty for a class with slots, or of an extension module.
+    Empty for a class with slots, of an extension module, or with a `__dict__` of its own that raises or is none.
     """
     try:
-        return object.__getattribute__(value, "__dict__")  # type: ignore[no-any-return]
-    except (AttributeError, TypeError):
+        found = object.__getattribute__(value, "__dict__")
+    except Exception:  # a class of the user's may raise anything
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.tracing import is_plain
 from accelerate_tts.kernels.weight_formats import is_transposed
 
 if TYPE_CHECKING:
@@ -124,9 +125,8 @@ def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
         )  # fmt: skip
 
     layers = list(layout.layers().values())
-    plain = {torch.Tensor, nn.Parameter}  # quantised or sharded weights have no plain memory
     tensors = [getattr(m, name, None) for m in (*layers, layout.norm1, layout.norm2) for name in ("weight", "bias")]
-    if not all(type(tensor) in plain and tensor.is_cpu for tensor in tensors if tensor is not None):
+    if not all(is_plain(tensor) and tensor.is_cpu for tensor in tensors if tensor is not None):
         return False
     if layout.activation < 0 or layout.heads % layout.kv_heads or not all(map(is_linear, layers)):
         return False

@@ -249,7 +249,12 @@ def _mask(given: Any, rows: int, positions: int) -> tuple[Any, ...] | None:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in fp32 and contiguous. Most already are, and the checks cost less than no-op conversions."""
+    """Return the tensor in fp32, contiguous and with its numbers in memory.
+
+    Most already are, and the checks cost less than no-op conversions.
+    """
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.dtype != torch.float32:
         tensor = tensor.float()
     return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.tracing import is_plain
 from accelerate_tts.kernels.structs import STRUCTS
 
 if TYPE_CHECKING:
@@ -88,13 +89,13 @@ def are_plain(modules: Iterable[Any]) -> bool:
 
     torch broadcasts biases of other shapes; a kernel does not.
     """
-    plain, modules = {torch.Tensor, nn.Parameter}, list(modules)  # not quantised or sharded
+    modules = list(modules)
 
     def outputs(module: Any) -> int:  # the weight of a transposed convolution has them as its second dimension
         return int(module.out_channels if isinstance(module, nn.ConvTranspose1d) else module.weight.shape[0])
 
     return all(module.bias is None or tuple(module.bias.shape) == (outputs(module),) for module in modules) and all(
-        type(tensor) in plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        is_plain(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         for module in modules
         for tensor in (module.weight, module.bias)
         if tensor is not None
@@ -104,7 +105,7 @@ def are_plain(modules: Iterable[Any]) -> bool:
 def is_fp32(tensor: Any, shape: Sequence[int] | None = None) -> bool:
     """Check for a plain, non-empty fp32 tensor on the CPU, of the given shape if there is one."""
     return bool(
-        type(tensor) is torch.Tensor
+        is_plain(tensor)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and tensor.numel() > 0

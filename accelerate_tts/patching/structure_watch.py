@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import BuiltinFunctionType, FunctionType
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks, has_hooks, hooks_of, is_capture
+from accelerate_tts.inspection.signatures import (
+    foreign_hooks,
+    global_hooks,
+    has_hooks,
+    hooks_of,
+    is_capture,
+    module_of,
+)
 
 _KINDS = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 """Types of attributes that a forward reads beside tensors and modules: sizes, epsilons, factors, activations."""
@@ -72,6 +80,13 @@ class Inside:
         self._classes = list(map(plain_class, self._inner))
         self._types = list(map(type, self._inner))
         self._forwards = [(cls, cls.forward) for cls in {*self._classes, plain_class(block)}]
+        self._functions = Functions(self._forwards)
+        self._watched += [
+            (vars(config), name, vars(config)[name])
+            for config in {id(config): config for config in map(_config_of, block.modules())}.values()
+            for name in self._functions.names & vars(config).keys() - _NOT_OF_A_BLOCK
+            if isinstance(vars(config)[name], _KINDS)
+        ]
         self._global_hooks = global_hooks()
 
     def altered(self) -> str | None:
@@ -108,7 +123,81 @@ class Inside:
         for holder, name, before in self._watched:
             if (value := holder.get(name)) is not before and value != before:
                 return f"{name} of a module inside a block is another"
-        return None
+        return self._functions.replaced()
+
+
+_BASES = vars(nn.Module).keys()  # its own methods are followed for no class
+_NOT_OF_A_BLOCK = {"output_attentions", "output_hidden_states", "use_cache", "return_dict", "dtype", "torch_dtype"}
+"""Options of a configuration that are defaults of a call's arguments, or that saving a model writes."""
+_ATTENTIONS = ("eager", "sdpa")
+
+
+class Functions:
+    """Functions that forwards find by global names when they run, and that other code may replace there.
+
+    These are functions of the forwards' modules, of modules that they name (`torch.nn.functional`), and the attention
+    functions in a registry of transformers. The functions of transformers, and methods, are followed in turn.
+
+    Args:
+        forwards: Pairs of a class and its forward.
+
+    Attributes:
+        names: Names of all attributes and globals that they read.
+    """
+
+    def __init__(self, forwards: Iterable[tuple[Any, Any]]) -> None:
+        found: dict[tuple[int, str], tuple[Callable[[str], Any], str]] = {
+            (0, name): (vars(nn.Module).get, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")
+        }
+        self.names: set[str] = set()
+        pending, followed = list(forwards), set()
+        while pending:
+            cls, function = pending.pop()
+            function = inspect.unwrap(function)
+            if function in followed or not isinstance(function, FunctionType):
+                continue
+            followed.add(function)
+            self.names.update(function.__code__.co_names)
+            pending += [(cls, getattr(cls, name, None)) for name in function.__code__.co_names if name not in _BASES]
+            for mapping, name in _places(function):
+                found[id(mapping), name] = mapping.get, name
+                if module_of(mapping.get(name)).startswith("transformers."):
+                    pending.append((None, mapping[name]))
+        self._places = list(found.values())
+        self._before = [get(name) for get, name in self._places]
+
+    def replaced(self) -> str | None:
+        """Return the obstacle if one of them is another function now, else `None`."""
+        now = [get(name) for get, name in self._places]  # this runs for each block at each token
+        if now == self._before:
+            return None
+        name = next(
+            name for (_, name), one, other in zip(self._places, now, self._before, strict=True) if one is not other
+        )
+        return f"{name}, which a block calls, was replaced"
+
+
+def _config_of(module: Any) -> Any:
+    config = vars(module).get("config")
+    return config if hasattr(config, "__dict__") else _NO_CONFIG
+
+
+_NO_CONFIG = SimpleNamespace()
+
+
+def _places(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the dictionaries in which a function looks for others, with their names there."""
+    holders: list[dict[str, Any]] = [function.__globals__]
+    for name in function.__code__.co_names:
+        for holder in [holder for holder in holders if name in holder]:
+            value = holder[name]
+            if isinstance(value, ModuleType):
+                holders.append(vars(value))
+            elif isinstance(value, (FunctionType, BuiltinFunctionType)):
+                yield holder, name
+            else:  # the registry is a dictionary, or an object with two
+                each = [value, *(getattr(value, inner, None) for inner in ("_local_mapping", "_global_mapping"))]
+                yield from ((mapping, how) for mapping in each if isinstance(mapping, dict) for how in _ATTENTIONS)
 
 
 _NOT_READ = {"_is_full_backward_hook", "_version", "_compiled_call_impl", "call_super_init", "dump_patches"}

@@ -228,7 +228,11 @@ def _inference_tensors(roots: tuple[Any, ...]) -> list[Any]:
 
 
 def _is_inference(value: Any) -> bool:
-    return issubclass(type(value), sys.modules["torch"].Tensor) and bool(value.is_inference())
+    torch = sys.modules["torch"]
+    if not issubclass(type(value), torch.Tensor):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():  # a lazy module's parameter, or a user's subclass, may refuse
+        return bool(value.is_inference())
 
 
 def _make_normal(*roots: Any) -> int:
@@ -285,14 +289,8 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
 
 def _with_normal(value: Any, normal: Callable[[Any], Any]) -> Any:
     """Return a tuple with normal tensors; the same object if there is nothing to replace."""
-    import torch
-
     items = [
-        normal(item)
-        if isinstance(item, torch.Tensor) and item.is_inference()
-        else _with_normal(item, normal)
-        if type(item) is tuple
-        else item
+        normal(item) if _is_inference(item) else _with_normal(item, normal) if type(item) is tuple else item
         for item in value
     ]
     if all(new is old for new, old in zip(items, value, strict=True)):

@@ -7,6 +7,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from accelerate_tts.inspection.object_tree import attributes_of
@@ -101,7 +102,13 @@ _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _of_generator(item: Any, kind: type, numpy: Any, torch: Any) -> _Kept | None:
-    """Return a generator and its state; `None` for any other object."""
+    """Return a generator and its state; `None` for any other object, and for a generator without a state."""
+    with suppress(Exception):  # such as NotImplementedError of a user's class over a device
+        return _with_state(item, kind, numpy, torch)
+    return None
+
+
+def _with_state(item: Any, kind: type, numpy: Any, torch: Any) -> _Kept | None:
     if issubclass(kind, random.Random):
         return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
     if torch is not None and issubclass(kind, torch.Generator):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.identity_map import IdentityMap
-from accelerate_tts.locks import lock
+from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +58,7 @@ class TuningMap:
     """
 
     def __init__(self) -> None:
-        self._lock = lock()
+        self._lock = rlock()  # reentrant: an object that is freed here may undo its own tuning
         self._entries = IdentityMap[tuple[weakref.ref[Any], ...]]()
 
     def get(self, item: object) -> Tuning | None:

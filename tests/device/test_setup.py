@@ -19,6 +19,7 @@ import torch
 
 from accelerate_tts.device import cpu, flags, setup
 from accelerate_tts.device.detect import DeviceInfo, detect
+from accelerate_tts.device.setup import unsafe_compiler
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.events import Event, NotApplied, Prepared
 from accelerate_tts.optimizer import PerformanceOptimizer
@@ -239,6 +240,20 @@ def test_compile_mode_of_each_device(kind: Any, mode: str | None) -> None:
     asked = setup.compile_mode(device, Settings(compile_mode="max-autotune"))
     assert asked == (None if kind == "mps" else "max-autotune")
     assert setup.compile_mode(device, Settings(compile=False, compile_mode="max-autotune")) is None
+
+
+def test_where_graphs_crash_nothing_is_compiled_unless_a_mode_is_given(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:
+    assert setup.unsafe_compiler((3, 11), "2.6.0+cu124") is None
+    assert setup.unsafe_compiler((3, 10), "2.10.0") is None
+    monkeypatch.setattr(setup, "unsafe_compiler", lambda: unsafe_compiler((3, 10), "2.6.0+cu124"))
+    device = DeviceInfo("cpu", "test")
+    assert setup.compile_mode(device, Settings()) is None
+    assert [event.reason for event in seen if isinstance(event, NotApplied)] == [
+        "torch 2.6.0+cu124 may crash on Python 3.10 when it checks graphs; use Python 3.11, or torch 2.7"
+    ]
+    assert setup.compile_mode(device, Settings(compile_mode="default")) == "default"
 
 
 def test_mps_sets_its_variables_and_says_that_torch_was_first(

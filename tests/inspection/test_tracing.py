@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from accelerate_tts import Event
@@ -187,3 +188,69 @@ def test_a_compiled_part_is_traced_as_upstreams() -> None:
     CompiledCall(model, "model", "default").on()
     with torch.no_grad():
         same(plain(x("")), torch.jit.trace(model, (x(""),))(x("")))
+
+
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "negative": torch._neg_view,
+    "negative zeros": lambda given: torch._neg_view(torch.zeros_like(given)),
+    "zeros": lambda given: torch._efficientzerotensor(given.shape),
+    "sparse": torch.Tensor.to_sparse,
+    "sparse rows": torch.Tensor.to_sparse_csr,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda given: torch.nested.nested_tensor(list(given[None])),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "fold"])
+@pytest.mark.parametrize("odd", ODD)
+def test_inputs_whose_memory_does_not_hold_their_numbers(name: str, odd: str) -> None:
+    plain, model = tuned(name)
+    with torch.inference_mode():
+        given = ODD[odd](x(name))
+        expected, found = (each[0](given) for each in (plain, model))
+    if odd == "nested":
+        expected, found = (each.to_padded_tensor(0.0) for each in (expected, found))
+    expected, found = (each.to_dense() if each.layout is not torch.strided else each for each in (expected, found))
+    assert float((expected - found).norm()) <= 0.03 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "fold"])
+def test_a_sparse_weight_after_tuning(name: str) -> None:
+    plain, model = tuned(name)
+    for each in (plain, model):
+        layer: Any = each[0]
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    with torch.no_grad():  # torch's sparse products refuse inference mode
+        assert torch.allclose(plain(x(name)), model(x(name)), atol=0.03)
+
+
+@each
+def test_tangents_under_no_grad(name: str) -> None:
+    plain, model = tuned(name)
+
+    def tangent(module: nn.Module) -> torch.Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(x(name), torch.ones_like(x(name)))
+            return forward_ad.unpack_dual(module(dual)).tangent  # type: ignore[return-value]
+
+    assert torch.allclose(tangent(plain), tangent(model), atol=1e-5)
+
+
+@each
+def test_gradients(name: str) -> None:
+    """Copies have none; a model that is trained after tuning, by mistake or not, must not lose them silently."""
+
+    def gradients(module: nn.Module) -> list[torch.Tensor]:
+        given = x(name).requires_grad_()
+        module(given).square().sum().backward()
+        return [given.grad, *(parameter.grad for parameter in module.parameters())]  # type: ignore[list-item]
+
+    for expected, found in zip(*map(gradients, tuned(name)), strict=True):
+        assert torch.allclose(expected, found, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "fold"])
+def test_the_input_by_keyword(name: str) -> None:
+    plain, model = tuned(name)
+    with torch.inference_mode():
+        assert torch.allclose(plain[0](input=x(name)), model[0](input=x(name)), atol=0.05)

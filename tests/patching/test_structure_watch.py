@@ -12,10 +12,12 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers.models.llama import modeling_llama as llama
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels.weight_formats import WeightFormat
+from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 
@@ -100,6 +102,40 @@ def other_class(model: Any) -> Iterator[None]:
     layer.__class__ = before
 
 
+def class_function(module: Any, name: str) -> Callable[[Any], Any]:
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        made = before(*args, **kwargs)
+        return tuple(each / 2 for each in made) if isinstance(made, tuple) else made / 2
+
+    before = getattr(module, name)
+    return lambda _model: attribute(module, name, halved)
+
+
+@contextmanager
+def registered(_model: Any) -> Iterator[None]:
+    known = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    before = known["sdpa"]
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        made, weights = before(*args, **kwargs)
+        return made / 2, weights
+
+    known["sdpa"] = halved
+    yield
+    if isinstance(known, dict):
+        known["sdpa"] = before
+    else:
+        del known["sdpa"]
+
+
+def of_layers(call: Callable[..., Any]) -> Callable[..., Any]:
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(self, *args, **kwargs)
+        return result * 2 if isinstance(self, nn.Linear) else result
+
+    return other
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "scaling": lambda model: attribute(model.layers[0].self_attn, "scaling", model.layers[0].self_attn.scaling * 3),
     "epsilon": lambda model: attribute(model.layers[1].input_layernorm, "variance_epsilon", 0.5),
@@ -109,10 +145,19 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward of a class": class_forward(lambda model: model.layers[0].mlp),
     "forward of nn.Linear": class_forward(lambda model: model.layers[0].mlp.up_proj),
     "another class": other_class,
+    "a function of the model's module": class_function(llama, "apply_rotary_pos_emb"),
+    "torch's attention": class_function(nn.functional, "scaled_dot_product_attention"),
+    "torch's product": class_function(nn.functional, "linear"),
+    "the registry of attention functions": registered,
+    "the call of all modules": lambda _model: attribute(nn.Module, "__call__", of_layers(nn.Module.__call__)),
     "a bias that is broadcast": lambda model: attribute(
         model.layers[0].mlp.up_proj, "bias", nn.Parameter(torch.tensor([0.25]))
     ),
 }  # fmt: skip
+
+
+FOR_ALL = ("global", "forward", "a function", "torch's", "the ")
+"""Beginnings of the names of changes that are for all models."""
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
@@ -126,7 +171,7 @@ def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: WeightF
     change.on()
     before = loop(model)
     assert not seen
-    with CHANGES[name](model), CHANGES[name](plain) if not name.startswith(("global", "forward")) else no_change():
+    with CHANGES[name](model), CHANGES[name](plain) if not name.startswith(FOR_ALL) else no_change():
         expected, found = loop(plain), loop(model)
         assert not torch.allclose(expected, before, rtol=0.1)
         tolerance = 1e-4 if weights == "fp32" else 0.05
@@ -143,3 +188,32 @@ def test_one_event_and_upstreams_path_while_it_is_so(name: str, weights: WeightF
 @contextmanager
 def no_change() -> Iterator[None]:
     yield
+
+
+class Vocoder(nn.Module):
+    """Reads an option of its configuration, and calls a function of torch in a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.VitsConfig()
+        self.layer = nn.Conv1d(2, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.shaped(x))  # type: ignore[no-any-return]
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.leaky_relu(x, self.config.leaky_relu_slope).to(x.dtype)
+
+
+def test_what_a_forward_reads_elsewhere() -> None:
+    model = Vocoder()
+    inside = Inside(model)
+    model.config.dtype = "float32"  # as saving a model writes
+    assert inside.altered() is None
+    for holder, name, value in (
+        (model.config, "leaky_relu_slope", 0.5), (nn.functional, "leaky_relu", nn.functional.relu),
+        (nn.functional, "conv1d", nn.functional.linear),
+    ):  # fmt: skip
+        with attribute(holder, name, value):
+            assert name in str(inside.altered())
+        assert inside.altered() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import queue
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -396,3 +397,65 @@ def test_nothing_is_kept_of_an_object() -> None:
     del service
     gc.collect()
     assert len(mode_choice.known_owners) <= before
+
+
+def test_a_lazy_module_that_had_no_call_yet(seen: list[Event]) -> None:
+    class Backend:
+        @optimized_model(warmup=torch.ones(1, 9))
+        def load(self) -> nn.Module:
+            self.model = nn.LazyLinear(4)
+            return self.model
+
+        @inference
+        def speak(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x)  # type: ignore[no-any-return]
+
+    backend = Backend()
+    backend.load()
+    assert receipt_of(backend) is None
+    assert "LazyLinear has no weights before its first call" in str(seen[-1])
+    assert backend.speak(torch.ones(1, 9)).shape == (1, 4)
+
+
+def test_a_users_tensors_are_not_asked() -> None:
+    class Refuses(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> Any:
+            raise TypeError("not for others")
+
+    class Backend:
+        def __init__(self) -> None:
+            self.kept = [torch.ones(2).as_subclass(Refuses)]
+
+        @inference
+        def speak(self, given: Any) -> Any:
+            return given
+
+    given = torch.ones(2).as_subclass(Refuses)
+    assert Backend().speak(given) is given
+
+
+def test_objects_that_refuse_to_be_looked_at() -> None:
+    """The search for tensors and generators is ours; nothing that it meets may raise into the call."""
+
+    class Device(random.Random):
+        def getstate(self) -> Any:
+            raise NotImplementedError("it has none")
+
+    class Refuses:
+        generator = Device()
+
+        @property
+        def __dict__(self) -> Any:
+            raise RuntimeError("not for others")
+
+    class Holds:
+        def __init__(self) -> None:
+            self.generator = Device()
+
+        @inference
+        def speak(self, given: Any) -> Any:
+            return given
+
+    given = [Refuses(), Device()]
+    assert Holds().speak(given) is given

@@ -29,8 +29,10 @@ from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.stages.decode import bf16_prefill
 from accelerate_tts.stages.decode.bf16_prefill import PromptStage
+from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
+from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
@@ -45,13 +47,20 @@ from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 from doubles import pays_off, tune
+from reruns import Reruns
+
+
+def rerun(device: torch.device) -> Reruns:
+    """Return a recorder for a CPU. Unwatched: other stages inside run upstream's forward where they are watched."""
+    return Reruns(device, watched=False)
+
 
 STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
     FusedBlocksStage("int8"), PromptStage(), HalfStage(torch.bfloat16, carried=False),
     HalfStage(torch.bfloat16, carried=True), SkinnyStage("fp32"), SkinnyStage("bf16"), SkinnyStage("int8"),
     FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
-    CompiledBlocksStage("default"), CompileStage("default"),
+    CompiledBlocksStage("default"), CompileStage("default"), CapturedStepStage(rerun), RecordedPartsStage(rerun),
 )  # fmt: skip
 
 
@@ -192,6 +201,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Llama": lambda: decoder("Llama"),
     "GPT2": lambda: decoder("GPT2"),
 }
+
+
+def part_of(model: nn.Module) -> Part:
+    is_decoder = not isinstance(model, Tower)
+    return Part("part", "decoder" if is_decoder else "vocoder", model, cached=is_decoder)
+
+
 # Without its explanations: they trace each line, and an interruption that comes in the tracer is lost in it.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 ACTIONS = st.lists(
@@ -210,7 +226,7 @@ ACTIONS = st.lists(
 def test_any_order_of_applying_and_undoing(name: str) -> None:
     model = MODELS[name]()
     before = Before(model)
-    part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
+    part = part_of(model)
     tried: set[str] = set()
 
     def play(actions: list[tuple[str, Any]]) -> None:
@@ -385,7 +401,7 @@ def quick(decide: Any) -> Iterator[None]:
 def test_any_fault_in_a_real_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]()
     before = Before(model)
-    part = Part("part", "decoder", model, cached=not isinstance(model, Tower))
+    part = part_of(model)
     applicable = [stage for stage in STAGES if obstacle(stage, part) is None]
     compared = Baseline.difference
 

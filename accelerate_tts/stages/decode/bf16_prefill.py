@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from accelerate_tts.device.half_dtypes import half_dtypes
-from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.inspection.tracing import is_plain, is_traced
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.patching.class_swap import ClassSwap, fused_by, subclass_with
 from accelerate_tts.stages.base import BaseStage
@@ -80,7 +80,7 @@ def _prompt_class(plain: type, fused: Any) -> type:
 
 def _is_prompt(x: Any) -> TypeGuard[torch.Tensor]:
     return bool(
-        type(x) is torch.Tensor
+        is_plain(x)
         and x.dtype == torch.float32
         and x.dim() > 0
         and x.numel() > MOST_ROWS * x.shape[-1] > 0

@@ -21,7 +21,7 @@ from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.locks import lock
+from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
 from accelerate_tts.patching.weight_versions import WeightWatch
@@ -136,7 +136,7 @@ class _Steps:
         self._copies = copies or keeps_copies(decoder)
         self._weights = WeightWatch(decoder, content=self._copies)
         self._slots: dict[Any, list[StaticSlot]] = {}  # least recently used first, in each list and among the keys
-        self._lock = lock()
+        self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
         self._broken = False
 
     def class_for(self, plain: Any) -> type:

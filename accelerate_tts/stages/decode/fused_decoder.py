@@ -23,7 +23,7 @@ import torch
 
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
-from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.inspection.tracing import is_plain, is_traced
 from accelerate_tts.kernels.block_layout import block_layouts
 from accelerate_tts.kernels.calls import decoder_blocks
 from accelerate_tts.kernels.decoder_block import Call, Described, holds, plain, shared
@@ -371,7 +371,7 @@ class _Fused:
 
     def _fits(self, hidden: Any) -> TypeGuard[torch.Tensor]:
         return bool(
-            type(hidden) is torch.Tensor
+            is_plain(hidden)
             and hidden.dtype == self._dtype
             and hidden.dim() == 3  # noqa: PLR2004
             and hidden.shape[1] == 1

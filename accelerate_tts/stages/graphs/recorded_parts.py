@@ -27,7 +27,7 @@ from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of, module_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.locks import lock
+from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import (
     RECORDED,
@@ -190,7 +190,7 @@ class _RecordedParts(CountedChange, Changes):
         self._root = _nodes(part.module, method, None)
         nodes = {node.module: node for node in self._root.all()}
         super().__init__(inside, ClassSwap(list(nodes), lambda module: self._class_for(nodes[module], type(module))))
-        self._lock = lock()
+        self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
         self._busy = False
         self._broken = False
         self._calls: OrderedDict[Hashable, int] = OrderedDict()

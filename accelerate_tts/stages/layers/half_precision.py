@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
-from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_watched
+from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
 from accelerate_tts.patching.class_swap import (
     COPY,
     HALF,
@@ -153,8 +153,8 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
 
 
 def half_copy(module: Any, dtype: torch.dtype) -> Any:
-    """Make a shallow copy of a layer with half-precision weights; `None` if the layer has such weights itself."""
-    if _is_cast(module):
+    """Make a shallow copy of a layer with half-precision weights; `None` if its own are such, or not plain (sparse)."""
+    if _is_cast(module) or not is_plain(module.weight):
         return None
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
@@ -180,6 +180,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         # Other dtypes get torch's own error; the layer may also have been cast, or been given an adapter.
         if (
             half is None
+            or torch.is_grad_enabled()  # copies have no gradients
             or is_watched(input)
             or input.dtype not in taken
             or [name for name in self._modules if name != "parametrizations"]

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from accelerate_tts.errors import message_of
+from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
@@ -147,12 +149,18 @@ def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type
         is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
         if (
             packed is None
+            or torch.is_grad_enabled()  # copies have no gradients
             or is_watched(*(() if is_sequence else (input,)))
             or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
             or (only_fp32 and (input.data if is_sequence else input).dtype != torch.float32)
         ):
             return plain.forward(self, input, *args, **kwargs)
-        return packed.get()(input, *args, **kwargs)
+        try:
+            return packed.get()(input, *args, **kwargs)
+        except RuntimeError as error:  # NaN in the input, a sparse weight, or an input that torch refuses, too
+            result = plain.forward(self, input, *args, **kwargs)
+            emit(NotApplied(f"int8 of a {plain.__name__}", message_of(error)))
+            return result
 
     return subclass_with(plain, forward, copies="int8")
 

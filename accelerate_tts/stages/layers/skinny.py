@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
-from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat, in_bf16, in_int8, is_transposed
@@ -33,6 +32,10 @@ from accelerate_tts.stages.base import LEAST_FEW_ROWS, FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
     from accelerate_tts.plan import Part
 
 # Smaller weights are read from the cores' caches, where neither the kernel nor an int8 copy gains anything.
@@ -75,7 +78,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
         inner
         for inner in open_modules(module)
         if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
-        and type(inner.weight) in {torch.Tensor, nn.Parameter}  # quantised tensors have no plain memory
+        and is_plain(inner.weight)
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (
             inner.weight.dtype == torch.float32
@@ -88,7 +91,7 @@ def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
 def _takes(x: Any, inputs: int, dtype: Any = None) -> bool:
     """Check that the kernel supports an input. All others, wrong ones included, get torch's own result or error."""
     return bool(
-        type(x) is torch.Tensor
+        is_plain(x)
         and x.dtype == (dtype or torch.float32)
         and x.dim() > 0
         and x.shape[-1] == inputs
@@ -113,7 +116,7 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
 def _exact_class(plain: Any, transposed: bool) -> type:
     own = plain.forward
 
-    def forward(self: Any, x: Any) -> Any:
+    def computed(self: Any, x: Any) -> Any:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         weight, bias = self.weight, self.bias
@@ -129,12 +132,12 @@ def _exact_class(plain: Any, transposed: bool) -> type:
             return plain.forward(self, x)
         return _call(x, weight, None, bias, transposed)
 
-    return subclass_with(plain, forward)
+    return subclass_with(plain, _with_torchs_name(computed, transposed))
 
 
 def _fits(tensor: Any, dtype: Any = None) -> bool:
     return tensor is None or bool(
-        type(tensor) in {torch.Tensor, torch.nn.Parameter}
+        is_plain(tensor)
         and tensor.dtype == (dtype or torch.float32)
         and tensor.is_contiguous()
         and tensor.device.type == "cpu"
@@ -145,12 +148,12 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 def _copied_class(plain: Any, transposed: bool, weights: WeightFormat) -> type:
     own = plain.forward
 
-    def forward(self: Any, x: Any) -> Any:
+    def computed(self: Any, x: Any) -> Any:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         bias = self.bias
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
-        if not _takes(x, inputs) or not (_fits(bias) and is_bias(bias, outputs)):
+        if not _takes(x, inputs) or not (is_plain(self.weight) and _fits(bias) and is_bias(bias, outputs)):
             return plain.forward(self, x)
         copy = getattr(self, COPY, None)  # another thread may have switched the change off
         if copy is None:
@@ -158,7 +161,18 @@ def _copied_class(plain: Any, transposed: bool, weights: WeightFormat) -> type:
         weight, scale = copy.get()
         return _call(x, weight, scale, bias, False)
 
-    return subclass_with(plain, forward, copies=weights)
+    return subclass_with(plain, _with_torchs_name(computed, transposed), copies=weights)
+
+
+def _with_torchs_name(computed: Callable[[Any, Any], Any], transposed: bool) -> Callable[[Any, Any], Any]:
+    """Return a forward with the parameter's name of the replaced one, for callers that give it by keyword."""
+    if transposed:
+        return computed
+
+    def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
+        return computed(self, input)
+
+    return forward
 
 
 _MAKERS = {"bf16": in_bf16, "int8": in_int8}

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.tracing import is_plain
 from accelerate_tts.kernels.packed import Kernel, is_fp32
 from accelerate_tts.stages.vocoder.convolution import Convolution, narrow, wide
 
@@ -35,9 +36,8 @@ def _is_of(module: Any, name: str) -> bool:
 
 def _all_fp32(module: nn.Module) -> bool:
     """Check that all weights are plain fp32 tensors on the CPU."""
-    plain = {torch.Tensor, nn.Parameter}
     tensors = [*module.parameters(), *module.buffers()]
-    return all(type(t) in plain and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return all(is_plain(t) and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
 def _parts_of(module: Any, name: str) -> Any:

@@ -219,7 +219,7 @@ def test_a_model_in_bf16_is_right_to_its_rounding(served: list[int]) -> None:
     assert len(served) == 28
 
 
-@pytest.mark.parametrize(("layers", "of_its_error"), [(4, 0.3), (28, 0.75)])
+@pytest.mark.parametrize(("layers", "of_its_error"), [(4, 0.4), (28, 0.75)])
 def test_a_model_in_bf16_is_rounded_where_upstream_rounds(layers: int, of_its_error: float, served: list[int]) -> None:
     """The two differ by less than either errs: what is left is the order of the sums, which blocks carry on."""
     torch.manual_seed(0)
@@ -537,3 +537,23 @@ def test_rotations_and_masks_of_another_shape_are_upstreams(rotated: Any, mask: 
     good = torch.ones(1, 1, 8), torch.ones(2, 1, 1, 5)
     assert decoder_block.shared((good[0], good[0]), good[1], 2, 8, 5) is not None
     assert decoder_block.shared(rotated, mask, 2, 8, 5) is None
+
+
+def test_inputs_of_the_other_sign_in_memory() -> None:
+    plain = of("Llama")
+    model = copy.deepcopy(plain)
+    FusedBlocksStage("fp32").prepare(Part("model", "decoder", model)).on()
+
+    def last(module: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        with torch.inference_mode():
+            past = module(inputs_embeds=torch.randn(1, 5, 32, generator=generator), use_cache=True).past_key_values
+            for _ in range(2):
+                x = torch._neg_view(torch.randn(1, 1, 32, generator=generator))
+                cos, sin = (torch._neg_view(torch.randn(1, 1, 8, generator=generator)) for _ in range(2))
+                for block in module.layers:
+                    x = block(x, position_embeddings=(cos, sin), past_key_values=past, use_cache=True)
+                    x = torch._neg_view(-(x[0] if isinstance(x, tuple) else x))
+        return x
+
+    assert torch.allclose(last(model), last(plain), atol=1e-4)

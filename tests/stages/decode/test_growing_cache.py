@@ -184,7 +184,11 @@ def test_a_copy_of_a_cache_is_upstreams_own_and_independent() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["append", "crop", "reorder", "repeat", "select"]), st.integers(1, 5)), max_size=12
+        st.tuples(
+            st.sampled_from(["append", "crop", "reorder", "repeat", "select", "reset", "wide", "misfit"]),
+            st.integers(1, 5),
+        ),
+        max_size=12,
     )
 )
 def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> None:
@@ -195,14 +199,20 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> Non
         cache.update(first, first + 1, 0)
     kv_cache.adopt(grown)
     for name, number in steps:
-        batch = plain.layers[0].keys.shape[0]
+        batch = 2 if plain.get_seq_length() == 0 else plain.layers[0].keys.shape[0]
         new = torch.randn(batch, HEADS, number, 4)
         index = torch.randint(0, batch, (batch,))
         for cache in (plain, grown):
             layer = cache.layers[0]
-            if name == "append":
+            if name in {"append", "wide"} or cache.get_seq_length() == 0:
+                states = new.double() if name == "wide" else new
                 with torch.no_grad():
-                    cache.update(new, new * 2, 0)
+                    cache.update(states, states * 2, 0)
+            elif name == "misfit" and batch > 1:  # a batch of one must not be broadcast
+                with torch.no_grad(), pytest.raises(RuntimeError, match="must match"):
+                    cache.update(new[:1], new[:1], 0)
+            elif name == "reset":
+                layer.reset()
             elif name == "crop":
                 layer.crop(-min(number, layer.get_seq_length() - 1))
             elif name == "reorder":
@@ -211,8 +221,11 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[tuple[str, int]]) -> Non
                 layer.batch_repeat_interleave(2)
             elif name == "select":
                 layer.batch_select_indices(index)
-        assert torch.equal(plain.layers[0].keys, grown.layers[0].keys)
-        assert torch.equal(plain.layers[0].values, grown.layers[0].values)
+        for expected, found in (
+            (plain.layers[0].keys, grown.layers[0].keys), (plain.layers[0].values, grown.layers[0].values)
+        ):  # fmt: skip
+            assert (expected is found is None) or torch.equal(expected, found)
+            assert expected is None or expected.dtype == found.dtype
         assert plain.get_seq_length() == grown.get_seq_length()
         assert plain.layers[0].get_mask_sizes(1) == grown.layers[0].get_mask_sizes(1)
 

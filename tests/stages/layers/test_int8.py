@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import rnn
 
-from accelerate_tts import optimized_model, receipt_of
+from accelerate_tts import Event, optimized_model, receipt_of
+from accelerate_tts.events import NotApplied
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.class_swap import ClassSwap
 from accelerate_tts.plan import Part
@@ -401,3 +402,13 @@ def test_a_real_speaker_encoder_keeps_its_embeddings(monkeypatch: pytest.MonkeyP
         assert np.dot(found, embedding) / np.linalg.norm(found) / np.linalg.norm(embedding) >= 0.999
     assert get_performance_optimizer().undo(encoder)
     assert np.array_equal(encoder.embed_utterance(waves[0]), expected[0])
+
+
+def test_nan_comes_out_as_nan(engine: str, seen: list[Event]) -> None:
+    """The kernels refuse NaN by an error, which the untouched model does not raise."""
+    model: Any = nn.Sequential(nn.Linear(128, 128)).eval()
+    quantized(model, engine)
+    assert run(model, torch.full((2, 128), float("nan"))).isnan().all()
+    assert [type(event) for event in seen] in ([], [NotApplied])  # torchao's do not refuse it
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(model, torch.zeros(2, 127))

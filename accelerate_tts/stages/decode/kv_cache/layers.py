@@ -93,13 +93,13 @@ class GrowingLayer:
 
     def _read(self, which: int) -> Any:
         stored = self._store[which]
-        return None if stored is None else stored[..., : self._lengths[which], :]
+        # Upstream starts with an empty vector, also after a reset.
+        return stored if stored is None or stored.dim() < 2 else stored[..., : self._lengths[which], :]  # noqa: PLR2004
 
     def _write(self, which: int, tensor: Any) -> None:
         # Assigned by cropping or reordering: the tensor becomes the buffer, without spare capacity.
         self._store[which] = tensor
-        if tensor is not None and tensor.dim() >= 2:  # noqa: PLR2004 - upstream starts with an empty vector
-            self._lengths[which] = tensor.shape[-2]
+        self._lengths[which] = 0 if tensor is None or tensor.dim() < 2 else tensor.shape[-2]  # noqa: PLR2004
 
     # --- growing ---
 
@@ -170,10 +170,15 @@ class GrowingLayer:
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         count = key_states.shape[-2]
-        if not self.holds() or torch.is_grad_enabled() or not self.reserve(count):
+        new = (key_states, value_states)
+        # Upstream's own code raises its own error for another shape, and promotes another dtype.
+        if (
+            not self.holds() or torch.is_grad_enabled()
+            or not all(map(_continues, self._store, new)) or not self.reserve(count)
+        ):  # fmt: skip
             return self.base.update(self, key_states, value_states, *args, **kwargs)
-        for stored, new in zip(self._store, (key_states, value_states), strict=True):
-            stored[..., self._lengths[0] : self._lengths[0] + count, :] = new
+        for stored, states in zip(self._store, new, strict=True):
+            stored[..., self._lengths[0] : self._lengths[0] + count, :] = states
         self.advance(count)
         return self.keys, self.values
 
@@ -196,6 +201,13 @@ class GrowingLayer:
     def compared_as(self) -> list[Any]:
         """Return the tensors by which results are compared; see tuning/compare.py."""
         return [tensor.contiguous() for tensor in (self.keys, self.values) if tensor is not None]
+
+
+def _continues(stored: Any, states: Any) -> bool:
+    """Check that states differ from a buffer in the number of positions only."""
+    return bool(
+        stored.dtype == states.dtype and stored.shape[:-2] == states.shape[:-2] and stored.shape[-1] == states.shape[-1]
+    )
 
 
 def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
