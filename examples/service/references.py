@@ -47,8 +47,11 @@ class References:
         """Return all voices, the oldest first."""
         found = []
         for path in self._folder.glob("voice_*.json"):
-            with suppress(OSError, ValueError, TypeError):  # deleted meanwhile, or not ours
-                found.append(Reference(**json.loads(path.read_text("utf-8"))))
+            # Deleted meanwhile, or not ours.
+            with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                voice = Reference(**json.loads(path.read_text("utf-8")))
+                if _ID.fullmatch(voice.id) and voice.name.isprintable() and type(voice.created_at) is int:
+                    found.append(voice)
         return sorted(found, key=lambda voice: (voice.created_at, voice.id))
 
     def path(self, name: str) -> Path | None:
