@@ -73,7 +73,9 @@ class StreamOptions:
 
 def _number(value: object) -> float:
     """Return an option as a float; NaN, which fails each comparison, if it is no number or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
     try:
-        return float(value) if isinstance(value, Real) and type(value) is not bool else math.nan
+        return float(value)
     except OverflowError:
         return math.nan
