@@ -53,7 +53,8 @@ def stream(model: object, /, *args: Any, options: StreamOptions | None = None, *
     """
     from accelerate_tts.streaming.systems import SYSTEMS
 
-    if options is not None and not isinstance(options, StreamOptions):
+    typed = options is None or isinstance(options, StreamOptions)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not typed:  # a caller without types
         raise SettingsError(f"options={shown(options)} must be StreamOptions(...), such as StreamOptions(first=0.2)")
     names = [cls.__name__ for cls in type(model).__mro__]
     name = next((name for name in names if name in SYSTEMS), None)

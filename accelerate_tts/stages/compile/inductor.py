@@ -33,8 +33,8 @@ class Frozen(WeightWatch):
 
         # inductor's cache of graphs gives a model the packed weights of another one with equal graphs: seen with torch
         # 2.8 (dynamic lengths, max_autotune); 2.6, 2.12 and 2.14 are right, and those between were not tried.
-        cached = {} if _caches_frozen_weights(torch.__version__) else {"fx_graph_cache": False}
-        return config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0, **cached)
+        cached: dict[str, Any] = {} if _caches_frozen_weights(torch.__version__) else {"fx_graph_cache": False}
+        return config.patch({"freezing": True, "max_autotune": True, "autotune_num_choices_displayed": 0, **cached})
 
 
 def _caches_frozen_weights(release: str) -> bool:

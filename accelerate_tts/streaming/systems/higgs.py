@@ -62,6 +62,11 @@ def body(model: Any, inputs: Mapping[str, Tensor], codec: Any, *, options: Strea
     return stream
 
 
+def _called(module: Any, x: Tensor) -> Tensor:
+    found: Tensor = module(x)
+    return found
+
+
 def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tensor], prompt: int) -> Iterator[Tensor]:
     decoder = codec.acoustic_decoder
     like = torch.zeros(1, codec.config.acoustic_model_config.hidden_size, 1, device=codec.device, dtype=codec.dtype)
@@ -70,7 +75,7 @@ def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tenso
         found: Tensor = codec.decode(codes).audio_values
         return found
 
-    field = field_of(decoder, lambda module, x: module(x), like)
+    field = field_of(decoder, _called, like)
     pieces = Pieces(voiced, field)
     books, begin_id, end_id = config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id
     rows: list[Tensor] = []

@@ -42,7 +42,7 @@ def body(model: Any, input_ids: Tensor, *, options: StreamOptions, **forward: An
     Raises:
         SettingsError: `input_ids` is no tensor of one text.
     """
-    if not isinstance(input_ids, Tensor):
+    if not isinstance(input_ids, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise SettingsError(f"stream() takes a tensor of shape (1, tokens), not input_ids={abridged(input_ids)}")
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:  # noqa: PLR2004 - one text, its tokens
         raise SettingsError(f"stream() takes one text, (1, tokens), not input_ids of shape {tuple(input_ids.shape)}")
