@@ -8,10 +8,11 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate_tts.inspection.object_tree import attributes_of
-from accelerate_tts.runtime.seeding import other_threads, sources_of
+from accelerate_tts.runtime.seeding import other_threads, sources_of, without_collection
 
 _MOMENT = 0.02
 """Seconds for which other threads are watched before a generator is put back. Nobody waits for it but a second attempt.
@@ -112,7 +113,7 @@ def _with_state(item: Any, kind: type, numpy: Any, torch: Any) -> _Kept | None:
     if issubclass(kind, random.Random):
         return None if issubclass(kind, random.SystemRandom) else _kept(item.getstate, item.setstate)
     if torch is not None and issubclass(kind, torch.Generator):
-        return _kept(item.get_state, item.set_state)
+        return _kept(partial(without_collection, item.get_state), item.set_state)
     if numpy is not None and issubclass(kind, numpy.random.RandomState):
         return _kept(item.get_state, item.set_state)
     if numpy is not None and issubclass(kind, numpy.random.Generator):

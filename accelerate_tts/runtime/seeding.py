@@ -8,6 +8,7 @@ another thread drew random numbers (`accelerate_tts.tuning.draws`).
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate_tts.locks import rlock
@@ -139,6 +141,29 @@ def others_draw(device_type: str) -> bool:
     return _digests(sources) != before
 
 
+_reading = rlock()
+
+
+def without_collection(get: Callable[[], Any]) -> Any:
+    """Return the state of a torch generator, without a garbage collection meanwhile.
+
+    torch (seen with 2.14.1) holds the generator's mutex while it makes the tensor for the state. A collection at that
+    moment frees tensors, and each of these lets go of the interpreter's lock. Another thread that asks for the state
+    takes that lock and waits for the mutex, and both wait for ever.
+
+    Args:
+        get: The generator's method, or torch's function for the default one.
+    """
+    with _reading:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return get()
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
 def sources_of(devices: Collection[str]) -> dict[tuple[str, str], Source]:
     """Return the generators of the loaded libraries, by library and device.
 
@@ -150,13 +175,16 @@ def sources_of(devices: Collection[str]) -> dict[tuple[str, str], Source]:
     if numpy is not None:
         found["numpy", ""] = Source(numpy.random.get_state, numpy.random.set_state, numpy.random.seed)
     if torch is not None:
-        found["torch", "cpu"] = Source(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed)
+        get = partial(without_collection, torch.get_rng_state)
+        found["torch", "cpu"] = Source(get, torch.set_rng_state, torch.default_generator.manual_seed)
         for device in ("cuda", "xpu"):
             if device in devices:
                 of = getattr(torch, device)
-                found["torch", device] = Source(of.get_rng_state_all, of.set_rng_state_all, of.manual_seed_all)
+                get = partial(without_collection, of.get_rng_state_all)
+                found["torch", device] = Source(get, of.set_rng_state_all, of.manual_seed_all)
         if "mps" in devices:
-            found["torch", "mps"] = Source(torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed)
+            get = partial(without_collection, torch.mps.get_rng_state)
+            found["torch", "mps"] = Source(get, torch.mps.set_rng_state, torch.mps.manual_seed)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,3 +255,32 @@ def test_who_draws_is_told_by_thread() -> None:
         with drawing() as found:
             draw()
         assert found == {name}
+
+
+DEADLOCK = """
+import faulthandler, gc, threading, torch
+from accelerate_tts.runtime.rng import random_states
+
+class Knot:
+    def __init__(self):
+        self.me, self.tensors = self, [torch.ones(1) for _ in range(5)]
+
+def work():
+    for _ in range(500):
+        Knot(), Knot(), Knot()
+        random_states((torch.Generator(), generator))
+
+faulthandler.dump_traceback_later(120, exit=True)
+generator = torch.Generator()
+gc.set_threshold(5)
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(gc.isenabled())
+"""
+
+
+def test_threads_that_save_states_do_not_wait_for_each_other_and_the_collector() -> None:
+    """A collection while torch makes the tensor for a generator's state once ended all calls of a process."""
+    done = subprocess.run([sys.executable, "-c", DEADLOCK], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-2000:]
