@@ -171,12 +171,16 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     `all` runs every precision, torch.compile and the warm start, too, unless it is told otherwise: hours at full size.
     """
     from accelerate_tts.cli.bench.command import Options, run
+    from accelerate_tts.settings import check_precision, check_tune_seconds
 
     try:
         if size not in {"tiny", "full"}:
             raise SettingsError(f"size={size!r} must be 'tiny' or 'full'")
+        check_tune_seconds(tune_seconds)
         whole = "all" in systems
         chosen = precision or (["exact", "balanced", "fast"] if whole else ["exact"])
+        for name in chosen:
+            check_precision(name)
         options = Options(
             "tiny" if size == "tiny" else "full", tuple(cast("list[Precision]", chosen)), layers, pairs, tune_seconds,
             tokens, whole if warm_start is None else warm_start, whole if naive is None else naive, as_json, plot,
