@@ -22,7 +22,7 @@ def test_each_answer_is_what_it_is_alone(tmp_path: Path, monkeypatch: pytest.Mon
     command = ["--systems", "slow=standin:slow", "--callers", "1,4", "--most", "2", "--seconds", "1", "--rounds",
                "1", "--into", str(tmp_path)]  # fmt: skip
     service_load.main(command)
-    (path,) = tmp_path.glob("*/service-slow-exact.json")
+    (path,) = tmp_path.glob("*/service-slow-exact*.json")
     content = json.loads(path.read_text("utf-8"))
     assert list(objections(content, SCHEMA)) == []
     one, four = content["service"]
