@@ -194,7 +194,10 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
         lines.append("- Seconds: " + ", ".join(f"{what} {seconds:.0f}" for what, seconds in row["seconds"].items()))
     if row["tests"] is not None:
         lines += [f"- Skipped, {count}: {cell(why)}" for why, count in row["tests"]["skips"].items()]
-        lines += [f"- Failed: `{name}`: {cell(why)}" for name, why in row["tests"]["failures"].items()]
+        for name, why in row["tests"]["failures"].items():
+            file, _, test = name.partition("::")
+            # Names of tests are long, and a line is broken at spaces alone.
+            lines.append(f"- Failed: `{test or file}` in `{file}`: {cell(why.replace('::', ':: '))}")
     for check in row["checks"]:
         lines += _of_check(check)
     return "\n".join([f"### {one.name}\n", *map(wrapped, lines)]) + "\n"
