@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,8 @@ def test_the_folder_is_the_one_that_inductor_takes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(getpass, "getuser", user)
     try:
         expected = default_cache_dir()
-    except KeyError:
-        pytest.skip("this release of inductor fails without a user's name (torch 2.6)")
+    except KeyError:  # inductor of torch 2.6 fails without a name; ours is the folder of later releases
+        expected = f"{tempfile.gettempdir()}/torchinductor_uid_{os.getuid()}"
     assert os.fspath(compiler_cache.cache_folder()) == expected
 
 

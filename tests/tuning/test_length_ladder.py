@@ -392,7 +392,7 @@ def test_no_length_of_service_compiles_again_in_other_models(
     optimized_model(warmup=given(20), lengths=(5, 60))(lambda: model)()
     receipt = receipt_of(model)
     assert receipt is not None
-    if "Mapping.__contains__" in str(receipt):
+    if torch.__version__ < "2.7" and "Mapping.__contains__" in str(receipt):  # newer ones must trace it
         pytest.skip("dynamo of torch 2.6 does not trace the registry of attention of transformers 5.20")
     assert [result.stage for result in receipt.kept if result.graphs] == [stage.name], str(receipt)
     numbers = random.Random(0)
