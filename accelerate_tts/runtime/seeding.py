@@ -142,6 +142,18 @@ def others_draw(device_type: str) -> bool:
 
 
 _reading = rlock()
+_paused = threading.Event()  # while `without_collection` has paused the collector
+
+
+def _collect_in_child() -> None:
+    # The thread that would go on with collections is not in a forked child.
+    if _paused.is_set():
+        _paused.clear()
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_collect_in_child)
 
 
 def without_collection(get: Callable[[], Any]) -> Any:
@@ -155,13 +167,15 @@ def without_collection(get: Callable[[], Any]) -> Any:
         get: The generator's method, or torch's function for the default one.
     """
     with _reading:
-        was_enabled = gc.isenabled()
+        if not gc.isenabled():
+            return get()
+        _paused.set()
         gc.disable()
         try:
             return get()
         finally:
-            if was_enabled:
-                gc.enable()
+            gc.enable()
+            _paused.clear()
 
 
 def sources_of(devices: Collection[str]) -> dict[tuple[str, str], Source]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ from torch import nn
 
 from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.runtime.drawing import drawing
-from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.runtime.seeding import seeded, without_collection
 from doubles import ALONE, run_alone
 
 SOURCES: dict[str, Callable[[], float]] = {
@@ -255,6 +256,28 @@ def test_who_draws_is_told_by_thread() -> None:
         with drawing() as found:
             draw()
         assert found == {name}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_that_is_forked_while_a_state_is_read_collects_garbage() -> None:
+    reading, done = threading.Event(), threading.Event()
+
+    def get() -> None:
+        reading.set()
+        done.wait(30)
+
+    thread = threading.Thread(target=without_collection, args=(get,))
+    thread.start()
+    assert reading.wait(30)
+    assert not gc.isenabled()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if gc.isenabled() else 3)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert gc.isenabled()
 
 
 DEADLOCK = """
