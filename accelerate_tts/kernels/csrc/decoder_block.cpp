@@ -241,7 +241,7 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
     if (mask) {
       if (t.mask_is_bytes) {
         for (j = 0; j < positions; j++)
-          if (!static_cast<const uint8_t*>(mask)[at + j]) scores[j] = -3.0e38f;
+          if (!static_cast<const uint8_t*>(mask)[at + j]) scores[j] = -INFINITY;
       } else
         for (j = 0; j < positions; j++) scores[j] += static_cast<const float*>(mask)[at + j];
     }
@@ -249,11 +249,14 @@ __attribute__((noinline)) void attend(const DecoderBlock& b, const Token& t, Scr
     float peak = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : peak)
     for (j = 0; j < positions; j++) peak = scores[j] > peak ? scores[j] : peak;
+    // A row that sees nothing gets zeros, as by torch's scaled_dot_product_attention.
+    const bool blind = peak == -INFINITY;
+    if (blind) peak = 0;
 #pragma omp simd
     for (j = 0; j < positions; j++) scores[j] = quick_exp(scores[j] - peak);
 #pragma omp simd reduction(+ : sum)
     for (j = 0; j < positions; j++) sum += scores[j];
-    const float factor = 1.0f / sum;
+    const float factor = blind ? 0.0f : 1.0f / sum;
     if (attention) {
       float* weights = attention + head * positions;
 #pragma omp simd

@@ -539,6 +539,29 @@ def test_rotations_and_masks_of_another_shape_are_upstreams(rotated: Any, mask: 
     assert decoder_block.shared(rotated, mask, 2, 8, 5) is None
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_a_row_that_sees_nothing_is_upstreams_too(name: str, served: list[int]) -> None:
+    """An empty text in a batch: its row of the mask is zeros to the end."""
+    model = of(name)
+    fused = copy.deepcopy(model)
+    fuse(fused).on()
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0] = 0
+
+    def last(of_model: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        past, seen = None, mask
+        with torch.inference_mode():
+            for number in range(3):
+                x = torch.randn(2, 1 if number else 6, 32, generator=generator)
+                out = of_model(inputs_embeds=x, past_key_values=past, use_cache=True, attention_mask=seen)
+                past, seen = out.past_key_values, torch.cat([seen, seen[:, -1:]], 1)
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    assert error(last(model), last(fused)) < 1e-5
+    assert served
+
+
 def test_inputs_of_the_other_sign_in_memory() -> None:
     plain = of("Llama")
     model = copy.deepcopy(plain)
