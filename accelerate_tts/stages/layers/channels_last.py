@@ -6,11 +6,13 @@ vocoder spends much of its time on reordering, since its last levels have few ch
 (docs/decisions/0005-vocoders.md has the figures).
 
 The convolution is computed as a 2-D one of height 1, and the weights are read at each call. The outputs of a part are
-made contiguous again, since callers may rely on that.
+made contiguous again, since callers may rely on that. So is the output of a convolution outside a call of its part: a
+service may call another method of the model, or a module inside the part.
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -74,13 +76,24 @@ def _is_plain(convolution: Any) -> bool:
     )
 
 
+_in_part: ContextVar[bool] = ContextVar("in_part", default=False)
+"""True during a call of a part, whose outputs are made contiguous."""
+
+
 @per_class
 def _border_class(plain: Any, method: str) -> type:
     """Make the part's class, whose outputs are contiguous again: callers may use `.view()` on them."""
     run = getattr(plain, method)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _in_usual_order(run(self, *args, **kwargs))
+        if torch.compiler.is_compiling():  # a part is compiled with its border
+            return _in_usual_order(run(self, *args, **kwargs))
+        outside = _in_part.set(True)
+        try:
+            result = run(self, *args, **kwargs)
+        finally:
+            _in_part.reset(outside)
+        return _in_usual_order(result)
 
     return subclass_with(plain, forward, method=method)
 
@@ -98,6 +111,10 @@ def _in_usual_order(result: Any) -> Any:
     if not any(map(is_changed, leaves)):
         return result  # the same object, not a copy
     return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
+
+
+def _of_layer(y: torch.Tensor) -> torch.Tensor:
+    return y if torch.compiler.is_compiling() or _in_part.get() else y.contiguous()
 
 
 @per_class
@@ -119,7 +136,7 @@ def _channels_last_class(plain: Any) -> type:
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]),
         )  # fmt: skip
-        return y.squeeze(2)
+        return _of_layer(y.squeeze(2))
 
     def convolve_transposed(self: Any, input: Any, output_size: list[int] | None = None) -> Any:  # noqa: A002
         if plain.forward is not own:
@@ -130,6 +147,6 @@ def _channels_last_class(plain: Any) -> type:
             input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (0, self.output_padding[0]), 1, (1, self.dilation[0]),
         )  # fmt: skip
-        return y.squeeze(2)
+        return _of_layer(y.squeeze(2))
 
     return subclass_with(plain, convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve)
