@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from accelerate_tts.inspection.signatures import calls_others
 from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.patching.structure_watch import plain_attributes
 from accelerate_tts.patching.weight_versions import WeightWatch
@@ -21,6 +22,8 @@ T = TypeVar("T")
 class Derived(Generic[T]):
     """A value that is computed from a module at first use, and again after its weights or plain attributes changed.
 
+    Those of modules inside count, too: a parametrization may be switched by an attribute (minLoRA does so).
+
     Args:
         module: The module. Each `get` checks its tensors, so it should be small.
         make: Computes the value; runs without autograd.
@@ -29,7 +32,7 @@ class Derived(Generic[T]):
     def __init__(self, module: nn.Module, make: Callable[[Any], T]) -> None:
         self._module = module
         self._make = make
-        self._made: tuple[WeightWatch, list[tuple[str, Any]], T] | None = None
+        self._made: tuple[WeightWatch, list[tuple[dict[str, Any], str, Any]], bool, T] | None = None
 
     def get(self) -> T:
         """Return the value for the present weights and attributes."""
@@ -39,17 +42,27 @@ class Derived(Generic[T]):
         if made is not None and (
             torch.compiler.is_compiling()
             or type(self._module._parameters) is LazyParameters
-            or not (made[0].outdated() or self._is_another(made[1]))
+            or not (made[0].outdated() or _are_others(made[1]) or made[2] or self._is_hooked())
         ):
-            return made[2]
+            return made[3]
         # Normal tensors, even if tuning runs in inference mode, since they outlive that scope.
         with torch.inference_mode(mode=False), torch.no_grad():
             weights = WeightWatch(self._module)  # first the watch, so that a concurrent write is seen next time
-            attributes = plain_attributes(self._module)
+            attributes = [
+                (vars(inner), name, attribute)
+                for inner in self._module.modules()
+                for name, attribute in plain_attributes(inner, training=inner is not self._module)
+            ]
+            hooked = self._is_hooked()
             value = self._make(self._module)
-        self._made = (weights, attributes, value)
+        self._made = (weights, attributes, hooked, value)
         return value
 
-    def _is_another(self, attributes: list[tuple[str, Any]]) -> bool:
-        now = vars(self._module)
-        return bool([name for name, value in attributes if now.get(name) is not value])
+    def _is_hooked(self) -> bool:
+        """Check for a user's code at the calls of modules inside, whose results are computed anew at each call."""
+        inside = self._module._modules
+        return bool(inside) and calls_others(*(inner for inner in self._module.modules() if inner is not self._module))
+
+
+def _are_others(attributes: list[tuple[dict[str, Any], str, Any]]) -> bool:
+    return bool([1 for holder, name, value in attributes if holder.get(name) is not value])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 
 from accelerate_tts import Event
 from accelerate_tts.patching.class_swap import serves_copies
@@ -198,3 +199,47 @@ def test_another_dtype_and_back(dtype: torch.dtype, tuned: tuple[Net, Net, Any, 
     assert distance(run(plain), run(model)) <= tolerance
     change.off()
     assert torch.equal(run(model), run(plain))
+
+
+class Strength(nn.Module):
+    """A weight's change that is switched by attributes, as minLoRA's adapters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.function = 1.5, torch.neg
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.function(weight) * self.factor
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if "half" in name or ("int8" in name and "rec" not in name)])
+def test_a_parametrization_is_switched_by_attributes_and_hooked(stage: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(128, 128), nn.Tanh()).eval()
+    x, layer = torch.randn(2, 128), plain[0]
+    parametrize.register_parametrization(layer, "weight", Strength())
+    model = copy.deepcopy(plain)
+    make, tolerance = STAGES[stage]
+    change = make().prepare(Part("model", "decoder", model, few_rows=1.0))
+    change.on()
+    both = [module[0].parametrizations["weight"][0] for module in (plain, model)]
+
+    def compare() -> None:
+        with torch.inference_mode():
+            assert distance(plain(x), model(x)) <= tolerance
+
+    compare()
+    for step in both:
+        step.factor = 0.1
+    compare()
+    for step in both:
+        step.function = torch.abs
+    compare()
+    hooks = [step.register_forward_hook(lambda _module, _inputs, weight: weight * 3) for step in both]
+    compare()
+    for hook in hooks:
+        hook.remove()
+    compare()
+    change.off()
+    with torch.inference_mode():
+        assert torch.equal(plain(x), model(x))
