@@ -181,6 +181,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         if (
             half is None
             or torch.is_grad_enabled()  # copies have no gradients
+            or _is_autocast()
             or is_watched(input)
             or input.dtype not in taken
             or [name for name in self._modules if name != "parametrizations"]
@@ -196,6 +197,11 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     return subclass_with(plain, forward, copies=str(dtype))
 
 
+def _is_autocast() -> bool:
+    """Check for autocast, under which upstream's own layers compute in half precision, and return it."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
 def _is_inside(dtype: torch.dtype) -> bool:
     """Check that a call of the part is running, which raises its outputs to fp32."""
     if torch.compiler.is_compiling():  # a part is compiled with its border
@@ -207,7 +213,8 @@ def _is_inside(dtype: torch.dtype) -> bool:
 @per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]:  # it was cast
+        was_cast = [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]
+        if was_cast or _is_autocast():
             return plain.forward(self, *args, **kwargs)
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))
 
@@ -220,7 +227,7 @@ def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layer: nn.
     plain, mode = getattr(type(module), name), _ISLANDS[dtype]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_cast(layer):
+        if _is_cast(layer) or _is_autocast():
             return plain(self, *args, **kwargs)
         with mode():
             result = plain(self, *args, **kwargs)

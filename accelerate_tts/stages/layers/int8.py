@@ -150,6 +150,7 @@ def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type
         if (
             packed is None
             or torch.is_grad_enabled()  # copies have no gradients
+            or torch.is_autocast_enabled("cpu")  # upstream's own layer returns half precision
             or is_watched(*(() if is_sequence else (input,)))
             or (not is_sequence and (input.dim() < least or input.numel() == 0 or not input.is_floating_point()))
             or (only_fp32 and (input.data if is_sequence else input).dtype != torch.float32)

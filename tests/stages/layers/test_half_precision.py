@@ -844,6 +844,19 @@ def test_another_method_and_a_module_inside_give_fp32_too() -> None:
         torch.testing.assert_close(other, mine, rtol=NEAR, atol=3 * NEAR)
 
 
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("name", ["batch norm", "attention", "weight norm, parametrization"])
+def test_under_autocast_the_result_is_upstreams(name: str, carried: bool) -> None:
+    model = build(name)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(X)
+        change = halved(model, carried=carried)
+        found = model(X)
+    change.off()
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
     class Vocoder(nn.Module):
         def __init__(self) -> None:

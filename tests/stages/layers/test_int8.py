@@ -157,6 +157,15 @@ def test_other_dtypes_come_back_as_they_were(dtype: torch.dtype, engine: str) ->
     assert torch.equal(run(model, x), expected)
 
 
+def test_under_autocast_the_result_is_upstreams(engine: str) -> None:
+    module, x = linear(), torch.randn(3, 256)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = module(x)
+        quantized(module, engine)
+        assert torch.equal(module(x), expected)
+    assert expected.dtype == torch.bfloat16
+
+
 def test_small_layers_and_adapters_are_left_alone() -> None:
     class Adapted(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
