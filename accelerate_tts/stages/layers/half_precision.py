@@ -243,6 +243,11 @@ def _raised(value: Any, dtype: torch.dtype) -> Any:
     return _pytree.tree_map_only(kinds, lambda t: t.float() if _dtype_of(t) == dtype else t, value)
 
 
+def _cast(values: Any, dtypes: set[torch.dtype], target: torch.dtype) -> Any:
+    """Cast the tensors of these dtypes in a value to another one."""
+    return _pytree.tree_map_only(torch.Tensor, lambda t: t.to(target) if t.dtype in dtypes else t, values)
+
+
 def _dtype_of(value: Any) -> torch.dtype:
     return value.dtype if isinstance(value, torch.Tensor) else value.data.dtype
 
@@ -275,6 +280,12 @@ def _products() -> frozenset[Any]:
     return frozenset([*functions, torch.nn.functional.scaled_dot_product_attention])
 
 
+def _writes() -> frozenset[Any]:
+    """Return the functions that write numbers of their tensor's own dtype only, as into the keys of a static cache."""
+    names = ["index_copy_", "index_add_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "__setitem__"]
+    return frozenset(getattr(torch.Tensor, name) for name in names)
+
+
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
     """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
@@ -283,11 +294,13 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 
 # Dictionaries, not sets: dynamo cannot trace look-ups in a set.
-_DELICATE, _PRODUCTS = dict.fromkeys(delicate_functions()), dict.fromkeys(_products())
+_DELICATE, _PRODUCTS, _WRITES = map(dict.fromkeys, (delicate_functions(), _products(), _writes()))
 
 
 class _Islands(TorchFunctionMode):
     """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32.
+
+    What is written into a tensor is cast to the dtype of that tensor.
 
     A class for each dtype, since a compiled graph is guarded on the class of a mode and not on its attributes.
     """
@@ -302,6 +315,8 @@ class _Islands(TorchFunctionMode):
         up = up or (function in _PRODUCTS and _is_mixed((*args, *kwargs.values()), self.dtype))
         if up and "out" not in kwargs:
             args, kwargs = _raised(args, self.dtype), _raised(kwargs, self.dtype)
+        elif function in _WRITES and _is_mixed((*args, *kwargs.values()), self.dtype):
+            args, kwargs = _cast((args, kwargs), {torch.float32, self.dtype}, args[0].dtype)
         return function(*args, **kwargs)
 
 

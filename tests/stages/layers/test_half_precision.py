@@ -933,3 +933,33 @@ def test_products_of_mixed_dtypes_are_taken_in_fp32(eager: bool) -> None:
         change.off()
     assert found.dtype == torch.float32
     assert 0.0 < float((found - expected).norm() / expected.norm()) < 0.02
+
+
+class Keeping(nn.Module):
+    """Writes into memory of the caller, as a static cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        y, places = self.linear(x), torch.tensor([1, 3])
+        kept.index_copy_(0, places, y)
+        kept[torch.tensor([0, 2])] = y
+        kept.index_add_(dim=0, index=places, source=y)
+        return torch.zeros_like(y).index_copy_(0, torch.tensor([1, 0]), x) + y
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_what_is_written_into_other_memory_gets_its_dtype(carried: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Keeping().eval(), torch.randn(2, 24)
+    expected, kept = torch.zeros(4, 24), torch.zeros(4, 24)
+    with torch.inference_mode():
+        wanted = model(x, expected)
+        change = halved(model, carried=carried)
+        found = model(x, kept)
+    change.off()
+    assert error(expected, kept) < 2e-2
+    assert error(wanted, found) < 2e-2
+    assert found.dtype == torch.float32
