@@ -177,7 +177,7 @@ class _CompiledStack:
             if past is None:
                 done, result = self._run(block, plain, None, (), named)
             else:
-                layer = self._layer(past, self.blocks[block], named)
+                layer = self._layer(past, place_of(block, self.blocks[block]), named)  # it may be numbered anew
                 done, result = (False, None) if layer is None else self._run(block, plain, layer, (), named)
         return result if done else plain.forward(block, *args, **kwargs)
 

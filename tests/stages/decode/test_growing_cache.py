@@ -488,6 +488,28 @@ def test_with_gradients_it_is_the_untouched_model(stepping: tuple[Any, Any, Any]
 
 
 @pytest.mark.usefixtures("hooks_are_traced")
+@pytest.mark.usefixtures("uncompiled")
+def test_compiled_blocks_that_change_places_use_their_new_ones() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(8.0)
+    model = copy.deepcopy(plain)
+    step = change(CompiledBlocksStage("default"), model)
+    step.on()
+    by_hand(model, 4)
+    step.end_warmup()
+    for each in (plain, model):
+        blocks = each.transformer.h
+        blocks[0], blocks[1] = blocks[1], blocks[0]
+        for number, block in enumerate(blocks):
+            block.attn.layer_idx = number
+    assert compare(by_hand(plain, 4), by_hand(model, 4)).error < 1e-5
+    step.off()
+
+
 def test_written_weights_are_seen(seen: list[Event]) -> None:
     model = llama()
     step = change(CompiledBlocksStage("default"), model)
