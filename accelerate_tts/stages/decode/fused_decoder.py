@@ -30,7 +30,7 @@ from accelerate_tts.kernels.decoder_block import Call, Described, holds, plain, 
 from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat
 from accelerate_tts.patching.change import Changes
-from accelerate_tts.patching.class_swap import FUSED, ClassSwap, subclass_with
+from accelerate_tts.patching.class_swap import FUSED, ClassSwap, fused_by, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import FormatStage
@@ -142,7 +142,14 @@ class _StackWatch:
         if joined is None or known != each:  # a block was described anew
             joined = WeightWatch.joined(each)
             self._weights = (each, joined)
-        return self._inside.altered() is None and not joined.outdated()
+        if self._inside.altered() is not None:
+            return False
+        if joined.outdated():
+            # A check compares one piece of each tensor. A block's own check compares the next one, and may miss this.
+            for block in [block for block in self._blocks if block.weights.outdated()] or self._blocks:
+                block.forget()
+            return False
+        return True
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
@@ -225,6 +232,10 @@ class _Fused:
         """The watch on the weights that are described."""
         return self._known[0]
 
+    def forget(self) -> None:
+        """Have the weights described anew."""
+        self._known = (self._watched(), {})
+
     def class_for(self, plain: Any) -> type:
         """Return the block's class while the change is on."""
 
@@ -282,6 +293,8 @@ class _Fused:
         """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""
         if torch.is_grad_enabled() or self._block.training or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
+        if fused_by(self._block) is not self:
+            return None  # undone; somebody has kept this forward, as accelerate's hooks do
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past, hidden = take_cache(named), named.get("hidden_states")
         if past is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -537,6 +538,41 @@ def test_rotations_and_masks_of_another_shape_are_upstreams(rotated: Any, mask: 
     good = torch.ones(1, 1, 8), torch.ones(2, 1, 1, 5)
     assert decoder_block.shared((good[0], good[0]), good[1], 2, 8, 5) is not None
     assert decoder_block.shared(rotated, mask, 2, 8, 5) is None
+
+
+def test_a_forward_that_somebody_keeps_is_upstreams_once_it_is_undone(served: list[int]) -> None:
+    """accelerate's hooks call the forward that a block had when they were added."""
+    model = of("Llama")
+    expected = loop(model)
+    change = fuse(model, "int8")
+    change.on()
+    for block in model.layers:
+        block.forward = partial(lambda kept, *args, **kwargs: kept(*args, **kwargs), block.forward)
+    assert error(expected, loop(model)) < LIMITS["int8"]
+    assert served
+    change.off()
+    served.clear()
+    assert torch.equal(loop(model), expected)
+    assert not served
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_what_is_written_past_torch_is_seen_after_some_tokens(weights: WeightFormat, turned: bool) -> None:
+    """Each check compares one piece of each weight, and one layout."""
+    model = of("Llama")
+    fused = copy.deepcopy(model)
+    fuse(fused, weights).on()
+    loop(fused)
+    for each in (model, fused):
+        weight = each.layers[1].self_attn.o_proj.weight
+        if turned:
+            weight.data = weight.data.t()  # at the same address
+        else:
+            weight.data[3] += 20.0
+    for _ in range(4):
+        found = loop(fused)
+    assert error(loop(model), found) < LIMITS[weights]
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])

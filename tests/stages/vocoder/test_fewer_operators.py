@@ -158,6 +158,17 @@ def test_weights_that_are_written_are_used() -> None:
     change.off()
 
 
+def test_a_forward_that_somebody_keeps_is_upstreams_once_it_is_undone() -> None:
+    module = decoder()
+    with torch.inference_mode():
+        expected = module(spectrogram(40))
+        change = changed(module)
+        kept = module.forward
+        assert not torch.equal(kept(spectrogram(40)), expected)
+        change.off()
+        assert torch.equal(kept(spectrogram(40)), expected)
+
+
 def test_another_slope_in_the_config_is_used() -> None:
     """Upstream reads it at each call."""
     plain = decoder()
