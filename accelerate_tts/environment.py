@@ -95,7 +95,9 @@ _OPTIONS = (
     _own("guard_weights", _literal),
 )
 
-VARIABLES = {variable for option in _OPTIONS for variable in option.variables} | {"ACCELERATE_TTS_DISABLE"}
+# Variables that are no field of `Settings`: the decorators' switch is read at each call, the kernels' when they load.
+_READ_ELSEWHERE = {"ACCELERATE_TTS_DISABLE", "ACCELERATE_TTS_KERNELS"}
+VARIABLES = {variable for option in _OPTIONS for variable in option.variables} | _READ_ELSEWHERE
 """Names of all supported variables."""
 
 
