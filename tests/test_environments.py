@@ -125,6 +125,13 @@ def test_one_that_fails_has_a_row_and_stops_nothing(
     assert run.main([*told, "--list"]) == 0
 
 
+def test_a_disk_without_room_is_named_before_anything_is_installed(scripts: tuple[Any, Any], tmp_path: Path) -> None:
+    run, _ = scripts
+    run.ask_for_room(tmp_path / "kept" / "one", 1)
+    with pytest.raises(run.StepError, match=r"GB free, and an environment takes 1000000000 GB .* set TMPDIR"):
+        run.ask_for_room(tmp_path / "kept" / "one", 10**18)
+
+
 def test_a_command_that_hangs_or_fails_says_so(scripts: tuple[Any, Any]) -> None:
     run, _ = scripts
     with pytest.raises(run.StepError, match=r"longer than 1 s"):

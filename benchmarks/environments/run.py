@@ -8,7 +8,8 @@ in it, and the checks: a system is built from its true configuration with seeded
 tuned in turn. The result is one JSON file under `rows/`, from which `page.py` makes docs/ENVIRONMENTS.md. An
 environment that fails has a row with the error, and does not stop the others; the exit status is 1 if one failed.
 
-Run nothing else meanwhile if figures matter. An environment takes five to seven gigabytes of disk while it runs.
+Run nothing else meanwhile if figures matter. An environment takes five to seven gigabytes of disk while it runs, and
+eleven while it is installed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ TOOLS = ("pytest>=8.2", "pytest-asyncio>=0.24", "pytest-timeout>=2.3", "pytest-x
 
 _INSTALL_SECONDS, _TEST_SECONDS, _CHECK_SECONDS = 1500.0, 1800.0, 600.0
 _PAIRS = 5
+ROOM = 11_000_000_000
+"""Bytes that must be free before an environment is made: torch 2.6.0 for CUDA with what Chatterbox asks for takes 7 GB,
+and pip keeps 3 GB of downloads beside it while it installs."""
 _MOST_NAMES = 40
 """Maximum number of failed tests that a row names; it counts all."""
 
@@ -191,8 +195,10 @@ def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], No
         say(f"taking what {place} has of {' '.join(one.requires)}")
         install("--force-reinstall", "--no-deps", str(wheel))
     else:
+        interpreter = interpreter_of(one.python)
+        ask_for_room(place, ROOM)
         say(f"installing {' '.join(one.requires)} on Python {one.python}")
-        run_step([interpreter_of(one.python), "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
+        run_step([interpreter, "-m", "venv", "--clear", str(place)], _INSTALL_SECONDS)
         install("--upgrade", "pip")  # whatever Python brought: an old one may resolve for hours
         first = [extra.requires for extra in one.beside if extra.build]
         if first:
@@ -205,6 +211,25 @@ def _install(one: Environment, wheel: Path, place: Path, say: Callable[[str], No
     say(f"installing {wheel.name} and the tests' tools beside it")
     install("--constraint", str(frozen), f"{wheel}[{one.extra}]" if one.extra else str(wheel), *TOOLS)
     return python
+
+
+def ask_for_room(place: Path, wanted: int) -> None:
+    """Check that a disk has room for an environment, since pip finds out after minutes, and names no folder.
+
+    Args:
+        place: Folder of the environment, which need not exist yet.
+        wanted: Bytes that must be free there and in the folder for temporary files.
+
+    Raises:
+        StepError: There is less.
+    """
+    for folder in (next(parent for parent in place.parents if parent.exists()), Path(tempfile.gettempdir())):
+        free = shutil.disk_usage(folder).free
+        if free < wanted:
+            raise StepError(
+                f"{folder} has {free / 1e9:.1f} GB free, and an environment takes {wanted / 1e9:.0f} GB while it is "
+                "installed: free some, or set TMPDIR to a folder on a larger disk"
+            )
 
 
 def interpreter_of(version: str) -> str:

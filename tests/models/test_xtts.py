@@ -39,19 +39,24 @@ def test_contract(contract: Any, example: Any, way: str) -> None:
 
 def test_the_stream_is_the_whole(example: Any, only_growing: None) -> None:
     """A single piece is equal to rounding; several pieces have the same length and differ at upstream's seams only."""
-    torch.manual_seed(0)
-    speaking = Speaking(example("xtts_backend").random(0.6, tiny=True))
-    receipt = receipt_of(optimized_model(warmup=Speaking.whole)(lambda: speaking)())
-    assert receipt is not None
-    assert [stage.stage for stage in receipt.kept] == ["growing cache"]
 
     def seeded(way: Any) -> Any:
         torch.manual_seed(3)
         with torch.inference_mode():
             return way()
 
+    torch.manual_seed(0)
+    speaking = Speaking(example("xtts_backend").random(0.6, tiny=True))
+    (untouched,) = seeded(lambda: speaking.streamed(1000))
+    receipt = receipt_of(optimized_model(warmup=Speaking.whole)(lambda: speaking)())
+    assert receipt is not None
+    assert [stage.stage for stage in receipt.kept] == ["growing cache"]
+
     whole = seeded(speaking.whole)
     (piece,) = seeded(lambda: speaking.streamed(1000))
+    assert piece.shape == untouched.shape
+    assert len(whole) - len(piece) in {0, 1024}, "coqui-tts 0.27's stream leaves the last token out"
+    whole = whole[: len(piece)]
     assert compare(whole, piece).error <= EXACT_TOLERANCE
     pieces = seeded(lambda: speaking.streamed(4))
     assert len(pieces) > 2
