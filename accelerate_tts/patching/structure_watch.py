@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Inside:
     def __init__(
         self, block: nn.Module, watched: Iterable[tuple[Any, str]] = (), read: nn.Module | None = None
     ) -> None:
-        self._read = read
+        self._read = [read]
         self._inner = [inner for inner in block.modules() if inner is not block]
         # Also modules without children, since a linear layer may be given an adapter.
         self._places = [(inner._modules, list(inner._modules.values())) for inner in block.modules()]
@@ -89,6 +89,20 @@ class Inside:
         ]
         self._global_hooks = global_hooks()
 
+    @classmethod
+    def joined(cls, each: Sequence[Inside]) -> Inside:
+        """Return one watch for what several watch, in the state in which they found it. A check of it costs less."""
+        made = cls.__new__(cls)
+        for name in ("_read", "_inner", "_places", "_classes", "_types"):
+            setattr(made, name, [item for one in each for item in getattr(one, name)])
+        # Blocks share a configuration, classes and functions.
+        watched = {(id(holder), name): (holder, name, value) for one in each for holder, name, value in one._watched}
+        made._watched = list(watched.values())
+        made._forwards = list(dict(pair for one in each for pair in one._forwards).items())
+        made._functions = Functions.joined([one._functions for one in each])
+        made._global_hooks = global_hooks()
+        return made
+
     def altered(self) -> str | None:
         """Return the obstacle if the block has changed in a way that the kernel would ignore, else `None`."""
         return self._hooked() or self.changed()
@@ -108,7 +122,7 @@ class Inside:
         if [1 for holder, before in self._places if list(holder.values()) != before] or [
             1
             for inner in self._inner
-            if "forward" in inner.__dict__ and not (inner is self._read and is_capture(inner.__dict__["forward"]))
+            if "forward" in inner.__dict__ and not (inner in self._read and is_capture(inner.__dict__["forward"]))
         ]:  # lists: this runs for each block at each token, and a generator is slower
             return "a module inside a block was exchanged, or given a forward of its own"  # an adapter, perhaps
         if self._types != (types := list(map(type, self._inner))):
@@ -163,8 +177,20 @@ class Functions:
                 found[id(mapping), name] = mapping.get, name
                 if module_of(mapping.get(name)).startswith("transformers."):
                     pending.append((None, mapping[name]))
-        self._places = list(found.values())
-        self._before = [get(name) for get, name in self._places]
+        self._keep({at: (get, name, get(name)) for at, (get, name) in found.items()})
+
+    @classmethod
+    def joined(cls, each: Sequence[Functions]) -> Functions:
+        """Return one watch for the functions of several, in the state in which they found them."""
+        made = cls.__new__(cls)
+        made.names = set().union(*(one.names for one in each))
+        made._keep({at: place for one in each for at, place in one._found.items()})
+        return made
+
+    def _keep(self, found: dict[tuple[int, str], tuple[Callable[[str], Any], str, Any]]) -> None:
+        self._found = found
+        self._places = [(get, name) for get, name, _ in found.values()]
+        self._before = [before for _, _, before in found.values()]
 
     def replaced(self) -> str | None:
         """Return the obstacle if one of them is another function now, else `None`."""

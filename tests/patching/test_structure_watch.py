@@ -219,3 +219,35 @@ def test_what_a_forward_reads_elsewhere() -> None:
         with attribute(holder, name, value):
             assert name in str(inside.altered())
         assert inside.altered() is None
+
+
+@contextmanager
+def hooked(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda block: attribute(block.input_layernorm, "variance_epsilon", 0.5),
+    "module": lambda block: attribute(block.mlp, "act_fn", nn.Tanh()),
+    "class": lambda block: attribute(block.mlp, "__class__", type("Other", (type(block.mlp),), {})),
+    "forward": lambda block: attribute(block.mlp, "forward", lambda x: x),
+    "hook": lambda block: hooked(block.mlp.up_proj),
+    "configuration": lambda block: attribute(block.self_attn, "config", transformers.LlamaConfig()),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", EDITS)
+def test_a_joined_watch_sees_what_each_sees(name: str, number: int) -> None:
+    layers = build().layers
+    each = [Inside(block, [(block.self_attn, "config")], read=block.self_attn) for block in layers]
+    joined = Inside.joined(each)
+    assert joined.altered() is None
+    with EDITS[name](layers[number]):
+        found = [inside.altered() for inside in each]
+        assert found[number] is not None
+        assert joined.altered() == found[number]
+    layers[number].mlp.__dict__.pop("forward", None)
+    assert joined.altered() is None

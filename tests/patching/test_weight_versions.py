@@ -393,3 +393,29 @@ def test_an_inference_tensor_counts_no_versions_and_is_seen() -> None:
             for one in (model, plain):
                 one[0].weight.mul_(1.5)
             assert differs(plain(x), model(x)) <= 0.05
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize("edit", ["in place", "in memory", "moved", "turned", "replaced"])
+def test_a_joined_watch_sees_what_each_sees(edit: str, content: bool, number: int) -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(3)]
+    each = [WeightWatch(layer, content=content) for layer in layers]
+    joined = WeightWatch.joined(each)
+    assert not any(joined.outdated() for _ in range(20))
+    linear = layers[number][0]
+    with torch.no_grad():
+        if edit == "in place":
+            linear.weight.add_(1)
+        elif edit == "in memory":
+            linear.weight.data += 1
+        elif edit == "moved":
+            linear.weight.data = linear.weight.data.clone()
+        elif edit == "turned":
+            linear.weight.data = linear.weight.data.t()
+        else:
+            layers[number][0] = copy.deepcopy(linear)
+    # A layout is compared at one of as many checks as there are tensors.
+    found = any(watch.outdated() for _ in range(20) for watch in each)
+    assert found == (content or edit != "in memory")
+    assert any(joined.outdated() for _ in range(20)) == found

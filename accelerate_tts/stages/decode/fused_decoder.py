@@ -53,6 +53,7 @@ from accelerate_tts.stages.decode.lookahead import Ahead, BlockStack, Made
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import TypeGuard
 
     from torch import nn
@@ -121,9 +122,27 @@ def _join_stacks(blocks: list[_Fused], what: str) -> None:
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
-        stack, forms, steps = BlockStack(len(blocks), what), _Forms(), SharedSteps(what)
+        stack, forms, steps, watch = BlockStack(len(blocks), what), _Forms(), SharedSteps(what), _StackWatch(blocks)
         for block in blocks:
-            block.stack, block.blocks, block.forms, block.steps = stack, blocks, forms, steps
+            block.stack, block.blocks, block.forms, block.steps, block.watch = stack, blocks, forms, steps, watch
+
+
+class _StackWatch:
+    """One check of all blocks of a stack, which costs half as much as asking each of them."""
+
+    def __init__(self, blocks: Sequence[_Fused]) -> None:
+        self._blocks = blocks
+        self._inside = Inside.joined([block.inside for block in blocks])
+        self._weights: tuple[list[WeightWatch], WeightWatch | None] = ([], None)
+
+    def is_unchanged(self) -> bool:
+        """Check that no block's structure or weights have changed. If one has, each block must be asked."""
+        each = [block.weights for block in self._blocks]
+        known, joined = self._weights
+        if joined is None or known != each:  # a block was described anew
+            joined = WeightWatch.joined(each)
+            self._weights = (each, joined)
+        return self._inside.altered() is None and not joined.outdated()
 
 
 _WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
@@ -198,7 +217,13 @@ class _Fused:
         self.stack, self.steps = BlockStack(1, obstacles.what), SharedSteps(obstacles.what)
         self.blocks: list[_Fused] = [self]
         self.forms = _Forms()
-        self._inside = Inside(block, [(self.attention, "config")], read=self.attention)
+        self.inside = Inside(block, [(self.attention, "config")], read=self.attention)
+        self.watch = _StackWatch([self])
+
+    @property
+    def weights(self) -> WeightWatch:
+        """The watch on the weights that are described."""
+        return self._known[0]
 
     def class_for(self, plain: Any) -> type:
         """Return the block's class while the change is on."""
@@ -250,18 +275,20 @@ class _Fused:
         """
         if self._is_altered():
             return None
-        described = (self._describe(of_text) for of_text in self._kinds)
+        described = (self._describe(of_text, checked=False) for of_text in self._kinds)
         return next((each.copies[layer] for each in described if each is not None and layer in each.copies), None)
 
     def _token(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """Return the block's result for one token in a tuple, or `None` if upstream's forward must run."""
-        if torch.is_grad_enabled() or self._block.training or is_traced():
+        if torch.is_grad_enabled() or self._block.training or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past, hidden = take_cache(named), named.get("hidden_states")
-        if past is None or not self._fits(hidden):
+        if past is None:
             return None
-        made = self.stack.take(self.number, hidden, past, named) or self._run(hidden, past, named)
+        made = self.stack.take(self.number, hidden, past, named)
+        if made is None and self._fits(hidden):
+            made = self._run(hidden, past, named)
         if made is None:
             return None
         made.layer.advance(1)
@@ -289,7 +316,8 @@ class _Fused:
         form = self.forms.of(self._key("block", named))
         if form is False:
             return None  # upstream's call shows the form
-        first = self._ready(hidden, past, of_text, named, form)
+        checked = self.watch.is_unchanged()
+        first = self._ready(hidden, past, of_text, named, form, checked)
         if first is None:
             return None
         length = first.layer.length()
@@ -300,7 +328,7 @@ class _Fused:
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's forward, which raises its own error
-        asked = [first, *self._others(hidden, past, of_text, named, form, length)]
+        asked = [first, *self._others(hidden, past, of_text, named, form, checked, length)]
         weights = None
         if any(one.weights for one in asked):
             weights = hidden.new_empty((len(asked), hidden.shape[0], self._heads, length + 1), dtype=torch.float32)
@@ -312,8 +340,9 @@ class _Fused:
         return Made(made[0].clone(), None if weights is None else weights[0], first.layer, form)
 
     def _others(  # noqa: PLR0913, PLR0917 - what the call consists of
-        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, length: int
-    ) -> list[_Ready]:
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, checked: bool,
+        length: int,
+    ) -> list[_Ready]:  # fmt: skip
         """Return the blocks behind this one that are computed with it, up to the first with an obstacle."""
         whole = whole_tuple.get()
         found = []
@@ -323,7 +352,7 @@ class _Fused:
                 if whole is None or len(whole) != len(self.blocks) or whole[self.number][0] is not past[0]:
                     break
                 theirs = whole[place]
-            ready = self.blocks[place]._ready(hidden, theirs, of_text, named, form)
+            ready = self.blocks[place]._ready(hidden, theirs, of_text, named, form, checked)
             if ready is None:
                 break
             if ready.layer.length() != length:
@@ -332,11 +361,14 @@ class _Fused:
             found.append(ready)
         return found
 
-    def _ready(
-        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form
+    def _ready(  # noqa: PLR0913, PLR0917 - what the call consists of
+        self, hidden: torch.Tensor, past: Any, of_text: bool, named: dict[str, Any], form: Form, checked: bool
     ) -> _Ready | None:
-        """Return the kernel's inputs of this block, with cache capacity reserved; `None` if upstream must run."""
-        if self._is_altered():
+        """Return the kernel's inputs of this block, with cache capacity reserved; `None` if upstream must run.
+
+        `checked` says that the stack's watch has found no change.
+        """
+        if not checked and self._is_altered():
             return None
         wanted = form is not None and _WEIGHTS in form
         if is_read(self.attention):
@@ -357,7 +389,7 @@ class _Fused:
             and hidden.shape[-1] == self._hidden
             and holds(keys, values, hidden.shape[0], layer.length())
         ):  # otherwise upstream runs, and raises its own error
-            described = self._describe(of_text)
+            described = self._describe(of_text, checked=checked)
         if described is None or described.takes != (hidden.shape[-1], keys.shape[1], keys.shape[3]):
             layer.release()
             return None  # weights of other sizes were put in
@@ -377,7 +409,6 @@ class _Fused:
             and hidden.shape[1] == 1
             and 0 < hidden.shape[0] <= MOST_ROWS
             and hidden.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")
         )
 
     def _is_unknown(self, named: dict[str, Any]) -> bool:
@@ -394,7 +425,7 @@ class _Fused:
 
     def _is_altered(self) -> bool:
         """Check for changes inside the block since the stage was applied, such as hooks, that the kernel would skip."""
-        obstacle = self._inside.altered()
+        obstacle = self.inside.altered()
         if obstacle is not None:
             self._obstacles.report(obstacle, self.number)
         return obstacle is not None
@@ -403,9 +434,9 @@ class _Fused:
         # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
         return WeightWatch(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
 
-    def _describe(self, of_text: bool) -> Described | None:
+    def _describe(self, of_text: bool, *, checked: bool) -> Described | None:
         watched, known = self._known
-        if watched.outdated():
+        if not checked and watched.outdated():
             known = {}
             self._known = (self._watched(), known)  # first the watch, so that a concurrent write is seen next time
         described = known.get(of_text)

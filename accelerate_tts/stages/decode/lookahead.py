@@ -70,18 +70,22 @@ class Ahead:
         self._first = first
         self.next = first + 1
 
-    def expects(self, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> bool:
+    def expects(self, hidden: Any, past: Any, named: dict[str, Any]) -> bool:
         """Check that a call's input is the one that the next block was computed for."""
+        if type(hidden) is not torch.Tensor or not hidden.is_cpu or hidden.layout is not torch.strided:
+            return False
         if self._past is not None and self._past() is not past:
             return False
-        if len(named) != len(self._named) + 1 or any(named.get(name, self) is not value for name, value in self._named):
+        if len(named) != len(self._named) + 1:
             return False
+        for name, value in self._named:  # no generator: this runs for each block at each token
+            if named.get(name, self) is not value:
+                return False
         return _same_bits(hidden, self._made[self.next - 1 - self._first])
 
     def layer_of(self, past: Any) -> Any:
         """Return the next block's cache layer if it is unchanged, else `None`."""
-        layer = kv_cache.growing_layer(past, self.next)
-        return layer if layer is not None and layer.is_at(self._marks[self.next - self._first]) else None
+        return kv_cache.layer_at(past, self.next, self._marks[self.next - self._first])
 
     def take(self, layer: Any) -> Made:
         """Return the next block's result, in memory of its own."""
@@ -134,7 +138,7 @@ class BlockStack:
         if ahead.next < self._size:
             self._mine.ahead = ahead
 
-    def take(self, place: int, hidden: torch.Tensor, past: Any, named: dict[str, Any]) -> Made | None:
+    def take(self, place: int, hidden: Any, past: Any, named: dict[str, Any]) -> Made | None:
         """Return the precomputed result of this block; `None` if there is none for this input."""
         ahead: Ahead | None = getattr(self._mine, "ahead", None)
         if ahead is None:

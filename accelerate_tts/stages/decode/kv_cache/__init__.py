@@ -19,7 +19,14 @@ from accelerate_tts.stages.decode.kv_cache.classes import (
     is_processed,
     upstream_class,
 )
-from accelerate_tts.stages.decode.kv_cache.layers import adopt, growing_class, holds, is_growable, room_for
+from accelerate_tts.stages.decode.kv_cache.layers import (
+    GrowingLayer,
+    adopt,
+    growing_class,
+    holds,
+    is_growable,
+    room_for,
+)
 from accelerate_tts.stages.decode.kv_cache.pairs import (
     PairLayer,
     give_room,
@@ -45,6 +52,7 @@ __all__ = [
     "is_growable",
     "is_listed",
     "is_tuple",
+    "layer_at",
     "open_buffers",
     "release",
     "room_for",
@@ -70,8 +78,23 @@ def growing_layer(past: Any, number: int) -> Any:
     if type(past) is not classes.DynamicCache or number >= len(past.layers):
         return None
     layer = past.layers[number]
-    if type(layer) is growing_class():
+    if isinstance(layer, GrowingLayer):
         return layer if layer.holds() else None
     # Converted from a tuple for this call (4.54 to 4.57 accept one, and some decoders still pass one).
     is_plain = type(layer) is classes.DynamicLayer and holds(layer) and not is_processed(past)
     return PairLayer(layer.keys, layer.values, layer) if is_plain else None
+
+
+def layer_at(past: Any, number: int, mark: Any) -> Any:
+    """Return a growing layer whose state has not changed since its `mark()`, else `None`.
+
+    Args:
+        past: The cache, or the block's own pair of tensors.
+        number: The block's index in the cache.
+        mark: The mark.
+    """
+    layers = getattr(past, "layers", None)
+    if layers is None or number >= len(layers) or not isinstance(layers[number], GrowingLayer):
+        layer = growing_layer(past, number)
+        return layer if layer is not None and layer.is_at(mark) else None
+    return layers[number] if layers[number].is_at(mark) else None

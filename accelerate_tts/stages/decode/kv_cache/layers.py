@@ -155,11 +155,13 @@ class GrowingLayer:
 
     def advance(self, positions: int) -> None:
         """Extend the length by positions that were written into the buffers."""
-        self._lengths = [length + positions for length in self._lengths]
+        keys, values = self._lengths
+        self._lengths = [keys + positions, values + positions]
 
     def mark(self) -> tuple[Any, ...]:
         """Return a token of the layer's present state, for `is_at`."""
-        return id(self), self._lengths[0], *(stored.data_ptr() for stored in self._store)
+        keys, values = self._store
+        return id(self), self._lengths[0], keys.data_ptr(), values.data_ptr()
 
     def is_at(self, mark: Any) -> bool:
         """Check that the state has not changed since `mark`."""
