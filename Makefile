@@ -171,7 +171,7 @@ kernels-tidy: ## clang-tidy over each unit of the kernels
 dev: .venv/.dev ## Everything a contributor needs
 	@$(BIN)/pre-commit install 2>/dev/null || true
 
-check: test test-slow lint types imports docs ## What CI runs
+check: test test-slow lint types imports docs ## All of these; .ci/run adds environments and the audit
 
 clean: ## Remove .venv and everything built
 	rm -rf .venv dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,7 +18,7 @@ Two decorators on a backend that exists already, and a context manager for scrip
     audio = backend.synthesize("Good morning.")
     print(receipt_of(backend))  # what was kept, what was rejected, and why
 
-    with fast_inference():  # the same for a block of a script
+    with fast_inference():  # no autograd in a block of a script
         audio = backend.model.generate("Good evening.")
 
 By default everything stays exact to rounding. `Settings` or `optimized_model(precision="balanced")` allow more. To

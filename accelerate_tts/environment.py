@@ -95,7 +95,9 @@ _OPTIONS = (
     _own("guard_weights", _literal),
 )
 
-VARIABLES = {variable for option in _OPTIONS for variable in option.variables} | {"ACCELERATE_TTS_DISABLE"}
+# Variables that are no field of `Settings`: of the decorators' switch, the kernels, and the build of a wheel.
+_READ_ELSEWHERE = {"ACCELERATE_TTS_DISABLE", "ACCELERATE_TTS_KERNELS", "ACCELERATE_TTS_PURE"}
+VARIABLES = {variable for option in _OPTIONS for variable in option.variables} | _READ_ELSEWHERE
 """Names of all supported variables."""
 
 

@@ -19,7 +19,7 @@ class WarmupError(AccelerateTTSError, TypeError):
 
 
 class ModelError(AccelerateTTSError, TypeError):
-    """An argument that must be a `torch.nn.Module` is not."""
+    """An argument is not a `torch.nn.Module`, or not a system that `stream` knows."""
 
 
 class PackError(AccelerateTTSError, ValueError):

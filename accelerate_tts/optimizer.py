@@ -269,7 +269,10 @@ class PerformanceOptimizer:
     # --- calls and memory ------------------------------------------------------------------------------------
 
     def get_inference_context(self) -> AbstractContextManager[Any]:
-        """Return `torch.inference_mode()`, or a null context without torch. For synchronous code only."""
+        """Return `torch.inference_mode()`, or a null context without torch or while the decorators are off.
+
+        For synchronous code only.
+        """
         return create_inference_context()
 
     def get_optimal_batch_size(self, default: int | None = None, *, item_bytes: int | None = None) -> int:
@@ -326,8 +329,7 @@ class PerformanceOptimizer:
         """Free unused memory: garbage collection, the device's allocator cache, `malloc_trim` under glibc.
 
         Never raises, and never touches memory in use. Without `force` it acts only if less than a tenth of the device's
-        memory is free, since a collection at every call would cost more than it frees. The check takes half a
-        millisecond.
+        memory is free, since a collection at every call would cost more than it frees.
         """
         try:
             device = self._ready()
@@ -373,7 +375,7 @@ def replace_performance_optimizer(optimizer: PerformanceOptimizer | None) -> Per
 
 
 def create_inference_context() -> AbstractContextManager[Any]:
-    """Return `torch.inference_mode()`, or a null context without torch.
+    """Return `torch.inference_mode()`, or a null context without torch or while the decorators are off.
 
     For synchronous code only: around an `await` or a `yield` the mode would leak. `@inference` handles those.
     """

@@ -50,8 +50,9 @@ class Settings:
             it avoids out-of-memory errors of a large model, and is not a speed-up. `None` keeps PyTorch's own limit.
         precision: Precision level of tuning. "exact": rounding only, a relative error of at most 1e-4. "balanced":
             half-precision weights where they are faster, an error of at most 2e-2. "fast": 8-bit weights, too, 4e-2.
-        tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. A stage that has
-            begun (one compilation, for example) is finished; no other begins after the budget is spent.
+        tune_seconds: Wall-clock budget, in seconds, for trying optimisations on one loaded object. No stage begins
+            after it is spent. A stage that is being prepared, or runs for the first time, is interrupted 10 seconds
+            later. Up to a third is reserved for the check of the whole, which always runs and may take longer.
         tune_patience: Total seconds that tuning one object waits for a busy machine to become quiet, at most a quarter
             of `tune_seconds`. Verdicts on a busy machine are not final; see `retune`.
         retune: Let a load from a warm pack repeat the trials of an earlier process on a busy machine, if the machine is

@@ -5,7 +5,7 @@
 
 The model has 28 layers and 5.8e9 weights: 23 GB in fp32, which is what --random-weights without --layers makes.
 
-Needs: pip install accelerate_tts "transformers>=5" torchaudio
+Needs: pip install accelerate_tts "transformers>=5.3" torchaudio
 """
 
 from __future__ import annotations

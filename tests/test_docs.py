@@ -25,7 +25,6 @@ import torch
 
 from accelerate_tts.environment import VARIABLES
 from accelerate_tts.events import Event
-from accelerate_tts.kernels.library import VARIABLE as KERNELS
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.policy import OVER_BUDGET
@@ -266,8 +265,7 @@ BEFORE_A_MOVE = {"0001-the-house.md": re.compile(r"engine/.*|loading\.py")}
 @pytest.mark.parametrize("page", NAMED, ids=[page.name for page in NAMED])
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    variables = VARIABLES | {KERNELS, "ACCELERATE_TTS_PURE"}  # the last is hatch_build.py's
-    assert set(re.findall(r"\b(?:ACCELERATE_TTS|TRANSLATOR)_[A-Z]\w*", text)) <= variables
+    assert set(re.findall(r"\b(?:ACCELERATE_TTS|TRANSLATOR)_[A-Z]\w*", text)) <= VARIABLES
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:`|^)make\s([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -406,7 +404,7 @@ def test_decisions_that_files_name_are_there() -> None:
                 assert set(re.findall(r"\bdecision (\d{4})\b", text)) <= numbers, path
 
 
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted([*NAMED, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "results" / "README.md"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -423,6 +421,30 @@ def test_links_and_pictures_are_there(page: Path) -> None:
     """`make docs` checks anchors and names, too."""
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as mkdocs and GitHub name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_anchors_are_there(page: Path) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in headings(page.parent / link if link else page), f"{link}#{anchor}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import accelerate_tts
+
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    entries = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    stub = Path(accelerate_tts.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    for name in re.findall(r" import ([a-zA-Z]\w*) as ", stub):
+        module = getattr(accelerate_tts, name).__module__
+        assert {module, f"{module}.{name}"} & entries, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

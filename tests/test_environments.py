@@ -125,6 +125,18 @@ def test_one_that_fails_has_a_row_and_stops_nothing(
     assert run.main([*told, "--list"]) == 0
 
 
+def test_a_machine_without_git_has_rows(
+    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = scripts
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "one.toml").write_text(ONE, "utf-8")
+    (tmp_path / "ours.whl").write_bytes(b"")
+    told = ["--file", str(tmp_path / "one.toml"), "--wheel", str(tmp_path / "ours.whl"), "--rows", str(tmp_path)]
+    assert run.main(told) == 1
+    assert page.read(tmp_path)["one"]["commit"] == "unknown"
+
+
 def test_a_disk_without_room_is_named_before_anything_is_installed(scripts: tuple[Any, Any], tmp_path: Path) -> None:
     run, _ = scripts
     run.ask_for_room(tmp_path / "kept" / "one", 1)

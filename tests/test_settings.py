@@ -143,7 +143,8 @@ def test_an_unknown_variable_is_told_with_the_nearest_name(seen: list[Event]) ->
 
 
 def test_known_variables_are_not_reported(seen: list[Event]) -> None:
-    for variable, text in [*(row[:2] for row in READ), (f"{OWN}DISABLE", "0")]:
+    others = [(f"{OWN}DISABLE", "0"), (f"{OWN}KERNELS", "avx2"), (f"{OWN}PURE", "1")]
+    for variable, text in [*(row[:2] for row in READ), *others]:
         Settings.from_environment({variable: text})
     assert seen == []
 

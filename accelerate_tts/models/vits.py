@@ -24,7 +24,7 @@ _DECIDE = frozenset({"text_encoder", "duration_predictor"})
 
 _VITS = Known(
     "VITS",
-    "transformers 4.46 to 5.23",
+    "transformers 4.46 to 5.24",
     {"text_encoder": "encoder", "duration_predictor": "flow", "flow": "flow", "decoder": "vocoder"},
     _DECIDE,
 )

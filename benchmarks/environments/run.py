@@ -400,9 +400,12 @@ def _last(text: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the working tree, with a plus where something in it is not committed."""
+    """The commit of the working tree, with a plus where something in it is not committed; "unknown" without git."""
     git = ["git", "-C", str(ROOT)]
-    done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
     if done.returncode:
         return "unknown"
     changed = subprocess.run(

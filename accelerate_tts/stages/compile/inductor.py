@@ -217,8 +217,8 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
         if id(getattr(kept, "compiler_fn", None)) == backend:
             del eval_frame.cached_backends[number]
     loaded.forget()
-    # inductor's choice among kernels for products keeps each choice's graph with its weights (torch 2.8 to 2.12; seen to
-    # be let go in 2.14). What is cleared saves a second try of the same choice alone.
+    # inductor's choice among kernels for products keeps each choice's graph with its weights (torch 2.8 to 2.12; seen
+    # to be let go in 2.14). What is cleared saves a second try of the same choice alone.
     selector: Any = sys.modules.get("torch._inductor.select_algorithm")
     getattr(getattr(selector, "_ALGORITHM_SELECTOR_CACHE", None), "precompile_cache", {}).clear()
     # Python 3.12.0 to 3.12.3 keeps classes that dynamo looked at by `getattr_static` (mended in 3.12.4), and with the
