@@ -348,4 +348,6 @@ def test_every_setting_has_a_variable_and_every_variable_a_setting() -> None:
     assert {name for name in environment.VARIABLES if name.startswith(OWN)} == named | {
         f"{OWN}TORCH_COMPILE",
         f"{OWN}DISABLE",
+        f"{OWN}KERNELS",
+        f"{OWN}PURE",
     }
