@@ -22,7 +22,7 @@ _UPSTREAM = {
 }
 """Packages that only these systems run on."""
 _BESIDE = {"accelerate_tts", "numpy"}
-_LONGEST = 200  # file systems take names of 255 bytes
+_LONGEST = 110  # to be read in a listing; file systems take 255 bytes
 
 
 def main(arguments: list[str] | None = None) -> int:
