@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from accelerate_tts import Event, optimized_model
@@ -98,8 +99,8 @@ def named(name: str, **modules: nn.Module) -> Any:
 def qwen() -> Any:
     """A stand-in for qwen-tts, which asks for one release of transformers: its names, with layers like its own."""
     transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "Qwen3Config"):
-        pytest.skip(f"transformers {transformers.__version__} has no Qwen 3")
+    if Version(transformers.__version__) < Version("4.51"):
+        pytest.skip(f"transformers {transformers.__version__} has no Qwen 3; 4.51 brought it")
     config = transformers.Qwen3Config(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,

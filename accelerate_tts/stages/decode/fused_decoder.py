@@ -234,7 +234,7 @@ class _Fused:
 
     def forget(self) -> None:
         """Have the weights described anew."""
-        self._known = (self._watched(), {})
+        self._known = (self._watched(), {})  # a new watch first, so that a concurrent write is seen next time
 
     def class_for(self, plain: Any) -> type:
         """Return the block's class while the change is on."""
@@ -450,8 +450,8 @@ class _Fused:
     def _describe(self, of_text: bool, *, checked: bool) -> Described | None:
         watched, known = self._known
         if not checked and watched.outdated():
-            known = {}
-            self._known = (self._watched(), known)  # first the watch, so that a concurrent write is seen next time
+            self.forget()
+            known = self._known[1]
         described = known.get(of_text)
         if described is None:
             layout = block_layouts(self._block, self._weights).get(of_text)
