@@ -510,6 +510,7 @@ def test_compiled_blocks_that_change_places_use_their_new_ones() -> None:
     step.off()
 
 
+@pytest.mark.usefixtures("hooks_are_traced")
 def test_written_weights_are_seen(seen: list[Event]) -> None:
     model = llama()
     step = change(CompiledBlocksStage("default"), model)
