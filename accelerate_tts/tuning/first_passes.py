@@ -99,21 +99,22 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
         return clock() - begun
 
     baseline: Baseline | None = None
-    with draws.finding():
-        if plan.refine is None:
-            baseline = recorded(since)
-            first, cold = baseline.output, baseline.cold
-        else:
-            with time_modules(plan.roots, device.type) as seconds:
-                first = run()
-            plan = replace(plan, parts=plan.refine(seconds), refine=None)
-            cold = since()
-    if not draws.found(first, run):
-        baseline = None
-    del first
-    if baseline is None or policy.first_passes * cold <= budget.seconds:
-        baseline = None  # freed first, since it has copies of the parts' inputs
-        return recorded(lambda: cold)
+    with constants.installed():
+        with draws.finding():
+            if plan.refine is None:
+                baseline = recorded(since)
+                first, cold = baseline.output, baseline.cold
+            else:
+                with time_modules(plan.roots, device.type) as seconds:
+                    first = run()
+                plan = replace(plan, parts=plan.refine(seconds), refine=None)
+                cold = since()
+        if not draws.found(first, run):
+            baseline = None
+        del first
+        if baseline is None or policy.first_passes * cold <= budget.seconds:
+            baseline = None  # freed first, since it has copies of the parts' inputs
+            return recorded(lambda: cold)
     ledger.notes.append(f"outputs are compared with those of the first pass: {OVER_BUDGET} allows no other")
     return baseline
 

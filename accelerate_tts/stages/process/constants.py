@@ -145,6 +145,8 @@ _lock = threading.RLock()
 _within = threading.local()
 replaced_functions: dict[str, _Function] = {}
 """Functions that are replaced now."""
+_known_ids: set[int] = set()
+_modules_without: dict[str, tuple[int, int]] = {}  # by module: id of its dict, and number of names
 
 
 class KeptConstants(BaseChange):
@@ -162,22 +164,33 @@ class KeptConstants(BaseChange):
         self._release: Callable[[], object] | None = None
 
     @contextmanager
-    def watching(self) -> Generator[None, None, None]:
-        """Observe calls of the functions while open."""
+    def installed(self) -> Generator[None, None, None]:
+        """Keep the functions replaced while open, between one `watching` and the next: each walks all modules."""
         seen: dict[str, Watched] = {}
-        functions = _replace({name for name in self.functions if _upstream(name) is not None})
-        with _lock:
-            for function in functions:
-                function.results.clear()  # results cached for another object would hide calls of upstream
-                function.watchers.append(seen)
+        functions = self._watched_by(seen)
         try:
             yield
         finally:
-            with _lock:
-                for function in functions:
-                    function.watchers.remove(seen)
-                self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
-                _give_back()
+            _unwatched(functions, seen)
+
+    @contextmanager
+    def watching(self) -> Generator[None, None, None]:
+        """Observe calls of the functions while open."""
+        seen: dict[str, Watched] = {}
+        functions = self._watched_by(seen)
+        try:
+            yield
+        finally:
+            self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
+            _unwatched(functions, seen)
+
+    def _watched_by(self, seen: dict[str, Watched]) -> list[_Function]:
+        with _lock:
+            functions = _replace({name for name in self.functions if _upstream(name) is not None})
+            for function in functions:
+                function.results.clear()  # results cached for another object would hide calls of upstream
+                function.watchers.append(seen)
+            return functions
 
     @property
     def saved(self) -> float:
@@ -209,6 +222,13 @@ class KeptConstants(BaseChange):
                 self._release = None
 
 
+def _unwatched(functions: list[_Function], seen: dict[str, Watched]) -> None:
+    with _lock:
+        for function in functions:
+            function.watchers = [other for other in function.watchers if other is not seen]
+        _give_back()
+
+
 def _leave(functions: tuple[_Function, ...]) -> None:
     """Count one user less of these functions, and restore those that have none left."""
     with _lock:
@@ -232,6 +252,9 @@ def _replace(names: set[str]) -> list[_Function]:
             upstream = _upstream(name)
             if upstream is not None:
                 fresh[id(upstream)] = replaced_functions[name] = _Function(name, upstream)
+        if not fresh.keys() <= _known_ids:
+            _modules_without.clear()
+            _known_ids.update(fresh)
         _exchange({key: function.stand_in for key, function in fresh.items()})
         return [replaced_functions[name] for name in names if name in replaced_functions]
 
@@ -247,13 +270,25 @@ def _give_back() -> None:
 
 
 def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:
-    """Replace the functions with these ids in each loaded module."""
+    """Replace the functions with these ids in each loaded module.
+
+    A large process has thousands of modules with a million names. Modules without any of the functions are skipped
+    until their number of names changes. One that assigns a function to a name that it has had is missed; it calls
+    upstream's, itself or by a replacement that nobody uses.
+    """
     if not by_id:
         return
-    for module in list(sys.modules.values()):
+    ids = _known_ids | by_id.keys()
+    for module_name, module in list(sys.modules.items()):
         try:
             names = object.__getattribute__(module, "__dict__")  # does not trigger lazily loaded modules
         except AttributeError:
+            continue
+        now = id(names), len(names)
+        if _modules_without.get(module_name) == now:
+            continue
+        if ids.isdisjoint(map(id, names.values())):
+            _modules_without[module_name] = now
             continue
         for name, value in list(names.items()):
             if id(value) in by_id:

@@ -53,6 +53,33 @@ def test_what_is_watched_is_found_and_put_back(constants: KeptConstants) -> None
     assert np.array_equal(held(**MEL), UPSTREAM.mel(**MEL)), "whoever still holds it is served by upstream"
 
 
+def test_a_module_that_imports_a_function_at_any_time_has_it_replaced_and_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def imported(name: str) -> Any:
+        module: Any = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        vars(module)["mel"] = librosa.filters.mel  # as `from librosa.filters import mel` does
+        return module
+
+    early, late = imported("imported_early"), types.ModuleType("imported_late")
+    monkeypatch.setitem(sys.modules, "imported_late", late)
+    change = KeptConstants(("librosa.filters:mel",))
+    for _ in range(2):  # the second time what was found by a walk over all modules is remembered
+        with change.installed(), change.watching():
+            librosa.filters.mel(**MEL)
+            assert early.mel is librosa.filters.mel is not UPSTREAM.mel
+            during = imported("imported_while_it_is_replaced")
+            vars(late)["mel"] = librosa.filters.mel
+            assert during.mel is vars(late)["mel"] is librosa.filters.mel
+        for module in (early, during, late):
+            assert vars(module)["mel"] is UPSTREAM.mel
+        change.on()
+        assert early.mel is during.mel is vars(late)["mel"] is librosa.filters.mel is not UPSTREAM.mel
+        change.off()
+        assert early.mel is during.mel is vars(late)["mel"] is librosa.filters.mel is UPSTREAM.mel
+
+
 @pytest.mark.parametrize(
     "other",
     [
