@@ -38,6 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["gpu"]
 
 
+@pytest.mark.slow
 def test_each_test_is_told_and_the_one_that_hangs_is_named(gpu: Any, tmp_path: Path) -> None:
     file = tmp_path / "test_some.py"
     file.write_text(TESTS, "utf-8")

@@ -72,6 +72,7 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     return json.loads(done.stdout.splitlines()[-1]), seen, done.stdout
 
 
+@pytest.mark.slow
 def test_two_thousand_calls_leave_nothing(soaked: Any) -> None:
     result, seen, said = soaked
     assert result["status"] == 0, said

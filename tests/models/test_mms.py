@@ -18,6 +18,7 @@ def test_contract(contract: Any, example: Any) -> None:
     contract(lambda: random(tiny=True)[0], speak, parts, other, [("flow", "fold weight norm")])
 
 
+@pytest.mark.slow
 def test_contract_of_coqui_s_class(contract: Any) -> None:
     """Its lengths depend on two parts, and its vocoder and flow have their own kind of weight norm."""
     pytest.importorskip("TTS")

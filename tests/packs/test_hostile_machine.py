@@ -334,6 +334,7 @@ TUNE = """
 
 
 @posix
+@pytest.mark.slow
 def test_sigterm_in_the_middle_of_tuning_ends_the_process_and_breaks_nothing(tmp_path: Path) -> None:
     variables = {"ACCELERATE_TTS_PACK_FOLDER": str(tmp_path / "packs")}
     children = []
