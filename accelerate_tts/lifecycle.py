@@ -130,10 +130,14 @@ class LoadedObjects:
         return tuning.receipt
 
     def _tell_other_precisions(self, loaded: Loaded, roots: Iterable[nn.Module], precision: str) -> None:
-        """Emit an event for each module that another load has tuned in another precision."""
+        """Emit an event for each module that a load of another object has tuned in another precision.
+
+        An object may load its model and its vocoder in different ones.
+        """
+        own = set(map(id, self._tunings.all(loaded.owner)))
         known = {id(done): done for root in roots for inner in root.modules() if (done := self._tunings.get(inner))}
         for done in known.values():
-            if done.changes and done.receipt.precision != precision:
+            if done.changes and id(done) not in own and done.receipt.precision != precision:
                 other = f"another load has tuned {done.receipt.what} in precision={done.receipt.precision!r}"
                 why = f"{other}, and the model is shared; undo that first, or load another model"
                 emit(NotApplied(f"precision={precision!r} of {type(loaded.subject).__name__}", why))

@@ -128,6 +128,24 @@ def test_a_model_that_another_load_has_tuned_in_another_precision_is_told_of(par
     assert not [event for event in seen if isinstance(event, NotApplied)]
 
 
+def test_an_owner_may_load_its_model_and_its_vocoder_in_two_precisions(seen: list[Event]) -> None:
+    class Two:
+        @optimized_model(warmup=lambda self: self.model(MEL), precision="balanced")
+        def load_model(self) -> None:
+            self.model = Conv(0).eval()
+
+        @optimized_model(warmup=lambda self: self.vocoder(MEL), precision="exact")
+        def load_vocoder(self) -> None:
+            self.vocoder = Conv(1).eval()
+
+    backend = Two()
+    backend.load_model()
+    backend.load_vocoder()
+    assert is_folded(backend.model)
+    assert is_folded(backend.vocoder)
+    assert not [event for event in seen if isinstance(event, NotApplied)]
+
+
 def test_a_model_that_was_replaced_is_forgotten() -> None:
     backend = Backend()
     backend.load_model()
