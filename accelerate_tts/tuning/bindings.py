@@ -74,7 +74,7 @@ def _content(value: Any) -> Any:
     kind = type(value)
     try:
         if issubclass(kind, dict):
-            return dict(value)
+            return dict(dict.items(value))  # not by the methods of a subclass, which may load what it holds
         if issubclass(kind, _ITEMS):
             return list(value)
     except Exception:  # a class of the user's, or another thread that adds to it meanwhile

@@ -277,7 +277,8 @@ def _options(value: Any, seen: set[int]) -> list[str]:
     if id(value) in seen or len(held) > _MOST_OPTIONS:  # more are a vocabulary, or the like
         return []
     seen.add(id(value))
-    return [f"{name} {item!r}" for name, item in held.items() if str(name)[:1] != "_" and _is_plain(item)]
+    items = list(dict.items(held))  # at once, since another thread may add some
+    return [f"{name} {item!r}" for name, item in items if str(name)[:1] != "_" and _is_plain(item)]
 
 
 def _is_array(value: Any) -> bool:
