@@ -6,13 +6,14 @@ import cmath
 import inspect
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 from accelerate_tts.errors import described, message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
-from accelerate_tts.inspection.object_tree import reachable_modules
+from accelerate_tts.inspection.object_tree import attributes_of, reachable_modules
 from accelerate_tts.locks import lock, rlock
 from accelerate_tts.runtime.seeding import warming
 from accelerate_tts.storage.file_digests import UnknownContentError
@@ -266,15 +267,23 @@ def _is_finite(value: Any) -> bool:
 
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
-    """Return the modules that a function may use: on `self`, on its class, and those that it and its helpers name."""
+    """Return the modules that a function may use: on `self`, on its class, and those that it and its helpers name.
+
+    A method of a module counts as the module.
+    """
     named = outside(wrapped)
     if owner is None:
-        return list(reachable_modules(named).values())
+        return list(reachable_modules({**named, "": _bound(named.values())}).values())
     found = {id(module): module for module in reachable_modules(owner).values()}
     bases = [base for base in type(owner).__mro__ if not base.__module__.startswith("torch.")]
     beside = [*named.values(), *(value for base in bases for value in vars(base).values())]
+    beside += _bound((*beside, *attributes_of(owner).values()))
     found.update((id(value), value) for value in beside if issubclass(type(value), nn.Module))
     return list(found.values())
+
+
+def _bound(values: Iterable[Any]) -> list[Any]:
+    return [value.__self__ for value in values if type(value) is MethodType]
 
 
 def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:

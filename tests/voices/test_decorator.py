@@ -482,11 +482,19 @@ def test_an_encoder_beside_self(seen: list[events.Event]) -> None:
         def embed(self, wave: torch.Tensor) -> torch.Tensor:
             return self.shared(wave)
 
-    one = OfTheClass()
-    first = one.embed(WAVE)
-    with torch.no_grad():
-        encoder.linear.bias.add_(1)
-    assert not torch.equal(one.embed(WAVE), first)
+    class ItsMethod:
+        def __init__(self) -> None:
+            self.method = encoder.forward
+
+        @cached_embedding
+        def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            return self.method(wave)
+
+    for one in (OfTheClass(), ItsMethod()):
+        first = one.embed(WAVE)
+        with torch.no_grad():
+            encoder.linear.bias.add_(1)
+        assert not torch.equal(one.embed(WAVE), first)
 
     class Versioned:
         version = 1
