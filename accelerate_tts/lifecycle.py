@@ -138,9 +138,14 @@ class LoadedObjects:
         known = {id(done): done for root in roots for inner in root.modules() if (done := self._tunings.get(inner))}
         for done in known.values():
             if done.changes and id(done) not in own and done.receipt.precision != precision:
-                other = f"another load has tuned {done.receipt.what} in precision={done.receipt.precision!r}"
-                why = f"{other}, and the model is shared; undo that first, or load another model"
-                emit(NotApplied(f"precision={precision!r} of {type(loaded.subject).__name__}", why))
+                asked, had = f"precision={precision!r} of {type(loaded.subject).__name__}", done.receipt
+                emit(
+                    NotApplied(
+                        asked,
+                        f"another load has tuned {had.what} in precision={had.precision!r}, and the model is shared;"
+                        " undo that first, or load another model",
+                    )
+                )
 
     def _take_back(self, plan: ModelPlan, begun: list[Ledger], tuning: Tuning | None) -> None:
         for ledger in begun:
