@@ -181,7 +181,8 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     """
 
     def reduce_ex(self: Any, protocol: int) -> Any:
-        if plain.__reduce__ is not object.__reduce__ or plain.__reduce_ex__ is not object.__reduce_ex__:
+        own: Any = plain
+        if own.__reduce__ is not object.__reduce__ or own.__reduce_ex__ is not object.__reduce_ex__:
             # The user's own, or that of another stage's class, which makes an untouched module.
             return twin_of(self, plain, CARRIED).__reduce_ex__(protocol)
         return reduction_of(self, plain, CARRIED)
