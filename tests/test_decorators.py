@@ -33,7 +33,7 @@ from accelerate_tts import (
 )
 from accelerate_tts.decorators import is_load_function
 from accelerate_tts.errors import SettingsError
-from accelerate_tts.events import Tuned, WarmupFailed
+from accelerate_tts.events import NotApplied, Tuned, WarmupFailed
 from doubles import begin_process
 
 on = torch.is_inference_mode_enabled
@@ -333,6 +333,23 @@ async def test_a_sync_load_inside_a_running_loop_with_an_async_method() -> None:
     mixed = Mixed()
     mixed.load()
     assert receipt_of(mixed) is not None
+
+
+def test_a_task_that_a_warm_up_leaves_on_a_loop_of_its_own_is_told(seen: list[Event]) -> None:
+    class Batching:
+        @optimized_model(warmup="Hello.")
+        def load(self) -> None:
+            self.model = vocoder()
+
+        @inference
+        async def synthesize(self, text: str) -> torch.Tensor:
+            self.worker = asyncio.create_task(asyncio.sleep(60))
+            return self.model(MEL)
+
+    Batching().load()
+    event = next(event for event in seen if isinstance(event, NotApplied))
+    assert event.what == "waiting for sleep"
+    assert "let the load function be async" in event.reason
 
 
 @pytest.mark.parametrize(
