@@ -171,6 +171,7 @@ class _RunInMode:
         self.mode: Mode = mode
         self.concurrency = concurrency
         self.retry = retry
+        self._beginning = limiter.Beginning()
 
     def call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Make a call. It is a method rather than `__call__`, which would need one more frame of the stack."""
@@ -192,7 +193,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make, self._beginning)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None
