@@ -33,18 +33,19 @@ F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | static
 
 
 class _NoFunction:
-    """A wrapt proxy that only cloudpickle does not take for the function that it wraps."""
+    """A wrapt proxy that only cloudpickle does not take for the function that it wraps.
 
-    __wrapped__: Any
+    No class of a proxy may annotate an attribute: the function's `__annotations__` would be those of the class.
+    """
 
     @property
     def __class__(self) -> Any:
         # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
-        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
+        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)  # type: ignore[attr-defined]
 
     @__class__.setter
     def __class__(self, kind: Any) -> None:
-        self.__wrapped__.__class__ = kind
+        self.__wrapped__.__class__ = kind  # type: ignore[attr-defined]
 
 
 class Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import io
 import pickle
 import subprocess
 import sys
 import threading
+import typing
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -132,6 +134,30 @@ def test_inference_keeps_what_a_function_is() -> None:
     assert inspect.isgeneratorfunction(Service.stream)
     assert inspect.isasyncgenfunction(Service.stream_async)
     assert inspect.ismethod(Service().plain)
+
+
+@pytest.mark.parametrize("decorator", [inference, optimized_model, cached_embedding])
+def test_annotations_are_those_of_the_function(decorator: Any) -> None:
+    def speak(self: Any, text: str, rate: int = 1) -> float:
+        return float(len(text) * rate)
+
+    class Holder:
+        method = decorator(speak)
+
+        @functools.singledispatchmethod
+        def said(self, given: object) -> str:
+            return "an object"
+
+        @said.register
+        @inference
+        def of_text(self, given: str) -> str:
+            return "a text"
+
+    wrapper = functools.wraps(decorator(speak))(lambda *_: 0.0)
+    for decorated in (decorator(speak), Holder.method, Holder().method, wrapper):
+        assert decorated.__annotations__ == speak.__annotations__
+        assert typing.get_type_hints(decorated) == {"self": Any, "text": str, "rate": int, "return": float}
+    assert Holder().said("text") == "a text"
 
 
 def test_inference_tensors_have_no_autograd() -> None:

@@ -82,10 +82,12 @@ class _StepMode:
         if changed is None:
             self._first = _modes()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
         modes = _modes()
         self._changed = None if modes == self._first else modes
-        self._scope.__exit__(*error)
+        self._scope.__exit__(kind, error, traceback)
 
 
 def _modes() -> tuple[bool, bool]:
