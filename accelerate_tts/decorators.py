@@ -39,13 +39,13 @@ class _NoFunction:
     """
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self: Any) -> Any:
         # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
-        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)  # type: ignore[attr-defined]
+        return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
 
     @__class__.setter
-    def __class__(self, kind: Any) -> None:
-        self.__wrapped__.__class__ = kind  # type: ignore[attr-defined]
+    def __class__(self: Any, kind: Any) -> None:
+        self.__wrapped__.__class__ = kind
 
 
 class Shell(_NoFunction, wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]  # wrapt < 2 ships no types

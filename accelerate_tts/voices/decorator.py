@@ -51,11 +51,11 @@ class CachedFunction(Protocol[P, R_co]):
 class _Cached:
     # `_self_wrapper` is wrapt's own name: the `_AnswerFromCache` of the shell. See `_NoFunction` for its annotation.
 
-    def cache_info(self) -> CacheInfo:
-        return self._self_wrapper.embeddings.info()  # type: ignore[attr-defined,no-any-return]
+    def cache_info(self: Any) -> CacheInfo:
+        return self._self_wrapper.embeddings.info()  # type: ignore[no-any-return]
 
-    def cache_clear(self) -> None:
-        self._self_wrapper.embeddings.clear()  # type: ignore[attr-defined]
+    def cache_clear(self: Any) -> None:
+        self._self_wrapper.embeddings.clear()
 
 
 class _CachedBound(_Cached, BoundShell):
