@@ -36,11 +36,13 @@ class Disturbance:
         share: Share of the available processor time that the work did not get; 0.0 on a quiet machine.
         why: The cause in words; "" without one.
         waits: True if it shows in the time that threads wait for a processor. Time taken by a hypervisor does not.
+        memory: True if no processor was taken, and the memory or the arithmetic was slower than before.
     """
 
     share: float = 0.0
     why: str = ""
     waits: bool = False
+    memory: bool = False
 
     @property
     def quiet(self) -> bool:
@@ -171,7 +173,8 @@ class Watcher:
             found = between(first, self.machine.usage(), self.team)
             slowest = min(before, self.probe()) / self._best
             if found.quiet and slowest > _SLOWER:
-                found = Disturbance(1 - 1 / slowest, f"a probe of memory and arithmetic took {slowest:.1f}x its time")
+                why = f"a probe of memory and arithmetic took {slowest:.1f}x its time"
+                found = Disturbance(1 - 1 / slowest, why, memory=True)
             window.disturbance = found
             if found.share > self.worst.share:
                 self.worst = found

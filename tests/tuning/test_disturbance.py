@@ -277,6 +277,29 @@ def test_beside_others_work_one_threads_processor_time_decides_and_is_not_sure(s
     assert "(uncertain)" in str(receipt)
 
 
+@pytest.mark.parametrize(("in_pairs", "kept"), [(FASTER, True), (SAME, False)])
+def test_a_gain_in_pairs_that_shared_the_memory_with_others_counts_and_is_not_sure(
+    in_pairs: Timing, kept: bool, decide: Any
+) -> None:
+    """Two threads together are bound by memory, one thread alone is not, so it shows no gain."""
+    machine = Busy(busy=False)
+
+    def compare(run: Any, before: Any, after: Any, *_: Any, **how: Any) -> Timing:
+        for switch in (before, after):
+            switch()
+            run()
+        machine.speed = 3.0
+        return SAME if how.get("clock") is time.process_time else in_pairs
+
+    decide(machine=lambda: machine, compare=compare)
+    model = Model()
+    plan = ModelPlan("model", (model,), (Part("part", "model", model),))
+    receipt = tune(plan, warmup_calls(X, Loaded(model), "inference"), [fast()], CPU, Limits(60.0)).receipt
+    (result,) = receipt.stages
+    assert (result.kept, result.sure) == (kept, False), result.reason
+    assert ("one thread" in result.reason) is not kept
+
+
 def test_it_waits_until_the_machine_is_quiet_and_is_sure_then(seen: list[Event]) -> None:
     _, receipt, compare = run(Busy(quiet_after=2.0), fast())
     (result,) = receipt.stages
