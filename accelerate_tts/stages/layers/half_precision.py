@@ -362,8 +362,9 @@ class _Islands(TorchFunctionMode):
             return _raised((args, kwargs), self.dtype)
         floats = {torch.float32, self.dtype}
         target = kwargs.get("out", args[0] if args else None)
-        is_float = isinstance(target, torch.Tensor) and target.dtype in floats
-        return _cast((args, kwargs), floats, target.dtype) if is_float else None
+        if not isinstance(target, torch.Tensor) or target.dtype not in floats:
+            return None
+        return _cast((args, kwargs), floats, target.dtype)
 
 
 setattr(_Islands, KEEPS_KERNELS, True)
