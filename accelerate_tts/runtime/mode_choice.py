@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from accelerate_tts.settings import Mode
 
 # torch's own words: a user's error may speak of an "inference model" or of what is "saved for backward compatibility".
-_OF_INFERENCE = re.compile(
-    r"outside InferenceMode|\bcreated in inference mode\b|\binference tensors?\b", re.IGNORECASE
-)
+_OF_INFERENCE = re.compile(r"outside InferenceMode|\bcreated in inference mode\b|\binference tensors?\b", re.IGNORECASE)
 _OF_GRADIENTS = re.compile(
     r"does not require grad\b|requires_grad=True on inference tensor|cannot be saved for backward", re.IGNORECASE
 )

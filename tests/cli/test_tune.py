@@ -341,8 +341,19 @@ class Rated:
         (torch.stack([TONE, 0.5 * TONE], -1).numpy(), Rated(), None),
         (Sound(TONE, 8000).wav(), Rated(), 8000),
     ],
-    ids=["attribute", "tuple", "mapping", "configuration", "16 bits", "stream", "pieces with a rate",
-         "beside a spectrogram", "list", "channels last", "file"],
+    ids=[
+        "attribute",
+        "tuple",
+        "mapping",
+        "configuration",
+        "16 bits",
+        "stream",
+        "pieces with a rate",
+        "beside a spectrogram",
+        "list",
+        "channels last",
+        "file",
+    ],
 )
 def test_a_sound_is_found_in_what_backends_return(output: Any, backend: Any, rate: int | None) -> None:
     sound = sound_of(output, backend)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from accelerate_tts.kernels.decoder_block import Call, Described
 
+
 class Rules(NamedTuple):
     """Rules of passes."""
 

@@ -308,9 +308,7 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 
 # Dictionaries, not sets: dynamo cannot trace look-ups in a set.
-_DELICATE, _PRODUCTS, _WRITES, _CASTS = map(
-    dict.fromkeys, (delicate_functions(), _products(), _writes(), _casts())
-)
+_DELICATE, _PRODUCTS, _WRITES, _CASTS = map(dict.fromkeys, (delicate_functions(), _products(), _writes(), _casts()))
 _RANGES = dict.fromkeys((torch.arange, torch.linspace))
 _WHOLE = dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
 
