@@ -79,9 +79,11 @@ def _scaling(attention: Any) -> float:
     """Return the factor of the attention scores. Before transformers 4.48 it is not an attribute of the layer.
 
     Raises:
-        AttributeError: The factor depends on more than the head size.
+        AttributeError: The factor depends on more than the head size, or is not a number.
     """
     if hasattr(attention, "scaling"):
+        if not isinstance(attention.scaling, (int, float)):  # a tensor: it may differ by head, or be written in place
+            raise AttributeError("scaling")
         return float(attention.scaling)
     odd = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
     if any(getattr(attention, name, False) for name in odd) or not getattr(attention, "scale_attn_weights", True):
@@ -121,7 +123,7 @@ def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
         cls: Any = plain_class(norm)
         return (cls is nn.LayerNorm and norm.weight is not None and norm.weight.dim() == 1) or (
             cls.__name__.endswith("RMSNorm") and cls.__module__.startswith("transformers.models.")
-            and isinstance(norm.variance_epsilon, float)
+            and isinstance(getattr(norm, "variance_epsilon", None), float)
         )  # fmt: skip
 
     layers = list(layout.layers().values())

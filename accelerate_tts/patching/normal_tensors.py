@@ -50,29 +50,49 @@ def _normal(value: Any, copies: list[tuple[Any, Any, int]]) -> Any:
 
 
 def _is_cache(value: Any) -> bool:
-    """Check for a cache of transformers that may be written in place; a `DynamicCache` never is."""
+    """Check for a cache of transformers that may be written in place.
+
+    Keys and values of a `DynamicCache` never are. States of convolutions and recurrences in it are, since 5.x.
+    """
     classes = sys.modules.get("transformers.cache_utils")
     cache = getattr(classes, "Cache", None)
-    return cache is not None and isinstance(value, cache) and type(value) is not getattr(classes, "DynamicCache", None)
+    if cache is None or not isinstance(value, cache):
+        return False
+    return type(value) is not getattr(classes, "DynamicCache", None) or any(map(_has_states, _layers(value)))
+
+
+def _layers(cache: Any) -> list[Any]:
+    layers = vars(cache).get("layers")
+    return layers if isinstance(layers, list) else []
+
+
+def _has_states(layer: Any) -> bool:
+    return "conv_states" in vars(layer)
 
 
 def _make_normal(cache: Any) -> None:
     """Replace inference tensors in the attributes of a cache and its layers. The cache itself stays."""
-
-    def normal(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_inference():
-            with torch.inference_mode(mode=False):
-                return value.clone()
-        return value
-
     for name, value in vars(cache).items():
-        if isinstance(value, list):  # of layers or, in earlier releases, of tensors
-            value[:] = [normal(item) for item in value]
-            for layer in value:
-                for attribute, inner in vars(layer).items() if hasattr(layer, "update") else ():
-                    if inner is not (made := normal(inner)):
-                        setattr(layer, attribute, made)
-        elif _is_cache(value):  # of an encoder-decoder, which holds two
+        if _is_cache(value):  # of an encoder-decoder, which holds two
             _make_normal(value)
-        elif value is not (made := normal(value)):
-            setattr(cache, name, made)
+        else:
+            _make_item_normal(cache, name, value)
+    for layer in _layers(cache):
+        for name, value in vars(layer).items():
+            _make_item_normal(layer, name, value)
+
+
+def _make_item_normal(holder: Any, name: str, value: Any) -> None:
+    if isinstance(value, list):  # in earlier releases, of tensors
+        value[:] = map(_without_inference, value)
+    elif isinstance(value, dict):  # of states
+        value.update({key: _without_inference(state) for key, state in value.items()})
+    elif value is not (made := _without_inference(value)):
+        setattr(holder, name, made)
+
+
+def _without_inference(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_inference():
+        with torch.inference_mode(mode=False):
+            return value.clone()
+    return value

@@ -135,9 +135,21 @@ class Inside:
         if (obstacle := _other_forward(self._forwards)) is not None:
             return obstacle
         for holder, name, before in self._watched:
-            if (value := holder.get(name)) is not before and value != before:
+            if (value := holder.get(name)) is not before and _is_other(value, before):
                 return f"{name} of a module inside a block is another"
         return self._functions.replaced()
+
+
+def _is_other(value: Any, before: Any) -> bool:
+    """Check that an attribute has another value. A tensor or an array in its place cannot be compared with it."""
+    if type(value) is not type(before):
+        return True
+    if isinstance(value, tuple):
+        return len(value) != len(before) or any(
+            one is not other and (not isinstance(one, _KINDS) or _is_other(one, other))
+            for one, other in zip(value, before, strict=True)
+        )
+    return bool(value != before)
 
 
 _BASES = vars(nn.Module).keys()  # its own methods are followed for no class

@@ -66,7 +66,7 @@ class WeightWatch:
         """Return one watch for what several watch, in the state in which they found it. A check of it costs less."""
         made = cls.__new__(cls)
         made._turn = 0
-        for name in ("_holders", "_children", "_addresses", "_versions", "_layouts", "_digests"):
+        for name in ("_holders", "_children", "_objects", "_addresses", "_versions", "_layouts", "_digests"):
             setattr(made, name, [item for one in each for item in getattr(one, name)])
         starts = accumulate((len(one._addresses) for one in each[:-1]), initial=0)
         made._places = [
@@ -81,6 +81,7 @@ class WeightWatch:
         self._children: list[tuple[Any, list[Any]]] = []
         tensors = self._tensors()
         # Before anything is derived from them, so that a concurrent write is seen by the next check.
+        self._objects = list(map(id, tensors))
         self._addresses, self._versions = _state(tensors)
         self._layouts = list(map(_layout, tensors))
         self._turn = 0
@@ -104,13 +105,15 @@ class WeightWatch:
         if [1 for holder, before in self._children if list(holder.values()) != before]:
             return True
         tensors = self._tensors()
-        return _state(tensors)[0] != self._addresses or self._is_turned(tensors)
+        return self._are_others(tensors) or _state(tensors)[0] != self._addresses or self._is_turned(tensors)
 
     def outdated(self) -> bool:
         """Check whether a tensor has been written, moved or replaced, or a module replaced."""
         if [1 for holder, before in self._children if list(holder.values()) != before]:
             return True
         tensors = self._tensors()  # keeps them alive while their memory is read
+        if self._are_others(tensors):
+            return True
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
             return True
@@ -119,6 +122,10 @@ class WeightWatch:
         if [1 for digests in self._digests if digests.differ()]:
             return True
         return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))
+
+    def _are_others(self, tensors: list[torch.Tensor]) -> bool:
+        """Check for other tensors in the same memory: `layer.weight = nn.Parameter(layer.weight.t())`."""
+        return list(map(id, tensors)) != self._objects
 
     def _is_turned(self, tensors: list[torch.Tensor]) -> bool:
         """Check the layout of one tensor, another one at each check: `weight.data = weight.data.t()` keeps the address.

@@ -49,12 +49,12 @@ class CachedFunction(Protocol[P, R_co]):
 
 
 class _Cached:
-    _self_wrapper: Any  # wrapt's own name: the `_AnswerFromCache` of the shell
+    # `_self_wrapper` is wrapt's own name: the `_AnswerFromCache` of the shell. See `_NoFunction` for its annotation.
 
-    def cache_info(self) -> CacheInfo:
+    def cache_info(self: Any) -> CacheInfo:
         return self._self_wrapper.embeddings.info()  # type: ignore[no-any-return]
 
-    def cache_clear(self) -> None:
+    def cache_clear(self: Any) -> None:
         self._self_wrapper.embeddings.clear()
 
 

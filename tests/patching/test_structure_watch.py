@@ -140,6 +140,9 @@ def of_layers(call: Callable[..., Any]) -> Callable[..., Any]:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "scaling": lambda model: attribute(model.layers[0].self_attn, "scaling", model.layers[0].self_attn.scaling * 3),
     "epsilon": lambda model: attribute(model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "an epsilon for each number": lambda model: attribute(
+        model.layers[1].input_layernorm, "variance_epsilon", torch.linspace(0.1, 0.9, model.config.hidden_size)
+    ),
     "activation": lambda model: attribute(model.layers[0].mlp, "act_fn", nn.Tanh()),
     "global hook": global_hook,
     "global pre-hook": global_pre_hook,

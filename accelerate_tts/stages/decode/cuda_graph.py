@@ -12,6 +12,7 @@ launch, and a recording does not see later changes of the layers.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ class _Steps:
         self._recorder = recorder
         self._bounds = bounds
         self._names = parameters_of(plain_class(decoder))
+        self._counts_masks = any(_counts(plain_class(inner)) for inner in decoder.modules())
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
         self._copies = copies or keeps_copies(decoder)
         self._weights = WeightWatch(decoder, content=self._copies)
@@ -185,6 +187,10 @@ class _Steps:
             obstacle = f"attention is made by {how!r}"
         elif mask is not None and mask.dim() != 2:  # noqa: PLR2004
             obstacle = f"its mask has {mask.dim()} dimensions"
+        elif mask is not None and self._counts_masks and named.get(_POSITIONS) is None:
+            obstacle = "it counts its positions in the mask"
+        elif (window := _window(self._decoder.config)) is not None and cache_of(named).get_seq_length() >= window:
+            obstacle = f"it attends to the last {window} positions only"
         elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
             obstacle = "there are hooks inside it, which a replay does not call"
         else:
@@ -204,6 +210,9 @@ class _Steps:
             length = past.layers[0].length()
             if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
                 return None  # upstream raises its own error
+            if any(layer.length() != length for layer in past.layers):
+                self._obstacles.report("layers of its cache have different lengths, as in cross attention", 0)
+                return None
             if self._weights.outdated():  # a recording holds addresses, and copies of weights
                 self._weights = WeightWatch(self._decoder, content=self._copies)
                 self._clear()
@@ -277,6 +286,24 @@ class _Steps:
             while slots and self._is_full(past, capacity):
                 slots.pop(0).leave()
         self._slots = {key: slots for key, slots in self._slots.items() if slots}
+
+
+def _window(config: Any) -> int | None:
+    """Return the number of positions that a decoder's attention reaches back, or `None`.
+
+    Since transformers 4.56 such layers have caches of their own kind, which do not grow, unless a caller makes another.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds and all(kind == "full_attention" for kind in kinds):
+        return None
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in found if isinstance(size, int)), default=None)
+
+
+def _counts(cls: Any) -> bool:
+    """Check for a forward that counts positions in a mask (OPT, BioGPT). A recorded step has another mask."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return code is not None and "cumsum" in code.co_names
 
 
 def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -335,9 +335,11 @@ class _Fused:
             return None
         length = first.layer.length()
         mask = named.get("attention_mask")
-        if mask is not None and mask.dim() == 4:  # noqa: PLR2004
-            mask = mask[..., : length + 1]  # before 4.49 it has one more position, which attention cuts off, too
-        given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
+        if mask is not None and mask.dim() == 4 and mask.shape[-1] == length + 2:  # noqa: PLR2004
+            mask = mask[..., :-1]  # before 4.49 it has one more position, which attention cuts off, too
+        given = None
+        if mask is None or _is_usual_mask(mask, attention_of(self._config), hidden.dtype):
+            given = shared(rotated, mask, hidden.shape[0], self._cache_shape[1], length + 1)
         if given is None or (rotated is None and "position_embeddings" in self._names):
             first.layer.release()
             return None  # upstream's forward, which raises its own error
@@ -444,8 +446,9 @@ class _Fused:
         return obstacle is not None
 
     def _watched(self) -> WeightWatch:
-        # In fp32 the kernel reads the model's own weights; norms of a bf16 model are copies in fp32.
-        return WeightWatch(self._block, content=self._weights != "fp32" or str(self._dtype) != "torch.float32")
+        # In fp32 the kernel reads the model's own weights; of norms and biases in other dtypes or with gaps, copies.
+        is_copied = self._weights != "fp32" or not all(map(_is_read_in_place, self._block.parameters()))
+        return WeightWatch(self._block, content=is_copied)
 
     def _describe(self, of_text: bool, *, checked: bool) -> Described | None:
         watched, known = self._known
@@ -460,6 +463,20 @@ class _Fused:
                 return None
             described = known[of_text] = Described(layout, self._weights)
         return described
+
+
+def _is_read_in_place(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.layout is torch.strided and tensor.is_contiguous()
+
+
+def _is_usual_mask(mask: torch.Tensor, how: str | None, dtype: torch.dtype) -> bool:
+    """Check that an attention function takes a mask as the kernel does: bools hide positions, numbers are added.
+
+    Eager attention adds bools, too. torch's own refuses numbers of other dtypes.
+    """
+    if how == "eager":
+        return mask.dtype != torch.bool
+    return how is None or mask.dtype in {torch.bool, torch.float32, dtype}
 
 
 def _of_text(mask: Any, names: list[str]) -> bool | None:

@@ -171,7 +171,7 @@ class BlockStack:
             self._mismatches[place] = self._mismatches.get(place, 0) + 1
             if self._mismatches[place] == _IN_A_ROW:
                 if not self._skipped:
-                    reason = f"the decoder changes its states before block {place}; a second call begins there"
+                    reason = f"the decoder changes states or mask before block {place}; another call begins there"
                     emit(NotApplied(f"all blocks of {self._what} in one call", reason))
                 self._skipped[place] = 0
         else:

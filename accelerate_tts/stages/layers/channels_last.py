@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of
-from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.plan import CALL, Part
 from accelerate_tts.stages.base import BaseStage
@@ -132,8 +132,11 @@ def _channels_last_class(plain: Any) -> type:
             return call_patched(plain, self, input)
         if input.dim() != 3 or is_watched(input) or not is_as_before(self):  # noqa: PLR2004 - (batch, channels, time)
             return plain.forward(self, input)
+        weight = self.weight  # read once: a parametrization computes it
+        if not is_plain(weight):  # its class may know `F.conv1d` alone
+            return plain.forward(self, input)
         y = functional.conv2d(
-            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            input.unsqueeze(2).contiguous(memory_format=channels_last), weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (1, self.dilation[0]),
         )  # fmt: skip
         return _of_layer(y.squeeze(2))
@@ -143,8 +146,11 @@ def _channels_last_class(plain: Any) -> type:
             return call_patched(plain, self, input, output_size)
         if input.dim() != 3 or output_size is not None or is_watched(input) or not is_as_before(self):  # noqa: PLR2004
             return plain.forward(self, input, output_size)
+        weight = self.weight
+        if not is_plain(weight):
+            return plain.forward(self, input, output_size)
         y = functional.conv_transpose2d(
-            input.unsqueeze(2).contiguous(memory_format=channels_last), self.weight.unsqueeze(2), self.bias,
+            input.unsqueeze(2).contiguous(memory_format=channels_last), weight.unsqueeze(2), self.bias,
             (1, self.stride[0]), (0, self.padding[0]), (0, self.output_padding[0]), 1, (1, self.dilation[0]),
         )  # fmt: skip
         return _of_layer(y.squeeze(2))

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear
-from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.patching.class_swap import ClassSwap, call_patched, open_modules, per_class, subclass_with
 from accelerate_tts.stages.base import LEAST_FEW_ROWS, BaseStage
 from accelerate_tts.stages.catalogue import register_stage
@@ -60,6 +60,8 @@ def _few_rows_class(plain: Any) -> type:
         if is_watched(input):
             return plain.forward(self, input)
         weight, bias = self.weight, self.bias
+        if not is_plain(weight) or not (bias is None or is_plain(bias)):
+            return functional.linear(input, weight, bias)  # a class of its own (quantised, sharded) may know this alone
         outputs, features = weight.shape
         rows = input.numel() // max(1, features)
         # A wrong input gets torch's own error, and a bias that is broadcast torch's own sum.

@@ -258,9 +258,10 @@ def _dtype_of(value: Any) -> torch.dtype:
 def delicate_functions() -> frozenset[Any]:
     """Return the functions that half precision breaks: no kernel (Fourier), or too little range or precision.
 
-    In-place functions are excluded, since they would write into the copy.
+    A sum of a mask is a length, and bf16 has no odd number beyond 256. In-place functions are excluded, since they
+    would write into the copy.
     """
-    names = ["stft", "istft", "cumsum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logsumexp"]
+    names = ["stft", "istft", "cumsum", "sum", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logsumexp"]
     names += ["sin", "cos", "pow"]
     functions = [getattr(holder, name) for holder in (torch, torch.Tensor) for name in names]
     functions += [torch.complex, torch.polar, torch.view_as_complex, torch.special.exp2]
@@ -289,6 +290,16 @@ def _writes() -> frozenset[Any]:
     return frozenset(getattr(torch.Tensor, name) for name in names)
 
 
+def _casts() -> frozenset[Any]:
+    """Return the functions that cast a tensor, as in `torch.arange(length).to(x)`."""
+    return frozenset(getattr(torch.Tensor, name) for name in ("to", "type", "type_as"))
+
+
+def _is_in_place(function: Any, kwargs: dict[str, Any]) -> bool:
+    name = str(getattr(function, "__name__", ""))
+    return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+
+
 def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
     """Check for tensors of this dtype beside fp32 ones, also in lists (`einsum`)."""
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
@@ -297,13 +308,17 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 
 # Dictionaries, not sets: dynamo cannot trace look-ups in a set.
-_DELICATE, _PRODUCTS, _WRITES = map(dict.fromkeys, (delicate_functions(), _products(), _writes()))
+_DELICATE, _PRODUCTS, _WRITES, _CASTS = map(dict.fromkeys, (delicate_functions(), _products(), _writes(), _casts()))
+_RANGES = dict.fromkeys((torch.arange, torch.linspace))
+_WHOLE = dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
 
 
 class _Islands(TorchFunctionMode):
     """Casts the arguments of functions that need fp32, and of products of mixed dtypes, to fp32.
 
-    What is written into a tensor is cast to the dtype of that tensor.
+    What is written into a tensor is cast to the dtype of that tensor. Positions and other whole numbers become fp32
+    where upstream gives them the dtype of activations. A function that refuses half precision, or mixed dtypes, is
+    called again in fp32; the warm-up may not have met it.
 
     A class for each dtype, since a compiled graph is guarded on the class of a mode and not on its attributes.
     """
@@ -320,7 +335,37 @@ class _Islands(TorchFunctionMode):
             args, kwargs = _raised(args, self.dtype), _raised(kwargs, self.dtype)
         elif function in _WRITES and _is_mixed((*args, *kwargs.values()), self.dtype):
             args, kwargs = _cast((args, kwargs), {torch.float32, self.dtype}, args[0].dtype)
-        return function(*args, **kwargs)
+        elif function in _RANGES and kwargs.get("dtype") == self.dtype:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        result = self._result(function, args, kwargs)
+        if function in _CASTS and args[0].dtype in _WHOLE and getattr(result, "dtype", None) == self.dtype:
+            return args[0].to(result.device, torch.float32)
+        return result
+
+    def _result(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function, and once more in fp32 if it refuses half precision."""
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            again = None if isinstance(error, torch.OutOfMemoryError) else self._again(function, args, kwargs)
+            if again is None:
+                raise
+        return function(*again[0], **again[1])  # which raises upstream's own error, if there is one
+
+    def _again(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return other arguments for a function that has refused these, or `None`."""
+        leaves = _pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, torch.Tensor) and leaf.dtype == self.dtype for leaf in leaves):
+            return None
+        if not _is_in_place(function, kwargs):
+            return _raised((args, kwargs), self.dtype)
+        floats = {torch.float32, self.dtype}
+        target = kwargs.get("out", args[0] if args else None)
+        if not isinstance(target, torch.Tensor) or target.dtype not in floats:
+            return None
+        return _cast((args, kwargs), floats, target.dtype)
 
 
 setattr(_Islands, KEEPS_KERNELS, True)

@@ -23,7 +23,7 @@ from torch import nn
 from accelerate_tts.errors import message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
-from accelerate_tts.inspection.tracing import is_watched
+from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import (
@@ -121,6 +121,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
         for inner in open_modules(module)
         if isinstance(inner, nn.Linear)
         and is_torchs_linear(plain_class(inner))
+        and is_plain(inner.weight)
         and inner.weight.numel() >= _LEAST_WEIGHTS
         and inner.weight.is_floating_point()
     ]
@@ -157,17 +158,27 @@ def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type
         ):
             return plain.forward(self, input, *args, **kwargs)
         try:
-            return packed.get()(input, *args, **kwargs)
+            call = packed.get()
+            if call is not None:
+                return call(input, *args, **kwargs)
         except RuntimeError as error:  # NaN in the input, a sparse weight, or an input that torch refuses, too
             result = plain.forward(self, input, *args, **kwargs)
             emit(NotApplied(f"int8 of a {plain.__name__}", message_of(error)))
             return result
+        return plain.forward(self, input, *args, **kwargs)
 
     return subclass_with(plain, forward, copies="int8")
 
 
+def _has_plain_weights(module: nn.Module) -> bool:
+    """Check that weights are plain numbers. One of a class of its own may compute something else by `F.linear`."""
+    return all(is_plain(tensor) for tensor in module._parameters.values() if tensor is not None)
+
+
 def _packed_call(engine: str) -> Any:
     def make(module: Any) -> Any:
+        if not _has_plain_weights(module):
+            return None
         weight = module.weight.detach().float()
         scales = int8_scales(weight).double()
         points = torch.zeros(len(scales), dtype=torch.int64)
@@ -204,6 +215,8 @@ def _prepacked(engine: str, quantized: Any, bias: Any) -> Any:
 def _torchao_call(module: Any) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    if not _has_plain_weights(module):
+        return None
     twin = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     twin.weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
     if module.bias is not None:
@@ -217,6 +230,8 @@ def _torchao_call(module: Any) -> Any:
 
 
 def _quantized_recurrent(module: Any) -> Any:
+    if not _has_plain_weights(module):
+        return None
     plain = plain_class(module)
     # The converter looks up the class, copies what the module carries, and would put the user's module into eval.
     twin = twin_of(module, plain, {PACKED})

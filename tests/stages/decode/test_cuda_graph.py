@@ -640,3 +640,55 @@ def test_a_cuda_recorder_needs_cuda() -> None:
         pytest.skip("there is a CUDA device, and this is about machines without one")
     with pytest.raises((RuntimeError, AssertionError)):
         CudaRecorder(torch.device("cuda"))
+
+
+def opt(**_options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=50,
+        hidden_size=WIDTH,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=WIDTH,
+    )
+    return transformers.OPTModel(config).eval()
+
+
+def mistral() -> Any:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    return transformers.MistralModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(llama, "different lengths"), (opt, "counts its positions"), (mistral, "the last 8 positions")]
+)
+def test_a_mask_or_a_cache_that_means_something_else_is_upstreams(make: Any, reason: str, seen: list[Event]) -> None:
+    """One layer that holds less, as cross attention does; positions that are counted in a mask; a short reach."""
+    model = make()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+
+    def run() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        past, states = transformers.DynamicCache(), []
+        with torch.inference_mode():
+            for number in range(5):
+                x = torch.randn(2, 1 if number else 6, WIDTH, generator=generator)
+                seen_by = torch.cat([mask, mask.new_ones(2, number)], 1) if make is opt else None
+                out = model(inputs_embeds=x, past_key_values=past, use_cache=True, attention_mask=seen_by)
+                states.append(out.last_hidden_state[:, -1:])
+                if number == 0 and make is llama:
+                    past.layers[1].keys, past.layers[1].values = (
+                        tensor[:, :, 2:] for tensor in (past.layers[1].keys, past.layers[1].values)
+                    )
+        return torch.cat(states, 1)
+
+    expected = run()
+    capture(model)
+    assert torch.allclose(run(), expected, atol=1e-5)
+    assert [reason in event.reason for event in seen if isinstance(event, NotApplied)] == [True]

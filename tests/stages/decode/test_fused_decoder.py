@@ -617,3 +617,59 @@ def test_inputs_of_the_other_sign_in_memory() -> None:
         return x
 
     assert torch.allclose(last(model), last(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "with gaps"])
+def test_a_norm_that_the_kernel_copies_is_watched(kind: str, served: list[int]) -> None:
+    """In fp32 the kernel reads weights where they are, except those that do not lie there as it needs them."""
+
+    def altered(model: Any) -> Any:
+        for block in model.layers:
+            weight = block.input_layernorm.weight.detach()
+            weight = weight.bfloat16() if kind == "bf16" else torch.stack([weight] * 2, 1)[:, 1]
+            block.input_layernorm.weight = nn.Parameter(weight)
+        return model
+
+    model, fused = altered(of("Llama")), altered(of("Llama"))
+    fuse(fused).on()
+    assert error(loop(model), loop(fused)) < 1e-5
+    assert served
+    for each in (model, fused):
+        each.layers[1].input_layernorm.weight.data.mul_(-2.0)  # counts no version
+    assert error(loop(model), loop(fused)) < 1e-5
+
+
+def test_a_norm_of_another_kind_is_not_known() -> None:
+    model = of("Llama")
+    model.layers[1].input_layernorm = transformers.models.gemma.modeling_gemma.GemmaRMSNorm(32)  # 1 + weight
+    assert not block_layouts(model.layers[1], "fp32")
+    model.layers[0].self_attn.scaling = torch.full((4, 1, 1), 0.3)
+    assert not block_layouts(model.layers[0], "fp32")
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["bool", "double", "too long"])
+def test_a_mask_of_the_users_own_is_what_upstream_makes_of_it(kind: str, how: str) -> None:
+    """Eager attention adds bools as ones. torch's own refuses float64. Both refuse a mask longer than the cache."""
+    model = of("Llama", attn_implementation=how)
+    fused = copy.deepcopy(model)
+    fuse(fused).on()
+
+    def run(of_model: Any) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        with torch.inference_mode():
+            x = torch.randn(2, 7, 32, generator=generator)
+            past = of_model(inputs_embeds=x[:, :6], use_cache=True).past_key_values
+            mask = torch.zeros(2, 1, 1, 7 + 3 * (kind == "too long"))
+            mask[..., 2] = -50.0
+            mask = mask == 0 if kind == "bool" else mask.double() if kind == "double" else mask
+            try:
+                return of_model(inputs_embeds=x[:, 6:], past_key_values=past, attention_mask=mask).last_hidden_state
+            except (RuntimeError, ValueError) as raised:
+                return str(raised)
+
+    expected, found = run(model), run(fused)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert error(expected, found) < 1e-5

@@ -114,6 +114,35 @@ def test_a_static_cache_that_upstream_made_in_inference_mode_is_written() -> Non
     assert torch.equal(tokens(model, 8, **options), expected)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "LinearAttentionLayer"), reason="transformers 5 brought such layers"
+)
+def test_states_that_upstream_writes_in_place_may_come_from_inference_mode() -> None:
+    """LFM2's convolutions keep theirs beside keys and values. Reordering makes tensors of the caller's mode."""
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(
+        vocab_size=50, hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    model = transformers.Lfm2Model(config).eval()
+
+    def run() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        past, states = None, []
+        with torch.inference_mode():
+            for count in (5, 1, 1):
+                x = torch.randn(2, count, HIDDEN, generator=generator)
+                out = model(inputs_embeds=x, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                past.reorder_cache(torch.tensor([1, 0]))
+                states.append(out.last_hidden_state[:, -1:])
+        return torch.cat(states, 1)
+
+    expected = run()
+    change(GrowingCacheStage(), model).on()
+    assert torch.equal(run(), expected)
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_growing_changes_no_bit(make: Callable[[], Any]) -> None:
     model = make()
@@ -179,6 +208,7 @@ def test_a_copy_of_a_cache_is_upstreams_own_and_independent() -> None:
         assert type(other.layers[0]) is transformers.cache_utils.DynamicLayer
         model.model(inputs_embeds=torch.ones(1, 1, HIDDEN), past_key_values=past, use_cache=True)
         assert (past.get_seq_length(), other.get_seq_length()) == (5, 4)
+        assert b"accelerate_tts" not in pickle.dumps(past)  # it may be loaded where there is none
 
 
 @settings(max_examples=40, deadline=None)

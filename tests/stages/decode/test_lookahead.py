@@ -115,7 +115,7 @@ def test_what_comes_between_two_blocks_is_seen(
     # Three tokens for which two blocks were made in vain, and from then on none.
     assert blocks_a_call == [LAYERS, LAYERS - 2] * 3 + [2, LAYERS - 2] * 3
     assert [event.reason for event in seen if isinstance(event, NotApplied) and "in one call" in event.what] == [
-        "the decoder changes its states before block 2; a second call begins there"
+        "the decoder changes states or mask before block 2; another call begins there"
     ]
 
 

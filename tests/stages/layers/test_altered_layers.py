@@ -148,6 +148,22 @@ def narrower(model: Net) -> None:
     model.first, model.second = nn.Linear(128, 64), nn.Linear(64, 128)
 
 
+class Tripled(torch.Tensor):
+    """A weight that torch's functions of layers know, and no other function of its kind, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in {nn.functional.linear, nn.functional.conv1d}:
+            plain = [given.as_subclass(torch.Tensor) if isinstance(given, cls) else given for given in args]
+            return 3 * function(*plain, **kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def of_another_class(model: Net) -> None:
+    for layer in (model.conv, model.first, model.second):
+        layer._parameters["weight"] = layer.weight.detach().as_subclass(Tripled)  # type: ignore[assignment]
+
+
 def bias(*shape: int) -> Callable[[Any], None]:
     def change(model: Net) -> None:
         model.first.bias = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
@@ -167,6 +183,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a bias for each frame": bias(6, 1),
     "no bias": lambda model: setattr(model.second, "bias", None),
     "a forward of its own": lambda model: setattr(model.conv, "forward", lambda x: x),
+    "weights of another class": of_another_class,
     "another layer": another_layer,
     "another width": narrower,
     "time first": lambda model: setattr(model.memory, "batch_first", False),

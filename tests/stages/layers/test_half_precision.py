@@ -1030,3 +1030,79 @@ def test_what_is_written_into_other_memory_gets_its_dtype(carried: bool) -> None
     assert error(expected, kept) < 2e-2
     assert error(wanted, found) < 2e-2
     assert found.dtype == torch.float32
+
+
+class Counting(nn.Module):
+    """Counts in the dtype of its activations, as positional embeddings and masks are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.layer(x)
+        count = y.shape[1]
+        mask = torch.ones(count, dtype=torch.bool).to(y.dtype)
+        return (
+            torch.arange(count, dtype=y.dtype), torch.arange(count).to(y), torch.arange(count).type_as(y),
+            torch.arange(count).to(dtype=y.dtype), torch.linspace(0, count - 1, count, dtype=y.dtype), mask.sum(),
+        )  # fmt: skip
+
+
+def test_whole_numbers_are_whole_in_a_long_sequence() -> None:
+    """bf16 has no 257. A short warm-up does not show it."""
+    model = Counting().eval()
+    HalfStage(torch.bfloat16, carried=True).prepare(Part("part", "model", model)).on()
+    with torch.no_grad():
+        *positions, length = model(torch.randn(1, 501, 8))
+    assert all(torch.equal(each, torch.arange(501.0)) for each in positions)
+    assert length == 501
+
+
+class Refusing(nn.Module):
+    """Calls functions that have no kernel for half precision, or take no two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.step: Callable[[torch.Tensor, torch.Tensor], Any] = torch.add
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.step(self.layer(x), x)
+
+
+def masked(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.masked_scatter(torch.ones_like(x, dtype=torch.bool), y)
+
+
+def added_in_place(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    copied = x.clone()
+    copied[0].lerp_(y[0], 0.5)
+    return copied
+
+
+STEPS: list[Callable[[torch.Tensor, torch.Tensor], Any]] = [
+    torch.cdist, masked, added_in_place, lambda y, x: y.lerp(x, 0.3), lambda y, _: torch.quantile(y, 0.5, -1),
+    lambda y, x: torch.scatter(x, 0, torch.zeros(1, 3, 8, dtype=torch.long), y), lambda y, _: torch.linalg.svdvals(y),
+    lambda y, x: torch.searchsorted(x.sort().values, y).float(), lambda y, _: torch.from_numpy(y.numpy()),
+]  # fmt: skip
+
+
+def test_a_function_that_refuses_half_precision_is_called_in_fp32() -> None:
+    """The warm-up may not have come by it."""
+    model, plain = Refusing().eval(), Refusing().eval()
+    plain.load_state_dict(model.state_dict())
+    HalfStage(torch.bfloat16, carried=True).prepare(Part("part", "model", model)).on()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number, step in enumerate(STEPS):
+            model.step = plain.step = step
+            found, expected = model(x), plain(x)
+            assert found.dtype == torch.float32
+            assert float((found - expected).norm() / expected.norm()) < NEAR, number
+        model.step = plain.step = lambda y, x: torch.cdist(y, x[..., :5])
+        with pytest.raises(RuntimeError) as own:
+            plain(x)
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        assert str(error.value) == str(own.value)

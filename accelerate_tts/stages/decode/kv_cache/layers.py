@@ -6,6 +6,7 @@ for cropping, reordering for beams, repeating, selecting and copying therefore w
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any, ClassVar
 
 import torch
@@ -190,7 +191,8 @@ class GrowingLayer:
         return self.plain(copied=True)
 
     def __reduce__(self) -> Any:
-        return _plain_layer, (self.base, vars(self.plain(copied=True)))
+        # By Python's own function, so that a pickle can be loaded where this package is not installed.
+        return copyreg._reconstructor, (self.base, object, None), vars(self.plain(copied=True))  # type: ignore[attr-defined]
 
     def plain(self, *, copied: bool) -> Any:
         """Return an upstream layer with the same content."""
