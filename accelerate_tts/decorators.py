@@ -33,17 +33,18 @@ F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, ..., Any] | static
 
 
 class _NoFunction:
-    """A wrapt proxy that only cloudpickle does not take for the function that it wraps."""
+    """A wrapt proxy that only cloudpickle does not take for the function that it wraps.
 
-    __wrapped__: Any
+    No class of a proxy may annotate an attribute: the function's `__annotations__` would be those of the class.
+    """
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self: Any) -> Any:
         # Taken for a function, cloudpickle would rebuild it from its code: undecorated, without a word.
         return self.__wrapped__.__class__ if _cloudpickle() is None else type(self)
 
     @__class__.setter
-    def __class__(self, kind: Any) -> None:
+    def __class__(self: Any, kind: Any) -> None:
         self.__wrapped__.__class__ = kind
 
 
@@ -171,6 +172,7 @@ class _RunInMode:
         self.mode: Mode = mode
         self.concurrency = concurrency
         self.retry = retry
+        self._beginning = limiter.Beginning()
 
     def call(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Make a call. It is a method rather than `__call__`, which would need one more frame of the stack."""
@@ -192,7 +194,7 @@ class _RunInMode:
         # A bound method is a new object at each read, so its function is used.
         function = getattr(wrapped, "__func__", wrapped)
         make = partial(self._run, wrapped, instance, args, kwargs)
-        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make)
+        return limiter.call(queue.queue_of(instance, function), self.concurrency, wrapped, make, self._beginning)
 
     def _run(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         choice = None

@@ -18,7 +18,7 @@ from accelerate_tts.tuning.registry import TuningMap, drop_keeper, keep, keeper_
 from accelerate_tts.tuning.tuning_lock import TuningLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from torch import nn
 
@@ -74,6 +74,8 @@ class LoadedObjects:
             loaded = replace(loaded, result=None)  # `return True`, and the model is on self
             request = replace(request, loaded=loaded)
         found = find_modules(loaded.subject)
+        settings = request.applied_to(self._settings)
+        self._tell_other_precisions(loaded, found.values(), settings.precision)
         tuned = {id(root): done for root in found.values() if (done := self._tunings.get(root)) and done.complete}
         new = [root for root in found.values() if id(root) not in tuned]
         if not new:
@@ -99,7 +101,6 @@ class LoadedObjects:
         from accelerate_tts.tuning.policy import current_policy
 
         calls = request.calls(self._settings.warmup_timeout)
-        settings = request.applied_to(self._settings)
         plan = describe(loaded.subject, new)
         device = _device_of(plan, prepared)
         stages = default_stages(device.type, setup.compile_mode(device, settings), settings.precision)
@@ -127,6 +128,19 @@ class LoadedObjects:
             raise
         self._tidy()  # frees captured inputs and rejected copies
         return tuning.receipt
+
+    def _tell_other_precisions(self, loaded: Loaded, roots: Iterable[nn.Module], precision: str) -> None:
+        """Emit an event for each module that a load of another object has tuned in another precision.
+
+        An object may load its model and its vocoder in different ones.
+        """
+        own = set(map(id, self._tunings.all(loaded.owner)))
+        known = {id(done): done for root in roots for inner in root.modules() if (done := self._tunings.get(inner))}
+        for done in known.values():
+            if done.changes and id(done) not in own and done.receipt.precision != precision:
+                other = f"another load has tuned {done.receipt.what} in precision={done.receipt.precision!r}"
+                why = f"{other}, and the model is shared; undo that first, or load another model"
+                emit(NotApplied(f"precision={precision!r} of {type(loaded.subject).__name__}", why))
 
     def _take_back(self, plan: ModelPlan, begun: list[Ledger], tuning: Tuning | None) -> None:
         for ledger in begun:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import io
 import pickle
 import subprocess
 import sys
 import threading
+import typing
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -33,7 +35,7 @@ from accelerate_tts import (
 )
 from accelerate_tts.decorators import is_load_function
 from accelerate_tts.errors import SettingsError
-from accelerate_tts.events import Tuned, WarmupFailed
+from accelerate_tts.events import NotApplied, Tuned, WarmupFailed
 from doubles import begin_process
 
 on = torch.is_inference_mode_enabled
@@ -132,6 +134,30 @@ def test_inference_keeps_what_a_function_is() -> None:
     assert inspect.isgeneratorfunction(Service.stream)
     assert inspect.isasyncgenfunction(Service.stream_async)
     assert inspect.ismethod(Service().plain)
+
+
+@pytest.mark.parametrize("decorator", [inference, optimized_model, cached_embedding])
+def test_annotations_are_those_of_the_function(decorator: Any) -> None:
+    def speak(self: Any, text: str, rate: int = 1) -> float:
+        return float(len(text) * rate)
+
+    class Holder:
+        method = decorator(speak)
+
+        @functools.singledispatchmethod
+        def said(self, given: object) -> str:
+            return "an object"
+
+        @said.register
+        @inference
+        def of_text(self, given: str) -> str:
+            return "a text"
+
+    wrapper = functools.wraps(decorator(speak))(lambda *_: 0.0)
+    for decorated in (decorator(speak), Holder.method, Holder().method, wrapper):
+        assert decorated.__annotations__ == speak.__annotations__
+        assert typing.get_type_hints(decorated) == {"self": Any, "text": str, "rate": int, "return": float}
+    assert Holder().said("text") == "a text"
 
 
 def test_inference_tensors_have_no_autograd() -> None:
@@ -333,6 +359,23 @@ async def test_a_sync_load_inside_a_running_loop_with_an_async_method() -> None:
     mixed = Mixed()
     mixed.load()
     assert receipt_of(mixed) is not None
+
+
+def test_a_task_that_a_warm_up_leaves_on_a_loop_of_its_own_is_told(seen: list[Event]) -> None:
+    class Batching:
+        @optimized_model(warmup="Hello.")
+        def load(self) -> None:
+            self.model = vocoder()
+
+        @inference
+        async def synthesize(self, text: str) -> torch.Tensor:
+            self.worker = asyncio.create_task(asyncio.sleep(60))
+            return self.model(MEL)
+
+    Batching().load()
+    event = next(event for event in seen if isinstance(event, NotApplied))
+    assert event.what == "waiting for sleep"
+    assert "let the load function be async" in event.reason
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,16 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from accelerate_tts import fast_inference, get_performance_optimizer, inference, optimized_model, receipt_of
+from accelerate_tts import (
+    Event,
+    fast_inference,
+    get_performance_optimizer,
+    inference,
+    optimized_model,
+    receipt_of,
+)
 from accelerate_tts import locks as lock_module
+from accelerate_tts.events import NotApplied
 from accelerate_tts.runtime.guard import guard as guards
 from accelerate_tts.runtime.guard.checks import AudioStats, Units
 from accelerate_tts.stages.layers.weight_norm import has_folds
@@ -100,6 +108,42 @@ def test_one_of_two_tunings_is_undone_by_its_module_and_the_other_stays_known() 
     assert receipt_of(backend) is receipt_of(backend.model) is not None
     assert optimizer.undo((backend.model, backend.vocoder))
     assert folded() == [False, False]
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_that_another_load_has_tuned_in_another_precision_is_told_of(part: bool, seen: list[Event]) -> None:
+    model = Conv(0).eval()
+    first = optimized_model(warmup=MEL, precision="balanced")(lambda: model)()
+    whole = nn.Sequential(first).eval() if part else first
+    for _ in range(2):
+        seen.clear()
+        optimized_model(warmup=MEL, precision="exact")(lambda: whole)()
+        told = [event for event in seen if isinstance(event, NotApplied)]
+        assert [event.what for event in told] == [f"precision='exact' of {type(whole).__name__}"]
+        assert "tuned Conv in precision='balanced'" in told[0].reason
+    get_performance_optimizer().undo(whole)
+    get_performance_optimizer().undo(model)
+    seen.clear()
+    optimized_model(warmup=MEL, precision="exact")(lambda: whole)()
+    assert not [event for event in seen if isinstance(event, NotApplied)]
+
+
+def test_an_owner_may_load_its_model_and_its_vocoder_in_two_precisions(seen: list[Event]) -> None:
+    class Two:
+        @optimized_model(warmup=lambda self: self.model(MEL), precision="balanced")
+        def load_model(self) -> None:
+            self.model = Conv(0).eval()
+
+        @optimized_model(warmup=lambda self: self.vocoder(MEL), precision="exact")
+        def load_vocoder(self) -> None:
+            self.vocoder = Conv(1).eval()
+
+    backend = Two()
+    backend.load_model()
+    backend.load_vocoder()
+    assert is_folded(backend.model)
+    assert is_folded(backend.vocoder)
+    assert not [event for event in seen if isinstance(event, NotApplied)]
 
 
 def test_a_model_that_was_replaced_is_forgotten() -> None:

@@ -7,8 +7,12 @@ import importlib
 import inspect
 import os
 import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ from accelerate_tts.decorators import is_load_function
 from accelerate_tts.errors import AccelerateTTSError, described
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
@@ -82,10 +87,8 @@ class Backend:
             BackendError: It raised an exception.
             AccelerateTTSError: Its warm-up does not fit, or an option has an invalid value.
         """
-        from accelerate_tts.runtime.completion import complete
-
         try:
-            return complete(getattr(made, self.load)())
+            return _completed(getattr(made, self.load)())
         except AccelerateTTSError:
             raise
         except (Exception, SystemExit) as error:  # of the user's code
@@ -136,8 +139,6 @@ class Backend:
             BackendError: The method takes no text, needs other arguments, or has none of these names. The call itself
                 raises it for an exception of the method.
         """
-        from accelerate_tts.runtime.completion import complete
-
         bound = getattr(made, method)
         signature = inspect.signature(bound)
         what = f"{self.name}.{method}"
@@ -150,7 +151,7 @@ class Backend:
 
         def speak() -> Any:
             try:
-                return complete(bound(text, **given) if positional else bound(**{first: text}, **given))
+                return _completed(bound(text, **given) if positional else bound(**{first: text}, **given))
             except AccelerateTTSError:
                 raise
             except (Exception, SystemExit) as error:  # of the user's code
@@ -209,6 +210,31 @@ def find(target: str, load: str | None = None) -> Backend:
         raise BackendError(f"{class_name} has no method decorated with @inference; decorate the one that speaks")
     chosen = load or ("load" if "load" in loads else loads[0])
     return Backend(module_name, cls, chosen, tuple(methods))
+
+
+def _completed(result: Any) -> Any:
+    from accelerate_tts.runtime.completion import complete
+
+    return complete(result, _service_loop() if isinstance(result, (Awaitable, AsyncIterator)) else None)
+
+
+@cache
+def _service_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop that runs to the end of the process, as a service's does.
+
+    What a backend begins on it, such as a task that collects batches, goes on between its calls.
+    """
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+
+    def serve() -> None:
+        while not loop.is_closed():
+            with suppress(SystemExit, KeyboardInterrupt):  # of a backend's call, whose caller gets it, too
+                loop.run_forever()
+
+    threading.Thread(target=serve, name="accelerate_tts-service", daemon=True).start()
+    return loop
 
 
 def values_of(words: Sequence[str], option: str) -> dict[str, Any]:

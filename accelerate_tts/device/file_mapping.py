@@ -10,8 +10,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-_MAP_FIXED = 0x10  # mmap(2), Linux; Python's mmap does not place a mapping
+_MAP_FIXED, _MAP_ANONYMOUS = 0x10, 0x20  # mmap(2), Linux; Python's mmap does not place a mapping
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2  # mremap(2)
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+_FAILED = ctypes.c_void_p(-1).value
 # If a page cannot be read again, since a server or a helper process is gone, SIGBUS ends this process.
 _REMOTE = {
     "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
@@ -69,12 +71,47 @@ def _write(file: int, start: int, size: int) -> int:
 
 
 def _map(file: int, start: int, size: int, offset: int) -> None:
+    if _mapped(start, size, mmap.MAP_PRIVATE | _MAP_FIXED, file, offset) != start:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _mapped(start: int | None, size: int, flags: int, file: int, offset: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    if libc.mmap(start, size, protection, flags, file, offset) != start:
+    found: int = libc.mmap(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, offset)
+    return found
+
+
+def move_to_memory(region: tuple[int, int], *, content: bool) -> None:
+    """Map memory at the address of a region whose pages are mapped from a file. The file is freed with its last page.
+
+    An allocator has pages that it does not need dropped (`madvise`), and jemalloc then takes them for zeros. Pages of a
+    file would be read again instead, so this must be done before their memory is freed.
+
+    Args:
+        region: Address and bytes.
+        content: Keep the content. Otherwise the pages are zeros, and take no memory.
+
+    Raises:
+        OSError: There are too many mappings. Nothing is changed then.
+    """
+    start, size = _whole_pages(*region)
+    if size <= 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 2, ctypes.c_int, ctypes.c_void_p]
+    fresh = _mapped(None, size, mmap.MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+    if fresh == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if content:
+        ctypes.memmove(fresh, start, size)
+    # In one step, so that a thread that reads it meanwhile finds the one or the other.
+    if libc.mremap(fresh, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, start) != start:
+        number = ctypes.get_errno()
+        libc.munmap(ctypes.c_void_p(fresh), ctypes.c_size_t(size))
+        raise OSError(number, os.strerror(number))
 
 
 def file_system(folder: Path) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -60,11 +61,11 @@ def members_of(value: object) -> Iterator[tuple[str, Any]]:
     if callable(getattr(type(value), "__torch_function__", None)):
         return  # a class or a tensor
     if isinstance(value, dict):  # no other mappings, since reading a lazy one may load its content
-        yield from ((str(key), item) for key, item in value.items())
+        yield from [(str(key), item) for key, item in list(dict.items(value))]  # other threads may write to it
     elif isinstance(value, (tuple, list, set, frozenset, deque)):
         yield from ((str(index), item) for index, item in enumerate(value))
     elif not isinstance(value, ModuleType):
-        yield from getattr(value, "__dict__", {}).items()
+        yield from list(getattr(value, "__dict__", {}).items())
         for name in (name for cls in type(value).__mro__ for name in slots_of(cls)):
             with suppress(AttributeError):  # not set
                 yield name, object.__getattribute__(value, name)  # a class's own __getattr__ may raise anything
@@ -81,6 +82,21 @@ def items_of(value: Any) -> Iterable[Any] | None:
     return None
 
 
+_LEVELS, _MOST_ITEMS = 3, 64
+"""Limits of the search for what can be read once: levels of containers, and items of each."""
+
+
+def can_be_read_once(values: Iterable[Any]) -> bool:
+    """Check for iterators among values, and in containers and dataclasses among them. An open file is one, too."""
+    level = list(values)
+    with suppress(Exception):  # a proxy that is not bound raises at any question, and so may a user's mapping
+        for _ in range(_LEVELS):
+            if any(isinstance(value, (Iterator, AsyncIterator)) for value in level):
+                return True
+            level = [item for value in level for item in islice(items_of(value) or (), _MOST_ITEMS)]
+    return False
+
+
 def attributes_of(value: object) -> dict[str, Any]:
     """Return an object's attributes without running code of its class: a proxy that is not bound raises at any.
 
@@ -91,6 +107,13 @@ def attributes_of(value: object) -> dict[str, Any]:
     except Exception:  # a class of the user's may raise anything
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def base_of(kind: type) -> Any:
+    """Return `dict`, `list` or `tuple` if a class is one of them or derived from one, else `None`."""
+    if issubclass(kind, dict):
+        return dict
+    return list if issubclass(kind, list) else tuple if issubclass(kind, tuple) else None
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

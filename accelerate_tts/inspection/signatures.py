@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 from torch.nn.modules import module as globally
@@ -16,6 +18,22 @@ def parameters_of(cls: Any) -> list[str]:
         for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
+
+
+def sets_attributes(cls: Any) -> bool:
+    """Check that a class's forward, or a method that it names, sets attributes: state that outlives a call."""
+    pending, followed = ["forward"], set[str]()
+    while pending:
+        name = pending.pop()
+        found: Any = getattr(cls, name, None)
+        method = inspect.unwrap(found)
+        if name in followed or not isinstance(method, FunctionType) or method.__module__.startswith("torch."):
+            continue
+        followed.add(name)
+        if any(step.opname in {"STORE_ATTR", "DELETE_ATTR"} for step in dis.get_instructions(method)):
+            return True
+        pending += method.__code__.co_names
+    return False
 
 
 # Hooks that read only a block's attention weights, and change nothing.

@@ -146,9 +146,9 @@ class WarmPack:
             ledger.off()
             raise
         findings = self._restored(baseline, ledger, entries, receipt, spared, time.perf_counter() - start)
-        if pack.artifacts is None and self._code_of(findings.kept) is not None:
+        if pack.artifacts is None:
             # The pack has no trusted code: the code that was compiled here is stored under this user's signature.
-            self._write(findings, receipt)
+            self._write(findings, receipt, only_with_code=True)
         return findings
 
     def _restored(  # noqa: PLR0913, PLR0917 - what was read, and what came of it
@@ -198,16 +198,19 @@ class WarmPack:
         if findings.complete:
             self._write(findings, findings.receipt())
 
-    def _write(self, findings: Findings, receipt: Receipt) -> None:
+    def _write(self, findings: Findings, receipt: Receipt, *, only_with_code: bool = False) -> None:
         decided = [entry for entry in findings.kept if entry.stage not in IN_ANY_CASE]
         kept = [found for entry in decided if (found := _described(self.plan, findings, entry)) is not None]
         if len(kept) < len(decided):
             return  # a part has no path by which it can be found again
         try:
+            code = self._code_of(findings.kept)
+            if code is None and only_with_code:
+                return
             decisions = {
                 "format": _FORMAT, "kept": kept, "receipt": receipt.to_json(), "tune_seconds": self.seconds,
             }  # fmt: skip
-            self.store.write(Pack(self.key, decisions, self._code_of(findings.kept)))
+            self.store.write(Pack(self.key, decisions, code))
         except Exception as error:  # see `of`
             emit(PackIgnored(f"the warm pack of {self.plan.what}", f"it could not be written: {error}"))
 

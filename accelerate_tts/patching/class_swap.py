@@ -181,7 +181,8 @@ def subclass_with(plain: type, forward: Callable[..., Any], *, copies: str = "",
     """
 
     def reduce_ex(self: Any, protocol: int) -> Any:
-        if "__reduce_ex__" in vars(plain):  # another stage's class, whose reduction makes an untouched module
+        if (plain.__reduce__, plain.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+            # The user's own, or that of another stage's class, which makes an untouched module.
             return twin_of(self, plain, CARRIED).__reduce_ex__(protocol)
         return reduction_of(self, plain, CARRIED)
 

@@ -7,11 +7,14 @@ function loads them again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.device.file_mapping import move_to_file
+from accelerate_tts.device.file_mapping import move_to_file, move_to_memory
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.patching.class_swap import COPY, HALF, PACKED, make_copies, serves_copies
@@ -20,7 +23,7 @@ from accelerate_tts.patching.lazy_parameters import WeightOffloader, layers_of
 from accelerate_tts.patching.weight_versions import lie_in_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 _LEAST = 1 << 16  # bytes; smaller storages are not worth a mapping
 
 
-def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> int:
+def originals_to_file(roots: Sequence[nn.Module], what: str, folder: Path) -> int:
     """Move the weights of layers that compute from copies into an unlinked file.
 
     Args:
@@ -49,7 +52,53 @@ def originals_to_file(roots: Iterable[nn.Module], what: str, folder: Path) -> in
         emit(NotApplied(f"weights of {what} in a file", str(error)))
         return 0
     lie_in_files(storages.values())
+    places = {address: _InFile(storage) for address, storage in storages.items()}
+    for tensor in (tensor for root in roots for tensor in (*root.parameters(), *root.buffers())):
+        if (storage := movable(tensor)) is not None and storage.data_ptr() in places:
+            weakref.finalize(tensor, _let_go, places[storage.data_ptr()]).atexit = False
     return moved
+
+
+class _InFile:
+    """A storage whose pages are mapped from a file, until the last tensor of it on a module is gone.
+
+    Its memory is then mapped as it was before, and freed.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
+        try:
+            region = self._storage.data_ptr(), self._storage.nbytes()
+            move_to_memory(region, content=_uses(self._storage) != _uses_at_the_end())
+        except OSError:
+            _stuck.append(self._storage)  # never freed, since its pages would come back from the file
+
+
+_stuck: list[torch.UntypedStorage] = []
+
+
+def _let_go(_place: _InFile) -> None:
+    """Drop the last reference that a finalizer holds."""
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    core: Any = torch._C
+    return int(core._storage_Use_Count(storage._cdata)) if hasattr(core, "_storage_Use_Count") else -1
+
+
+@cache
+def _uses_at_the_end() -> int:
+    """Return the number of uses of a held storage whose only tensor is being freed."""
+    found: list[int] = []
+    tensor = torch.nn.Parameter(torch.zeros(1))
+    storage = tensor.untyped_storage()
+    weakref.finalize(tensor, lambda: found.append(_uses(storage)))
+    del tensor
+    return found[0] if found and found[0] >= 0 else 0
 
 
 def offloader_of(

@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import TimeLimitError
+from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.runtime import time_limit
 
 if TYPE_CHECKING:
@@ -88,6 +89,24 @@ async def _await(awaitable: Awaitable[Any], left: float | None) -> Any:
     return await task
 
 
+async def _alone(awaitable: Awaitable[Any], left: float | None) -> Any:
+    """Await on an event loop that is made for this. A task that the call leaves behind ends with the loop."""
+    import asyncio
+
+    result = await _await(awaitable, left)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        what = min(str(getattr(task.get_coro(), "__qualname__", task.get_name())) for task in others)
+        emit(
+            NotApplied(
+                f"waiting for {what}",
+                "it is a task that a warm-up call has left on an event loop of its own, which ends with the call; let"
+                " the load function be async, so that its warm-up runs on the service's loop",
+            )
+        )
+    return result
+
+
 def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
     import asyncio
 
@@ -98,14 +117,14 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_await(awaitable, left))
+        return asyncio.run(_alone(awaitable, left))
     # A synchronous load inside a running loop blocks that loop, so the coroutine runs on another one. The context is
     # copied, since it may hold the permit of an enclosing call.
     outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
-            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_await(awaitable, left))))
+            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_alone(awaitable, left))))
         except BaseException as error:  # raised on the waiting thread
             outcome.set_exception(error)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -256,6 +256,16 @@ def _first_step(body: Any) -> Awaitable[Any]:
         return body.asend(None)  # type: ignore[no-any-return]
     finally:
         sys.set_asyncgen_hooks(*hooks)
+
+
+class HasBody:
+    """Base class of an object with methods of its own around a generator, which can be driven inside of it."""
+
+    _body: Any
+
+    def drive_body(self, driver: Callable[[Any], Any]) -> None:
+        """Replace the generator by its driver. Called before its first step."""
+        self._body = driver(self._body)
 
 
 def named_like(body: Any, driver: Any) -> Any:

@@ -3,7 +3,8 @@
 torch's modes belong to a thread, and a coroutine or a generator gives up its thread at every suspension. A mode that is
 entered around the whole body would stay on for other code, or be off for the body. Here the mode is entered for each
 *step* of the body (`send`, `throw`, `close`) and left before the suspension. Bodies always run inside the mode and
-callers never do, for any order of interleaving, cancelling and closing.
+callers never do, for any order of interleaving, cancelling and closing. A body that is suspended inside a mode of its
+own (`with torch.enable_grad(): ... yield`) finds that mode in its next step.
 
 There is one exception: the garbage collector closes a suspended generator in a reference cycle directly, not through
 its driver, in the mode of the collecting thread.
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import types
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate_tts.errors import shown
@@ -57,6 +59,56 @@ def mode_factory(mode: Mode | Literal["outside"]) -> Enter:
     return torch.inference_mode if mode == "inference" else torch.no_grad
 
 
+class _StepMode:
+    """Context of each step of one body: its mode, or the one that the body itself had set at its last suspension.
+
+    Args:
+        enter: Returns the context of the first step.
+    """
+
+    __slots__ = ("_changed", "_enter", "_first", "_scope")
+
+    def __init__(self, enter: Enter) -> None:
+        self._enter = enter
+        self._changed: tuple[bool, bool] | None = None
+
+    def __call__(self) -> _StepMode:
+        return self  # a body makes one step at a time
+
+    def __enter__(self) -> None:
+        changed = self._changed
+        self._scope = self._enter() if changed is None else _under(*changed)
+        self._scope.__enter__()
+        if changed is None:
+            self._first = _modes()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        modes = _modes()
+        self._changed = None if modes == self._first else modes
+        self._scope.__exit__(kind, error, traceback)
+
+
+def _modes() -> tuple[bool, bool]:
+    """Return the thread's inference mode and gradient mode."""
+    torch = sys.modules["torch"]
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+@contextmanager
+def _under(inference: bool, gradients: bool) -> Generator[None, None, None]:
+    torch = sys.modules["torch"]
+    with torch.inference_mode(mode=inference), torch.set_grad_enabled(gradients):
+        yield
+
+
+def stepped(mode: Mode | Literal["outside"]) -> Enter:
+    """Return the context factory for the steps of one body in `mode`."""
+    enter = mode_factory(mode)
+    return enter if enter is nullcontext else _StepMode(enter)
+
+
 def call(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -82,25 +134,29 @@ def call(
     except Exception as error:
         if choice is None or not choice.milder(error):
             raise
-        result, enter = _called_again(choice, error)
+        again = _called_again(choice)
+        if again is None:
+            raise
+        (result,), mode = again, choice.mode
     kind = type(result)
     # One dictionary look-up separates tensors and arrays, the usual results, from the three suspended kinds.
     wrap = _WRAPPERS.get(kind)
     if wrap is not None:
+        enter = stepped(mode)
         return wrap(result, Scoped(enter) if choice is None else _Choosing(enter, choice, delivers=_delivers(result)))
     if choice is not None:
         choice.settle()
     return adopt(result, mode) if hasattr(kind, "send") or hasattr(kind, "asend") else result
 
 
-def _called_again(choice: ModeChoice, error: Exception) -> tuple[Any, Enter]:
-    enter = mode_factory(choice.mode)
+def _called_again(choice: ModeChoice) -> tuple[Any] | None:
+    """Return the result in the milder mode, or `None` if it fails there, too."""
     try:
-        with enter():
-            return choice.make(), enter
+        with mode_factory(choice.mode)():
+            return (choice.make(),)
     except Exception as second:
         choice.milder(second)  # notes that the milder mode did not help
-        raise error from None
+        return None
 
 
 class _Choosing(Scoped):
@@ -126,11 +182,15 @@ class _Choosing(Scoped):
     def failed(self, error: Exception) -> Again | None:
         first = self.choice.raised
         if self.choice.milder(error, given=self.delivered):
-            self.scope = mode_factory(self.choice.mode)  # type: ignore[method-assign]  # see `Scoped`
+            self.scope = stepped(self.choice.mode)  # type: ignore[method-assign]  # see `Scoped`
             with self.scope():
                 return Again(self.choice.make())
-        if first is not None and not self.delivered:
-            raise first from None  # the milder mode did not help
+        if first is not None and not self.delivered:  # the milder mode did not help
+            context = first.__context__
+            try:
+                raise first
+            finally:  # Python has set the exception that is being handled, but the first one is the user's as it was
+                first.__context__ = context
         return None
 
 
@@ -142,12 +202,26 @@ def _delivers(body: Any) -> bool:
 
 
 def adopt(result: Any, mode: Mode | Literal["outside"]) -> Any:
-    """Wrap a coroutine, generator or async generator so that its body runs inside `mode`; pass others through."""
-    enter = mode_factory(mode)
+    """Wrap a coroutine, generator or async generator so that its body runs inside `mode`; pass others through.
+
+    An object that is more than that, such as a stream with methods of its own, is passed through, since a driver would
+    not have them.
+    """
     for kind, wrap in _PROTOCOLS:
         if isinstance(result, kind):
-            return wrap(result, Scoped(enter))
+            return wrap(result, Scoped(stepped(mode))) if _is_body_alone(type(result)) else result
     return result
+
+
+_OF_BODIES = re.compile(r"(gi|cr|ag)_\w+|a?(send|throw|close)|_.*")
+
+
+def _is_body_alone(kind: type) -> bool:
+    """Check that objects of a class have a body's protocol and nothing else, as Python's own and compiled ones."""
+    if kind in _WRAPPERS:
+        return True
+    scopes = hasattr(kind, "__enter__") or hasattr(kind, "__aenter__")
+    return not (kind.__dictoffset__ or scopes) and all(map(_OF_BODIES.fullmatch, dir(kind)))
 
 
 def is_suspended(result: Any) -> bool:

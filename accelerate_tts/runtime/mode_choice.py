@@ -13,22 +13,26 @@ from __future__ import annotations
 import re
 import sys
 import types
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
-from accelerate_tts.inspection.object_tree import attributes_of
+from accelerate_tts.inspection.object_tree import attributes_of, base_of, can_be_read_once
 from accelerate_tts.runtime.rng import random_states
 
 if TYPE_CHECKING:
     from accelerate_tts.settings import Mode
 
-_OF_INFERENCE = re.compile(r"inference ?tensor|inference ?mode", re.IGNORECASE)
-_OF_GRADIENTS = re.compile(r"does not require grad|requires_grad=True on inference|saved for backward", re.IGNORECASE)
-_CAUSES = 8  # maximum length of a chain of causes that is searched
+# torch's own words: a user's error may speak of an "inference model" or of what is "saved for backward compatibility".
+_OF_INFERENCE = re.compile(r"outside InferenceMode|\bcreated in inference mode\b|\binference tensors?\b", re.IGNORECASE)
+_OF_GRADIENTS = re.compile(
+    r"does not require grad\b|requires_grad=True on inference tensor|cannot be saved for backward", re.IGNORECASE
+)
+_CAUSES = 8  # maximum number of an error and its causes that are looked at
 _MOST, _LONGEST = 200_000, 50_000  # limits of the search for inference tensors: objects, items of a container
 
 
@@ -61,8 +65,42 @@ def _is_referable(owner: object) -> bool:
 
 def mode_of(owner: object, mode: Mode) -> Mode:
     """Return the mode for calls of an object."""
-    known = known_owners.get(owner if _is_referable(owner) else type(owner)) if known_owners else None
+    known = _known_of(owner if _is_referable(owner) else type(owner)) if known_owners else None
     return mode if known is None or known.mode is None else known.mode
+
+
+def _known_of(owner: object) -> _OwnerMode | None:
+    """Return the knowledge of an object, or of another one of its class around the same module.
+
+    A service may make an object for each request.
+    """
+    known = known_owners.get(owner)
+    if known is None and _around:
+        found = (_around.get(value) for value in _held_by(owner))
+        known = next((one for others in found if others and (one := others.get(type(owner))) is not None), None)
+    return known
+
+
+def _noted(owner: object) -> _OwnerMode:
+    """Return the knowledge of an object, after making it if there is none."""
+    known = known_owners.get(owner)
+    if known is None:
+        known = known_owners.setdefault(owner, lambda: _known_of(owner) or _OwnerMode())
+        torch = sys.modules.get("torch")
+        for value in _held_by(owner):
+            if torch is not None and issubclass(type(value), torch.nn.Module):
+                _around.setdefault(value, weakref.WeakKeyDictionary).setdefault(type(owner), known)
+    return known
+
+
+_around = IdentityMap[weakref.WeakKeyDictionary[type, _OwnerMode]]()
+"""Knowledge of the objects around a module, by their class."""
+
+
+def _held_by(owner: object) -> list[Any]:
+    """Return the attributes of an object, and theirs."""
+    held = list(attributes_of(owner).values())
+    return held + [inner for value in held for inner in list(attributes_of(value).values())]
 
 
 class ModeChoice:
@@ -98,7 +136,7 @@ class ModeChoice:
         self._before = _made_once[0]
         self.raised: Exception | None = None
         # Saved for the first call only. A later call of another kind that fails is repeated with other random numbers.
-        fresh = mode == "inference" and known_owners.get(self.owner) is None
+        fresh = mode == "inference" and _known_of(self.owner) is None
         self._random = random_states((*args, *kwargs.values(), owner)) if fresh else None
         # torch writes into an inference tensor before it raises, so the inputs' content must be restored.
         self._given = _contents(owner, args, kwargs) if fresh else None
@@ -111,15 +149,15 @@ class ModeChoice:
             given: True if a part of the result was already delivered, so that the call cannot be repeated.
         """
         kind = _kind_of(error)
-        known = known_owners.get(self.owner)
+        known = _known_of(self.owner)
         if self.raised is not None:  # the milder mode did not help
-            known_owners.setdefault(self.owner, _OwnerMode).gave_up = True
+            _noted(self.owner).gave_up = True
             return False
         if not kind or self.mode == "none" or (known is not None and known.gave_up) or _is_callers():
             return False
         # Inference tensors of an earlier call may fail under `no_grad`, too: `_make_normal` replaces them.
         self.mode = "none" if kind == "gradients" else "no_grad"
-        once = any(isinstance(value, (Iterator, AsyncIterator)) for value in (*self._args, *self._kwargs.values()))
+        once = can_be_read_once((*self._args, *self._kwargs.values()))
         if given or once or not self._again or self._before != _made_once[0]:
             self.settle(error)
             return False
@@ -142,7 +180,7 @@ class ModeChoice:
         """Note that the call succeeded. If that was in a milder mode, the object's later calls use it."""
         # The error is dropped: its traceback keeps the failed attempt's tensors, and this object.
         error, self.raised = error or self.raised, None
-        known = known_owners.setdefault(self.owner, _OwnerMode)
+        known = _noted(self.owner)
         if error is None or known.mode == self.mode:
             return
         known.mode = self.mode
@@ -159,21 +197,30 @@ class ModeChoice:
 
 def _kind_of(error: BaseException) -> str:
     """Classify an error and its causes: "inference" or "gradients" for errors of the mode, "" for any other."""
-    for cause in _causes(error):
-        if _OF_GRADIENTS.search(_text(cause)):
+    for text in _texts_of_torch(error):
+        if _OF_GRADIENTS.search(text):
             return "gradients"
-        if _OF_INFERENCE.search(_text(cause)):
+        if _OF_INFERENCE.search(text):
             return "inference"
     return ""
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes."""
+def _texts_of_torch(error: BaseException) -> Iterator[str]:
+    """Yield the messages of an error and its causes that may be torch's, which raises RuntimeError."""
+    return (_text(cause) for cause in _causes(error) if isinstance(cause, RuntimeError))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its causes, and those that it groups, as a task group's does."""
+    waiting: deque[Any] = deque([error])
     for _ in range(_CAUSES):
-        if error is None:
+        if not waiting:
             return
-        yield error
-        error = error.__cause__ or error.__context__
+        found = waiting.popleft()
+        yield found
+        grouped = getattr(found, "exceptions", ())  # of an ExceptionGroup, or of one's backport to Python 3.10
+        causes = (found.__cause__ or found.__context__, *(grouped if isinstance(grouped, tuple) else ()))
+        waiting.extend(cause for cause in causes if isinstance(cause, BaseException))
 
 
 def _is_callers() -> bool:
@@ -191,7 +238,7 @@ def _text(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     """Return the first line of the error, or of its cause that is about the mode."""
-    texts = map(_text, _causes(error))
+    texts = _texts_of_torch(error)
     found = next((text for text in texts if _OF_GRADIENTS.search(text) or _OF_INFERENCE.search(text)), _text(error))
     return (found.strip().splitlines() or [type(error).__name__])[0][:120]
 
@@ -277,12 +324,13 @@ def _reachable(roots: tuple[Any, ...]) -> Iterator[tuple[Any, list[tuple[Any, An
             continue
         seen.add(id(item))
         holder: Any = item
-        if issubclass(kind, (dict, list, tuple)):
-            if len(item) > _LONGEST:
-                continue
-        else:
-            holder = attributes_of(item)
-        places = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
+        base = base_of(kind)
+        if base is None:
+            holder, base = attributes_of(item), dict
+        elif base.__len__(item) > _LONGEST:
+            continue
+        # The base's methods, since those of a user's class may raise, or load what they are asked for.
+        places = list(dict.items(holder)) if base is dict else list(enumerate(base.__iter__(holder)))
         queue.extend(value for _, value in places)
         yield holder, places
 

@@ -9,9 +9,10 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
-from accelerate_tts.inspection.object_tree import attributes_of
+from accelerate_tts.inspection.object_tree import attributes_of, base_of
 from accelerate_tts.runtime.seeding import other_threads, sources_of, without_collection
 
 _MOMENT = 0.02
@@ -88,10 +89,10 @@ def _generators_in(given: tuple[Any, ...], numpy: Any, torch: Any) -> list[_Kept
             kept = _of_generator(item, kind, numpy, torch)
             if kept is not None:
                 found.append(kept)
-            elif issubclass(kind, (list, tuple)):
-                inner += item[:_MOST_LOOKED_AT]
-            elif issubclass(kind, dict):
-                inner += list(item.values())[:_MOST_LOOKED_AT]
+            elif (base := base_of(kind)) is dict:  # the base's methods, since those of a user's class may raise
+                inner += list(dict.values(item))[:_MOST_LOOKED_AT]
+            elif base is not None:
+                inner += islice(base.__iter__(item), _MOST_LOOKED_AT)
             elif torch is None or not issubclass(kind, torch.Tensor):
                 # A module's tensors and submodules are in dictionaries of their own, which hold no generators.
                 inner += [value for name, value in list(attributes_of(item).items()) if name not in _OF_MODULES]

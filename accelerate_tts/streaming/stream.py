@@ -14,6 +14,7 @@ import torch
 from accelerate_tts.errors import ModelError, SettingsError, shown
 from accelerate_tts.events import FirstAudio, emit
 from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.drive import HasBody
 from accelerate_tts.streaming.options import StreamOptions
 from accelerate_tts.streaming.tokens import Left
 
@@ -63,7 +64,7 @@ def stream(model: object, /, *args: Any, options: StreamOptions | None = None, *
     return Stream(name, SYSTEMS[name](model, *args, options=options or StreamOptions(), **kwargs))
 
 
-class Stream(Generator["Tensor", None, None]):
+class Stream(HasBody, Generator["Tensor", None, None]):
     """Pieces of speech, made one by one; an iterator and an asynchronous one.
 
     Iterating it asynchronously makes each piece in a thread, and a cancelled task stops it within one token. It can be
@@ -73,13 +74,13 @@ class Stream(Generator["Tensor", None, None]):
         left: Set once the stream was left. The loop stops at its next token.
     """
 
+    _body: Generator[Tensor, None, None]
+
     def __init__(self, what: str, body: Body) -> None:
         self.left = threading.Event()
         self._running = threading.Lock()
         self._runner: int | None = None
-        self._body: Generator[Tensor, None, None] = inference_mode.call(
-            _timed, (what, body, self.left), {}, "inference"
-        )
+        self._body = inference_mode.call(_timed, (what, body, self.left), {}, "inference")
 
     def send(self, value: None, /) -> Tensor:
         """Return the next piece."""

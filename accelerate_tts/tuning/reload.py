@@ -1,15 +1,15 @@
 """Repeated calls of a user's load function, without side effects on the serving object.
 
 A method is called on a twin of its object: an object of the same class with the attributes from before the first load.
-The caller discards the result and the twin. Modules that the function stores in global variables are removed again.
+The caller discards the result and the twin. Modules that the function stores elsewhere are removed again
+(`bindings.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode, time_limit
 from accelerate_tts.runtime.completion import complete
 from accelerate_tts.runtime.seeding import loading_again, seeded
+from accelerate_tts.tuning.bindings import Bindings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,14 +61,22 @@ class Reloader:
             raise ReloadError(f"{what} cannot be loaded again: {self.obstacle}")
         token = loading_again.set(True)
         try:
-            with seeded(device_type), _globals_kept(self.function):
-                return time_limit.within(timeout, f"loading {what} again", self._load)
+            with seeded(device_type):
+                return self._apart(lambda: time_limit.within(timeout, f"loading {what} again", self._load))
         except Exception as error:  # the user's function, or a resource that it needs and that is gone
             reason = described(error)
         finally:
             loading_again.reset(token)
         # Outside of `except`: the first error's traceback would keep a half-loaded model alive.
         raise ReloadError(f"{what} could not be loaded again: {reason}")
+
+    def _apart(self, load: Callable[[], dict[str, nn.Module]]) -> dict[str, nn.Module]:
+        bindings, found = Bindings(self.function, self.kind, self.before), None
+        try:
+            found = load()
+            return found
+        finally:
+            bindings.restore(found)
 
     def _load(self) -> dict[str, nn.Module]:
         twin: Any = None
@@ -111,23 +120,3 @@ def modules_of(result: Any, owner: Any) -> dict[str, nn.Module]:
 def _own(value: Any) -> Any:
     """Copy a container, so that `self.models["a"] = ...` does not write into the serving object's."""
     return copy.copy(value) if type(value) in {dict, list, set} else value
-
-
-@contextmanager
-def _globals_kept(function: Any) -> Generator[None, None, None]:
-    """Restore global variables that a function binds to other modules, at the end of the scope."""
-    variables: dict[str, Any] = getattr(function, "__globals__", {})
-    before = dict(variables)
-    try:
-        yield
-    finally:
-        for name, value in list(variables.items()):
-            if before.get(name, _MISSING) is value or not find_modules(value):
-                continue
-            if name in before:
-                variables[name] = before[name]
-            else:
-                del variables[name]
-
-
-_MISSING = object()

@@ -6,13 +6,14 @@ import cmath
 import inspect
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -20,14 +21,14 @@ from torch import nn
 from accelerate_tts.errors import described, message_of
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
-from accelerate_tts.inspection.object_tree import reachable_modules
-from accelerate_tts.locks import lock
+from accelerate_tts.inspection.object_tree import attributes_of, reachable_modules
+from accelerate_tts.locks import lock, rlock
 from accelerate_tts.runtime.seeding import warming
 from accelerate_tts.storage.file_digests import UnknownContentError
 from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.voices.content_key import Digest
 from accelerate_tts.voices.disk import EmbeddingFiles
-from accelerate_tts.voices.encoder_state import constants, function_words, outside
+from accelerate_tts.voices.encoder_state import constants, function_words, numerics, outside
 from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, StoredEmbedding, parts_of
 
 
@@ -121,7 +122,8 @@ class Embeddings:
                 if self._files is None:
                     question = self._ask(wrapped, owner, args, kwargs)
                 else:  # in a thread, since gigabytes of weights may be read
-                    question = await asyncio.to_thread(self._ask, wrapped, owner, args, kwargs)
+                    settings = numerics()  # those of this thread
+                    question = await asyncio.to_thread(self._ask, wrapped, owner, args, kwargs, settings)
                 if question is None:
                     return await self._run(wrapped, args, kwargs)
                 kept, flight, leads = self._store.begin(question.key, asker)
@@ -154,7 +156,10 @@ class Embeddings:
     ) -> Any:
         if not isinstance(outcome, StoredEmbedding):
             return result
-        if not stored and self._files is not None and question.durable:
+        if self._files is not None and not question.durable:
+            reason = "it is kept in memory: another process cannot tell if it has the same encoder"
+            emit(NotApplied(f"{self._what}: folder=", f"{reason}; name it, as by encoder=lambda self: self.path"))
+        elif not stored and self._files is not None:
             try:
                 self._files.write(question.key, outcome, question.packages)
             except Exception as error:  # a result may be of any class
@@ -192,7 +197,7 @@ class Embeddings:
             if not question.arguments.same_files():  # it is unknown which content the function read
                 emit(NotApplied(self._what, "a file was written while it was read, and the result is not kept"))
                 return Flight.ALONE
-            same = str(self._encoder(wrapped, owner)) == question.encoder
+            same = str(self._encoder(wrapped, owner, numerics())) == question.encoder
         except Exception as error:  # the user's classes decide how they are copied
             emit(NotApplied(self._what, f"the result cannot be kept: {described(error, 200)}"))
             return Flight.ALONE
@@ -202,14 +207,15 @@ class Embeddings:
         return kept
 
     def _ask(
-        self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Question | None:
+        self, wrapped: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+        settings: str | None = None,
+    ) -> _Question | None:  # fmt: skip
         try:
             bound = inspect.signature(wrapped).bind(*args, **kwargs)
         except (TypeError, ValueError):
             return None  # the call itself raises the right error
         try:
-            return self._question(wrapped, owner, bound)
+            return self._question(wrapped, owner, bound, settings or numerics())
         except UnknownContentError as error:
             reason = str(error)
         except Exception as error:  # arguments, and what `encoder=` reads, may be of any class
@@ -217,11 +223,13 @@ class Embeddings:
         emit(NotApplied(self._what, reason))
         return None
 
-    def _question(self, wrapped: Callable[..., Any], owner: Any, bound: inspect.BoundArguments) -> _Question:
+    def _question(
+        self, wrapped: Callable[..., Any], owner: Any, bound: inspect.BoundArguments, settings: str
+    ) -> _Question:
         bound.apply_defaults()
         arguments = Digest(durable=self._files is not None)
         arguments.add(dict(bound.arguments))
-        encoder = self._encoder(wrapped, owner)
+        encoder = self._encoder(wrapped, owner, settings)
         kind = owner if isinstance(owner, type) else type(owner)
         key = Digest()
         module = str(getattr(wrapped, "__module__", ""))
@@ -232,9 +240,9 @@ class Embeddings:
         packages = _packages(wrapped, owner) if self._files is not None else frozenset[str]()
         return _Question(str(key), arguments.durable and encoder.durable, arguments, str(encoder), packages)
 
-    def _encoder(self, wrapped: Callable[..., Any], owner: Any) -> Digest:
+    def _encoder(self, wrapped: Callable[..., Any], owner: Any, settings: str) -> Digest:
         digest = Digest(durable=self._files is not None)
-        digest.circumstances()
+        digest.circumstances(settings)
         if self._options.encoder is not None:
             digest.add(self._options.encoder() if owner is None else self._options.encoder(owner))
             return digest
@@ -259,13 +267,23 @@ def _is_finite(value: Any) -> bool:
 
 
 def _modules(wrapped: Callable[..., Any], owner: Any) -> list[Any]:
-    """Return the modules that a function may use: those on `self`, and those that it and its helpers name."""
+    """Return the modules that a function may use: on `self`, on its class, and those that it and its helpers name.
+
+    A method of a module counts as the module.
+    """
     named = outside(wrapped)
     if owner is None:
-        return list(reachable_modules(named).values())
+        return list(reachable_modules({**named, "": _bound(named.values())}).values())
     found = {id(module): module for module in reachable_modules(owner).values()}
-    found.update((id(value), value) for value in named.values() if isinstance(value, nn.Module))
+    bases = [base for base in type(owner).__mro__ if not base.__module__.startswith("torch.")]
+    beside = [*named.values(), *(value for base in bases for value in vars(base).values())]
+    beside += _bound((*beside, *attributes_of(owner).values()))
+    found.update((id(value), value) for value in beside if issubclass(type(value), nn.Module))
     return list(found.values())
+
+
+def _bound(values: Iterable[Any]) -> list[Any]:
+    return [value.__self__ for value in values if type(value) is MethodType]
 
 
 def _packages(wrapped: Callable[..., Any], owner: Any) -> frozenset[str]:
@@ -303,7 +321,7 @@ class _Turns:
 
     def of(self, owner: Any) -> AbstractContextManager[Any]:
         """Return the lock of an object for threads."""
-        turn: AbstractContextManager[Any] = self._get(owner, None, threading.RLock)
+        turn: AbstractContextManager[Any] = self._get(owner, None, rlock)
         return turn
 
     @asynccontextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_tts.inspection.object_tree import slots_of
 from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks
 from accelerate_tts.storage.file_digests import DURABLE, FileDigests, UnknownContentError, fastest
-from accelerate_tts.voices.encoder_state import Encoders, function_words, modules_of, numerics
+from accelerate_tts.voices.encoder_state import Encoders, function_words, modules_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,9 +73,9 @@ class Digest:
         """Add a text that is not a path."""
         self._put("str", text)
 
-    def circumstances(self) -> None:
-        """Add global state that affects the encoder: torch's settings and global module hooks."""
-        self._put("numerics", numerics())
+    def circumstances(self, settings: str) -> None:
+        """Add global state that affects the encoder: torch's settings (`numerics`) and global module hooks."""
+        self._put("numerics", settings)
         for hook in foreign_hooks(global_hooks()):
             self.function(hook)
 
@@ -247,16 +247,18 @@ class Digest:
 
     def _module(self, module: nn.Module) -> None:
         walked = modules_of(module)
-        words, functions = _encoders.computation(module, walked)
+        words, beside = _encoders.computation(module, walked)
         self._put("computation", words)
-        for function in functions:
+        for function in beside.functions:
             self.function(function)
-        content = _encoders.content(module, walked) if self.durable else None
+        for weights in beside.packed:
+            self.identity(weights)
+        content = _encoders.content(module, walked, beside.tensors) if self.durable else None
         if content is not None:
             self._put("weights", content)
         else:
             self.durable = False
-            self._put("module", str(_encoders.known(module, walked).token))
+            self._put("module", str(_encoders.known(module, walked, beside.tensors).token))
 
     def _numpy(self, value: Any) -> bool:
         numpy = sys.modules.get("numpy")

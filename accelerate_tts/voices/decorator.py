@@ -49,12 +49,12 @@ class CachedFunction(Protocol[P, R_co]):
 
 
 class _Cached:
-    _self_wrapper: Any  # wrapt's own name: the `_AnswerFromCache` of the shell
+    # `_self_wrapper` is wrapt's own name: the `_AnswerFromCache` of the shell. See `_NoFunction` for its annotation.
 
-    def cache_info(self) -> CacheInfo:
+    def cache_info(self: Any) -> CacheInfo:
         return self._self_wrapper.embeddings.info()  # type: ignore[no-any-return]
 
-    def cache_clear(self) -> None:
+    def cache_clear(self: Any) -> None:
         self._self_wrapper.embeddings.clear()
 
 
@@ -126,18 +126,20 @@ def cached_embedding(
     undecorated, and emits an event. Exceptions are not cached.
 
     A path, or a text that names a file, is hashed by the file's bytes. The encoder is the set of modules on `self` and
-    among the names that the function uses. Their weights, modes, hooks and plain attributes are part of the key, as are
-    torch's precision settings. A write through `.data` is noticed if it changes one of some dozens of sampled elements
-    of a weight on the CPU. Other attributes that the method reads are not part of the key; name them in `encoder`.
+    among the names that the function uses. Their weights, modes, hooks, plain attributes and options (`config`, `hp`)
+    are part of the key, as are torch's precision settings. A write through `.data` is noticed if it changes one of some
+    dozens of sampled elements of a weight on the CPU. A tensor that is no parameter counts unless a method other than
+    `__init__` sets it; a write into it is not noticed. Other attributes that the method reads are not part of the key;
+    name them in `encoder`.
 
     Args:
         function: The function, when used without parentheses.
         limit_mb: Maximum size in memory, and separately on disk, in MiB. The least recently used are evicted first.
         folder: Folder in which embeddings are stored for the next process. Results may consist of tensors, NumPy
             arrays, numbers, texts, lists, tuples, dicts, and dataclasses of the packages of the function or the encoder
-            (Chatterbox's `Conditionals`). Objects of other classes are cached in memory only. Weights are then hashed
-            once, at about half a second a gigabyte. With more than 256 files, each writing process may temporarily
-            exceed the limit by a sixteenth.
+            (Chatterbox's `Conditionals`). Objects of other classes are cached in memory only, and so are the results of
+            a quantised encoder. Weights are then hashed once, at about half a second a gigabyte. With more than 256
+            files, each writing process may temporarily exceed the limit by a sixteenth.
         sets: Attributes of `self` that the method sets; they are stored and set again. Calls of one object then run one
             at a time.
         encoder: Returns what the embedding depends on beside the arguments: a module, a path, a number, or a tuple of

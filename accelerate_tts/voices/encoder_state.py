@@ -15,7 +15,6 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,13 @@ import torch
 
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.inspection.object_tree import attributes_of
 from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
 from accelerate_tts.patching.lazy_parameters import LazyParameters
 from accelerate_tts.storage.fingerprint import code_of, fingerprint
+from accelerate_tts.storage.tensor_bytes import content_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +43,7 @@ class _WeightState:
     sample: bytes
     held: list[Any]
     token: int
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    lock: threading.Lock = dataclasses.field(default_factory=lock)
     content: str | None = None
 
 
@@ -52,6 +53,22 @@ class _Said:
     identities: list[int]
     texts: list[str]
     words: str
+
+
+@dataclasses.dataclass
+class _Beside:
+    """What modules hold beside their weights and plain attributes.
+
+    Attributes:
+        functions: Each `forward`, and the hooks.
+        packed: Packed weights of quantised layers, of which only the identity can be told.
+        tensors: Tensors and arrays that are plain attributes. Those that a method other than `__init__` sets are left
+            out, since a call may set them: a cache of keys, the last output.
+    """
+
+    functions: list[Any] = dataclasses.field(default_factory=list)
+    packed: list[Any] = dataclasses.field(default_factory=list)
+    tensors: list[Any] = dataclasses.field(default_factory=list)
 
 
 class Encoders:
@@ -64,15 +81,15 @@ class Encoders:
         self._owners = IdentityMap[int]()
         self._said = IdentityMap[_Said]()
 
-    def computation(self, module: nn.Module, walked: list[nn.Module]) -> tuple[str, list[Any]]:
+    def computation(self, module: nn.Module, walked: list[nn.Module]) -> tuple[str, _Beside]:
         """Describe a module's computation apart from its weights.
 
         Returns:
-            A text with the classes and plain attributes (`training`, hyper-parameters) of every module and its
-            `config`, and the formats of weight copies in use; and a list of the functions involved: each `forward`,
-            and the hooks.
+            A text with the classes and plain attributes (`training`, hyper-parameters) of every module and of its
+            configurations (a `config`, `hp` or `args`: a dictionary or an object), and the formats of weight copies in
+            use; and what a text cannot describe.
         """
-        values, texts, functions = _computation(walked)
+        values, texts, beside = _computation(walked)
         identities = list(map(id, values))
         with self._lock:
             said = self._said.get(module)
@@ -80,40 +97,54 @@ class Encoders:
             if said is None or said.identities != identities or said.texts != texts:
                 said = _Said(values, identities, texts, repr((values, texts)))
                 self._said.put(module, said)
-            return said.words, functions
+            return said.words, beside
 
-    def known(self, module: nn.Module, walked: list[nn.Module]) -> _WeightState:
-        """Return the record of the present state of a module's weights."""
-        state = _state(walked)
+    def known(self, module: nn.Module, walked: list[nn.Module], beside: list[Any]) -> _WeightState:
+        """Return the record of the present state of a module's weights.
+
+        Args:
+            module: The module.
+            walked: It and the modules inside it.
+            beside: See `computation`.
+        """
+        tensors = _tensors(walked)  # held until their memory was read, since another thread may replace them
+        state = _state(walked, tensors, beside)
         with self._lock:
             known = self._known.get(module)
             # The addresses are read only if the state shows that the memory still belongs to the weights.
             if known is None or known.state != state or b"".join(known.places) != known.sample:
-                held = [_hold(tensor) for inner in walked for tensor in _own(inner)]
-                # Computed again, now that the held references keep the addresses from being reused.
-                places = _places(walked)
-                known = _WeightState(_state(walked), places, b"".join(places), held, next(self._numbers))
+                places = _places(tensors)
+                held = [*map(_hold, tensors), *map(_hold, beside)]  # keep the addresses from being reused
+                known = _WeightState(state, places, b"".join(places), held, next(self._numbers))
                 self._known.put(module, known)
             return known
 
-    def content(self, module: nn.Module, walked: list[nn.Module]) -> str | None:
+    def content(self, module: nn.Module, walked: list[nn.Module], beside: list[Any]) -> str | None:
         """Return a digest of the module and its weights' bytes, computed once a state.
+
+        Args:
+            module: The module.
+            walked: It and the modules inside it.
+            beside: See `computation`.
 
         Returns:
             `None` if a tensor's content is not covered (a tensor subclass, a sparse or a meta tensor), or if a weight
             was written meanwhile.
         """
-        known = self.known(module, walked)
+        known = self.known(module, walked, beside)
         with known.lock:
             if known.content is None:
                 plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-                for tensor in (tensor for inner in walked for tensor in _own(inner)):
-                    if type(tensor) not in plain or tensor.layout is not torch.strided or tensor.is_meta:
-                        return None  # the fingerprint does not cover the content of such a tensor
-                made = fingerprint([module], {"torch": torch.__version__})
-                if self.known(module, modules_of(module)) is not known:
+                tensors = [*_tensors(walked), *(value for value in beside if isinstance(value, torch.Tensor))]
+                if any(type(t) not in plain or t.layout is not torch.strided or t.is_meta for t in tensors):
+                    return None  # the fingerprint does not cover the content of such a tensor
+                digest = hashlib.sha256(fingerprint([module], {"torch": torch.__version__}).encode())
+                for value in beside:
+                    digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+                    digest.update(content_digest(value) if isinstance(value, torch.Tensor) else value.tobytes())
+                if self.known(module, modules_of(module), beside) is not known:
                     return None  # written meanwhile
-                known.content = made
+                known.content = digest.hexdigest()
             return known.content
 
     def number(self, owner: object) -> int:
@@ -137,34 +168,28 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _own(module: nn.Module) -> list[torch.Tensor]:
-    # Offloaded weights (`LazyParameters`) cannot have been written, and reading them would reload them.
-    parameters: Iterable[Any] = () if type(module._parameters) is LazyParameters else module._parameters.values()
-    return [tensor for tensor in (*parameters, *module._buffers.values()) if tensor is not None]
+def _tensors(walked: list[nn.Module]) -> list[torch.Tensor]:
+    found: list[Any] = []
+    for module in walked:
+        for tensors in (module._parameters, module._buffers):
+            # Most modules have none. Offloaded weights (`LazyParameters`) cannot have been written, and reading them
+            # would reload them.
+            if tensors and type(tensors) is not LazyParameters:
+                found += tensors.values()
+    return [tensor for tensor in found if tensor is not None]
 
 
-def _state(walked: list[nn.Module]) -> list[Any]:
+def _state(walked: list[nn.Module], tensors: list[torch.Tensor], beside: list[Any]) -> list[Any]:
     """Return a list that changes when a module is replaced, or a weight is written, moved or replaced.
 
     Writes through `.data`, to inference tensors or by another process count no version, and do not change it.
     """
     state: list[Any] = list(map(weakref.ref, walked))  # equal only to references to the same live modules
-    for module in walked:
-        for tensors in (module._parameters, module._buffers):
-            if not tensors:  # most modules have none, and this runs for all of them at each request
-                continue
-            if type(tensors) is LazyParameters:
-                state.append(LazyParameters)
-                continue
-            try:
-                state += [
-                    (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version, tensor.stride())
-                    for tensor in tensors.values()
-                    if tensor is not None
-                ]
-            except (RuntimeError, NotImplementedError):
-                state += [_odd_state(tensor) for tensor in tensors.values() if tensor is not None]
-    return state
+    try:
+        state += [(t.untyped_storage()._cdata, t.data_ptr(), t._version, t.stride()) for t in tensors]
+    except (RuntimeError, NotImplementedError):
+        state += map(_odd_state, tensors)
+    return state + [(*_odd_state(one)[:2], one.shape) if isinstance(one, torch.Tensor) else id(one) for one in beside]
 
 
 def _odd_state(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -175,11 +200,11 @@ def _odd_state(tensor: torch.Tensor) -> tuple[Any, ...]:
         return id(tensor), 0, version, ()
 
 
-def _places(walked: list[nn.Module]) -> list[Any]:
+def _places(tensors: list[torch.Tensor]) -> list[Any]:
     """Return buffers over some dozens of elements of each CPU tensor. They keep no memory alive."""
     places: list[Any] = []
     line = ctypes.c_char * _SAMPLE
-    for tensor in (tensor for inner in walked for tensor in _own(inner)):
+    for tensor in tensors:
         try:
             if not tensor.is_cpu or not (address := tensor.data_ptr()):
                 continue
@@ -194,13 +219,13 @@ def _places(walked: list[nn.Module]) -> list[Any]:
     return places
 
 
-def _hold(tensor: torch.Tensor) -> Any:
+def _hold(tensor: Any) -> Any:
     """Return an object that keeps a storage's address from being reused, without keeping its memory."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
     try:
         return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch has no types for it
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, AttributeError):  # a sparse tensor, or an array
         return tensor
 
 
@@ -208,40 +233,76 @@ def _hold(tensor: torch.Tensor) -> Any:
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _LISTS = frozenset({tuple, list})
+_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+_MOST_OPTIONS = 1000
 _FUNCTIONS = 64  # maximum functions that are searched for the names that a cached function may use
 
 
-def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], list[Any]]:
+def _computation(walked: list[nn.Module]) -> tuple[list[Any], list[str], _Beside]:
     values: list[Any] = []
     texts: list[str] = []
-    functions: list[Any] = []
-    classes: dict[type, tuple[str, bool]] = {}
-    configs: set[int] = set()
+    beside = _Beside()
+    classes: dict[type, str] = {}
+    seen: set[int] = set()
     for module in walked:
         own = module.__dict__
-        about = classes.get(type(module))
-        if about is None:
+        name = classes.get(type(module))
+        if name is None:
             plain = plain_class(module)
-            holds = any(type(value) in _LISTS for value in own.values())
-            name = sys.intern(f"{plain.__module__}.{plain.__qualname__} {copies_of(module)}")
-            about = classes[type(module)] = name, holds
+            name = classes[type(module)] = sys.intern(f"{plain.__module__}.{plain.__qualname__} {copies_of(module)}")
             forward = getattr(plain, "forward", None)
-            if inspect.isfunction(forward) and forward not in functions:
-                functions.append(forward)
-        values.append(about[0])
+            if inspect.isfunction(forward) and forward not in beside.functions:
+                beside.functions.append(forward)
+        values.append(name)
         # Without names, for speed: the order identifies the attribute.
         values += [value for value in own.values() if type(value) in _SCALARS]
-        if about[1]:  # the items of a list may change while its id stays
-            texts += [f"{value}" for value in own.values() if type(value) in _LISTS and _is_plain(value)]
-        functions += foreign_hooks(hooks_of(module))
+        beside.functions += foreign_hooks(hooks_of(module))
         if "forward" in own:
-            functions.append(own["forward"])
-        config = own.get("config")
-        if config is not None and id(config) not in configs:
-            configs.add(id(config))
-            held = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-            texts += [f"{name} {value!r}" for name, value in held.items() if _is_plain(value) and str(name)[:1] != "_"]
-    return values, texts, functions
+            beside.functions.append(own["forward"])
+        for key in [key for key, value in own.items() if type(value) not in _SCALARS and key not in _TORCHS_OWN]:
+            if type(own[key]) is torch.ScriptObject:
+                beside.packed.append(own[key])
+            elif _is_array(own[key]):
+                beside.tensors += [] if _is_set_by_calls(module, key) else [own[key]]
+            else:
+                texts += _options(own[key], seen)
+    return values, texts, beside
+
+
+def _options(value: Any, seen: set[int]) -> list[str]:
+    """Return the plain items of an attribute as texts. Modules share a configuration, which is read once."""
+    if type(value) in _LISTS:  # the items of a list may change while its id stays
+        return [f"{value}"] if _is_plain(value) else []
+    held = value if isinstance(value, dict) else attributes_of(value)
+    if id(value) in seen or len(held) > _MOST_OPTIONS:  # more are a vocabulary, or the like
+        return []
+    seen.add(id(value))
+    items = list(dict.items(held))  # at once, since another thread may add some
+    return [f"{name} {item!r}" for name, item in items if str(name)[:1] != "_" and _is_plain(item)]
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, torch.Tensor) or (
+        numpy is not None and isinstance(value, numpy.ndarray) and not value.dtype.hasobject
+    )
+
+
+def _is_set_by_calls(module: nn.Module, name: str) -> bool:
+    """Check that code of torch's, such as a weight norm, or a method apart from `__init__` sets an attribute."""
+    cls = plain_class(module)
+    if cls.__module__.startswith("torch.") or module._parameters.keys() & {f"{name}_g", f"{name}_orig"}:
+        return True
+    known = _set.get(cls)
+    if known is None:
+        bases = [base for base in cls.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+        methods = [inspect.unwrap(member) for base in bases for at, member in vars(base).items() if at != "__init__"]
+        steps = (step for method in methods if inspect.isfunction(method) for step in dis.get_instructions(method))
+        known = _set[cls] = frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
+    return name in known
+
+
+_set: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 def _is_plain(value: Any) -> bool:

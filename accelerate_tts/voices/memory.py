@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ class Flight:
 
     def __init__(self, leader: object) -> None:
         self.leader = leader
+        self.process = os.getpid()
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # a cancelled waiting task must not cancel the future
 
@@ -129,7 +131,7 @@ class EmbeddingStore:
                 self._entries.move_to_end(key)
                 return kept, Flight(asker), False
             flight = self._flights.get(key)
-            if flight is not None:
+            if flight is not None and flight.process == os.getpid():  # in a forked child, nobody computes it
                 return None, flight, False
             self._flights[key] = flight = Flight(asker)
             return None, flight, True

@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 
 from accelerate_tts import Receipt
 from accelerate_tts.cli.app import app
-from accelerate_tts.cli.backend import BackendError, values_of
+from accelerate_tts.cli.backend import BackendError, find, values_of
 from accelerate_tts.cli.tune.sound import ASSUMED_RATE, Sound, draw, sound_of
+from accelerate_tts.settings import testing
 from doubles import is_faster
 
 SERVICE = """
@@ -334,11 +335,25 @@ class Rated:
         (TONE.view(1, 1, -1), Rated(model=Rated(config=Rated(audio=Rated(output_sample_rate=8000)))), 8000),
         ((TONE * 32767).to(torch.int16), Rated(model=Rated(sr=8000)), 8000),
         ([TONE[:4000], TONE[4000:].numpy()], Rated(), None),
+        ([(8000, TONE[:4000].numpy()), (8000, TONE[4000:].numpy())], Rated(), 8000),
         ((torch.ones(80, 300), TONE), Rated(), None),
         (TONE.tolist(), Rated(sr="loud"), None),
+        (torch.stack([TONE, 0.5 * TONE], -1).numpy(), Rated(), None),
         (Sound(TONE, 8000).wav(), Rated(), 8000),
     ],
-    ids=["attribute", "tuple", "mapping", "configuration", "16 bits", "stream", "beside a spectrogram", "list", "file"],
+    ids=[
+        "attribute",
+        "tuple",
+        "mapping",
+        "configuration",
+        "16 bits",
+        "stream",
+        "pieces with a rate",
+        "beside a spectrogram",
+        "list",
+        "channels last",
+        "file",
+    ],
 )
 def test_a_sound_is_found_in_what_backends_return(output: Any, backend: Any, rate: int | None) -> None:
     sound = sound_of(output, backend)
@@ -390,3 +405,43 @@ def test_both_sounds_are_judged_and_the_receipt_says_so(tmp_path: Path) -> None:
     notes = Receipt.from_json((tmp_path / "kept.json").read_text("utf-8")).notes
     (note,) = [note for note in notes if note.startswith("judged by")]
     assert "on a text of 4 words" in note
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_what_an_async_backend_begins_goes_on_between_its_calls(
+    exits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "batching_service.py").write_text(
+        """
+import asyncio, sys
+from accelerate_tts import inference, optimized_model
+
+class Batching:
+    @optimized_model
+    async def load(self):
+        self.queue = asyncio.Queue()
+        self.worker = asyncio.create_task(self.serve())
+
+    async def serve(self):
+        while True:
+            text, answer = await self.queue.get()
+            answer.set_result(text.upper())
+
+    @inference
+    async def speak(self, text):
+        if text == "exit":
+            sys.exit(1)
+        answer = asyncio.get_running_loop().create_future()
+        await self.queue.put((text, answer))
+        return await asyncio.wait_for(answer, 5)
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = find("batching_service:Batching")
+    made = backend.made({})
+    with testing():
+        backend.loaded(made)
+        if exits:
+            with pytest.raises(BackendError, match="SystemExit"):
+                backend.call(made, "speak", "exit", {})()
+        assert [backend.call(made, "speak", text, {})() for text in ("one", "two")] == ["ONE", "TWO"]

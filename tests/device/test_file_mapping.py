@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerate_tts.device import file_mapping
-from accelerate_tts.device.file_mapping import move_to_file
+from accelerate_tts.device.file_mapping import move_to_file, move_to_memory
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mapped in place on Linux only")
 SIZE = 32 << 20
@@ -75,6 +77,24 @@ def test_regions_of_any_size_and_alignment_keep_their_content(sizes: list[int], 
             start += size
         assert move_to_file(regions, Path.cwd()) % file_mapping.mmap.PAGESIZE == 0
         assert torch.equal(whole, expected)
+
+
+@linux
+@pytest.mark.parametrize("content", [True, False])
+def test_memory_takes_the_files_place_again_and_dropped_pages_are_zeros(disk: Path, content: bool) -> None:
+    with mmap.mmap(-1, 1 << 20) as memory:
+        memory[:] = full = b"7" * len(memory)
+        held = ctypes.c_char.from_buffer(memory)
+        whole = ctypes.addressof(held), len(memory)
+        del held
+        assert move_to_file([whole], disk) == len(memory)
+        memory.madvise(mmap.MADV_DONTNEED)  # as allocators do with what was freed
+        assert memory[:] == full, "the pages came back from the file"
+        move_to_memory(whole, content=content)
+        assert memory[:] == (full if content else bytes(len(memory)))
+        assert str(disk) not in Path("/proc/self/maps").read_text()
+        memory.madvise(mmap.MADV_DONTNEED)
+        assert memory[:] == bytes(len(memory))
 
 
 @linux

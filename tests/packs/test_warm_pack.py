@@ -1046,6 +1046,21 @@ def test_compiled_code_that_cannot_be_collected(
     assert not list(packs.glob("*.pack"))
 
 
+def test_compiled_code_that_cannot_be_collected_by_a_load_from_a_pack_without_code(
+    monkeypatch: pytest.MonkeyPatch, stage: Stage, seen: list[Event]
+) -> None:
+    stage.graphs = 1  # no file of the compiler, so the pack has no code
+    assert kept(load())
+    happened(seen)
+    # A file that nobody can read, as another user's in a folder that several share.
+    link = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "itself"
+    link.parent.mkdir(exist_ok=True)
+    stage.faults["on"] = lambda: link.is_symlink() or link.symlink_to(link)  # while it is put in force
+    begin_process()
+    assert kept(load())
+    assert happened(seen) == {"Restored": 1, "PackIgnored": 1}
+
+
 def test_where_packs_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -53,6 +53,35 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+def remade(sizes: tuple[int, int], state: dict[str, torch.Tensor]) -> Remade:
+    made = Remade(*sizes)
+    made.load_state_dict(state)
+    return made
+
+
+class Remade(nn.Linear):
+    """A layer that is pickled by how it is made."""
+
+    def __reduce__(self) -> Any:
+        return remade, ((self.in_features, self.out_features), dict(self.state_dict()))
+
+
+class Again(Remade):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Remade, Again])
+@pytest.mark.parametrize("name", ["few rows", "half"])
+def test_a_class_with_a_reduction_of_its_own_is_copied_and_pickled_by_it(kind: type[Remade], name: str) -> None:
+    model = nn.Sequential(kind(8, 8))
+    expected = model(X)
+    STAGES[name]().prepare(Part("model", "vocoder", model)).on()
+    assert type(model[0]) is not kind
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(clone[0]) is Remade
+        assert torch.equal(clone(X), expected)
+
+
 def orthogonal(module: nn.Module) -> None:
     torch.manual_seed(5)
     parametrizations.orthogonal(module)

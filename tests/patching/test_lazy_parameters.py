@@ -10,6 +10,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -437,6 +438,117 @@ def test_containers_of_the_owner_are_its_own() -> None:
     voice.load()
     assert receipt_of(voice.models["a"]) is not None
     assert away(voice.models["a"])
+
+
+MODELS: dict[str, Any] = {}
+
+
+class InAnObject(Voice):
+    """Its model is in an object that it holds, which a second load would write into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = SimpleNamespace()
+
+    def put(self, model: nn.Module) -> None:
+        self.state.voice = model
+
+    def get(self) -> Any:
+        return self.state.voice
+
+    @optimized_model(warmup=lambda self: self.speak("how do you do"))
+    def load(self) -> None:
+        self.put(made())
+        if getattr(type(self), "fails", False):
+            raise RuntimeError("the checkpoint is gone")
+
+    @inference
+    def speak(self, text: str) -> torch.Tensor:
+        return self.get()(torch.randn(len(text) + 20, SIZE)).flatten()  # type: ignore[no-any-return]
+
+
+class Slots:
+    __slots__ = ("voice",)
+
+
+class InASlot(InAnObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = Slots()
+
+
+class InADictionary(InAnObject):
+    def put(self, model: nn.Module) -> None:
+        vars(self.state).setdefault("inner", {})["voice"] = model
+        self.model = model
+
+    def get(self) -> Any:
+        return self.state.inner["voice"]
+
+
+class InAList(InAnObject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ([],)
+
+    def put(self, model: nn.Module) -> None:
+        self.state[0][:] = [model]
+
+    def get(self) -> Any:
+        return self.state[0][0]
+
+
+class InARegistry(InAnObject):
+    def put(self, model: nn.Module) -> None:
+        MODELS["voice"] = self.model = model
+
+    def get(self) -> Any:
+        return MODELS["voice"]
+
+
+class OnTheClass(InAnObject):
+    voice: Any = None
+
+    def put(self, model: nn.Module) -> None:
+        OnTheClass.voice = self.model = model
+
+    def get(self) -> Any:
+        return self.voice
+
+
+@pytest.mark.parametrize("kind", [InAnObject, InASlot, InADictionary, InAList, InARegistry, OnTheClass])
+def test_a_second_load_leaves_the_serving_object_its_model(kind: type[InAnObject]) -> None:
+    MODELS.clear()
+    voice = kind()
+    voice.load()
+    model = voice.get()
+    assert model is LOADED[0]()
+    assert away(model)
+    MODELS["other"] = 1
+    kind.fails = True  # type: ignore[attr-defined]
+    with pytest.raises(ReloadError, match="the checkpoint is gone"):
+        model.state_dict()
+    assert voice.get() is model
+    del kind.fails  # type: ignore[attr-defined]
+    assert get_performance_optimizer().undo(voice)
+    assert voice.get() is model
+    assert MODELS.pop("other") == 1
+    assert alive() == 1
+
+
+def test_a_model_that_another_thread_stores_during_a_second_load_stays() -> None:
+    MODELS.clear()
+
+    class Busy(InARegistry):
+        @optimized_model(warmup=lambda self: self.speak("how do you do"))
+        def load(self) -> None:
+            self.put(made())
+            MODELS[f"other {len(LOADED)}"] = nn.Linear(2, 2)  # as another thread would
+
+    voice = Busy()
+    voice.load()
+    assert voice.get() is LOADED[0]()
+    assert {"voice", "other 1", "other 2"} == set(MODELS)
 
 
 def test_without_a_load_function_they_stay(seen: list[Event]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -51,6 +52,30 @@ def test_only_weights_with_copies_are_moved_and_all_stays_as_it_was(tmp_path: Pa
         assert torch.equal(plain(x), expected)
     assert [parameter.data_ptr() for parameter in plain.parameters()] == addresses
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def maps(folder: Path) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+
+
+def test_weights_that_die_leave_ordinary_memory_and_no_file(tmp_path: Path) -> None:
+    plain = model()
+    plain[2].weight = nn.Parameter(plain[0].weight.detach().t())  # type: ignore[union-attr,operator]  # two of one storage
+    HalfStage(torch.bfloat16, carried=False).prepare(Part("model", "vocoder", plain)).on()
+    kept = plain[0].weight.detach()  # type: ignore[operator]
+    expected = kept.clone()
+    with torch.no_grad():
+        plain(torch.randn(4, 256))
+    assert originals_to_file([plain], "it", tmp_path) > 0
+    assert maps(tmp_path)
+    address = kept.data_ptr()
+    plain[0].weight = nn.Parameter(torch.zeros(512, 256))
+    assert maps(tmp_path), "the other one is there"
+    del plain
+    gc.collect()
+    assert not maps(tmp_path)
+    assert torch.equal(kept, expected)
+    assert kept.data_ptr() == address
 
 
 def test_where_it_cannot_be_done_the_weights_stay_and_an_event_says_so(tmp_path: Path, seen: list[Event]) -> None:

@@ -8,7 +8,7 @@ import inspect
 import threading
 import types
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -345,22 +345,119 @@ def test_what_decides_is_the_returned_object() -> None:
     class Custom:
         """A coroutine by protocol, as compiled extensions have them."""
 
+        __slots__ = ("_inner",)
+
         def __init__(self) -> None:
-            self.inner = body()
+            self._inner = body()
 
         def send(self, value: Any) -> Any:
-            return self.inner.send(value)
+            return self._inner.send(value)
 
         def throw(self, *error: Any) -> Any:
-            return self.inner.throw(*error)
+            return self._inner.throw(*error)
 
         def close(self) -> None:
-            self.inner.close()
+            self._inner.close()
 
         def __await__(self) -> Any:
-            return self.inner.__await__()
+            return self._inner.__await__()
 
     assert asyncio.run(inference(lambda: Custom())()) is True
+
+
+def test_an_object_that_is_more_than_a_generator_is_returned_as_it_is() -> None:
+    class Speech(Generator[int, None, None]):
+        def __init__(self) -> None:
+            self.rate, self.left = 24_000, [1, 2]
+
+        def send(self, value: None) -> int:
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
+        def throw(self, error: Any, *_: Any) -> Any:
+            raise error
+
+        def cancel(self) -> None:
+            self.left.clear()
+
+        async def __aiter__(self) -> AsyncIterator[int]:
+            for piece in self:
+                yield piece
+
+    made = Speech()
+
+    async def use() -> list[int]:
+        return [piece async for piece in inference(lambda: made)()]
+
+    found = inference(lambda: made)()
+    assert found is made
+    assert asyncio.run(use()) == [2, 1]
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad"])
+@pytest.mark.parametrize("kind", ["coroutine", "generator", "async generator"])
+def test_a_body_that_is_suspended_in_a_mode_of_its_own_finds_it_again(kind: str, mode: Any) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    def note() -> None:
+        modes.append((on(), torch.is_grad_enabled()))
+
+    def gradient() -> torch.Tensor:
+        weight = torch.ones(2, requires_grad=True)
+        (weight * weight).sum().backward()
+        return weight.grad  # type: ignore[return-value]
+
+    @inference(mode=mode)
+    async def coroutine() -> list[torch.Tensor]:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            await asyncio.sleep(0)
+            found = [gradient()]
+            await asyncio.sleep(0)
+            found.append(gradient())
+        note()
+        await asyncio.sleep(0)
+        note()
+        return found
+
+    @inference(mode=mode)
+    def generator() -> Iterator[torch.Tensor]:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield gradient()
+            yield gradient()
+        note()
+        yield torch.ones(1)
+        note()
+
+    @inference(mode=mode)
+    async def async_generator() -> AsyncIterator[torch.Tensor]:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield gradient()
+            await asyncio.sleep(0)
+            yield gradient()
+        note()
+        yield torch.ones(1)
+        note()
+
+    async def use() -> list[torch.Tensor]:
+        found = []
+        async for piece in async_generator():
+            assert_off()
+            found.append(piece)
+        return found
+
+    if kind == "coroutine":
+        found = asyncio.run(coroutine())
+    elif kind == "generator":
+        found = []
+        for piece in generator():
+            assert_off()
+            found.append(piece)
+    else:
+        found = asyncio.run(use())
+    assert [piece.tolist() for piece in found[:2]] == [[2.0, 2.0]] * 2
+    assert modes == [(mode == "inference", False)] * 2
+    assert_off()
 
 
 def test_threads_inherit_nothing_unless_the_mode_is_carried() -> None:

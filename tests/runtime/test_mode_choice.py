@@ -6,6 +6,7 @@ import asyncio
 import gc
 import queue
 import random
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -199,6 +200,25 @@ class Undecorated(Service):
     stream_later = Service.stream_later.__wrapped__
 
 
+def test_objects_around_one_model_learn_from_each_other(seen: list[Event]) -> None:
+    model = Threaded()
+
+    class Holder:
+        def __init__(self) -> None:
+            self.held = model
+
+    class Deep(Service):
+        def __init__(self) -> None:
+            self.holder, self.calls = Holder(), 0
+            self.model = lambda x: self.holder.held(x)  # type: ignore[assignment]
+
+    sessions = [Service(model), Service(model), Service(model), Deep(), Deep()]
+    for session in sessions:
+        call(session, "plain")
+    assert [session.calls for session in sessions] == [2, 1, 1, 2, 1]
+    assert len(told(seen)) == 2
+
+
 def test_what_an_earlier_call_kept_is_made_normal(seen: list[Event]) -> None:
     service = Service(Keeps())
     service.plain(X)
@@ -305,6 +325,73 @@ def test_an_error_that_no_mode_mends_is_raised_and_not_tried_again(kind: str, se
         assert caught.value.args[1] == first
         assert service.calls == made
     assert not told(seen)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="task groups came with Python 3.11")
+def test_an_error_in_a_task_group_is_mended(seen: list[Event]) -> None:
+    class Backend:
+        calls = 0
+
+        @inference
+        async def speak(self) -> torch.Tensor:
+            self.calls += 1
+            wave = torch.zeros(4)
+
+            async def write(at: int) -> None:
+                wave[at] += at
+
+            async with asyncio.TaskGroup() as group:
+                for at in range(4):
+                    group.create_task(write(at))
+            return wave
+
+    backend = Backend()
+    for calls in (2, 3):
+        assert asyncio.run(backend.speak()).tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert backend.calls == calls
+    (event,) = told(seen)
+    assert "Inplace update to inference tensor outside InferenceMode" in event
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("unknown inference mode 'sft'"),
+        RuntimeError("the inference model is not loaded"),
+        RuntimeError("progress is saved for backward compatibility only"),
+        LookupError("inference tensor"),
+    ],
+    ids=str,
+)
+def test_an_error_that_only_sounds_like_the_modes_is_not_tried_again(error: Exception, seen: list[Event]) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    service = Service(Fails())
+    for kind in KINDS:
+        with pytest.raises(type(error)):
+            call(service, kind)
+    assert service.calls == len(KINDS)
+    assert not told(seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cause_and_the_context_of_an_error_stay(kind: str) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cause = RuntimeError("Inference tensors do not track version counter.")
+            try:
+                raise KeyError("context")
+            except KeyError:
+                raise ValueError("the voice cannot be made") from cause
+
+    service = Service(Fails())
+    with pytest.raises(ValueError, match="the voice") as caught:
+        call(service, kind)
+    assert service.calls == 2
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert isinstance(caught.value.__context__, KeyError)
 
 
 def test_a_function_that_is_not_to_be_made_again_changes_its_mode_only(seen: list[Event]) -> None:
@@ -457,5 +544,20 @@ def test_objects_that_refuse_to_be_looked_at() -> None:
         def speak(self, given: Any) -> Any:
             return given
 
-    given = [Refuses(), Device()]
+    class LazyDict(dict[str, Any]):
+        def __len__(self) -> int:
+            raise RuntimeError("not for others")
+
+        values = items = __iter__ = __len__  # type: ignore[assignment]
+
+    class LazyList(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            return f"voice {int(index)}"
+
+        def __len__(self) -> int:
+            raise RuntimeError("not for others")
+
+        __iter__ = __len__  # type: ignore[assignment]
+
+    given = [Refuses(), Device(), LazyDict(a=1), LazyList([1, 2])]
     assert Holds().speak(given) is given

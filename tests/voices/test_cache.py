@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import signal
 import stat
 import threading
 import time
@@ -108,6 +109,55 @@ def test_who_waits_for_a_failure_tries_himself() -> None:
         answers = list(pool.map(attempt, range(8)))
     assert sum(answer == 7 for answer in answers) == 5
     assert len(calls) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("sets", [(), ("voice",)])
+def test_a_child_that_is_forked_in_the_middle_of_a_computation_computes_for_itself(sets: tuple[str, ...]) -> None:
+    begun, end = threading.Event(), threading.Event()
+    parent = os.getpid()
+
+    class Speaker:
+        voice = 0
+
+        @cached_embedding(sets=sets)
+        def embed(self, voice: str) -> int:
+            if os.getpid() == parent:
+                begun.set()
+                end.wait(60)
+            self.voice = 7
+            return 7
+
+    speaker = Speaker()
+    thread = threading.Thread(target=speaker.embed, args=("a",))
+    thread.start()
+    assert begun.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that waits for the parent's thread is ended
+        os._exit(speaker.embed("a"))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    end.set()
+    thread.join(60)
+    assert status == 7
+
+
+async def test_a_coroutine_s_voice_counts_with_the_autocast_of_its_own_thread(
+    tmp_path: Path, seen: list[events.Event]
+) -> None:
+    service = Service()
+
+    @cached_embedding(folder=tmp_path, encoder=lambda: service.encoder)
+    async def embed(wave: torch.Tensor) -> torch.Tensor:
+        return service.compute(wave, 1.0)
+
+    for _ in range(2):
+        for kind in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+                assert (await embed(WAVE[None])).dtype == kind
+    assert service.calls == 2
+    assert not seen
 
 
 def test_a_call_within_its_own_call() -> None:

@@ -9,8 +9,10 @@ import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ import accelerate_tts
 from accelerate_tts import cached_embedding, events, inference, set_active
 from accelerate_tts.errors import SettingsError
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.layers.int8 import QuantizeStage
+from accelerate_tts.stages.layers.int8 import QuantizeStage, engines
 from doubles import Encoder
 
 
@@ -120,6 +122,10 @@ def wide() -> Service:
     service.encoder.linear.bias = nn.Parameter(torch.zeros(3000))
     service.encoder.gain = 1.5  # type: ignore[assignment]
     service.encoder.sizes = [1, 2]  # type: ignore[assignment]
+    service.encoder.hp = SimpleNamespace(gain=1.0)  # type: ignore[assignment]
+    service.encoder.args = {"gain": 1.0}  # type: ignore[assignment]
+    service.encoder.steps = nn.Sequential(nn.Identity(), nn.Identity())
+    service.encoder.steps[1].sizes = [1, 2]  # type: ignore[assignment]
     return service
 
 
@@ -174,6 +180,20 @@ def in_place(encoder: Any) -> Callable[[], None]:
     return lambda: encoder.sizes.remove(3)
 
 
+def in_place_in_the_second_of_a_class(encoder: Any) -> Callable[[], None]:
+    return in_place(encoder.steps[1])
+
+
+def option(encoder: Any) -> Callable[[], None]:
+    encoder.hp.gain = 2.0
+    return lambda: setattr(encoder.hp, "gain", 1.0)
+
+
+def argument(encoder: Any) -> Callable[[], None]:
+    encoder.args["gain"] = 2.0
+    return lambda: encoder.args.update(gain=1.0)
+
+
 def class_of_it(encoder: Encoder) -> Callable[[], None]:
     encoder.__class__ = Louder
     return lambda: setattr(encoder, "__class__", Encoder)
@@ -196,6 +216,9 @@ STATES: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "hyper-parameter": attribute("gain", 1.25),
     "private attribute": attribute("_gain", 1.25),
     "list": in_place,
+    "list in the second of a class": in_place_in_the_second_of_a_class,
+    "option of an object": option,
+    "option of a dictionary": argument,
     "forward": attribute("forward", lambda wave: wave),
     "class": class_of_it,
     "forward of the class": forward_of_its_class,
@@ -258,6 +281,81 @@ def test_weights_made_in_inference_mode_are_sampled_too() -> None:
         service.encoder.linear.weight.mul_(2)
         assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE))
     assert service.calls == 2
+
+
+def quantised(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
+
+
+@pytest.mark.skipif(not engines(), reason="this build of torch has no 8-bit kernels")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_packed_weights_are_weights(tmp_path: Path, seen: list[events.Event]) -> None:
+    service = Service()
+    embed = cached_embedding(service.compute)
+    service.encoder = quantised(0)
+    for seed in range(6):  # more than two: their addresses are used again
+        other = quantised(seed)[0]
+        service.encoder[0].set_weight_bias(other.weight(), other.bias())  # type: ignore[index]
+        for _ in range(2):
+            assert torch.equal(embed(WAVE[None], 1.0), service.encoder(WAVE[None]))
+    assert service.calls == 6
+    assert not seen
+    for seed in range(2):  # as in two processes
+        service.encoder = quantised(seed)
+        embed = cached_embedding(folder=tmp_path)(service.compute)
+        assert torch.equal(embed(WAVE[None], 1.0), service.encoder(WAVE[None]))
+    assert "another process cannot tell" in not_applied(seen)[0]
+    assert not list(tmp_path.iterdir())
+
+
+class Centred(Encoder):
+    """An encoder with a mean that is no parameter."""
+
+    def __init__(self, mean: Any) -> None:
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return super().forward(wave - torch.as_tensor(self.mean))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("make", [torch.full, lambda *given: np.full(*given, dtype=np.float32)])
+def test_a_tensor_or_an_array_that_is_no_parameter_is_a_weight(make: Any, stored: bool, tmp_path: Path) -> None:
+    service = Service()
+    embed = cached_embedding(folder=tmp_path if stored else None)(service.compute)
+    encoder = service.encoder = Centred(make((4,), 0.0))
+    for number in range(4):
+        encoder.mean = make((4,), float(number))
+        for _ in range(2):
+            assert torch.equal(embed(WAVE, 1.0), encoder(WAVE).detach())
+    assert service.calls == 4
+    if stored:  # as in another process
+        embed = cached_embedding(folder=tmp_path)(service.compute)
+        for number in (5, 1):
+            service.encoder = Centred(make((4,), float(number)))
+            assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
+        assert service.calls == 5
+
+
+def test_tensors_that_calls_set_are_no_state_of_the_encoder() -> None:
+    class Remembers(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = torch.zeros(1)
+
+        def forward(self, wave: torch.Tensor) -> torch.Tensor:
+            self.last = super().forward(wave)
+            return self.last
+
+    service = Service()
+    service.encoder = Remembers()
+    embed = cached_embedding(service.compute)
+    for _ in range(3):
+        embed(WAVE, 1.0)
+        service.encoder(torch.rand(4))  # as speech does, with what is embedded
+    assert service.calls == 1
 
 
 def test_a_hook_that_nothing_can_be_said_of_costs_the_cache(seen: list[events.Event]) -> None:
@@ -376,6 +474,27 @@ def test_an_encoder_beside_self(seen: list[events.Event]) -> None:
     with torch.no_grad():
         encoder.linear.bias.add_(1)
     assert not torch.equal(embed(WAVE), first)
+
+    class OfTheClass:
+        shared = encoder
+
+        @cached_embedding
+        def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            return self.shared(wave)
+
+    class ItsMethod:
+        def __init__(self) -> None:
+            self.method = encoder.forward
+
+        @cached_embedding
+        def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            return self.method(wave)
+
+    for one in (OfTheClass(), ItsMethod()):
+        first = one.embed(WAVE)
+        with torch.no_grad():
+            encoder.linear.bias.add_(1)
+        assert not torch.equal(one.embed(WAVE), first)
 
     class Versioned:
         version = 1

@@ -24,7 +24,7 @@ ASSUMED_RATE = 24_000
 _RATE_NAMES = ("output_sample_rate", "sampling_rate", "sample_rate", "samplerate", "sr", "rate")
 _LEAST_RATE, _MOST_RATE = 4_000, 384_000
 _LEAST_SAMPLES = 256  # fewer are no sound: lengths, scores
-_MOST_ROWS = 16  # channels or batch; spectrograms and hidden states have more rows
+_MOST_ROWS, _MOST_CHANNELS = 16, 2  # channels or batch; spectrograms and hidden states have more rows
 _MOST_SECONDS = 60.0  # of a sound on a page: 60 s at 24 kHz are 4 MB as base64
 _COLUMNS, _BANDS, _WAVE_COLUMNS = 400, 128, 300
 _FRAME = 1024
@@ -99,7 +99,8 @@ def sound_of(output: Any, backend: Any, rate: int | None = None) -> Sound | None
     samples = torch.cat(waves)
     if len(samples) < _LEAST_SAMPLES:
         return None
-    found = rate or _rate_in(output) or next(filter(None, map(_rate_of, _holders(backend))), None)
+    told = next(filter(None, map(_rate_in, pieces)), None)
+    found = rate or told or next(filter(None, map(_rate_of, _holders(backend))), None)
     return Sound(samples, found or ASSUMED_RATE, assumed=found is None)
 
 
@@ -131,6 +132,8 @@ def _longest(piece: Any) -> torch.Tensor | None:
 
 
 def _as_wave(tensor: torch.Tensor) -> torch.Tensor | None:
+    if tensor.dim() > 1 and tensor.shape[-1] <= _MOST_CHANNELS and tensor.shape[-2] > _MOST_ROWS:
+        tensor = tensor.transpose(-1, -2)  # as sound files have it
     if tensor.numel() < 2 or tensor.dim() == 0 or tensor.numel() // max(1, tensor.shape[-1]) > _MOST_ROWS:  # noqa: PLR2004
         return None
     if not (tensor.is_floating_point() or tensor.dtype == torch.int16):

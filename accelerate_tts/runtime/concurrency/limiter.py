@@ -12,11 +12,12 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
+from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.runtime.concurrency.queue import INSIDE, Ticket, WaitQueue, running_code, running_loop
 from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
@@ -42,6 +43,9 @@ def check_concurrency(concurrency: object) -> None:
 class Permit:
     """Permit of one call: a context manager, plain and async, that waits for the permit and releases it.
 
+    Attributes:
+        name: Name of the called function.
+
     Raises:
         ConcurrencyError: The permit can never be granted, since its holder waits for this call; raised on entry.
     """
@@ -49,7 +53,8 @@ class Permit:
     def __init__(self, wait_queue: WaitQueue, limit: int, name: str) -> None:
         self._wait_queue = wait_queue
         self._limit = limit
-        self._name = name
+        self.name = name
+        self._made_on = running_loop()
         self._ticket: Ticket | None = None
 
     def __enter__(self) -> None:
@@ -86,7 +91,7 @@ class Permit:
             if not self._posted(ticket).acquire(timeout=_AT_ONCE):
                 self.end()
                 raise ConcurrencyError(
-                    f"{self._name} has to wait for a permit, and coroutines wait on an asyncio event loop only;"
+                    f"{self.name} has to wait for a permit, and coroutines wait on an asyncio event loop only;"
                     " run it with asyncio, or leave concurrency= out"
                 )
             return
@@ -106,7 +111,7 @@ class Permit:
         if ticket is not None and ticket.refused:
             self.end()
             raise ConcurrencyError(
-                f"{self._name} would wait for ever: concurrency={self._limit}, and the permit belongs to a call that"
+                f"{self.name} would wait for ever: concurrency={self._limit}, and the permit belongs to a call that"
                 " cannot go on until this one returns. Close a stream before the next call; on an event loop call"
                 " a plain function as `await asyncio.to_thread(function, ...)`"
             )
@@ -153,16 +158,43 @@ class Permit:
         if slot in (outer := INSIDE.get()):  # a nested call: only who takes items from outside may forget a stream
             yield
             return
-        token = INSIDE.set((*outer, slot))
+        token = INSIDE.set((*(one for one in outer if one.holders), slot))  # a task may outlive the calls around it
         slot.taker = None
         try:
             yield
         finally:
             INSIDE.reset(token)
-            slot.taker, slot.loop = running_code()[0], running_loop()
+            slot.taker, slot.loop, slot.made_on = running_code()[0], running_loop(), self._made_on
 
 
-def call(wait_queue: WaitQueue, limit: int, function: Callable[..., Any], make: Callable[[], Any]) -> Any:
+class Beginning:
+    """Knowledge of when the body of a function begins: in its call, or later, as that of a coroutine or a generator.
+
+    A wrapper around such a function may return its coroutine or generator, or run it to its end. Its calls tell.
+    """
+
+    def __init__(self) -> None:
+        self._seen: bool | None = None
+
+    def is_later(self, function: Callable[..., Any]) -> bool:
+        """Check that a call of the function will not run its body."""
+        flags, is_wrapped = _flags(function)
+        if not (flags & _KINDS and is_wrapped):
+            return bool(flags & _KINDS)
+        # At the first call on an event loop, which must not be blocked by a wait, a coroutine is more likely.
+        return running_loop() is not None if self._seen is None else self._seen
+
+    def note(self, result: Any) -> None:
+        """Note what a call has returned."""
+        self._seen = type(result) in _BODIES
+
+
+_BODIES = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
+
+
+def call(
+    wait_queue: WaitQueue, limit: int, function: Callable[..., Any], make: Callable[[], Any], beginning: Beginning
+) -> Any:
     """Make a call under a permit. A returned coroutine or stream acquires its permit when it starts.
 
     Args:
@@ -170,16 +202,18 @@ def call(wait_queue: WaitQueue, limit: int, function: Callable[..., Any], make: 
         limit: Maximum simultaneous calls.
         function: The function that `make` calls.
         make: Makes the call. Coroutines, generators and async generators must be Python's own.
+        beginning: What is known of the function.
 
     Raises:
         ConcurrencyError: The call would wait forever.
     """
     permit = Permit(wait_queue, limit, str(getattr(function, "__qualname__", type(function).__qualname__)))
-    if _flags(function) & _KINDS:
-        result = make()  # the body has not started yet
+    if beginning.is_later(function):
+        result = make()
     else:
         with permit.kept_if_shared(), permit.inside():
             result = make()
+    beginning.note(result)
     kind = type(result)
     if kind is types.CoroutineType:
         return named_like(result, _coroutine(permit, Owning(result, Scoped(permit.inside))))
@@ -188,6 +222,10 @@ def call(wait_queue: WaitQueue, limit: int, function: Callable[..., Any], make: 
     if kind is types.AsyncGeneratorType:
         return named_like(result, drive_async(result, _UnderPermit(permit)))
     permit.end()
+    # `inference_mode.call` drives all but these. Not isinstance: it asks the object, and a proxy may raise.
+    if issubclass(kind, (Coroutine, Generator, AsyncGenerator)):
+        what = "an object with methods of its own, and its steps take no permit; write `yield from`, or `await` it"
+        emit(NotApplied(f"concurrency={limit} of {permit.name}", f"it returned a {kind.__name__}, {what}"))
     return result
 
 
@@ -220,18 +258,29 @@ def _generator(permit: Permit, body: Any) -> Generator[Any, Any, Any]:
         return (yield from drive(body, Scoped(permit.inside)))
 
 
-def _flags(function: Any) -> int:
-    """Return the code flags of a function, below partials, bound methods and `functools.wraps`."""
+def _flags(function: Any) -> tuple[int, bool]:
+    """Return the code flags of a function, and True if they are those of a function inside a wrapper.
+
+    Partials and methods are looked through. A plain wrapper, by `functools.wraps` or wrapt, has the flags of the
+    coroutine or generator function inside it, if there is one.
+    """
+    is_wrapped = False
     for _ in range(100):  # a chain of wrappers may be circular
         if isinstance(function, functools.partial):
             function = function.func
-        elif hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        elif isinstance(function, (types.MethodType, classmethod, staticmethod)):
+        elif type(function) in {types.MethodType, classmethod, staticmethod}:  # a proxy is not looked through here
             function = function.__func__
+        elif (flags := _own_flags(function)) & _KINDS or not hasattr(function, "__wrapped__"):
+            return flags, is_wrapped
         else:
-            break
-    called: Any = function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
+            function, is_wrapped = function.__wrapped__, True
+    return 0, False
+
+
+def _own_flags(function: Any) -> int:
+    # A proxy has the code of what it wraps, and runs other code.
+    has_own = type(function) is types.FunctionType or not hasattr(function, "__wrapped__")
+    called: Any = function if has_own and hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
     code = getattr(called, "__code__", None)
     return code.co_flags if isinstance(code, types.CodeType) else 0
 

@@ -26,12 +26,13 @@ WAIT_LIMIT = 30.0
 class Slot:
     """A granted permit, shared by one call and its nested calls."""
 
-    __slots__ = ("holders", "limit", "loop", "taker")
+    __slots__ = ("holders", "limit", "loop", "made_on", "taker")
 
     def __init__(self, first: Ticket) -> None:
         self.limit = first.limit
         self.holders = {first}
         self.loop = first.loop
+        self.made_on: object = None  # the event loop on which a stream was called for, wherever it is stepped
         # The task or thread that took the last item of a stream; `None` while a step runs.
         self.taker: weakref.ref[Any] | None = None
 
@@ -117,15 +118,21 @@ class WaitQueue:
     def is_in_vain(self, ticket: Ticket, *, took: bool) -> bool:
         """Check that a call waits for a loop that it blocks or, with `took`, for a stream whose last item it took.
 
+        A stream that was called for on a loop, and is stepped in threads, is mostly taken on by that loop.
+
         A task has one caller. A thread of a pool may have taken an item for another one, who goes on elsewhere: its
         call is given up only if it has waited for a while, and nobody has taken the next item.
         """
         blocked = ticket.blocked
-        stuck = [
-            slot
-            for slot in list(self._slots)
-            if (took and slot.taker == ticket.who) or (blocked is not None and slot.loop is blocked)
-        ]
+
+        def is_stuck(slot: Slot) -> bool:
+            if blocked is not None and slot.loop is blocked:
+                return True
+            if not took or slot.taker is None:
+                return False
+            return slot.taker == ticket.who or (blocked is not None and slot.made_on is blocked)
+
+        stuck = [slot for slot in list(self._slots) if is_stuck(slot)]
         if blocked is not None and any(other.loop is blocked for other in list(self._queue) if other is not ticket):
             return True
         return bool(stuck) and len(stuck) >= min(ticket.limit, *(slot.limit for slot in stuck))

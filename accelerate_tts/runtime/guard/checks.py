@@ -25,7 +25,7 @@ from accelerate_tts.inspection.object_tree import items_of
 # Limits that keep a check cheap: a decoder's cache has a hundred tensors.
 _DEEPEST, _DEEPEST_OBJECT, _MOST_TENSORS, _MOST_ITEMS = 6, 2, 64, 4096
 # Audio has one channel or two, in a small batch; hidden states and spectrograms have more rows.
-_MOST_ROWS = 16
+_MOST_ROWS, _MOST_CHANNELS = 16, 2
 # A tensor that is this many times shorter than the waveform is no speech: lengths, durations, a speaker embedding.
 _ASIDE = 16
 _SAMPLED = 4096
@@ -373,6 +373,12 @@ def _of_floats(numbers: Any) -> AudioStats:
     return _wave(len(numbers), min(some), max(some), at_peaks)
 
 
+def _is_interleaved(shape: tuple[int, ...]) -> bool:
+    """Check for audio with its channels in the last dimension, as sound files have it."""
+    *rows, samples, channels = (1, 1, *shape)
+    return channels <= _MOST_CHANNELS and math.prod(rows) * channels <= _MOST_ROWS < samples
+
+
 def _of_tensor(tensor: Any) -> AudioStats | None:
     import torch
 
@@ -381,6 +387,8 @@ def _of_tensor(tensor: Any) -> AudioStats | None:
         tensor = torch.view_as_real(tensor.detach().resolve_conj())
     elif not (tensor.is_floating_point() or tensor.dtype == torch.int16):
         return None
+    elif _is_interleaved(tuple(tensor.shape)):
+        tensor = tensor.transpose(-1, -2)
     shape = tuple(tensor.shape)
     if tensor.numel() == 0:
         return AudioStats(audio=bool(shape))
@@ -404,6 +412,9 @@ def _of_array(array: Any) -> AudioStats | None:
         return AudioStats(bool(math.isfinite(abs(complex(array.sum())))))
     if kind != "f" and scale == 1.0:
         return None
+    if _is_interleaved(shape):
+        array = array.swapaxes(-1, -2)
+        shape = tuple(array.shape)
     if array.size == 0:
         return AudioStats(audio=bool(shape))
     with sys.modules["numpy"].errstate(all="ignore"):

@@ -38,17 +38,37 @@ class BusyError(Exception):
 class Step:
     """A guarded call while it may be inside the model.
 
+    Args:
+        call: The call, whose end is known by its collection.
+
     Attributes:
         loop: The event loop that its coroutine runs on; `None` for any other call.
         obstacle: Reason why the call must not be repeated, or "".
     """
 
-    __slots__ = ("__weakref__", "loop", "obstacle", "process")
+    __slots__ = ("__weakref__", "_call", "loop", "obstacle", "process")
 
-    def __init__(self) -> None:
+    def __init__(self, call: object = None) -> None:
+        self._call = None if call is None else weakref.ref(call)
         self.loop: object = None
         self.obstacle = ""
         self.process = os.getpid()
+
+    @property
+    def is_over(self) -> bool:
+        """True if the call has ended."""
+        return self._call is not None and self._call() is None
+
+    @contextmanager
+    def entered(self) -> Generator[None, None, None]:
+        """Scope of the code of the call."""
+        before = WITHIN.get()
+        # A task inherits the calls that enclose its start, and may outlive them.
+        WITHIN.set((*(step for step in before if not step.is_over), self))
+        try:
+            yield
+        finally:
+            WITHIN.set(before)  # no token: a generator may be closed in another context
 
 
 class Hold:
@@ -97,8 +117,10 @@ class Gate:
         self._on, self._off = on, off
         self._patience = patience
         self._tell = tell
-        # Reentrant: the collector may close an abandoned stream on a thread that holds the lock.
-        self._changed = threading.Condition(rlock())
+        # Reentrant: the collector may close an abandoned stream on a thread that holds the lock. It is taken by itself:
+        # an interrupt may arrive in the methods of a condition, which are Python's, and leave it locked.
+        self._lock = rlock()
+        self._changed = threading.Condition(self._lock)
         # Weak: a call that an interruption kept from unregistering disappears with its object.
         self._inside: weakref.WeakSet[Step] = weakref.WeakSet()
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()
@@ -113,7 +135,7 @@ class Gate:
 
     def enter(self, step: Step, *, wait: bool) -> None:
         """Register a call; wait first while a switch is pending, unless the wait could not end."""
-        with self._changed:
+        with self._lock:
             self._settle()
             while wait and self._is_shut() and not self._in_vain():
                 self._changed.wait(self._shut_from + self._patience - time.monotonic())
@@ -128,12 +150,12 @@ class Gate:
 
         while self._is_shut():
             await asyncio.sleep(_POLL)
-            with self._changed:
+            with self._lock:
                 self._settle()
 
     def leave(self, step: Step) -> None:
         """Unregister a call. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._inside.discard(step)
             self._settle()
             self._changed.notify_all()
@@ -158,7 +180,7 @@ class Gate:
     @property
     def held(self) -> int:
         """Number of holds on the object now."""
-        with self._changed:
+        with self._lock:
             return self._held()
 
     def hold(self, pin: object, *, force: bool = False) -> Hold:
@@ -172,7 +194,7 @@ class Gate:
             BusyError: There was no gap, and `force` is off.
         """
         hold = Hold(self, pin)
-        with self._changed:
+        with self._lock:
             self._await_gap(force=force)
             self._take(hold)
         return hold
@@ -183,7 +205,7 @@ class Gate:
         end = time.monotonic() + self._patience
         with self._waits():
             while True:
-                with self._changed:
+                with self._lock:
                     if self._is_free():
                         self._take(hold)
                         return hold
@@ -195,7 +217,7 @@ class Gate:
 
     def release(self, hold: Hold) -> None:
         """See `Hold.release`."""
-        with self._changed:
+        with self._lock:
             if hold in self._holds:
                 self._pins.append(hold.pin)  # calls that began meanwhile need the loaded weights, too
                 self._holds.discard(hold)
@@ -209,7 +231,7 @@ class Gate:
         Args:
             wait: Wait for a gap, at most `patience`, then switch in any case; otherwise switch at the next gap.
         """
-        with self._changed:
+        with self._lock:
             self._leaving = True
             self._shut_from = time.monotonic()
             if wait:
@@ -253,7 +275,7 @@ class Gate:
     @contextmanager
     def _waits(self) -> Generator[None, None, None]:
         """Scope in which a caller waits for a gap."""
-        with self._changed:
+        with self._lock:
             if not self._waiting:
                 self._shut_from = time.monotonic()
             self._waiting += 1
@@ -261,7 +283,7 @@ class Gate:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._waiting -= 1
                 self._changed.notify_all()
 

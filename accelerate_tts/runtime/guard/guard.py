@@ -246,15 +246,14 @@ def protect(item: object, guarding: Guard) -> None:
 @contextmanager
 def inside_all() -> Generator[None, None, None]:
     """Scope of work beside a call, such as a thread of its own: no tuned object is switched meanwhile."""
-    step, before = Step(), WITHIN.get()
     gates = {id(guard.gate): guard.gate for _, guards in known_guards.items() for guard in guards if guard.in_force}
+    step = Step()
     try:
         for gate in gates.values():
             gate.enter(step, wait=True)
-        WITHIN.set((*before, step))
-        yield
+        with step.entered():
+            yield
     finally:
-        WITHIN.set(before)
         for gate in gates.values():
             gate.leave(step)
 

@@ -10,17 +10,18 @@ Only a faulty output causes a retry. Exceptions and faults of other calls do not
 from __future__ import annotations
 
 import types
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ReloadError
+from accelerate_tts.inspection.object_tree import can_be_read_once
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.concurrency.queue import running_loop
-from accelerate_tts.runtime.drive import SKIPPED, Again, Hooks, Owning, Scoped, drive, drive_async, named_like
+from accelerate_tts.runtime.drive import SKIPPED, Again, HasBody, Hooks, Owning, Scoped, drive, drive_async, named_like
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard.checks import AudioStats, Units
-from accelerate_tts.runtime.guard.gate import WITHIN, BusyError, Hold, Step
+from accelerate_tts.runtime.guard.gate import BusyError, Hold, Step
 from accelerate_tts.runtime.guard.guard import Guard, Judge, Listener, retrying
 from accelerate_tts.runtime.rng import random_states
 
@@ -69,6 +70,9 @@ def call(  # noqa: PLR0913 - a call, and how it is made
     if kind is types.AsyncGeneratorType:
         attempt.runs_on_a_loop()
         return named_like(result, drive_async(result, _Stream(attempt)))
+    if issubclass(kind, HasBody):
+        result.drive_body(lambda body: drive(body, _Stream(attempt)))
+        return result
     fault = attempt.fault_of(result)
     hold = None if fault is None else attempt.hold(fault)
     if hold is None:
@@ -100,7 +104,7 @@ class _Attempt:
         self._random: Callable[[], None] | None = None
         self.fault = ""
         self._instance, self._once = instance, once
-        self._step = Step()
+        self._step = Step(self)
 
     def make(self) -> Any:
         """Make the call, inside its mode."""
@@ -116,14 +120,12 @@ class _Attempt:
         if not self.guards:
             yield
             return
-        before = WITHIN.get()
         try:
             for guard in self.guards:
                 guard.gate.enter(self._step, wait=wait)
-            WITHIN.set((*before, self._step))
-            yield
+            with self._step.entered():
+                yield
         finally:
-            WITHIN.set(before)
             for guard in self.guards:
                 guard.gate.leave(self._step)
 
@@ -154,9 +156,8 @@ class _Attempt:
         """Return the reason why the call must not be repeated, or ""."""
         if self._once:
             return "the function has retry=False"
-        # The first attempt has consumed them; an open file is an iterator, too.
-        used = any(isinstance(value, (Iterator, AsyncIterator)) for value in self._given)
-        return "an argument can be read once only" if used else self._step.obstacle
+        # The first attempt has consumed it.
+        return "an argument can be read once only" if can_be_read_once(self._given) else self._step.obstacle
 
     def given(self, fault: str, why: str) -> None:
         """Count a fault of an output that was returned as it is."""

@@ -153,6 +153,10 @@ class CompiledCall(CountedChange):
         if self._module._compiled_call_impl is self:
             vars(self._module).pop("_compiled_call_impl", None)  # uncovers the class's attribute, which is None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as `None`, since a module's own `__getstate__` may include the attribute."""
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, compiled if possible."""
         if is_traced():

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
     from accelerate_tts.kernels.decoder_block import Call, Described
 
-_LOOK = 1.0
-"""Seconds after which a waiting step checks that its process was not forked, which leaves it without the others."""
-
 
 class Rules(NamedTuple):
     """Rules of passes."""
@@ -49,6 +46,8 @@ class Rules(NamedTuple):
     """Computes one call."""
     together: Callable[[Sequence[Described], Sequence[Call]], torch.Tensor] = run_together
     """Computes several calls in one pass."""
+    look: float = 1.0
+    """Seconds after which a waiting step looks at its state, and checks that its process was not forked."""
 
 
 class _Caller:
@@ -91,11 +90,16 @@ class _Step:
 
 
 class _Meeting:
-    """State of one decoder's meeting, behind one lock."""
+    """State of one decoder's meeting, behind one lock.
+
+    The lock is taken by itself: an interrupt may arrive in the methods of a condition, which are Python's, and leave it
+    locked.
+    """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
-        self.is_led = False  # a thread prepares or computes a pass
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.leader: _Step | None = None  # its thread prepares or computes a pass
         self.waiting: list[_Step] = []
         self.taken: list[_Step] = []  # steps of the present pass
         self.callers: set[_Caller] = set()  # inside, or left a moment ago
@@ -154,7 +158,7 @@ class SharedSteps:
     def _met(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
         try:
             self._arrive(meeting, step)
-            while step.state in {_WAITS, _TAKEN} and not step.wake.acquire(timeout=_LOOK):
+            while step.state in {_WAITS, _TAKEN} and not step.wake.acquire(timeout=self.rules.look):
                 if meeting is not self._meeting:
                     return self.rules.alone(step.blocks, step.call)
             if step.state == _LEADS:
@@ -169,16 +173,16 @@ class SharedSteps:
 
     def _arrive(self, meeting: _Meeting, step: _Step) -> None:
         caller = step.caller
-        with meeting.changed:
+        with meeting.lock:
             caller.returns = self.rules.clock() - caller.left <= meeting.window
             caller.is_away = False
             caller.rows = step.call.rows
             meeting.callers.add(caller)
-            if meeting.is_led:
+            if meeting.leader is not None:
                 meeting.waiting.append(step)
                 meeting.changed.notify()
             else:
-                meeting.is_led, step.state = True, _LEADS
+                meeting.leader, step.state = step, _LEADS
 
     def _lead(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
         """Compute the next pass, and hand over to the first of those who wait."""
@@ -189,7 +193,7 @@ class SharedSteps:
             made = self._computed(steps)
             meeting.window = self.rules.window * (self.rules.clock() - start)
         finally:
-            with meeting.changed:
+            with meeting.lock:
                 self._end(meeting)
         return self.rules.alone(step.blocks, step.call) if made is None else made[:, : step.call.rows]
 
@@ -213,7 +217,7 @@ class SharedSteps:
 
     def _gathered(self, meeting: _Meeting, step: _Step) -> list[_Step]:
         """Wait for callers that come within the window; return the steps of the pass, this one first."""
-        with meeting.changed:
+        with meeting.lock:
             while True:
                 steps, rows = [step], step.call.rows
                 for other in meeting.waiting if self.is_on else ():
@@ -242,32 +246,40 @@ class SharedSteps:
         return longest
 
     def _end(self, meeting: _Meeting) -> None:
-        """Let the callers of a pass go, and let the first of the others lead the next."""
+        """Let the callers of a pass go, and let the first of the others lead the next.
+
+        An interrupted run is repeated, since its step still is the leader. A step whose lock was not released looks at
+        its state after a while.
+        """
         now = self.rules.clock()
         for step in meeting.taken:
             step.caller.left, step.caller.is_away = now, True
-            is_waiting = step.state == _TAKEN
+            is_waiting = step.state in {_WAITS, _TAKEN}
             step.state = _DONE
             if is_waiting:
                 step.wake.release()
         meeting.taken = []
-        meeting.is_led = bool(meeting.waiting)
-        if meeting.waiting:
-            following = meeting.waiting.pop(0)
-            following.state = _LEADS
-            following.wake.release()
+        meeting.waiting = [step for step in meeting.waiting if step.state != _DONE]
+        if not meeting.waiting:
+            meeting.leader = None
+            return
+        following = meeting.waiting[0]
+        following.state = _LEADS
+        meeting.leader = following
+        del meeting.waiting[0]
+        following.wake.release()
 
     def _withdraw(self, meeting: _Meeting, step: _Step) -> None:
         """Take back the step of a caller that was interrupted."""
-        with meeting.changed:
+        with meeting.lock:
             step.caller.is_away, step.caller.returns = True, False
             if step in meeting.waiting:
                 meeting.waiting.remove(step)
-            if step.state == _LEADS:
-                meeting.taken = meeting.taken or [step]
+            if meeting.leader is step:
+                step.state = _DONE
                 self._end(meeting)
         while step.state == _TAKEN:  # its cache is written to
-            step.wake.acquire(timeout=_LOOK)
+            step.wake.acquire(timeout=self.rules.look)
 
 
 def _after_fork() -> None:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
+from accelerate_tts.inspection.signatures import sets_attributes
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
 from accelerate_tts.patching.class_swap import (
     COPY,
@@ -126,13 +127,15 @@ def _is_leaf(layer: nn.Module) -> bool:
     """Check that a layer with a custom forward has no tensors but weight and bias, and no submodules.
 
     A causal convolution only pads, and an adapter layer without adapters is a plain one: both work with half-precision
-    weights. The forward of an active adapter or of a quantised layer is unknown.
+    weights. The forward of an active adapter or of a quantised layer is unknown. One that sets attributes (a streaming
+    convolution keeps the end of its input) would set those of the copy.
     """
     tensors = {name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
     return (
         not layer._modules
         and tensors <= {"weight", "bias"}
         and all(type(layer._parameters.get(name)) in {nn.Parameter, torch.Tensor} for name in tensors)
+        and not sets_attributes(plain_class(layer))
     )
 
 
@@ -305,9 +308,7 @@ def _is_mixed(values: tuple[Any, ...], dtype: torch.dtype) -> bool:
 
 
 # Dictionaries, not sets: dynamo cannot trace look-ups in a set.
-_DELICATE, _PRODUCTS, _WRITES, _CASTS = map(
-    dict.fromkeys, (delicate_functions(), _products(), _writes(), _casts())
-)
+_DELICATE, _PRODUCTS, _WRITES, _CASTS = map(dict.fromkeys, (delicate_functions(), _products(), _writes(), _casts()))
 _RANGES = dict.fromkeys((torch.arange, torch.linspace))
 _WHOLE = dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
 

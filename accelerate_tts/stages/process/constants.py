@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import BaseChange
 
 PURE = (
@@ -141,7 +142,7 @@ class Watched:
         return self.calls * sum(self.seconds) / len(self.seconds)
 
 
-_lock = threading.RLock()
+_lock = rlock()
 _within = threading.local()
 replaced_functions: dict[str, _Function] = {}
 """Functions that are replaced now."""

@@ -12,18 +12,20 @@ import os
 import pickle
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any
 
 import pytest
 import torch
+import wrapt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelerate_tts import ConcurrencyError, SettingsError, inference, optimized_model
+from accelerate_tts import ConcurrencyError, Event, SettingsError, inference, optimized_model
 from accelerate_tts.errors import shown
+from accelerate_tts.events import NotApplied
 from accelerate_tts.runtime.concurrency import queue
 
 WAIT = 30.0  # seconds after which a test gives up on something that should have happened
@@ -601,6 +603,146 @@ async def test_a_hidden_coroutine_function_waits_without_blocking() -> None:
 
     assert await asyncio.wait_for(asyncio.gather(*map(speak, range(10))), WAIT) == list(range(10))
     assert meter.most == 1
+
+
+def collected(function: Any) -> Any:
+    @wraps(function)
+    def plain(*args: Any) -> Any:
+        return list(function(*args))
+
+    return plain
+
+
+@wrapt.decorator
+def collected_by_wrapt(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+    return list(wrapped(*args, **kwargs))
+
+
+def run_on_a_loop(function: Any) -> Any:
+    @wraps(function)
+    def plain(*args: Any) -> Any:
+        return asyncio.run(function(*args))
+
+    return plain
+
+
+def test_a_call_that_blocks_the_loop_of_a_stream_in_threads_is_refused_and_not_hung() -> None:
+    def pieces(word: int) -> Iterator[int]:
+        yield word
+        yield word
+
+    @inference(concurrency=1)
+    def speak(word: int) -> Iterator[int]:
+        return pieces(word)
+
+    async def serve() -> None:
+        stream = speak(1)
+        assert await asyncio.to_thread(next, stream) == 1
+        with pytest.raises(ConcurrencyError, match="on an event loop"):
+            speak(2)
+        assert await asyncio.to_thread(next, stream) == 1
+        await asyncio.to_thread(stream.close)
+        assert await asyncio.to_thread(list, speak(2)) == [2, 2]
+        ended.set()
+
+    ended = threading.Event()
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+    assert ended.wait(WAIT)
+
+
+@pytest.mark.parametrize("wrapper", [collected, collected_by_wrapt, run_on_a_loop])
+def test_a_wrapper_that_runs_a_generator_or_a_coroutine_is_limited(wrapper: Any) -> None:
+    class Backend:
+        def __init__(self) -> None:
+            self.meter = Meter()
+
+        def pieces(self, word: int) -> Iterator[int]:
+            with self.meter:
+                for _ in range(3):
+                    threading.Event().wait(0.002)
+                    yield word
+
+        async def later(self, word: int) -> list[int]:
+            return list(self.pieces(word))
+
+        speak = inference(concurrency=1)(wrapper(later if wrapper is run_on_a_loop else pieces))
+
+    one = Backend()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one.speak, range(8))) == [[word] * 3 for word in range(8)]
+    assert one.meter.most == 1
+    assert free(one)
+
+
+def test_a_generator_around_a_plain_function_does_not_wait_when_it_is_made() -> None:
+    def in_pieces(function: Any) -> Any:
+        @wraps(function)
+        def stream(*args: Any) -> Iterator[Any]:
+            yield from function(*args)
+
+        return stream
+
+    @inference(concurrency=1)
+    @in_pieces
+    def speak(word: int) -> list[int]:
+        return [word] * 2
+
+    first, second = speak(1), speak(2)
+    assert next(first) == 1
+    first.close()
+    assert list(second) == [2, 2]
+
+
+def test_a_returned_object_with_methods_of_its_own_is_told(seen: list[Event]) -> None:
+    class Speech(Generator[int, None, None]):
+        def send(self, value: None) -> int:
+            raise StopIteration
+
+        def throw(self, error: Any, *_: Any) -> Any:
+            raise error
+
+        def cancel(self) -> None: ...
+
+    @inference(concurrency=1)
+    def speak() -> Speech:
+        return Speech()
+
+    class Unbound:
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("outside of a request")
+
+    @inference(concurrency=1)
+    def unbound() -> Unbound:
+        return Unbound()
+
+    assert type(unbound()) is Unbound
+    assert isinstance(speak(), Speech)
+    (event,) = [event for event in seen if isinstance(event, NotApplied)]
+    assert "concurrency=1 of" in event.what
+    assert "write `yield from`" in event.reason
+
+
+async def test_tasks_that_outlive_the_calls_that_began_them_keep_no_record_of_them() -> None:
+    ended = asyncio.Event()
+    known: list[int] = []
+
+    @inference(concurrency=1)
+    async def speak(number: int) -> None:
+        known.append(len(queue.INSIDE.get()))
+        if number:
+            tasks.append(asyncio.create_task(after(number - 1)))
+        else:
+            ended.set()
+
+    async def after(number: int) -> None:
+        await tasks[-2]
+        await speak(number)
+
+    tasks: list[Any] = [asyncio.create_task(asyncio.sleep(0)), asyncio.create_task(speak(10))]
+    await asyncio.wait_for(ended.wait(), WAIT)
+    await asyncio.gather(*tasks)
+    assert max(known) <= 2
 
 
 # --- cancellation, loops, stress ----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from accelerate_tts.runtime.guard.checks import AudioStats, Expectation, Units, 
 from accelerate_tts.runtime.guard.gate import Gate, Step
 from accelerate_tts.stages import catalogue
 from accelerate_tts.stages.layers.weight_norm import FoldStage, has_folds
+from accelerate_tts.streaming import Stream
 from accelerate_tts.tuning.findings import Tuning
 from doubles import Stage, begin_process
 
@@ -417,6 +418,29 @@ def test_what_can_be_read_once_is_not_made_again(guarded: Any, seen: list[Event]
     assert event.count == 1
 
 
+@dataclasses.dataclass
+class Spoken:
+    words: Iterator[str]
+
+
+@pytest.mark.parametrize("given", [lambda words: [words], lambda words: {"a": (words,)}, Spoken])
+def test_what_holds_something_that_can_be_read_once_is_not_made_again(
+    given: Callable[[Iterator[str]], Any], guarded: Any, seen: list[Event]
+) -> None:
+    class Reader(Backend):
+        @inference
+        def spoken_of(self, request: Any) -> torch.Tensor:
+            if isinstance(request, Spoken):
+                return self.voice(SAMPLES * len("".join(request.words)))
+            (words,) = request["a"] if isinstance(request, dict) else request
+            return self.voice(SAMPLES * len("".join(words)))
+
+    reader = Reader.__new__(Reader)
+    reader.__dict__.update(vars(guarded()))
+    assert reader.spoken_of(given(iter(["Good", "morning"]))).isnan().any()
+    assert "can be read once" in told(seen)[0].outcome
+
+
 def test_a_stream_that_was_sent_values_is_not_made_again(seen: list[Event]) -> None:
     class Asking(Backend):
         @inference
@@ -734,6 +758,45 @@ def test_how_many_faults_are_borne_is_a_setting(stage: Stage, seen: list[Event])
     assert service.voice.fault is None
 
 
+def test_a_returned_stream_is_guarded(guarded: Any, seen: list[Event]) -> None:
+    class Streaming(Backend):
+        @inference
+        def pieces(self, text: str) -> Stream:
+            return Stream("Voice", lambda _left: (self.voice(PIECE, number) for number in range(8)))
+
+    streaming = Streaming.__new__(Streaming)
+    streaming.__dict__.update(vars(guarded(faulty_from=3)))
+    pieces = streaming.pieces(TEXT)
+    assert isinstance(pieces, Stream)
+    assert torch.isfinite(torch.cat(list(pieces), -1)).all()
+    assert [event.fault for event in told(seen)] == ["NaN or Inf"]
+
+
+async def test_a_call_after_a_long_chain_of_tasks_is_guarded(guarded: Any, seen: list[Event]) -> None:
+    backend = guarded()
+    calls = [0]
+
+    class Prefetching(Backend):
+        @inference
+        async def speak_later(self, text: str) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] < 20:
+                tasks.append(asyncio.create_task(self.after(text)))
+            return torch.randn(5000) * 0.1 if calls[0] < 20 else self.voice(SAMPLES * len(text))
+
+        async def after(self, text: str) -> torch.Tensor:
+            await asyncio.sleep(0.001)
+            return await self.speak_later(text)
+
+    chained = Prefetching.__new__(Prefetching)
+    chained.__dict__.update(vars(backend))
+    tasks = [asyncio.create_task(chained.speak_later(TEXT))]
+    while len(tasks) < 20:
+        await tasks[-1]
+    assert torch.isfinite(await tasks[-1]).all()
+    assert len(told(seen)) == 1
+
+
 def test_an_untuned_backend_is_not_guarded(seen: list[Event]) -> None:
     backend = Backend(nan)
     assert backend.speak(TEXT).isnan().any()
@@ -804,6 +867,19 @@ def test_whole_numbers_that_are_audio_and_that_are_not() -> None:
     assert fault_of(audio_stats(bytes(48_000)), Units()) == "silent"
     for ids in (torch.arange(5000), list(range(5000)), np.arange(5000), True, 5, "text", None):
         assert audio_stats(ids) == AudioStats()
+
+
+def test_channels_in_the_last_dimension_are_channels() -> None:
+    stereo = torch.stack([WAVE, 0.5 * WAVE], -1)
+    for wave in (stereo, WAVE[:, None], stereo.numpy(), stereo[None], (stereo * 32767).to(torch.int16)):
+        stats = audio_stats(wave)
+        assert stats.samples == len(WAVE)
+        assert stats.peak == pytest.approx(0.5, rel=0.01)
+        assert fault_of(stats, Units()) is None
+        assert fault_of(audio_stats(0 * wave), Units()) == "silent"
+    spectrum = torch.zeros(400, dtype=torch.complex64)
+    for other in (torch.zeros(20, 400, 2), torch.zeros(400, 3), torch.zeros(8, 2), spectrum):
+        assert audio_stats(other).samples != 400
 
 
 def test_what_is_not_audio_is_judged_by_its_numbers_only() -> None:

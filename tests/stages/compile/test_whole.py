@@ -45,6 +45,13 @@ class Small(nn.Module):
         return self.forward(x) + 1
 
 
+class Whole(Small):
+    """Its own way to pickle it takes all that it has."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return dict(self.__dict__)
+
+
 def x(rows: int = 3) -> torch.Tensor:
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
 
@@ -73,6 +80,17 @@ def test_compiled_in_place_counted_and_dynamic(optimizer: PerformanceOptimizer, 
     assert clone._compiled_call_impl is None
     assert copy.deepcopy(model)._compiled_call_impl is None
     assert not [event for event in seen if event.degraded]
+
+
+def test_a_module_that_pickles_all_that_it_has_is_copied_untouched(
+    optimizer: PerformanceOptimizer, uncompiled: None
+) -> None:
+    model = Whole().eval()
+    optimizer.compile_model(model, "whole", x())
+    assert isinstance(model._compiled_call_impl, stage.CompiledCall)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert clone._compiled_call_impl is None
+        assert torch.equal(clone(x()), model(x()))
 
 
 def test_one_graph_serves_every_mode_and_both_kinds_of_tensors(optimizer: PerformanceOptimizer) -> None:

@@ -655,7 +655,11 @@ def test_a_decoder_that_takes_no_mask_of_four_dimensions_is_upstreams(seen: list
 def opt(**_options: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=50, hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=50,
+        hidden_size=WIDTH,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         word_embed_proj_dim=WIDTH,
     )
     return transformers.OPTModel(config).eval()

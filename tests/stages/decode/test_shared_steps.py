@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from linecache import getline
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +26,7 @@ from accelerate_tts.events import NotApplied
 from accelerate_tts.kernels.decoder_block import run, run_together
 from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode import shared_steps
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.shared_steps import Rules, SharedSteps
 
@@ -264,6 +267,56 @@ def test_an_interrupt_anywhere_holds_nobody_up(at: int) -> None:
     assert isinstance(found[0], KeyboardInterrupt) or equal(found[0], alone[0])
     assert equal(found[1], alone[1])
     assert equal(found[2], alone[2])
+
+
+def test_an_interrupt_at_any_line_holds_nobody_up() -> None:
+    class Row(NamedTuple):
+        value: float
+        rows: int = 1
+
+        def layout(self) -> tuple[object, ...]:
+            return ()
+
+    def alone(_blocks: Any, call: Any) -> torch.Tensor:
+        return torch.full((1, 1, 1, 1), call.value)
+
+    def together(_blocks: Any, calls: Any) -> torch.Tensor:
+        return torch.cat([alone((), call) for call in calls], 1)
+
+    def speak(steps: SharedSteps, seed: float, count: int = 4) -> list[float]:
+        found = []
+        for number in range(count):
+            try:
+                found.append(float(steps.run((), Row(seed + number))))  # type: ignore[arg-type]  # the rules' own
+            except KeyboardInterrupt:
+                found.append(seed + number)
+        return found
+
+    def interrupted(steps: SharedSteps, at: int) -> list[float]:
+        lines = 0
+
+        def look(frame: Any, event: str, _value: Any) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != shared_steps.__file__:
+                return None
+            # At the end of a `with` Python calls the lock first, and then looks for signals.
+            if event == "line" and not getline(shared_steps.__file__, frame.f_lineno).lstrip().startswith("with "):
+                lines += 1
+                if lines == at:
+                    raise KeyboardInterrupt
+            return look
+
+        sys.settrace(look)
+        try:
+            return speak(steps, 0.5)
+        finally:
+            sys.settrace(None)
+
+    for at in range(1, 130):
+        steps = SharedSteps("a decoder")
+        steps.rules, steps.is_on = Rules(window=100.0, alone=alone, together=together, look=0.01), True
+        found = at_once([partial(interrupted, steps, at), *(partial(speak, steps, seed) for seed in (10.0, 20.0))])
+        assert found == [[seed + number for number in range(4)] for seed in (0.5, 10.0, 20.0)], at
 
 
 def test_an_interrupt_while_it_waits_for_a_pass_of_others() -> None:

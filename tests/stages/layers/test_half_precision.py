@@ -812,6 +812,73 @@ def test_an_adapter_that_comes_later_is_served(carried: bool) -> None:
         assert torch.allclose(model(X), plain + model[0].adapter(X), atol=1e-6)
 
 
+class ByHand(nn.Linear):
+    """A linear layer with an adapter written by hand: its tensors are no parameters, and may be set later."""
+
+    down: torch.Tensor | None = None
+    up: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.down is None else y + x @ self.down.to(x.dtype) @ self.up.to(x.dtype)
+
+
+class Delta(nn.Module):
+    def __init__(self, change: torch.Tensor) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.change
+
+
+@both
+def test_an_adapter_whose_tensors_are_no_parameters_comes_changes_and_goes(carried: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(ByHand(24, 8))
+    twin = copy.deepcopy(model)
+    halved(model, carried=carried)
+    for rank in (0, 2, 4, 0, 4):
+        model[0].down = twin[0].down = torch.randn(24, rank) if rank else None
+        model[0].up = twin[0].up = torch.randn(rank, 8)
+        assert error(run(twin), run(model)) < NEAR
+
+
+@both
+def test_a_parametrization_whose_tensor_is_no_parameter_gets_another_one(carried: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 8))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Delta(torch.randn(8, 24)))
+    twin = copy.deepcopy(model)
+    halved(model, carried=carried)
+    for _ in range(3):
+        change = torch.randn(8, 24)
+        model[0].parametrizations.weight[0].change = twin[0].parametrizations.weight[0].change = change
+        assert error(run(twin), run(model)) < NEAR
+
+
+class Streaming(nn.Conv1d):
+    """A causal convolution that keeps the end of its input for the next piece of a stream."""
+
+    rest: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.joined(x))
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(x, (2, 0)) if self.rest is None else torch.cat([self.rest, x], -1)
+        self.rest = x[..., -2:]
+        return x
+
+
+def test_a_layer_that_keeps_state_is_left_alone() -> None:
+    model = nn.Sequential(Streaming(8, 8, 3), nn.Conv1d(8, 8, 3))
+    change = halved(model, carried=False)
+    assert type(model[0]) is Streaming
+    assert type(model[1]) is not nn.Conv1d
+    change.off()
+
+
 def test_alike_layers_share_a_class_so_that_a_compiler_makes_one_graph_for_all() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     HalfStage(torch.bfloat16, carried=False).prepare(part_of(model)).on()
