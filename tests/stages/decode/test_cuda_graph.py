@@ -642,6 +642,16 @@ def test_a_cuda_recorder_needs_cuda() -> None:
         CudaRecorder(torch.device("cuda"))
 
 
+def test_a_decoder_that_takes_no_mask_of_four_dimensions_is_upstreams(seen: list[Event]) -> None:
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=WIDTH, n_layer=2, n_head=4)
+    model = transformers.BloomModel(config).eval()
+    expected, _ = loop(model)
+    capture(model)
+    assert torch.allclose(loop(model)[0], expected, atol=1e-5)
+    assert [type(event) for event in seen] == [FellBack]
+
+
 def opt(**_options: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.OPTConfig(
