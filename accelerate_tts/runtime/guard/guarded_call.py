@@ -71,8 +71,9 @@ def call(  # noqa: PLR0913 - a call, and how it is made
         attempt.runs_on_a_loop()
         return named_like(result, drive_async(result, _Stream(attempt)))
     if issubclass(kind, HasBody):
-        result.drive_body(lambda body: drive(body, _Stream(attempt)))
-        return result
+        stream: HasBody = result
+        stream.drive_body(lambda body: drive(body, _Stream(attempt)))
+        return stream
     fault = attempt.fault_of(result)
     hold = None if fault is None else attempt.hold(fault)
     if hold is None:
