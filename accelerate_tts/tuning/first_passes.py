@@ -99,7 +99,7 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
         return clock() - begun
 
     baseline: Baseline | None = None
-    with constants.installed():
+    with KeptConstants().watching():  # keeps the functions replaced from one pass to the next
         with draws.finding():
             if plan.refine is None:
                 baseline = recorded(since)

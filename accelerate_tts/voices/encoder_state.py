@@ -57,7 +57,7 @@ class _Said:
 
 @dataclasses.dataclass
 class _Beside:
-    """What modules hold beside their weights and plain attributes.
+    """Content of modules beside their weights and plain attributes.
 
     Attributes:
         functions: Each `forward`, and the hooks.

@@ -165,33 +165,22 @@ class KeptConstants(BaseChange):
         self._release: Callable[[], object] | None = None
 
     @contextmanager
-    def installed(self) -> Generator[None, None, None]:
-        """Keep the functions replaced while open, between one `watching` and the next: each walks all modules."""
-        seen: dict[str, Watched] = {}
-        functions = self._watched_by(seen)
-        try:
-            yield
-        finally:
-            _unwatched(functions, seen)
-
-    @contextmanager
     def watching(self) -> Generator[None, None, None]:
-        """Observe calls of the functions while open."""
+        """Observe calls of the functions while open. Inside another object's `watching`, they are replaced already."""
         seen: dict[str, Watched] = {}
-        functions = self._watched_by(seen)
-        try:
-            yield
-        finally:
-            self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
-            _unwatched(functions, seen)
-
-    def _watched_by(self, seen: dict[str, Watched]) -> list[_Function]:
+        functions = _replace({name for name in self.functions if _upstream(name) is not None})
         with _lock:
-            functions = _replace({name for name in self.functions if _upstream(name) is not None})
             for function in functions:
                 function.results.clear()  # results cached for another object would hide calls of upstream
                 function.watchers.append(seen)
-            return functions
+        try:
+            yield
+        finally:
+            with _lock:
+                for function in functions:  # by identity, since observations of two objects may be equal
+                    function.watchers = [other for other in function.watchers if other is not seen]
+                self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
+                _give_back()
 
     @property
     def saved(self) -> float:
@@ -221,13 +210,6 @@ class KeptConstants(BaseChange):
             if self._release is not None:
                 self._release()
                 self._release = None
-
-
-def _unwatched(functions: list[_Function], seen: dict[str, Watched]) -> None:
-    with _lock:
-        for function in functions:
-            function.watchers = [other for other in function.watchers if other is not seen]
-        _give_back()
 
 
 def _leave(functions: tuple[_Function, ...]) -> None:
