@@ -65,7 +65,10 @@ def files() -> dict[Path, str]:
     machines, readme = read(RESULTS), ROOT / "README.md"
     groups = list(peer_groups(machines))
     front, landing = (with_chart(one.read_text("utf-8"), bool(groups), one.parent) for one in (readme, LANDING))
-    bars = [bar for one in found if one.name in rows for bar in check_bars(one.name, rows[one.name])]
+    bars = [
+        bar for of_it in rows.values() for one in found if one.name in of_it
+        for bar in check_bars(one.name, of_it[one.name])
+    ]  # fmt: skip
     return {
         environments_page.PAGE: environments_page.page(found, rows),
         readme: environments_page.with_table(front, found, rows),

@@ -26,12 +26,13 @@ _HEAD = """# Where it was run
 Runs have written this page; nobody writes figures here. `make environments` builds each environment
 below from its upstream's own pins, in a virtual environment of its own. It installs the wheel
 beside it without changing a package, runs the contract tests of that system and a check, and writes
-one file under `benchmarks/environments/rows/`. `make environments ONLY=name` runs one,
-`LAYERS=full` runs them at upstream's full size, and `make environments-page` writes this page.
+one file under `benchmarks/environments/rows/`, in the folder of its machine. `make environments
+ONLY=name` runs one, `LAYERS=full` runs them at upstream's full size, and `make environments-page`
+writes this page. Each machine has tables of its own.
 
 A check builds a system from its true configuration with seeded weights and with as many layers as
 the table says, tunes it, and times it untouched and tuned in turn, five pairs. "One token" is one
-step of the decode loop. The floor is the time in which this machine's memory gives that step's
+step of the decode loop. The floor is the time in which the machine's memory gives that step's
 weights once, as they were loaded. Ratios are medians, with the lowest and the highest of the pairs.
 Few layers show that everything applies; they are no speed-up of a whole system.
 
@@ -42,23 +43,54 @@ diverges, and is not judged by its tokens
 """
 
 
-def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Rows as `run.py` writes them, by the folder of their machine and the environment's name."""
+
+
+def page(environments: Sequence[Environment], rows: Rows) -> str:
     """Return the page's text.
 
     Args:
         environments: The environments of environments.toml, in its order.
-        rows: Rows by the environment's name, as `run.py` writes them. The page says so where one is missing.
+        rows: Rows. The page says so where an environment has none on any machine.
     """
-    found = [(one, rows.get(one.name)) for one in environments]
-    parts = [_HEAD, "## What was installed and tested\n", table(_OVERVIEW, map(_overview, found))]
-    checks = [line for one, row in found if row is not None for line in _checks(one, row)]
-    if checks:
-        parts += ["## What it gave\n", table(_CHECKS, checks)]
-    parts += ["## What was tried in each\n", *(_details(one, row) for one, row in found if row is not None)]
+    found = list(_by_machine(environments, rows))
+    never = [one for one in environments if not any(one.name in of_it for of_it in rows.values())]
+    parts = [_HEAD, "## What was installed and tested\n"]
+    for where, of_it in found:
+        parts += [f"### Tested on {where}\n", table(_OVERVIEW, (_overview(one, row) for one, row in of_it))]
+    if never:
+        told = (f"`{one.name}` ({', '.join(one.requires)})" for one in never)
+        parts.append(wrapped(f"- Never run: {'; '.join(told)}") + "\n")
+    checks = [(where, [line for one, row in of_it for line in _checks(one, row)]) for where, of_it in found]
+    if any(lines for _, lines in checks):
+        parts.append("## What it gave\n")
+    for where, lines in checks:
+        parts += [f"### Timed on {where}\n", table(_CHECKS, lines)] if lines else []
+    parts.append("## What was tried in each\n")
+    for one in environments:
+        of_one = [of_it[one.name] for of_it in rows.values() if one.name in of_it]
+        heads = [f"{one.name}, {name_of(row['machine'])}" for row in of_one] if len(of_one) > 1 else [one.name]
+        parts += [_details(head, one, row) for head, row in zip(heads, of_one, strict=False)]
     return "\n".join(parts)
 
 
-def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+def name_of(machine: dict[str, Any]) -> str:
+    """Return a machine in words."""
+    return cell(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+
+
+def _by_machine(
+    environments: Sequence[Environment], rows: Rows
+) -> Iterator[tuple[str, list[tuple[Environment, dict[str, Any]]]]]:
+    """Yield each machine in words, and its rows in the environments' order."""
+    for of_it in rows.values():
+        found = [(one, of_it[one.name]) for one in environments if one.name in of_it]
+        if found:
+            yield name_of(found[0][1]["machine"]), found
+
+
+def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> str:
     """Return README's text with a small table of results for each machine between its two marks.
 
     Args:
@@ -66,18 +98,12 @@ def with_table(readme: str, environments: Sequence[Environment], rows: dict[str,
         environments: As for `page`.
         rows: As for `page`.
     """
-    found: dict[str, list[Sequence[str]]] = {}
-    days: dict[str, set[str]] = {}
-    for one, row in ((one, rows[one.name]) for one in environments if one.name in rows):
-        machine = row["machine"]
-        where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
-        found.setdefault(where, []).extend(map(_in_short, _checks(one, row)))
-        days.setdefault(where, set()).add(row["date"])
-    tables = [
-        f"{where}, {' and '.join(sorted({min(days[where]), max(days[where])}))}:\n\n{table(_SHORT, lines)}"
-        for where, lines in found.items()
-        if lines
-    ]
+    tables: list[str] = []
+    for where, of_it in _by_machine(environments, rows):
+        lines = [_in_short(check) for one, row in of_it for check in _checks(one, row)]
+        days = [row["date"] for _, row in of_it]
+        span = " and ".join(sorted({min(days), max(days)}))
+        tables += [f"{where}, {span}:\n\n{table(_SHORT, lines)}"] if lines else []
     head = readme.index("\n", readme.index(_BEGIN)) + 1
     text = "\n".join(tables) or "No row was written in this state.\n"
     return f"{readme[:head]}\n{text}\n{readme[readme.index(_END) :]}"
@@ -116,10 +142,7 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _overview(found: tuple[Environment, dict[str, Any] | None]) -> Sequence[str]:
-    one, row = found
-    if row is None:
-        return (one.name, one.python, "", "", ", ".join(one.requires), "", "never run", "")
+def _overview(one: Environment, row: dict[str, Any]) -> Sequence[str]:
     versions = row["versions"]
     upstream = ", ".join(f"{name} {versions[name]}" for name in one.upstream if name in versions)
     tests = row["tests"]
@@ -179,12 +202,12 @@ def _output(check: dict[str, Any]) -> str:
     return "differs" if error is None else "bit-exact" if error == 0.0 else f"error {error:.0e}"
 
 
-def _details(one: Environment, row: dict[str, Any]) -> str:
+def _details(head: str, one: Environment, row: dict[str, Any]) -> str:
     machine = row["machine"]
     lines = [
         f"- Installed: {_code(row['requires'])}"
         + "".join(f"; beside it `{extra['requires']}`: {extra['reason']}" for extra in row["beside"]),
-        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}, "
+        f"- Machine: {name_of(machine)} {machine['machine']}, "
         + (", ".join(machine["isa"]) or "no instruction set that is known by name"),
     ]
     note = row["note"] or one.note  # a quick run says so in its row's
@@ -200,7 +223,7 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
             lines.append(f"- Failed: `{test or file}` in `{file}`: {cell(why.replace('::', ':: '))}")
     for check in row["checks"]:
         lines += _of_check(check)
-    return "\n".join([f"### {one.name}\n", *map(wrapped, lines)]) + "\n"
+    return "\n".join([f"### {head}\n", *map(wrapped, lines)]) + "\n"
 
 
 def wrapped(line: str) -> str:
@@ -232,9 +255,12 @@ def main() -> None:
     sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} and README's table are written\n")
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of a folder, by their environment's name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+def read(folder: Path) -> Rows:
+    """Return the rows of a folder; the machine with the most of them is first."""
+    found: Rows = {}
+    for path in sorted(folder.glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text("utf-8"))
+    return dict(sorted(found.items(), key=lambda one: -len(one[1])))
 
 
 if __name__ == "__main__":
