@@ -6,8 +6,9 @@ The files are those of benchmarks/results and of benchmarks/environments/rows. A
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,8 +19,8 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 LANDING = ROOT / "docs" / "index.md"
-CHART = ROOT / "docs" / "figures" / "environments.svg"
-PEERS = ROOT / "docs" / "figures" / "peers.svg"
+FIGURES = ROOT / "docs" / "figures"
+CHART = FIGURES / "environments.svg"
 sys.path.insert(0, str(HERE / "environments"))
 
 import page as environments_page
@@ -50,10 +51,19 @@ _LOAD = (
 
 
 def main() -> None:
-    for path, text in files().items():
+    made = files()
+    for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         print(f"{path.relative_to(ROOT)} is written")
+    for path in left_over(made):
+        path.unlink()
+        print(f"{path.relative_to(ROOT)} is removed: no file of a run is behind it")
+
+
+def left_over(made: Iterable[Path]) -> list[Path]:
+    """Return the charts of earlier states that are not made any more."""
+    return sorted({*FIGURES.glob("peers*.svg"), *FIGURES.glob("environments*.svg")} - {*made})
 
 
 def files() -> dict[Path, str]:
@@ -63,8 +73,11 @@ def files() -> dict[Path, str]:
 
     found, rows = environments(FILE.read_text("utf-8")), environments_page.read(ROWS)
     machines, readme = read(RESULTS), ROOT / "README.md"
-    groups = list(peer_groups(machines))
-    front, landing = (with_chart(one.read_text("utf-8"), bool(groups), one.parent) for one in (readme, LANDING))
+    peers = {name: groups for name, documents in machines.items() if (groups := peer_groups(documents))}
+    where = {name: environments_page.name_of(machines[name][-1]["machine"]) for name in peers}
+    most = max(peers, key=lambda name: len(peers[name])) if peers else None
+    told = None if most is None else (peers_file(most), where[most])
+    front, landing = (with_chart(one.read_text("utf-8"), told, one.parent) for one in (readme, LANDING))
     bars = [
         bar for of_it in rows.values() for one in found if one.name in of_it
         for bar in check_bars(one.name, of_it[one.name])
@@ -73,32 +86,46 @@ def files() -> dict[Path, str]:
         environments_page.PAGE: environments_page.page(found, rows),
         readme: environments_page.with_table(front, found, rows),
         CHART: chart("Times as fast as untouched", [Group("", bars)]),
-        **({PEERS: chart("Times as fast as eager PyTorch", groups)} if groups else {}),
+        **{FIGURES / peers_file(name): chart(_PEERS_TITLE, groups, where[name]) for name, groups in peers.items()},
         PAGE: results_page(machines),
         LANDING: landing,
     }
 
 
 _BEGIN, _END = "<!-- chart: ", "<!-- chart: end -->"
-_PEERS_TOLD = """![Times as fast as eager PyTorch: this library and other engines](docs/figures/peers.svg)
-
-The chart has one group for each run, in which all engines took turns with the same weights, inputs
-and threads. [What was measured](docs/RESULTS.md) has errors, set-up times and lines of code."""
+_PEERS_TITLE = "Times as fast as eager PyTorch"
+_PEERS_TEXT = """Measured on {where}. Engines took turns with the same weights, inputs and threads; the fastest
+variant of each is shown. [What was measured](docs/RESULTS.md) has the others, errors, set-up times,
+lines of code, and each machine."""
 _CHART_TOLD = "![Times as fast as untouched, by environment and system](docs/figures/environments.svg)"
 
 
-def with_chart(page: str, peers: bool, folder: Path = ROOT) -> str:
+def with_chart(page: str, peers: tuple[str, str] | None, folder: Path = ROOT) -> str:
     """Return a page's text with the chart of peers between its two marks; that of environments if there is none.
 
     Args:
         page: The text.
-        peers: True if there is a chart of peers.
+        peers: The chart of peers, by its file's name and the machine in words, if there is one.
         folder: The page's folder, this one or docs.
     """
     head = page.index("\n", page.index(_BEGIN)) + 1
-    told = _PEERS_TOLD if peers else _CHART_TOLD
+    told = _CHART_TOLD
+    if peers is not None:
+        file, where = peers
+        text = _PEERS_TEXT.format(where=environments_page.cell(where)).replace("\n", " ")
+        told = f"{peers_image(f'docs/figures/{file}')}\n\n{environments_page.wrapped(text, indent='')}"
     told = told if folder == ROOT else told.replace("](docs/", "](")
     return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
+
+
+def peers_file(machine: str) -> str:
+    """Return the name of the chart of peers of a machine's folder."""
+    return f"peers-{machine}.svg"
+
+
+def peers_image(path: str) -> str:
+    """Return the chart of peers as an image in Markdown."""
+    return f"![{_PEERS_TITLE}: this library and other engines]({path})"
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -122,9 +149,11 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
             for head, lines in ((_COLUMNS, _rows), (_PEERS, _peers), (_LOAD, _loads))
         ]
         isa = ", ".join(machine["isa"]) or "no instruction set that is known by name"
+        image = [f"{peers_image(f'figures/{peers_file(name)}')}\n"] if peer_groups(documents) else []
         parts += [
             f"## {name}\n",
-            environments_page.wrapped(f"{facts}: {isa}.").replace("\n  ", "\n") + "\n",
+            environments_page.wrapped(f"{facts}: {isa}.", indent="") + "\n",
+            *image,
             *(environments_page.table(head, lines) for head, lines in tables if lines),
             *(environments_page.wrapped(f"- {line}") for one in documents for line in _about(one)),
             "",
@@ -251,32 +280,50 @@ _TITLES = {
 }  # fmt: skip
 
 
-def peer_groups(machines: dict[str, list[dict[str, Any]]]) -> Iterator[Group]:
-    """Yield a group for each run of peers, at full size, with the fastest first."""
-    for documents in machines.values():
-        for item in (item for one in documents if one["options"]["size"] == "full" for item in one.get("peers", [])):
-            layers = f", {item['layers']} layers" if item["layers"] else ""
-            title = _TITLES.get(item["system"], item["system"])
-            heading = f"{title}{layers}: {item['what']}, {item['threads']} threads"
-            bars = [(one["name"], one["ratio"]) for one in item["peers"] if one["ratio"] and one["name"] != "eager"]
-            yield Group(heading, sorted(bars, key=lambda bar: -bar[1]["ratio"]))
+def peer_groups(documents: Sequence[dict[str, Any]]) -> list[Group]:
+    """Return a group for each system of a machine, with the fastest engine first.
+
+    Each precision of ours has a bar, and of each other engine the fastest variant. Eager is the chart's 1.0. Of a
+    system that was measured with several numbers of layers, the largest is shown.
+    """
+    runs = [item for one in documents if one["options"]["size"] == "full" for item in one.get("peers", [])]
+    runs.sort(key=lambda item: (item["layers"] is None, item["layers"] or 0))
+    largest = {(item["system"], item["what"], item["threads"]): item for item in runs}
+    order = [*_TITLES, *(name for name, _, _ in largest)]
+    groups = []
+    for system, what, threads in sorted(largest, key=lambda one: order.index(one[0])):
+        item = largest[system, what, threads]
+        layers = f", {item['layers']} layers" if item["layers"] else ""
+        bars: dict[str, tuple[str, dict[str, float]]] = {}
+        for one in item["peers"]:
+            name, ratio = one["name"], one["ratio"]
+            if ratio and name != "eager" and ratio["ratio"] > bars.get(family(name), ("", {"ratio": 0.0}))[1]["ratio"]:
+                bars[family(name)] = name, ratio
+        heading = f"{_TITLES.get(system, system)}{layers}: {what}, {threads} threads"
+        groups.append(Group(heading, sorted(bars.values(), key=lambda bar: -bar[1]["ratio"])))
+    return groups
 
 
-_LEFT, _WIDTH, _ROW, _TOP, _HEADING = 8, 760, 42, 34, 30
+def family(name: str) -> str:
+    """Return what engines that differ in a format or an option alone have in common; each of ours is its own."""
+    return name if name.startswith("ours") else re.split(r",| (?=int8|[fF]\d|[bB][fF]\d|Q\d)", name)[0]
+
+
+_LEFT, _WIDTH, _ROW, _TOP, _HEADING, _SECOND = 8, 760, 42, 34, 30, 20
 _SCALE_WIDTH = 560
 _LABEL = 48  # the width of a ratio's text
 
 
-def chart(title: str, groups: Sequence[Group]) -> str:
+def chart(title: str, groups: Sequence[Group], where: str = "") -> str:
     """Return an SVG with a bar for each ratio, and a line from its least to its most round.
 
-    Bars of this library have another colour where a group has others, too. The dashed line at 1.0 stands beside bars
-    only, and never behind a text.
+    The machine in words stands below the title. Bars of this library have another colour where a group has others, too.
+    The dashed line at 1.0 stands beside bars only, and never behind a text.
     """
     unit = _SCALE_WIDTH / max([2.0, *(ratio["highest"] for group in groups for _, ratio in group.bars)])
     one = _LEFT + unit
     lines: list[str] = []
-    top = _TOP
+    top = _TOP + (_SECOND if where else 0)
     for group in groups:
         if group.heading:
             top += _HEADING
@@ -310,6 +357,7 @@ def chart(title: str, groups: Sequence[Group]) -> str:
         ".spread, .one { stroke: #f0f6fc } .within { stroke: #ffffff } }",
         "</style>",
         f'<text x="{_LEFT}" y="16">{escape(title)} (dashed: 1.0; lines: least to most)</text>',
+        *([f'<text x="{_LEFT}" y="{16 + _SECOND}">{escape(where)}</text>'] if where else []),
     ]
     return "\n".join([*head, *lines, "</svg>", ""])
 

@@ -50,8 +50,10 @@ def made(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_pages_are_what_the_files_say(figures: Any) -> None:
-    for path, text in figures.files().items():
+    made = figures.files()
+    for path, text in made.items():
         assert path.read_text("utf-8") == text, f"{path.name} differs: run make figures"
+    assert figures.left_over(made) == [], "run make figures"
 
 
 BY_HAND = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -186,18 +188,82 @@ def test_engines_of_one_run_are_stored_and_shown(figures: Any, tmp_path: Path) -
         ["broken", "**failed**: RuntimeError: no", "", "", "", "", "3", "", ""],
     ]
     assert "faster than all of ours: OpenVINO &lt;bf16>" in " ".join(page.split())
-    (group,) = figures.peer_groups(machines)
+    ((name, documents),) = machines.items()
+    (group,) = figures.peer_groups(documents)
+    assert f"(figures/{figures.peers_file(name)})" in page
     assert [name for name, _ in group.bars] == ["OpenVINO <bf16>", "ours, exact", "slow"]
     svg = figures.chart("Title", [group])
     bars = [bar.attrib for bar in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")]  # noqa: S314 - our own
     assert [bar["class"] for bar in bars] == ["bar other", "bar", "bar other"]
-    for peers_there in (False, True):
+    for peers_there in (None, ("peers-a.svg", "A <Zen>, 2 cores, Linux")):
         text = figures.with_chart("# A\n<!-- chart: x -->\nold\n<!-- chart: end -->\nB\n", peers_there)
-        assert ("figures/peers.svg" in text) is peers_there
+        assert ("docs/figures/peers-a.svg" in text) is (peers_there is not None)
+        assert ("Measured on A &lt;Zen>, 2 cores, Linux." in text) is (peers_there is not None)
         assert text.endswith("<!-- chart: end -->\nB\n")
         assert "old" not in text
     tiny = {**content, "options": {**options, "size": "tiny"}}
-    assert list(figures.peer_groups({"machine": [tiny]})) == []
+    assert figures.peer_groups([tiny]) == []
+
+
+def run_of_engines(machine: str, ratios: dict[str, float | None], **changes: Any) -> dict[str, Any]:
+    """Return a document of peers.py on a machine, with the ratio of each engine or none where it failed."""
+    peers = [
+        {"name": name, "lines": 3, "set_up": ratio and 12.3, "error": ratio and 1e-6, "kept": [],
+         "failed": None if ratio else "RuntimeError: no",
+         "ratio": ratio and {"before": 0.1, "after": 0.1 / ratio, "ratio": ratio, "lowest": ratio, "highest": ratio,
+                             "pairs": 7}}
+        for name, ratio in ratios.items()
+    ]  # fmt: skip
+    item = {"system": "mms", "what": "a call", "layers": None, "threads": 2, "note": "", "floor": 0.04,
+            "floor_of": "fp32", "floors": FLOORS, "disturbed": 0, "disturbance": "", "moved": "", "peers": peers,
+            **changes}  # fmt: skip
+    options = {"precisions": ["exact"], "layers": item["layers"], "tokens": None, "size": "full", "peers": None}
+    about = {"system": "Linux", "machine": "x86_64", "processor": machine, "cores": 2, "isa": ["avx2"]}
+    content = {**made(), "systems": [], "peers": [item], "options": options, "machine": about}
+    assert list(objections({**content, "commit": "0123456"}, SCHEMA)) == []
+    return content
+
+
+def test_each_machine_has_a_chart_of_engines_and_the_fullest_is_in_front(
+    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = importlib.import_module("record")
+    for content in (
+        run_of_engines("A <Zen>", {"eager": 1.0, "ours, exact": 1.5}),
+        run_of_engines("B Xeon", {"eager": 1.0, "ours, exact": 1.25}),
+        run_of_engines("B Xeon", {"eager": 1.0, "ours, exact": 1.75}, system="kokoro"),
+        run_of_engines("B Xeon", {"eager": 1.0, "ours, exact": 9.0}, system="kokoro", layers=4),
+    ):
+        record.store(content, tmp_path, "0123456")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    made = figures.files()
+    charts = {path.name: text for path, text in made.items() if path.name.startswith("peers")}
+    assert list(charts) == ["peers-a-zen-avx2-2-cores.svg", "peers-b-xeon-avx2-2-cores.svg"]
+    zen, xeon = charts.values()
+    assert "A &lt;Zen&gt;, 2 cores, Linux" in zen
+    assert ("1.50x" in zen, "1.25x" in zen, "1.50x" in xeon) == (True, False, False)
+    assert xeon.index("MMS (VITS): a call") < xeon.index("1.25x") < xeon.index("Kokoro: a call") < xeon.index("1.75x")
+    assert "9.00x" not in xeon  # of fewer layers
+    front = made[ROOT / "README.md"]
+    assert "docs/figures/peers-b-xeon-avx2-2-cores.svg" in front
+    assert "peers-a-zen" not in front
+    assert "Measured on B Xeon, 2 cores, Linux." in " ".join(front.split())
+    page = made[figures.PAGE]
+    for name in charts:
+        assert f"(figures/{name})" in page.partition(f"## {name[6:-4]}\n")[2].partition("\n## ")[0]
+
+
+def test_of_each_other_engine_the_chart_has_the_fastest_variant(figures: Any) -> None:
+    ratios = {
+        "eager": 1.0, "ours, exact": 1.5, "ours, fast": 3.0, "torch.compile": 0.9, "torch.compile, frozen": 1.1,
+        "llama.cpp F32": 1.2, "llama.cpp Q8_0": 2.0, "OpenVINO": 1.3, "OpenVINO bf16": 1.25, "OpenVINO int8": None,
+        "ONNX Runtime": 1.4, "ONNX Runtime int8": 0.5, "torchao, int8 weights": 0.2, "transformers, static": 0.8,
+    }  # fmt: skip
+    (group,) = figures.peer_groups([run_of_engines("A", ratios)])
+    assert [name for name, _ in group.bars] == [
+        "ours, fast", "llama.cpp Q8_0", "ours, exact", "ONNX Runtime", "OpenVINO", "torch.compile, frozen",
+        "transformers, static", "torchao, int8 weights",
+    ]  # fmt: skip
 
 
 def test_the_line_of_the_chart_crosses_no_text(figures: Any) -> None:

@@ -70,14 +70,14 @@ def page(environments: Sequence[Environment], rows: Rows) -> str:
     parts.append("## What was tried in each\n")
     for one in environments:
         of_one = [of_it[one.name] for of_it in rows.values() if one.name in of_it]
-        heads = [f"{one.name}, {name_of(row['machine'])}" for row in of_one] if len(of_one) > 1 else [one.name]
+        heads = [f"{one.name}, {cell(name_of(row['machine']))}" for row in of_one] if len(of_one) > 1 else [one.name]
         parts += [_details(head, one, row) for head, row in zip(heads, of_one, strict=False)]
     return "\n".join(parts)
 
 
 def name_of(machine: dict[str, Any]) -> str:
     """Return a machine in words."""
-    return cell(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
 
 
 def _by_machine(
@@ -87,7 +87,7 @@ def _by_machine(
     for of_it in rows.values():
         found = [(one, of_it[one.name]) for one in environments if one.name in of_it]
         if found:
-            yield name_of(found[0][1]["machine"]), found
+            yield cell(name_of(found[0][1]["machine"])), found
 
 
 def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> str:
@@ -226,9 +226,9 @@ def _details(head: str, one: Environment, row: dict[str, Any]) -> str:
     return "\n".join([f"### {head}\n", *map(wrapped, lines)]) + "\n"
 
 
-def wrapped(line: str) -> str:
-    """Wrap a list item at 100 columns."""
-    return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def wrapped(line: str, indent: str = "  ") -> str:
+    """Wrap a list item at 100 columns, or a paragraph with an empty indent."""
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _code(words: Iterable[str]) -> str:
