@@ -36,6 +36,10 @@ weights. The same object is timed untouched and tuned in turn, in one process. R
 pairs, with the least and the most of them. "One token" is one step of the decode loop, and "floors"
 is how often the memory could have given that step's weights meanwhile. A peak is that of a process
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
+
+Engines of other makers took turns with eager PyTorch and with this library in one run, and their
+ratios are to eager in that run. Of an engine that several runs of a machine have
+measured, the newest row is shown.
 """
 _COLUMNS = (
     "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
@@ -141,7 +145,8 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     parts = [_HEAD]
     if not machines:
         parts.append("No result is stored for this state of the library.\n")
-    for name, documents in machines.items():
+    for name, stored in machines.items():
+        documents = newest(stored)
         machine = documents[-1]["machine"]
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
         tables = [
@@ -199,6 +204,46 @@ def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             )  # fmt: skip
 
 
+def newest(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return documents of a machine, with each engine's row of its newest run alone.
+
+    Runs are the same if system, size, layers, threads and what is timed are. A failure is left out if any run has a
+    figure. A document without a row is left out.
+    """
+    order = sorted(range(len(documents)), key=lambda at: _age(documents[at]), reverse=True)
+
+    def key(document: dict[str, Any], item: dict[str, Any], one: dict[str, Any]) -> tuple[Any, ...]:
+        about = (item[name] for name in ("system", "what", "layers", "threads"))
+        return (document["options"]["size"], *about, one["name"])
+
+    chosen: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+    for failed in (False, True):
+        for at in order:
+            for item in documents[at].get("peers", []):
+                for one in item["peers"]:
+                    if (one["ratio"] is None) is failed:
+                        chosen.setdefault(key(documents[at], item, one), (at, one))
+    found: list[dict[str, Any]] = []
+    for at, document in enumerate(documents):
+        if "peers" not in document:
+            found.append(document)
+            continue
+        items = []
+        for item in document["peers"]:
+            rows = [one for one in item["peers"] if chosen[key(document, item, one)] == (at, one)]
+            shown = {one["name"] for one in rows}
+            said = {"ahead": [name for name in ahead(item) if name in shown], "whole": len(rows) == len(item["peers"])}
+            items += [{**item, **said, "peers": rows}] if rows else []
+        found += [{**document, "peers": items}] if items else []
+    return found
+
+
+def _age(document: dict[str, Any]) -> tuple[str, str, int]:
+    """Return what is greater for the newer document; for the larger of one day, if no time is stored."""
+    rows = sum(len(item["peers"]) for item in document.get("peers", []))
+    return document["date"], document.get("time", ""), rows
+
+
 def ahead(item: dict[str, Any]) -> list[str]:
     """Return the engines of other makers that were faster than each of ours."""
     ratios = {one["name"]: one["ratio"]["ratio"] for one in item["peers"] if one["ratio"] is not None}
@@ -228,7 +273,7 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
     variables = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
     names = ", ".join(one["system"] for one in document["systems"]) or "a service"
     if "peers" in document:
-        names = "engines of " + ", ".join(one["system"] for one in document["peers"])
+        names = "engines of " + ", ".join(one["system"] + _engines_of(one) for one in document["peers"])
     python = f"Python {document['python']}, " if document["python"] else ""
     yield f"{names}: {document['date']}, {document['commit']}; {python}{versions}; {variables or 'no variable set'}"
     for system in document["systems"]:
@@ -240,11 +285,18 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
     for item in document.get("peers", []):
         memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
         said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", item["disturbance"], item["moved"]]
-        said += [item["note"], f"faster than all of ours: {', '.join(ahead(item)) or 'none'}"]
-        yield f"engines of {item['system']}: {'; '.join(environments_page.cell(one) for one in said if one)}"
+        said += [item["note"], f"faster than all of ours: {', '.join(item['ahead']) or 'none'}"]
+        told = "; ".join(environments_page.cell(one) for one in said if one)
+        yield f"engines of {item['system']}{_engines_of(item)}: {told}"
         for one in item["peers"]:
             if one["kept"]:
                 yield f"{item['system']}, {one['name']}, kept: {environments_page.cell('; '.join(one['kept']))}"
+
+
+def _engines_of(item: dict[str, Any]) -> str:
+    """Return which engines' rows are shown, where a newer run has the others."""
+    names = ", ".join(environments_page.cell(one["name"]) for one in item["peers"])
+    return "" if item["whole"] else f" ({names} alone)"
 
 
 def _output(run: dict[str, Any]) -> str:
@@ -286,16 +338,18 @@ def peer_groups(documents: Sequence[dict[str, Any]]) -> list[Group]:
     Each precision of ours has a bar, and of each other engine the fastest variant. Eager is the chart's 1.0. Of a
     system that was measured with several numbers of layers, the largest is shown.
     """
-    runs = [item for one in documents if one["options"]["size"] == "full" for item in one.get("peers", [])]
-    runs.sort(key=lambda item: (item["layers"] is None, item["layers"] or 0))
-    largest = {(item["system"], item["what"], item["threads"]): item for item in runs}
-    order = [*_TITLES, *(name for name, _, _ in largest)]
+    full = [one for one in newest(documents) if one["options"]["size"] == "full"]
+    found: dict[tuple[str, str, int], dict[float, list[dict[str, Any]]]] = {}
+    for item in (item for one in full for item in one.get("peers", [])):
+        by_layers = found.setdefault((item["system"], item["what"], item["threads"]), {})
+        by_layers.setdefault(item["layers"] or float("inf"), []).extend(item["peers"])
+    order = [*_TITLES, *(name for name, _, _ in found)]
     groups = []
-    for system, what, threads in sorted(largest, key=lambda one: order.index(one[0])):
-        item = largest[system, what, threads]
-        layers = f", {item['layers']} layers" if item["layers"] else ""
+    for system, what, threads in sorted(found, key=lambda one: order.index(one[0])):
+        number, peers = max(found[system, what, threads].items())
+        layers = f", {number:.0f} layers" if number < float("inf") else ""
         bars: dict[str, tuple[str, dict[str, float]]] = {}
-        for one in item["peers"]:
+        for one in peers:
             name, ratio = one["name"], one["ratio"]
             if ratio and name != "eager" and ratio["ratio"] > bars.get(family(name), ("", {"ratio": 0.0}))[1]["ratio"]:
                 bars[family(name)] = name, ratio

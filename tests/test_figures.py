@@ -253,6 +253,39 @@ def test_each_machine_has_a_chart_of_engines_and_the_fullest_is_in_front(
         assert f"(figures/{name})" in page.partition(f"## {name[6:-4]}\n")[2].partition("\n## ")[0]
 
 
+def test_of_several_runs_each_engine_has_its_newest_row(figures: Any) -> None:
+    first = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.1, "OpenVINO": 1.2, "llama.cpp": 1.9, "x": None})
+    second = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.3, "OpenVINO": 1.4, "torchao": 0.5})
+    third = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.5, "llama.cpp": None, "y": None})
+    fewer = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.7}, layers=4)
+    for day, content in zip(("27", "28", "28", "29"), (first, second, third, fewer), strict=True):
+        content |= {"date": f"2026-11-{day}", "commit": f"commit{day}"}
+    second["time"], third["time"] = "09:00:00", "10:00:00"
+    page = figures.results_page({"a": [third, fewer, second, first]})
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| mms, a call |")]
+    shown = [(layers.strip(), name.strip(), ratio.strip()[:5]) for _, _, layers, name, _, ratio, *_ in rows]
+    assert shown == [
+        ("all", "eager", "1.00x"), ("all", "ours, exact", "1.50x"), ("all", "y", ""), ("4", "eager", "1.00x"),
+        ("4", "ours, exact", "1.70x"), ("all", "OpenVINO", "1.40x"), ("all", "torchao", "0.50x"),
+        ("all", "llama.cpp", "1.90x"), ("all", "x", ""),
+    ]  # fmt: skip
+    text = " ".join(page.split())
+    assert "engines of mms (OpenVINO, torchao alone): 2026-11-28, commit28" in text
+    assert "engines of mms (llama.cpp, x alone): 2026-11-27, commit27" in text
+    assert "faster than all of ours: llama.cpp" in text  # of its own run
+    (group,) = figures.peer_groups([third, fewer, second, first])
+    assert [(name, ratio["ratio"]) for name, ratio in group.bars] == [
+        ("llama.cpp", 1.9), ("ours, exact", 1.5), ("OpenVINO", 1.4), ("torchao", 0.5),
+    ]  # fmt: skip
+    replaced = {**second, "peers": [{**second["peers"][0], "peers": second["peers"][0]["peers"][:3]}], "time": "08"}
+    assert "commit28" not in figures.results_page({"a": [replaced | {"commit": "commit28"}, second | {"commit": "x"}]})
+    older = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.2}) | {"date": "2026-11-28"}
+    larger = run_of_engines("A", {"eager": 1.0, "ours, exact": 1.4, "x": 1.0}) | {"date": "2026-11-28"}
+    del older["time"], larger["time"]  # as files of that day have it
+    assert figures.newest([older, larger])[0]["peers"][0]["whole"]
+    assert len(figures.newest([older, larger])) == 1
+
+
 def test_of_each_other_engine_the_chart_has_the_fastest_variant(figures: Any) -> None:
     ratios = {
         "eager": 1.0, "ours, exact": 1.5, "ours, fast": 3.0, "torch.compile": 0.9, "torch.compile, frozen": 1.1,
