@@ -157,13 +157,20 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
         image = [f"{peers_image(f'figures/{peers_file(name)}')}\n"] if peer_groups(documents) else []
         parts += [
             f"## {name}\n",
-            environments_page.wrapped(f"{facts}: {isa}.", indent="") + "\n",
+            environments_page.wrapped(f"{facts}: {isa}.{_kernels(stored)}", indent="") + "\n",
             *image,
             *(environments_page.table(head, lines) for head, lines in tables if lines),
             *(environments_page.wrapped(f"- {line}") for one in documents for line in _about(one)),
             "",
         ]
     return "\n".join(parts)
+
+
+def _kernels(documents: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence on the instruction sets that the kernels ran at; "" if no document has one."""
+    runs = (run for one in documents for system in one["systems"] for run in system["runs"])
+    levels = {one.get("kernels") for one in (*documents, *runs)} - {None, ""}
+    return f" Kernels ran at: {', '.join(sorted(levels))}." if levels else ""
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -44,6 +44,7 @@ from accelerate_tts.cli.bench.measure import Ratio, series
 from accelerate_tts.cli.bench.results import document
 from accelerate_tts.cli.bench.variant import finite
 from accelerate_tts.errors import described
+from accelerate_tts.kernels.library import level
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
@@ -110,7 +111,7 @@ def documented(item: dict[str, Any], given: argparse.Namespace) -> dict[str, Any
     if importlib.util.find_spec("llama_cpp") is not None:  # it may lie in a folder without metadata
         content["versions"]["llama-cpp-python"] = importlib.import_module("llama_cpp").__version__
     content["options"] |= {"peers": given.peers, "threads": given.threads, "set_up_seconds": given.set_up_seconds}
-    return {**content, "peers": [finite(item)]}
+    return {**content, "kernels": level(), "peers": [finite(item)]}
 
 
 def compared(

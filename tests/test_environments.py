@@ -239,6 +239,8 @@ def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any])
     assert "other tokens: in bfloat16, a step diverges by 2e-04 nats at most" in other
     assert "**" not in other.partition("## What it gave")[2].partition("## What was tried")[0]
     assert "**t3: without kernels**" in page.page(several, on(row(checks=[check(kernels="none")])))
+    other = page.page(several, on(row(checks=[check(kernels="amx"), check(kernels="amx")])))
+    assert "Machine: EPYC 9xx5, 2 cores, Linux x86_64, avx2; kernels ran at amx" in " ".join(other.split())
 
 
 def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:

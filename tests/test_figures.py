@@ -113,7 +113,7 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     record = importlib.import_module("record")
     machine = {"system": "Linux", "machine": "x86_64", "processor": "Intel(R) Xeon(R) Processor (6 207 2)", "cores": 2,
                "isa": ["avx2", "amx_bf16"]}  # fmt: skip
-    content = {**made(moved="memory gave 10.0 to 20.0 GB/s"), "machine": machine}
+    content = {**made(moved="memory gave 10.0 to 20.0 GB/s", kernels="avx512_bf16"), "machine": machine}
     path = record.store(content, tmp_path, "0123456789")
     assert path.parent == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores"
     assert path.name.startswith("xtts-mms-exact-4-layers-python-3.")
@@ -125,6 +125,11 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     ]  # fmt: skip
     assert "**failed**: MemoryError: &lt;not> enough" in page
     assert "0123456789" in page
+    assert "2 cores, Linux x86_64: avx2, amx_bf16. Kernels ran at: avx512_bf16." in " ".join(page.split())
+    older, engines = {**made(kernels=""), "machine": machine}, {**content, "systems": [], "kernels": "amx"}
+    assert list(objections(engines, SCHEMA)) == []
+    assert "Kernels" not in figures.results_page({"a": [older]})
+    assert "Kernels ran at: amx, avx512_bf16." in " ".join(figures.results_page({"a": [content, engines]}).split())
     assert "memory gave 20.0, 20.0, 20.0 GB/s; memory gave 10.0 to 20.0 GB/s; random weights" in page
     assert "No result is stored" in figures.results_page({})
     assert record.main(["--from", str(path), "--into", str(tmp_path / "again")]) == 0

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from accelerate_tts.kernels.library import level
 from schemas import SCHEMA, objections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -76,6 +77,7 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     content = json.loads(json.dumps(peers.documented(item, given)))
     assert list(objections({**content, "commit": "0123456"}, SCHEMA)) == []
     assert content["options"]["precisions"] == ["exact"]
+    assert content["kernels"] == level()
 
 
 def test_some_engines_are_chosen_by_the_beginning_of_their_names(scripts: Any) -> None:

@@ -204,11 +204,13 @@ def _output(check: dict[str, Any]) -> str:
 
 def _details(head: str, one: Environment, row: dict[str, Any]) -> str:
     machine = row["machine"]
+    levels = sorted({check["kernels"] for check in row["checks"] if check.get("kernels")})
     lines = [
         f"- Installed: {_code(row['requires'])}"
         + "".join(f"; beside it `{extra['requires']}`: {extra['reason']}" for extra in row["beside"]),
         f"- Machine: {name_of(machine)} {machine['machine']}, "
-        + (", ".join(machine["isa"]) or "no instruction set that is known by name"),
+        + (", ".join(machine["isa"]) or "no instruction set that is known by name")
+        + (f"; kernels ran at {', '.join(levels)}" if levels else ""),
     ]
     note = row["note"] or one.note  # a quick run says so in its row's
     if note:
