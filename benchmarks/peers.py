@@ -8,8 +8,8 @@
 
 Run nothing else meanwhile. All engines are in one process (llama.cpp in one of its own), with the same weights, inputs
 and threads, and each round calls each of them once. A ratio is the median of the rounds', eager over the engine's. An
-engine whose package is not installed is left out; one that fails, or needs longer than `--set-up-seconds`, has the
-reason in the table. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so, beside
+engine that fails, whose package is not installed, or that needs longer than `--set-up-seconds`, has the reason in the
+table. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so, beside
 eager and ours.
 
 The set-up time is what passes until the second answer is there: exporting, quantizing, compiling, tuning. Lines are
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.floors import Floors
 
 _PAUSE = 0.05  # until threads that spin have fallen asleep
-_PACKAGES = ("onnxruntime", "openvino", "onnx")
+_PACKAGES = ("onnxruntime", "openvino", "onnx", "nncf", "pruna")
 
 
 @dataclass
@@ -130,11 +130,12 @@ def compared(
     ready: dict[str, Engine] = {}
     expected: Any = None
     for one in chosen:
+        row = rows[one.name] = Peer(one.name, lines_of(*one.code))
         absent = [name for name in one.needs if importlib.util.find_spec(name) is None]
         if absent:
-            print(f"{one.name} is left out: {', '.join(absent)} is not installed", flush=True)
+            row.failed = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+            print(f"{one.name} is left out: {row.failed}", flush=True)
             continue
-        row = rows[one.name] = Peer(one.name, lines_of(*one.code))
         print(f"{one.name}: setting up", flush=True)
         start = time.perf_counter()
         try:

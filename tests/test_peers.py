@@ -64,7 +64,8 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     given = Namespace(**GIVEN)
     item = compared(peers, subject(engines, closed), given)
     rows = {row["name"]: row for row in item["peers"]}
-    assert list(rows) == ["eager", "ours, exact", "broken", "slow", "other"]
+    assert list(rows) == ["eager", "ours, exact", "absent", "broken", "slow", "other"]
+    assert rows["absent"]["failed"] == "no_such_module is not installed"
     assert "absent is left out: no_such_module is not installed" in capsys.readouterr().out
     assert rows["broken"]["failed"] == "ValueError: no such format"
     assert rows["slow"]["failed"] == "OverTimeError: not ready within 0 s"
