@@ -25,6 +25,8 @@ sys.path.insert(0, str(HERE / "environments"))
 
 import page as environments_page
 
+from accelerate_tts.cli.bench.floors import moved
+
 _HEAD = """# What was measured
 
 Runs have written this page; nobody writes figures here. `make record SYSTEMS=...` runs
@@ -37,16 +39,22 @@ pairs, with the least and the most of them. "One token" is one step of the decod
 is how often the memory could have given that step's weights meanwhile. A peak is that of a process
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
 
+Pairs and rounds during which other programs used the machine were repeated; "disturbed" counts
+those that are in the figures all the same. "Floors moved" names the rates of the machine that bound
+a row and differed by more than a quarter within its run, as they do on a machine whose host is
+shared; the lines below a table have their figures.
+
 Engines of other makers took turns with eager PyTorch and with this library in one run, and their
 ratios are to eager in that run. Of an engine that several runs of a machine have
 measured, the newest row is shown.
 """
 _COLUMNS = (
     "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
-    "peak", "torch.compile", "pairs", "disturbed",
+    "peak", "torch.compile", "pairs", "disturbed", "floors moved",
 )  # fmt: skip
 _PEERS = (
     "model", "layers", "engine", "seconds", "ratio", "floors", "output", "set-up", "lines", "rounds", "disturbed",
+    "floors moved",
 )  # fmt: skip
 _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
@@ -188,7 +196,7 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 environments_page.ratio_range(whole), _output(run), f"{run['tuning']:.0f} s",
                 "" if run["warm_start"] is None else f"{run['warm_start']:.1f} s",
                 "" if not peak or not alone else f"{peak / alone:.2f}x", naive, str(whole["pairs"]),
-                "yes" if run["disturbed"] or run["moved"] else "no",
+                str(run["disturbed"]), _moved(run["floors"], _bounds(run)),
             )  # fmt: skip
         for variant, why in system["failed"].items():
             yield (system["system"], torch, "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 5))
@@ -200,15 +208,39 @@ def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             about = (f"{item['system']}, {item['what']}", str(item["layers"] or "all"), one["name"])
             ratio = one["ratio"]
             if ratio is None:
-                yield (*about, f"**failed**: {one['failed']}", "", "", "", "", str(one["lines"]), "", "")
+                yield (*about, f"**failed**: {one['failed']}", *[""] * 4, str(one["lines"]), *[""] * 3)
                 continue
             yield (
                 *about, f"{1e3 * ratio['after']:.1f} ms", environments_page.ratio_range(ratio),
                 f"{ratio['after'] / item['floor']:.2f}" if item["floor"] else "",
                 "other length" if one["error"] is None else "same" if not one["error"] else f"error {one['error']:.0e}",
                 f"{one['set_up']:.0f} s", str(one["lines"]), str(ratio["pairs"]),
-                "yes" if item["disturbed"] or item["moved"] else "no",
+                str(item["disturbed"]), _moved(item["floors"], _bounds_of_engine(one["name"], item["floor_of"])),
             )  # fmt: skip
+
+
+_FORMATS = {"bf16": r"bf16|bfloat16|balanced|fast", "int8": r"int8|Q8_0|fast"}
+
+
+def _bounds(run: dict[str, Any]) -> set[str]:
+    """Return the floors that a tuned system can be bound by: those of what it was, and of what was kept.
+
+    A decode loop in int8 reads fewer bytes, and multiplies few of them.
+    """
+    formats = {name for name, words in _FORMATS.items() if re.search(words, " ".join(run["kept"]))}
+    return {"fp32", *formats} if run["step"] is None else {"memory", "fp32", *formats} - {"int8"}
+
+
+def _bounds_of_engine(name: str, floor: str) -> set[str]:
+    """Return the floors that an engine can be bound by: that of its run, and in other formats their products."""
+    formats = () if floor == "memory" else (one for one, words in _FORMATS.items() if re.search(words, name))
+    return {floor, *formats}
+
+
+def _moved(floors: Sequence[dict[str, float | None]], bounds: set[str]) -> str:
+    """Return the names of those floors among some that changed within a run."""
+    names = [name for name in (*floors, {})[0] if name in bounds]
+    return ", ".join(name for name in names if moved([{name: one.get(name)} for one in floors]))
 
 
 def newest(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -286,18 +318,25 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
     for system in document["systems"]:
         for run in system["runs"]:
             memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in run["floors"] if one["memory"])
-            said = [f"memory gave {memory} GB/s", *filter(None, (run["disturbance"], run["moved"], run["note"]))]
+            said = [f"memory gave {memory} GB/s", *_disturbances(run), *filter(None, [run["note"]])]
             yield f"{run['system']}, {run['precision']}: {'; '.join(map(environments_page.cell, said))}"
 
     for item in document.get("peers", []):
         memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
-        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", item["disturbance"], item["moved"]]
+        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", *_disturbances(item)]
         said += [item["note"], f"faster than all of ours: {', '.join(item['ahead']) or 'none'}"]
         told = "; ".join(environments_page.cell(one) for one in said if one)
         yield f"engines of {item['system']}{_engines_of(item)}: {told}"
         for one in item["peers"]:
             if one["kept"]:
                 yield f"{item['system']}, {one['name']}, kept: {environments_page.cell('; '.join(one['kept']))}"
+
+
+def _disturbances(one: dict[str, Any]) -> Iterator[str]:
+    if one["disturbed"]:
+        yield f"{one['disturbed']} were disturbed: {one['disturbance']}"
+    if one["moved"]:
+        yield f"all floors that moved: {one['moved']}"
 
 
 def _engines_of(item: dict[str, Any]) -> str:

@@ -88,6 +88,17 @@ def test_some_engines_are_chosen_by_the_beginning_of_their_names(scripts: Any) -
     assert [row["name"] for row in item["peers"]] == ["eager", "ours, exact", "other"]
 
 
+def test_each_system_is_compared_in_int8_too(scripts: Any) -> None:
+    _, engines = scripts
+    for name, wanted in (
+        ("llama", ["torch.compile, max-autotune", "pruna, torch_compile", "torchao, int8 weights and activations"]),
+        ("mms", ["torch.compile, max-autotune", "pruna, torch_compile", "ONNX Runtime int8", "OpenVINO int8"]),
+    ):
+        names = [one.name for one in engines.SUBJECTS[name](Namespace(**GIVEN)).engines]
+        assert set(wanted) <= set(names)
+        assert len(names) == len(set(names))
+
+
 def test_lines_are_those_beside_the_eager_program(scripts: Any) -> None:
     _, engines = scripts
     counts = {one.__name__: engines.lines_of(one) for one in (engines.eager, engines.compiled, engines.ours)}
