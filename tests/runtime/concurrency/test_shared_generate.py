@@ -6,13 +6,15 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from accelerate_tts import Event, carry_mode, inference, optimized_model, receipt_of
+from accelerate_tts import Event, carry_mode, fast_inference, inference, optimized_model, receipt_of
+from accelerate_tts.events import DecodePasses
 from accelerate_tts.kernels.decoder_block import run_together
 from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
@@ -127,3 +129,37 @@ def test_callers_in_upstreams_own_loop_share_passes(
     assert len(passes) > 0, "of 73 steps, some are shared"
     assert not [event for event in seen if event.degraded]
     assert steps.is_on
+
+
+def test_passes_are_told_once_a_call(speaker: Speaker, seen: list[Event]) -> None:
+    steps = steps_of(speaker)
+    steps.rules = steps.rules._replace(window=100.0)
+
+    def told_by(call: Callable[[Speaker], object]) -> list[DecodePasses]:
+        seen.clear()
+        call(speaker)
+        return [event for event in seen if isinstance(event, DecodePasses)]
+
+    in_turn = [told_by(methodcaller("speak", number)) for number in range(CALLERS)]
+    assert [(event.steps, event.passes, event.rows) for (event,) in in_turn] == [
+        (count - 1, count - 1, count - 1) for _, count in LENGTHS
+    ], "the first token comes from the prompt"
+    before = steps.counts
+    for call in (in_threads, in_tasks, in_coroutines):
+        told = told_by(call)
+        assert 1 <= len(told) <= CALLERS
+        assert sum(event.steps for event in told) == sum(event.rows for event in told) == 69
+        assert sum(event.passes for event in told) < 69
+        assert {event.what for event in told} == {in_turn[0][0].what}
+    assert steps.counts.steps == before.steps + 3 * 69
+
+
+def test_a_context_and_a_bare_call_tell_later(speaker: Speaker, seen: list[Event]) -> None:
+    seen.clear()
+    with torch.inference_mode():
+        speaker.say(0)  # nothing of ours sees that it ends
+    assert not [event for event in seen if isinstance(event, DecodePasses)]
+    with fast_inference():
+        speaker.say(1)
+    (event,) = [event for event in seen if isinstance(event, DecodePasses)]
+    assert event.steps == 19 + 11
