@@ -11,7 +11,7 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
+	bench soak audit releases environments record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
 	upstream-tests upstream-tests-page screenshots
 .DEFAULT_GOAL := help
 
@@ -107,7 +107,7 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 
 environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
 	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
-	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
+	  status=$$?; $(BIN)/python benchmarks/figures.py && exit $$status
 
 record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
 	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
@@ -128,9 +128,6 @@ figures: .venv/.wheel ## Every table and chart of README and docs, from the file
 
 screenshots: .venv/.screenshots ## The pictures of docs/figures, with an installed Chromium; ONLY="doctor receipt" (nothing else may run)
 	@$(BIN)/python benchmarks/screenshots.py $(ONLY) $(ARGS)
-
-environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
-	@$(BIN)/python benchmarks/environments/page.py
 
 strangers: .venv/.wheel ## Speech systems that no plan knows, decorated and compared with themselves; ONLY="bark csm" ARGS="--loads exact"
 	@$(BIN)/python benchmarks/strangers/run.py $(ONLY) $(ARGS)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -20,12 +20,14 @@ RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 LANDING = ROOT / "docs" / "index.md"
 FIGURES = ROOT / "docs" / "figures"
-CHART = FIGURES / "environments.svg"
 sys.path.insert(0, str(HERE / "environments"))
 
 import page as environments_page
 
 from accelerate_tts.cli.bench.floors import moved
+
+if TYPE_CHECKING:
+    from listed import Environment
 
 _HEAD = """# What was measured
 
@@ -88,16 +90,18 @@ def files() -> dict[Path, str]:
     peers = {name: groups for name, documents in machines.items() if (groups := peer_groups(documents))}
     where = {name: environments_page.name_of(machines[name][-1]["machine"]) for name in peers}
     most = max(peers, key=lambda name: len(peers[name])) if peers else None
-    told = None if most is None else (peers_file(most), where[most])
+    charts = dict(environment_charts(found, rows))
+    told = ""
+    if most is not None:
+        told = _PEERS_TEXT.format(where=environments_page.cell(where[most])).replace("\n", " ")
+        told = f"{peers_image(f'docs/figures/{peers_file(most)}')}\n\n{environments_page.wrapped(told, indent='')}"
+    elif charts:
+        told = environments_page.chart_image(f"docs/figures/{next(iter(charts)).name}")
     front, landing = (with_chart(one.read_text("utf-8"), told, one.parent) for one in (readme, LANDING))
-    bars = [
-        bar for of_it in rows.values() for one in found if one.name in of_it
-        for bar in check_bars(one.name, of_it[one.name])
-    ]  # fmt: skip
     return {
         environments_page.PAGE: environments_page.page(found, rows),
         readme: environments_page.with_table(front, found, rows),
-        CHART: chart("Times as fast as untouched", [Group("", bars)]),
+        **charts,
         **{FIGURES / peers_file(name): chart(_PEERS_TITLE, groups, where[name]) for name, groups in peers.items()},
         PAGE: results_page(machines),
         LANDING: landing,
@@ -109,23 +113,17 @@ _PEERS_TITLE = "Times as fast as eager PyTorch"
 _PEERS_TEXT = """Measured on {where}. Engines took turns with the same weights, inputs and threads; the fastest
 variant of each is shown. [What was measured](docs/RESULTS.md) has the others, errors, set-up times,
 lines of code, and each machine."""
-_CHART_TOLD = "![Times as fast as untouched, by environment and system](docs/figures/environments.svg)"
 
 
-def with_chart(page: str, peers: tuple[str, str] | None, folder: Path = ROOT) -> str:
-    """Return a page's text with the chart of peers between its two marks; that of environments if there is none.
+def with_chart(page: str, told: str, folder: Path = ROOT) -> str:
+    """Return a page's text with a chart between its two marks.
 
     Args:
         page: The text.
-        peers: The chart of peers, by its file's name and the machine in words, if there is one.
+        told: The chart, with what is said of it, as README has it.
         folder: The page's folder, this one or docs.
     """
     head = page.index("\n", page.index(_BEGIN)) + 1
-    told = _CHART_TOLD
-    if peers is not None:
-        file, where = peers
-        text = _PEERS_TEXT.format(where=environments_page.cell(where)).replace("\n", " ")
-        told = f"{peers_image(f'docs/figures/{file}')}\n\n{environments_page.wrapped(text, indent='')}"
     told = told if folder == ROOT else told.replace("](docs/", "](")
     return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
 
@@ -360,6 +358,16 @@ class Group:
 
     heading: str
     bars: Sequence[tuple[str, dict[str, float]]]
+
+
+def environment_charts(found: Sequence[Environment], rows: environments_page.Rows) -> Iterator[tuple[Path, str]]:
+    """Yield a chart for each machine on which an environment was timed."""
+    for _, at, of_it in environments_page.by_machine(found, rows):
+        bars = [bar for one, row in of_it for bar in check_bars(one.name, row)]
+        if bars:
+            where = environments_page.name_of(of_it[0][1]["machine"])
+            title = environments_page.CHART_TITLE
+            yield FIGURES / environments_page.chart_file(at), chart(title, [Group("", bars)], where)
 
 
 def check_bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:

@@ -72,9 +72,9 @@ def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
         assert set(of_it) <= {one.name for one in found}, "a row of an environment that the file does not have"
         assert all(row["environment"] == name for name, row in of_it.items())
         assert {slug(row["machine"]) for row in of_it.values()} == {machine}
-    assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make environments-page"
+    assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make figures"
     readme = page.README.read_text("utf-8")
-    assert readme == page.with_table(readme, found, rows), "run make environments-page"
+    assert readme == page.with_table(readme, found, rows), "run make figures"
 
 
 def test_every_upstream_that_is_claimed_is_there(scripts: tuple[Any, Any]) -> None:
@@ -169,9 +169,12 @@ def test_each_machine_has_rows_of_its_own(scripts: tuple[Any, Any], tmp_path: Pa
         assert re.findall(r"^### \w+ on (.*)", part, re.MULTILINE) == [
             "EPYC 9xx5, 2 cores, Linux", "A &lt;Zen>, 4 cores, Linux",
         ]  # fmt: skip
-    lines = r"\n\n(?:\|.*\n)*"
+    lines = r"\n\n(?:!.*\n\n)?(?:\|.*\n)*"
     assert re.search(rf"on EPYC.*{lines}\| one .*2\.00x.*{lines}\n?### Timed on A .*{lines}\| one .*3\.00x", text)
     assert text.count("| two |") == 1
+    for machine, where in (("epyc-9xx5-avx2-2-cores", "EPYC 9xx5"), ("a-zen-avx512-bf16-4-cores", "A &lt;Zen>")):
+        image = f"![Times as fast as untouched, by environment and system](figures/environments-{machine}.svg)"
+        assert re.search(rf"### Timed on {where}, .*\n\n{re.escape(image)}\n", text)
     assert "### one, A &lt;Zen>, 4 cores, Linux\n" in text
     assert "### two\n" in text
     assert "Never run" not in text

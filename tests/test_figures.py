@@ -202,10 +202,9 @@ def test_engines_of_one_run_are_stored_and_shown(figures: Any, tmp_path: Path) -
     svg = figures.chart("Title", [group])
     bars = [bar.attrib for bar in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")]  # noqa: S314 - our own
     assert [bar["class"] for bar in bars] == ["bar other", "bar", "bar other"]
-    for peers_there in (None, ("peers-a.svg", "A <Zen>, 2 cores, Linux")):
-        text = figures.with_chart("# A\n<!-- chart: x -->\nold\n<!-- chart: end -->\nB\n", peers_there)
-        assert ("docs/figures/peers-a.svg" in text) is (peers_there is not None)
-        assert ("Measured on A &lt;Zen>, 2 cores, Linux." in text) is (peers_there is not None)
+    for folder in (ROOT, ROOT / "docs"):
+        text = figures.with_chart("# A\n<!-- chart: x -->\nold\n<!-- chart: end -->\nB\n", "![x](docs/a.svg)", folder)
+        assert ("![x](docs/a.svg)" if folder == ROOT else "![x](a.svg)") in text
         assert text.endswith("<!-- chart: end -->\nB\n")
         assert "old" not in text
     tiny = {**content, "options": {**options, "size": "tiny"}}
@@ -255,6 +254,7 @@ def test_each_machine_has_a_chart_of_engines_and_the_fullest_is_in_front(
     assert "docs/figures/peers-b-xeon-avx2-2-cores.svg" in front
     assert "peers-a-zen" not in front
     assert "Measured on B Xeon, 2 cores, Linux." in " ".join(front.split())
+    assert "(figures/peers-b-xeon-avx2-2-cores.svg)" in made[ROOT / "docs" / "index.md"]
     page = made[figures.PAGE]
     for name in charts:
         assert f"(figures/{name})" in page.partition(f"## {name[6:-4]}\n")[2].partition("\n## ")[0]
@@ -314,6 +314,18 @@ def test_of_several_runs_each_engine_has_its_newest_row(figures: Any) -> None:
     del older["time"], larger["time"]  # as files of that day have it
     assert figures.newest([older, larger])[0]["peers"][0]["whole"]
     assert len(figures.newest([older, larger])) == 1
+
+
+def test_without_a_run_of_engines_a_chart_of_environments_is_in_front(
+    figures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    made = figures.files()
+    charts = [path.name for path in made if path.suffix == ".svg"]
+    assert charts
+    assert all(name.startswith("environments-") for name in charts)
+    assert f"(docs/figures/{charts[0]})" in made[ROOT / "README.md"]
+    assert f"(figures/{charts[0]})" in made[ROOT / "docs" / "index.md"]
 
 
 def test_of_each_other_engine_the_chart_has_the_fastest_variant(figures: Any) -> None:

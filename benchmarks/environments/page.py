@@ -1,15 +1,13 @@
-"""Makes docs/ENVIRONMENTS.md and README's table from the rows: `make environments-page`. A test compares them."""
+"""Makes docs/ENVIRONMENTS.md and README's table from the rows, for figures.py. A test compares them."""
 
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from listed import FILE, environments
-from run import ROWS, other_tokens, without_kernels
+from run import other_tokens, without_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,8 +25,8 @@ Runs have written this page; nobody writes figures here. `make environments` bui
 below from its upstream's own pins, in a virtual environment of its own. It installs the wheel
 beside it without changing a package, runs the contract tests of that system and a check, and writes
 one file under `benchmarks/environments/rows/`, in the folder of its machine. `make environments
-ONLY=name` runs one, `LAYERS=full` runs them at upstream's full size, and `make environments-page`
-writes this page. Each machine has tables of its own.
+ONLY=name` runs one, `LAYERS=full` runs them at upstream's full size, and `make figures` writes this
+page. Each machine has tables of its own.
 
 A check builds a system from its true configuration with seeded weights and with as many layers as
 the table says, tunes it, and times it untouched and tuned in turn, five pairs. "One token" is one
@@ -54,19 +52,20 @@ def page(environments: Sequence[Environment], rows: Rows) -> str:
         environments: The environments of environments.toml, in its order.
         rows: Rows. The page says so where an environment has none on any machine.
     """
-    found = list(_by_machine(environments, rows))
+    found = list(by_machine(environments, rows))
     never = [one for one in environments if not any(one.name in of_it for of_it in rows.values())]
     parts = [_HEAD, "## What was installed and tested\n"]
-    for where, of_it in found:
+    for where, _, of_it in found:
         parts += [f"### Tested on {where}\n", table(_OVERVIEW, (_overview(one, row) for one, row in of_it))]
     if never:
         told = (f"`{one.name}` ({', '.join(one.requires)})" for one in never)
         parts.append(wrapped(f"- Never run: {'; '.join(told)}") + "\n")
-    checks = [(where, [line for one, row in of_it for line in _checks(one, row)]) for where, of_it in found]
-    if any(lines for _, lines in checks):
+    checks = [(at, where, [line for one, row in rows for line in _checks(one, row)]) for where, at, rows in found]
+    if any(lines for _, _, lines in checks):
         parts.append("## What it gave\n")
-    for where, lines in checks:
-        parts += [f"### Timed on {where}\n", table(_CHECKS, lines)] if lines else []
+    for at, where, lines in checks:
+        image = [f"{chart_image(f'figures/{chart_file(at)}')}\n"] if any(map(is_timed, rows[at].values())) else []
+        parts += [f"### Timed on {where}\n", *image, table(_CHECKS, lines)] if lines else []
     parts.append("## What was tried in each\n")
     for one in environments:
         of_one = [of_it[one.name] for of_it in rows.values() if one.name in of_it]
@@ -80,14 +79,32 @@ def name_of(machine: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
 
 
-def _by_machine(
+def by_machine(
     environments: Sequence[Environment], rows: Rows
-) -> Iterator[tuple[str, list[tuple[Environment, dict[str, Any]]]]]:
-    """Yield each machine in words, and its rows in the environments' order."""
-    for of_it in rows.values():
+) -> Iterator[tuple[str, str, list[tuple[Environment, dict[str, Any]]]]]:
+    """Yield each machine in words and by its folder, with its rows in the environments' order."""
+    for at, of_it in rows.items():
         found = [(one, of_it[one.name]) for one in environments if one.name in of_it]
         if found:
-            yield cell(name_of(found[0][1]["machine"])), found
+            yield cell(name_of(found[0][1]["machine"])), at, found
+
+
+def is_timed(row: dict[str, Any]) -> bool:
+    """Check that a check of a row has a ratio."""
+    return any(check["failed"] is None and "whole" in check for check in row["checks"])
+
+
+def chart_file(machine: str) -> str:
+    """Return the name of the chart of a machine's folder."""
+    return f"environments-{machine}.svg"
+
+
+CHART_TITLE = "Times as fast as untouched"
+
+
+def chart_image(path: str) -> str:
+    """Return the chart of a machine as an image in Markdown."""
+    return f"![{CHART_TITLE}, by environment and system]({path})"
 
 
 def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> str:
@@ -99,7 +116,7 @@ def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> 
         rows: As for `page`.
     """
     tables: list[str] = []
-    for where, of_it in _by_machine(environments, rows):
+    for where, _, of_it in by_machine(environments, rows):
         lines = [_in_short(check) for one, row in of_it for check in _checks(one, row)]
         days = [row["date"] for _, row in of_it]
         span = " and ".join(sorted({min(days), max(days)}))
@@ -249,21 +266,9 @@ def _of_check(check: dict[str, Any]) -> Iterator[str]:
         yield f"- {check['system']}, event: {cell(event)}"
 
 
-def main() -> None:
-    """Write the page."""
-    found, rows = environments(FILE.read_text("utf-8")), read(ROWS)
-    PAGE.write_text(page(found, rows), "utf-8")
-    README.write_text(with_table(README.read_text("utf-8"), found, rows), "utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} and README's table are written\n")
-
-
 def read(folder: Path) -> Rows:
     """Return the rows of a folder; the machine with the most of them is first."""
     found: Rows = {}
     for path in sorted(folder.glob("*/*.json")):
         found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text("utf-8"))
     return dict(sorted(found.items(), key=lambda one: -len(one[1])))
-
-
-if __name__ == "__main__":
-    main()
