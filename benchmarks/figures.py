@@ -38,7 +38,9 @@ this page. [Where it was run](ENVIRONMENTS.md) has each released upstream under 
 Systems are built at their true size, or with as many layers as the table says, with seeded random
 weights. The same object is timed untouched and tuned in turn, in one process. Ratios are medians of
 pairs, with the least and the most of them. "One token" is one step of the decode loop, and "floors"
-is how often the memory could have given that step's weights meanwhile. A peak is that of a process
+is how often the memory could have given that step's weights meanwhile, as they were loaded. "Own
+floors" counts the bytes that the tuned step reads, which are fewer in bf16 and int8: in `fast` they
+should be 1.6 at most. Runs of an earlier state have not stored them. A peak is that of a process
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
 
 Pairs and rounds during which other programs used the machine were repeated; "disturbed" counts
@@ -51,8 +53,8 @@ ratios are to eager in that run. Of an engine that several runs of a machine hav
 measured, the newest row is shown.
 """
 _COLUMNS = (
-    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
-    "peak", "torch.compile", "pairs", "disturbed", "floors moved",
+    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "own floors", "whole call", "output",
+    "tuning", "start", "peak", "torch.compile", "pairs", "disturbed", "floors moved",
 )  # fmt: skip
 _PEERS = (
     "model", "layers", "engine", "seconds", "ratio", "floors", "output", "set-up", "lines", "rounds", "disturbed",
@@ -190,7 +192,7 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 run["system"], torch, str(run["layers"] or "all"), run["precision"],
                 "" if step is None else f"{1e3 * step['before']:.1f} ms, {1e3 * step['after']:.1f} ms",
                 "" if step is None else environments_page.ratio_range(step),
-                "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}",
+                "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}", _own_floors(run),
                 environments_page.ratio_range(whole), _output(run), f"{run['tuning']:.0f} s",
                 "" if run["warm_start"] is None else f"{run['warm_start']:.1f} s",
                 "" if not peak or not alone else f"{peak / alone:.2f}x", naive, str(whole["pairs"]),
@@ -215,6 +217,14 @@ def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{one['set_up']:.0f} s", str(one["lines"]), str(ratio["pairs"]),
                 str(item["disturbed"]), _moved(item["floors"], _bounds_of_engine(one["name"], item["floor_of"])),
             )  # fmt: skip
+
+
+def _own_floors(run: dict[str, Any]) -> str:
+    """Return how often the memory could have given what the tuned step read; "" where that was not stored."""
+    rate = max((one["memory"] or 0.0 for one in run["floors"]), default=0.0)
+    if run["step"] is None or not run.get("read") or not rate:
+        return ""
+    return f"{run['step']['after'] * rate / run['read']:.2f}"
 
 
 _FORMATS = {"bf16": r"bf16|bfloat16|balanced|fast", "int8": r"int8|Q8_0|fast"}

@@ -113,19 +113,22 @@ def test_a_document_is_stored_by_its_machine_and_shown(figures: Any, tmp_path: P
     record = importlib.import_module("record")
     machine = {"system": "Linux", "machine": "x86_64", "processor": "Intel(R) Xeon(R) Processor (6 207 2)", "cores": 2,
                "isa": ["avx2", "amx_bf16"]}  # fmt: skip
-    content = {**made(moved="memory gave 10.0 to 20.0 GB/s", kernels="avx512_bf16"), "machine": machine}
+    content = {**made(moved="memory gave 10.0 to 20.0 GB/s", kernels="avx512_bf16", read=10**8), "machine": machine}
     path = record.store(content, tmp_path, "0123456789")
     assert path.parent == tmp_path / "intel-xeon-6-207-2-amx-bf16-2-cores"
     assert path.name.startswith("xtts-mms-exact-4-layers-python-3.")
     page = figures.results_page(figures.read(tmp_path))
     row = next(line for line in page.splitlines() if line.startswith("| xtts |") and "25.0" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "xtts", content["versions"]["torch"], "4", "exact", "25.0 ms, 10.0 ms", "2.50x (2.00 to 3.00)", "1.25",
+        "xtts", content["versions"]["torch"], "4", "exact", "25.0 ms, 10.0 ms", "2.50x (2.00 to 3.00)", "1.25", "2.00",
         "2.50x (2.00 to 3.00)", "error 3e-07", "30 s", "2.0 s", "1.00x", "2.50x (2.00 to 3.00)", "3", "0", "",
     ]  # fmt: skip
     assert "**failed**: MemoryError: &lt;not> enough" in page
     assert "0123456789" in page
     assert "2 cores, Linux x86_64: avx2, amx_bf16. Kernels ran at: avx512_bf16." in " ".join(page.split())
+    older_run = made(read=None)
+    assert list(objections(older_run, SCHEMA)) == []
+    assert "| 1.25 |  | 2.50x" in figures.results_page({"a": [older_run]})
     older, engines = {**made(kernels=""), "machine": machine}, {**content, "systems": [], "kernels": "amx"}
     assert list(objections(engines, SCHEMA)) == []
     assert "Kernels" not in figures.results_page({"a": [older]})

@@ -327,7 +327,7 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
     return {
         **{name: found[name] for name in (
             "whole", "step", "prompt", "error", "same_tokens", "floor", "tuning", "recompiles", "kept", "events",
-            "note", "kernels", "dtype", "divergence",
+            "note", "kernels", "dtype", "divergence", "read",
         )},
         "notes": receipt["notes"],
         "stages": [{name: stage[name] for name in names} for stage in receipt["stages"]],
