@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
@@ -601,7 +602,17 @@ def test_each_system_computes_no_more_between_pieces(
 # --- ahead ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_next_sentence_is_begun_while_this_one_sounds(english: Any, computed: list[int]) -> None:
-    options = StreamOptions(first=0.1, left_context=2.0, overlap=True)
-    pieces = list(stream(english, "Hello there. How are you? Well.", options=options))
-    assert sum(piece.shape[-1] for piece in pieces) == 3 * 50 * 960
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_next_sentence_is_begun_while_this_one_sounds(english: Any, computed: list[int], overlap: bool) -> None:
+    options = StreamOptions(first=0.1, left_context=2.0, overlap=overlap)
+    list(stream(english, "Hello there.", options=options))
+    one, computed[0] = computed[0], 0
+    speaking, samples = stream(english, "Hello there. How are you? Well.", options=options), 0
+    while samples < 50 * 960:
+        samples += next(speaking).shape[-1]
+    assert samples == 50 * 960, "the last piece of the first sentence is out, and nothing was asked for since"
+    end = time.monotonic() + 20
+    while overlap and computed[0] <= one and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (computed[0] > one) == overlap
+    assert samples + sum(piece.shape[-1] for piece in speaking) == 3 * 50 * 960
