@@ -12,7 +12,7 @@ SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
 	bench soak audit releases environments record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
-	upstream-tests upstream-tests-page screenshots
+	upstream-tests upstream-tests-page screenshots cluster-test
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -65,6 +65,16 @@ test: .venv/.wheel ## Build the wheel, install it with its test extra, run the t
 
 test-slow: .venv/.wheel ## The tests that take long for what they show, and those of the example service
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m slow $(ARGS)
+
+.venv/.cluster: .venv/.wheel
+	@echo "==> installing accelerate_tts[cluster] (Ray, 240 MB)"
+	@$(PIP) "$$(ls dist/*.whl)[cluster]"
+	@touch $@
+
+# One process: each test starts a cluster of two nodes.
+cluster-test: .venv/.cluster ## Install Ray, and run the tests of examples/cluster on two nodes of this machine
+	@$(BIN)/python -c 'import ray'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/examples/cluster $(ARGS)
 
 # One process, since the two of `make test` would have to be measured apart.
 coverage: .venv/.dev ## Lines and branches of the package that the tests reach (ARGS= goes to pytest)

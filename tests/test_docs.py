@@ -284,6 +284,19 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{file} has no {name}"
 
 
+def test_a_workflow_runs_each_check() -> None:
+    """Tests that no job runs are tests that nobody sees fail. Each target that a job names exists."""
+    workflows = ROOT / ".github" / "workflows"
+    if not workflows.exists():
+        pytest.skip("the source distribution has no .github")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in workflows.glob("*.yml"))
+    found = set(re.findall(r"\bmake ([a-z-]+)", text))
+    checks = "test test-slow cluster-test gpu-dry-run kernels-test kernels-tidy lint types imports docs audit"
+    assert found >= set(checks.split())
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found <= set(targets)
+
+
 @pytest.mark.parametrize("page", NAMED, ids=[page.name for page in NAMED])
 def test_every_command_and_option_that_a_page_shows_exists(page: Path) -> None:
     from typer.main import get_command

@@ -93,6 +93,12 @@ def plain(_precision: str, _folder: Path) -> Speaker:
     return Speaker(RATE, lambda said: iter([tone(said.text)]), ("only",))
 
 
+def late(precision: str, folder: Path) -> Speaker:
+    """Is loaded as soon as the test makes a file."""
+    until("loaded", folder)
+    return loud(precision, folder)
+
+
 def broken(_precision: str, _folder: Path) -> Speaker:
     """Cannot be loaded."""
     raise RuntimeError("no weights")
