@@ -127,9 +127,14 @@ def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
         )  # fmt: skip
 
     layers = list(layout.layers().values())
-    tensors = [getattr(m, name, None) for m in (*layers, layout.norm1, layout.norm2) for name in ("weight", "bias")]
+    modules = (*layers, layout.norm1, layout.norm2)
+    tensors = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
     if not all(is_plain(tensor) and tensor.is_cpu for tensor in tensors if tensor is not None):
         return False
+    if any(getattr(module, "weight", None) is None for module in modules):
+        return False
+    if any(layer.bias is None for layer in layers if is_transposed(layer)):
+        return False  # upstream raises its own error
     if layout.activation < 0 or layout.heads % layout.kv_heads or not all(map(is_linear, layers)):
         return False
     dtypes = {layer.weight.dtype for layer in layers}

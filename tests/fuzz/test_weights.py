@@ -8,6 +8,7 @@ or raise the same error. At the end the stage is undone, and both compute the sa
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -549,6 +550,74 @@ def test_every_edit_on_every_stage(name: str, stage: str) -> None:
             assert not play(name, stage, edits)
 
         hunt()
+
+
+def with_gaps(model: Any) -> Any:
+    """With `None` at each place where torch keeps it: children, parameters, buffers, items of lists."""
+    for module in list(model.modules()):
+        module.register_parameter("absent_parameter", None)
+        module.register_buffer("absent_buffer", None)
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            module.register_module("absent_child", None)
+    without, frozen, pair = nn.Linear(128, 128), nn.Linear(128, 128, bias=False), nn.Conv1d(8, 8, 3)
+    without.weight = pair.weight = pair.bias = None  # type: ignore[assignment]
+    values = frozen.weight.detach()
+    del frozen.weight
+    frozen.register_buffer("weight", values)
+    bare = nn.LayerNorm(128, elementwise_affine=False)
+    model.not_called = nn.ModuleList([without, None, frozen, pair, bare, nn.ModuleList([None]), None])  # type: ignore[list-item]
+    model.no_modules = nn.ModuleDict({"there": None})  # type: ignore[dict-item]
+    model.no_parameters = nn.ParameterList([torch.ones(2), None])
+    return model
+
+
+@pytest.mark.parametrize(("name", "stage"), PAIRS)
+def test_gaps_in_every_list(name: str, stage: str) -> None:
+    """Every stage reads a model with gaps, also one that cannot be applied to it, and this one serves it."""
+    family = FAMILIES[name]
+    model = with_gaps(family.build())
+    for other_name, each in STAGES_BY_NAME.items():
+        if other_name not in CHECKED:
+            each.applies(part_of(model, name, other_name))
+    with torch.no_grad():
+        expected = family.run(model)
+        for each in (*family.first, stage):
+            part = part_of(model, name, each)
+            if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
+                assert "processor" in obstacle, obstacle
+                pytest.skip(obstacle)
+            STAGES_BY_NAME[each].prepare(part).on()
+        assert distance(expected, family.run(model)) <= tolerance((*family.first, stage))
+
+
+@pytest.mark.parametrize(("name", "stage"), PAIRS)
+def test_every_weight_and_bias_that_is_taken_out(name: str, stage: str) -> None:
+    """Where upstream computes without it, so does the stage; where upstream raises an error, so does the stage."""
+    family, wrong = FAMILIES[name], []
+    model, twin = family.build(), family.build()
+    for each in (*family.first, stage):
+        part = part_of(model, name, each)
+        if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
+            pytest.skip(obstacle)
+        STAGES_BY_NAME[each].prepare(part).on()
+    seen = set()
+    for path, module in twin.named_modules():
+        for key in [key for key, parameter in module._parameters.items() if parameter is not None]:
+            kind = re.sub(r"\d+", "", f"{path}.{key}")
+            if kind in seen or (stage in CHECKED and not path.startswith(("text_encoder", "duration_predictor"))):
+                continue
+            seen.add(kind)
+            holders = [each.get_submodule(path) for each in (twin, model)]
+            before = [holder._parameters[key] for holder in holders]
+            for holder in holders:
+                setattr(holder, key, None)
+            with torch.no_grad():
+                expected, found = (outcome(partial(family.run, each)) for each in (twin, model))
+            if (far := distance(expected, found)) > tolerance((*family.first, stage)):
+                wrong.append(f"{path}.{key}: {far:.2g} {found if isinstance(found, str) else ''}")
+            for holder, parameter in zip(holders, before, strict=True):
+                setattr(holder, key, parameter)
+    assert not wrong
 
 
 def test_no_stage_is_left_out() -> None:

@@ -139,6 +139,21 @@ def test_blocks_of_several_lists_share_a_graph_unless_they_have_a_cache() -> Non
     assert [len(row) for row in block_stacks(nn.ModuleList([shared, nn.Sequential(*shared)]))] == [2]
 
 
+def test_blocks_beside_gaps_and_with_a_state_of_any_type_are_found() -> None:
+    class Stateful(nn.TransformerEncoderLayer):
+        def get_extra_state(self) -> None:
+            """Saves nothing, as a layer for another device does."""
+
+    def block(cls: type[nn.Module] = nn.TransformerEncoderLayer) -> Any:
+        return cls(8, 2)
+
+    for blocks in (nn.ModuleList([block(), block(), block()]), nn.Sequential(block(), block(), block())):
+        blocks._modules["1"] = None  # what `blocks[1] = None` does
+        assert [len(row) for row in block_stacks(blocks)] == [2]
+    stateful = nn.ModuleList([block(Stateful), None, block(Stateful), block()])
+    assert [len(row) for row in block_stacks(stateful)] == [2]
+
+
 def test_of_a_long_step_fewer_calls_are_timed() -> None:
     model = Solver("forward")
     part = Part("estimator", "estimator", model.estimator, method="forward")

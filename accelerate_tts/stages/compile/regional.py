@@ -82,7 +82,7 @@ def block_stacks(module: nn.Module) -> list[list[nn.Module]]:
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             continue
         alike: dict[Any, list[nn.Module]] = {}
-        for block in holder:
+        for block in holder.children():  # without the gaps, where a list holds `None`
             if isinstance(block, (nn.ModuleList, nn.ModuleDict)):  # never called
                 continue
             if {name for name, _ in block.named_children()} - {"parametrizations"}:  # a single layer is no block
@@ -110,8 +110,9 @@ def place_of(block: Any, number: int) -> int:
 
 
 def _kind(block: nn.Module) -> Any:
-    shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in block.state_dict().items())
-    return plain_class(block), shapes
+    state = block.state_dict().items()  # what `get_extra_state` of a module returns is of any type
+    shapes = ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state if isinstance(tensor, torch.Tensor))
+    return plain_class(block), tuple(shapes)
 
 
 def _size(stack: list[nn.Module]) -> int:

@@ -73,7 +73,8 @@ class CompileStage(BaseStage):
 
     def cost_of(self, part: Part) -> float:
         """See `Stage.cost_of`. The cost grows with the number of traced layers."""
-        return max(self.cost, _SECONDS_A_LAYER * sum(not inner._modules for inner in part.module.modules()))
+        layers = sum(next(inner.children(), None) is None for inner in part.module.modules())
+        return max(self.cost, _SECONDS_A_LAYER * layers)
 
     def applies(self, part: Part) -> str | None:
         return _obstacle(part)
@@ -234,5 +235,6 @@ class CompiledCall(CountedChange):
 
 def _linear_share(module: nn.Module) -> float:
     total = sum(parameter.numel() for parameter in module.parameters())
-    linear = sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
+    weights: list[Any] = [inner.weight for inner in module.modules() if isinstance(inner, nn.Linear)]
+    linear: int = sum(weight.numel() for weight in weights if weight is not None)  # a layer may have none
     return linear / total if total else 0.0

@@ -162,7 +162,7 @@ def _nodes(module: Any, method: str, around: _Node | None) -> _Node:
         inner = below.pop(0)
         if type(inner).forward is nn.Module.forward:  # a list of modules, which is not called itself
             below[:0] = inner.children()
-        elif inner._modules:
+        elif next(inner.children(), None) is not None:
             node.inside.append(_nodes(inner, "forward", node))
     return node
 

@@ -15,6 +15,7 @@ pickling and undo, so the copies cost half the weights' size.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -112,15 +113,21 @@ class HalfStage(BaseStage):
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Return the fp32 convolutions and linear layers outside fused blocks."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    known = {kind.forward for kind in kinds}
     return [
         inner
         for inner in open_modules(module)
-        if isinstance(inner, kinds)
-        and inner.weight.dtype == torch.float32
-        and (plain_class(inner).forward in known or _is_leaf(inner))
+        if isinstance(inner, _KINDS)
+        and getattr(inner.weight, "dtype", None) == torch.float32  # a layer may have no weight
+        and _is_known(inner)
     ]
+
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Check that a layer's forward reads no tensors but weight and bias."""
+    return plain_class(layer).forward in {kind.forward for kind in _KINDS} or _is_leaf(layer)
 
 
 def _is_leaf(layer: nn.Module) -> bool:
@@ -132,7 +139,7 @@ def _is_leaf(layer: nn.Module) -> bool:
     """
     tensors = {name for name, tensor in (*layer._parameters.items(), *layer._buffers.items()) if tensor is not None}
     return (
-        not layer._modules
+        next(layer.children(), None) is None
         and tensors <= {"weight", "bias"}
         and all(type(layer._parameters.get(name)) in {nn.Parameter, torch.Tensor} for name in tensors)
         and not sets_attributes(plain_class(layer))
@@ -146,7 +153,8 @@ def _is_cast(layer: nn.Module) -> bool:
     """
     if type(layer._parameters) is LazyParameters:  # reading offloaded weights would reload them
         return False
-    return next(layer.parameters()).dtype in {torch.bfloat16, torch.float16}
+    tensor = next(chain(layer.parameters(), layer.buffers()), None)  # the weight may be a buffer
+    return tensor is not None and tensor.dtype in {torch.bfloat16, torch.float16}
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
@@ -156,8 +164,12 @@ def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
 
 
 def half_copy(module: Any, dtype: torch.dtype) -> Any:
-    """Make a shallow copy of a layer with half-precision weights; `None` if its own are such, or not plain (sparse)."""
-    if _is_cast(module) or not is_plain(module.weight):
+    """Make a shallow copy of a layer with half-precision weights.
+
+    Returns:
+        `None` if the layer's own are such, or not plain (sparse), or if it was given other tensors that it may read.
+    """
+    if _is_cast(module) or not is_plain(module.weight) or not _is_known(module):
         return None
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
@@ -167,7 +179,10 @@ def half_copy(module: Any, dtype: torch.dtype) -> Any:
     }
     # A parametrized layer computes its weight in a property of its own class.
     twin = twin_of(module, plain.__bases__[0] if is_parametrized(module) else plain, {*halves, COPY, HALF})
-    vars(twin).update(_parameters={}, _buffers=halves, _modules={})
+    # A forward may look for a parameter or a module that the layer does not have: an adapter that was taken out.
+    absent = {name: None for own in (module._parameters, module._buffers) for name in own if own[name] is None}
+    removed = {name: None for name, inner in module._modules.items() if inner is None}
+    vars(twin).update(_parameters={}, _buffers={**absent, **halves}, _modules=removed)
     return twin
 
 
@@ -187,7 +202,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
             or _is_autocast()
             or is_watched(input)
             or input.dtype not in taken
-            or [name for name in self._modules if name != "parametrizations"]
+            or [name for name, inner in self._modules.items() if inner is not None and name != "parametrizations"]
         ):
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         twin = half.get()

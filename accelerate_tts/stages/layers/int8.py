@@ -230,7 +230,8 @@ def _torchao_call(module: Any) -> Any:
 
 
 def _quantized_recurrent(module: Any) -> Any:
-    if not _has_plain_weights(module):
+    # Of a layer from which one was taken out, upstream raises its own error.
+    if not _has_plain_weights(module) or any(getattr(module, name) is None for name in module._flat_weights_names):
         return None
     plain = plain_class(module)
     # The converter looks up the class, copies what the module carries, and would put the user's module into eval.

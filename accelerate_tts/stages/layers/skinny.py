@@ -120,6 +120,8 @@ def _exact_class(plain: Any, transposed: bool) -> type:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         weight, bias = self.weight, self.bias
+        if weight is None or (transposed and bias is None):
+            return plain.forward(self, x)  # upstream raises its own error
         inputs = weight.shape[0 if transposed else 1]
         outputs = weight.shape[1 if transposed else 0]
         if not is_bias(bias, outputs):
@@ -152,6 +154,8 @@ def _copied_class(plain: Any, transposed: bool, weights: WeightFormat) -> type:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         bias = self.bias
+        if self.weight is None or (transposed and bias is None):
+            return plain.forward(self, x)  # upstream raises its own error
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
         if not _takes(x, inputs) or not (is_plain(self.weight) and _fits(bias) and is_bias(bias, outputs)):
             return plain.forward(self, x)

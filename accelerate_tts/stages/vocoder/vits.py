@@ -54,8 +54,18 @@ def _hides_something(mask: Any) -> bool:
 def _dense(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight, (inputs, outputs), and bias of a linear layer or a convolution of one frame."""
     weight = layer.weight.detach().reshape(layer.weight.shape[0], -1)
-    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
-    return weight.t().contiguous(), bias
+    return weight.t().contiguous(), _bias(layer)
+
+
+def _bias(layer: Any) -> torch.Tensor:
+    """Return the bias of a layer; zeros if it has none."""
+    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()  # type: ignore[no-any-return]
+
+
+def _norm(norm: Any) -> tuple[Any, Any, float]:
+    """Return weight, bias and epsilon of a LayerNorm. torch takes `None` for either of the first two."""
+    weight, bias = (None if tensor is None else tensor.detach() for tensor in (norm.weight, norm.bias))
+    return weight, bias, norm.eps
 
 
 # The text encoder
@@ -103,9 +113,7 @@ class _Layer:
         self.out = _dense(attention.out_proj)
         self.keys = attention.emb_rel_k.detach()[0].t().contiguous()
         self.values = attention.emb_rel_v.detach()[0].contiguous()
-        self.norms = [
-            (norm.weight.detach(), norm.bias.detach(), norm.eps) for norm in (layer.layer_norm, layer.final_layer_norm)
-        ]
+        self.norms = [_norm(layer.layer_norm), _norm(layer.final_layer_norm)]
         self.first = Convolution(feed.conv_1.weight, feed.conv_1.bias, (feed.conv_1.kernel_size[0] - 1) // 2)
         self.second = Convolution(feed.conv_2.weight, feed.conv_2.bias, (feed.conv_2.kernel_size[0] - 1) // 2)
         self.activation = feed.act_fn
@@ -241,8 +249,8 @@ class _Separable:
     def __init__(self, module: Any) -> None:
         self.layers = [
             (
-                [tap.contiguous() for tap in deep.weight.detach()[:, 0].unbind(1)], deep.bias.detach(),
-                deep.dilation[0], _dense(point), [(n.weight.detach(), n.bias.detach(), n.eps) for n in norms],
+                [tap.contiguous() for tap in deep.weight.detach()[:, 0].unbind(1)], _bias(deep),
+                deep.dilation[0], _dense(point), list(map(_norm, norms)),
             )
             for deep, point, *norms in zip(
                 module.convs_dilated, module.convs_pointwise, module.norms_1, module.norms_2, strict=True
@@ -269,7 +277,7 @@ class _Spline:
 
     def __init__(self, flow: Any) -> None:
 
-        self.before = flow.conv_pre.weight.detach().reshape(-1), flow.conv_pre.bias.detach()
+        self.before = flow.conv_pre.weight.detach().reshape(-1), _bias(flow.conv_pre)
         self.separable = _Separable(flow.conv_dds)
         weight, bias = _dense(flow.conv_proj)
         self.bins, self.bound = int(flow.num_bins), float(flow.tail_bound)

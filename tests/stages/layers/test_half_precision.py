@@ -812,6 +812,57 @@ def test_an_adapter_that_comes_later_is_served(carried: bool) -> None:
         assert torch.allclose(model(X), plain + model[0].adapter(X), atol=1e-6)
 
 
+class Optional(nn.Linear):
+    """A linear layer that reads a parameter that it may not have, and an adapter that was taken out."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_parameter("scale", None)
+        self.adapter: nn.Module | None = nn.Identity()
+        self.adapter = None  # stays in `_modules`
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        y = y if self.scale is None else y * self.scale
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+@both
+def test_a_parameter_and_an_adapter_that_are_absent_come_and_go(carried: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Optional(24, 24))
+    twin = copy.deepcopy(model)
+    halved(model, carried=carried)
+
+    def served() -> bool:
+        expected, found = run(twin), run(model)
+        assert error(expected, found) < NEAR
+        return not torch.equal(expected, found)
+
+    assert served()
+    model[0].adapter = twin[0].adapter = nn.Linear(24, 24)
+    assert not served()
+    model[0].adapter = twin[0].adapter = None
+    assert served()
+    model[0].scale = twin[0].scale = nn.Parameter(torch.full((24,), 3.0))
+    assert not served()
+    model[0].scale = twin[0].scale = None
+    assert served()
+
+
+@both
+def test_a_layer_without_parameters_is_halved(carried: bool) -> None:
+    """Its weight is a buffer, as a frozen layer may keep it."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 8, bias=False))
+    values = model[0].weight.detach()
+    del model[0].weight
+    model[0].register_buffer("weight", values)
+    twin = copy.deepcopy(model)
+    halved(model, carried=carried)
+    assert 0 < error(run(twin), run(model)) < NEAR
+
+
 class ByHand(nn.Linear):
     """A linear layer with an adapter written by hand: its tensors are no parameters, and may be set later."""
 
