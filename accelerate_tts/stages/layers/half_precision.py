@@ -195,7 +195,10 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(twin, input.to(dtype), *args, **kwargs)
         # Only a call of the part raises what comes out. A service may call another method, or a module inside, too.
-        return y if carried and _is_inside(dtype) else y.to(input.dtype)  # type: ignore[no-any-return]
+        if carried and _is_inside(dtype):
+            return y  # type: ignore[no-any-return]
+        # A forward of its own may return several tensors (transformers' `Llama4Router`).
+        return y.to(input.dtype) if isinstance(y, torch.Tensor) else _cast(y, {dtype}, input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
 
