@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
+from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.signatures import sets_attributes
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
 from accelerate_tts.patching.class_swap import (
@@ -111,13 +112,14 @@ class HalfStage(BaseStage):
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return the fp32 convolutions and linear layers outside fused blocks."""
+    """Return the fp32 convolutions and linear layers outside fused blocks and routers."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    known = {kind.forward for kind in kinds}
+    known, choosing = {kind.forward for kind in kinds}, routers(module)
     return [
         inner
         for inner in open_modules(module)
         if isinstance(inner, kinds)
+        and inner not in choosing
         and inner.weight.dtype == torch.float32
         and (plain_class(inner).forward in known or _is_leaf(inner))
     ]
