@@ -908,6 +908,27 @@ def test_a_parametrization_whose_tensor_is_no_parameter_gets_another_one(carried
         assert error(run(twin), run(model)) < NEAR
 
 
+class Several(nn.Linear):
+    """A linear layer that returns more than one tensor, as routers of transformers do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+@both
+def test_a_layer_may_return_several_tensors(carried: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Several(24, 8))
+    expected = run(model)
+    change = halved(model, carried=carried)
+    found = run(model)
+    assert [tensor.dtype for tensor in found] == [torch.float32] * 2
+    assert 0.0 < error(expected, found) < NEAR
+    assert [tensor.dtype for tensor in model[0](X)] == [torch.float32] * 2  # not by a call of the part
+    change.off()
+
+
 class Streaming(nn.Conv1d):
     """A causal convolution that keeps the end of its input for the next piece of a stream."""
 
