@@ -364,29 +364,35 @@ def _output(run: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Bars of a chart below a heading, which may be empty: names and ratios."""
+    """Bars of a chart below a heading, which may be empty.
+
+    Attributes:
+        bars: Names and ratios.
+        engines: True if bars whose names do not begin with "ours" are of other engines, and have another colour.
+    """
 
     heading: str
     bars: Sequence[tuple[str, dict[str, float]]]
+    engines: bool = False
 
 
 def environment_charts(found: Sequence[Environment], rows: environments_page.Rows) -> Iterator[tuple[Path, str]]:
     """Yield a chart for each machine on which an environment was timed."""
     for _, at, of_it in environments_page.by_machine(found, rows):
-        bars = [bar for one, row in of_it for bar in check_bars(one.name, row)]
-        if bars:
+        groups = [Group(one.name, bars) for one, row in of_it if (bars := list(check_bars(row)))]
+        if groups:
             where = environments_page.name_of(of_it[0][1]["machine"])
             title = environments_page.CHART_TITLE
-            yield FIGURES / environments_page.chart_file(at), chart(title, [Group("", bars)], where)
+            yield FIGURES / environments_page.chart_file(at), chart(title, groups, where)
 
 
-def check_bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+def check_bars(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield a name and the ratio of one token for each check of a row; of a whole call where there is no token."""
     for check in row["checks"]:
         if check["failed"] is None and "whole" in check:
             layers = f", {check['layers']} layers" if check["layers"] else ""
             what = "one token" if check["step"] is not None else "a call"
-            name = f"{environment}: {check['system']}{layers}, {check['precision']}, {what}"
+            name = f"{check['system']}{layers}, {check['precision']}, {what}"
             yield name, check["step"] or check["whole"]
 
 
@@ -418,7 +424,7 @@ def peer_groups(documents: Sequence[dict[str, Any]]) -> list[Group]:
             if ratio and name != "eager" and ratio["ratio"] > bars.get(family(name), ("", {"ratio": 0.0}))[1]["ratio"]:
                 bars[family(name)] = name, ratio
         heading = f"{_TITLES.get(system, system)}{layers}: {what}, {threads} threads"
-        groups.append(Group(heading, sorted(bars.values(), key=lambda bar: -bar[1]["ratio"])))
+        groups.append(Group(heading, sorted(bars.values(), key=lambda bar: -bar[1]["ratio"]), engines=True))
     return groups
 
 
@@ -427,39 +433,40 @@ def family(name: str) -> str:
     return name if name.startswith("ours") else re.split(r",| (?=int8|[fF]\d|[bB][fF]\d|Q\d)", name)[0]
 
 
-_LEFT, _WIDTH, _ROW, _TOP, _HEADING, _SECOND = 8, 760, 42, 34, 30, 20
-_SCALE_WIDTH = 560
-_LABEL = 48  # the width of a ratio's text
+_LEFT, _WIDTH, _ROW, _TOP, _HEADING, _SECOND = 8, 760, 22, 28, 30, 20
+_LABEL = 56  # the width of a ratio's text
+_LETTER = 6.7  # the mean width of a name's letters
 
 
 def chart(title: str, groups: Sequence[Group], where: str = "") -> str:
     """Return an SVG with a bar for each ratio, and a line from its least to its most round.
 
-    The machine in words stands below the title. Bars of this library have another colour where a group has others, too.
-    The dashed line at 1.0 stands beside bars only, and never behind a text.
+    The machine in words stands below the title. The dashed line at 1.0 stands beside bars only, and never behind a
+    text.
     """
-    unit = _SCALE_WIDTH / max([2.0, *(ratio["highest"] for group in groups for _, ratio in group.bars)])
-    one = _LEFT + unit
+    bars = [bar for group in groups for bar in group.bars]
+    start = _LEFT + 10 + _LETTER * max((len(name) for name, _ in bars), default=0)
+    unit = (_WIDTH - _LABEL - start) / max([2.0, *(ratio["highest"] for _, ratio in bars)])
+    one = start + unit
     lines: list[str] = []
     top = _TOP + (_SECOND if where else 0)
     for group in groups:
         if group.heading:
             top += _HEADING
-            lines.append(f'<text class="head" x="{_LEFT}" y="{top - 10}">{escape(group.heading)}</text>')
-        mixed = any(not name.startswith("ours") for name, _ in group.bars) and group.heading
+            lines.append(f'<text class="head" x="{_LEFT}" y="{top - 8}">{escape(group.heading)}</text>')
         for name, ratio in group.bars:
-            kind = "bar other" if mixed and not name.startswith("ours") else "bar"
-            low, high = _LEFT + ratio["lowest"] * unit, _LEFT + ratio["highest"] * unit
+            kind = "bar other" if group.engines and not name.startswith("ours") else "bar"
+            low, high = start + ratio["lowest"] * unit, start + ratio["highest"] * unit
             within = " within" if ratio["ratio"] > 1 else ""
-            label = max(high, _LEFT + ratio["ratio"] * unit) + 8
+            label = max(high, start + ratio["ratio"] * unit) + 8
             if label - 6 < one < label + _LABEL:
                 label = one + 8
             lines += [
-                f'<text x="{_LEFT}" y="{top + 11}">{escape(name)}</text>',
-                f'<rect class="{kind}" x="{_LEFT}" y="{top + 16}" width="{ratio["ratio"] * unit:.1f}" height="14"/>',
-                f'<line class="one{within}" x1="{one:.1f}" y1="{top + 15}" x2="{one:.1f}" y2="{top + 32}"/>',
-                f'<line class="spread" x1="{low:.1f}" y1="{top + 23}" x2="{high:.1f}" y2="{top + 23}"/>',
-                f'<text x="{label:.1f}" y="{top + 28}">{ratio["ratio"]:.2f}x</text>',
+                f'<text x="{_LEFT}" y="{top + 15}">{escape(name)}</text>',
+                f'<rect class="{kind}" x="{start:.1f}" y="{top + 4}" width="{ratio["ratio"] * unit:.1f}" height="14"/>',
+                f'<line class="one{within}" x1="{one:.1f}" y1="{top + 3}" x2="{one:.1f}" y2="{top + 19}"/>',
+                f'<line class="spread" x1="{low:.1f}" y1="{top + 11}" x2="{high:.1f}" y2="{top + 11}"/>',
+                f'<text x="{label:.1f}" y="{top + 15}">{ratio["ratio"]:.2f}x</text>',
             ]
             top += _ROW
     height = top + 8

@@ -247,6 +247,17 @@ def test_every_page_with_code_is_run() -> None:
     assert with_code == run_here
 
 
+WITH_CODE = [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
+             if "```py" in page.read_text(encoding="utf-8")]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_block_compiles(page: Path) -> None:
+    """Also the blocks of pages that are not run, such as the front page's."""
+    for block, _ in blocks(page):
+        compile(block, page.name, "exec")
+
+
 # --- what the pages name exists ---------------------------------------------------------------------------------------
 
 # Files by their names as a page gives them: whole, or without the folders in front.
