@@ -220,9 +220,10 @@ def inference(
     """Run a synthesis function without autograd.
 
     A call of a tuned object with a faulty output (NaN or Inf, silence, flat clipping, runaway length) is **repeated**
-    on the untouched model, and the caller gets the second output. Side effects of the function, such as charging or
-    writing to a database, then happen twice. Give such a function `retry=False`, or move the computation into a
-    decorated function of its own.
+    on the untouched model, and the caller gets the second output. A call of any object that raises an error of
+    inference mode itself is repeated, too, in a milder mode, once for each object. Side effects of the function, such
+    as charging or writing to a database, then happen twice. Give such a function `retry=False`, or move the computation
+    into a decorated function of its own.
 
     Supported are plain, `async`, generator and async generator functions, methods, class and static methods. The mode
     is on while the body runs and off at every suspension, so other tasks and callers never see it. Threads and tasks
@@ -237,9 +238,9 @@ def inference(
             from its first item until it ends, is closed or collected, so 1 keeps the chunks of two requests apart.
             Methods with `concurrency=` of one object share its permits. Nested calls share the permit of the outer
             call, also through `asyncio.to_thread`, but not on threads that are started otherwise.
-        retry: Repeat a call with a faulty output. If False, the output is returned as it is, with a `Guarded` event,
-            and decorated functions that called this one are not repeated either. Exceptions never cause a repetition,
-            nor do faults of other calls.
+        retry: Repeat a call with a faulty output, or with an error of inference mode itself. If False, the output is
+            returned as it is, with a `Guarded` event, or the error is raised, and decorated functions that called this
+            one are not repeated either. Other exceptions never cause a repetition, nor do faults of other calls.
 
     Raises:
         SettingsError: The mode is unknown, `concurrency` is not a whole number of at least 1, or `retry` is not True or

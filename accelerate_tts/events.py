@@ -398,3 +398,21 @@ def emit(event: Event) -> None:
         except Exception:  # a broken metrics hook must not break speech
             with suppress(Exception):
                 logger.exception("an event hook raised; the event was %s", event)
+
+
+class Lasting:
+    """Sends events about what lasts, such as a kind of call that no graph serves: each once, not at every call.
+
+    Args:
+        most: Maximum number of different events. Their texts are foreign, and may contain a number that always differs.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self._most = most
+        self._sent: set[Event] = set()
+
+    def emit(self, event: Event) -> None:
+        """Emit an event that was not emitted before."""
+        if event not in self._sent and len(self._sent) < self._most:
+            self._sent.add(event)
+            emit(event)

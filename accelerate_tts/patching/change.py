@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from accelerate_tts.events import Recompiled, emit
+from accelerate_tts.events import FellBack, Lasting, Recompiled, emit
 
 
 class BaseChange(ABC):
@@ -67,12 +67,17 @@ class Counter:
         self.sealed = False
         self.left_out = False
         self.guard = ""
+        self._unserved = Lasting()
 
     def count(self, shapes: str) -> None:
         """Count a graph for inputs of these shapes; emit an event after warm-up."""
         self.graphs += 1
         if self.sealed:
             emit(Recompiled(self.what, self.graphs, shapes, self.guard))
+
+    def unserved(self, stage: str, reason: str) -> None:
+        """Report a kind of call that no graph serves: once, since none will, and a token may make it for each block."""
+        self._unserved.emit(FellBack(self.what, stage, reason))
 
 
 class CountedChange(BaseChange):

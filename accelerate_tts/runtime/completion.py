@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import TimeLimitError
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import Lasting, NotApplied
 from accelerate_tts.runtime import time_limit
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 _GRACE = 2.0  # seconds beyond the limit in which another thread can still report its own time-out
 
 
-def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
+def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None, events: Lasting | None = None) -> Any:
     """Complete a call: await a coroutine, or collect the items of a stream into a list.
 
     Args:
         result: The call's result. A plain value is returned as it is.
         loop: A running event loop of another thread to await on. Without one, a new loop is used.
+        events: Sends what holds for all calls of a warm-up.
 
     Raises:
         TimeLimitError: The time limits of the calling thread passed first.
@@ -32,7 +33,7 @@ def complete(result: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
     if isinstance(result, AsyncIterator):
         result = _collect(result)
     if isinstance(result, Awaitable):
-        return _wait_for(result, loop)
+        return _wait_for(result, loop, events or Lasting())
     return list(result) if isinstance(result, Iterator) else result
 
 
@@ -41,15 +42,16 @@ def is_stream(result: Any) -> bool:
     return isinstance(result, (Iterator, AsyncIterator))
 
 
-def begin(stream: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+def begin(stream: Any, loop: asyncio.AbstractEventLoop | None = None, events: Lasting | None = None) -> None:
     """Take the first piece of a stream, and leave it, as a caller may.
 
     Args:
         stream: A result for which `is_stream` is true.
         loop: See `complete`.
+        events: See `complete`.
     """
     if isinstance(stream, AsyncIterator):
-        _wait_for(_begin(stream), loop)
+        _wait_for(_begin(stream), loop, events or Lasting())
         return
     try:
         next(stream, None)
@@ -89,7 +91,7 @@ async def _await(awaitable: Awaitable[Any], left: float | None) -> Any:
     return await task
 
 
-async def _alone(awaitable: Awaitable[Any], left: float | None) -> Any:
+async def _alone(awaitable: Awaitable[Any], left: float | None, events: Lasting) -> Any:
     """Await on an event loop that is made for this. A task that the call leaves behind ends with the loop."""
     import asyncio
 
@@ -97,7 +99,7 @@ async def _alone(awaitable: Awaitable[Any], left: float | None) -> Any:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         what = min(str(getattr(task.get_coro(), "__qualname__", task.get_name())) for task in others)
-        emit(
+        events.emit(
             NotApplied(
                 f"waiting for {what}",
                 "it is a task that a warm-up call has left on an event loop of its own, which ends with the call; let"
@@ -107,7 +109,7 @@ async def _alone(awaitable: Awaitable[Any], left: float | None) -> Any:
     return result
 
 
-def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None) -> Any:
+def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None, events: Lasting) -> Any:
     import asyncio
 
     left = time_limit.remaining()
@@ -117,14 +119,14 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_alone(awaitable, left))
+        return asyncio.run(_alone(awaitable, left, events))
     # A synchronous load inside a running loop blocks that loop, so the coroutine runs on another one. The context is
     # copied, since it may hold the permit of an enclosing call.
     outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
-            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_alone(awaitable, left))))
+            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_alone(awaitable, left, events))))
         except BaseException as error:  # raised on the waiting thread
             outcome.set_exception(error)
 

@@ -6,10 +6,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate_tts.errors import TimeLimitError, WarmupError, abridged
+from accelerate_tts.events import Lasting
 from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.compile_timeout import compiling_within
@@ -178,6 +179,7 @@ class _CallMaker:
     loaded: Loaded
     mode: Mode
     timeout: float | None
+    events: Lasting = field(default_factory=Lasting)
 
     def call_of(self, item: Any) -> WarmupCall:
         """Convert one item of a warm-up to a call."""
@@ -208,7 +210,7 @@ class _CallMaker:
         return self.call_of(at_length(item, length))
 
     def _call(self, target: Call, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> WarmupCall:
-        loaded, timeout = self.loaded, self.timeout
+        loaded, timeout, events = self.loaded, self.timeout, self.events
         in_pieces = False
 
         def result() -> Any:
@@ -219,11 +221,11 @@ class _CallMaker:
             nonlocal in_pieces
             made = result()
             in_pieces = is_stream(made)
-            return complete(made, loaded.loop)
+            return complete(made, loaded.loop, events)
 
         def first() -> bool:
             if in_pieces:
-                begin(result(), loaded.loop)
+                begin(result(), loaded.loop, events)
             return in_pieces
 
         return WarmupCall(lambda: _limited(run, timeout), begin=lambda: _limited(first, timeout))

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from accelerate_tts.errors import described, message_of
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import Lasting, NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.object_tree import attributes_of, reachable_modules
 from accelerate_tts.locks import lock, rlock
@@ -62,6 +62,7 @@ class Embeddings:
         self._store = EmbeddingStore(options.limit_bytes)
         self._files = None if options.folder is None else EmbeddingFiles(options.folder, options.limit_bytes)
         self._turns = _Turns() if options.sets else None
+        self._events = Lasting()
 
     def info(self) -> CacheInfo:
         """Return hits, misses, and the cache's content in memory."""
@@ -158,12 +159,12 @@ class Embeddings:
             return result
         if self._files is not None and not question.durable:
             reason = "it is kept in memory: another process cannot tell if it has the same encoder"
-            emit(NotApplied(f"{self._what}: folder=", f"{reason}; name it, as by encoder=lambda self: self.path"))
+            self._events.emit(NotApplied(f"{self._what}: folder=", f"{reason}; name it, as by encoder=lambda self: self.path"))
         elif not stored and self._files is not None:
             try:
                 self._files.write(question.key, outcome, question.packages)
             except Exception as error:  # a result may be of any class
-                emit(NotApplied(f"{self._what}: folder=", f"{message_of(error)}; it is kept in memory"))
+                self._events.emit(NotApplied(f"{self._what}: folder=", f"{message_of(error)}; it is kept in memory"))
         # The first caller gets a copy, too, so that all callers get the same.
         return self._handed_out(outcome, owner, count=stored)
 
@@ -199,10 +200,10 @@ class Embeddings:
                 return Flight.ALONE
             same = str(self._encoder(wrapped, owner, numerics())) == question.encoder
         except Exception as error:  # the user's classes decide how they are copied
-            emit(NotApplied(self._what, f"the result cannot be kept: {described(error, 200)}"))
+            self._events.emit(NotApplied(self._what, f"the result cannot be kept: {described(error, 200)}"))
             return Flight.ALONE
         if not same:
-            emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
+            self._events.emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
             return Flight.ALONE
         return kept
 
@@ -220,7 +221,7 @@ class Embeddings:
             reason = str(error)
         except Exception as error:  # arguments, and what `encoder=` reads, may be of any class
             reason = f"the arguments of the call cannot be hashed: {described(error, 200)}"
-        emit(NotApplied(self._what, reason))
+        self._events.emit(NotApplied(self._what, reason))
         return None
 
     def _question(

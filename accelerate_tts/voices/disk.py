@@ -51,6 +51,7 @@ class EmbeddingFiles:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._files = LruFolder(folder, ".embedding", limit_bytes, "the folder of embeddings")
         # In memory, a description of empty lists takes some thirty times its length.
+        self._failure: int | None = None  # `errno` of the last write: a full disk is said once, not for each voice
         self._most = max(_LEAST_DESCRIPTION, min(limit_bytes // _DESCRIPTION_SHARE, _MOST_DESCRIPTION))
 
     def read(
@@ -87,7 +88,8 @@ class EmbeddingFiles:
             packages: Packages whose dataclasses may be in it.
 
         Returns:
-            True if the file was written; False with an event if it is too large or the folder is not writable.
+            True if the file was written; False if it is too large or the folder is not writable. An event says so, but
+            one alone for as long as all writes fail for the same reason.
 
         Raises:
             TypeError, ValueError: It holds other values than tensors, arrays, plain values, lists, tuples, dicts and
@@ -97,8 +99,11 @@ class EmbeddingFiles:
         try:
             self._files.write(key, *parts)
         except OSError as error:
-            emit(PackIgnored(f"embedding {key[:12]}", f"it could not be kept: {error}"))
+            if error.errno is None or error.errno != self._failure:
+                emit(PackIgnored(f"embedding {key[:12]}", f"it could not be kept: {error}"))
+            self._failure = error.errno
             return False
+        self._failure = None
         return True
 
 

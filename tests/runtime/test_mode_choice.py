@@ -394,6 +394,25 @@ def test_the_cause_and_the_context_of_an_error_stay(kind: str) -> None:
     assert isinstance(caught.value.__context__, KeyError)
 
 
+def test_an_error_of_the_users_about_the_mode_repeats_once_for_an_object_and_never_without_retry() -> None:
+    """What the call did before the error is done twice otherwise."""
+
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("the voice cannot be made") from RuntimeError("Inplace update outside InferenceMode")
+
+    service = Service(Fails())
+    for calls in (1, 2, 3):
+        with pytest.raises(ValueError, match="the voice"):
+            service.once(X)
+        assert service.calls == calls
+    service = Service(Fails())
+    for calls in (2, 3, 4):
+        with pytest.raises(ValueError, match="the voice"):
+            service.plain(X)
+        assert service.calls == calls
+
+
 def test_a_function_that_is_not_to_be_made_again_changes_its_mode_only(seen: list[Event]) -> None:
     service = Service(Threaded())
     with pytest.raises(RuntimeError, match="the generation thread failed"):

@@ -343,8 +343,9 @@ def test_the_voice_of_the_model_is_left_as_it_is(english: Any) -> None:
 def test_a_loop_that_is_not_heard_is_said(english: Any, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody replaced T3's method on the object: the tokens come at its end."""
     monkeypatch.setitem(vars(english.t3), "inference", english.t3.inference)
-    pieces = list(stream(english, "Hello there.", options=IN_PIECES))
-    assert len(pieces) == 1
+    for _ in range(3):
+        pieces = list(stream(english, "Hello there.", options=IN_PIECES))
+        assert len(pieces) == 1
     (event,) = [event for event in seen if isinstance(event, NotApplied)]
     assert "was not heard" in event.reason
 

@@ -331,6 +331,29 @@ def test_the_folder_is_bounded_and_a_bad_one_costs_an_event(tmp_path: Path, seen
     assert events.PackIgnored in {type(event) for event in seen}
 
 
+def test_a_folder_that_takes_nothing_is_one_event_for_all_voices(tmp_path: Path, seen: list[events.Event]) -> None:
+    folder = tmp_path / "voices"
+    folder.write_bytes(b"")  # a file where the folder should be
+
+    @cached_embedding(folder=folder, encoder=Encoder)
+    def embed(voice: float) -> float:
+        return voice
+
+    def told(voices: range) -> list[str]:
+        before = len(seen)
+        assert [embed(float(voice)) for voice in voices] == list(voices)
+        return [str(event) for event in seen[before:] if "could not be kept" in str(event)]
+
+    assert len(told(range(5))) == 1
+    folder.unlink()
+    assert not told(range(5, 8))
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.write_bytes(b"")
+    assert len(told(range(8, 12))) == 1, "it had worked in between"
+
+
 async def test_an_async_function_with_a_folder(tmp_path: Path) -> None:
     encoder = Encoder()
     for calls in (1, 0):

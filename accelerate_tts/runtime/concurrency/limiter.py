@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import Lasting, NotApplied
 from accelerate_tts.runtime.concurrency.queue import INSIDE, Ticket, WaitQueue, running_code, running_loop
 from accelerate_tts.runtime.drive import Owning, Scoped, drive, drive_async, named_like
 
@@ -171,10 +171,14 @@ class Beginning:
     """Knowledge of when the body of a function begins: in its call, or later, as that of a coroutine or a generator.
 
     A wrapper around such a function may return its coroutine or generator, or run it to its end. Its calls tell.
+
+    Attributes:
+        events: Sends what holds for all calls of the function.
     """
 
     def __init__(self) -> None:
         self._seen: bool | None = None
+        self.events = Lasting()
 
     def is_later(self, function: Callable[..., Any]) -> bool:
         """Check that a call of the function will not run its body."""
@@ -225,7 +229,8 @@ def call(
     # `inference_mode.call` drives all but these. Not isinstance: it asks the object, and a proxy may raise.
     if issubclass(kind, (Coroutine, Generator, AsyncGenerator)):
         what = "an object with methods of its own, and its steps take no permit; write `yield from`, or `await` it"
-        emit(NotApplied(f"concurrency={limit} of {permit.name}", f"it returned a {kind.__name__}, {what}"))
+        event = NotApplied(f"concurrency={limit} of {permit.name}", f"it returned a {kind.__name__}, {what}")
+        beginning.events.emit(event)
     return result
 
 

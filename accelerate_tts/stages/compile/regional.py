@@ -228,10 +228,10 @@ class _CompiledStack:
             with options(None, strict=self._counter.sealed):
                 result = call_normally(self._compiled, (block, store, args, kwargs), {})
         except RecompileError as error:  # compiling takes seconds, too long for a request
-            emit(FellBack(self._what, "compiled blocks for a kind of call that was not warmed up", guard_of(error)))
+            self._counter.unserved("compiled blocks for a kind of call that was not warmed up", guard_of(error))
             return False, None
         except FailOnRecompileLimitHit:
-            emit(FellBack(self._what, "compiled blocks for further kinds of calls", "8 graphs are the limit"))
+            self._counter.unserved("compiled blocks for further kinds of calls", "8 graphs are the limit")
             return False, None
         except TorchDynamoException as error:
             # Upstream's forward overwrites values that were written behind the sequence's end.

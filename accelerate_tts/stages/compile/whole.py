@@ -207,12 +207,12 @@ class CompiledCall(CountedChange):
             result = self._call(args, kwargs)
         except RecompileError as error:
             # A frozen graph takes half a minute to compile, too long for a request.
-            emit(FellBack(self._what, f"{self._stage} for a kind of call that was not warmed up", guard_of(error)))
+            self._counter.unserved(f"{self._stage} for a kind of call that was not warmed up", guard_of(error))
             return self._untouched(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             # Existing graphs keep serving their lengths; other calls run the untouched module each time.
             if self._ready:
-                emit(FellBack(self._what, f"{self._stage} at further lengths", _LIMIT_REACHED))
+                self._counter.unserved(f"{self._stage} at further lengths", _LIMIT_REACHED)
                 return self._untouched(*args, **kwargs)
             reason = reason_of(error)
         except TorchDynamoException as error:

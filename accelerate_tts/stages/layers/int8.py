@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from accelerate_tts.errors import message_of
-from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
 from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.tracing import is_plain, is_watched
@@ -38,9 +37,10 @@ from accelerate_tts.patching.class_swap import (
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import BaseStage, are_left_over
 from accelerate_tts.stages.catalogue import register_stage
+from accelerate_tts.stages.decode.call_args import Obstacles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import Target
@@ -85,7 +85,7 @@ class QuantizeStage(BaseStage):
 
     def prepare(self, part: Part) -> CarryingSwap:
         make = _torchao_call if self._engine == "torchao" else _packed_call(self._engine)
-        calls = {module: Derived(module, make) for module in _linears(part.module)}
+        calls = _packed(part, _linears(part.module), make)
         return CarryingSwap(list(calls), lambda module: _quantized_class(class_of(module), _ROWS), PACKED, calls)
 
 
@@ -102,7 +102,7 @@ class QuantizeRecurrentStage(BaseStage):
         return None if _recurrent(part.module) else "no recurrent layer in it"
 
     def prepare(self, part: Part) -> CarryingSwap:
-        calls = {module: Derived(module, _quantized_recurrent) for module in _recurrent(part.module)}
+        calls = _packed(part, _recurrent(part.module), _quantized_recurrent)
         return CarryingSwap(
             list(calls), lambda module: _quantized_class(class_of(module), _SEQUENCES, only_fp32=True), PACKED, calls
         )  # fmt: skip
@@ -141,6 +141,27 @@ def _recurrent(module: nn.Module) -> list[nn.Module]:
     ]
 
 
+class _Packed(Derived[Any]):
+    """The int8 kernel's call of a layer. The layers of a part report together what the kernel refuses."""
+
+    def __init__(self, module: nn.Module, make: Callable[[Any], Any], obstacles: Obstacles, number: int) -> None:
+        super().__init__(module, make)
+        self._obstacles, self._number = obstacles, number
+
+    def refused(self, reason: str) -> None:
+        """Report that the kernel refused a call."""
+        self._obstacles.report(reason, self._number)
+
+    def served(self) -> None:
+        """Note that the kernel served a call."""
+        self._obstacles.served(self._number)
+
+
+def _packed(part: Part, layers: list[nn.Module], make: Callable[[Any], Any]) -> dict[nn.Module, _Packed]:
+    obstacles = Obstacles(f"int8 of {part.name}")
+    return {layer: _Packed(layer, make, obstacles, number) for number, layer in enumerate(layers)}
+
+
 @per_class
 def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type:
 
@@ -163,10 +184,13 @@ def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type
         try:
             call = packed.get()
             if call is not None:
-                return call(input, *args, **kwargs)
+                result = call(input, *args, **kwargs)
+                if not torch.compiler.is_compiling():  # a graph would guard on what was reported
+                    packed.served()
+                return result
         except RuntimeError as error:  # NaN in the input, a sparse weight, or an input that torch refuses, too
             result = plain.forward(self, input, *args, **kwargs)
-            emit(NotApplied(f"int8 of a {plain.__name__}", message_of(error)))
+            packed.refused(message_of(error))
             return result
         return plain.forward(self, input, *args, **kwargs)
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import Lasting, NotApplied, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
 from accelerate_tts.streaming.systems.turns import in_turn
@@ -33,6 +34,8 @@ _RATE = 25.0
 """Tokens a second of speech."""
 _LOOKAHEAD = 3
 """Tokens after a piece that the flow's encoder convolves with (`pre_lookahead_len`)."""
+_lasting = IdentityMap[Lasting]()
+"""Events about what holds for all streams of a T3 or an S3Gen."""
 
 
 class _Made(NamedTuple):
@@ -187,7 +190,8 @@ def _whole(voice: _Voice, heard: list[int], made: list[int], before: int) -> lis
         return heard
     if not heard and made:
         reason = "its loop was not heard, perhaps since T3.inference is replaced; a sentence is made at once"
-        emit(NotApplied(f"streaming of {type(voice.model).__name__}", reason))
+        event = NotApplied(f"streaming of {type(voice.model).__name__}", reason)
+        _lasting.setdefault(voice.model.t3, Lasting).emit(event)
     return made
 
 
@@ -344,5 +348,5 @@ def _has_parts(s3gen: Any) -> bool:
     ]  # fmt: skip
     if missing:
         reason = f"this release of S3Gen has no {', '.join(missing)}; its sound is made a sentence at a time"
-        emit(NotApplied("left_context of Chatterbox", reason))
+        _lasting.setdefault(s3gen, Lasting).emit(NotApplied("left_context of Chatterbox", reason))
     return not missing

@@ -718,7 +718,8 @@ def test_a_returned_object_with_methods_of_its_own_is_told(seen: list[Event]) ->
         return Unbound()
 
     assert type(unbound()) is Unbound
-    assert isinstance(speak(), Speech)
+    for _ in range(3):
+        assert isinstance(speak(), Speech)
     (event,) = [event for event in seen if isinstance(event, NotApplied)]
     assert "concurrency=1 of" in event.what
     assert "write `yield from`" in event.reason

@@ -88,9 +88,8 @@ def test_at_the_limit_it_is_said(model: Repeats, call: CompiledCall, seen: list[
         model(inputs, steps)
     limit = getattr(torch._dynamo.config, "recompile_limit", None) or torch._dynamo.config.cache_size_limit
     assert call.graphs == limit
-    said = [event for event in seen if isinstance(event, FellBack)]
-    assert len(said) == 11 - limit
-    assert all("at further lengths" in event.stage for event in said)
+    (said,) = [event for event in seen if isinstance(event, FellBack)]
+    assert "at further lengths" in said.stage
 
 
 class Broken(nn.Module):

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from accelerate_tts import Event
-from accelerate_tts.events import NotApplied
+from accelerate_tts import Event, add_hook
+from accelerate_tts.events import FellBack, NotApplied
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
-from accelerate_tts.stages.compile.whole import CompileStage
+from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 X = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -125,3 +125,49 @@ def test_a_hook_from_before_is_a_part_of_the_graph(seen: list[Event]) -> None:
     assert torch.allclose(run(model), expected)
     assert change.graphs
     assert not seen
+
+
+def tokens(model: nn.Module, *dims: int) -> list[Event]:
+    """A hundred tokens, of each number of dimensions in turn; return the degradations."""
+    plain = copy.deepcopy(model)
+    found: list[Event] = []
+    remove = add_hook(lambda event: found.append(event) if event.degraded else None)
+    with torch.inference_mode():
+        for number in range(100):
+            x = X[:, :1] * number
+            x = x if dims[number % len(dims)] == 3 else x[0]
+            assert torch.allclose(model(x), plain(x), atol=1e-5)
+    remove()
+    return found
+
+
+@pytest.mark.parametrize("stage", [CompiledBlocksStage("default"), FrozenCompileStage()], ids=["blocks", "frozen"])
+def test_a_hundred_tokens_without_a_graph_are_one_event(stage: Any) -> None:
+    """Not one for each block of each token, whether tokens with a graph come in between or not."""
+    torch.manual_seed(0)
+    model = Stack().eval()
+    change = stage.prepare(Part("model", "decoder", model))
+    change.on()
+    assert not tokens(model, 3)
+    change.end_warmup()
+    assert not tokens(model, 3)
+    (event,) = tokens(model, 2)
+    assert isinstance(event, FellBack)
+    assert "not warmed up" in event.stage
+    assert not tokens(model, 2, 3)
+    assert change.graphs == 1
+
+
+@pytest.mark.parametrize("stage", [CompiledBlocksStage("default"), CompileStage("default")], ids=["blocks", "whole"])
+def test_a_hundred_tokens_beyond_the_limit_of_graphs_are_one_event(stage: Any) -> None:
+    torch.manual_seed(0)
+    model = Stack().eval()
+    change = stage.prepare(Part("model", "decoder", model))
+    change.on()
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
+        assert not tokens(model, 3)
+        (event,) = tokens(model, 2, 3)
+        assert isinstance(event, FellBack)
+        assert not tokens(model, 2)
+    assert change.graphs == 1

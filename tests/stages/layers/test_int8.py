@@ -421,3 +421,22 @@ def test_nan_comes_out_as_nan(engine: str, seen: list[Event]) -> None:
     assert [type(event) for event in seen] in ([], [NotApplied])  # torchao's do not refuse it
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run(model, torch.zeros(2, 127))
+
+
+def test_a_hundred_refused_tokens_are_one_event_and_one_more_after_served_ones(
+    engine: str, seen: list[Event]
+) -> None:
+    """Not one for each layer of each token."""
+    model: Any = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)).eval()
+    quantized(model, engine)
+    refused, served = torch.full((2, 128), float("nan")), torch.zeros(2, 128)
+    for _ in range(100):
+        run(model, refused)
+    told = len(seen)
+    assert told == (0 if engine == "torchao" else 1)  # torchao's do not refuse it
+    for _ in range(3):
+        run(model, served)
+    for _ in range(100):
+        run(model, refused)
+    assert len(seen) == 2 * told
+    assert all(event.what == "int8 of model" for event in seen if isinstance(event, NotApplied))
