@@ -57,8 +57,8 @@ _COLUMNS = (
     "tuning", "start", "peak", "torch.compile", "pairs", "disturbed", "floors moved",
 )  # fmt: skip
 _PEERS = (
-    "model", "layers", "engine", "seconds", "ratio", "floors", "output", "set-up", "lines", "rounds", "disturbed",
-    "floors moved",
+    "model", "layers", "engine", "seconds", "ratio", "floors", "own floors", "output", "set-up", "lines", "rounds",
+    "disturbed", "floors moved",
 )  # fmt: skip
 _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
@@ -155,7 +155,7 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
         parts.append("No result is stored for this state of the library.\n")
     for name, stored in machines.items():
         documents = newest(stored)
-        machine = documents[-1]["machine"]
+        machine = stored[-1]["machine"]
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
         tables = [
             (head, [line for one in documents for line in lines(one)])
@@ -192,7 +192,8 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 run["system"], torch, str(run["layers"] or "all"), run["precision"],
                 "" if step is None else f"{1e3 * step['before']:.1f} ms, {1e3 * step['after']:.1f} ms",
                 "" if step is None else environments_page.ratio_range(step),
-                "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}", _own_floors(run),
+                "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}",
+                _own_floors(step, run.get("read"), run["floors"]),
                 environments_page.ratio_range(whole), _output(run), f"{run['tuning']:.0f} s",
                 "" if run["warm_start"] is None else f"{run['warm_start']:.1f} s",
                 "" if not peak or not alone else f"{peak / alone:.2f}x", naive, str(whole["pairs"]),
@@ -208,23 +209,22 @@ def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             about = (f"{item['system']}, {item['what']}", str(item["layers"] or "all"), one["name"])
             ratio = one["ratio"]
             if ratio is None:
-                yield (*about, f"**failed**: {one['failed']}", *[""] * 4, str(one["lines"]), *[""] * 3)
+                yield (*about, f"**failed**: {one['failed']}", *[""] * 5, str(one["lines"]), *[""] * 3)
                 continue
             yield (
                 *about, f"{1e3 * ratio['after']:.1f} ms", environments_page.ratio_range(ratio),
                 f"{ratio['after'] / item['floor']:.2f}" if item["floor"] else "",
+                _own_floors(ratio, one.get("read"), item["floors"]),
                 "other length" if one["error"] is None else "same" if not one["error"] else f"error {one['error']:.0e}",
                 f"{one['set_up']:.0f} s", str(one["lines"]), str(ratio["pairs"]),
                 str(item["disturbed"]), _moved(item["floors"], _bounds_of_engine(one["name"], item["floor_of"])),
             )  # fmt: skip
 
 
-def _own_floors(run: dict[str, Any]) -> str:
-    """Return how often the memory could have given what the tuned step read; "" where that was not stored."""
-    rate = max((one["memory"] or 0.0 for one in run["floors"]), default=0.0)
-    if run["step"] is None or not run.get("read") or not rate:
-        return ""
-    return f"{run['step']['after'] * rate / run['read']:.2f}"
+def _own_floors(step: dict[str, Any] | None, read: int | None, floors: Sequence[dict[str, Any]]) -> str:
+    """Return how often the memory could have given what a tuned step read; "" where that was not stored."""
+    rate = max((one["memory"] or 0.0 for one in floors), default=0.0)
+    return f"{step['after'] * rate / read:.2f}" if step is not None and read and rate else ""
 
 
 _FORMATS = {"bf16": r"bf16|bfloat16|balanced|fast", "int8": r"int8|Q8_0|fast"}

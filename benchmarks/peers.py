@@ -40,7 +40,7 @@ from engines import EAGER, SUBJECTS, lines_of
 
 from accelerate_tts.cli.bench.command import Options
 from accelerate_tts.cli.bench.floors import floors
-from accelerate_tts.cli.bench.measure import Ratio, series
+from accelerate_tts.cli.bench.measure import Ratio, bytes_read_by_a_token, series
 from accelerate_tts.cli.bench.results import document
 from accelerate_tts.cli.bench.variant import finite
 from accelerate_tts.errors import described
@@ -69,6 +69,7 @@ class Peer:
     error: float | None = None
     kept: tuple[str, ...] = ()
     failed: str | None = None
+    read: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -164,11 +165,13 @@ def compared(
 
     watcher = Watcher(current_policy().machine(), torch.get_num_threads(), patience)
     disturbed, told, moved = series(measured, (found,), given.rounds, watcher, rates)
-    for name in ready:
+    kind, amount = subject.floor
+    for name, engine in ready.items():
         rows[name].ratio = Ratio.of([(one[EAGER], one[name]) for one in found])
+        if kind == "memory" and engine.tuned is not None:
+            rows[name].read = bytes_read_by_a_token(engine.tuned)
     for engine in ready.values():
         engine.close()
-    kind, amount = subject.floor
     best = max((rate for one in told if (rate := one[kind]) is not None), default=None)
     item = {
         "system": subject.system, "what": subject.what, "layers": subject.layers, "threads": given.threads,

@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
-from accelerate_tts.kernels.library import level
+from accelerate_tts.cli.bench.measure import bytes_of_a_token, bytes_read_by_a_token
+from accelerate_tts.kernels.library import level, missing
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from schemas import SCHEMA, objections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -75,6 +79,31 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     assert rows["ours, exact"]["error"] == pytest.approx(0.5)
     assert rows["other"]["error"] is None  # of another length
     assert len(closed) == 3
+    assert [row["read"] for row in rows.values()] == [None] * 6
+
+
+@pytest.mark.skipif(missing() is not None, reason="the kernels' library is not there")
+def test_what_a_tuned_step_reads_is_stored(scripts: Any) -> None:
+    peers, engines = scripts
+    llama = LlamaModel(
+        LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    change = FusedBlocksStage("int8").prepare(Part("llama", "decoder", llama))
+    change.on()
+    ours = engines.Engine(lambda: (0.1, torch.ones(1)), llama)
+    one = engines.Subject("llama", "one token", None, ("memory", 1e9), "", [
+        engines.Candidate("eager", lambda: engines.Engine(lambda: (0.2, torch.ones(1))), (), ours=True),
+        engines.Candidate("ours, fast", lambda: ours, (), ours=True),
+    ])  # fmt: skip
+    (_, row) = compared(peers, one, Namespace(**GIVEN))["peers"]
+    assert 0 < row["read"] == bytes_read_by_a_token(llama) < bytes_of_a_token(llama) / 2
+    change.off()
+
+
+def test_a_run_of_engines_is_in_the_format(scripts: Any) -> None:
+    peers, engines = scripts
+    given = Namespace(**GIVEN)
+    item = compared(peers, subject(engines, []), given)
     content = json.loads(json.dumps(peers.documented(item, given)))
     assert list(objections({**content, "commit": "0123456"}, SCHEMA)) == []
     assert content["options"]["precisions"] == ["exact"]
@@ -107,8 +136,6 @@ def test_lines_are_those_beside_the_eager_program(scripts: Any) -> None:
 
 
 def test_weights_of_a_llama_have_the_names_of_ggml(scripts: Any) -> None:
-    from transformers import LlamaConfig, LlamaModel
-
     config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     ggml = importlib.import_module("ggml")
     names = [ggml.name_of(name) for name in LlamaModel(config).state_dict()]
