@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,13 +16,26 @@ from packaging.version import Version
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.vits import modeling_vits
+from transformers.models.vits.modeling_vits import VitsHifiGan, VitsResidualCouplingBlock
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
+from accelerate_tts.inspection.classes import plain_class
+from accelerate_tts.kernels.packed import Kernel
+from accelerate_tts.kernels.residual_block import RESIDUAL
+from accelerate_tts.kernels.transformer_block import TRANSFORMER
 from accelerate_tts.kernels.weight_formats import WeightFormat
+from accelerate_tts.models import describe
 from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+from accelerate_tts.stages.layers import fused_sequence
+from accelerate_tts.stages.layers.fused_sequence import FusedSequenceStage
+from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage
+from accelerate_tts.stages.vocoder.fewer_operators import FewerOperatorsStage
+from accelerate_tts.stages.vocoder.hifigan import hifigan
+from accelerate_tts.stages.vocoder.vits import DURATIONS, FLOW, TEXT
 
 
 def build() -> Any:
@@ -53,8 +68,10 @@ def loop(model: Any, count: int = 5) -> torch.Tensor:
 def attribute(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)
     setattr(holder, name, value)
-    yield
-    setattr(holder, name, before)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
 
 
 def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,3 +272,240 @@ def test_a_joined_watch_sees_what_each_sees(name: str, number: int) -> None:
         assert joined.altered() == found[number]
     layers[number].mlp.__dict__.pop("forward", None)
     assert joined.altered() is None
+
+
+# --- parts and blocks of other kinds that are computed as a whole ----------------------------------------------------
+
+
+def vits() -> Any:
+    return transformers.VitsConfig(
+        vocab_size=38, hidden_size=16, num_hidden_layers=1, ffn_dim=32, flow_size=16, spectrogram_bins=17,
+        upsample_initial_channel=16, upsample_rates=[4], upsample_kernel_sizes=[8], resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]], prior_encoder_num_flows=2, prior_encoder_num_wavenet_layers=1,
+        duration_predictor_filter_channels=16, posterior_encoder_num_wavenet_layers=1,
+    )  # fmt: skip
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+def spoken(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the generator that upstream draws from
+    states: torch.Tensor = model(torch.arange(1, 13)[None], output_hidden_states=False).waveform
+    return states
+
+
+class Estimator(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+def sequence_block() -> nn.Module:
+    module = pytest.importorskip("chatterbox.models.s3gen.matcha.transformer")
+    return Estimator(module.BasicTransformerBlock(64, 1, 64, activation_fn="gelu"))
+
+
+def residual_block() -> nn.Module:
+    module = pytest.importorskip("chatterbox.models.s3gen.decoder")
+    return Estimator(module.CausalResnetBlock1D(64, 64, 32))
+
+
+class Whole(NamedTuple):
+    """A model, how it is run, the stages that are put on it, and what is changed inside what the last one serves.
+
+    Attributes:
+        stages: Makes the stages, with the names of their parts; "" for all of the model.
+        layer: Path of a layer in it.
+        read: A module in it with the name and another value of an attribute that its forward reads.
+        function: A function that upstream's code calls, by its module and name.
+    """
+
+    build: Callable[[], nn.Module]
+    run: Callable[[Any], torch.Tensor]
+    stages: Callable[[Callable[[Kernel], Kernel]], list[tuple[str, Any]]]
+    layer: str
+    read: tuple[str, str, Any]
+    function: tuple[Any, str]
+
+
+VOICE = (lambda: transformers.VitsModel(vits()), spoken)
+WHOLES = {
+    "vocoder": Whole(
+        lambda: VitsHifiGan(vits()), lambda model: model(noise(1, 16, 9)),
+        lambda counted: [("", FewerOperatorsStage((counted(hifigan()),)))], "resblocks.0.convs1.0",
+        ("resblocks.0", "leaky_relu_slope", 0.9), (nn.functional, "leaky_relu"),
+    ),
+    "flow": Whole(
+        lambda: VitsResidualCouplingBlock(vits()),
+        lambda model: model(noise(1, 16, 9), torch.ones(1, 1, 9), None, reverse=True),
+        lambda counted: [("", FewerOperatorsStage((counted(FLOW),)))], "flows.0.conv_pre",
+        ("flows.0.wavenet", "num_layers", 0), (modeling_vits, "fused_add_tanh_sigmoid_multiply"),
+    ),
+    "durations": Whole(
+        *VOICE, lambda counted: [("duration_predictor", CheckedStage(counted(DURATIONS)))],
+        "duration_predictor.conv_pre", ("duration_predictor.flows.2", "tail_bound", 0.5),
+        (nn.functional, "gelu"),
+    ),
+    "text encoder": Whole(
+        *VOICE,
+        lambda counted: [
+            ("duration_predictor", CheckedStage(DURATIONS)), ("text_encoder", CheckedStage(counted(TEXT)))
+        ],
+        "text_encoder.encoder.layers.0.feed_forward.conv_1",
+        ("text_encoder.encoder.layers.0.attention", "scaling", 3.0), (nn.functional, "softmax"),
+    ),
+    "transformer block": Whole(
+        sequence_block, lambda model: model(hidden_states=noise(1, 20, 64)),
+        lambda counted: [("", FusedSequenceStage(counted(TRANSFORMER)))], "block.attn1.to_q",
+        ("block.norm1", "eps", 9.0), (nn.functional, "linear"),
+    ),
+    "residual block": Whole(
+        residual_block, lambda model: model(noise(1, 64, 20), torch.ones(1, 1, 20), noise(1, 32)),
+        lambda counted: [("", FusedSequenceStage(counted(RESIDUAL)))], "block.block1.block.0",
+        ("block.block1.block.2", "eps", 9.0), (nn.functional, "conv1d"),
+    ),
+}  # fmt: skip
+
+
+def half_as_much_more(call: Callable[..., Any]) -> Callable[..., Any]:
+    def other(*args: Any, **kwargs: Any) -> Any:
+        made = call(*args, **kwargs)
+        return tuple(each * 1.5 for each in made) if isinstance(made, tuple) else made * 1.5
+
+    return other
+
+
+@contextmanager
+def louder(module: nn.Module, _whole: Whole) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _module, _given, made: made * 1.5)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def of_its_own(module: Any, _whole: Whole) -> Iterator[None]:
+    module.forward = half_as_much_more(module.forward)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def of_its_class(module: nn.Module, _whole: Whole) -> Iterator[None]:
+    cls: Any = next(cls for cls in plain_class(module).__mro__ if "forward" in vars(cls))
+    with attribute(cls, "forward", half_as_much_more(cls.forward)):
+        yield
+
+
+@contextmanager
+def of_all_modules(module: nn.Module, _whole: Whole) -> Iterator[None]:
+    kind = plain_class(module)
+    handle = register_module_forward_hook(
+        lambda each, _given, made: made * 1.5 if plain_class(each) is kind else None
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def of_a_function(_module: nn.Module, whole: Whole) -> Any:
+    holder, name = whole.function
+    return attribute(holder, name, half_as_much_more(getattr(holder, name)))
+
+
+ON_THE_MODEL = {"hook": louder, "forward": of_its_own}
+FOR_ALL_MODELS = {"class": of_its_class, "global hook": of_all_modules, "function": of_a_function}
+
+
+@contextmanager
+def exchanged(model: nn.Module, whole: Whole) -> Iterator[None]:
+    path, _, name = whole.layer.rpartition(".")
+    holder = model.get_submodule(path)
+    before = holder._modules[name]
+    holder._modules[name] = nn.Sequential(before, nn.Tanh())
+    try:
+        yield
+    finally:
+        holder._modules[name] = before
+
+
+@contextmanager
+def altered(name: str, whole: Whole, *models: nn.Module) -> Iterator[None]:
+    """Change all models in one way."""
+    with ExitStack() as scopes:
+        for model in models[:1] if name in FOR_ALL_MODELS else models:
+            layer = model.get_submodule(whole.layer)
+            if name == "attribute":
+                path, attribute_name, value = whole.read
+                scopes.enter_context(attribute(model.get_submodule(path), attribute_name, value))
+            elif name == "module":
+                scopes.enter_context(exchanged(model, whole))
+            else:
+                scopes.enter_context({**ON_THE_MODEL, **FOR_ALL_MODELS}[name](layer, whole))
+        yield
+
+
+@pytest.mark.parametrize("name", [*ON_THE_MODEL, *FOR_ALL_MODELS, "attribute", "module"])
+@pytest.mark.parametrize("kind", WHOLES)
+def test_of_every_kind_one_event_and_upstreams_path_and_back(
+    kind: str, name: str, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_sequence, "has_matrix_unit", lambda: True)  # without AMX it computes in plain loops
+    monkeypatch.setattr(fused_sequence, "multiplies_in_bf16", lambda: True)
+    calls: list[bool] = []
+    names: list[str] = []
+
+    def counted(kernel: Kernel) -> Kernel:
+        names.append(kernel.name)
+
+        def serve(described: Any, named: dict[str, Any]) -> Any:
+            result = kernel.serve(described, named)
+            calls.append(result is not None)
+            return result
+
+        return replace(kernel, serve=serve)
+
+    def run(each: nn.Module) -> tuple[torch.Tensor, bool]:
+        calls.clear()
+        with torch.no_grad():
+            return whole.run(each), any(calls)
+
+    whole = WHOLES[kind]
+    torch.manual_seed(0)
+    model = whole.build().eval()
+    plain = copy.deepcopy(model)
+    parts = {part.name: part for part in describe(model).parts}
+    for name_of, stage in whole.stages(counted):
+        part = parts.get(name_of, Part("model", "decoder", model))
+        assert stage.applies(part) is None
+        stage.prepare(part).on()
+    before, is_served = run(model)
+    assert is_served
+    assert not seen
+    for times in (1, 2):
+        with altered(name, whole, model, plain):
+            expected = run(plain)[0]
+            # Durations are rounded up, so other ones may give the same sound.
+            assert kind == "durations" or expected.shape != before.shape or not torch.allclose(expected, before)
+            for _ in range(3):
+                found, is_served = run(model)
+                assert not is_served
+                assert torch.equal(found, expected)
+        # A change for all models may concern the other part of the model, too.
+        told = [event for event in seen if isinstance(event, NotApplied) and names[-1] in event.what]
+        assert len(told) == times, "one for each time"
+        for _ in range(3):
+            found, is_served = run(model)
+            assert is_served, "the kernel serves again"
+            assert torch.equal(found, before)
+    assert {str(event) for event in seen} == {str(event) for event in seen[: len(seen) // 2]}

@@ -563,7 +563,7 @@ def test_a_result_that_cannot_be_copied_is_passed_on(seen: list[events.Event]) -
         assert embed(number) is value
         assert embed(number) is value
     assert embed.cache_info().hits == 0
-    assert len(not_applied(seen)) == 6
+    assert len(not_applied(seen)) == 3
 
 
 def test_an_exception_is_not_kept(service: Service) -> None:

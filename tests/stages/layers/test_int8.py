@@ -423,9 +423,7 @@ def test_nan_comes_out_as_nan(engine: str, seen: list[Event]) -> None:
         run(model, torch.zeros(2, 127))
 
 
-def test_a_hundred_refused_tokens_are_one_event_and_one_more_after_served_ones(
-    engine: str, seen: list[Event]
-) -> None:
+def test_a_hundred_refused_tokens_are_one_event_and_one_more_after_served_ones(engine: str, seen: list[Event]) -> None:
     """Not one for each layer of each token."""
     model: Any = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)).eval()
     quantized(model, engine)
