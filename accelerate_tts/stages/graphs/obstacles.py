@@ -66,12 +66,25 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
             raise
         except Exception as error:  # whatever a trace cannot do is a reason not to record
             raise ObstacleError(f"{_reason(error)}{_place(error.__traceback__)}") from None
+        finally:
+            _forget(fakes)
         if watch.obstacle is not None:  # it was caught by the computation
             raise watch.obstacle
         watch.check_outputs(outputs, given)
     if changed:
         raise ObstacleError(f"its forward sets {changed[0]}, which a replay does not")
     return Look(watch.launches, watch.most)
+
+
+def _forget(fakes: Any) -> None:
+    """Clear a mode's weak references to the weights, which it keeps until the garbage collector has found it.
+
+    torch exchanges no tensor that is weakly referenced (`torch.utils.swap_tensors`, `module.to` with
+    `torch.__future__.set_swap_module_params_on_conversion`).
+    """
+    describer = getattr(getattr(fakes.fake_tensor_converter, "meta_converter", None), "describer", None)
+    for name in ("lookup_tensor", "lookup_storage"):
+        getattr(describer, name, {}).clear()
 
 
 def _reason(error: Exception) -> str:

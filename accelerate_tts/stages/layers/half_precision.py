@@ -237,7 +237,9 @@ def _is_inside(dtype: torch.dtype) -> bool:
 @per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        was_cast = [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]
+        # Rotary embeddings have buffers alone.
+        every = (*self._parameters.values(), *self._buffers.values())
+        was_cast = [1 for own in every if own is not None and own.dtype == dtype]
         if was_cast or _is_autocast():
             return plain.forward(self, *args, **kwargs)
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))

@@ -507,6 +507,21 @@ def test_writes_in_place_are_served_by_the_same_recording_and_exchanged_weights_
     assert (recorded.change.graphs, recorded.change.kept) == (2, 1)
 
 
+def test_weights_can_be_swapped_after_a_trace() -> None:
+    """torch refuses that for a tensor that something refers to weakly, as the trace did until its garbage was found."""
+    gc.disable()
+    try:
+        recorded = Recorded(Body())
+        recorded.check(wave())
+        for parameter in recorded.module.parameters():
+            torch.utils.swap_tensors(parameter, nn.Parameter(torch.randn_like(parameter)))
+        for _ in range(5):
+            recorded.check(wave())
+        assert recorded.change.graphs == 2
+    finally:
+        gc.enable()
+
+
 def test_a_folded_weight_norm_is_followed() -> None:
     module = Body()
     nn.utils.parametrizations.weight_norm(module.first[0])
