@@ -71,10 +71,10 @@ test-slow: .venv/.wheel ## The tests that take long for what they show, and thos
 	@$(PIP) "$$(ls dist/*.whl)[cluster]"
 	@touch $@
 
-# One process: each test starts a cluster of two nodes.
+# One process: each test starts a cluster of two nodes, which takes minutes on a busy machine.
 cluster-test: .venv/.cluster ## Install Ray, and run the tests of examples/cluster on two nodes of this machine
 	@$(BIN)/python -c 'import ray'
-	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/examples/cluster $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=900 tests/examples/cluster $(ARGS)
 
 # One process, since the two of `make test` would have to be measured apart.
 coverage: .venv/.dev ## Lines and branches of the package that the tests reach (ARGS= goes to pytest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import methodcaller
@@ -15,7 +16,7 @@ import transformers
 
 from accelerate_tts import Event, carry_mode, fast_inference, inference, optimized_model, receipt_of
 from accelerate_tts.events import DecodePasses
-from accelerate_tts.kernels.decoder_block import run_together
+from accelerate_tts.kernels.decoder_block import run, run_together
 from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 from doubles import pays_off
@@ -81,6 +82,34 @@ def steps_of(speaker: Speaker) -> SharedSteps:
     return fused.steps
 
 
+def let_meet(steps: SharedSteps) -> list[int]:
+    """Have the first step wait until two others are there, whatever the machine does; return the callers of passes.
+
+    A tiny model's step takes microseconds, so Python might run one caller after the other.
+    """
+    passes: list[int] = []
+    arrived: set[int] = set()
+    have_met = threading.Event()
+
+    def clock() -> float:
+        """Called by each caller as it arrives, before anybody else may."""
+        arrived.add(threading.get_ident())
+        if len(arrived) > 2:
+            have_met.set()
+        return time.perf_counter()
+
+    def alone(blocks: Any, call: Any) -> torch.Tensor:
+        assert have_met.wait(LONG)
+        return run(blocks, call)
+
+    def counted(blocks: Any, calls: Any) -> torch.Tensor:
+        passes.append(len(calls))
+        return run_together(blocks, calls)
+
+    steps.rules = steps.rules._replace(window=100.0, clock=clock, alone=alone, together=counted)
+    return passes
+
+
 def in_threads(speaker: Speaker) -> list[list[torch.Tensor]]:
     barrier = threading.Barrier(CALLERS)
 
@@ -111,17 +140,11 @@ def in_coroutines(speaker: Speaker) -> list[list[torch.Tensor]]:
 def test_callers_in_upstreams_own_loop_share_passes(
     speaker: Speaker, call: Callable[[Speaker], list[list[torch.Tensor]]], seen: list[Event]
 ) -> None:
-    steps, passes = steps_of(speaker), []
+    steps = steps_of(speaker)
     assert steps.is_on, str(receipt_of(speaker))
     alone = [speaker.speak(number) for number in range(CALLERS)]
     assert len({tuple(tokens.flatten().tolist()) for tokens, *_ in alone}) == CALLERS
-
-    def counted(blocks: Any, calls: Any) -> torch.Tensor:
-        passes.append(len(calls))
-        return run_together(blocks, calls)
-
-    # A tiny model's pass takes microseconds. So long a window lets callers meet that Python keeps apart.
-    steps.rules = steps.rules._replace(window=100.0, together=counted)
+    passes = let_meet(steps)
     found = call(speaker)
     for one, other in zip(alone, found, strict=True):
         assert len(one) == len(other)
@@ -133,7 +156,6 @@ def test_callers_in_upstreams_own_loop_share_passes(
 
 def test_passes_are_told_once_a_call(speaker: Speaker, seen: list[Event]) -> None:
     steps = steps_of(speaker)
-    steps.rules = steps.rules._replace(window=100.0)
 
     def told_by(call: Callable[[Speaker], object]) -> list[DecodePasses]:
         seen.clear()
@@ -146,6 +168,7 @@ def test_passes_are_told_once_a_call(speaker: Speaker, seen: list[Event]) -> Non
     ], "the first token comes from the prompt"
     before = steps.counts
     for call in (in_threads, in_tasks, in_coroutines):
+        let_meet(steps)
         told = told_by(call)
         assert 1 <= len(told) <= CALLERS
         assert sum(event.steps for event in told) == sum(event.rows for event in told) == 69
