@@ -11,8 +11,8 @@ WHEEL   = $(wildcard dist/accelerate_tts-*.whl)
 SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '*/csrc/*' 2>/dev/null) hatch_build.py
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
-	bench soak audit releases environments environments-page record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
-	upstream-tests upstream-tests-page screenshots
+	bench soak audit releases environments record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
+	upstream-tests upstream-tests-page screenshots cluster-test
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -66,6 +66,16 @@ test: .venv/.wheel ## Build the wheel, install it with its test extra, run the t
 test-slow: .venv/.wheel ## The tests that take long for what they show, and those of the example service
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m slow $(ARGS)
 
+.venv/.cluster: .venv/.wheel
+	@echo "==> installing accelerate_tts[cluster] (Ray, 240 MB)"
+	@$(PIP) "$$(ls dist/*.whl)[cluster]"
+	@touch $@
+
+# One process: each test starts a cluster of two nodes, which takes minutes on a busy machine.
+cluster-test: .venv/.cluster ## Install Ray, and run the tests of examples/cluster on two nodes of this machine
+	@$(BIN)/python -c 'import ray'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=900 tests/examples/cluster $(ARGS)
+
 # One process, since the two of `make test` would have to be measured apart.
 coverage: .venv/.dev ## Lines and branches of the package that the tests reach (ARGS= goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --timeout=0 $(ARGS); status=$$?; $(BIN)/coverage report && exit $$status
@@ -107,7 +117,7 @@ soak: .venv/.wheel ## 2,000 calls of tuned models; fails if memory or tensors gr
 
 environments: .venv/.wheel ## Each environment that users have, built and run: hours; ONLY=name[,name] LAYERS=full KEEP=folder
 	@$(BIN)/python benchmarks/environments/run.py $(ONLY) $(LAYERS:%=--layers %) $(KEEP:%=--keep %) $(ARGS); \
-	  status=$$?; $(BIN)/python benchmarks/environments/page.py && exit $$status
+	  status=$$?; $(BIN)/python benchmarks/figures.py && exit $$status
 
 record: .venv/.wheel ## Bench SYSTEMS="mms xtts" and store the figures in benchmarks/results (ARGS= goes to the bench; nothing else may run)
 	@$(BIN)/python benchmarks/record.py $(SYSTEMS) $(ARGS)
@@ -128,9 +138,6 @@ figures: .venv/.wheel ## Every table and chart of README and docs, from the file
 
 screenshots: .venv/.screenshots ## The pictures of docs/figures, with an installed Chromium; ONLY="doctor receipt" (nothing else may run)
 	@$(BIN)/python benchmarks/screenshots.py $(ONLY) $(ARGS)
-
-environments-page: .venv/.wheel ## docs/ENVIRONMENTS.md from the rows that were written
-	@$(BIN)/python benchmarks/environments/page.py
 
 strangers: .venv/.wheel ## Speech systems that no plan knows, decorated and compared with themselves; ONLY="bark csm" ARGS="--loads exact"
 	@$(BIN)/python benchmarks/strangers/run.py $(ONLY) $(ARGS)

@@ -53,8 +53,10 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
             if is_active():
                 from accelerate_tts.device import flags
                 from accelerate_tts.optimizer import get_performance_optimizer
+                from accelerate_tts.runtime.call_end import end_call
                 from accelerate_tts.runtime.inference_mode import mode_factory
 
+                scope.callback(end_call)
                 scope.enter_context(flags.hold(get_performance_optimizer().call_flags()))
                 scope.enter_context(mode_factory(self._mode)())
             self._scopes.setdefault(get_ident(), []).append(scope.pop_all())

@@ -292,6 +292,27 @@ class FirstAudio(Event):
         return f"{self.what}: first audio after {self.seconds:.2f} s ({self.samples} samples)"
 
 
+@dataclass(frozen=True)
+class DecodePasses(Event):
+    """Decode steps of callers that may share passes over a decoder's weights. Sent when a call ends.
+
+    Attributes:
+        what: The decoder.
+        passes: Passes since the last such event, of this call and of others.
+        steps: Decode steps of single callers in them.
+        rows: Rows in them. A step of one caller has several with guidance or a batch.
+    """
+
+    what: str
+    passes: int
+    steps: int
+    rows: int
+
+    def __str__(self) -> str:
+        rows = f"{self.rows / self.passes:.2f} rows in each"
+        return f"{self.what}: {self.steps} decode steps in {self.passes} passes, {rows}"
+
+
 class EventHook(Protocol):
     """Callable for events. It is called on the thread of the event, and must be quick and not raise."""
 

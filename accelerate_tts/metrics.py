@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accelerate_tts.errors import printable
-from accelerate_tts.events import Event, FellBack, FirstAudio, Guarded, Recompiled, Restored, Tuned
+from accelerate_tts.events import DecodePasses, Event, FellBack, FirstAudio, Guarded, Recompiled, Restored, Tuned
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def measurements(event: Event) -> tuple[Measurement, ...]:
     - `Recompiled` in `accelerate_tts_recompilations` (`what`),
     - `Guarded` in `accelerate_tts_faulty_outputs` (`what`, `fault`),
     - `FirstAudio` sets the gauge `accelerate_tts_first_audio_seconds` (`what`),
+    - `DecodePasses` counts in `accelerate_tts_decode_passes`, `accelerate_tts_decode_steps` and
+      `accelerate_tts_decode_rows`, and sets the gauge `accelerate_tts_rows_per_pass` (`what`),
     - `Tuned` and `Restored` set the gauges `accelerate_tts_stages_kept` and `accelerate_tts_load_seconds` (`what`),
       and `Tuned` also `accelerate_tts_speedup`.
     """
@@ -59,6 +61,11 @@ def measurements(event: Event) -> tuple[Measurement, ...]:
         found.append(_counter("accelerate_tts_faulty_outputs", what=event.what, fault=event.fault))
     elif isinstance(event, FirstAudio):
         found.append(_gauge("accelerate_tts_first_audio_seconds", event.seconds, event.what))
+    elif isinstance(event, DecodePasses):
+        found.append(_counter("accelerate_tts_decode_passes", event.passes, what=event.what))
+        found.append(_counter("accelerate_tts_decode_steps", event.steps, what=event.what))
+        found.append(_counter("accelerate_tts_decode_rows", event.rows, what=event.what))
+        found.append(_gauge("accelerate_tts_rows_per_pass", event.rows / event.passes, event.what))
     elif isinstance(event, (Tuned, Restored)):
         found.append(_gauge("accelerate_tts_stages_kept", event.kept, event.what))
         found.append(_gauge("accelerate_tts_load_seconds", event.seconds, event.what))
@@ -67,8 +74,8 @@ def measurements(event: Event) -> tuple[Measurement, ...]:
     return tuple(found)
 
 
-def _counter(name: str, **labels: str) -> Measurement:
-    return Measurement(name, 1.0, {label: printable(value) for label, value in labels.items()})
+def _counter(name: str, amount: float = 1.0, **labels: str) -> Measurement:
+    return Measurement(name, float(amount), {label: printable(value) for label, value in labels.items()})
 
 
 def _gauge(name: str, value: float, what: str) -> Measurement:

@@ -48,6 +48,10 @@ def compiled(model: Any) -> Any:
     return torch.compile(model)
 
 
+def autotuned(model: Any) -> Any:
+    return torch.compile(model, mode="max-autotune")
+
+
 def frozen(model: Any) -> Any:
     return torch.compile(model, options={"max_autotune": True, "freezing": True})
 
@@ -73,6 +77,26 @@ def int8_compiled(model: Any) -> Any:
     return torch.compile(model)
 
 
+def int8_all(model: Any) -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model  # own
+
+
+def int8_all_compiled(model: Any) -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(model)
+
+
+def smashed(model: Any) -> Any:
+    from pruna import SmashConfig, smash
+
+    return smash(model, SmashConfig(["torch_compile"], device="cpu"))
+
+
 def onnx_runtime(file: Path, threads: int) -> Any:
     import onnxruntime
 
@@ -89,6 +113,25 @@ def openvino(file: Path, threads: int, precision: str) -> Any:
     core = ov.Core()
     hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     network = core.compile_model(str(file), "CPU", hints)
+    return lambda feed: network(feed)[network.output(0)]
+
+
+def onnx_int8(file: Path) -> Path:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    small = file.with_suffix(".int8.onnx")
+    quantize_dynamic(file, small, weight_type=QuantType.QUInt8)  # its convolutions take no signed weights
+    return small
+
+
+def openvino_int8(file: Path, threads: int, feed: Any) -> Any:
+    import nncf
+    import openvino as ov
+
+    core = ov.Core()
+    small = nncf.quantize(core.read_model(str(file)), nncf.Dataset([feed]))
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    network = core.compile_model(small, "CPU", hints)
     return lambda feed: network(feed)[network.output(0)]
 
 
@@ -209,6 +252,27 @@ def _compiling(build: Callable[[], Engine]) -> Callable[[], Engine]:
     return built
 
 
+_PRUNA = (("pruna, torch_compile", smashed, ("pruna",)),)
+"""Takes modules, and no functions."""
+
+
+def _compilers(
+    build: Callable[[Any], Engine], others: Sequence[tuple[str, Callable[[Any], Any], tuple[str, ...]]] = ()
+) -> Iterator[Candidate]:
+    """Yield the engines that compile.
+
+    Args:
+        build: Sets one up, by what its user calls.
+        others: Names, functions and modules that must be installed, of further ones.
+    """
+    own: tuple[tuple[str, Callable[[Any], Any], tuple[str, ...]], ...] = (
+        ("torch.compile", compiled, ()), ("torch.compile, max-autotune", autotuned, ()),
+        ("torch.compile, max-autotune, frozen", frozen, ()),
+    )  # fmt: skip
+    for name, make, needs in (*own, *others):
+        yield Candidate(name, _compiling(partial(build, make)), (make,), needs)
+
+
 def _tuned(
     make: Callable[[], Any], speak: Any, warmup: Any, given: Namespace, *, timed: bool = False
 ) -> Iterator[Candidate]:
@@ -280,22 +344,24 @@ def llama(given: Namespace) -> Subject:
     engines = [
         Candidate(EAGER, lambda: Engine(partial(decode, model)), (eager,), ours=True),
         *_tuned(partial(copy.deepcopy, model), decode, decode, given, timed=True),
-        Candidate("torch.compile", _compiling(lambda: stepping(compiled, model)), (compiled,)),
-        Candidate("torch.compile, max-autotune, frozen", _compiling(lambda: stepping(frozen, model)), (frozen,)),
+        *_compilers(lambda make: stepping(make, model), _PRUNA),
         Candidate("transformers, static cache, compiled", _compiling(static), (static_cache,), ("transformers",)),
         *(Candidate(f"llama.cpp {kind}", partial(llama_cpp, kind), code, ggml.MODULES)
           for kind in ("F32", "BF16", "Q8_0")),
         Candidate("torchao, int8 weights", lambda: stepping(int8), (int8,), ("torchao",)),
-        Candidate("torchao, int8 weights, compiled", _compiling(lambda: _quantized(model, decode)), (int8_compiled,),
-                  ("torchao",)),
+        Candidate("torchao, int8 weights, compiled", _compiling(lambda: _quantized(model, decode, int8_compiled)),
+                  (int8_compiled,), ("torchao",)),
+        Candidate("torchao, int8 weights and activations", lambda: stepping(int8_all), (int8_all,), ("torchao",)),
+        Candidate("torchao, int8 weights and activations, compiled",
+                  _compiling(lambda: _quantized(model, decode, int8_all_compiled)), (int8_all_compiled,), ("torchao",)),
     ]  # fmt: skip
     note = f"{_ROWS} rows, {_PROMPT} positions before, random weights"
     return Subject("llama", "one token", given.layers, ("memory", bytes_of_a_token(model)), note, engines)
 
 
-def _quantized(model: Any, decode: Any) -> Engine:
+def _quantized(model: Any, decode: Any, make: Any) -> Engine:
     plain = copy.deepcopy(model)
-    return Engine(partial(decode, int8_compiled(plain), None, plain))
+    return Engine(partial(decode, make(plain), None, plain))
 
 
 # --- a voice ----------------------------------------------------------------------------------------------------------
@@ -324,11 +390,11 @@ def voice(name: str, given: Namespace) -> Subject:
         export_voice(copy.deepcopy(model), ids, file)
         return file, {"input_ids": ids.numpy()}, time.perf_counter() - start
 
-    def elsewhere(make: Callable[[Path], Any]) -> Engine:
+    def elsewhere(make: Callable[[Path, Any], Any]) -> Engine:
         first = exported.cache_info().misses
         file, feed, seconds = exported()
         return Engine(
-            _timed(partial(make(file), feed)), before=0.0 if exported.cache_info().misses > first else seconds
+            _timed(partial(make(file, feed), feed)), before=0.0 if exported.cache_info().misses > first else seconds
         )
 
     short = ids[:, : max(4, ids.shape[1] * 3 // 5)]
@@ -336,8 +402,7 @@ def voice(name: str, given: Namespace) -> Subject:
         Candidate(EAGER, lambda: Engine(_timed(partial(speak, model))), (eager,), ours=True),
         *_tuned(partial(copy.deepcopy, model), speak, [short, ids], given),
         *_engines(elsewhere, given, () if name == "demo" else (export_voice,)),
-        *(Candidate(told, _compiling(lambda make=make: Engine(_timed(partial(speak, make(model))))), (make,))
-          for told, make in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
+        *_compilers(lambda make: Engine(_timed(partial(speak, make(model)))), _PRUNA),
     ]  # fmt: skip
     note = "all noise is off" + ("" if name == "demo" else ", random weights")
     return Subject(name, "a call", given.layers, ("fp32", _flops(partial(speak, model))), note, engines)
@@ -359,19 +424,28 @@ def _demo() -> tuple[Any, Any, tuple[Path, dict[str, Any]]]:
 
 
 def _engines(
-    make: Callable[[Callable[[Path], Any]], Engine], given: Namespace, code: tuple[Callable[..., Any], ...]
+    make: Callable[[Callable[[Path, Any], Any]], Engine], given: Namespace, code: tuple[Callable[..., Any], ...]
 ) -> Iterator[Candidate]:
-    """Yield the engines that run an ONNX file."""
+    """Yield the engines that run an ONNX file, and what they take."""
     needs = ("onnx",) if code else ()  # for exporting
+    threads = given.threads
     yield Candidate(
-        "ONNX Runtime", lambda: make(lambda file: onnx_runtime(file, given.threads)), (*code, onnx_runtime),
+        "ONNX Runtime", lambda: make(lambda file, _: onnx_runtime(file, threads)), (*code, onnx_runtime),
         (*needs, "onnxruntime"),
+    )  # fmt: skip
+    yield Candidate(
+        "ONNX Runtime int8", lambda: make(lambda file, _: onnx_runtime(onnx_int8(file), threads)),
+        (*code, onnx_int8, onnx_runtime), ("onnx", "onnxruntime"),
     )  # fmt: skip
     for name, precision in (("OpenVINO", "f32"), ("OpenVINO bf16", "bf16")):
         yield Candidate(
-            name, lambda precision=precision: make(lambda file: openvino(file, given.threads, precision)),
+            name, lambda precision=precision: make(lambda file, _: openvino(file, threads, precision)),
             (*code, openvino), (*needs, "openvino"),
         )  # fmt: skip
+    yield Candidate(
+        "OpenVINO int8", lambda: make(lambda file, feed: openvino_int8(file, threads, feed)), (*code, openvino_int8),
+        (*needs, "openvino", "nncf"),
+    )  # fmt: skip
 
 
 def _flops(call: Callable[[], Any]) -> float:
@@ -400,11 +474,16 @@ def speaker(given: Namespace) -> Subject:
         export_encoder(encoder, torch.randn(4, 160, 40), file)
         return file, time.perf_counter() - start
 
-    def elsewhere(make: Callable[[Path], Any]) -> Engine:
+    heard: list[Any] = []  # the windows of the sound, as the encoder takes them
+    hook = encoder.register_forward_pre_hook(lambda _module, args: heard.append(args[0].numpy()))
+    embed(encoder)
+    hook.remove()
+
+    def elsewhere(make: Callable[[Path, Any], Any]) -> Engine:
         first = exported.cache_info().misses
         file, seconds = exported()
         twin = copy.deepcopy(encoder)
-        encoder_runs_in(twin, make(file))
+        encoder_runs_in(twin, make(file, {"mels": heard[0]}))
         spent = exported.cache_info().misses > first
         return Engine(_timed(partial(embed, twin)), before=0.0 if spent else seconds)
 
@@ -417,8 +496,7 @@ def speaker(given: Namespace) -> Subject:
         Candidate(EAGER, lambda: Engine(_timed(partial(embed, encoder))), (eager,), ours=True),
         *_tuned(partial(copy.deepcopy, encoder), embed, embed, given),
         *_engines(elsewhere, given, (export_encoder, encoder_runs_in)),
-        *(Candidate(told, _compiling(partial(compiling, make)), (make,))
-          for told, make in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
+        *_compilers(compiling),
     ]  # fmt: skip
     return Subject("voice-clone", "12 s of sound", None, ("fp32", 0.0), "noise as sound, trained weights", engines)
 
@@ -450,8 +528,7 @@ def other(name: str, what: str, given: Namespace) -> Subject:
     engines = [
         Candidate(EAGER, lambda: Engine(_timed(partial(speak, made.model))), (eager,), ours=True),
         *_tuned(lambda: make().model, speak, speak, given),
-        *(Candidate(told, _compiling(partial(compiling, around)), (around,))
-          for told, around in (("torch.compile", compiled), ("torch.compile, max-autotune, frozen", frozen))),
+        *_compilers(compiling),
     ]  # fmt: skip
     return Subject(name, what, None, ("fp32", _flops(partial(speak, made.model))), "random weights", engines)
 

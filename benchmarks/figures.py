@@ -6,23 +6,28 @@ The files are those of benchmarks/results and of benchmarks/environments/rows. A
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 LANDING = ROOT / "docs" / "index.md"
-CHART = ROOT / "docs" / "figures" / "environments.svg"
-PEERS = ROOT / "docs" / "figures" / "peers.svg"
+FIGURES = ROOT / "docs" / "figures"
 sys.path.insert(0, str(HERE / "environments"))
 
 import page as environments_page
+
+from accelerate_tts.cli.bench.floors import moved
+
+if TYPE_CHECKING:
+    from listed import Environment
 
 _HEAD = """# What was measured
 
@@ -33,15 +38,27 @@ this page. [Where it was run](ENVIRONMENTS.md) has each released upstream under 
 Systems are built at their true size, or with as many layers as the table says, with seeded random
 weights. The same object is timed untouched and tuned in turn, in one process. Ratios are medians of
 pairs, with the least and the most of them. "One token" is one step of the decode loop, and "floors"
-is how often the memory could have given that step's weights meanwhile. A peak is that of a process
+is how often the memory could have given that step's weights meanwhile, as they were loaded. "Own
+floors" counts the bytes that the tuned step reads, which are fewer in bf16 and int8: in `fast` they
+should be 1.6 at most. Runs of an earlier state have not stored them. A peak is that of a process
 of its own, over the untouched one's. A start is that of a second process with the warm pack.
+
+Pairs and rounds during which other programs used the machine were repeated; "disturbed" counts
+those that are in the figures all the same. "Floors moved" names the rates of the machine that bound
+a row and differed by more than a quarter within its run, as they do on a machine whose host is
+shared; the lines below a table have their figures.
+
+Engines of other makers took turns with eager PyTorch and with this library in one run, and their
+ratios are to eager in that run. Of an engine that several runs of a machine have
+measured, the newest row is shown.
 """
 _COLUMNS = (
-    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "whole call", "output", "tuning", "start",
-    "peak", "torch.compile", "pairs", "disturbed",
+    "system", "torch", "layers", "precision", "one token", "ratio", "floors", "own floors", "whole call", "output",
+    "tuning", "start", "peak", "torch.compile", "pairs", "disturbed", "floors moved",
 )  # fmt: skip
 _PEERS = (
-    "model", "layers", "engine", "seconds", "ratio", "floors", "output", "set-up", "lines", "rounds", "disturbed",
+    "model", "layers", "engine", "seconds", "ratio", "floors", "own floors", "output", "set-up", "lines", "rounds",
+    "disturbed", "floors moved",
 )  # fmt: skip
 _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
@@ -50,10 +67,19 @@ _LOAD = (
 
 
 def main() -> None:
-    for path, text in files().items():
+    made = files()
+    for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         print(f"{path.relative_to(ROOT)} is written")
+    for path in left_over(made):
+        path.unlink()
+        print(f"{path.relative_to(ROOT)} is removed: no file of a run is behind it")
+
+
+def left_over(made: Iterable[Path]) -> list[Path]:
+    """Return the charts of earlier states that are not made any more."""
+    return sorted({*FIGURES.glob("peers*.svg"), *FIGURES.glob("environments*.svg")} - {*made})
 
 
 def files() -> dict[Path, str]:
@@ -63,39 +89,55 @@ def files() -> dict[Path, str]:
 
     found, rows = environments(FILE.read_text("utf-8")), environments_page.read(ROWS)
     machines, readme = read(RESULTS), ROOT / "README.md"
-    groups = list(peer_groups(machines))
-    front, landing = (with_chart(one.read_text("utf-8"), bool(groups), one.parent) for one in (readme, LANDING))
-    bars = [bar for one in found if one.name in rows for bar in check_bars(one.name, rows[one.name])]
+    peers = {name: groups for name, documents in machines.items() if (groups := peer_groups(documents))}
+    where = {name: environments_page.name_of(machines[name][-1]["machine"]) for name in peers}
+    most = max(peers, key=lambda name: len(peers[name])) if peers else None
+    charts = dict(environment_charts(found, rows))
+    told = ""
+    if most is not None:
+        told = _PEERS_TEXT.format(where=environments_page.cell(where[most])).replace("\n", " ")
+        told = f"{peers_image(f'docs/figures/{peers_file(most)}')}\n\n{environments_page.wrapped(told, indent='')}"
+    elif charts:
+        told = environments_page.chart_image(f"docs/figures/{next(iter(charts)).name}")
+    front, landing = (with_chart(one.read_text("utf-8"), told, one.parent) for one in (readme, LANDING))
     return {
         environments_page.PAGE: environments_page.page(found, rows),
         readme: environments_page.with_table(front, found, rows),
-        CHART: chart("Times as fast as untouched", [Group("", bars)]),
-        **({PEERS: chart("Times as fast as eager PyTorch", groups)} if groups else {}),
+        **charts,
+        **{FIGURES / peers_file(name): chart(_PEERS_TITLE, groups, where[name]) for name, groups in peers.items()},
         PAGE: results_page(machines),
         LANDING: landing,
     }
 
 
 _BEGIN, _END = "<!-- chart: ", "<!-- chart: end -->"
-_PEERS_TOLD = """![Times as fast as eager PyTorch: this library and other engines](docs/figures/peers.svg)
+_PEERS_TITLE = "Times as fast as eager PyTorch"
+_PEERS_TEXT = """Measured on {where}. Engines took turns with the same weights, inputs and threads; the fastest
+variant of each is shown. [What was measured](docs/RESULTS.md) has the others, errors, set-up times,
+lines of code, and each machine."""
 
-The chart has one group for each run, in which all engines took turns with the same weights, inputs
-and threads. [What was measured](docs/RESULTS.md) has errors, set-up times and lines of code."""
-_CHART_TOLD = "![Times as fast as untouched, by environment and system](docs/figures/environments.svg)"
 
-
-def with_chart(page: str, peers: bool, folder: Path = ROOT) -> str:
-    """Return a page's text with the chart of peers between its two marks; that of environments if there is none.
+def with_chart(page: str, told: str, folder: Path = ROOT) -> str:
+    """Return a page's text with a chart between its two marks.
 
     Args:
         page: The text.
-        peers: True if there is a chart of peers.
+        told: The chart, with what is said of it, as README has it.
         folder: The page's folder, this one or docs.
     """
     head = page.index("\n", page.index(_BEGIN)) + 1
-    told = _PEERS_TOLD if peers else _CHART_TOLD
     told = told if folder == ROOT else told.replace("](docs/", "](")
     return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
+
+
+def peers_file(machine: str) -> str:
+    """Return the name of the chart of peers of a machine's folder."""
+    return f"peers-{machine}.svg"
+
+
+def peers_image(path: str) -> str:
+    """Return the chart of peers as an image in Markdown."""
+    return f"![{_PEERS_TITLE}: this library and other engines]({path})"
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -111,22 +153,32 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
     parts = [_HEAD]
     if not machines:
         parts.append("No result is stored for this state of the library.\n")
-    for name, documents in machines.items():
-        machine = documents[-1]["machine"]
+    for name, stored in machines.items():
+        documents = newest(stored)
+        machine = stored[-1]["machine"]
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
         tables = [
             (head, [line for one in documents for line in lines(one)])
             for head, lines in ((_COLUMNS, _rows), (_PEERS, _peers), (_LOAD, _loads))
         ]
         isa = ", ".join(machine["isa"]) or "no instruction set that is known by name"
+        image = [f"{peers_image(f'figures/{peers_file(name)}')}\n"] if peer_groups(documents) else []
         parts += [
             f"## {name}\n",
-            environments_page.wrapped(f"{facts}: {isa}.").replace("\n  ", "\n") + "\n",
+            environments_page.wrapped(f"{facts}: {isa}.{_kernels(stored)}", indent="") + "\n",
+            *image,
             *(environments_page.table(head, lines) for head, lines in tables if lines),
             *(environments_page.wrapped(f"- {line}") for one in documents for line in _about(one)),
             "",
         ]
     return "\n".join(parts)
+
+
+def _kernels(documents: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence on the instruction sets that the kernels ran at; "" if no document has one."""
+    runs = (run for one in documents for system in one["systems"] for run in system["runs"])
+    levels = {one.get("kernels") for one in (*documents, *runs)} - {None, ""}
+    return f" Kernels ran at: {', '.join(sorted(levels))}." if levels else ""
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -141,10 +193,11 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 "" if step is None else f"{1e3 * step['before']:.1f} ms, {1e3 * step['after']:.1f} ms",
                 "" if step is None else environments_page.ratio_range(step),
                 "" if step is None or not run["floor"] else f"{step['after'] / run['floor']:.2f}",
+                _own_floors(step, run.get("read"), run["floors"]),
                 environments_page.ratio_range(whole), _output(run), f"{run['tuning']:.0f} s",
                 "" if run["warm_start"] is None else f"{run['warm_start']:.1f} s",
                 "" if not peak or not alone else f"{peak / alone:.2f}x", naive, str(whole["pairs"]),
-                "yes" if run["disturbed"] or run["moved"] else "no",
+                str(run["disturbed"]), _moved(run["floors"], _bounds(run)),
             )  # fmt: skip
         for variant, why in system["failed"].items():
             yield (system["system"], torch, "", variant, f"**failed**: {why}", *[""] * (len(_COLUMNS) - 5))
@@ -156,15 +209,86 @@ def _peers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             about = (f"{item['system']}, {item['what']}", str(item["layers"] or "all"), one["name"])
             ratio = one["ratio"]
             if ratio is None:
-                yield (*about, f"**failed**: {one['failed']}", "", "", "", "", str(one["lines"]), "", "")
+                yield (*about, f"**failed**: {one['failed']}", *[""] * 5, str(one["lines"]), *[""] * 3)
                 continue
             yield (
                 *about, f"{1e3 * ratio['after']:.1f} ms", environments_page.ratio_range(ratio),
                 f"{ratio['after'] / item['floor']:.2f}" if item["floor"] else "",
+                _own_floors(ratio, one.get("read"), item["floors"]),
                 "other length" if one["error"] is None else "same" if not one["error"] else f"error {one['error']:.0e}",
                 f"{one['set_up']:.0f} s", str(one["lines"]), str(ratio["pairs"]),
-                "yes" if item["disturbed"] or item["moved"] else "no",
+                str(item["disturbed"]), _moved(item["floors"], _bounds_of_engine(one["name"], item["floor_of"])),
             )  # fmt: skip
+
+
+def _own_floors(step: dict[str, Any] | None, read: int | None, floors: Sequence[dict[str, Any]]) -> str:
+    """Return how often the memory could have given what a tuned step read; "" where that was not stored."""
+    rate = max((one["memory"] or 0.0 for one in floors), default=0.0)
+    return f"{step['after'] * rate / read:.2f}" if step is not None and read and rate else ""
+
+
+_FORMATS = {"bf16": r"bf16|bfloat16|balanced|fast", "int8": r"int8|Q8_0|fast"}
+
+
+def _bounds(run: dict[str, Any]) -> set[str]:
+    """Return the floors that a tuned system can be bound by: those of what it was, and of what was kept.
+
+    A decode loop in int8 reads fewer bytes, and multiplies few of them.
+    """
+    formats = {name for name, words in _FORMATS.items() if re.search(words, " ".join(run["kept"]))}
+    return {"fp32", *formats} if run["step"] is None else {"memory", "fp32", *formats} - {"int8"}
+
+
+def _bounds_of_engine(name: str, floor: str) -> set[str]:
+    """Return the floors that an engine can be bound by: that of its run, and in other formats their products."""
+    formats = () if floor == "memory" else (one for one, words in _FORMATS.items() if re.search(words, name))
+    return {floor, *formats}
+
+
+def _moved(floors: Sequence[dict[str, float | None]], bounds: set[str]) -> str:
+    """Return the names of those floors among some that changed within a run."""
+    names = [name for name in (*floors, {})[0] if name in bounds]
+    return ", ".join(name for name in names if moved([{name: one.get(name)} for one in floors]))
+
+
+def newest(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return documents of a machine, with each engine's row of its newest run alone.
+
+    Runs are the same if system, size, layers, threads and what is timed are. A failure is left out if any run has a
+    figure. A document without a row is left out.
+    """
+    order = sorted(range(len(documents)), key=lambda at: _age(documents[at]), reverse=True)
+
+    def key(document: dict[str, Any], item: dict[str, Any], one: dict[str, Any]) -> tuple[Any, ...]:
+        about = (item[name] for name in ("system", "what", "layers", "threads"))
+        return (document["options"]["size"], *about, one["name"])
+
+    chosen: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+    for failed in (False, True):
+        for at in order:
+            for item in documents[at].get("peers", []):
+                for one in item["peers"]:
+                    if (one["ratio"] is None) is failed:
+                        chosen.setdefault(key(documents[at], item, one), (at, one))
+    found: list[dict[str, Any]] = []
+    for at, document in enumerate(documents):
+        if "peers" not in document:
+            found.append(document)
+            continue
+        items = []
+        for item in document["peers"]:
+            rows = [one for one in item["peers"] if chosen[key(document, item, one)] == (at, one)]
+            shown = {one["name"] for one in rows}
+            said = {"ahead": [name for name in ahead(item) if name in shown], "whole": len(rows) == len(item["peers"])}
+            items += [{**item, **said, "peers": rows}] if rows else []
+        found += [{**document, "peers": items}] if items else []
+    return found
+
+
+def _age(document: dict[str, Any]) -> tuple[str, str, int]:
+    """Return what is greater for the newer document; for the larger of one day, if no time is stored."""
+    rows = sum(len(item["peers"]) for item in document.get("peers", []))
+    return document["date"], document.get("time", ""), rows
 
 
 def ahead(item: dict[str, Any]) -> list[str]:
@@ -196,23 +320,37 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
     variables = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
     names = ", ".join(one["system"] for one in document["systems"]) or "a service"
     if "peers" in document:
-        names = "engines of " + ", ".join(one["system"] for one in document["peers"])
+        names = "engines of " + ", ".join(one["system"] + _engines_of(one) for one in document["peers"])
     python = f"Python {document['python']}, " if document["python"] else ""
     yield f"{names}: {document['date']}, {document['commit']}; {python}{versions}; {variables or 'no variable set'}"
     for system in document["systems"]:
         for run in system["runs"]:
             memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in run["floors"] if one["memory"])
-            said = [f"memory gave {memory} GB/s", *filter(None, (run["disturbance"], run["moved"], run["note"]))]
+            said = [f"memory gave {memory} GB/s", *_disturbances(run), *filter(None, [run["note"]])]
             yield f"{run['system']}, {run['precision']}: {'; '.join(map(environments_page.cell, said))}"
 
     for item in document.get("peers", []):
         memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
-        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", item["disturbance"], item["moved"]]
-        said += [item["note"], f"faster than all of ours: {', '.join(ahead(item)) or 'none'}"]
-        yield f"engines of {item['system']}: {'; '.join(environments_page.cell(one) for one in said if one)}"
+        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", *_disturbances(item)]
+        said += [item["note"], f"faster than all of ours: {', '.join(item['ahead']) or 'none'}"]
+        told = "; ".join(environments_page.cell(one) for one in said if one)
+        yield f"engines of {item['system']}{_engines_of(item)}: {told}"
         for one in item["peers"]:
             if one["kept"]:
                 yield f"{item['system']}, {one['name']}, kept: {environments_page.cell('; '.join(one['kept']))}"
+
+
+def _disturbances(one: dict[str, Any]) -> Iterator[str]:
+    if one["disturbed"]:
+        yield f"{one['disturbed']} were disturbed: {one['disturbance']}"
+    if one["moved"]:
+        yield f"all floors that moved: {one['moved']}"
+
+
+def _engines_of(item: dict[str, Any]) -> str:
+    """Return which engines' rows are shown, where a newer run has the others."""
+    names = ", ".join(environments_page.cell(one["name"]) for one in item["peers"])
+    return "" if item["whole"] else f" ({names} alone)"
 
 
 def _output(run: dict[str, Any]) -> str:
@@ -226,19 +364,35 @@ def _output(run: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Bars of a chart below a heading, which may be empty: names and ratios."""
+    """Bars of a chart below a heading, which may be empty.
+
+    Attributes:
+        bars: Names and ratios.
+        engines: True if bars whose names do not begin with "ours" are of other engines, and have another colour.
+    """
 
     heading: str
     bars: Sequence[tuple[str, dict[str, float]]]
+    engines: bool = False
 
 
-def check_bars(environment: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+def environment_charts(found: Sequence[Environment], rows: environments_page.Rows) -> Iterator[tuple[Path, str]]:
+    """Yield a chart for each machine on which an environment was timed."""
+    for _, at, of_it in environments_page.by_machine(found, rows):
+        groups = [Group(one.name, bars) for one, row in of_it if (bars := list(check_bars(row)))]
+        if groups:
+            where = environments_page.name_of(of_it[0][1]["machine"])
+            title = environments_page.CHART_TITLE
+            yield FIGURES / environments_page.chart_file(at), chart(title, groups, where)
+
+
+def check_bars(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield a name and the ratio of one token for each check of a row; of a whole call where there is no token."""
     for check in row["checks"]:
         if check["failed"] is None and "whole" in check:
             layers = f", {check['layers']} layers" if check["layers"] else ""
             what = "one token" if check["step"] is not None else "a call"
-            name = f"{environment}: {check['system']}{layers}, {check['precision']}, {what}"
+            name = f"{check['system']}{layers}, {check['precision']}, {what}"
             yield name, check["step"] or check["whole"]
 
 
@@ -248,50 +402,71 @@ _TITLES = {
 }  # fmt: skip
 
 
-def peer_groups(machines: dict[str, list[dict[str, Any]]]) -> Iterator[Group]:
-    """Yield a group for each run of peers, at full size, with the fastest first."""
-    for documents in machines.values():
-        for item in (item for one in documents if one["options"]["size"] == "full" for item in one.get("peers", [])):
-            layers = f", {item['layers']} layers" if item["layers"] else ""
-            title = _TITLES.get(item["system"], item["system"])
-            heading = f"{title}{layers}: {item['what']}, {item['threads']} threads"
-            bars = [(one["name"], one["ratio"]) for one in item["peers"] if one["ratio"] and one["name"] != "eager"]
-            yield Group(heading, sorted(bars, key=lambda bar: -bar[1]["ratio"]))
+def peer_groups(documents: Sequence[dict[str, Any]]) -> list[Group]:
+    """Return a group for each system of a machine, with the fastest engine first.
+
+    Each precision of ours has a bar, and of each other engine the fastest variant. Eager is the chart's 1.0. Of a
+    system that was measured with several numbers of layers, the largest is shown.
+    """
+    full = [one for one in newest(documents) if one["options"]["size"] == "full"]
+    found: dict[tuple[str, str, int], dict[float, list[dict[str, Any]]]] = {}
+    for item in (item for one in full for item in one.get("peers", [])):
+        by_layers = found.setdefault((item["system"], item["what"], item["threads"]), {})
+        by_layers.setdefault(item["layers"] or float("inf"), []).extend(item["peers"])
+    order = [*_TITLES, *(name for name, _, _ in found)]
+    groups = []
+    for system, what, threads in sorted(found, key=lambda one: order.index(one[0])):
+        number, peers = max(found[system, what, threads].items())
+        layers = f", {number:.0f} layers" if number < float("inf") else ""
+        bars: dict[str, tuple[str, dict[str, float]]] = {}
+        for one in peers:
+            name, ratio = one["name"], one["ratio"]
+            if ratio and name != "eager" and ratio["ratio"] > bars.get(family(name), ("", {"ratio": 0.0}))[1]["ratio"]:
+                bars[family(name)] = name, ratio
+        heading = f"{_TITLES.get(system, system)}{layers}: {what}, {threads} threads"
+        groups.append(Group(heading, sorted(bars.values(), key=lambda bar: -bar[1]["ratio"]), engines=True))
+    return groups
 
 
-_LEFT, _WIDTH, _ROW, _TOP, _HEADING = 8, 760, 42, 34, 30
-_SCALE_WIDTH = 560
-_LABEL = 48  # the width of a ratio's text
+def family(name: str) -> str:
+    """Return what engines that differ in a format or an option alone have in common; each of ours is its own."""
+    return name if name.startswith("ours") else re.split(r",| (?=int8|[fF]\d|[bB][fF]\d|Q\d)", name)[0]
 
 
-def chart(title: str, groups: Sequence[Group]) -> str:
+_LEFT, _WIDTH, _ROW, _TOP, _HEADING, _SECOND = 8, 760, 22, 28, 30, 20
+_LABEL = 56  # the width of a ratio's text
+_LETTER = 6.7  # the mean width of a name's letters
+
+
+def chart(title: str, groups: Sequence[Group], where: str = "") -> str:
     """Return an SVG with a bar for each ratio, and a line from its least to its most round.
 
-    Bars of this library have another colour where a group has others, too. The dashed line at 1.0 stands beside bars
-    only, and never behind a text.
+    The machine in words stands below the title. The dashed line at 1.0 stands beside bars only, and never behind a
+    text.
     """
-    unit = _SCALE_WIDTH / max([2.0, *(ratio["highest"] for group in groups for _, ratio in group.bars)])
-    one = _LEFT + unit
+    bars = [bar for group in groups for bar in group.bars]
+    start = _LEFT + 10 + _LETTER * max((len(name) for name, _ in bars), default=0)
+    unit = (_WIDTH - _LABEL - start) / max([2.0, *(ratio["highest"] for _, ratio in bars)])
+    one = start + unit
     lines: list[str] = []
-    top = _TOP
+    top = _TOP + (_SECOND if where else 0)
     for group in groups:
         if group.heading:
             top += _HEADING
-            lines.append(f'<text class="head" x="{_LEFT}" y="{top - 10}">{escape(group.heading)}</text>')
-        mixed = any(not name.startswith("ours") for name, _ in group.bars) and group.heading
+            lines.append(f'<text class="head" x="{_LEFT}" y="{top - 8}">{escape(group.heading)}</text>')
         for name, ratio in group.bars:
-            kind = "bar other" if mixed and not name.startswith("ours") else "bar"
-            low, high = _LEFT + ratio["lowest"] * unit, _LEFT + ratio["highest"] * unit
+            kind = "bar other" if group.engines and not name.startswith("ours") else "bar"
+            low, high = start + ratio["lowest"] * unit, start + ratio["highest"] * unit
             within = " within" if ratio["ratio"] > 1 else ""
-            label = max(high, _LEFT + ratio["ratio"] * unit) + 8
+            label = max(high, start + ratio["ratio"] * unit) + 8
             if label - 6 < one < label + _LABEL:
                 label = one + 8
             lines += [
-                f'<text x="{_LEFT}" y="{top + 11}">{escape(name)}</text>',
-                f'<rect class="{kind}" x="{_LEFT}" y="{top + 16}" width="{ratio["ratio"] * unit:.1f}" height="14"/>',
-                f'<line class="one{within}" x1="{one:.1f}" y1="{top + 15}" x2="{one:.1f}" y2="{top + 32}"/>',
-                f'<line class="spread" x1="{low:.1f}" y1="{top + 23}" x2="{high:.1f}" y2="{top + 23}"/>',
-                f'<text x="{label:.1f}" y="{top + 28}">{ratio["ratio"]:.2f}x</text>',
+                f'<text x="{_LEFT}" y="{top + 15}">{escape(name)}</text>',
+                f'<rect class="{kind}" x="{start:.1f}" y="{top + 4}" width="{ratio["ratio"] * unit:.1f}" height="14"/>',
+                f'<line class="one{within}" x1="{one:.1f}" y1="{top + 3}" x2="{one:.1f}" y2="{top + 19}"/>',
+                f'<line class="spread" x1="{low:.1f}" y1="{top + 11}" x2="{high:.1f}" y2="{top + 11}"/>',
+                f'<text x="{label:.1f}" y="{top + 15}">{ratio["ratio"]:.2f}x</text>',
             ]
             top += _ROW
     height = top + 8
@@ -307,6 +482,7 @@ def chart(title: str, groups: Sequence[Group]) -> str:
         ".spread, .one { stroke: #f0f6fc } .within { stroke: #ffffff } }",
         "</style>",
         f'<text x="{_LEFT}" y="16">{escape(title)} (dashed: 1.0; lines: least to most)</text>',
+        *([f'<text x="{_LEFT}" y="{16 + _SECOND}">{escape(where)}</text>'] if where else []),
     ]
     return "\n".join([*head, *lines, "</svg>", ""])
 

@@ -108,13 +108,13 @@ def steps(*, dry: bool = False) -> list[Step]:
         command = ("-m", "pytest", *options, *stuck, *shown, f"tests/cuda/{file}.py")
         return Step(f"tests/cuda/{file}", command, limit, tests=True)
 
-    def bench(system: str, limit: float, tune: int, precision: str = "exact") -> Step:
+    def bench(system: str, limit: float, tune: int, precision: str = "exact", *more: str) -> Step:
         name = f"{system} {precision}"
         file = f"{system}-{precision}.json"
         size = ("--size", "tiny", "--pairs", "1") if dry else ("--size", "full", "--pairs", "3")
         budget = ("--tune-seconds", str(5 if dry else tune))
         return Step(
-            name, ("-c", BENCH, "bench", system, "--precision", precision, *size, *budget, "--json", file),
+            name, ("-c", BENCH, "bench", system, "--precision", precision, *size, *budget, *more, "--json", file),
             3 * limit if dry else limit,  # a CPU is slower even at small size
             file,
         )  # fmt: skip
@@ -124,7 +124,7 @@ def steps(*, dry: bool = False) -> list[Step]:
         tests("test_recorded_parts", 75),
         tests("test_recording", 60),
         tests("test_tuned", 100),
-        bench("chatterbox", 110, 40),
+        bench("chatterbox", 150, 40, "exact", "--warm-start"),  # a second process, which is set up from the pack
         bench("mms", 45, 20),
         bench("xtts", 75, 30),
         bench("chatterbox", 110, 45, "balanced"),

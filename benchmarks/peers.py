@@ -8,8 +8,8 @@
 
 Run nothing else meanwhile. All engines are in one process (llama.cpp in one of its own), with the same weights, inputs
 and threads, and each round calls each of them once. A ratio is the median of the rounds', eager over the engine's. An
-engine whose package is not installed is left out; one that fails, or needs longer than `--set-up-seconds`, has the
-reason in the table. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so, beside
+engine that fails, whose package is not installed, or that needs longer than `--set-up-seconds`, has the reason in the
+table. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so, beside
 eager and ours.
 
 The set-up time is what passes until the second answer is there: exporting, quantizing, compiling, tuning. Lines are
@@ -40,10 +40,11 @@ from engines import EAGER, SUBJECTS, lines_of
 
 from accelerate_tts.cli.bench.command import Options
 from accelerate_tts.cli.bench.floors import floors
-from accelerate_tts.cli.bench.measure import Ratio, series
+from accelerate_tts.cli.bench.measure import Ratio, bytes_read_by_a_token, series
 from accelerate_tts.cli.bench.results import document
 from accelerate_tts.cli.bench.variant import finite
 from accelerate_tts.errors import described
+from accelerate_tts.kernels.library import level
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from accelerate_tts.cli.bench.floors import Floors
 
 _PAUSE = 0.05  # until threads that spin have fallen asleep
-_PACKAGES = ("onnxruntime", "openvino", "onnx")
+_PACKAGES = ("onnxruntime", "openvino", "onnx", "nncf", "pruna")
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Peer:
     error: float | None = None
     kept: tuple[str, ...] = ()
     failed: str | None = None
+    read: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,7 +112,7 @@ def documented(item: dict[str, Any], given: argparse.Namespace) -> dict[str, Any
     if importlib.util.find_spec("llama_cpp") is not None:  # it may lie in a folder without metadata
         content["versions"]["llama-cpp-python"] = importlib.import_module("llama_cpp").__version__
     content["options"] |= {"peers": given.peers, "threads": given.threads, "set_up_seconds": given.set_up_seconds}
-    return {**content, "peers": [finite(item)]}
+    return {**content, "kernels": level(), "peers": [finite(item)]}
 
 
 def compared(
@@ -129,11 +131,12 @@ def compared(
     ready: dict[str, Engine] = {}
     expected: Any = None
     for one in chosen:
+        row = rows[one.name] = Peer(one.name, lines_of(*one.code))
         absent = [name for name in one.needs if importlib.util.find_spec(name) is None]
         if absent:
-            print(f"{one.name} is left out: {', '.join(absent)} is not installed", flush=True)
+            row.failed = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+            print(f"{one.name} is left out: {row.failed}", flush=True)
             continue
-        row = rows[one.name] = Peer(one.name, lines_of(*one.code))
         print(f"{one.name}: setting up", flush=True)
         start = time.perf_counter()
         try:
@@ -162,11 +165,13 @@ def compared(
 
     watcher = Watcher(current_policy().machine(), torch.get_num_threads(), patience)
     disturbed, told, moved = series(measured, (found,), given.rounds, watcher, rates)
-    for name in ready:
+    kind, amount = subject.floor
+    for name, engine in ready.items():
         rows[name].ratio = Ratio.of([(one[EAGER], one[name]) for one in found])
+        if kind == "memory" and engine.tuned is not None:
+            rows[name].read = bytes_read_by_a_token(engine.tuned)
     for engine in ready.values():
         engine.close()
-    kind, amount = subject.floor
     best = max((rate for one in told if (rate := one[kind]) is not None), default=None)
     item = {
         "system": subject.system, "what": subject.what, "layers": subject.layers, "threads": given.threads,

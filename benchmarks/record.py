@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate_tts.cli.bench.machine import slug
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _UPSTREAM = {
@@ -57,13 +59,6 @@ def store(content: dict[str, Any], folder: Path, at: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "commit": at}, indent=1) + "\n", "utf-8")
     return path
-
-
-def slug(machine: dict[str, Any]) -> str:
-    """Return a folder's name for a machine: its processor, its best instruction set and its cores."""
-    processor = re.sub(r"\((?:R|TM|tm|C)\)|\bProcessor\b|\bCPU\b|@.*", "", machine["processor"])
-    words = re.findall(r"[a-z0-9]+", f"{processor} {(machine['isa'] or [''])[-1]}".lower())
-    return "-".join([*words, f"{machine['cores']}-cores"])
 
 
 def name_of(content: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ from accelerate_tts.cli.bench.command import Options
 from accelerate_tts.cli.bench.measure import Ratio
 from accelerate_tts.cli.bench.results import document
 from accelerate_tts.device.usage import usage
+from accelerate_tts.kernels.library import level
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXTS = [
@@ -284,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for model in plain.voices:
                 items.append(compared((plain, decorated), model, callers, options))
                 show(items[-1])
-    content = {**document([], Options()), "service": items}
+    content = {**document([], Options()), "kernels": level(), "service": items}
     content["options"] = {
         "systems": options.systems.split(","), "precisions": [options.precision], "layers": None, "tokens": None,
         "size": "full", "seconds": options.seconds, "rounds": options.rounds, "most": options.most,

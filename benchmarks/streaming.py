@@ -1,6 +1,7 @@
 """First audio and the whole of a stream against upstream's own call, in turn, with seeded random weights.
 
     python benchmarks/streaming.py [SYSTEM ...] [--seconds S] [--pairs N] [--tuned] [--tiny] [--overlap] [--json FILE]
+        [--first S] [--growth G] [--most S] [--left-context S]
 
 Run nothing else meanwhile. Each pair runs the unstreamed call and the stream after each other, with the same seed. The
 ratios are of each pair: first audio of the stream to the whole call, and the whole stream to the whole call. XTTS is
@@ -41,18 +42,22 @@ class Compared(NamedTuple):
     upstreams: Pieces | None = None
 
 
+def asked(options: argparse.Namespace, **more: Any) -> StreamOptions:
+    return StreamOptions(options.first, options.growth, options.most, overlap=options.overlap, **more)
+
+
 def chatterbox(options: argparse.Namespace, variant: str) -> Compared:
     module = importlib.import_module("chatterbox_backend")
     model = module.random("cpu", options.seconds, tiny=options.tiny, variant=variant)
     told = {"language_id": "en"} if variant == "multilingual" else {}
-    how = StreamOptions(left_context=options.left_context, overlap=options.overlap)
+    how = asked(options, left_context=options.left_context)
     return Compared(model, lambda: model.generate(TEXT, **told), lambda: stream(model, TEXT, options=how, **told))
 
 
 def xtts(options: argparse.Namespace) -> Compared:
     loaded = importlib.import_module("xtts_backend").random(options.seconds, tiny=options.tiny)
     model, given = loaded.model, (TEXT, "en", loaded.latents, loaded.speaker)
-    how = StreamOptions(overlap=options.overlap)
+    how = asked(options)
     return Compared(
         model,
         lambda: model.inference(*given)["wav"],
@@ -65,7 +70,7 @@ def higgs(options: argparse.Namespace) -> Compared:
     module = importlib.import_module("higgs_backend")
     loaded = module.random("cpu", options.layers, tiny=options.tiny)
     inputs, more = loaded.prepare(TEXT), {"max_new_tokens": round(25 * options.seconds), "do_sample": True}
-    how = StreamOptions(overlap=options.overlap)
+    how = asked(options)
     return Compared(
         (loaded.model, loaded.codec),
         lambda: loaded.decode(loaded.model.generate(**inputs, **more)),
@@ -76,7 +81,8 @@ def higgs(options: argparse.Namespace) -> Compared:
 def mms(options: argparse.Namespace) -> Compared:
     model, tokenize = importlib.import_module("mms_backend").random(tiny=options.tiny)
     ids = tokenize(TEXT)
-    return Compared(model, lambda: model(ids).waveform, lambda: stream(model, ids))
+    how = asked(options)
+    return Compared(model, lambda: model(ids).waveform, lambda: stream(model, ids, options=how))
 
 
 SYSTEMS: dict[str, Callable[[argparse.Namespace], Compared]] = {
@@ -100,7 +106,8 @@ def timed(pieces: Pieces) -> tuple[float, float]:
 
 def measured(compared: Compared, pairs: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"whole": [], "first": [], "stream": []}
-    for _ in range(pairs + 1):
+    for number in range(pairs + 1):
+        print(f"pair {number} of {pairs}" if number else "warming up", flush=True)
         with torch.inference_mode():
             _, whole = timed(lambda: [compared.whole()])
             first, streamed = timed(compared.pieces)
@@ -127,6 +134,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of speech; MMS speaks as long as its text is")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--left-context", type=float, default=4.0, help="seconds that Chatterbox's flow sees")
+    usual = StreamOptions()
+    parser.add_argument("--first", type=float, default=usual.first, help="seconds of the first piece")
+    parser.add_argument("--growth", type=float, default=usual.growth, help="each piece against the one before")
+    parser.add_argument("--most", type=float, default=usual.most, help="seconds of the longest piece")
     parser.add_argument("--layers", type=int, default=28, help="of Higgs Audio")
     parser.add_argument("--overlap", action="store_true", help="make tokens while sound is made")
     parser.add_argument("--tuned", action="store_true", help="tune each system first")
@@ -147,9 +158,10 @@ def main() -> None:
         whole = f"{statistics.median(found['whole']):.2f} s"
         ratios = [shown(found, ratio) for ratio in ("first", "stream", "upstream first", "upstream stream")]
         table.add_row(name, whole, *ratios)
+        if options.json is not None:  # also if a later system is interrupted
+            told = {name: str(value) for name, value in vars(options).items() if name != "json"}
+            options.json.write_text(json.dumps({"options": told, **results}, indent=1), encoding="utf-8")
     Console(width=130).print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from accelerate_tts import __version__
+from accelerate_tts.kernels.library import PLACE, load
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "accelerate_tts"
@@ -53,6 +55,22 @@ def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
     assert {Path(name).suffix for name in names - about} == {".py", ".pyi", ".typed", ".j2"}
     assert "accelerate_tts/py.typed" in names
     assert "# accelerate_tts" in metadata
+
+
+def test_the_wheel_for_a_platform_has_the_kernels_in_place_of_their_sources(tmp_path: Path) -> None:
+    """The wheel that `make test` has built and installed: another build takes minutes of compiling."""
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    file = ROOT / "dist" / f"accelerate_tts-{__version__}-py3-none-{platform}.whl"
+    if not file.exists() or file.stat().st_mtime < max((ROOT / name).stat().st_mtime for name in sources()):
+        pytest.skip("dist has no wheel of these sources for this platform; make test builds one, given a C++ compiler")
+    with zipfile.ZipFile(file) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        about = wheel.read(f"accelerate_tts-{__version__}.dist-info/WHEEL").decode("utf-8")
+        library = f"accelerate_tts/kernels/{PLACE.name}"
+        assert names == {name for name in sources() if not OF_THE_SOURCES.search(name)} | {library}
+        assert load(Path(wheel.extract(library, tmp_path))).level
+    assert "Root-Is-Purelib: false" in about
+    assert f"Tag: py3-none-{platform}" in about
 
 
 def test_the_source_distribution_has_what_builds_and_tests_it(built: Path) -> None:

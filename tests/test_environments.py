@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from accelerate_tts.cli.bench.machine import slug
+
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "environments"
 FILE = FOLDER / "environments.toml"
 ONE = """
@@ -46,6 +48,11 @@ def row(**facts: Any) -> dict[str, Any]:
     } | facts  # fmt: skip
 
 
+def on(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the row as the only one of its machine."""
+    return {"machine": {"one": found}}
+
+
 def check(**facts: Any) -> dict[str, Any]:
     ratio = {"before": 0.02, "after": 0.01, "ratio": 2.0, "lowest": 1.9, "highest": 2.1}
     stage = {"part": "t3", "stage": "growing cache", "kept": True, "reason": "at least 1.5x"}
@@ -61,11 +68,13 @@ def test_the_page_is_what_the_rows_say(scripts: tuple[Any, Any]) -> None:
     run, page = scripts
     found = run.environments(FILE.read_text("utf-8"))
     rows = page.read(run.ROWS)
-    assert set(rows) <= {one.name for one in found}, "a row of an environment that the file does not have"
-    assert all(row["environment"] == name for name, row in rows.items())
-    assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make environments-page"
+    for machine, of_it in rows.items():
+        assert set(of_it) <= {one.name for one in found}, "a row of an environment that the file does not have"
+        assert all(row["environment"] == name for name, row in of_it.items())
+        assert {slug(row["machine"]) for row in of_it.values()} == {machine}
+    assert page.PAGE.read_text("utf-8") == page.page(found, rows), "run make figures"
     readme = page.README.read_text("utf-8")
-    assert readme == page.with_table(readme, found, rows), "run make environments-page"
+    assert readme == page.with_table(readme, found, rows), "run make figures"
 
 
 def test_every_upstream_that_is_claimed_is_there(scripts: tuple[Any, Any]) -> None:
@@ -114,9 +123,10 @@ def test_one_that_fails_has_a_row_and_stops_nothing(
     told = ["--file", str(file), "--wheel", str(wheel), "--rows", str(tmp_path / "rows")]
     assert run.main(told) == 1
     rows = page.read(tmp_path / "rows")
-    assert {name: found["failed"] for name, found in rows.items()} == {"one": NO_PYTHON, "two": NO_PYTHON}
-    assert rows["one"]["machine"]["cores"] >= 1
-    assert rows["one"]["requires"] == ["something==1.0"]
+    (of_it,) = rows.values()
+    assert {name: found["failed"] for name, found in of_it.items()} == {"one": NO_PYTHON, "two": NO_PYTHON}
+    assert of_it["one"]["machine"]["cores"] >= 1
+    assert of_it["one"]["requires"] == ["something==1.0"]
     printed = capsys.readouterr().out
     assert "0 of 2 environments are good; not: one, two" in printed
     assert f"**failed**: {NO_PYTHON}" in page.page(run.environments(file.read_text("utf-8")), rows)
@@ -134,7 +144,45 @@ def test_a_machine_without_git_has_rows(
     (tmp_path / "ours.whl").write_bytes(b"")
     told = ["--file", str(tmp_path / "one.toml"), "--wheel", str(tmp_path / "ours.whl"), "--rows", str(tmp_path)]
     assert run.main(told) == 1
-    assert page.read(tmp_path)["one"]["commit"] == "unknown"
+    (of_it,) = page.read(tmp_path).values()
+    assert of_it["one"]["commit"] == "unknown"
+
+
+def test_each_machine_has_rows_of_its_own(scripts: tuple[Any, Any], tmp_path: Path) -> None:
+    run, page = scripts
+    wheel = tmp_path / "ours.whl"
+    wheel.write_bytes(b"")
+    (one, two) = run.environments(ONE + ONE.replace('"one"', '"two"'))
+    other = {"system": "Linux", "machine": "x86_64", "processor": "A <Zen>", "cores": 4, "isa": ["avx512_bf16"]}
+    for machine, ratio in ((row()["machine"], 2.0), (other, 3.0)):
+        timed = {"before": 0.02, "after": 0.01, "ratio": ratio, "lowest": ratio, "highest": ratio}
+        written = run.Row(**row(machine=machine, checks=[check(step=timed, whole=timed)]))
+        run.write(written, tmp_path / "rows")
+    run.write(run.Row(**row(environment="two")), tmp_path / "rows")
+    rows = page.read(tmp_path / "rows")
+    assert {machine: list(of_it) for machine, of_it in rows.items()} == {
+        "epyc-9xx5-avx2-2-cores": ["one", "two"], "a-zen-avx512-bf16-4-cores": ["one"],
+    }  # fmt: skip
+    text = page.page([one, two], rows)
+    tested, _, timed = text.partition("## What it gave")
+    for part in (tested, timed.partition("## What was tried")[0]):
+        assert re.findall(r"^### \w+ on (.*)", part, re.MULTILINE) == [
+            "EPYC 9xx5, 2 cores, Linux", "A &lt;Zen>, 4 cores, Linux",
+        ]  # fmt: skip
+    lines = r"\n\n(?:!.*\n\n)?(?:\|.*\n)*"
+    assert re.search(rf"on EPYC.*{lines}\| one .*2\.00x.*{lines}\n?### Timed on A .*{lines}\| one .*3\.00x", text)
+    assert text.count("| two |") == 1
+    for machine, where in (("epyc-9xx5-avx2-2-cores", "EPYC 9xx5"), ("a-zen-avx512-bf16-4-cores", "A &lt;Zen>")):
+        image = f"![Times as fast as untouched, by environment and system](figures/environments-{machine}.svg)"
+        assert re.search(rf"### Timed on {where}, .*\n\n{re.escape(image)}\n", text)
+    assert "### one, A &lt;Zen>, 4 cores, Linux\n" in text
+    assert "### two\n" in text
+    assert "Never run" not in text
+    marks = "<!-- environments: x -->\n<!-- environments: end -->\n"
+    readme = page.with_table(marks, [one, two], rows)
+    assert [line for line in readme.splitlines() if line.endswith(":")] == [
+        "EPYC 9xx5, 2 cores, Linux, 2026-11-28:", "A &lt;Zen>, 4 cores, Linux, 2026-11-28:",
+    ]  # fmt: skip
 
 
 def test_a_disk_without_room_is_named_before_anything_is_installed(scripts: tuple[Any, Any], tmp_path: Path) -> None:
@@ -177,21 +225,25 @@ def test_a_report_of_pytests_own_is_read(scripts: tuple[Any, Any], tmp_path: Pat
 def test_the_page_says_what_was_found_and_what_was_not(scripts: tuple[Any, Any]) -> None:
     run, page = scripts
     several = run.environments(ONE + ONE.replace('"one"', '"two"') + "upstream = ['something']\n")
-    text = page.page(several, {"one": row(checks=[check(), check(system="xtts", failed="no memory")])})
+    text = page.page(several, on(row(checks=[check(), check(system="xtts", failed="no memory")])))
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 100
     text = " ".join(text.split())
-    for said in ("5 passed, 0 failed, 1 skipped", "2026-11-28, abc", "20.0 ms, 10.0 ms", "2.00x (1.90 to 2.10)", "1.25",
-                 "same tokens", "**failed**: no memory", "**xtts failed**", "never run", "EPYC 9xx5, 2 cores",
-                 "Not kept: t3: torch.compile (slower)", "the hooks &lt;pile> up", "Skipped, 1: no TTS"):  # fmt: skip
+    for said in (
+        "5 passed, 0 failed, 1 skipped", "2026-11-28, abc", "20.0 ms, 10.0 ms", "2.00x (1.90 to 2.10)", "1.25",
+        "same tokens", "**failed**: no memory", "**xtts failed**", "Never run: `two` (something==1.0)",
+        "EPYC 9xx5, 2 cores", "Not kept: t3: torch.compile (slower)", "the hooks &lt;pile> up", "Skipped, 1: no TTS",
+    ):  # fmt: skip
         assert said in text, said
-    other = page.page(several, {"one": row(checks=[check(same_tokens=False, step=None, error=None)])})
+    other = page.page(several, on(row(checks=[check(same_tokens=False, step=None, error=None)])))
     assert "**t3: other tokens**" in other
     assert "**other tokens**" in other
     in_half = check(same_tokens=False, dtype="bfloat16", divergence=1.7e-4)
-    other = page.page(several, {"one": row(checks=[in_half])})
+    other = page.page(several, on(row(checks=[in_half])))
     assert "other tokens: in bfloat16, a step diverges by 2e-04 nats at most" in other
     assert "**" not in other.partition("## What it gave")[2].partition("## What was tried")[0]
-    assert "**t3: without kernels**" in page.page(several, {"one": row(checks=[check(kernels="none")])})
+    assert "**t3: without kernels**" in page.page(several, on(row(checks=[check(kernels="none")])))
+    other = page.page(several, on(row(checks=[check(kernels="amx"), check(kernels="amx")])))
+    assert "Machine: EPYC 9xx5, 2 cores, Linux x86_64, avx2; kernels ran at amx" in " ".join(other.split())
 
 
 def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:

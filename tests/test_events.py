@@ -14,6 +14,7 @@ from accelerate_tts import add_hook, events
 from accelerate_tts.events import (
     BackedOff,
     BudgetTooSmall,
+    DecodePasses,
     Event,
     FellBack,
     FirstAudio,
@@ -57,6 +58,7 @@ SAMPLES: list[tuple[Event, list[str]]] = [
     (WarmupFailed("Vits", "ValueError: x"), ["Vits", "warm-up failed", "ValueError: x"]),
     (NotApplied("TF32", "no GPU"), ["TF32", "not applied", "no GPU"]),
     (FirstAudio("Xtts", 0.123, 2400), ["Xtts", "first audio after 0.12 s", "2400 samples"]),
+    (DecodePasses("T3", 40, 90, 100), ["T3", "90 decode steps in 40 passes", "2.50 rows"]),
 ]
 DEGRADED = {
     BackedOff,

@@ -93,6 +93,7 @@ def test_the_steps_are_commands_that_exist(gpu: Any, dry: bool, monkeypatch: pyt
         elif step.tests:
             assert (FOLDER.parent / step.command[-1]).exists()
     assert asked[0][0] == ["chatterbox"]
+    assert [options.warm_start for _, options in asked] == [True] + [False] * (len(asked) - 1), "set-up from a pack"
     assert {options.size for _, options in asked} == {"tiny" if dry else "full"}
 
 

@@ -7,6 +7,7 @@ import pytest
 from accelerate_tts import add_hook, measurements
 from accelerate_tts.events import (
     BackedOff,
+    DecodePasses,
     Event,
     FellBack,
     FirstAudio,
@@ -24,7 +25,7 @@ SAMPLES: list[Event] = [
     Prepared("cpu", ()), Warmed("Voice", 1.0), Tuned("Voice", 3, 9, 1.5, 12.0), Restored("Voice", 3, 0.5),
     FellBack("Voice", "int8", "no memory"), Recompiled("Voice", 2, "(1, 80)"), BackedOff("embed", 8, 4),
     Guarded("Voice", "speak", "silent", "made again"), NotApplied("pack", "no folder"),
-    FirstAudio("Voice", 0.25, 4800),
+    FirstAudio("Voice", 0.25, 4800), DecodePasses("T3", 40, 90, 100), DecodePasses("T3", 10, 10, 20),
 ]  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def test_a_hook_counts_every_event() -> None:
     def hook(event: Event) -> None:
         for item in measurements(event):
             if item.kind == "counter":
+                assert item.value > 0
                 seen[item.name] = seen.get(item.name, 0) + item.value
             else:
                 seen[f"{item.name} {item.labels['what']}"] = item.value
@@ -46,7 +48,8 @@ def test_a_hook_counts_every_event() -> None:
         "accelerate_tts_events": len(SAMPLES), "accelerate_tts_fallbacks": 1, "accelerate_tts_recompilations": 1,
         "accelerate_tts_faulty_outputs": 1, "accelerate_tts_stages_kept Voice": 3,
         "accelerate_tts_load_seconds Voice": 0.5, "accelerate_tts_speedup Voice": 1.5,
-        "accelerate_tts_first_audio_seconds Voice": 0.25,
+        "accelerate_tts_first_audio_seconds Voice": 0.25, "accelerate_tts_decode_passes": 50,
+        "accelerate_tts_decode_steps": 100, "accelerate_tts_decode_rows": 120, "accelerate_tts_rows_per_pass T3": 2.0,
     }  # fmt: skip
 
 

@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
+from accelerate_tts.cli.bench.measure import bytes_of_a_token, bytes_read_by_a_token
+from accelerate_tts.kernels.library import level, missing
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from schemas import SCHEMA, objections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -63,7 +68,8 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     given = Namespace(**GIVEN)
     item = compared(peers, subject(engines, closed), given)
     rows = {row["name"]: row for row in item["peers"]}
-    assert list(rows) == ["eager", "ours, exact", "broken", "slow", "other"]
+    assert list(rows) == ["eager", "ours, exact", "absent", "broken", "slow", "other"]
+    assert rows["absent"]["failed"] == "no_such_module is not installed"
     assert "absent is left out: no_such_module is not installed" in capsys.readouterr().out
     assert rows["broken"]["failed"] == "ValueError: no such format"
     assert rows["slow"]["failed"] == "OverTimeError: not ready within 0 s"
@@ -73,9 +79,35 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     assert rows["ours, exact"]["error"] == pytest.approx(0.5)
     assert rows["other"]["error"] is None  # of another length
     assert len(closed) == 3
+    assert [row["read"] for row in rows.values()] == [None] * 6
+
+
+@pytest.mark.skipif(missing() is not None, reason="the kernels' library is not there")
+def test_what_a_tuned_step_reads_is_stored(scripts: Any) -> None:
+    peers, engines = scripts
+    llama = LlamaModel(
+        LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    change = FusedBlocksStage("int8").prepare(Part("llama", "decoder", llama))
+    change.on()
+    ours = engines.Engine(lambda: (0.1, torch.ones(1)), llama)
+    one = engines.Subject("llama", "one token", None, ("memory", 1e9), "", [
+        engines.Candidate("eager", lambda: engines.Engine(lambda: (0.2, torch.ones(1))), (), ours=True),
+        engines.Candidate("ours, fast", lambda: ours, (), ours=True),
+    ])  # fmt: skip
+    (_, row) = compared(peers, one, Namespace(**GIVEN))["peers"]
+    assert 0 < row["read"] == bytes_read_by_a_token(llama) < bytes_of_a_token(llama) / 2
+    change.off()
+
+
+def test_a_run_of_engines_is_in_the_format(scripts: Any) -> None:
+    peers, engines = scripts
+    given = Namespace(**GIVEN)
+    item = compared(peers, subject(engines, []), given)
     content = json.loads(json.dumps(peers.documented(item, given)))
     assert list(objections({**content, "commit": "0123456"}, SCHEMA)) == []
     assert content["options"]["precisions"] == ["exact"]
+    assert content["kernels"] == level()
 
 
 def test_some_engines_are_chosen_by_the_beginning_of_their_names(scripts: Any) -> None:
@@ -83,6 +115,17 @@ def test_some_engines_are_chosen_by_the_beginning_of_their_names(scripts: Any) -
     given = Namespace(**{**GIVEN, "peers": ["OTH"]})
     item = compared(peers, subject(engines, []), given)
     assert [row["name"] for row in item["peers"]] == ["eager", "ours, exact", "other"]
+
+
+def test_each_system_is_compared_in_int8_too(scripts: Any) -> None:
+    _, engines = scripts
+    for name, wanted in (
+        ("llama", ["torch.compile, max-autotune", "pruna, torch_compile", "torchao, int8 weights and activations"]),
+        ("mms", ["torch.compile, max-autotune", "pruna, torch_compile", "ONNX Runtime int8", "OpenVINO int8"]),
+    ):
+        names = [one.name for one in engines.SUBJECTS[name](Namespace(**GIVEN)).engines]
+        assert set(wanted) <= set(names)
+        assert len(names) == len(set(names))
 
 
 def test_lines_are_those_beside_the_eager_program(scripts: Any) -> None:
@@ -93,8 +136,6 @@ def test_lines_are_those_beside_the_eager_program(scripts: Any) -> None:
 
 
 def test_weights_of_a_llama_have_the_names_of_ggml(scripts: Any) -> None:
-    from transformers import LlamaConfig, LlamaModel
-
     config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     ggml = importlib.import_module("ggml")
     names = [ggml.name_of(name) for name in LlamaModel(config).state_dict()]

@@ -6,6 +6,7 @@ That the systems work decorated is shown by `make strangers`, which runs each of
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ def test_outputs_are_compared_leaf_by_leaf(scripts: Any) -> None:
     broken = torch.tensor([1.0, float("nan"), 1.0, 1.0])
     assert run.difference([broken], [broken.clone()])[0] == 0.0
     assert run.difference([wave], [broken])[0] == float("inf")
+
+
+def test_the_page_is_what_the_results_say(scripts: Any) -> None:
+    run, _ = scripts
+    text = run.PAGE.read_text("utf-8")
+    results = json.loads(run.RESULTS.read_text("utf-8"))
+    assert run.with_table(text, results) == text, "run make strangers-page"
+    assert run.with_table(text, {**results, "versions": {"torch": "0"}}) != text
 
 
 def test_results_name_no_folder_of_this_machine(scripts: Any) -> None:

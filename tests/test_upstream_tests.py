@@ -45,6 +45,14 @@ def test_a_finding_fails_tuned_each_time_and_untouched_never(scripts: Any) -> No
     assert run.findings(found) == ["new", "sure"]
 
 
+def test_the_page_is_what_the_results_say(scripts: Any) -> None:
+    run, _ = scripts
+    text = run.PAGE.read_text("utf-8")
+    results = json.loads(run.RESULTS.read_text("utf-8"))
+    assert run.with_table(text, results) == text, "run make upstream-tests-page"
+    assert run.with_table(text, {**results, "versions": {"torch": "0"}}) != text
+
+
 def test_what_is_known_has_its_reason(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = scripts
     monkeypatch.setattr(run, "KNOWN", {"*::T::test_class*": "it compares classes"})

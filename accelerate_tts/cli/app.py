@@ -101,14 +101,19 @@ def tune(  # noqa: PLR0913, PLR0917 - the options of a command
         float | None,
         typer.Option(min=0.0, max=1.0, help="Listen, and fail if the tuned sound has more word errors by over this."),
     ] = None,
+    similarity_limit: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Listen, and fail if the voices are less alike than this; 1 is the same."),
+    ] = None,
 ) -> None:
     """Tune your own backend, and compare it untouched and tuned; the next process takes the warm pack."""
     from accelerate_tts.cli.tune.command import TuneOptions, run
 
     try:
         options = TuneOptions(
-            method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt, listen, word_error_limit
-        )
+            method, load, tuple(arg or ()), tuple(init or ()), pairs, rate, html, receipt, listen, word_error_limit,
+            similarity_limit,
+        )  # fmt: skip
         run(backend, text, options)
     except (AccelerateTTSError, OSError) as error:
         _fail(error)

@@ -56,6 +56,10 @@ class Derived(Generic[T]):
         self._made = (weights, attributes, hooked, value)
         return value
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as `None`: a class that other code gave the module since copies all of its attributes."""
+        return type(None), ()
+
     def _is_hooked(self) -> bool:
         """Check for a user's code at the calls of modules inside, whose results are computed anew at each call."""
         inside = self._module._modules

@@ -117,8 +117,13 @@ class WeightWatch:
         addresses, versions = _state(tensors)
         if addresses != self._addresses or versions != self._versions:
             return True
-        if self._is_turned(tensors):
-            return True
+        return self._is_turned(tensors) or self._is_rewritten(tensors)
+
+    def rewritten(self) -> bool:
+        """Check the content alone, for callers that have compared storages, addresses and versions themselves."""
+        return self._is_rewritten(self._tensors())
+
+    def _is_rewritten(self, tensors: list[torch.Tensor]) -> bool:
         if [1 for digests in self._digests if digests.differ()]:
             return True
         return bool(self._places) and _pace.allows(lambda: any(one.differ(tensors[at]) for at, one in self._places))

@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate_tts.errors import shown
+from accelerate_tts.runtime.call_end import end_call
 from accelerate_tts.runtime.drive import Again, Hooks, Owning, Scoped, drive, drive_async, named_like
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def call(
         return wrap(result, Scoped(enter) if choice is None else _Choosing(enter, choice, delivers=_delivers(result)))
     if choice is not None:
         choice.settle()
+        end_call()
     return adopt(result, mode) if hasattr(kind, "send") or hasattr(kind, "asend") else result
 
 
@@ -192,6 +194,9 @@ class _Choosing(Scoped):
             finally:  # Python has set the exception that is being handled, but the first one is the user's as it was
                 first.__context__ = context
         return None
+
+    def closed(self) -> None:
+        end_call()
 
 
 def _delivers(body: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from accelerate_tts.errors import ModelError, SettingsError, shown
 from accelerate_tts.events import FirstAudio, emit
 from accelerate_tts.runtime import inference_mode
+from accelerate_tts.runtime.call_end import end_call
 from accelerate_tts.runtime.drive import HasBody
 from accelerate_tts.streaming.options import StreamOptions
 from accelerate_tts.streaming.tokens import Left
@@ -180,3 +181,4 @@ def _timed(
         close = getattr(pieces, "close", None)
         if close is not None:
             close()
+        end_call()

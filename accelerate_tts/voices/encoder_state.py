@@ -5,7 +5,6 @@ All of it is read at each call of a cached function, so the code is written for 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import dis
 import functools
@@ -27,20 +26,21 @@ from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of
 from accelerate_tts.locks import lock
 from accelerate_tts.patching.class_swap import copies_of
 from accelerate_tts.patching.lazy_parameters import LazyParameters
+from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.storage.fingerprint import code_of, fingerprint
 from accelerate_tts.storage.tensor_bytes import content_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
-_SAMPLE = 64  # bytes: a cache line costs no more than one of its bytes
+_LOOKS = 5
+"""Kilobytes of each weight that are compared at each call: five in a row leave no gap of a quarter of the weight."""
 
 
 @dataclasses.dataclass
 class _WeightState:
     state: list[Any]
-    places: list[Any]
-    sample: bytes
+    watch: WeightWatch
     held: list[Any]
     token: int
     lock: threading.Lock = dataclasses.field(default_factory=lock)
@@ -111,11 +111,10 @@ class Encoders:
         state = _state(walked, tensors, beside)
         with self._lock:
             known = self._known.get(module)
-            # The addresses are read only if the state shows that the memory still belongs to the weights.
-            if known is None or known.state != state or b"".join(known.places) != known.sample:
-                places = _places(tensors)
+            # The content is read only if the state shows that the memory still belongs to the weights.
+            if known is None or known.state != state or any(known.watch.rewritten() for _ in range(_LOOKS)):
                 held = [*map(_hold, tensors), *map(_hold, beside)]  # keep the addresses from being reused
-                known = _WeightState(state, places, b"".join(places), held, next(self._numbers))
+                known = _WeightState(state, WeightWatch.at(_holders(walked)), held, next(self._numbers))
                 self._known.put(module, known)
             return known
 
@@ -168,21 +167,25 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _holders(walked: list[nn.Module]) -> list[dict[str, Any]]:
+    # Most modules have none. Offloaded weights (`LazyParameters`) cannot have been written, and are not to be reloaded.
+    return [
+        tensors
+        for module in walked
+        for tensors in (module._parameters, module._buffers)
+        if tensors and type(tensors) is not LazyParameters
+    ]
+
+
 def _tensors(walked: list[nn.Module]) -> list[torch.Tensor]:
-    found: list[Any] = []
-    for module in walked:
-        for tensors in (module._parameters, module._buffers):
-            # Most modules have none. Offloaded weights (`LazyParameters`) cannot have been written, and reading them
-            # would reload them.
-            if tensors and type(tensors) is not LazyParameters:
-                found += tensors.values()
-    return [tensor for tensor in found if tensor is not None]
+    return [tensor for tensors in _holders(walked) for tensor in tensors.values() if tensor is not None]
 
 
 def _state(walked: list[nn.Module], tensors: list[torch.Tensor], beside: list[Any]) -> list[Any]:
     """Return a list that changes when a module is replaced, or a weight is written, moved or replaced.
 
-    Writes through `.data`, to inference tensors or by another process count no version, and do not change it.
+    Writes through `.data`, to inference tensors or by another process count no version, and do not change it: the
+    content is watched besides.
     """
     state: list[Any] = list(map(weakref.ref, walked))  # equal only to references to the same live modules
     try:
@@ -198,25 +201,6 @@ def _odd_state(tensor: torch.Tensor) -> tuple[Any, ...]:
         return tensor.untyped_storage()._cdata, tensor.data_ptr(), version, tensor.stride()
     except (RuntimeError, NotImplementedError):  # a sparse tensor has no storage of its own
         return id(tensor), 0, version, ()
-
-
-def _places(tensors: list[torch.Tensor]) -> list[Any]:
-    """Return buffers over some dozens of elements of each CPU tensor. They keep no memory alive."""
-    places: list[Any] = []
-    line = ctypes.c_char * _SAMPLE
-    for tensor in tensors:
-        try:
-            if not tensor.is_cpu or not (address := tensor.data_ptr()):
-                continue
-            storage = tensor.untyped_storage()
-            size = min(tensor.nbytes, storage.nbytes() - address + storage.data_ptr())
-        except (RuntimeError, NotImplementedError):  # the tensor has no memory of its own
-            continue
-        if size <= 2 * _SAMPLE:
-            places.append((ctypes.c_char * size).from_address(address))
-        else:
-            places += [line.from_address(address + third * (size // 3)) for third in (1, 2)]
-    return places
 
 
 def _hold(tensor: Any) -> Any:

@@ -1,15 +1,13 @@
-"""Makes docs/ENVIRONMENTS.md and README's table from the rows: `make environments-page`. A test compares them."""
+"""Makes docs/ENVIRONMENTS.md and README's table from the rows, for figures.py. A test compares them."""
 
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from listed import FILE, environments
-from run import ROWS, other_tokens, without_kernels
+from run import other_tokens, without_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -26,12 +24,13 @@ _HEAD = """# Where it was run
 Runs have written this page; nobody writes figures here. `make environments` builds each environment
 below from its upstream's own pins, in a virtual environment of its own. It installs the wheel
 beside it without changing a package, runs the contract tests of that system and a check, and writes
-one file under `benchmarks/environments/rows/`. `make environments ONLY=name` runs one,
-`LAYERS=full` runs them at upstream's full size, and `make environments-page` writes this page.
+one file under `benchmarks/environments/rows/`, in the folder of its machine. `make environments
+ONLY=name` runs one, `LAYERS=full` runs them at upstream's full size, and `make figures` writes this
+page. Each machine has tables of its own.
 
 A check builds a system from its true configuration with seeded weights and with as many layers as
 the table says, tunes it, and times it untouched and tuned in turn, five pairs. "One token" is one
-step of the decode loop. The floor is the time in which this machine's memory gives that step's
+step of the decode loop. The floor is the time in which the machine's memory gives that step's
 weights once, as they were loaded. Ratios are medians, with the lowest and the highest of the pairs.
 Few layers show that everything applies; they are no speed-up of a whole system.
 
@@ -42,23 +41,73 @@ diverges, and is not judged by its tokens
 """
 
 
-def page(environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Rows as `run.py` writes them, by the folder of their machine and the environment's name."""
+
+
+def page(environments: Sequence[Environment], rows: Rows) -> str:
     """Return the page's text.
 
     Args:
         environments: The environments of environments.toml, in its order.
-        rows: Rows by the environment's name, as `run.py` writes them. The page says so where one is missing.
+        rows: Rows. The page says so where an environment has none on any machine.
     """
-    found = [(one, rows.get(one.name)) for one in environments]
-    parts = [_HEAD, "## What was installed and tested\n", table(_OVERVIEW, map(_overview, found))]
-    checks = [line for one, row in found if row is not None for line in _checks(one, row)]
-    if checks:
-        parts += ["## What it gave\n", table(_CHECKS, checks)]
-    parts += ["## What was tried in each\n", *(_details(one, row) for one, row in found if row is not None)]
+    found = list(by_machine(environments, rows))
+    never = [one for one in environments if not any(one.name in of_it for of_it in rows.values())]
+    parts = [_HEAD, "## What was installed and tested\n"]
+    for where, _, of_it in found:
+        parts += [f"### Tested on {where}\n", table(_OVERVIEW, (_overview(one, row) for one, row in of_it))]
+    if never:
+        told = (f"`{one.name}` ({', '.join(one.requires)})" for one in never)
+        parts.append(wrapped(f"- Never run: {'; '.join(told)}") + "\n")
+    checks = [(at, where, [line for one, row in rows for line in _checks(one, row)]) for where, at, rows in found]
+    if any(lines for _, _, lines in checks):
+        parts.append("## What it gave\n")
+    for at, where, lines in checks:
+        image = [f"{chart_image(f'figures/{chart_file(at)}')}\n"] if any(map(is_timed, rows[at].values())) else []
+        parts += [f"### Timed on {where}\n", *image, table(_CHECKS, lines)] if lines else []
+    parts.append("## What was tried in each\n")
+    for one in environments:
+        of_one = [of_it[one.name] for of_it in rows.values() if one.name in of_it]
+        heads = [f"{one.name}, {cell(name_of(row['machine']))}" for row in of_one] if len(of_one) > 1 else [one.name]
+        parts += [_details(head, one, row) for head, row in zip(heads, of_one, strict=False)]
     return "\n".join(parts)
 
 
-def with_table(readme: str, environments: Sequence[Environment], rows: dict[str, dict[str, Any]]) -> str:
+def name_of(machine: dict[str, Any]) -> str:
+    """Return a machine in words."""
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
+
+
+def by_machine(
+    environments: Sequence[Environment], rows: Rows
+) -> Iterator[tuple[str, str, list[tuple[Environment, dict[str, Any]]]]]:
+    """Yield each machine in words and by its folder, with its rows in the environments' order."""
+    for at, of_it in rows.items():
+        found = [(one, of_it[one.name]) for one in environments if one.name in of_it]
+        if found:
+            yield cell(name_of(found[0][1]["machine"])), at, found
+
+
+def is_timed(row: dict[str, Any]) -> bool:
+    """Check that a check of a row has a ratio."""
+    return any(check["failed"] is None and "whole" in check for check in row["checks"])
+
+
+def chart_file(machine: str) -> str:
+    """Return the name of the chart of a machine's folder."""
+    return f"environments-{machine}.svg"
+
+
+CHART_TITLE = "Times as fast as untouched"
+
+
+def chart_image(path: str) -> str:
+    """Return the chart of a machine as an image in Markdown."""
+    return f"![{CHART_TITLE}, by environment and system]({path})"
+
+
+def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> str:
     """Return README's text with a small table of results for each machine between its two marks.
 
     Args:
@@ -66,18 +115,12 @@ def with_table(readme: str, environments: Sequence[Environment], rows: dict[str,
         environments: As for `page`.
         rows: As for `page`.
     """
-    found: dict[str, list[Sequence[str]]] = {}
-    days: dict[str, set[str]] = {}
-    for one, row in ((one, rows[one.name]) for one in environments if one.name in rows):
-        machine = row["machine"]
-        where = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
-        found.setdefault(where, []).extend(map(_in_short, _checks(one, row)))
-        days.setdefault(where, set()).add(row["date"])
-    tables = [
-        f"{where}, {' and '.join(sorted({min(days[where]), max(days[where])}))}:\n\n{table(_SHORT, lines)}"
-        for where, lines in found.items()
-        if lines
-    ]
+    tables: list[str] = []
+    for where, _, of_it in by_machine(environments, rows):
+        lines = [_in_short(check) for one, row in of_it for check in _checks(one, row)]
+        days = [row["date"] for _, row in of_it]
+        span = " and ".join(sorted({min(days), max(days)}))
+        tables += [f"{where}, {span}:\n\n{table(_SHORT, lines)}"] if lines else []
     head = readme.index("\n", readme.index(_BEGIN)) + 1
     text = "\n".join(tables) or "No row was written in this state.\n"
     return f"{readme[:head]}\n{text}\n{readme[readme.index(_END) :]}"
@@ -116,10 +159,7 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _overview(found: tuple[Environment, dict[str, Any] | None]) -> Sequence[str]:
-    one, row = found
-    if row is None:
-        return (one.name, one.python, "", "", ", ".join(one.requires), "", "never run", "")
+def _overview(one: Environment, row: dict[str, Any]) -> Sequence[str]:
     versions = row["versions"]
     upstream = ", ".join(f"{name} {versions[name]}" for name in one.upstream if name in versions)
     tests = row["tests"]
@@ -179,13 +219,15 @@ def _output(check: dict[str, Any]) -> str:
     return "differs" if error is None else "bit-exact" if error == 0.0 else f"error {error:.0e}"
 
 
-def _details(one: Environment, row: dict[str, Any]) -> str:
+def _details(head: str, one: Environment, row: dict[str, Any]) -> str:
     machine = row["machine"]
+    levels = sorted({check["kernels"] for check in row["checks"] if check.get("kernels")})
     lines = [
         f"- Installed: {_code(row['requires'])}"
         + "".join(f"; beside it `{extra['requires']}`: {extra['reason']}" for extra in row["beside"]),
-        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}, "
-        + (", ".join(machine["isa"]) or "no instruction set that is known by name"),
+        f"- Machine: {name_of(machine)} {machine['machine']}, "
+        + (", ".join(machine["isa"]) or "no instruction set that is known by name")
+        + (f"; kernels ran at {', '.join(levels)}" if levels else ""),
     ]
     note = row["note"] or one.note  # a quick run says so in its row's
     if note:
@@ -200,12 +242,12 @@ def _details(one: Environment, row: dict[str, Any]) -> str:
             lines.append(f"- Failed: `{test or file}` in `{file}`: {cell(why.replace('::', ':: '))}")
     for check in row["checks"]:
         lines += _of_check(check)
-    return "\n".join([f"### {one.name}\n", *map(wrapped, lines)]) + "\n"
+    return "\n".join([f"### {head}\n", *map(wrapped, lines)]) + "\n"
 
 
-def wrapped(line: str) -> str:
-    """Wrap a list item at 100 columns."""
-    return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def wrapped(line: str, indent: str = "  ") -> str:
+    """Wrap a list item at 100 columns, or a paragraph with an empty indent."""
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _code(words: Iterable[str]) -> str:
@@ -224,18 +266,9 @@ def _of_check(check: dict[str, Any]) -> Iterator[str]:
         yield f"- {check['system']}, event: {cell(event)}"
 
 
-def main() -> None:
-    """Write the page."""
-    found, rows = environments(FILE.read_text("utf-8")), read(ROWS)
-    PAGE.write_text(page(found, rows), "utf-8")
-    README.write_text(with_table(README.read_text("utf-8"), found, rows), "utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(HERE.parents[1])} and README's table are written\n")
-
-
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of a folder, by their environment's name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
-
-
-if __name__ == "__main__":
-    main()
+def read(folder: Path) -> Rows:
+    """Return the rows of a folder; the machine with the most of them is first."""
+    found: Rows = {}
+    for path in sorted(folder.glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text("utf-8"))
+    return dict(sorted(found.items(), key=lambda one: -len(one[1])))

@@ -5,8 +5,9 @@
 `environments.toml` beside this file lists them. For each, a virtual environment is made in the run's folder: first the
 upstream as a user installs it, then our wheel, which changes nothing of the upstream. The tests that the file names run
 in it, and the checks: a system is built from its true configuration with seeded weights, tuned, and timed untouched and
-tuned in turn. The result is one JSON file under `rows/`, from which `page.py` makes docs/ENVIRONMENTS.md. An
-environment that fails has a row with the error, and does not stop the others; the exit status is 1 if one failed.
+tuned in turn. The result is one JSON file under `rows/`, in the folder of its machine, from which `page.py` makes
+docs/ENVIRONMENTS.md. An environment that fails has a row with the error, and does not stop the others; the exit status
+is 1 if one failed.
 
 Run nothing else meanwhile if figures matter. An environment takes five to seven gigabytes of disk while it runs, and
 eleven while it is installed.
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from listed import FILE, HERE, ROOT, EnvironmentsError, chosen, environments
 
 from accelerate_tts.cli.bench import processes
-from accelerate_tts.cli.bench.machine import machine
+from accelerate_tts.cli.bench.machine import machine, slug
 from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.variant import Request, finite
 
@@ -65,7 +66,7 @@ class Options:
 
     Attributes:
         wheel: Our wheel.
-        rows: The folder of the rows.
+        rows: The folder of the rows; in it, each machine has one.
         layers: "" for the file's own numbers, "full" for upstream's, or a number.
         keep: Folder in which virtual environments are kept and found the next time. If not given, they are removed with
             the run's folder.
@@ -326,7 +327,7 @@ def _benched(check: Check, python: Path, folder: Path) -> dict[str, Any]:
     return {
         **{name: found[name] for name in (
             "whole", "step", "prompt", "error", "same_tokens", "floor", "tuning", "recompiles", "kept", "events",
-            "note", "kernels", "dtype", "divergence",
+            "note", "kernels", "dtype", "divergence", "read",
         )},
         "notes": receipt["notes"],
         "stages": [{name: stage[name] for name in names} for stage in receipt["stages"]],
@@ -455,10 +456,16 @@ def _run_and_write(one: Environment, options: Options) -> Row:
     say(f"==> {one.name}")
     with tempfile.TemporaryDirectory(prefix="environment-", ignore_cleanup_errors=True) as folder:
         row = run(one, options, Path(folder), lambda line: say(f"{one.name}: {line}"))
-    options.rows.mkdir(parents=True, exist_ok=True)
-    (options.rows / f"{one.name}.json").write_text(row.as_json(), "utf-8")
+    write(row, options.rows)
     say(f"{one.name}: {'good' if row.good else 'NOT GOOD'}, {sum(row.seconds.values()):.0f} s")
     return row
+
+
+def write(row: Row, folder: Path) -> None:
+    """Write a row into the folder of its machine; it replaces an earlier one of this machine alone."""
+    file = folder / slug(row.machine) / f"{row.environment}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(row.as_json(), "utf-8")
 
 
 def _layers(told: str) -> str:

@@ -429,14 +429,12 @@ def _cell(load: dict[str, Any] | None) -> str:
     return output + kept + ("" if load["mode"] == "inference" else f", {load['mode']}")
 
 
-def write_page(results: dict[str, Any]) -> None:
-    """Put the table into the page, between its marks."""
-    text = PAGE.read_text(encoding="utf-8")
+def with_table(text: str, results: dict[str, Any]) -> str:
+    """Return the page's text with the table of these results between its marks."""
     before, _, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2]
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    table = f"{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}"
-    PAGE.write_text(before + table + after, encoding="utf-8")
+    return f"{before}{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}{after}"
 
 
 def _means(given: str, name: str) -> bool:
@@ -462,7 +460,7 @@ def main() -> int:
         return 0
     results = json.loads(chosen.results.read_text()) if chosen.results.exists() else {"systems": {}}
     if chosen.page:
-        write_page(results)
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), results), "utf-8")
         return 0
     from systems import SYSTEMS
 

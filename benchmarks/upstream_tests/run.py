@@ -227,12 +227,12 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def write_page(results: dict[str, Any]) -> None:
-    """Put the table into the page, between its marks."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+def with_table(text: str, results: dict[str, Any]) -> str:
+    """Return the page's text with the table of these results between its marks."""
+    before, _, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2]
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    PAGE.write_text(f"{before}{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}{after}", encoding="utf-8")
+    return f"{before}{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}{after}"
 
 
 # --- all models -------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def main() -> int:
     chosen = parser.parse_args()
     results = json.loads(chosen.results.read_text()) if chosen.results.exists() else {"models": {}}
     if chosen.page:
-        write_page(results)
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), results), "utf-8")
         return 0
     version = metadata.version("transformers")
     if chosen.checkout is None or not (chosen.checkout / "tests" / "test_modeling_common.py").exists():

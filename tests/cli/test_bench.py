@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 from typer.testing import CliRunner
 
 from accelerate_tts import AccelerateTTSError, PerformanceOptimizer, Settings, SettingsError
@@ -26,6 +27,10 @@ from accelerate_tts.cli.bench.processes import VariantError, folders_of
 from accelerate_tts.cli.bench.report import Found, summaries
 from accelerate_tts.cli.bench.variant import Request
 from accelerate_tts.device.usage import Usage
+from accelerate_tts.kernels.library import missing
+from accelerate_tts.plan import Part
+from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.tuning.disturbance import Watcher
 from doubles import begin_process
 
@@ -455,3 +460,30 @@ def test_the_floor_counts_what_a_token_reads() -> None:
     read = {name for name in named if ".mlp." not in name and "embed" not in name}
     assert any(".audio_mlp." in name for name in read)
     assert measure.bytes_of_a_token(built.decoder) == sum(named[name].numel() * 2 for name in read)
+
+
+@pytest.mark.skipif(missing() is not None, reason="the kernels' library is not there")
+def test_what_a_tuned_token_reads_is_counted_in_the_format_of_its_copies() -> None:
+    llama = LlamaModel(
+        LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
+    head = torch.nn.Linear(64, 512, bias=True)
+    decoder = torch.nn.ModuleDict({"llama": llama, "head": head})
+    linears = [one for one in llama.modules() if isinstance(one, torch.nn.Linear)]
+    loaded = measure.bytes_of_a_token(decoder)
+    part = Part("decoder", "decoder", decoder)
+    inside = sum(one.weight.numel() for one in linears)
+    scales = sum(len(one.weight) for one in linears)
+    for stage, saved in (
+        (FusedBlocksStage("fp32"), 0), (FusedBlocksStage("bf16"), 2 * inside),
+        (FusedBlocksStage("int8"), 3 * inside - 4 * scales),
+    ):  # fmt: skip
+        change = stage.prepare(part)
+        change.on()
+        assert measure.bytes_read_by_a_token(decoder) == loaded - saved
+        linear = SkinnyStage("int8").prepare(part)  # the head alone: the others are inside fused blocks
+        linear.on()
+        assert measure.bytes_read_by_a_token(decoder) == loaded - saved - 3 * head.weight.numel() + 4 * 512
+        linear.off()
+        change.off()
+        assert measure.bytes_read_by_a_token(decoder) == loaded

@@ -69,3 +69,15 @@ def test_good_speech_is_understood_and_noise_is_not() -> None:
 )
 def test_the_limit_is_over_the_untouched_sound(tuned: float, limit: float, accepted: bool) -> None:
     assert (Judgement(0.2, tuned, 1.0, 10).objection(limit) == "") is accepted
+
+
+def test_a_voice_that_is_less_alike_than_its_limit_is_not_accepted() -> None:
+    found = Judgement(0.2, 0.3, 0.9, 10)
+    assert found.objection() == ""
+    assert found.objection(similarity=0.9) == ""
+    said = found.objection(similarity=0.95)
+    assert said.startswith("the tuned sound has a speaker similarity of 0.900, and must have 0.950; use a stricter")
+    both = found.objection(0.0, 0.95)
+    assert "10% more word errors" in both
+    assert "similarity of 0.900" in both
+    assert Judgement(0.2, 0.2, float("nan"), 10).objection(similarity=0.0)

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from accelerate_tts import Receipt
 from accelerate_tts.cli.app import app
 from accelerate_tts.cli.backend import BackendError, find, values_of
+from accelerate_tts.cli.tune import listening
 from accelerate_tts.cli.tune.sound import ASSUMED_RATE, Sound, draw, sound_of
 from accelerate_tts.settings import testing
 from doubles import is_faster
@@ -405,6 +406,22 @@ def test_both_sounds_are_judged_and_the_receipt_says_so(tmp_path: Path) -> None:
     notes = Receipt.from_json((tmp_path / "kept.json").read_text("utf-8")).notes
     (note,) = [note for note in notes if note.startswith("judged by")]
     assert "on a text of 4 words" in note
+
+
+@pytest.mark.parametrize(("option", "limit", "code"), [
+    ("--similarity-limit", "0.95", 2), ("--similarity-limit", "0.85", 0), ("--word-error-limit", "0.05", 2),
+    ("--word-error-limit", "0.15", 0),
+])  # fmt: skip
+def test_a_sound_beyond_a_limit_fails_the_command(
+    option: str, limit: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judges are left out: their packages have tests of their own."""
+    monkeypatch.setattr(listening, "check_installed", lambda: None)
+    monkeypatch.setattr(listening, "judge", lambda *_sounds: listening.Judgement(0.1, 0.2, 0.9, 4))
+    monkeypatch.setattr(listening.Judgement, "note", "judged by nobody")
+    said = invoke("tune", "my_service:Small", "--text", "Hello there.", "--pairs", "1", option, limit, code=code)
+    assert "judged by nobody" in said  # the figures are printed all the same
+    assert ("use a stricter precision" in said) is (code == 2)
 
 
 @pytest.mark.parametrize("exits", [False, True])

@@ -524,7 +524,8 @@ def play(name: str, stage: str, edits: list[tuple[Callable[[Any, int], None], in
                 break
             with torch.inference_mode(mode=bool(pick % 3)), torch.no_grad():
                 expected, found = (outcome(partial(family.run, each)) for each in (twin, model))
-            if (far := distance(expected, found)) > most:
+            # A half model is compared to half precision's rounding: kernels for another layout sum in another order.
+            if (far := distance(expected, found)) > max(most, torch.finfo(dtype_of(twin)).eps):
                 wrong.append(f"{number} {edit.__name__}({pick}): {far:.2g} {found if isinstance(found, str) else ''}")
         for change in reversed(changes):
             change.off()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -490,7 +491,129 @@ def test_an_error_of_upstream_is_the_callers(english: Any) -> None:
         next(stream(english, "Hello.", no_such_option=1))
 
 
-def test_the_next_sentence_is_begun_while_this_one_sounds(english: Any, computed: list[int]) -> None:
-    options = StreamOptions(first=0.1, left_context=2.0, overlap=True)
-    pieces = list(stream(english, "Hello there. How are you? Well.", options=options))
-    assert sum(piece.shape[-1] for piece in pieces) == 3 * 50 * 960
+# --- the other systems, left by their callers -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def higgs(example: Any) -> Any:
+    torch.manual_seed(0)
+    return example("higgs_backend").random(tiny=True)
+
+
+class Talk(NamedTuple):
+    """A system that speaks."""
+
+    say: Callable[[StreamOptions], Stream]
+    head: torch.nn.Module
+    """Called once a token."""
+    tokens: int
+
+
+@pytest.fixture(params=["Chatterbox", "XTTS", "Higgs"])
+def talk(request: pytest.FixtureRequest) -> Talk:
+    if request.param == "Chatterbox":
+        english = request.getfixturevalue("english")
+        return Talk(lambda options: stream(english, "Hello there.", options=options), english.t3.speech_head, 50)
+    if request.param == "XTTS":
+        xtts = request.getfixturevalue("xtts")
+        return Talk(lambda options: said_by_xtts(xtts, "Hello there.", options), xtts.model.gpt.mel_head, 17)
+    model, codec, prepare, _ = request.getfixturevalue("higgs")
+    inputs = prepare("Hello there.")
+    return Talk(
+        lambda options: stream(model, inputs, codec, options=options, max_new_tokens=40, do_sample=True),
+        model.audio_lm_head, 40,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def at_token(talk: Talk) -> Iterator[dict[int, Callable[[], object]]]:
+    """What is to be done while a token is computed, by its number. Number 0 is the present one's."""
+    count, do = [0], {0: lambda: count[0]}
+
+    def counted(*_: Any) -> None:
+        count[0] += 1
+        do.get(count[0], lambda: None)()
+
+    hook = talk.head.register_forward_hook(counted)
+    yield do
+    hook.remove()
+
+
+def ends() -> None:
+    """Wait until no loop of tokens runs any more."""
+    for thread in threading.enumerate():
+        if thread.name == "accelerate_tts-tokens":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_each_system_stops_at_the_token_that_is_being_made(
+    talk: Talk, at_token: dict[int, Callable[[], Any]], ahead: bool
+) -> None:
+    speaking = talk.say(StreamOptions(first=0.6, overlap=ahead))
+    at_token[3] = speaking.close
+    assert list(speaking) == []
+    ends()
+    assert at_token[0]() == 3
+    assert len(list(talk.say(EARLY))) > 0, "another stream speaks"
+    assert at_token[0]() >= 3 + talk.tokens - 1
+
+
+async def test_each_system_stops_when_its_task_is_cancelled(talk: Talk, at_token: dict[int, Callable[[], Any]]) -> None:
+    speaking = talk.say(StreamOptions(first=0.6))
+    loop = asyncio.get_running_loop()
+
+    async def listen() -> None:
+        async for _ in speaking:
+            pytest.fail("it was cancelled")
+
+    task = asyncio.create_task(listen())
+
+    def cancel() -> None:
+        loop.call_soon_threadsafe(task.cancel)
+        assert speaking.left.wait(10)
+
+    at_token[3] = cancel
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ends()
+    assert at_token[0]() == 3
+
+
+@pytest.mark.parametrize("way", ["close", "collected", "with"])
+def test_each_system_computes_no_more_between_pieces(
+    talk: Talk, at_token: dict[int, Callable[[], Any]], way: str
+) -> None:
+    speaking: Any = talk.say(IN_PIECES)
+    next(speaking)
+    if way == "close":
+        speaking.close()
+    elif way == "collected":
+        del speaking
+    else:
+        with speaking:
+            pass
+    after = at_token[0]()
+    assert 0 < after < talk.tokens
+    ends()
+    assert at_token[0]() == after
+
+
+# --- ahead ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_next_sentence_is_begun_while_this_one_sounds(english: Any, computed: list[int], overlap: bool) -> None:
+    options = StreamOptions(first=0.1, left_context=2.0, overlap=overlap)
+    list(stream(english, "Hello there.", options=options))
+    one, computed[0] = computed[0], 0
+    speaking, samples = stream(english, "Hello there. How are you? Well.", options=options), 0
+    while samples < 50 * 960:
+        samples += next(speaking).shape[-1]
+    assert samples == 50 * 960, "the last piece of the first sentence is out, and nothing was asked for since"
+    end = time.monotonic() + 20
+    while overlap and computed[0] <= one and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (computed[0] > one) == overlap
+    assert samples + sum(piece.shape[-1] for piece in speaking) == 3 * 50 * 960

@@ -20,6 +20,10 @@ class Operators(TorchDispatchMode):
         self._own: list[torch.UntypedStorage] = []  # alive, so that no address is used twice
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.lift_fresh.default:  # Python's numbers, as a new tensor of the host's
+            self.seen.append((str(function), [args[0].tolist()], []))
+            self._own.append(args[0].untyped_storage())
+            return function(*args)
         own = {storage.data_ptr() for storage in self._own}
         given = [self._frozen(leaf, own) for leaf in _pytree.tree_leaves((args, kwargs or {}))]
         result = function(*args, **(kwargs or {}))

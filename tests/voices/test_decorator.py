@@ -20,6 +20,7 @@ from torch import nn
 import accelerate_tts
 from accelerate_tts import cached_embedding, events, inference, set_active
 from accelerate_tts.errors import SettingsError
+from accelerate_tts.patching import weight_versions
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.layers.int8 import QuantizeStage, engines
 from doubles import Encoder
@@ -271,6 +272,21 @@ def test_a_write_that_counts_no_version_is_seen(
     assert service.encoder.linear.weight._version == before
     assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
     assert service.calls == 2
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_row_that_is_written_by_data_is_seen_when_its_turn_comes(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:  # as on a GPU: some elements are compared, and looks may take a hundredth of the time
+        monkeypatch.setattr(weight_versions, "missing", lambda: "there are none")
+    service = wide()
+    embed = cached_embedding(service.compute)
+    embed(WAVE, 1.0)
+    service.encoder.linear.weight.data[1234 if native else slice(0, 900)] += 1
+    calls = 10 if native else 100_000  # five of 47 kilobytes at each
+    assert any(service.calls == 2 for _ in range(calls) if embed(WAVE, 1.0) is not None)
+    assert torch.equal(embed(WAVE, 1.0), service.encoder(WAVE).detach())
 
 
 def test_weights_made_in_inference_mode_are_sampled_too() -> None:

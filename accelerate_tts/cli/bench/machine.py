@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,10 @@ def machine() -> dict[str, Any]:
         "system": platform.system(), "machine": platform.machine(), "processor": name, "cores": usable_cpus(),
         "isa": [isa for isa in _ISA if isa in flags],
     }  # fmt: skip
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """Return a folder's name for a machine: its processor, its best instruction set and its cores."""
+    processor = re.sub(r"\((?:R|TM|tm|C)\)|\bProcessor\b|\bCPU\b|@.*", "", machine["processor"])
+    words = re.findall(r"[a-z0-9]+", f"{processor} {(machine['isa'] or [''])[-1]}".lower())
+    return "-".join([*words, f"{machine['cores']}-cores"])

@@ -17,6 +17,8 @@ from accelerate_tts.device.memory import peak_resident_bytes, resident_bytes
 from accelerate_tts.errors import AccelerateTTSError
 from accelerate_tts.events import FellBack, NotApplied, add_hook
 from accelerate_tts.kernels.library import level
+from accelerate_tts.kernels.weight_formats import is_transposed
+from accelerate_tts.patching.class_swap import copies_of, fused_by, open_modules
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.tuning.capture import removed_at_end
 from accelerate_tts.tuning.disturbance import Watcher
@@ -93,6 +95,8 @@ class Measured:
         disturbance: The disturbance in words; "" if there was none.
         kernels: Instruction set of the kernels in use, or "none".
         dtype: Number format of the model's weights as loaded, such as "float32"; the decoder's, if there is one.
+        read: Bytes of weights that a tuned decode step reads: fewer than the loaded ones where a kept stage has copies
+            in bf16 or int8. `None` if there is no loop.
     """
 
     system: str
@@ -124,6 +128,7 @@ class Measured:
     kernels: str = ""
     moved: str = ""
     dtype: str = ""
+    read: int | None = None
 
 
 def device_type() -> str:
@@ -135,17 +140,39 @@ def device_type() -> str:
 
 
 def bytes_of_a_token(decoder: nn.Module) -> int:
-    """Return the bytes of the weights that a decoder reads for one token of speech.
+    """Return the bytes of the weights that a decoder reads for one token of speech, as they were loaded.
 
     Embedding tables do not count, since one line of them is read. Of Higgs Audio's two feed-forwards in each layer,
     only the one for audio counts.
     """
+    return sum(p.numel() * p.element_size() for p in _weights_of_a_token(decoder))
+
+
+def bytes_read_by_a_token(decoder: nn.Module) -> int:
+    """Return the bytes of `bytes_of_a_token` as the changes that are on read them, from copies in bf16 or int8.
+
+    A copy in int8 has a scale in fp32 for each output.
+    """
+    fused = {block: computed for block in decoder.modules() if (computed := fused_by(block)) is not None}
+    formats = {layer: copies_of(block) for block, computed in fused.items() for layer in computed.copied()}
+    formats |= {layer: found for layer in open_modules(decoder) if (found := copies_of(layer))}
+    copied = {id(p): (layer, found) for layer, found in formats.items() for p in layer.parameters() if p.dim() > 1}
+    total = 0
+    for p in _weights_of_a_token(decoder):
+        layer, found = copied.get(id(p), (None, ""))
+        scales = 4 * p.shape[1 if is_transposed(layer) else 0] if found == "int8" else 0
+        width = p.element_size() if not found else 1 if found == "int8" else 2
+        total += p.numel() * width + scales
+    return total
+
+
+def _weights_of_a_token(decoder: nn.Module) -> list[nn.Parameter]:
     from torch import nn
 
     idle: list[Any] = [module for module in decoder.modules() if isinstance(module, nn.Embedding)]
     idle += [module.mlp for module in decoder.modules() if hasattr(module, "audio_mlp")]
     unread = {id(weight) for module in idle for weight in module.parameters()}
-    return sum(p.numel() * p.element_size() for p in decoder.parameters() if id(p) not in unread)
+    return [p for p in decoder.parameters() if id(p) not in unread]
 
 
 def held_bytes(device: str) -> int:
@@ -292,7 +319,7 @@ def bench(  # noqa: PLR0913 - the options of the command
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
         json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, level(), why,
-        _dtype(built.decoder or built.model),
+        _dtype(built.decoder or built.model), bytes_read_by_a_token(built.decoder) if has_loop else None,
     )  # fmt: skip
 
 

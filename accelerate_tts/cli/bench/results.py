@@ -56,9 +56,11 @@ def document(found: Sequence[Found], options: Options) -> dict[str, Any]:
         The document for JSON. Its `commit` is `None`: whoever stores it in a checkout knows which that is.
     """
     python, versions = _installed(options.python)
+    now = datetime.now(timezone.utc)
     return {
         "format": FORMAT,
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": f"{now:%H:%M:%S}",
         "commit": None,
         "machine": machine(),
         "python": python,

@@ -51,6 +51,12 @@ class TuneOptions:
     receipt: Path | None = None
     listen: bool = False
     word_error_limit: float | None = None
+    similarity_limit: float | None = None
+
+    @property
+    def judges(self) -> bool:
+        """True if the sounds are to be judged."""
+        return self.listen or self.word_error_limit is not None or self.similarity_limit is not None
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,7 @@ def run(target: str, text: str, options: TuneOptions) -> None:
     console = Terminal(stderr=True)
     with console.status("importing torch"):
         import_module("torch")
-    listen = options.listen or options.word_error_limit is not None
-    if listen:
+    if options.judges:
         from accelerate_tts.cli.tune.listening import check_installed
 
         check_installed()
@@ -169,11 +174,11 @@ def run(target: str, text: str, options: TuneOptions) -> None:
         method = backend.method(made, options.method, arguments)
         speak = backend.call(made, method, text, arguments)
         result = _measured(backend, made, f"{backend.name}.{method}", text, speak, options, console.print)
-        if listen:
+        if options.judges:
             result = _judged(result, console.print)
     _show(result, options)
-    if result.judgement is not None and options.word_error_limit is not None:
-        objection = result.judgement.objection(options.word_error_limit)
+    if result.judgement is not None:
+        objection = result.judgement.objection(options.word_error_limit, options.similarity_limit)
         if objection:
             raise BackendError(objection)
 

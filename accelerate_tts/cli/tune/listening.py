@@ -67,19 +67,22 @@ class Judgement:
             f" {self.tuned:.0%} tuned; speaker similarity {self.similarity:.3f}{estimate}"
         )
 
-    def objection(self, limit: float) -> str:
+    def objection(self, word_error: float | None = None, similarity: float | None = None) -> str:
         """Return the reason why the tuned sound is not accepted, or "".
 
         Args:
-            limit: The most that its word error may exceed that of the untouched sound.
+            word_error: The most that its word error may exceed that of the untouched sound; `None` for any.
+            similarity: The least that its speaker similarity may be; `None` for any.
         """
+        faults = []
         more = self.tuned - self.untouched
-        if more <= limit:
+        if word_error is not None and more > word_error:
+            faults.append(f"has {more:.0%} more word errors than the untouched one, and may have {word_error:.0%}")
+        if similarity is not None and not self.similarity >= similarity:  # NaN is no voice
+            faults.append(f"has a speaker similarity of {self.similarity:.3f}, and must have {similarity:.3f}")
+        if not faults:
             return ""
-        return (
-            f"the tuned sound has {more:.0%} more word errors than the untouched one, and may have {limit:.0%};"
-            ' use a stricter precision, such as "exact"'
-        )
+        return f'the tuned sound {", and ".join(faults)}; use a stricter precision, such as "exact"'
 
 
 def judge(text: str, untouched: Sound, tuned: Sound) -> Judgement:

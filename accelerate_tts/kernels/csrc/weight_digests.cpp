@@ -21,7 +21,7 @@ uint64_t digest(const char* data, int64_t bytes) {
     memcpy(words, data, 32);
     for (int i = 0; i < 4; i++) {
       sums[i] = (sums[i] ^ words[i]) * FACTOR;
-      sums[i] ^= sums[i] >> 32;
+      sums[i] ^= sums[i] >> 32u;
     }
   }
   uint64_t all = uint64_t(bytes);
@@ -31,7 +31,7 @@ uint64_t digest(const char* data, int64_t bytes) {
     all = (all ^ word) * FACTOR;
   }
   for (uint64_t sum : sums) all = (all ^ sum) * FACTOR;
-  return all ^ all >> 32;
+  return all ^ all >> 32u;
 }
 
 int64_t pieces(int64_t bytes) { return (bytes + PIECE - 1) / PIECE; }

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from accelerate_tts.errors import message_of
-from accelerate_tts.events import NotApplied, emit
+from accelerate_tts.events import DecodePasses, NotApplied, emit
 from accelerate_tts.kernels.decoder_block import run, run_together
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
+from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.call_end import tell_at_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +50,14 @@ class Rules(NamedTuple):
     """Computes several calls in one pass."""
     look: float = 1.0
     """Seconds after which a waiting step looks at its state, and checks that its process was not forked."""
+
+
+class Counts(NamedTuple):
+    """Passes of a decoder, the steps in them, and their rows."""
+
+    passes: int = 0
+    steps: int = 0
+    rows: int = 0
 
 
 class _Caller:
@@ -115,6 +125,8 @@ class SharedSteps:
     Attributes:
         is_on: True if steps are shared. Otherwise each is computed alone, as it comes.
         rules: The rules of passes.
+        counts: Passes so far, while steps are shared. A `DecodePasses` event has those since the last one; it is sent
+            when a call ends.
 
     Args:
         what: Name for events.
@@ -124,6 +136,9 @@ class SharedSteps:
         self.is_on = False
         self._what = what
         self.rules = Rules()
+        self.counts = self._told = Counts()
+        self._is_due = False
+        self._telling = rlock()
         self._mine = threading.local()
         self._meeting = _Meeting()
         _all.add(self)
@@ -154,6 +169,17 @@ class SharedSteps:
     def forget(self) -> None:
         """Start anew, without the callers so far. For a forked child, which has none of the other threads."""
         self._meeting = _Meeting()
+        self._told, self._is_due = self.counts, False  # the parent tells its own
+
+    def tell(self) -> None:
+        """Send a `DecodePasses` event of the passes since the last one, if there are some."""
+        with self._telling:
+            self._is_due = False  # first: passes that are counted from here on have the next event
+            counts, told = self.counts, self._told
+            self._told = counts
+        if counts != told:
+            passes, steps, rows = (now - before for now, before in zip(counts, told, strict=True))
+            emit(DecodePasses(self._what, passes, steps, rows))
 
     def _met(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
         try:
@@ -232,6 +258,11 @@ class SharedSteps:
             for other in steps[1:]:
                 other.state = _TAKEN
             meeting.waiting = [other for other in meeting.waiting if other.state == _WAITS]
+            passes, all_steps, all_rows = self.counts
+            self.counts = Counts(passes + 1, all_steps + len(steps), all_rows + rows)
+            if not self._is_due:
+                self._is_due = True
+                tell_at_end(self.tell)
             return steps
 
     def _to_wait(self, meeting: _Meeting, room: int) -> float:
@@ -271,6 +302,7 @@ class SharedSteps:
 
     def _withdraw(self, meeting: _Meeting, step: _Step) -> None:
         """Take back the step of a caller that was interrupted."""
+        self._is_due = False  # the interrupt may have come before the report was registered
         with meeting.lock:
             step.caller.is_away, step.caller.returns = True, False
             if step in meeting.waiting:

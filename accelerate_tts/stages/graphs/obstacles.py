@@ -56,7 +56,7 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
     # Normal tensors: in inference mode composed operators would not be taken apart.
     with torch.inference_mode(mode=False), torch.no_grad(), unchanged_attributes(module) as changed:
         given = [fakes.from_tensor(tensor) for tensor in tensors]
-        watch = _Watch(device)
+        watch = _Watch(device, module)
         try:
             with fakes, watch:
                 outputs = run(given)
@@ -66,12 +66,25 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
             raise
         except Exception as error:  # whatever a trace cannot do is a reason not to record
             raise ObstacleError(f"{_reason(error)}{_place(error.__traceback__)}") from None
+        finally:
+            _forget(fakes)
         if watch.obstacle is not None:  # it was caught by the computation
             raise watch.obstacle
         watch.check_outputs(outputs, given)
     if changed:
         raise ObstacleError(f"its forward sets {changed[0]}, which a replay does not")
     return Look(watch.launches, watch.most)
+
+
+def _forget(fakes: Any) -> None:
+    """Clear a mode's weak references to the weights, which it keeps until the garbage collector has found it.
+
+    torch exchanges no tensor that is weakly referenced (`torch.utils.swap_tensors`, `module.to` with
+    `torch.__future__.set_swap_module_params_on_conversion`).
+    """
+    describer = getattr(getattr(fakes.fake_tensor_converter, "meta_converter", None), "describer", None)
+    for name in ("lookup_tensor", "lookup_storage"):
+        getattr(describer, name, {}).clear()
 
 
 def _reason(error: Exception) -> str:
@@ -99,11 +112,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         device: Device of the computation.
+        module: The module that computes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
+        held = [tensor for inner in module.modules() for tensor in _tensors(dict(vars(inner)))]
+        self._kept = {_key(tensor) for tensor in held}
         self.launches = 0
         self.most = 0
         self.obstacle: ObstacleError | None = None
@@ -116,6 +132,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if function.namespace == "prim":  # a question about a tensor, such as its device
             return function(*args, **kwargs)
+        if self._is_about_a_number(args, kwargs):
+            with fake_tensor.unset_fake_temporarily():
+                return function(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
             with self:
                 result = function.decompose(*args, **kwargs)  # in inference mode operators come whole
@@ -135,11 +154,30 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(function, result)
         return result
 
+    def _is_about_a_number(self, args: Any, kwargs: Any) -> bool:
+        """Check for a number of the host that was made in this call, as `torch.tensor` makes one.
+
+        It is a constant, which may be read. Into a tensor that the module keeps, somebody may write another one.
+        """
+        leaves = _pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(isinstance(leaf, torch.device) and leaf.type != "cpu" for leaf in leaves):
+            return False
+        return bool(tensors) and all(
+            not isinstance(tensor, fake_tensor.FakeTensor)
+            and (tensor.device.type, tensor.numel()) == ("cpu", 1)
+            and _key(tensor) not in self._kept
+            for tensor in tensors
+        )
+
     def _obstacle(self, function: Any, args: Any, kwargs: Any) -> str | None:
         if torch.Tag.data_dependent_output in function.tags:
             return f"{function} reads a value from the device"
         if torch.Tag.dynamic_output_shape in function.tags:
             return f"the size of the result of {function} depends on values"
+        made = function is torch.ops.aten.lift_fresh.default and self._device.type != "cpu"
+        if made and any(tensor.device == self._device for tensor in _tensors(args)):
+            return "torch.tensor copies Python's numbers to the device"
         schema = function._schema.arguments
         given = {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
         if torch.Tag.nondeterministic_seeded in function.tags and _draws(given):

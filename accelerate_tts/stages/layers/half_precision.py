@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from accelerate_tts.inspection.classes import class_of, plain_class, twin_of
+from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.signatures import sets_attributes
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS, is_plain, is_watched
 from accelerate_tts.patching.class_swap import (
@@ -112,11 +113,13 @@ class HalfStage(BaseStage):
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return the fp32 convolutions and linear layers outside fused blocks."""
+    """Return the fp32 convolutions and linear layers outside fused blocks and routers."""
+    choosing = routers(module)
     return [
         inner
         for inner in open_modules(module)
         if isinstance(inner, _KINDS)
+        and inner not in choosing
         and getattr(inner.weight, "dtype", None) == torch.float32  # a layer may have no weight
         and _is_known(inner)
     ]
@@ -210,7 +213,10 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
             return plain.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         y = plain.forward(twin, input.to(dtype), *args, **kwargs)
         # Only a call of the part raises what comes out. A service may call another method, or a module inside, too.
-        return y if carried and _is_inside(dtype) else y.to(input.dtype)  # type: ignore[no-any-return]
+        if carried and _is_inside(dtype):
+            return y  # type: ignore[no-any-return]
+        # A forward of its own may return several tensors (transformers' `Llama4Router`).
+        return y.to(input.dtype) if isinstance(y, torch.Tensor) else _cast(y, {dtype}, input.dtype)  # type: ignore[no-any-return]
 
     return subclass_with(plain, forward, copies=str(dtype))
 
@@ -231,7 +237,9 @@ def _is_inside(dtype: torch.dtype) -> bool:
 @per_class
 def _island_class(plain: Any, dtype: torch.dtype) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        was_cast = [1 for own in self._parameters.values() if own is not None and own.dtype == dtype]
+        # Rotary embeddings have buffers alone.
+        every = (*self._parameters.values(), *self._buffers.values())
+        was_cast = [1 for own in every if own is not None and own.dtype == dtype]
         if was_cast or _is_autocast():
             return plain.forward(self, *args, **kwargs)
         return plain.forward(self, *_raised(args, dtype), **_raised(kwargs, dtype))

@@ -22,6 +22,7 @@ from torch import nn
 
 from accelerate_tts.errors import message_of
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
+from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
 from accelerate_tts.locks import lock
@@ -116,10 +117,12 @@ def engines() -> list[str]:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
+    choosing = routers(module)
     return [
         inner
         for inner in open_modules(module)
         if isinstance(inner, nn.Linear)
+        and inner not in choosing
         and is_torchs_linear(plain_class(inner))
         and is_plain(inner.weight)
         and inner.weight.numel() >= _LEAST_WEIGHTS

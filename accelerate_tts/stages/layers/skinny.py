@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
+from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.calls import skinny_linear
 from accelerate_tts.kernels.library import missing
@@ -73,11 +74,16 @@ class SkinnyStage(FormatStage):
 
 
 def _layers(module: nn.Module, *, own: bool = False) -> list[nn.Module]:
-    """Return the layers that the kernel supports; with `own`, which uses the module's own weights, also bf16 ones."""
+    """Return the layers that the kernel supports.
+
+    With `own`, which uses the module's own weights, also bf16 ones, and the routers of experts.
+    """
+    choosing = set() if own else routers(module)
     return [
         inner
         for inner in open_modules(module)
         if (is_transposed(inner) or is_torchs_linear(plain_class(inner)))
+        and inner not in choosing
         and is_plain(inner.weight)
         and inner.weight.numel() >= _LEAST_WEIGHTS  # type: ignore[operator]
         and (

@@ -117,8 +117,12 @@ class _Fold(BaseChange):
         """Put the product where a compiler finds a weight: in an attribute of a module."""
         raise NotImplementedError
 
+    def is_there(self) -> bool:
+        """Check that the module still has this norm: it may have been removed while the fold was off."""
+        raise NotImplementedError
+
     def on(self) -> None:
-        if _FOLD in vars(self._norm):
+        if _FOLD in vars(self._norm) or not self.is_there():
             return
         folded = self.folded(type(self._norm))
         self.place(self.product())
@@ -153,6 +157,9 @@ class _HookFold(_Fold):
     def weight(self) -> Any:
         return self._norm.compute_weight(self.module)
 
+    def is_there(self) -> bool:
+        return any(hook is self._norm for hook in self.module._forward_pre_hooks.values())
+
     def factors(self) -> list[dict[str, Any]]:
         return [self.module._parameters]
 
@@ -170,6 +177,10 @@ class _ListFold(_Fold):
     def weight(self) -> Any:
         plain: Any = self._class or type(self._norm)
         return plain.forward(self._norm)
+
+    def is_there(self) -> bool:
+        lists: Any = getattr(self.module, "parametrizations", None) or {}
+        return any(steps is self._norm for steps in lists.values())
 
     def factors(self) -> list[dict[str, Any]]:
         return [inner._parameters for inner in self._norm.modules()]

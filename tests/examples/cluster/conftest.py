@@ -41,6 +41,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Of 5 seconds: on a busy machine a proxy takes longer to be imported, and is killed before it has run.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     monkeypatch.setenv("RAY_health_check_period_ms", "200")
     monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
     for name in ("REPLICA", "HANDLE"):

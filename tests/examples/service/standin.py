@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from accelerate_tts.events import DecodePasses, emit
 from accelerate_tts.settings import Precision
 from service.worker import Refused, Speaker, Utterance
 
@@ -52,6 +53,7 @@ def refuse(_value: str, _folder: Path) -> None:
 COMMANDS: dict[str, Callable[[str, Path], object]] = {
     "WAIT": lambda value, _folder: time.sleep(float(value)),
     "HANG": lambda _value, _folder: time.sleep(1000),
+    "PASSES": lambda _value, _folder: emit(DecodePasses("a decoder", 10, 20, 25)),
     "NOTE": lambda value, folder: (folder / value).touch(),
     "UNTIL": until, "DIE": die, "DIE-ONCE": die_once, "RAISE": fail, "REFUSE": refuse,
 }  # fmt: skip
@@ -89,6 +91,12 @@ def slow(precision: str, folder: Path) -> Speaker:
 def plain(_precision: str, _folder: Path) -> Speaker:
     """Has neither references nor speeds."""
     return Speaker(RATE, lambda said: iter([tone(said.text)]), ("only",))
+
+
+def late(precision: str, folder: Path) -> Speaker:
+    """Is loaded as soon as the test makes a file."""
+    until("loaded", folder)
+    return loud(precision, folder)
 
 
 def broken(_precision: str, _folder: Path) -> Speaker:

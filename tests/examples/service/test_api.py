@@ -238,6 +238,15 @@ def test_health_and_metrics(served: Served) -> None:
         assert served.metric(f"{name}_count") > 0
 
 
+def test_rows_of_shared_steps_are_metrics(served: Served) -> None:
+    for _ in range(2):
+        served.speak("PASSES one")
+    until(lambda: served.metric("accelerate_tts_decode_passes_total") == 20, "the worker's events are counted")
+    assert served.metric("accelerate_tts_decode_steps_total") == 40
+    assert served.metric("accelerate_tts_decode_rows_total") == 50
+    assert served.metric("accelerate_tts_rows_per_pass") == 2.5
+
+
 def test_first_audio_is_that_of_the_first_bytes_that_were_sent(served: Served) -> None:
     """A whole answer has its first sound with its last; the metric and the header say so."""
     before = served.metric("tts_first_audio_seconds_sum")

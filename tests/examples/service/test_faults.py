@@ -189,6 +189,21 @@ def test_it_is_not_ready_before_its_models_are(serve: Serve) -> None:
     assert served.get("/").status == 200
 
 
+def test_it_is_ready_when_a_slow_load_has_ended(serve: Serve, tmp_path: Path) -> None:
+    served = serve(systems={"loud": "standin:late"})
+    for _ in range(3):
+        ready, spoken = served.get("/ready"), served.speak("one")
+        assert (ready.status, served.get("/health").status) == (503, 200)
+        assert (spoken.status, spoken.error["code"]) == (503, "not_ready")
+        assert served.metric("tts_worker_ready") == 0
+    (tmp_path / "loaded").touch()
+    served.ready()
+    assert served.get("/ready").json == {"status": "ready"}
+    assert served.metric("tts_worker_ready") == 1
+    assert served.metric("tts_worker_losses_total") == 0
+    assert served.speak("one").status == 200
+
+
 def test_a_stream_is_finished_at_the_end_of_the_service(serve: Serve, tmp_path: Path) -> None:
     served = serve()
     served.ready()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from linecache import getline
 from typing import Any, NamedTuple
 
@@ -208,6 +209,72 @@ def test_a_caller_that_stalls_holds_nobody_up() -> None:
 
     found = at_once([first, partial(speak, shared.model, callers[1], stalls)])
     assert all(equal(one, other) for one, other in zip(alone, found, strict=True))
+
+
+def test_a_prompt_holds_the_tokens_of_others_up_for_one_wait_at_most() -> None:
+    shared = fused(llama())
+    callers = [Caller(1, 1, 3, 20), Caller(2, 1, 3, 40), Caller(3, 1, 40, 6)]
+    alone = [speak(shared.model, caller) for caller in callers]
+    meet, is_in_prompt, go_on = threading.Barrier(2), threading.Event(), threading.Event()
+    looks: dict[int, int] = {}
+    at_step: list[int] = []
+
+    def clock() -> float:
+        """Go on by a microsecond at each look, so that the machine's load decides nothing."""
+        looks[threading.get_ident()] = looks.get(threading.get_ident(), 0) + 1
+        return 1.0 + 1e-6 * sum(looks.values())
+
+    def in_the_middle(_norm: Any, given: Any) -> None:
+        if given[0].shape[1] == callers[2].prompt:
+            is_in_prompt.set()
+            assert go_on.wait(LONG)
+
+    def first() -> Any:
+        found = speak(shared.model, callers[0], lambda number: number or meet.wait(LONG))
+        return found, speak(shared.model, callers[2])
+
+    def second() -> Any:
+        def before(number: int) -> None:
+            if number == 0:
+                meet.wait(LONG)
+            elif number >= 15:
+                assert is_in_prompt.wait(LONG)
+                at_step.append(looks[threading.get_ident()])
+
+        found = speak(shared.model, callers[1], before)
+        go_on.set()  # only now: the prompt was under way all the time
+        return found
+
+    shared.share(clock=clock)
+    shared.model.norm.register_forward_pre_hook(in_the_middle)
+    (one, three), two = at_once([first, second])
+    assert all(equal(*pair) for pair in zip(alone, (one, two, three), strict=True))
+    assert shared.passes, "they knew each other"
+    # A step that waits looks at the clock once more than one that is computed at once.
+    each = [after - before for before, after in pairwise(at_step)]
+    assert len([looked for looked in each if looked > min(each)]) <= 1, each
+
+
+def test_tokens_hold_no_prompt_up() -> None:
+    shared = fused(llama())
+    callers = [Caller(1, 1, 3, 6), Caller(2, 1, 40, 0)]
+    alone = [speak(shared.model, caller) for caller in callers]
+    is_computing, is_made = threading.Event(), threading.Event()
+
+    def slowly(blocks: Any, call: Any) -> torch.Tensor:
+        is_computing.set()
+        assert is_made.wait(LONG)  # the pass ends behind the prompt
+        return run(blocks, call)
+
+    def prompt() -> Any:
+        assert is_computing.wait(LONG)
+        found = speak(shared.model, callers[1])
+        is_made.set()
+        return found
+
+    shared.share(alone=slowly)
+    found = at_once([partial(speak, shared.model, callers[0]), prompt])
+    assert all(equal(*pair) for pair in zip(alone, found, strict=True))
 
 
 def test_a_pass_that_fails_leaves_each_caller_its_own_step(seen: list[Event]) -> None:

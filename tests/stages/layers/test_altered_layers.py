@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,19 @@ def test_a_patched_step_of_a_convolution(
     # torch's own step, which libraries patch on the class: the change that is to be noticed.
     monkeypatch.setattr(nn.Conv1d, "_conv_forward", lambda self, *given: own(self, *given) * 3)
     assert distance(run(plain), run(model)) <= tolerance
+
+
+def test_copies_and_pickles_after_a_parametrization_came_and_went(tuned: tuple[Net, Net, Any, float]) -> None:
+    """torch gives the layer classes of its own, whose copies have all attributes, those of the stage too."""
+    plain, model, _change, tolerance = tuned
+    for layer in (model.conv, model.first, model.memory):
+        name = "weight_ih_l0" if layer is model.memory else "weight"
+        parametrize.register_parametrization(layer, name, nn.Identity())
+    with torch.no_grad():
+        assert distance(run(plain), run(copy.deepcopy(model))) <= tolerance
+    for layer in (model.conv, model.first, model.memory):
+        parametrize.remove_parametrizations(layer, "weight_ih_l0" if layer is model.memory else "weight")
+    assert distance(run(plain), run(pickle.loads(pickle.dumps(model)))) <= tolerance
 
 
 def test_a_global_hook(tuned: tuple[Net, Net, Any, float]) -> None:

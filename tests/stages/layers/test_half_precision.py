@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import rnn
-from transformers import VitsConfig, VitsModel
+from transformers import LlamaConfig, LlamaModel, VitsConfig, VitsModel
 
 from accelerate_tts import Event
 from accelerate_tts.device.half_dtypes import half_dtypes
@@ -908,6 +908,27 @@ def test_a_parametrization_whose_tensor_is_no_parameter_gets_another_one(carried
         assert error(run(twin), run(model)) < NEAR
 
 
+class Several(nn.Linear):
+    """A linear layer that returns more than one tensor, as routers of transformers do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+@both
+def test_a_layer_may_return_several_tensors(carried: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Several(24, 8))
+    expected = run(model)
+    change = halved(model, carried=carried)
+    found = run(model)
+    assert [tensor.dtype for tensor in found] == [torch.float32] * 2
+    assert 0.0 < error(expected, found) < NEAR
+    assert [tensor.dtype for tensor in model[0](X)] == [torch.float32] * 2  # not by a call of the part
+    change.off()
+
+
 class Streaming(nn.Conv1d):
     """A causal convolution that keeps the end of its input for the next piece of a stream."""
 
@@ -1137,6 +1158,27 @@ STEPS: list[Callable[[torch.Tensor, torch.Tensor], Any]] = [
     lambda y, x: torch.scatter(x, 0, torch.zeros(1, 3, 8, dtype=torch.long), y), lambda y, _: torch.linalg.svdvals(y),
     lambda y, x: torch.searchsorted(x.sort().values, y).float(), lambda y, _: torch.from_numpy(y.numpy()),
 ]  # fmt: skip
+
+
+@both
+def test_a_decoder_that_is_cast_to_the_dtype_of_its_copies(carried: bool) -> None:
+    """Rotary embeddings have no parameters that are cast, but a buffer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, plain = (LlamaModel(config).eval() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 6, 64)
+    change = halved(model, carried=carried)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        plain.to(dtype)
+        with torch.no_grad():
+            found, expected = (each(inputs_embeds=x.to(dtype)).last_hidden_state for each in (model, plain))
+        assert found.dtype == dtype
+        assert error(expected.float(), found.float()) < NEAR
+    change.off()
 
 
 def test_a_function_that_refuses_half_precision_is_called_in_fp32() -> None:

@@ -165,6 +165,23 @@ def test_a_norm_that_is_removed_after_tuning(stage: Callable[[], Any], norm: Cal
     assert not hasattr(model[0], "parametrizations")
 
 
+def test_a_norm_that_is_removed_while_the_fold_is_off(norm: Callable[..., nn.Module]) -> None:
+    """As by another thread while a faulty call is made again."""
+    model, plain = build(norm), build(norm)
+    change = folded(model)
+    change.off()
+    for each in (model, plain):
+        if norm is OLD:
+            nn.utils.remove_weight_norm(each[0])
+        else:
+            parametrize.remove_parametrizations(each[0], "weight")
+    change.on()
+    assert torch.equal(run(model), run(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    change.off()
+    assert torch.equal(run(model), run(plain))
+
+
 def test_a_norm_that_is_removed_leaves_the_others_folded(norm: Callable[..., nn.Module]) -> None:
     model, plain = build(norm), build(norm)
     folded(model)
