@@ -124,9 +124,12 @@ def _wait_for(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop | None,
     # copied, since it may hold the permit of an enclosing call.
     outcome: Future[Any] = Future()
 
+    def alone() -> Any:
+        return asyncio.run(_alone(awaitable, left, events))
+
     def work() -> None:
         try:
-            outcome.set_result(time_limit.within(left, "a warm-up call", lambda: asyncio.run(_alone(awaitable, left, events))))
+            outcome.set_result(time_limit.within(left, "a warm-up call", alone))
         except BaseException as error:  # raised on the waiting thread
             outcome.set_exception(error)
 

@@ -159,7 +159,8 @@ class Embeddings:
             return result
         if self._files is not None and not question.durable:
             reason = "it is kept in memory: another process cannot tell if it has the same encoder"
-            self._events.emit(NotApplied(f"{self._what}: folder=", f"{reason}; name it, as by encoder=lambda self: self.path"))
+            reason += "; name it, as by encoder=lambda self: self.path"
+            self._events.emit(NotApplied(f"{self._what}: folder=", reason))
         elif not stored and self._files is not None:
             try:
                 self._files.write(question.key, outcome, question.packages)
@@ -203,7 +204,8 @@ class Embeddings:
             self._events.emit(NotApplied(self._what, f"the result cannot be kept: {described(error, 200)}"))
             return Flight.ALONE
         if not same:
-            self._events.emit(NotApplied(self._what, "the encoder was loaded or changed by the call itself; name its encoder="))
+            reason = "the encoder was loaded or changed by the call itself; name its encoder="
+            self._events.emit(NotApplied(self._what, reason))
             return Flight.ALONE
         return kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,28 @@ def test_a_model_on_the_cpu_beside_the_device_is_tuned_for_the_cpu(seen: list[Ev
     receipt = receipt_of(model)
     assert receipt is not None
     assert receipt.device.startswith("cpu")
+
+
+def test_a_load_gives_another_thread_the_numbers_of_the_devices_generator_that_it_would_have_had() -> None:
+    """The model draws nothing, so the generators of all devices are left to the threads of the service."""
+    model, found, ends = Vocoder().eval().cuda(), list[float](), threading.Event()
+
+    @optimized_model(warmup=features(40))
+    def load() -> nn.Module:
+        return model
+
+    def draw() -> None:
+        while not ends.wait(0.0005):
+            found.append(float(torch.rand(1, device="cuda")))
+
+    torch.cuda.manual_seed_all(7)
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        load()
+    finally:
+        ends.set()
+        thread.join()
+    torch.cuda.manual_seed_all(7)
+    assert found == [float(torch.rand(1, device="cuda")) for _ in found]
+    assert len(found) > 10

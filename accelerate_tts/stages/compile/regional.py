@@ -163,7 +163,7 @@ class _CompiledStack:
         return self._classes[plain]
 
     def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._broken or torch.is_grad_enabled() or block.training or is_traced():
+        if self._broken or torch.is_grad_enabled() or block.training or is_traced() or _is_symbolic(args, kwargs):
             return plain.forward(block, *args, **kwargs)
         if (obstacle := self._calls[block].altered()) is not None:
             self._obstacles.report(obstacle, self.blocks[block])
@@ -244,6 +244,11 @@ class _CompiledStack:
         self._broken = True
         emit(FellBack(self._what, CompiledBlocksStage.name, reason))
         return False, None
+
+
+def _is_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Check for `torch.fx`, which passes proxies and cannot trace a compiled graph."""
+    return torch.fx.Proxy in map(type, (*args, *kwargs.values()))
 
 
 def _traced(plain: Any, cache: str | None) -> Callable[..., Any]:

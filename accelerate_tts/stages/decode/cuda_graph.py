@@ -159,6 +159,8 @@ class _Steps:
         if self._broken or not kv_cache.is_growable(past):
             return False
         keys = past.layers[0].keys
+        if keys.is_meta:
+            return False  # of tensors without memory, which have no autocast either
         # Token ids, embeddings, or what a custom model takes in their place: one position for each sequence.
         given = [t for name, t in _tensors(named).items() if name != _POSITIONS and _is_position(t, keys.shape[0])]
         return bool(
