@@ -307,7 +307,7 @@ def _found(  # noqa: PLR0913, PLR0917 - what a tuning consists of
     """Put the changes of a warm pack in force or, if none fits, those of a tuning."""
     from accelerate_tts.tuning.tune import find
 
-    with flags.hold(setup.tuning_flags(device)):
+    with flags.holding(setup.tuning_flags(device)):
         findings = None if pack is None else pack.restore(calls, stages, device, limits)
         if findings is None:
             findings = find(plan, calls, stages, device, limits, () if pack is None else pack.known)

@@ -2,10 +2,9 @@
 
     python benchmarks/soak.py [--calls N] [--loads N] [--tune-seconds S] [--compile] [--json FILE] [system]...
 
-The systems are `small`, `mms` and `llama`.
-
-A small vocoder with a recurrent net and a cached speaker embedding;
-transformers' own VITS (the class of MMS voices) and Llama with `generate`, small, with random weights, tuned by
+The systems are `small`, a vocoder with a recurrent net and a cached speaker embedding; `mms` and `llama`,
+transformers' own VITS (the class of MMS voices) and Llama with `generate`; and those of `accelerate-tts bench` at tiny
+size, such as `bench-xtts`. All but the bench's speaker encoder have random weights. They are tuned by
 `@optimized_model` and called through `@inference`. After each twentieth of the calls the garbage is collected, and the
 resident memory and the tensors that Python can reach are counted. The first fifth of the samples is warm-up: torch,
 the allocator and the caches fill. Then flat means
@@ -15,8 +14,11 @@ the allocator and the caches fill. Then flat means
 - what this library remembers by object, lock or message, compiled graphs, and cached embeddings: no more
   entries in the last third than in the first, and 8
 
-Then each system is loaded, tuned, called and dropped `--loads` times, and no weight may outlive its model. With
---compile this covers frozen graphs, which have copies of weights.
+Then each system is loaded, tuned, called and dropped `--loads` times. No weight and no module may outlive its model,
+and nothing that is counted (`standing`) may become more with each load: classes, threads, open files, hooks, what the
+library remembers, and objects that Python's garbage collector knows. With --compile this covers frozen graphs, which
+have copies of weights. `--calls 0` makes loads alone. `--untimed` keeps every stage that is right, of precision "fast",
+and times nothing, so that any machine has all stages in its loads.
 
 A call that leaks one small tensor is seen by the second, one that leaks 20 KiB outside of Python by the first. What
 grows below that are torch's own caches of shapes; with ACCELERATE_TTS_DISABLE=1 the untouched models show the same. The
@@ -27,26 +29,41 @@ torch.compile is left out: what is compiled for a length that was not warmed up 
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
+import importlib
+import itertools
 import json
+import logging
 import os
+import pkgutil
 import statistics
 import sys
+import threading
 import types
 import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+import accelerate_tts
 from accelerate_tts import cached_embedding, events, inference, locks, optimized_model, receipt_of
+from accelerate_tts.cli.bench.systems import SYSTEMS as BENCH_SYSTEMS
+from accelerate_tts.device import flags
+from accelerate_tts.identity_map import IdentityMap
+from accelerate_tts.inspection.object_tree import find_modules
+from accelerate_tts.runtime import time_limit
 from accelerate_tts.runtime.concurrency import queue
 from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.tuning.policy import TuningPolicy, current_policy, tuning_policy
+from accelerate_tts.tuning.timing import Timing
 
 SAMPLES = 20
 WARM = SAMPLES // 5
@@ -121,7 +138,29 @@ class Llama:
         return int(made.shape[-1])
 
 
-SYSTEMS: dict[str, Callable[[], Any]] = {"small": Small, "mms": Mms, "llama": Llama}
+class Benched:
+    """A system of the bench at tiny size.
+
+    Args:
+        name: Its name there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @optimized_model(warmup=lambda self: [self.call(SHORTEST), self.call(LONGEST)])
+    def load(self) -> None:
+        built = BENCH_SYSTEMS[self.name].build("tiny", None, "cpu")
+        self.model, self.speak = built.model, built.speak
+
+    @inference
+    def call(self, length: int) -> Any:
+        return self.speak(length / 25)
+
+
+SYSTEMS: dict[str, Callable[[], Any]] = {
+    "small": Small, "mms": Mms, "llama": Llama, **{f"bench-{name}": partial(Benched, name) for name in BENCH_SYSTEMS},
+}  # fmt: skip
 
 
 @dataclass
@@ -250,32 +289,216 @@ def soak(name: str, call: Callable[[int], Any], calls: int, backend: Any = None)
     return seen
 
 
+# --- what stays of a load ---------------------------------------------------------------------------------------------
+
+BOUNDED = {"accelerate_tts.events._logged", "accelerate_tts.runtime.time_limit._limits"}
+"""Registries that are emptied when they are full. They and what they hold may become more until then."""
+EACH = 0.2
+"""A count that grows by more than this for each load is a fault; what is made once may come late."""
+_CONTAINERS = (
+    dict, list, set, deque, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, IdentityMap,
+)  # fmt: skip
+_CACHE = type(cache(int))
+_DEEPEST = 6
+_OBJECTS = "objects of class "
+
+
+def import_all() -> None:
+    """Import every module of the library but the commands, since what is imported late would seem to stay."""
+    for found in pkgutil.walk_packages(accelerate_tts.__path__, "accelerate_tts."):
+        if not found.name.startswith(("accelerate_tts.cli", "accelerate_tts.__main__", "accelerate_tts.kernels._")):
+            importlib.import_module(found.name)
+
+
+def standing() -> Counter[str]:
+    """Count what loads could leave behind in this process, after collecting the garbage."""
+    gc.collect()  # finds the models, and what is let go with them
+    gc.collect()
+    files = Path("/proc/self/fd")
+    finalizers: Any = weakref.finalize
+    found: Counter[str] = Counter({
+        "classes of modules": len(derived(torch.nn.Module)),
+        "threads": threading.active_count(), "open files": len(list(files.iterdir())) if files.exists() else 0,
+        "child processes": len(psutil.Process().children()), "finalizers": len(finalizers._registry),
+        "calls at exit": atexit._ncallbacks(), "calls of the garbage collector": len(gc.callbacks),
+        "held flags": len(flags.held()), "variables of the environment": len(os.environ),
+        "filters of warnings": len(warnings.filters), "loggers": len(logging.Logger.manager.loggerDict),
+        "imported modules": len(sys.modules), "event hooks": len(events._hooks),
+    })  # fmt: skip
+    for name, hooks in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(hooks, dict):
+            found[f"torch's{name.replace('_', ' ')}"] = len(hooks)
+    dynamo, generated = (sys.modules.get(f"torch.{name}") for name in ("_dynamo.eval_frame", "_inductor.codecache"))
+    found["dynamo's backends"] = len(getattr(dynamo, "cached_backends", ()))
+    found["inductor's modules"] = len(getattr(getattr(generated, "PyCodeCache", None), "modules", ()))
+    found.update(remembered())
+    # All that the garbage collector knows, but the weak references of a test itself.
+    found.update(f"{_OBJECTS}{type(thing).__name__}" for thing in gc.get_objects() if type(thing) is not weakref.ref)
+    found.subtract(f"{_OBJECTS}{type(event).__name__}" for event in events._logged)
+    found[f"{_OBJECTS}tuple"] -= time_limit.known_limits()
+    return found
+
+
+def total(counts: dict[str, int]) -> int:
+    """Add up the objects of all classes."""
+    return sum(count for name, count in counts.items() if name.startswith(_OBJECTS))
+
+
+def derived(cls: type) -> set[type]:
+    """All classes that derive from a class."""
+    found: set[type] = set()
+    left = [cls]
+    while left:
+        fresh = set(type.__subclasses__(left.pop())) - found
+        found |= fresh
+        left += fresh
+    return found
+
+
+def remembered() -> dict[str, int]:
+    """Count the entries of each container that the library has for as long as the process runs, by its path.
+
+    These are global variables, attributes of classes, caches of functions and variables of their closures, and what
+    their values hold.
+    """
+    found: dict[str, int] = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".", 1)[0] == "accelerate_tts":
+            found |= _Registries(name).of(name, vars(module), 0)
+    return found
+
+
+class _Registries:
+    """Containers of one module, each found once."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._seen: set[int] = set()
+
+    def of(self, path: str, values: dict[str, Any], depth: int) -> dict[str, int]:
+        """Count the entries of containers among values, and in objects among them."""
+        found: dict[str, int] = {}
+        for name, value in list(values.items()):
+            if name in {"__builtins__", "__dict__"} or id(value) in self._seen or isinstance(value, types.ModuleType):
+                continue
+            self._seen.add(id(value))
+            place, is_own = f"{path}.{name}", getattr(value, "__module__", "") == self._module
+            if isinstance(value, _CONTAINERS):
+                found[place] = _entries(value, 0)
+            elif isinstance(value, _CACHE) and is_own:
+                found[place] = value.cache_info().currsize
+            elif depth < _DEEPEST:
+                found |= self.of(place, self._inside(value, is_own=is_own), depth + 1)
+        return found
+
+    @staticmethod
+    def _inside(value: Any, *, is_own: bool) -> dict[str, Any]:
+        if isinstance(value, types.FunctionType):
+            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+            return {name: cell.cell_contents for name, cell in cells if is_own and _is_filled(cell)}
+        is_ours = is_own if isinstance(value, type) else type(value).__module__.startswith("accelerate_tts")
+        return dict(getattr(value, "__dict__", {})) if is_ours else {}
+
+
+def _entries(container: Any, depth: int) -> int:
+    """Count the entries of a container and of those in it."""
+    values = [value for _, value in container.items()] if hasattr(container, "items") else list(container)
+    count = 0 if isinstance(container, tuple) else len(container)
+    if depth < _DEEPEST:
+        count += sum(_entries(value, depth + 1) for value in values if isinstance(value, (*_CONTAINERS, tuple)))
+    return count
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def growth(counts: list[Counter[str]], loads: int) -> dict[str, int]:
+    """What became more with each of the loads between any two counts, and by how much in all.
+
+    What is made once, however late, is in one of the gaps alone.
+    """
+    least = max(TENSORS, EACH * loads)
+    names = [name for name in counts[-1] if name not in BOUNDED]
+    gaps = list(itertools.pairwise(counts))
+    grown = [name for name in names if all(after[name] - before[name] > least for before, after in gaps)]
+    return {name: counts[-1][name] - counts[0][name] for name in grown}
+
+
 @dataclass
 class Loaded:
-    """Weights still alive after their models were loaded, tuned, called and dropped."""
+    """Models that were loaded, tuned, called and dropped, and what stayed.
+
+    Attributes:
+        name: The system.
+        loads: Number of loads.
+        weights: Number of their weights, none of which may live.
+        modules: Number of their modules, none of which may live.
+        before: Counts after the first loads.
+        after: Counts after the last one.
+        faults: What stayed.
+    """
 
     name: str
     loads: int
+    weights: int = 0
+    modules: int = 0
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
 
+class Living:
+    """Weak references to the weights and modules of models that were dropped."""
+
+    def __init__(self) -> None:
+        self.weights: list[weakref.ref[torch.Tensor]] = []
+        self.modules: list[weakref.ref[torch.nn.Module]] = []
+
+    def note(self, *roots: torch.nn.Module) -> None:
+        """Refer to all weights and modules of a model."""
+        for root in roots:
+            self.weights += [weakref.ref(tensor) for tensor in (*root.parameters(), *root.buffers())]
+            self.modules += [weakref.ref(module) for module in root.modules()]
+
+    def faults(self, loads: int) -> list[str]:
+        """Name what lives, and who holds it. The garbage must have been collected."""
+        found = []
+        for kind, references in (("weights", self.weights), ("modules", self.modules)):
+            alive = [thing for reference in references if (thing := reference()) is not None]
+            if not references or alive:
+                holder = holder_of(alive[0], 0, (id(alive),)) if alive else "nobody: there are none"
+                found.append(
+                    f"{len(alive)} of {len(references)} {kind} of {loads} dropped models live, held by {holder}"
+                )
+        return found
+
+
 def loads(name: str, kind: Callable[[], Any], count: int) -> Loaded:
-    """Load, tune, call and drop a system some times, and look for weights that live on."""
-    seen = Loaded(name, count)
-    weights: list[weakref.ref[torch.Tensor]] = []
-    for _ in range(count):
+    """Load, tune, call and drop a system some times, and look for what lives on or becomes more."""
+    import_all()
+    seen, living = Loaded(name, count), Living()
+    first = min(count - 1, 5)  # what is made once is mostly made by then
+    middle = (first + count) // 2
+    counts: list[Counter[str]] = []
+    for number in range(count):
+        if number in {first, middle}:
+            counts.append(standing())
         backend = kind()
         backend.load()
         backend.call(SHORTEST), backend.call(LONGEST)
-        modules = [value for value in vars(backend).values() if isinstance(value, torch.nn.Module)]
-        weights += [weakref.ref(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        del backend, modules
-    gc.collect()  # finds the models, and what is let go with them
-    gc.collect()
-    alive = [tensor for reference in weights if (tensor := reference()) is not None]
-    if not weights or alive:
-        holder = holder_of(alive[0], 0, (id(alive),)) if alive else "nobody: there are none"
-        seen.faults.append(f"{len(alive)} of {len(weights)} weights of {count} dropped models live, held by {holder}")
+        living.note(*find_modules(backend).values())
+        if hasattr(backend, "embed"):
+            backend.embed.cache_clear()  # it belongs to the class, and keeps embeddings up to its limit
+        del backend
+    counts.append(standing())
+    seen.weights, seen.modules = len(living.weights), len(living.modules)
+    seen.before, seen.after = dict(counts[0]), dict(counts[-1])
+    seen.faults = living.faults(count)
+    seen.faults += [f"{what} grew by {more}" for what, more in growth(counts, middle - first).items()]
     return seen
 
 
@@ -301,6 +524,7 @@ def main() -> int:
     parser.add_argument("--loads", type=int, default=10)
     parser.add_argument("--tune-seconds", type=float, default=60.0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--untimed", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -308,6 +532,22 @@ def main() -> int:
     os.environ["ACCELERATE_TTS_PACK"] = "0"
     os.environ["ACCELERATE_TTS_TUNE_SECONDS"] = str(options.tune_seconds)
     os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = str(int(options.compile))
+    if options.untimed:
+        os.environ["ACCELERATE_TTS_PRECISION"] = "fast"
+        os.environ["ACCELERATE_TTS_TUNE_PATIENCE"] = "0"
+    with tuning_policy(untimed() if options.untimed else current_policy()):
+        return _soaked(options)
+
+
+def untimed() -> TuningPolicy:
+    """Have every stage tried, and every one kept that computes what it should."""
+    faster = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+    return replace(
+        current_policy(), compare=lambda *_args, **_kwargs: faster, looks=False, unworthy=lambda *_given: None
+    )
+
+
+def _soaked(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     results: list[tuple[Soaked | Loaded, bool]] = []
     for name in options.systems or SYSTEMS:
@@ -315,12 +555,19 @@ def main() -> int:
         backend.load()
         receipt = receipt_of(backend)
         kept = "nothing" if receipt is None else ", ".join(f"{s.part}: {s.stage}" for s in receipt.kept) or "nothing"
-        seen = soak(name, backend.call, options.calls, backend)
-        results.append((seen, report(seen, kept)))
+        if options.calls:
+            seen = soak(name, backend.call, options.calls, backend)
+            results.append((seen, report(seen, kept)))
         del backend, receipt
         if options.loads:
             dropped = loads(name, SYSTEMS[name], options.loads)
-            print(f"{name}: {options.loads} loads, {'; '.join(dropped.faults) or 'nothing stays'}")
+            print(
+                f"{name}: {options.loads} loads, {dropped.weights} weights and {dropped.modules} modules;"
+                f" kept: {kept}; {'; '.join(dropped.faults) or 'nothing stays'}"
+            )
+            for what in ("classes of modules", "threads", "open files", "finalizers"):
+                print(f"  {what}: {dropped.before[what]} -> {dropped.after[what]}")
+            print(f"  objects: {total(dropped.before)} -> {total(dropped.after)}")
             results.append((dropped, not dropped.faults))
     if options.json:
         options.json.write_text(json.dumps([asdict(seen) for seen, _ in results], indent=2), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,7 @@ from accelerate_tts import (
     batched,
     cached_embedding,
     carry_mode,
+    cli,
     fast_inference,
     inference,
     optimized_model,
@@ -140,6 +142,24 @@ def test_a_secret_that_cannot_be_used_is_not_shown() -> None:
         Settings.from_environment({"ACCELERATE_TTS_PACK_KEY": "hidden\ud800"})
     assert "hidden" not in str(caught.value)
     assert "ACCELERATE_TTS_PACK_KEY" in str(caught.value)
+
+
+def test_the_secret_is_shown_by_neither_settings_nor_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_TTS_PACK_KEY", "hidden")
+    chosen = Settings.from_environment()
+    assert chosen.pack_key == "hidden"
+    for text in (repr(chosen), str(chosen), f"{chosen}"):
+        assert "workers" in text
+        assert "hidden" not in text
+    for words in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["accelerate-tts", "doctor", *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+    out, errors = capsys.readouterr()
+    assert "kernels" in out
+    assert "hidden" not in out + errors
 
 
 @given(value=values)

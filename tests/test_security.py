@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +115,59 @@ def test_what_it_would_find(source: str) -> None:
 )
 def test_what_is_none_of_it(source: str) -> None:
     assert not list(found_in(source, "packs/warm_pack.py"))
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+OPENS = """
+import os, sys
+from pathlib import Path
+import torch
+import accelerate_tts
+from accelerate_tts import optimized_model, receipt_of
+
+package, library, found = os.path.dirname(accelerate_tts.__file__), os.path.dirname(os.__file__), set()
+
+def opened(event, arguments):
+    if event != "open" or not isinstance(arguments[0], str):
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith("<frozen importlib") or "importlib" in name:
+            return  # a module, or what a package says of itself
+        if not name.startswith((library, "<")) or "site-packages" in name:
+            break
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_filename.startswith(package):
+        found.add(arguments[0])
+
+sys.addaudithook(opened)
+for _ in range(2):
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)).eval()
+    torch.manual_seed(0)
+    for parameter in layers.parameters():
+        torch.nn.init.uniform_(parameter, -0.1, 0.1)
+    model = optimized_model(warmup=torch.ones(1, 256), precision="fast", tune_seconds=5)(lambda: layers)()
+    assert receipt_of(model) is not None
+print("\\n".join(sorted(found)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page names files of Linux")
+def test_a_load_opens_what_the_page_names(tmp_path: Path) -> None:
+    """Tuned, and from a pack; whatever torch opens for us is torch's."""
+    given = {"PACK": "1", "PACK_FOLDER": str(tmp_path / "packs"), "GUARD_WEIGHTS": "disk", "TUNE_PATIENCE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPENS], capture_output=True, text=True, check=False,
+        env={**os.environ, **{f"ACCELERATE_TTS_{name}": value for name, value in given.items()},
+             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split("\n")
+    assert any(path.startswith(str(tmp_path / "packs")) for path in found), "nothing was seen"
+    named = (str(tmp_path), "/proc/", "/sys/fs/cgroup", str(PACKAGE / "kernels"))
+    assert [path for path in found if path and not path.startswith(named)] == []
 
 
 # --- the threat model -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ and when the last one releases the flag the saved state is restored, also after 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.locks import rlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from typing_extensions import Self
 
@@ -43,17 +44,19 @@ class Flag:
 class _Held:
     saved: Any
     values: dict[int, Any] = field(default_factory=dict)
+    applies: int = 0  # the holder whose value was written last; 0 for the saved state
 
 
 _lock = rlock()
 _held: dict[Flag, _Held] = {}
+_UNKNOWN = -1  # while a value is written, and after a write that raised
 _numbers = iter(range(1, 2**62))
 
 
 class HeldFlags:
     """A set of flags that is held until `release()`, or until the end of its `with` block."""
 
-    def __init__(self, number: int, flags: tuple[Flag, ...]) -> None:
+    def __init__(self, number: int, flags: list[Flag]) -> None:
         self._number = number
         self.flags = flags
 
@@ -75,15 +78,45 @@ class HeldFlags:
 
 def _let_go(flag: Flag, number: int) -> None:
     held = _held.get(flag)
-    if held is None or number not in held.values:
-        return
-    newest = next(reversed(held.values))
-    del held.values[number]
-    if not held.values:
+    if held is not None:
+        held.values.pop(number, None)
+        _settle(flag, held)
+
+
+def _settle(flag: Flag, held: _Held) -> None:
+    """Write the newest holder's value or, without a holder, the saved state.
+
+    The garbage collector may release another holder of the flag at any point of this function, by calling it. After an
+    interruption it can be repeated.
+    """
+    while True:
+        holders = list(held.values.items())
+        number, value = holders[-1] if holders else (0, held.saved)
+        if held.applies == number:
+            break
+        held.applies = _UNKNOWN
+        try:
+            (flag.write if holders else flag.restore)(value)
+        except Exception:
+            _forget(flag, held)
+            raise
+        held.applies = number
+    _forget(flag, held)
+
+
+def _forget(flag: Flag, held: _Held) -> None:
+    if not held.values and _held.get(flag) is held:
         del _held[flag]
-        flag.restore(held.saved)
-    elif newest == number:
-        flag.write(next(reversed(held.values.values())))
+
+
+def _entered(flag: Flag, number: int, value: Any) -> _Held:
+    """Enter a holder of a flag. Nothing is written yet."""
+    while True:  # the garbage collector may release the last of the other holders in between
+        held = _held.get(flag) or _held.setdefault(flag, _Held(flag.save()))
+        held.values[number] = value
+        held.applies = _UNKNOWN  # one holder may want a flag twice
+        if _held.get(flag) is held:
+            return held
 
 
 def hold(wanted: Iterable[tuple[Flag, Any]]) -> HeldFlags:
@@ -93,19 +126,29 @@ def hold(wanted: Iterable[tuple[Flag, Any]]) -> HeldFlags:
     """
     with _lock:
         number = next(_numbers)
-        done: list[Flag] = []
+        made = HeldFlags(number, [])
         try:
             for flag, value in wanted:
-                held = _held.get(flag)
-                if held is None:
-                    held = _held[flag] = _Held(flag.save())
-                held.values[number] = value
-                done.append(flag)
-                flag.write(value)
+                made.flags.append(flag)
+                _settle(flag, _entered(flag, number, value))
+            return made  # noqa: TRY300 - an interruption on the way out counts, too
         except BaseException:
-            HeldFlags(number, tuple(done)).release()
+            made.release()
             raise
-        return HeldFlags(number, tuple(done))
+
+
+@contextmanager
+def holding(wanted: Iterable[tuple[Flag, Any]]) -> Generator[HeldFlags, None, None]:
+    """Hold flags while open."""
+    held = hold(wanted)
+    try:
+        yield held
+    finally:
+        try:
+            held.release()
+        except BaseException:  # Ctrl-C in it
+            held.release()
+            raise
 
 
 # --- torch's flags -------------------------------------------------------------------------------------------

@@ -45,17 +45,22 @@ def originals_to_file(roots: Sequence[nn.Module], what: str, folder: Path) -> in
     storages = copied_storages(roots)
     if not storages:
         return 0
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        moved = move_to_file([(place, storage.nbytes()) for place, storage in storages.items()], folder)
-    except OSError as error:
-        emit(NotApplied(f"weights of {what} in a file", str(error)))
-        return 0
-    lie_in_files(storages.values())
+    # Before anything is moved: after an interruption, each place must be as long in its file as it has tensors.
     places = {address: _InFile(storage) for address, storage in storages.items()}
     for tensor in (tensor for root in roots for tensor in (*root.parameters(), *root.buffers())):
         if (storage := movable(tensor)) is not None and storage.data_ptr() in places:
             weakref.finalize(tensor, _let_go, places[storage.data_ptr()]).atexit = False
+    for place in places.values():
+        place.is_mapped = True
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        moved = move_to_file([(place, storage.nbytes()) for place, storage in storages.items()], folder)
+    except OSError as error:
+        for place in places.values():
+            place.is_mapped = False
+        emit(NotApplied(f"weights of {what} in a file", str(error)))
+        return 0
+    lie_in_files(storages.values())
     return moved
 
 
@@ -63,13 +68,17 @@ class _InFile:
     """A storage whose pages are mapped from a file, until the last tensor of it on a module is gone.
 
     Its memory is then mapped as it was before, and freed.
+
+    Attributes:
+        is_mapped: True if its pages may be mapped from a file.
     """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
+        self.is_mapped = False
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
+        if sys.is_finalizing() or not self.is_mapped:
             return
         try:
             region = self._storage.data_ptr(), self._storage.nbytes()

@@ -79,9 +79,9 @@ def seeded(
     """
     sources = sources_of({device_type})
     window, begun = SeededScope({}), {}
-    told = None
+    told = warming.get()
     try:
-        told = warming.set(True)
+        warming.set(True)
         with _lock:
             window.states = {name: source.get() for name, source in sources.items()}
             _open.append(window)
@@ -92,22 +92,29 @@ def seeded(
             begun = _digests(sources)
         yield window
     finally:  # also for an interruption between two of these lines
-        if told is not None:
-            warming.reset(told)
-        if begun:
-            ends = _digests(sources)
-            window.moved = frozenset(name[0] for name, state in begun.items() if ends[name] != state)
-            window.end = {"/".join(name): end for name, end in ends.items() if name[0] not in leaving}
-        _close(window, sources, leaving if other_threads() else frozenset())
+        try:
+            if begun:
+                ends = _digests(sources)
+                window.moved = frozenset(name[0] for name, state in begun.items() if ends[name] != state)
+                window.end = {"/".join(name): end for name, end in ends.items() if name[0] not in leaving}
+            _close(window, sources, leaving if other_threads() else frozenset())
+        except BaseException:  # Ctrl-C in it
+            _close(window, sources, leaving if other_threads() else frozenset())
+            raise
+        finally:
+            warming.set(told)  # no token: a generator may be closed in another context
 
 
 def _close(window: SeededScope, sources: dict[tuple[str, str], Source], leaving: frozenset[str]) -> None:
-    """Restore the states from before a window. If another thread has opened a later window, that one restores them."""
+    """Restore the states from before a window. If another thread has opened a later window, that one restores them.
+
+    Idempotent.
+    """
     with _lock:
         place = next((number for number, each in enumerate(_open) if each is window), None)
-        if place is not None:
-            del _open[place]
-        later = None if place is None or place == len(_open) else _open[place]
+        if place is None:
+            return
+        later = None if place + 1 == len(_open) else _open[place + 1]
         for name, state in window.states.items():
             if name[0] in leaving:
                 continue
@@ -115,6 +122,7 @@ def _close(window: SeededScope, sources: dict[tuple[str, str], Source], leaving:
                 sources[name].put(state)
             else:
                 later.states[name] = state
+        del _open[place]
 
 
 def other_threads() -> bool:
@@ -169,9 +177,9 @@ def without_collection(get: Callable[[], Any]) -> Any:
     with _reading:
         if not gc.isenabled():
             return get()
-        _paused.set()
-        gc.disable()
         try:
+            _paused.set()
+            gc.disable()
             return get()
         finally:
             gc.enable()

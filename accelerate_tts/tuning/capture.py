@@ -18,7 +18,7 @@ from accelerate_tts.tuning.compare import tensors_of
 from accelerate_tts.tuning.timing import synchronize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from torch.utils.hooks import RemovableHandle
 
@@ -186,8 +186,7 @@ def _around(part: Part, before: Callable[..., None], after: Callable[..., None])
     """Call `before(module, args, kwargs)` and `after(module, args, output)` around each run of a part while open."""
     module, method = part.module, part.method
     if method == CALL:
-        hooks = (module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
-        with removed_at_end(hooks):
+        with removed_at_end(_registered(module, before, after, with_kwargs=True)):
             yield
         return
     plain = getattr(module, method)
@@ -236,17 +235,33 @@ def calls_of(roots: tuple[Any, ...]) -> Generator[set[int], None, None]:
 
 @contextmanager
 def removed_at_end(hooks: Iterable[RemovableHandle]) -> Generator[None, None, None]:
-    """Remove hooks at the end of the scope. They are registered when it begins, if `hooks` registers them lazily."""
+    """Remove hooks at the end of the scope. They are registered when it begins, since `hooks` registers them lazily."""
     handles: list[RemovableHandle] = []
     try:
         handles.extend(hooks)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        try:
+            _remove(handles)
+        except BaseException:  # Ctrl-C in it
+            _remove(handles)
+            raise
 
 
-def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> list[Any]:
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _registered(
+    module: Any, before: Callable[..., Any], after: Callable[..., Any], **options: bool
+) -> Iterator[RemovableHandle]:
+    # One at a time: each handle is known before the next hook is registered.
+    yield module.register_forward_pre_hook(before, **options)
+    yield module.register_forward_hook(after)
+
+
+def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> Iterator[RemovableHandle]:
     starts: list[float] = []
 
     def before(_module: Any, _args: Any) -> None:
@@ -258,7 +273,7 @@ def _timing_hooks(module: Any, seconds: dict[Any, float], device_type: str) -> l
         if starts:
             seconds[module] = seconds.get(module, 0.0) + time.perf_counter() - starts.pop()
 
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    return _registered(module, before, after)
 
 
 @contextmanager

@@ -26,9 +26,14 @@ def fallbacks() -> Generator[list[FellBack], None, None]:
             found.append(event)
 
     remove = add_hook(note)
-    _noting.set(here)
     try:
+        _noting.set(here)
         yield found
     finally:
-        _noting.set(outer)
-        remove()
+        try:
+            remove()
+        except BaseException:  # Ctrl-C in it
+            remove()
+            raise
+        finally:
+            _noting.set(outer)

@@ -60,6 +60,14 @@ class Trial:
 
     def run(self) -> None:
         """Try the stage, and enter the verdict in the ledger."""
+        try:
+            self._run()
+        except BaseException:  # Ctrl-C: the ledger may not know the change yet
+            if self._change is not None:
+                switch_off((self._change,))
+            raise
+
+    def _run(self) -> None:
         part, stage = self._part, self._stage
         start = self._policy.clock()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ class TuningLock:
         self._lock = rlock()
         self._inside: ContextVar[bool] = ContextVar("accelerate_tts_tuning", default=False)
         self._loop: object = None
+        self._owner: int | None = None
 
     @contextmanager
     def held(self, loop: object) -> Generator[bool, None, None]:
@@ -29,23 +31,20 @@ class TuningLock:
         Args:
             loop: The event loop that the caller's warm-up runs coroutines on, if any.
         """
-        held = False
         inside = self._inside.get()
-        outer = self._loop  # a warm-up may load something else
-        try:
-            held = self._lock.acquire(blocking=False)
-            if not held and (inside or (self._loop is not None and self._loop is running_loop())):
-                yield False
-                return
-            if not held:
-                held = self._lock.acquire()
-            outer = self._loop
-            if loop is not None:
-                self._loop = loop
-            self._inside.set(True)
-            yield True
-        finally:  # also for an interruption between two of these lines
-            self._inside.set(inside)
-            if held:
-                self._loop = outer
-                self._lock.release()
+        # Held by another thread. Of two loads at the same moment, each may wait for the other's end alone.
+        is_away = self._owner not in {None, threading.get_ident()}
+        if is_away and (inside or (self._loop is not None and self._loop is running_loop())):
+            yield False
+            return
+        with self._lock:  # by itself: between an `acquire()` and the next line comes Ctrl-C
+            outer = self._loop, self._owner  # a warm-up may load something else
+            try:
+                self._owner = threading.get_ident()
+                if loop is not None:
+                    self._loop = loop
+                self._inside.set(True)
+                yield True
+            finally:
+                self._loop, self._owner = outer
+                self._inside.set(inside)

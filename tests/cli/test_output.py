@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,17 @@ def receipt() -> Receipt:
 
 
 @posix
-@pytest.mark.parametrize("words", [["pack", "list"], ["pack", "list", "--json"], ["--version"], ["receipt", "FILE"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pack", "list"],
+        ["pack", "list", "--json"],
+        ["--version"],
+        ["receipt", "FILE"],
+        ["doctor"],
+        ["doctor", "--json"],
+    ],
+)
 @pytest.mark.parametrize("where", ["/dev/full", "closed", "pipe"])
 def test_standard_output_that_cannot_be_written(words: list[str], where: str, tmp_path: Path) -> None:
     receipt().save(tmp_path / "receipt.json")
@@ -115,6 +126,50 @@ def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str |
     assert done.returncode == (2 if words[0] == "export" else 0), done.stderr
     assert "this user has no home folder" in done.stderr
     assert "ACCELERATE_TTS_PACK_FOLDER" in done.stderr
+
+
+HOMELESS_LOAD = """
+import os, sys
+import torch
+from accelerate_tts import add_hook, optimized_model, receipt_of
+
+def load():
+    layers = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)).eval()
+    found = receipt_of(optimized_model(warmup=torch.ones(1, 8, 16), tune_seconds=5)(lambda: layers)())
+    assert found is not None and found.before is not None
+
+os.environ["ACCELERATE_TTS_TORCH_COMPILE"] = os.environ["ACCELERATE_TTS_TUNE_PATIENCE"] = "0"
+load()  # imports all: he may not read the modules, which may lie in another user's home
+for name in ("HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+os.environ["ACCELERATE_TTS_PACK"] = "1"
+os.environ.update(folder.split("=", 1) for folder in sys.argv[1:])
+from accelerate_tts.optimizer import replace_performance_optimizer
+replace_performance_optimizer(None).close()
+os.setuid(54321)
+seen = []
+add_hook(seen.append)
+load()
+print(*(type(event).__name__ for event in seen if event.degraded))
+print(*(str(event) for event in seen if event.degraded), sep="\\n")
+"""
+
+
+@posix
+def test_a_load_of_a_user_without_a_home_and_without_a_name() -> None:
+    if os.getuid() != 0:
+        pytest.skip("NO USER WITHOUT A HOME WAS TRIED: only root can become one")
+    with tempfile.TemporaryDirectory() as folder:  # the folder of a test is for root alone
+        Path(folder).chmod(0o777)
+        done = subprocess.run(
+            [sys.executable, "-c", HOMELESS_LOAD, f"TMPDIR={folder}"],
+            capture_output=True, text=True, check=False, cwd="/",
+        )  # fmt: skip
+        packs = list(Path(folder).rglob("*.pack"))
+    assert done.returncode == 0, done.stderr
+    assert f"this user has no home folder; {folder}/accelerate_tts-54321/packs serves instead" in done.stdout
+    assert "ACCELERATE_TTS_PACK_FOLDER" in done.stdout
+    assert len(packs) == 1
 
 
 @posix

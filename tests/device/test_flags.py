@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +295,59 @@ def test_a_failing_save_puts_back_what_was_written() -> None:
     with pytest.raises(OSError, match="unreadable"):
         hold([(box.flag, "new"), (broken, 1)])
     assert box.value == 1
+
+
+def let_go(held: dict[str, flags.HeldFlags], *names: str) -> None:
+    for name in names:
+        if name in held:
+            held.pop(name).release()
+
+
+@pytest.mark.parametrize("dropped", [("oldest",), ("newer",), ("newer", "oldest")], ids=" and ".join)
+@pytest.mark.parametrize("work", ["hold", "release oldest", "release newer"])
+def test_the_collector_may_release_at_any_line(work: str, dropped: tuple[str, ...]) -> None:
+    """A tuned object that is dropped lets go of its flags wherever the garbage collector finds it."""
+    state = ["before"]
+
+    def write(value: Any) -> None:
+        state[:] = [value]
+
+    flag = Flag("a test's own", write, lambda: state[0], write)
+
+    def lines_until(when: int) -> int:
+        """Do the work, let the others go in its n-th line, and return the number of its lines."""
+        held = {name: hold([(flag, name)]) for name in ("oldest", "newer")}
+        lines = 0
+
+        def trace(frame: Any, event: str, _argument: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != flags.__file__:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == when:
+                    sys.settrace(None)
+                    let_go(held, *dropped)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            if work == "hold":
+                held["newest"] = hold([(flag, "newest")])
+            else:
+                let_go(held, work.removeprefix("release "))
+        finally:
+            sys.settrace(None)
+        assert state == [next(reversed(held), "before")], f"line {when}"
+        let_go(held, *list(held))
+        assert state == ["before"], f"line {when}"
+        assert flag not in flags.held()
+        return lines
+
+    count = lines_until(0)
+    assert count > 5
+    for when in range(1, count + 1):
+        lines_until(when)
 
 
 def test_an_environment_flag_sets_deletes_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,6 +277,16 @@ def test_kept_by_tuning_and_undone(libraries: list[Library], monkeypatch: pytest
     tuning.undo()
     tuning.undo()
     assert threads(libraries) == [4, 2]
+
+
+def test_a_tuned_object_that_is_dropped_lets_go(libraries: list[Library]) -> None:
+    """NumPy's other threads once stayed off for as long as the process ran."""
+    tuning = tuned(1.5)
+    assert threads(libraries) == [1, 1]
+    del tuning
+    gc.collect()
+    assert threads(libraries) == [4, 2]
+    assert not is_held(BLAS_THREADS)
 
 
 def test_dropped_by_tuning(libraries: list[Library], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import getpass
 import io
 import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -65,6 +66,17 @@ def test_what_came_since_comes_back(cache: Path) -> None:
     assert compiler_cache.unpack(packed) == len(FILES)
     assert content(cache) == FILES
     assert compiler_cache.unpack(packed) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_compiled_code_is_for_its_user_alone(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert compiler_cache.unpack(archive(entry("ab/code.py"), entry("top"))) == 2
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in cache.rglob("*") if path.is_file()}
+    assert modes == {"code.py": 0o600, "top": 0o600}
 
 
 def test_a_file_that_is_there_stays(cache: Path) -> None:

@@ -402,7 +402,7 @@ class TestTrust:
 
 class TestSecret:
     @posix
-    def test_modes(self, store: PackStore, folder: Path) -> None:
+    def test_packs_and_exports_are_for_their_user_alone(self, store: PackStore, folder: Path) -> None:
         before = os.umask(0)
         try:
             store.write(PACK)
@@ -412,6 +412,14 @@ class TestSecret:
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*folder.iterdir(), folder.parent / "out")}
         assert modes == {f"{KEY}.pack": 0o600, "secret": 0o600, "out": 0o600}
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+    @posix
+    def test_a_folder_that_exists_keeps_its_mode(self, store: PackStore, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        folder.chmod(0o750)
+        store.write(PACK)
+        store.read(KEY)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
     def test_it_is_random_and_stays(self, tmp_path: Path) -> None:
         found = set()

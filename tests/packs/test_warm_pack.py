@@ -578,6 +578,24 @@ def test_decisions_that_do_not_fit(
     assert happened(seen) == {"Restored": 1}  # the tuning has left a good one
 
 
+def test_a_forged_receipt_is_shown_and_its_model_is_as_loaded(
+    stage: Stage, seen: list[Event], packs: Path, meanwhile: _Meanwhile
+) -> None:
+    """All that decisions of somebody without the key can do beside choosing among the stages."""
+    assert kept(load())
+    (entry,) = PackStore(packs, MEGABYTE).entries()
+    pack = PackStore(packs, MEGABYTE).read(entry.key)
+    assert pack is not None
+    told = {**json.loads(pack.decisions["receipt"]), "ratio": 99.0}
+    forged = {**pack.decisions, "kept": [], "receipt": json.dumps(told)}
+    assert PackStore(packs, MEGABYTE, b"theirs").write(Pack(entry.key, forged, b"code"))
+    happened(seen)
+    model = load(lambda: meanwhile.watched())
+    assert happened(seen) == {"PackIgnored": 1, "Restored": 1}
+    assert receipt(model).ratio == 99.0
+    assert_untouched(state(model), meanwhile.before)
+
+
 @pytest.mark.parametrize(
     "artifacts",
     [b"", b"no archive", archive("x")[:20], archive("../evil"), archive("a", tarfile.SYMTYPE), None],

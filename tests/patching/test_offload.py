@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import stat
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +80,32 @@ def test_weights_that_die_leave_ordinary_memory_and_no_file(tmp_path: Path) -> N
     assert not maps(tmp_path)
     assert torch.equal(kept, expected)
     assert kept.data_ptr() == address
+
+
+def test_the_file_of_weights_is_for_its_user_alone_and_has_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[os.stat_result] = []
+    make = tempfile.TemporaryFile
+
+    def noted(*args: Any, **options: Any) -> Any:
+        file = make(*args, **options)
+        files.append(os.fstat(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noted)
+    plain = model()
+    HalfStage(torch.bfloat16, carried=False).prepare(Part("model", "vocoder", plain)).on()
+    before = os.umask(0)
+    try:
+        assert originals_to_file([plain], "it", tmp_path / "folder") > 0
+    finally:
+        os.umask(before)
+    (about,) = files
+    assert (stat.S_IMODE(about.st_mode), about.st_nlink) == (0o600, 0)
+    assert maps(tmp_path)
+    assert not list((tmp_path / "folder").iterdir())
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
 
 
 def test_where_it_cannot_be_done_the_weights_stay_and_an_event_says_so(tmp_path: Path, seen: list[Event]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.tune import find
+
+if TYPE_CHECKING:
+    import pytest
 
 TWICE_AS_FAST = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
 
@@ -50,15 +53,34 @@ def begin_process(optimizer: PerformanceOptimizer | None = None) -> None:
 ALONE = "TESTED_ALONE"  # settings of ours are cleared before a test
 
 
-def run_alone(file: str, name: str) -> None:
-    """Run a test in a process of its own, with `ALONE` set. It must pass; it is skipped everywhere else."""
+def run_alone(file: str, name: str, *, skips: bool = False) -> None:
+    """Run a test in a process of its own, with `ALONE` set. It must pass; it is skipped everywhere else.
+
+    Args:
+        file: Its file.
+        name: Its name.
+        skips: Some of its parameters may be skipped, such as stages that this processor does not have.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", f"{file}::{name}"],
         capture_output=True, text=True, check=False, cwd=Path(file).parent, env={**os.environ, ALONE: "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b[1-9]\d* passed", done.stdout)
-    assert "skipped" not in done.stdout
+    assert skips or "skipped" not in done.stdout
+
+
+def given_to(path: Path, user: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a file or folder belong to another user, as far as `Path.stat` tells. Only root could give it away."""
+    stat = Path.stat
+
+    def told(self: Path, **options: Any) -> os.stat_result:
+        found = stat(self, **options)
+        if self != path:
+            return found
+        return os.stat_result((*found[:4], user, *found[5:10]))
+
+    monkeypatch.setattr(Path, "stat", told)
 
 
 def tune(*given: Any, **named: Any) -> Tuning:

@@ -219,8 +219,8 @@ _DEEPEST = 16
 def retrying() -> Generator[None, None, None]:
     """Switch guards off in this context while open."""
     before = _retrying.get()
-    _retrying.set(True)
     try:
+        _retrying.set(True)
         yield
     finally:
         _retrying.set(before)  # no token: a generator may be closed in another context
@@ -262,11 +262,12 @@ def inside_all() -> Generator[None, None, None]:
 def listening() -> Generator[Listener, None, None]:
     """Learn from `@inference` calls in this context, and in contexts copied from it, while open."""
     listener = Listener()
-    token = _listeners.set((listener,))
+    before = _listeners.get()
     try:
+        _listeners.set((listener,))
         yield listener
     finally:
-        _listeners.reset(token)
+        _listeners.set(before)  # no token: see `retrying`
 
 
 def guards_of(item: object) -> tuple[Guard, ...]:

@@ -10,18 +10,28 @@ forward with the same cache.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from accelerate_tts.events import FellBack, emit
+from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
-from accelerate_tts.patching.class_swap import ClassSwap, in_fused, keeps_copies, make_copies, subclass_with
+from accelerate_tts.patching.class_swap import (
+    ClassSwap,
+    in_fused,
+    keeps_copies,
+    make_copies,
+    per_class,
+    subclass_with,
+)
 from accelerate_tts.patching.normal_tensors import call_normally
 from accelerate_tts.patching.structure_watch import Calls
 from accelerate_tts.patching.weight_versions import WeightWatch
@@ -34,7 +44,7 @@ from accelerate_tts.stages.decode.growing_cache import growing_caches
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.protocol import State, Target
@@ -125,11 +135,45 @@ class _CompiledBlocks(CountedChange, Changes):
     def __init__(self, part: Part, mode: str) -> None:
         self._counter = Counter(part.name)
         stacks = [_CompiledStack(stack, part.name, mode, self._counter) for stack in block_stacks(part.module)]
-        known = {block: stack for stack in stacks for block in stack.blocks}
+        self._stacks = {block: stack for stack in stacks for block in stack.blocks}
         super().__init__(
             growing_caches(part.module),  # the graph needs them, even where that change alone was not worth keeping
-            ClassSwap(list(known), lambda block: known[block].class_for(type(block))),
+            ClassSwap(list(self._stacks), lambda block: _block_class(type(block))),
         )
+
+    def on(self) -> None:
+        for block, stack in self._stacks.items():
+            _stacks.put(block, weakref.ref(stack))
+        super().on()
+
+    def off(self) -> None:
+        super().off()
+        for block, stack in self._stacks.items():
+            known = _stacks.get(block)
+            if known is not None and known() is stack:
+                _stacks.remove(block)
+
+
+_stacks = IdentityMap[Callable[[], Any]]()
+"""Weak references to the stacks of blocks, while their change is on. A stack lives as long as its change."""
+
+
+@per_class
+def _block_class(plain: Any) -> type:
+    """Make the class of blocks while the change is on. They share it, since a graph is guarded on it.
+
+    It does not lead to their stack: dynamo keeps classes that it has seen, with the graphs and in caches of its own,
+    where the garbage collector does not look. All blocks of a model would stay for ever.
+    """
+
+    def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+        known = None if is_traced() else _stacks.get(block)
+        stack = None if known is None else known()
+        if stack is None:
+            return plain.forward(block, *args, **kwargs)
+        return stack.call(block, plain, args, kwargs)
+
+    return subclass_with(plain, forward)
 
 
 class _CompiledStack:
@@ -148,22 +192,12 @@ class _CompiledStack:
         self._copies = {block: WeightWatch(block) for block in blocks if keeps_copies(block) or has_folds(block)}
         self._prepared: set[nn.Module] = set()
         self._compiled: Callable[..., Any] | None = None
-        self._classes: dict[type, type] = {}
         self._first_call = rlock()
         self._ready = self._broken = False
 
-    def class_for(self, plain: Any) -> type:
-        """Return the class of these blocks while the change is on. They share it, since a graph is guarded on it."""
-        if plain not in self._classes:
-
-            def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._call(block, plain, args, kwargs)
-
-            self._classes[plain] = subclass_with(plain, forward)
-        return self._classes[plain]
-
-    def _call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._broken or torch.is_grad_enabled() or block.training or is_traced() or _is_symbolic(args, kwargs):
+    def call(self, block: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block by the shared graph, or by upstream's forward."""
+        if self._broken or torch.is_grad_enabled() or block.training or _is_symbolic(args, kwargs):
             return plain.forward(block, *args, **kwargs)
         if (obstacle := self._calls[block].altered()) is not None:
             self._obstacles.report(obstacle, self.blocks[block])

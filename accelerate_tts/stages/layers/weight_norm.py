@@ -124,17 +124,17 @@ class _Fold(BaseChange):
     def on(self) -> None:
         if _FOLD in vars(self._norm) or not self.is_there():
             return
-        folded = self.folded(type(self._norm))
-        self.place(self.product())
+        folded, product = self.folded(type(self._norm)), self.product()
         self._class = type(self._norm)
-        vars(self._norm)[_FOLD] = self
+        vars(self._norm)[_FOLD] = self  # first: `off` takes back what an interruption has left
+        self.place(product)
         self._norm.__class__ = folded
 
     def off(self) -> None:
         if self._class is not None and vars(self._norm).get(_FOLD) is self:
             self._norm.__class__ = self._class
-            del vars(self._norm)[_FOLD]
             vars(self._norm).pop(_PRODUCT, None)
+            del vars(self._norm)[_FOLD]  # last: it is repeated after an interruption
 
     def product(self) -> torch.Tensor:
         """Return the folded weight; recompute it if a factor was written or replaced."""

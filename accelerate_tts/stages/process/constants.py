@@ -61,7 +61,7 @@ class _Function:
         self.name = name
         self.upstream = upstream
         self.results: dict[Hashable, Any] = {}
-        self.users = 0
+        self.users: set[object] = set()
         self.watchers: list[dict[str, Watched]] = []
         self.stand_in = self._make()
 
@@ -162,25 +162,26 @@ class KeptConstants(BaseChange):
     def __init__(self, functions: tuple[str, ...] = PURE) -> None:
         self.functions = functions
         self.found: dict[str, Watched] = {}
-        self._release: Callable[[], object] | None = None
+        self._user: object = None
+        self._dropped: weakref.finalize[..., KeptConstants] | None = None
 
     @contextmanager
     def watching(self) -> Generator[None, None, None]:
         """Observe calls of the functions while open. Inside another object's `watching`, they are replaced already."""
         seen: dict[str, Watched] = {}
-        functions = _replace({name for name in self.functions if _upstream(name) is not None})
-        with _lock:
-            for function in functions:
-                function.results.clear()  # results cached for another object would hide calls of upstream
-                function.watchers.append(seen)
         try:
+            with _lock:
+                for function in _replace({name for name in self.functions if _upstream(name) is not None}):
+                    function.results.clear()  # results cached for another object would hide calls of upstream
+                    function.watchers.append(seen)
             yield
         finally:
-            with _lock:
-                for function in functions:  # by identity, since observations of two objects may be equal
-                    function.watchers = [other for other in function.watchers if other is not seen]
-                self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
-                _give_back()
+            try:
+                _watch_no_longer(seen)
+            except BaseException:  # Ctrl-C in it
+                _watch_no_longer(seen)
+                raise
+            self.found = {name: watched for name, watched in seen.items() if watched.worth_it}
 
     @property
     def saved(self) -> float:
@@ -196,27 +197,36 @@ class KeptConstants(BaseChange):
 
     def on(self) -> None:
         with _lock:
-            if self._release is None:
-                functions = _replace(set(self.found))
-                for function in functions:
-                    function.users += 1
+            if self._user is None:
+                self._user = object()
                 # A tuned object that is dropped is not undone first.
-                release = weakref.finalize(self, _leave, tuple(functions))
-                release.atexit = False
-                self._release = release
+                self._dropped = weakref.finalize(self, _leave, self._user)
+                self._dropped.atexit = False
+                for function in _replace(set(self.found)):
+                    function.users.add(self._user)
 
     def off(self) -> None:
         with _lock:
-            if self._release is not None:
-                self._release()
-                self._release = None
+            if self._user is not None:
+                _leave(self._user)
+                if self._dropped is not None:
+                    self._dropped.detach()
+                self._user = None
 
 
-def _leave(functions: tuple[_Function, ...]) -> None:
-    """Count one user less of these functions, and restore those that have none left."""
+def _leave(user: object) -> None:
+    """Forget a user of functions, and restore those that have none left. Idempotent."""
     with _lock:
-        for function in functions:
-            function.users -= 1
+        for function in list(replaced_functions.values()):
+            function.users.discard(user)
+        _give_back()
+
+
+def _watch_no_longer(seen: dict[str, Watched]) -> None:
+    """Forget an observer of functions, and restore those that nobody needs replaced. Idempotent."""
+    with _lock:
+        for function in list(replaced_functions.values()):  # by identity: observations of two objects may be equal
+            function.watchers = [other for other in function.watchers if other is not seen]
         _give_back()
 
 
@@ -246,10 +256,10 @@ def _give_back() -> None:
     """Restore upstream's functions that no tuned object or observer needs replaced."""
     # Of a list: the garbage collector may come in between, with an object that leaves.
     idle = [function for function in list(replaced_functions.values()) if not (function.users or function.watchers)]
-    for function in idle:
+    _exchange({id(function.stand_in): function.upstream for function in idle})
+    for function in idle:  # last: an interruption above is followed by another attempt
         replaced_functions.pop(function.name, None)
         function.results.clear()
-    _exchange({id(function.stand_in): function.upstream for function in idle})
 
 
 def _exchange(by_id: dict[int, Callable[..., Any]]) -> None:

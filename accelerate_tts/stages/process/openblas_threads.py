@@ -8,6 +8,7 @@ and torch alternate as in service. device/openblas.py explains the effect.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device.flags import hold
@@ -42,12 +43,18 @@ class QuietBlasStage(BaseStage):
 class _Quiet(BaseChange):
     def __init__(self) -> None:
         self._hold: HeldFlags | None = None
+        self._dropped: weakref.finalize[..., _Quiet] | None = None
 
     def on(self) -> None:
         if self._hold is None:
             self._hold = hold([(BLAS_THREADS, 1)])
+            # A tuned object that is dropped is not undone first.
+            self._dropped = weakref.finalize(self, self._hold.release)
+            self._dropped.atexit = False
 
     def off(self) -> None:
         if self._hold is not None:
             self._hold.release()
+            if self._dropped is not None:
+                self._dropped.detach()
             self._hold = None

@@ -13,7 +13,9 @@ from torch import nn
 from torch._dynamo import eval_frame
 from torch.nn.utils.parametrizations import spectral_norm
 
+from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile import inductor
+from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompiledCall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,6 +28,19 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks of torch's own class; dynamo guards on more of them than of a user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
 
 
 def constants() -> list[weakref.ref[torch.Tensor]]:
@@ -86,3 +101,26 @@ def test_weights_die_with_their_model(norm: Callable[[nn.Module], nn.Module], *,
     assert not constants()
     if frozen:
         assert len(PyCodeCache.modules) == kept[0]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("undone", [False, True])
+def test_blocks_die_with_their_model(*, undone: bool) -> None:
+    """Their class led to the graphs, and dynamo's graphs to the class: all blocks stayed for ever."""
+    gc.collect()
+    kept, found = backends(), []
+    for _ in range(2):
+        model = Stack().eval()
+        change = CompiledBlocksStage("default").prepare(Part("part", "model", model))
+        change.on()
+        with torch.no_grad():
+            model(torch.randn(1, 5, 32))
+        assert change.graphs
+        found += [weakref.ref(module) for module in model.modules()]
+        if undone:
+            change.off()
+        del model, change
+    gc.collect()
+    gc.collect()
+    assert [ref() for ref in found if ref() is not None] == []
+    assert backends() == kept
