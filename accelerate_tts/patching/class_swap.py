@@ -152,10 +152,19 @@ def keeps_copies(module: nn.Module) -> bool:
 def make_copies(module: nn.Module) -> None:
     """Compute the values that the layers of a module carry (`Derived`). A compiler cannot trace their computation."""
     for inner in module.modules():
-        for attribute in CARRIED:
-            carried = vars(inner).get(attribute)
-            if carried is not None:
-                carried.get()
+        for carried in [value for name in CARRIED if (value := vars(inner).get(name)) is not None]:
+            _compute_weights(inner)
+            carried.get()
+
+
+def _compute_weights(module: Any) -> None:
+    """Run torch's own hooks that compute a weight before each call (an old weight norm, pruning): none is under way."""
+    import torch
+
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for hook in list(module._forward_pre_hooks.values()):
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(module, ())
 
 
 def serves_copies(module: nn.Module) -> bool:

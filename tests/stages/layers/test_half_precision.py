@@ -17,14 +17,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import rnn
+from torch.nn.utils import prune, rnn
 from transformers import LlamaConfig, LlamaModel, VitsConfig, VitsModel
 
 from accelerate_tts import Event
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.device.setup import unsafe_compiler
 from accelerate_tts.events import FellBack
-from accelerate_tts.patching.class_swap import ClassSwap
+from accelerate_tts.patching.class_swap import ClassSwap, make_copies
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
@@ -471,6 +471,25 @@ def test_the_half_copy_is_made_once() -> None:
         layer.bias.add_(1)
     assert [derived.get(), derived.get()] == [2, 2]
     assert made == [layer, layer]
+
+
+@both
+@pytest.mark.parametrize("hooked", [OLD, lambda layer: prune.l1_unstructured(layer, "weight", amount=0.25)])
+def test_copies_that_are_made_before_a_call_have_the_weight_of_that_call(hooked: Any, carried: bool) -> None:
+    """As for a compiler or a recording. torch's hook computes the weight in the call, from what was written before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8))
+    with torch.no_grad():  # a hook's product can be copied then
+        hooked(model[0])
+    run(model)
+    twin = copy.deepcopy(model)
+    halved(model, carried=carried)
+    run(model)
+    for each in (model, twin):
+        for parameter in each[0].parameters():
+            parameter.data.neg_().mul_(0.5)
+    make_copies(model)
+    assert error(run(twin), run(model)) < NEAR
 
 
 def test_a_weight_that_is_written_while_the_copy_is_made_is_seen_next_time() -> None:
