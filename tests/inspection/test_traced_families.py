@@ -80,9 +80,9 @@ def llama() -> nn.Module:
     return Loop(transformers.LlamaModel(config))
 
 
-def gpt2() -> nn.Module:
+def gpt2(width: int = WIDTH) -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=20, n_embd=WIDTH, n_inner=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        vocab_size=20, n_embd=width, n_inner=3 * width // 2, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
     )
     return Loop(transformers.GPT2Model(config))
 
@@ -173,7 +173,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[Callabl
     "Llama": (llama, (1, 5, WIDTH), [lambda: FusedBlocksStage("fp32")]),
     "Llama in int8": (llama, (1, 5, WIDTH), [lambda: FusedBlocksStage("int8"), PromptStage]),
     "GPT-2": (gpt2, (1, 5, WIDTH), [lambda: FusedBlocksStage("fp32")]),
-    "GPT-2 by layers": (gpt2, (1, 5, WIDTH), [lambda: SkinnyStage("fp32"), FewRowsStage]),
+    "GPT-2 by layers": (lambda: gpt2(128), (1, 5, 128), [lambda: SkinnyStage("fp32")]),
+    "few rows": (Layers, (1, 4, WIDTH), [FewRowsStage]),
     "vocoder": (lambda: VitsHifiGan(vits()), (1, 16, 9), [lambda: FewerOperatorsStage((hifigan(),))]),
     "flow": (lambda: Flow(VitsResidualCouplingBlock(vits())), (1, 16, 9), [lambda: FewerOperatorsStage((FLOW,))]),
     "convolutions": (convolutions, (1, 16, 9), [FoldStage, ChannelsLastStage]),
