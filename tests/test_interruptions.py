@@ -31,7 +31,7 @@ import accelerate_tts
 from accelerate_tts import events, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.device import flags, memory, openblas
 from accelerate_tts.patching.class_swap import CARRIED
-from accelerate_tts.runtime.guard.guard import guard_of, is_watched
+from accelerate_tts.runtime.guard.guard import guard_of
 from accelerate_tts.runtime.seeding import warming
 from accelerate_tts.stages import catalogue
 from accelerate_tts.stages.layers.half_precision import HalfStage
@@ -40,7 +40,7 @@ from accelerate_tts.stages.process.openblas_threads import QuietBlasStage
 from doubles import ALONE, is_faster, run_alone
 
 PACKAGE = str(Path(accelerate_tts.__file__).parent)
-PLACES = int(os.environ.get("INTERRUPTIONS", "50"))
+PLACES = int(os.environ.get("INTERRUPTIONS", "40"))
 SEED = int(os.environ.get("INTERRUPTIONS_SEED", "0"))
 KINDS = {"tuned": {"PACK": "0"}, "restored": {"PACK": "1"}, "in a file": {"PACK": "0", "GUARD_WEIGHTS": "disk"}}
 X = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -128,7 +128,8 @@ class Interrupting:
             if self.place is not None and self.place[0][:3] != _named(code):
                 return None
             frame.f_trace_opcodes = True
-            self._pass(frame, begins=True)
+            if dis.opname[code.co_code[max(frame.f_lasti, 0)]] != "YIELD_VALUE":  # no signal is taken as it is closed
+                self._pass(frame, begins=True)
         elif event == "opcode":
             before = calls_before(code).get(frame.f_lasti)
             if before is not None and self._last.get(id(frame)) == (before, self._begun):
@@ -175,7 +176,7 @@ def process(folder: Path) -> dict[str, Any]:
         "collector": gc.isenabled(), "threads": torch.get_num_threads(), "hooks": len(events._hooks),
         "torch's hooks": sum(len(found) for found in hooks if isinstance(found, dict)),
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
-        "upstream's function": audio.mel_filter_bank is UPSTREAM[0], "watched": is_watched(), "warming": warming.get(),
+        "upstream's function": audio.mel_filter_bank is UPSTREAM[0], "warming": warming.get(),
         "files": sorted(path.suffix for path in folder.iterdir()),
         "mapped": maps.read_text(encoding="utf-8").count(str(folder)) if maps.exists() else 0,
     }  # fmt: skip
@@ -223,7 +224,7 @@ def loads_again() -> bool:
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(20)
     return done == [True]
 
 
