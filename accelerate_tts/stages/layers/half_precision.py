@@ -200,7 +200,7 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
         if carried and _is_inside(dtype):
             return y  # type: ignore[no-any-return]
         # A forward of its own may return several tensors (transformers' `Llama4Router`).
-        return y.to(input.dtype) if isinstance(y, torch.Tensor) else _cast(y, {dtype}, input.dtype)  # type: ignore[no-any-return]
+        return y.to(input.dtype) if isinstance(y, torch.Tensor) else _cast(y, {dtype}, input.dtype)
 
     return subclass_with(plain, forward, copies=str(dtype))
 
