@@ -40,9 +40,11 @@ from accelerate_tts.stages.process.openblas_threads import QuietBlasStage
 from doubles import ALONE, is_faster, run_alone
 
 PACKAGE = str(Path(accelerate_tts.__file__).parent)
-PLACES = int(os.environ.get("INTERRUPTIONS", "40"))
+PLACES = int(os.environ.get("INTERRUPTIONS", "30"))
 SEED = int(os.environ.get("INTERRUPTIONS_SEED", "0"))
 KINDS = {"tuned": {"PACK": "0"}, "restored": {"PACK": "1"}, "in a file": {"PACK": "0", "GUARD_WEIGHTS": "disk"}}
+ONCE_LOST = {"originals_to_file", "enter", "without_collection"}
+"""Functions in which an interruption has cost something; all their places are taken."""
 X = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
 UPSTREAM = (audio.mel_filter_bank,)  # in a tuple, since names of modules are given the replacement
 
@@ -268,7 +270,8 @@ def test_ctrl_c_leaves_a_model_that_is_as_its_receipt_says(
     assert before["upstream's function"]
     assert len(tracer.places) > 1000, "places are counted in another way by this Python"
     choose, faults = random.Random(SEED), []
-    for place in choose.sample(sorted(tracer.places), min(PLACES, len(tracer.places))):
+    known = [place for place in sorted(tracer.places) if place[1] in ONCE_LOST]
+    for place in [*known, *choose.sample(sorted(tracer.places), min(PLACES, len(tracer.places)))]:
         times = tracer.places[place]
         backend, at, ended = interrupted((place, choose.choice((1, times, choose.randint(1, times)))))
         found = [] if ended == ("interrupted" if at.where else "returned") else ["Ctrl-C was lost"]
