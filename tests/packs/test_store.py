@@ -1223,10 +1223,13 @@ TestAgainstAModel.settings = settings(max_examples=25, stateful_step_count=25, d
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
-    """No test here may leave a thread behind; one of an earlier test may end meanwhile."""
-    before = threading.active_count()
+    """No test here may leave a thread behind, of which one may be about to end."""
+    before = set(threading.enumerate())
     yield
-    assert threading.active_count() <= before
+    begun = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in begun:
+        thread.join(5.0)
+    assert not [thread for thread in begun if thread.is_alive()]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="devices and pipes with names are POSIX's")
