@@ -185,7 +185,7 @@ def process(folder: Path) -> dict[str, Any]:
 
 
 def left_on(model: nn.Module) -> list[str]:
-    """What a tuning keeps on modules."""
+    """Attributes and hooks that a tuning keeps on modules."""
     own = ("_accelerate_tts_fold", "_accelerate_tts_product", *CARRIED)
     found = [name for module in model.modules() for name in vars(module) if name in own]
     hooks = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
@@ -193,7 +193,7 @@ def left_on(model: nn.Module) -> list[str]:
 
 
 def wrong(backend: Any, expected: torch.Tensor) -> list[str]:
-    """What is wrong with a loaded backend, and with what undoing it leaves."""
+    """Faults of a loaded backend, and of what undoing it leaves."""
     found, model = [], backend.model
     receipt, guard, tuned = receipt_of(backend), guard_of(backend), has_folds(model)
     if (receipt is not None and bool(receipt.kept)) != tuned:

@@ -395,7 +395,7 @@ def test_the_cause_and_the_context_of_an_error_stay(kind: str) -> None:
 
 
 def test_an_error_of_the_users_about_the_mode_repeats_once_for_an_object_and_never_without_retry() -> None:
-    """What the call did before the error is done twice otherwise."""
+    """A repeated call does twice what it did before the error."""
 
     class Fails(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

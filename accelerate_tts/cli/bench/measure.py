@@ -319,7 +319,8 @@ def bench(  # noqa: PLR0913 - the options of the command
         [f"{stage.part}: {stage.stage}" for stage in receipt.kept], built.note,
         max((stage.divergence for stage in receipt.kept if stage.divergence is not None), default=None),
         json.loads(receipt.to_json()), device, list(said), rates, disturbed, watcher.worst.why, level(), why,
-        _dtype(built.decoder or built.model), bytes_read_by_a_token(built.decoder) if has_loop else None,
+        _dtype(built.decoder or built.model),
+        None if built.decoder is None or not has_loop else bytes_read_by_a_token(built.decoder),
     )  # fmt: skip
 
 
