@@ -37,14 +37,18 @@ class TuningLock:
         if is_away and (inside or (self._loop is not None and self._loop is running_loop())):
             yield False
             return
-        with self._lock:  # by itself: between an `acquire()` and the next line comes Ctrl-C
-            outer = self._loop, self._owner  # a warm-up may load something else
-            try:
-                self._owner = threading.get_ident()
-                if loop is not None:
-                    self._loop = loop
-                self._inside.set(True)
-                yield True
-            finally:
-                self._loop, self._owner = outer
-                self._inside.set(inside)
+        with self._lock, self._entered(loop, inside=inside):  # between an `acquire()` and the next line comes Ctrl-C
+            yield True
+
+    @contextmanager
+    def _entered(self, loop: object, *, inside: bool) -> Generator[None, None, None]:
+        outer = self._loop, self._owner  # a warm-up may load something else
+        try:
+            self._owner = threading.get_ident()
+            if loop is not None:
+                self._loop = loop
+            self._inside.set(True)
+            yield
+        finally:
+            self._loop, self._owner = outer
+            self._inside.set(inside)
