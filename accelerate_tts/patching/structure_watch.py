@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
@@ -231,7 +232,7 @@ def _places(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
             value = holder[name]
             if isinstance(value, ModuleType):
                 holders.append(vars(value))
-            elif isinstance(value, (FunctionType, BuiltinFunctionType)):
+            elif isinstance(value, (FunctionType, BuiltinFunctionType, torch.jit.ScriptFunction)):
                 yield holder, name
             else:  # the registry is a dictionary, or an object with two
                 each = [value, *(getattr(value, inner, None) for inner in ("_local_mapping", "_global_mapping"))]
