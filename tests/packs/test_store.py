@@ -1221,12 +1221,16 @@ TestAgainstAModel = PackMachine.TestCase
 TestAgainstAModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 
 
+_TORCHS = {"subproc_worker_timer"}
+
+
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
     """No test here may leave a thread behind, of which one may be about to end."""
     before = set(threading.enumerate())
     yield
-    begun = [thread for thread in threading.enumerate() if thread not in before]
+    # inductor's timer, which torch 2.14 starts some time after a test of another file has compiled, is not of these.
+    begun = [thread for thread in threading.enumerate() if thread not in before and thread.name not in _TORCHS]
     for thread in begun:
         thread.join(5.0)
     assert not [thread for thread in begun if thread.is_alive()]
