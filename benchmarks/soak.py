@@ -417,7 +417,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def growth(counts: list[Counter[str]], loads: int) -> dict[str, int]:
-    """What became more with each of the loads between any two counts, and by how much in all.
+    """Return the names of what became more with the loads between any two counts, and by how much in all.
 
     What is made once, however late, is in one of the gaps alone.
     """

@@ -26,6 +26,9 @@ from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.receipts.receipt import Receipt, StageResult
 
 posix = pytest.mark.skipif(os.name != "posix", reason="devices and pipes with names are POSIX's")
+as_root = pytest.mark.skipif(
+    os.name != "posix" or os.getuid() != 0, reason="only root can become a user without a name and a home"
+)
 RUN = "from accelerate_tts.cli import main; main()"
 
 
@@ -106,13 +109,11 @@ sys.exit(run(*words))
 """
 
 
-@posix
+@as_root
 @pytest.mark.parametrize("words", [["list"], ["clear"], ["export", "x"]])
 @pytest.mark.parametrize("given", [None, "~/packs"])
 def test_a_user_without_a_home_and_without_a_name(words: list[str], given: str | None, tmp_path: Path) -> None:
     """A container's user, on OpenShift for example: a number, no entry in passwd, no HOME."""
-    if os.getuid() != 0:
-        pytest.skip("NO USER WITHOUT A HOME WAS TRIED: only root can become one")
     import accelerate_tts
 
     kept = {name: value for name, value in os.environ.items() if name not in {"HOME", "XDG_CACHE_HOME"}}
@@ -155,10 +156,8 @@ print(*(str(event) for event in seen if event.degraded), sep="\\n")
 """
 
 
-@posix
+@as_root
 def test_a_load_of_a_user_without_a_home_and_without_a_name() -> None:
-    if os.getuid() != 0:
-        pytest.skip("NO USER WITHOUT A HOME WAS TRIED: only root can become one")
     with tempfile.TemporaryDirectory() as folder:  # the folder of a test is for root alone
         Path(folder).chmod(0o777)
         done = subprocess.run(

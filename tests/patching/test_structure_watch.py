@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from s3gen_blocks import residual_block, sequence_block
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.models.llama import modeling_llama as llama
@@ -295,25 +296,6 @@ def spoken(model: Any) -> torch.Tensor:
     np.random.seed(1)  # noqa: NPY002 - the generator that upstream draws from
     states: torch.Tensor = model(torch.arange(1, 13)[None], output_hidden_states=False).waveform
     return states
-
-
-class Estimator(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block(*args, **kwargs)
-
-
-def sequence_block() -> nn.Module:
-    module = pytest.importorskip("chatterbox.models.s3gen.matcha.transformer")
-    return Estimator(module.BasicTransformerBlock(64, 1, 64, activation_fn="gelu"))
-
-
-def residual_block() -> nn.Module:
-    module = pytest.importorskip("chatterbox.models.s3gen.decoder")
-    return Estimator(module.CausalResnetBlock1D(64, 64, 32))
 
 
 class Whole(NamedTuple):

@@ -452,27 +452,6 @@ def test_a_stream_that_is_being_closed_has_ended_for_another_thread() -> None:
         assert (closed.result(10), rest.result(10)) == (None, [])
 
 
-async def test_a_cancelled_task_stops_at_the_token_that_is_being_made(english: Any, computed: list[Any]) -> None:
-    speaking = stream(english, "Hello there.")
-    loop = asyncio.get_running_loop()
-
-    async def listen() -> None:
-        async for _ in speaking:
-            pytest.fail("it was cancelled")
-
-    task = asyncio.create_task(listen())
-
-    def cancel() -> None:
-        if computed[0] == 3:
-            loop.call_soon_threadsafe(task.cancel)
-            assert speaking.left.wait(10)
-
-    computed.append(cancel)
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert computed[0] == 3
-
-
 async def test_pieces_come_to_a_task_as_to_a_thread(english: Any) -> None:
     @inference
     async def speak() -> AsyncIterator[torch.Tensor]:
@@ -527,7 +506,7 @@ def talk(request: pytest.FixtureRequest) -> Talk:
 
 @pytest.fixture
 def at_token(talk: Talk) -> Iterator[dict[int, Callable[[], object]]]:
-    """What is to be done while a token is computed, by its number. Number 0 is the present one's."""
+    """Functions to call while a token is computed, by its number. Number 0 returns the number of the present one."""
     count, do = [0], {0: lambda: count[0]}
 
     def counted(*_: Any) -> None:

@@ -645,7 +645,7 @@ SYSTEMS: dict[str, tuple[Making, dict[str, str]]] = {
     "chatterbox turbo": (partial(chatterbox, variant="turbo"), S3GEN),
     "higgs": (higgs, {"codec.acoustic_decoder": ""}),
 }  # fmt: skip
-"""How each is made, and its parts that are no decoder: "" for one that is recorded whole, or why it is cut."""
+"""Builders of systems, with their parts that are no decoder: "" for one that is recorded whole, or why it is cut."""
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
