@@ -72,7 +72,11 @@ struct Fp32 {
     }
   }
   static sum join(sum a, sum b) { return a + b; }
-  static float value(sum s, float) { return total(s); }
+  template <int COUNT>
+  static void values(const sum* sums, float* to) {
+    for (int i = 0; i < COUNT; i++) to[i] = total(sums[i]);
+  }
+  static float scaled(float value, float) { return value; }
 };
 
 struct Bf16 {
@@ -108,7 +112,11 @@ struct Bf16 {
     }
   }
   static sum join(sum a, sum b) { return a + b; }
-  static float value(sum s, float) { return total(s); }
+  template <int COUNT>
+  static void values(const sum* sums, float* to) {
+    for (int i = 0; i < COUNT; i++) to[i] = total(sums[i]);
+  }
+  static float scaled(float value, float) { return value; }
 };
 
 struct Int8 {
@@ -161,12 +169,16 @@ struct Int8 {
     shorts weights[COUNT];
     for (int r = 0; r < COUNT; r++) weights[r] = load_int8(w + r * apart + k);
     for (int m = 0; m < ROWS; m++) {
-      const shorts in = load_as<shorts>(x + m * inputs + k);
+      const shorts in = in_register(load_as<shorts>(x + m * inputs + k));
       for (int r = 0; r < COUNT; r++) sums[m][r] = add_products(sums[m][r], weights[r], in);
     }
   }
   static sum join(sum a, sum b) { return a + b; }  // prepare() has left room for all of a lane
-  static float value(sum s, float scale) { return float(total(s)) * scale; }
+  template <int COUNT>
+  static void values(const sum* sums, float* to) {
+    totals<COUNT>(sums, to);
+  }
+  static float scaled(float value, float scale) { return value * scale; }
 };
 // Inputs of a call: x as given, and x in the format with a scale for each row.
 template <class F>
@@ -203,10 +215,12 @@ inline void dot(const Work<F>& work, int64_t m0, int64_t n, int64_t apart) {
     for (int r = 0; r < COUNT; r++) __builtin_prefetch(w + r * stride + k + (FAR_APART ? AHEAD : COUNT * inputs));
     F::template add<ROWS, COUNT>(sums, x, inputs, w, stride, k);
   }
+  float values[ROWS][COUNT];
+  F::template values<ROWS * COUNT>(&sums[0][0], &values[0][0]);
   for (int m = 0; m < ROWS; m++)
     for (int r = 0; r < COUNT; r++) {
       const int64_t to = n + r * apart;
-      float sum = F::value(sums[m][r], work.row_scales[m0 + m]);
+      float sum = F::scaled(values[m][r], work.row_scales[m0 + m]);
       for (int64_t k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[r * stride + k]);
       work.put(m0 + m, to, sum);
     }
@@ -227,9 +241,12 @@ inline void dot_in_turn(const Work<F>& work, int64_t m0, int64_t n) {
     for (int j = 0; j < SUMS; j++) F::template add<ROWS, 1>(sums[j], x, inputs, w, 0, k + j * F::step);
   }
   for (; k < whole; k += F::step) F::template add<ROWS, 1>(sums[0], x, inputs, w, 0, k);
-  for (int m = 0; m < ROWS; m++) {
+  float values[ROWS];
+  for (int m = 0; m < ROWS; m++)
     for (int j = 1; j < SUMS; j++) sums[0][m][0] = F::join(sums[0][m][0], sums[j][m][0]);
-    float sum = F::value(sums[0][m][0], work.row_scales[m0 + m]);
+  F::template values<ROWS>(&sums[0][0][0], values);
+  for (int m = 0; m < ROWS; m++) {
+    float sum = F::scaled(values[m], work.row_scales[m0 + m]);
     for (k = whole; k < inputs; k++) sum += work.x[(m0 + m) * inputs + k] * widen(w[k]);
     work.put(m0 + m, n, sum);
   }
