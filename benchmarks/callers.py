@@ -10,8 +10,10 @@ ratios are of one round, and the median round counts.
 
 `together` is tokens a second of all callers, against one caller. `latency` is the seconds of one caller's token,
 against one caller. `alone each` is `together` without shared steps. `floor` is the time in which the memory, as
-measured here, gives once the weights that a token needs, against the time of a pass. `same bits` says that the states
-and tokens of every caller equal those that it computes alone.
+measured here, gives once the weights that a token needs, against the time of a pass. `between` is the share of the time
+in which no pass runs: upstream's Python of all callers, serial under the GIL, with its small operators, and the wait
+for callers who come back. `same bits` says that the states and tokens of every caller equal those that it computes
+alone.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from decode import Decoder
 
 PROMPT = 100
@@ -74,6 +78,32 @@ class Caller:
         self.seconds = (time.perf_counter() - start) / count
 
 
+class Passes:
+    """Time of a decoder's passes, which never overlap while steps are shared.
+
+    Attributes:
+        seconds: Seconds in all passes so far.
+
+    Args:
+        steps: The decoder's shared steps.
+    """
+
+    def __init__(self, steps: SharedSteps) -> None:
+        self.seconds = 0.0
+        rules = steps.rules
+        steps.rules = rules._replace(alone=self._timed(rules.alone), together=self._timed(rules.together))
+
+    def _timed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def timed(*given: Any) -> torch.Tensor:
+            start = time.perf_counter()
+            try:
+                return function(*given)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
 def together(decoder: Decoder, count: int, tokens: int) -> tuple[float, float, list[list[torch.Tensor]]]:
     """Return tokens a second of all callers, seconds of one's token, and what each made."""
     callers = [Caller(decoder, seed) for seed in range(count)]
@@ -106,7 +136,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     steps = shared_steps(decoder)
     if steps is None:
         raise SystemExit(f"{name}: its blocks are not fused on this machine, so there are no steps to share")
-    is_kept = steps.is_on
+    is_kept, passes = steps.is_on, Passes(steps)
     steps.is_on = False
     expected = [together(decoder, 1, 2)[2]]  # warm
     expected = []
@@ -120,14 +150,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         steps.is_on = False
         one, latency, _made = together(decoder, 1, options.tokens)
         for count in options.callers:
-            steps.is_on = True
+            steps.is_on, passes.seconds = True, 0.0
             all_shared, each_shared, made = together(decoder, count, options.tokens)
+            between = 1 - passes.seconds / (count * options.tokens / all_shared)
             equal[count] = equal[count] and same(made, expected[:count])
             steps.is_on = False
             all_alone, _, _ = together(decoder, count, options.tokens)
             rows[count].append({
                 "together": all_shared / one, "latency": each_shared / latency, "alone": all_alone / one,
-                "seconds": each_shared,
+                "seconds": each_shared, "between": between,
             })  # fmt: skip
             print(f"{name}, {count} callers: {all_shared / one:.2f}x", flush=True)
     steps.is_on = is_kept
@@ -157,7 +188,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     results = {name: measure(name, options) for name in options.systems or ("chatterbox", "xtts")}
     rows = [
-        ("system", "callers", "together", "lowest .. highest", "alone each", "latency", "a token", "floor", "same bits")
+        (
+            "system",
+            "callers",
+            "together",
+            "lowest .. highest",
+            "alone each",
+            "latency",
+            "a token",
+            "floor",
+            "between",
+            "same bits",
+        )
     ]
     for name, found in results.items():
         for count in options.callers:
@@ -165,7 +207,7 @@ def main() -> None:
             rows.append((
                 name, str(count), f"{row['together']:.2f}x", "{:.2f} .. {:.2f}".format(*row["spread"]),
                 f"{row['alone']:.2f}x", f"{row['latency']:.2f}x", f"{1e3 * row['seconds']:.1f} ms",
-                f"{1e3 * found['floor']:.1f} ms", "yes" if row["same_bits"] else "NO",
+                f"{1e3 * found['floor']:.1f} ms", f"{100 * row['between']:.0f} %", "yes" if row["same_bits"] else "NO",
             ))  # fmt: skip
     title = f"Callers in threads, {options.precision}"
     Console(width=140, highlight=False).print(table(rows, title, set(rows[0][2:])))
