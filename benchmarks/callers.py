@@ -3,7 +3,7 @@
     python benchmarks/callers.py [chatterbox] [xtts] [higgs] [--precision exact|balanced|fast] [--layers N]
         [--callers 1 2 4 8] [--tokens 40] [--rounds 5] [--json FILE]
 
-Run nothing else meanwhile. The models are those of `benchmarks/decode.py`. Each caller is a thread with a prompt, a
+Run nothing else meanwhile. The models are those of `benchmarks/decode.py`, tuned with their heads. Each caller is a thread with a prompt, a
 cache and a seed of its own, in a plain loop: a step, the head, guidance, a draw. All callers have their prompts before
 the clock starts. In each round every number of callers runs once with shared steps and once with a pass for each step;
 ratios are of one round, and the median round counts.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from decode import SYSTEMS, guided_logits
+from decode import SYSTEMS, TOKENS, guided_logits
 from rich.console import Console
 
 from accelerate_tts import Receipt, optimized_model, receipt_of
@@ -76,6 +76,18 @@ class Caller:
             out = decoder.model(inputs_embeds=x, past_key_values=out.past_key_values, use_cache=True, **decoder.asked)
             self.made += [token, out.last_hidden_state.clone()]
         self.seconds = (time.perf_counter() - start) / count
+
+
+class Voice(torch.nn.Module):
+    """A decoder and its head, as one model holds them.
+
+    Args:
+        decoder: The decoder.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder, self.head = decoder.model, torch.nn.ModuleList(decoder.head.modules)
 
 
 class Passes:
@@ -129,8 +141,15 @@ def shared_steps(decoder: Decoder) -> SharedSteps | None:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     decoder = SYSTEMS[name](options.layers)
-    optimized_model(warmup=lambda _model: decoder.speak(), precision=options.precision)(lambda: decoder.model)()  # type: ignore[call-overload]
-    receipt = receipt_of(decoder.model)
+    voice = Voice(decoder).eval()
+
+    def warmup(_voice: Voice) -> list[torch.Tensor]:
+        caller = Caller(decoder, 0)
+        caller.run(TOKENS, threading.Barrier(1))
+        return caller.made[1::2]  # states; a precision may draw other tokens
+
+    optimized_model(warmup=warmup, precision=options.precision)(lambda: voice)()
+    receipt = receipt_of(voice)
     assert isinstance(receipt, Receipt)
     print(receipt, flush=True)
     steps = shared_steps(decoder)
