@@ -210,6 +210,23 @@ class Baseline:
         seen = self.captured.get(part.name)
         return seen.seconds / total if seen is not None and total > 0 else 0.0
 
+    def share_left(self, part: Part, seconds_now: Callable[[str], float | None]) -> float:
+        """Return the part's share of the time that is left of a warm pass after changes.
+
+        What took a hundredth of the untouched pass may be a tenth of it once the decoder is ten times as fast.
+
+        Args:
+            part: The part.
+            seconds_now: Returns the seconds of a part's replay with the changes; `None` if they are not known.
+        """
+        left = {name: seen.seconds for name, seen in self.captured.items()}
+        for name, reference in self._references.items():
+            now = seconds_now(name)
+            if name in left and now is not None and now < reference.seconds:
+                left[name] *= now / reference.seconds
+        total = sum(left.values())
+        return left.get(part.name, 0.0) / total if total > 0 else 0.0
+
     def captured_seconds(self, part: Part) -> float:
         """Estimate the seconds of a replay of a part's captured calls, by their share of its calls in the pass."""
         seen = self.captured.get(part.name)

@@ -50,6 +50,12 @@ class Ledger:
         """Return the kept alternative of a group on a part."""
         return next((kept for kept in self.kept_on(part) if group and kept.group == group), None)
 
+    def seconds_now(self, part: str) -> float | None:
+        """Return the seconds of a replay of a part with the changes kept on it; `None` if none was timed by replays."""
+        stages = {kept.stage for kept in self.kept_on(part) if kept.times == "loop"}
+        kept = [result for result in self.results if result.kept and result.part == part and result.stage in stages]
+        return kept[-1].after if kept else None
+
     @property
     def compiles(self) -> bool:
         """True if a change in force compiles something."""

@@ -137,7 +137,9 @@ class Trial:
         if captured is not None:
             if captured.count == 0 and not self._is_whole():
                 return "not tried: the warm-up never called it", True
-            share = baseline.share(part)
+            # A costly stage has to be worth its seconds beside the untouched whole.
+            is_cheap = stage.cost_of(part) < self._policy.costly
+            share = baseline.share_left(part, self._ledger.seconds_now) if is_cheap else baseline.share(part)
             if captured.count and share < stage.least_share:
                 return f"not tried: {100 * share:.1f} % of the time", baseline.pass_quiet
         longest = min(self._policy.longest_pass, baseline.budget.seconds * self._policy.pass_share)

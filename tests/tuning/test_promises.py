@@ -106,6 +106,25 @@ def test_a_budget_that_is_too_small_for_the_best_says_which_one_is_not(
     assert "vocoder" in {result.part for result in receipt.kept}, str(receipt)
 
 
+class Tenfold(Halves):
+    """Takes a twentieth of the time, of the vocoder alone."""
+
+    def changes(self, module: Any) -> dict[str, Any]:
+        return {"seconds": module.seconds / 20} if module.seconds > 0.1 else {}
+
+
+@pytest.mark.parametrize("cost", [0.0, 8.0], ids=["cheap", "costly"])
+def test_a_small_part_is_tried_once_it_is_much_of_what_is_left(cost: float, seen: list[Event]) -> None:
+    """T3's head is a hundredth of the untouched time, and a tenth of what a step in 8 bits leaves."""
+    model = Speech(1.0)
+    model.encoder.seconds = 0.01
+    receipt = run(model, Tenfold("tenfold"), Halves("halves", cost), budget=500.0).receipt
+    assert (("encoder", "halves") in tried(seen)) is (cost == 0), str(receipt)
+    assert (("encoder", "halves") in {(result.part, result.stage) for result in receipt.kept}) is (cost == 0)
+    (first,) = [result for result in receipt.stages if (result.part, result.stage) == ("encoder", "tenfold")]
+    assert not first.kept
+
+
 def test_every_promise_is_of_a_stage_that_there_is_and_names_its_source() -> None:
     names = {
         stage.name
