@@ -1,11 +1,12 @@
 """First audio and the whole of a stream against upstream's own call, in turn, with seeded random weights.
 
     python benchmarks/streaming.py [SYSTEM ...] [--seconds S] [--pairs N] [--tuned] [--tiny] [--overlap] [--json FILE]
-        [--first S] [--growth G] [--most S] [--left-context S]
+        [--first S] [--growth G] [--most S] [--left-context S] [--reference S]
 
 Run nothing else meanwhile. Each pair runs the unstreamed call and the stream after each other, with the same seed. The
 ratios are of each pair: first audio of the stream to the whole call, and the whole stream to the whole call. XTTS is
-also compared with its own `inference_stream`.
+also compared with its own `inference_stream`. Chatterbox's voice has ten seconds of a recording, which upstream's flow
+reads in the whole call; it takes no more of a longer one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def asked(options: argparse.Namespace, **more: Any) -> StreamOptions:
 
 def chatterbox(options: argparse.Namespace, variant: str) -> Compared:
     module = importlib.import_module("chatterbox_backend")
-    model = module.random("cpu", options.seconds, tiny=options.tiny, variant=variant)
+    model = module.random("cpu", options.seconds, tiny=options.tiny, variant=variant, reference=options.reference)
     told = {"language_id": "en"} if variant == "multilingual" else {}
     how = asked(options, left_context=options.left_context)
     return Compared(model, lambda: model.generate(TEXT, **told), lambda: stream(model, TEXT, options=how, **told))
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of speech; MMS speaks as long as its text is")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--left-context", type=float, default=4.0, help="seconds that Chatterbox's flow sees")
+    parser.add_argument("--reference", type=float, default=10.0, help="seconds of the recording of Chatterbox's voice")
     usual = StreamOptions()
     parser.add_argument("--first", type=float, default=usual.first, help="seconds of the first piece")
     parser.add_argument("--growth", type=float, default=usual.growth, help="each piece against the one before")

@@ -86,11 +86,13 @@ def pretrained(device: str, variant: str = "english") -> Any:
 
 
 def random(
-    device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english", layers: int = 0
-) -> Any:
+    device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english", layers: int = 0,
+    reference: float = 2.0,
+) -> Any:  # fmt: skip
     """The architecture with seeded weights, a voice of noise, and a limit on tokens for each sentence.
 
-    A tiny one may have a T3 of full width with a few layers.
+    A tiny one may have a T3 of full width with a few layers. The voice's recording has `reference` seconds; upstream
+    takes up to ten of what it is given.
     """
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
@@ -107,7 +109,7 @@ def random(
         limit(t3, "inference_turbo", max_gen_len=tokens)
     else:
         limit(t3, "inference", max_new_tokens=tokens)
-    frames = 20 if tiny else 100  # of the reference, at 50 a second
+    frames = 20 if tiny else 2 * round(25 * reference)  # 50 a second, two for each token
     voice = Conditionals(
         T3Cond(torch.rand(1, 256), None, torch.randint(0, SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
         {
