@@ -49,7 +49,9 @@ def asked(options: argparse.Namespace, **more: Any) -> StreamOptions:
 
 def chatterbox(options: argparse.Namespace, variant: str) -> Compared:
     module = importlib.import_module("chatterbox_backend")
-    model = module.random("cpu", options.seconds, tiny=options.tiny, variant=variant, reference=options.reference)
+    model = module.random("cpu", options.seconds, tiny=options.tiny, variant=variant)
+    if not options.tiny:
+        model.conds.gen.update(module.recording(options.reference))
     told = {"language_id": "en"} if variant == "multilingual" else {}
     how = asked(options, left_context=options.left_context)
     return Compared(model, lambda: model.generate(TEXT, **told), lambda: stream(model, TEXT, options=how, **told))

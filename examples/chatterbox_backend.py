@@ -86,13 +86,11 @@ def pretrained(device: str, variant: str = "english") -> Any:
 
 
 def random(
-    device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english", layers: int = 0,
-    reference: float = 2.0,
-) -> Any:  # fmt: skip
+    device: str = "cpu", seconds: float = 1.0, *, tiny: bool = False, variant: str = "english", layers: int = 0
+) -> Any:
     """The architecture with seeded weights, a voice of noise, and a limit on tokens for each sentence.
 
-    A tiny one may have a T3 of full width with a few layers. The voice's recording has `reference` seconds; upstream
-    takes up to ten of what it is given.
+    A tiny one may have a T3 of full width with a few layers.
     """
     turbo = variant == "turbo"
     config, meanflow = config_of(variant), {"meanflow": True} if turbo else {}
@@ -109,16 +107,21 @@ def random(
         limit(t3, "inference_turbo", max_gen_len=tokens)
     else:
         limit(t3, "inference", max_new_tokens=tokens)
-    frames = 20 if tiny else 2 * round(25 * reference)  # 50 a second, two for each token
     voice = Conditionals(
         T3Cond(torch.rand(1, 256), None, torch.randint(0, SOUNDS, (1, 150)), emotion_adv=0.5 * torch.ones(1, 1, 1)),
-        {
-            "prompt_token": torch.randint(0, SOUNDS, (1, frames // 2)), "prompt_token_len": torch.tensor([frames // 2]),
-            "prompt_feat": torch.randn(1, frames, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
-        },
-    )  # fmt: skip
+        recording(0.4 if tiny else 2.0),
+    )
     parts = [part.to(device).eval() for part in (t3, s3, VoiceEncoder())]
     return class_of(variant)(*parts, Letters(), device, voice.to(device))
+
+
+def recording(seconds: float) -> dict[str, Any]:
+    """Return what S3Gen keeps of a voice's recording, of which upstream takes up to ten seconds."""
+    tokens = round(seconds * TOKENS_A_SECOND)
+    return {
+        "prompt_token": torch.randint(0, SOUNDS, (1, tokens)), "prompt_token_len": torch.tensor([tokens]),
+        "prompt_feat": torch.randn(1, 2 * tokens, 80), "prompt_feat_len": None, "embedding": torch.randn(1, 192),
+    }  # fmt: skip
 
 
 def limit(t3: T3, method: str, **limits: int) -> None:
