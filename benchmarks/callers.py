@@ -5,8 +5,8 @@
 
 Run nothing else meanwhile. The models are those of `benchmarks/decode.py`, tuned with their heads. Each caller is a
 thread with a prompt, a cache and a seed of its own, in a plain loop: a step, the head, guidance, a draw. All callers
-have their prompts before the clock starts. In each round every number of callers runs once with shared steps and once with a pass for each step;
-ratios are of one round, and the median round counts.
+have their prompts before the clock starts. In each round every number of callers runs once with shared steps and once
+with a pass for each step; ratios are of one round, and the median round counts.
 
 `together` is tokens a second of all callers, against one caller. `latency` is the seconds of one caller's token,
 against one caller. `alone each` is `together` without shared steps. `floor` is the time in which the memory, as
