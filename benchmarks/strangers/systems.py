@@ -86,7 +86,7 @@ _MIMI: dict[str, Any] = {
 def _bark() -> System:
     from transformers import BarkConfig, BarkModel
 
-    size = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "block_size": 1024}
+    size = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "block_size": 1024, "initializer_range": 0.3}
     # Its vocabularies are written into its generation configuration.
     config = BarkConfig(
         semantic_config={**size, "input_vocab_size": 129_600, "output_vocab_size": 10_048},
@@ -272,7 +272,7 @@ def _seamless() -> System:
         unit_hifi_gan_vocab_size=100, upsample_initial_channel=32, vocoder_num_langs=4, vocoder_num_spkrs=4,
         variance_predictor_hidden_dim=32, max_position_embeddings=128, t2u_max_position_embeddings=256,
         variance_pred_dropout=0.0, max_new_tokens=12, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        t2u_pad_token_id=1, t2u_eos_token_id=2, decoder_start_token_id=3,
+        t2u_pad_token_id=1, t2u_eos_token_id=2, decoder_start_token_id=3, initializer_range=0.3,
     )  # fmt: skip
     model = SeamlessM4Tv2ForTextToSpeech(config).eval()
     chosen = model.generation_config
@@ -389,7 +389,7 @@ def _vibevoice() -> System:
 
     codec = {"hidden_size": 16, "num_filters": 8, "downsampling_ratios": [2, 4, 4], "depths": [1, 1, 1, 1]}
     config = VibeVoiceConfig(
-        text_config={"model_type": "qwen2", **_LLAMA, "vocab_size": 100},
+        text_config={"model_type": "qwen2", **_LLAMA, "vocab_size": 100, "initializer_range": 0.3},
         audio_config={"model_type": "vibevoice_acoustic_tokenizer", **codec},
         semantic_model_config={"model_type": "vibevoice_acoustic_tokenizer_encoder", **codec, "hidden_size": 24},
         diffusion_head_config={"num_hidden_layers": 2, "intermediate_size": 64, "frequency_embedding_size": 32},
@@ -604,7 +604,7 @@ def _whisper() -> System:
         vocab_size=100, num_mel_bins=20, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=50,
         max_target_positions=40, decoder_start_token_id=97, pad_token_id=98, bos_token_id=98, eos_token_id=98,
-        suppress_tokens=None, begin_suppress_tokens=None,
+        suppress_tokens=None, begin_suppress_tokens=None, init_std=0.3,
     )  # fmt: skip
     return System(
         WhisperForConditionalGeneration(config).eval(),
@@ -1186,8 +1186,9 @@ def _parler() -> System:
     )  # fmt: skip
     description = _ids(9, 90)
     model = ParlerTTSForConditionalGeneration(config).eval()
-    for name, value in {"decoder_start_token_id": 65, "bos_token_id": 65, "eos_token_id": 64, "pad_token_id": 64}.items():
-        setattr(model.generation_config, name, value)
+    chosen = model.generation_config
+    chosen.decoder_start_token_id = chosen.bos_token_id = 65
+    chosen.eos_token_id = chosen.pad_token_id = 64
     return System(
         model,
         lambda model, ids: model.generate(input_ids=description, prompt_input_ids=ids, max_new_tokens=12),
@@ -1280,7 +1281,7 @@ def _neutts() -> System:
     codec.fc_post_a = torch.nn.Linear(2048, 128)
     speaker = NeuTTS.__new__(NeuTTS)
     vars(speaker).update(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?"), input_format="BPE", watermarker=None,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words), input_format="BPE", watermarker=None,
         backbone=Qwen2ForCausalLM(Qwen2Config(**_LLAMA, vocab_size=98, max_position_embeddings=256)).bfloat16().eval(),
         codec=codec.eval(), max_context=140, _seed=5, _is_quantized_model=False, _is_onnx_codec=False,
         _supported_emotions=None,
