@@ -49,6 +49,12 @@ def test_the_page_is_what_the_results_say(scripts: Any) -> None:
     assert run.with_table(text, {**results, "versions": {"torch": "0"}}) != text
 
 
+def test_loads_are_made_in_one_order(scripts: Any) -> None:
+    """A load in `fast` after `every-fast` found the pack of it, and said that what is not faster was kept."""
+    run, _ = scripts
+    assert run.ordered("every-fast,exact,fast,again") == ["exact", "again", "fast", "every-fast"]
+
+
 def test_results_name_no_folder_of_this_machine(scripts: Any) -> None:
     run, _ = scripts
     said = f'File "{FOLDER}/run.py", line 1; {Path(torch.__file__)}: {Path.home()}/a'

@@ -467,6 +467,11 @@ def with_table(text: str, results: dict[str, Any]) -> str:
     return f"{before}{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}{after}"
 
 
+def ordered(loads: str) -> list[str]:
+    """The loads in the order of `LOADS`: `fast` after `every-fast` would find the pack of that load."""
+    return sorted(loads.split(","), key=LOADS.index)
+
+
 def _means(given: str, name: str) -> bool:
     """Tell if a name that was given means a system: its own name, or the beginning of several."""
     from systems import SYSTEMS
@@ -500,7 +505,7 @@ def main() -> int:
         "accelerate_tts": __version__, "torch": _version("torch"), "Python": platform.python_version()
     }  # fmt: skip
     names = [name for name in SYSTEMS if not chosen.names or any(_means(given, name) for given in chosen.names)]
-    loads = chosen.loads.split(",")
+    loads = ordered(chosen.loads)
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(SYSTEMS[name].package, []).append(name)
