@@ -49,6 +49,12 @@ def test_the_page_is_what_the_results_say(scripts: Any) -> None:
     assert run.with_table(text, {**results, "versions": {"torch": "0"}}) != text
 
 
+def test_loads_are_made_in_one_order(scripts: Any) -> None:
+    """A load in `fast` after `every-fast` found the pack of it, and said that what is not faster was kept."""
+    run, _ = scripts
+    assert run.ordered("every-fast,exact,fast,again") == ["exact", "again", "fast", "every-fast"]
+
+
 def test_results_name_no_folder_of_this_machine(scripts: Any) -> None:
     run, _ = scripts
     said = f'File "{FOLDER}/run.py", line 1; {Path(torch.__file__)}: {Path.home()}/a'
@@ -77,6 +83,32 @@ def test_a_system_whose_package_is_absent_is_left_out_with_the_reason(
     row = run.run_together(["none"], ["exact"], 1.0, lambda *_args: None)["none"]
     assert row["skipped"] == "no_such_package is not installed"
     assert not run.fails(row)
+
+
+class Book(torch.nn.Module):
+    """A code book of zeros, as a codec begins with, and what decodes its entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("embed", torch.zeros(8, 4))
+        self.decoder = torch.nn.Linear(4, 4)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.get_buffer("embed")[codes])
+
+
+def test_no_code_book_is_empty_and_what_says_the_same_to_each_input_proves_nothing(scripts: Any) -> None:
+    run, systems = scripts
+
+    def stranger(call: Any) -> Any:
+        codes = ((torch.arange(4),), (torch.arange(4, 8),))
+        return systems.Stranger("book", "torch", "torch", lambda: systems.System(Book().eval(), call, codes))
+
+    outputs, repeats = run.undecorated(stranger(lambda model, codes: model(codes)))
+    assert repeats
+    assert not torch.equal(outputs[0][0], outputs[1][0]), "the decoder heard nothing of the codes"
+    with pytest.raises(ValueError, match="both inputs give the same"):
+        run.undecorated(stranger(lambda model, codes: model(codes * 0)))
 
 
 def test_one_system_is_loaded_decorated_and_compared(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Qwen3-TTS: a talker that generates the first code of a frame, a predictor of its other codes, and a codec.
 
-Known from the source of qwen-tts 0.1, which asks for one release of transformers; it was never run here.
+Known from the source of qwen-tts 0.1, which asks for one release of transformers. It ran at small size with random
+weights (`make strangers`), never with published ones.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ speech of the same quality. Each step is therefore compared by itself, given the
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from accelerate_tts.plan import Head
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from torch import nn
 
 
 def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | None) -> float | None:
@@ -49,7 +49,9 @@ def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
     """Return the head of a decoder inside a transformers model, by `get_output_embeddings()`; `None` without one.
 
     The innermost model around the decoder that has a head, or can generate, decides: CSM's depth decoder lies inside
-    another model with a head that is not its own. A head of another width than the decoder's does not count.
+    another model with a head that is not its own. A head of another width than the decoder's does not count, nor one
+    that needs more than hidden states. A list of heads, one for each codebook, is one head: Qwen3-TTS's code predictor
+    uses another one at each step, so each step is compared by all of them.
     """
     around: dict[int, list[Any]] = {}
     for root in roots:
@@ -61,7 +63,7 @@ def head_of(decoder: nn.Module, roots: Iterable[nn.Module]) -> Head | None:
         for owner in owners:
             head = _own_head(owner)
             if head is not None and head not in set(decoder.modules()):
-                return Head((head,)) if _reads(head, decoder) else None
+                return _as_head(head, decoder)
             generates = getattr(owner, "can_generate", None)
             if callable(generates) and generates():
                 return None
@@ -76,8 +78,35 @@ def _own_head(owner: Any) -> nn.Module | None:
     return head
 
 
-def _reads(head: Any, decoder: Any) -> bool:
-    """Check that a head has the width of a decoder's hidden states, if both widths are known."""
+class _Beside(nn.Module):
+    """Heads of several codebooks, which read the same hidden states."""
+
+    def __init__(self, heads: nn.ModuleList) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.stack([head(hidden) for head in self.heads], -2)
+
+
+def _as_head(found: nn.Module, decoder: nn.Module) -> Head | None:
+    each = list(found) if isinstance(found, nn.ModuleList) else [found]
+    if not all(_reads(head, decoder) for head in each):
+        return None
+    if not isinstance(found, nn.ModuleList):
+        return Head((found,))
+    sizes = {getattr(head, "out_features", None) for head in each}
+    return Head((_Beside(found),)) if len(sizes) == 1 and None not in sizes else None
+
+
+def _reads(head: nn.Module, decoder: Any) -> bool:
+    """Check that a head takes hidden states alone, and has a decoder's width of them, if both widths are known."""
+    if type(head).forward is nn.Module.forward:  # a container is never called
+        return False
+    try:
+        inspect.signature(head.forward).bind(None)
+    except TypeError:
+        return False
     width = getattr(getattr(decoder, "config", None), "hidden_size", None)
     inputs = getattr(head, "in_features", None)
     return width is None or inputs is None or bool(width == inputs)

@@ -86,7 +86,7 @@ _MIMI: dict[str, Any] = {
 def _bark() -> System:
     from transformers import BarkConfig, BarkModel
 
-    size = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "block_size": 1024}
+    size = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "block_size": 1024, "initializer_range": 0.3}
     # Its vocabularies are written into its generation configuration.
     config = BarkConfig(
         semantic_config={**size, "input_vocab_size": 129_600, "output_vocab_size": 10_048},
@@ -272,7 +272,7 @@ def _seamless() -> System:
         unit_hifi_gan_vocab_size=100, upsample_initial_channel=32, vocoder_num_langs=4, vocoder_num_spkrs=4,
         variance_predictor_hidden_dim=32, max_position_embeddings=128, t2u_max_position_embeddings=256,
         variance_pred_dropout=0.0, max_new_tokens=12, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        t2u_pad_token_id=1, t2u_eos_token_id=2, decoder_start_token_id=3,
+        t2u_pad_token_id=1, t2u_eos_token_id=2, decoder_start_token_id=3, initializer_range=0.3,
     )  # fmt: skip
     model = SeamlessM4Tv2ForTextToSpeech(config).eval()
     chosen = model.generation_config
@@ -389,7 +389,7 @@ def _vibevoice() -> System:
 
     codec = {"hidden_size": 16, "num_filters": 8, "downsampling_ratios": [2, 4, 4], "depths": [1, 1, 1, 1]}
     config = VibeVoiceConfig(
-        text_config={"model_type": "qwen2", **_LLAMA, "vocab_size": 100},
+        text_config={"model_type": "qwen2", **_LLAMA, "vocab_size": 100, "initializer_range": 0.3},
         audio_config={"model_type": "vibevoice_acoustic_tokenizer", **codec},
         semantic_model_config={"model_type": "vibevoice_acoustic_tokenizer_encoder", **codec, "hidden_size": 24},
         diffusion_head_config={"num_hidden_layers": 2, "intermediate_size": 64, "frequency_embedding_size": 32},
@@ -604,7 +604,7 @@ def _whisper() -> System:
         vocab_size=100, num_mel_bins=20, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=50,
         max_target_positions=40, decoder_start_token_id=97, pad_token_id=98, bos_token_id=98, eos_token_id=98,
-        suppress_tokens=None, begin_suppress_tokens=None,
+        suppress_tokens=None, begin_suppress_tokens=None, init_std=0.3,
     )  # fmt: skip
     return System(
         WhisperForConditionalGeneration(config).eval(),
@@ -1180,15 +1180,116 @@ def _parler() -> System:
     from parler_tts import ParlerTTSConfig, ParlerTTSForConditionalGeneration
 
     config = ParlerTTSConfig(
-        vocab_size=100, text_encoder=_T5, audio_encoder={**_ENCODEC},
-        decoder={**_musicgen_decoder(), "model_type": "parler_tts_decoder", "vocab_size": 80,
-                 "max_position_embeddings": 128},
+        vocab_size=100, text_encoder={**_T5}, audio_encoder={**_ENCODEC},  # it takes their types out of them
+        decoder={**_musicgen_decoder(), "model_type": "parler_tts_decoder", "vocab_size": 66,
+                 "max_position_embeddings": 128, "bos_token_id": 65, "eos_token_id": 64},
     )  # fmt: skip
     description = _ids(9, 90)
+    model = ParlerTTSForConditionalGeneration(config).eval()
+    chosen = model.generation_config
+    chosen.decoder_start_token_id = chosen.bos_token_id = 65
+    chosen.eos_token_id = chosen.pad_token_id = 64
     return System(
-        ParlerTTSForConditionalGeneration(config).eval(),
+        model,
         lambda model, ids: model.generate(input_ids=description, prompt_input_ids=ids, max_new_tokens=12),
         ((_ids(10, 90),), (_ids(17, 90),)), sampled=True,
+    )  # fmt: skip
+
+
+class _Words:
+    """In place of Qwen3-TTS's processor, which must be downloaded: a word or a letter is a token."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, torch.Tensor]:
+        import re
+
+        marks = {"<|im_start|>": 90, "<|im_end|>": 91, "assistant": 92, "\n": 93}
+        found = re.findall(r"<\|\w+\|>|assistant|\n|.", text)
+        return {"input_ids": torch.tensor([[marks.get(token, ord(token[0]) % 90) for token in found]])}
+
+
+@_stranger("qwen3-tts", "qwen_tts", "qwen-tts")
+def _qwen3_tts() -> System:
+    """The 12 Hz model with a custom voice."""
+    from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
+    from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config
+    from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model
+    from qwen_tts.inference.qwen3_tts_model import Qwen3TTSModel
+    from qwen_tts.inference.qwen3_tts_tokenizer import Qwen3TTSTokenizer
+
+    code = 1024  # the last 1024 codes are no sound, as upstream has it
+    config = Qwen3TTSConfig(
+        talker_config={
+            **_LLAMA, "vocab_size": code + 64, "text_vocab_size": 100, "text_hidden_size": 48, "num_code_groups": 4,
+            "head_dim": 16, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "interleaved": True},
+            "code_predictor_config": {**_LLAMA, "vocab_size": 64, "head_dim": 16, "num_code_groups": 4},
+            "codec_eos_token_id": 100, "codec_think_id": 101, "codec_nothink_id": 102, "codec_think_bos_id": 103,
+            "codec_think_eos_id": 104, "codec_pad_id": 105, "codec_bos_id": 106, "spk_id": {"ryan": 107},
+            "spk_is_dialect": {"ryan": False}, "codec_language_id": {"english": 108},
+        },
+        tokenizer_type="qwen3_tts_tokenizer_12hz", tts_model_size="1b7", tts_model_type="custom_voice",
+        tts_pad_token_id=95, tts_bos_token_id=96, tts_eos_token_id=97,
+    )  # fmt: skip
+    codec = Qwen3TTSTokenizer()
+    codec.model = Qwen3TTSTokenizerV2Model(
+        Qwen3TTSTokenizerV2Config(
+            encoder_config=_MIMI,
+            decoder_config={
+                "codebook_size": 64, "codebook_dim": 32, "hidden_size": 32, "latent_dim": 32, "num_attention_heads": 4,
+                "num_key_value_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2, "num_quantizers": 4,
+                "upsample_rates": (4, 2), "upsampling_ratios": (2, 2), "decoder_dim": 64, "head_dim": 8,
+            },
+            decode_upsample_rate=32,
+        )
+    ).eval()  # fmt: skip
+    codec.config, codec.device = codec.model.config, torch.device("cpu")
+    model = Qwen3TTSForConditionalGeneration(config).eval()
+    model.load_speech_tokenizer(codec)
+    return System(
+        (Qwen3TTSModel(model, _Words()), codec.model),  # both are held, as docs/guides/qwen3-tts.md has it
+        lambda held, text: held[0].generate_custom_voice(
+            text=text, language="English", speaker="Ryan", max_new_tokens=10
+        )[0],
+        (("Hello there.",), ("Hello there, you.",)), sampled=True,
+    )  # fmt: skip
+
+
+@_stranger("neutts", "neutts+neucodec", "neutts")
+def _neutts() -> System:
+    """NeuTTS with its language model in bf16, as its own loader has it, and the decoder of NeuCodec."""
+    _without_init("torchtune")  # it looks for a torchao of 2025; NeuCodec needs one class of it
+    _without_init("torchtune.modules")
+    from torchtune.modules.position_embeddings import RotaryPositionalEmbeddings
+
+    sys.modules["torchtune.modules"].RotaryPositionalEmbeddings = RotaryPositionalEmbeddings  # type: ignore[attr-defined]
+    from neucodec import NeuCodec
+    from neucodec.codec_decoder_vocos import CodecDecoderVocos
+    from neutts import NeuTTS
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    marks = ["TEXT_REPLACE", "TEXT_PROMPT_START", "TEXT_PROMPT_END", "SPEECH_REPLACE", "SPEECH_GENERATION_START",
+             "SPEECH_GENERATION_END", *(f"speech_{number}" for number in range(64))]  # fmt: skip
+    words = Tokenizer(
+        models.WordLevel({letter: number for number, letter in enumerate("?abcdefghijklmnopqrstuvwxyz ")}, "?")
+    )
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    words.add_special_tokens([f"<|{mark}|>" for mark in marks])
+    # Both are built by hand: their own constructors download, the codec's even for an encoder that no speech needs.
+    codec = NeuCodec.__new__(NeuCodec)
+    torch.nn.Module.__init__(codec)
+    codec.generator = CodecDecoderVocos(hidden_dim=128, depth=2, heads=2, hop_length=480)
+    codec.fc_post_a = torch.nn.Linear(2048, 128)
+    speaker = NeuTTS.__new__(NeuTTS)
+    vars(speaker).update(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words), input_format="BPE", watermarker=None,
+        backbone=Qwen2ForCausalLM(Qwen2Config(**_LLAMA, vocab_size=98, max_position_embeddings=256)).bfloat16().eval(),
+        codec=codec.eval(), max_context=140, _seed=5, _is_quantized_model=False, _is_onnx_codec=False,
+        _supported_emotions=None,
+    )  # fmt: skip
+    voice = torch.randint(0, 64, (20,)).tolist()
+    return System(
+        speaker, lambda speaker, text: speaker.infer(text, voice, "a voice"),
+        (("hello there",), ("hello there you",)), sampled=True,
     )  # fmt: skip
 
 

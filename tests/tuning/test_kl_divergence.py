@@ -141,6 +141,30 @@ def test_the_head_is_that_of_the_nearest_owner() -> None:
     assert found(nn.Linear(7, 5), generates=True) is None, "of another width"
 
 
+class Indexed(nn.Linear):
+    """A head that needs to know which codebook's logits are asked for."""
+
+    def forward(self, input: torch.Tensor, index: int) -> torch.Tensor:  # noqa: A002
+        return super().forward(input) + index
+
+
+def test_a_list_of_heads_is_one_of_several_codebooks_and_what_cannot_be_called_is_none() -> None:
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                      vocab_size=9)  # fmt: skip
+    decoder, heads = transformers.LlamaModel(config), nn.ModuleList(nn.Linear(8, 5) for _ in range(3))
+
+    def found(head: nn.Module) -> Head | None:
+        return head_of(decoder, [Inner(decoder, head, generates=True)])
+
+    head, hidden = found(heads), torch.randn(2, 1, 8)
+    assert head is not None
+    assert torch.equal(head(hidden), torch.stack([each(hidden) for each in heads], 2))
+    assert found(nn.ModuleDict({"a": heads[0]})) is None
+    assert found(nn.ModuleList([nn.Linear(8, 5), nn.Linear(7, 5)])) is None, "of another width"
+    assert found(nn.ModuleList([nn.Linear(8, 5), nn.Linear(8, 6)])) is None, "of different sizes"
+    assert found(Indexed(8, 5)) is None
+
+
 def test_the_depth_decoder_of_csm_has_no_head_of_the_backbone() -> None:
     csm = pytest.importorskip("transformers.models.csm.modeling_csm", reason="this release has no CSM")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
