@@ -10,12 +10,14 @@ then, built anew, loaded by a method with `@optimized_model(warmup=...)` and cal
     again                   exact once more, from the warm pack of the first load
     every                   exact, with each change kept that is right, whether it is faster or not
     every-fast              the same in `fast`
+    timed                   exact, and timed in turn with the same system undecorated; only if it is asked for
 
 The decorated object is called with the input of the warm-up, with another length, in another thread, and with the
 first input again; each output is compared with that of the undecorated object, with the same random numbers. One line
 a load; everything is in the JSON file. The exit status is 1 if a system works undecorated and fails decorated: it
 raises, its warm-up fails, its guard finds a fault, or its output differs by more than the precision allows. A system
-whose package is not installed is left out, with the reason. No time is measured.
+whose package is not installed is left out, with the reason. No time is measured but in `timed`, beside which nothing
+else may run.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +48,8 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "STRANGERS.md"
-LOADS = ("exact", "again", "balanced", "fast", "every", "every-fast")
+TIMED = "timed"
+LOADS = ("exact", "again", "balanced", "fast", "every", "every-fast", TIMED)
 LIMITS = {"exact": 1e-4, "balanced": 2e-2, "fast": 4e-2}
 """Relative error of a whole output: what the precisions promise."""
 _CHILD_SECONDS = 900.0
@@ -221,7 +225,38 @@ def _verdict(load: str, worst: float, words: list[str], *, sampled: bool) -> dic
 
 
 def _precision(load: str) -> Any:
-    return {"again": "exact", "every": "exact", "every-fast": "fast"}.get(load, load)
+    return {"again": "exact", "every": "exact", "every-fast": "fast", TIMED: "exact"}.get(load, load)
+
+
+_FEWEST, _MOST, _ENOUGH = 7, 60, 6.0  # pairs, pairs, and seconds after which the fewest are enough
+
+
+def in_turn(stranger: Stranger, backend: Any, made: System) -> dict[str, float]:
+    """Return how many times as fast the decorated object is as an undecorated one: median and quartiles of pairs."""
+    plain = built(stranger)
+
+    def undecorated_call() -> None:
+        _called(lambda *given: plain.call(plain.model, *given), plain.inputs[0], 1)
+
+    def decorated_call() -> None:
+        _called(backend.speak, made.inputs[0], 1)
+
+    def seconds(call: Callable[[], None]) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    undecorated_call(), decorated_call()  # warm
+    ratios: list[float] = []
+    end = time.perf_counter() + _ENOUGH
+    while len(ratios) < _FEWEST or (time.perf_counter() < end and len(ratios) < _MOST):
+        if len(ratios) % 2:
+            before, after = seconds(undecorated_call), seconds(decorated_call)
+        else:
+            after, before = seconds(decorated_call), seconds(undecorated_call)
+        ratios.append(before / after)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
 def one_load(
@@ -238,7 +273,7 @@ def one_load(
     begun = time.perf_counter()
     try:
         made = built(stranger)
-        if load.startswith("every"):  # it tunes anew
+        if load.startswith("every") or load == TIMED:  # it tunes anew
             shutil.rmtree(os.environ["ACCELERATE_TTS_PACK_FOLDER"], ignore_errors=True)
         with _policy(load):
             backend = _decorated(made, load, seconds)
@@ -251,6 +286,8 @@ def one_load(
             else {}
         )
         row["mode"] = mode_of(backend, "inference")
+        if load == TIMED:
+            row |= in_turn(stranger, backend, made)
         get_performance_optimizer().undo(backend)
         error, why = difference(expected[0], _called(backend.speak, made.inputs[0], 1))
         if error > LIMITS["exact"]:
@@ -425,6 +462,8 @@ def _line(load: dict[str, Any]) -> str:
     output = "same output" if error == 0 else f"error {error:.1e}" if error is not None else "compared"
     mode = "" if load["mode"] == "inference" else f", mode {load['mode']}"
     kept = f", kept {len(load['kept'])}" if load["kept"] else ", nothing kept"
+    if "ratio" in load:
+        kept += ", {ratio:.2f}x ({low:.2f} .. {high:.2f})".format(**load)
     return f"{output}{mode}{kept}{', ' + load['note'] if load['note'] else ''}"
 
 
@@ -453,6 +492,8 @@ def _cell(load: dict[str, Any] | None) -> str:
         return ""
     if load["failed"]:
         return "**fails**"
+    if "ratio" in load:
+        return "{ratio:.2f}x ({low:.2f} .. {high:.2f})".format(**load)
     error = load["error"]
     output = "other choices" if load["note"] else "same" if error == 0 else f"{error:.0e}"
     kept = f", {len(load['kept'])} kept" if load["kept"] else ""
@@ -482,7 +523,7 @@ def _means(given: str, name: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", help="systems, or beginnings of their names; all by default")
-    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--loads", default=",".join(load for load in LOADS if load != TIMED))
     parser.add_argument("--seconds", type=float, default=8.0, help="tuning budget of each load")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true", help="write docs/STRANGERS.md from the results, and run nothing")
