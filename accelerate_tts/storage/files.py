@@ -122,9 +122,25 @@ def alone(folder: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
+def named_by(folder: Path) -> Generator[None, None, None]:
+    """While open, an error about a new file names its folder, so that the same state has the same text each time.
+
+    Raises:
+        OSError: The block raised one that has a number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(folder)) from error
+
+
+@contextmanager
 def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, None]:
     """Write a file (mode 0600) to disk, yield its path, and delete it at the end unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+    with named_by(folder):
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             for part in parts:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
@@ -141,7 +142,13 @@ def compile_function(
         mode: torch.compile's mode.
         counter: Counts the graphs.
         fullgraph: Raise an error at a graph break.
+
+    Raises:
+        OSError: The compiler has no folder to write into.
     """
+    why = unwritable_folder()
+    if why is not None:
+        raise OSError(f"the compiler has nowhere to write. {why}")
     mend_workers()  # before importing inductor, which may start them
     _mend_collector()
     from torch._dynamo import lookup_backend
