@@ -346,18 +346,18 @@ def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
     if guarding is not None:  # the guard counts the holders, and knows if the changes are off for good
         with guarding.untouched():
             of_process = tuning.of_process()  # which the guard leaves on, since they compute the same
-            for change in reversed(of_process):
-                change.off()
             try:
+                for change in reversed(of_process):
+                    change.off()
                 yield guarding.in_force
             finally:
                 for change in of_process:
                     change.on()
         return
     _pin = tuning.at_hand()  # keeps the weights until the changes are on again
-    for change in reversed(tuning.changes):
-        change.off()
     try:
+        for change in reversed(tuning.changes):
+            change.off()
         yield bool(tuning.changes)
     finally:
         for change in tuning.changes:

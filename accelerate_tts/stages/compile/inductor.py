@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -303,11 +303,16 @@ def compiled_by(compiler: Callable[..., Any]) -> Generator[None]:
     Args:
         compiler: Called with a graph, its example inputs and `config_patches=`; returns what runs in the graph's place.
     """
-    _compilers.append(compiler)
+    own = partial(compiler)  # scopes may overlap, and several may be given the same
     try:
+        _compilers.append(own)
         yield
     finally:
-        _compilers.remove(compiler)
+        try:
+            _compilers[:] = [each for each in _compilers if each is not own]
+        except BaseException:  # Ctrl-C in it
+            _compilers[:] = [each for each in _compilers if each is not own]
+            raise
 
 
 def _shapes(inputs: list[Any]) -> str:
