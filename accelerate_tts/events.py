@@ -265,7 +265,7 @@ class Tidied(Event):
 
 @dataclass(frozen=True)
 class BackedOff(Event, degraded=True):
-    """A batch did not fit into memory; its items are tried again in smaller batches."""
+    """A batch did not fit into memory; its items, or those of the next call, are tried in smaller batches."""
 
     what: str
     batch: int
