@@ -96,7 +96,8 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
         import_module("torch")
     from accelerate_tts.optimizer import receipt_of
 
-    files, frames = Files(), None
+    files = Files()
+    spoken: list[int] = []  # the number of samples, unless the file could not be written
     with quiet(), shown_events(console):
         plain, decorated, comparison = compare_backends(pieces, pairs, console)
         receipt = receipt_of(decorated)
@@ -104,7 +105,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
             with files.writing(receipt_file):
                 receipt.save(receipt_file)
         with files.writing(output):
-            frames = _speak_to_file(decorated, pieces, output, console)
+            spoken.append(_speak_to_file(decorated, pieces, output, console))
     out = wide_console()
     out.print(table(comparison.rows(), "Plain against decorated, in turn", {"plain", "decorated"}))
     out.print(
@@ -115,7 +116,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
     if receipt is not None:
         receipts.show(receipt, out)
     del plain
-    if frames is not None:
+    for frames in spoken:
         seconds = frames / decorated.voice.sampling_rate
         out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz")
     files.check()
