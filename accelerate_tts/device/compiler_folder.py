@@ -27,6 +27,11 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
 
 
+def _temporary_folders() -> list[str]:
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return [*filter(None, named), "/tmp", "/var/tmp", "/usr/tmp", os.curdir]  # noqa: S108 - as Python's tempfile
+
+
 def unwritable_folder() -> str | None:
     """Return the reason why inductor cannot be imported or used here, since it has nowhere to write; else `None`.
 
@@ -34,7 +39,8 @@ def unwritable_folder() -> str | None:
     import that fails half-way leaves modules behind that fail with an unrelated error from then on.
     """
     try:
-        tempfile.gettempdir()
+        if not any(os.access(place, os.W_OK | os.X_OK) for place in _temporary_folders()):
+            tempfile.gettempdir()  # writes a file to try each, so it is asked only if none seems to do
         folder = cache_folder()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     except FileNotFoundError as error:
