@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
+from dataclasses import dataclass
 from threading import get_ident
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,11 +16,22 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from types import FrameType, TracebackType
 
+    from accelerate_tts.device.flags import HeldFlags
+
 _SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
     "its thread-local mode would leak to other code at the next await or yield. Decorate that function with"
     " @inference, or move the block into a plain function and call that"
 )
+
+
+@dataclass
+class _Entry:
+    """One entry into a scope: what it opened, the flags that it holds, and what ends it if the scope is dropped."""
+
+    scope: ExitStack
+    held: HeldFlags
+    dropped: weakref.finalize[..., fast_inference] | None = None
 
 
 class fast_inference:  # noqa: N801 - used like a function, as contextlib's own are
@@ -43,39 +56,67 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
     def __init__(self, *, mode: Mode = "inference") -> None:
         check_mode(mode)
         self._mode = mode
-        self._scopes: dict[int, list[ExitStack]] = {}  # by thread, since several may share one object
+        self._scopes: dict[int, list[_Entry]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
         _refuse_suspended(sys._getframe(1))
         from contextlib import ExitStack
 
-        with ExitStack() as scope:
+        from accelerate_tts.device.flags import HeldFlags
+
+        entry = _Entry(ExitStack(), HeldFlags())
+        try:
+            self._scopes.setdefault(get_ident(), []).append(entry)
+            # For Ctrl-C at the very beginning of `__exit__`, which is then not run.
+            entry.dropped = weakref.finalize(self, _end, get_ident(), entry.scope, entry.held)
             if is_active():
-                from accelerate_tts.device import flags
                 from accelerate_tts.optimizer import get_performance_optimizer
                 from accelerate_tts.runtime.call_end import end_call
                 from accelerate_tts.runtime.inference_mode import mode_factory
 
-                scope.callback(end_call)
-                scope.enter_context(flags.hold(get_performance_optimizer().call_flags()))
-                scope.enter_context(mode_factory(self._mode)())
-            self._scopes.setdefault(get_ident(), []).append(scope.pop_all())
+                entry.scope.callback(end_call)
+                entry.scope.callback(entry.held.release)
+                entry.held.take(get_performance_optimizer().call_flags())
+                entry.scope.enter_context(mode_factory(self._mode)())
+        except BaseException:
+            self._leave(entry)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        thread = get_ident()
-        scopes = self._scopes[thread]
-        scope = scopes.pop()
-        if not scopes:
-            del self._scopes[thread]
-        scope.__exit__(kind, error, traceback)
+        entry = self._scopes[get_ident()][-1]
+        try:
+            entry.scope.__exit__(kind, error, traceback)
+        finally:  # also after Ctrl-C in it
+            self._leave(entry)
+
+    def _leave(self, entry: _Entry) -> None:
+        """End a scope, and forget it. Idempotent."""
+        scopes = self._scopes.get(get_ident(), [])
+        try:
+            _end(get_ident(), entry.scope, entry.held)
+        finally:
+            scopes[:] = [other for other in scopes if other is not entry]
+            if not scopes:
+                self._scopes.pop(get_ident(), None)
+            if entry.dropped is not None:
+                entry.dropped.detach()
 
     async def __aenter__(self) -> NoReturn:
         raise InferenceContextError(f"`async with fast_inference()` cannot be: {_ADVICE}")
 
     async def __aexit__(self, *_: object) -> None:  # never entered
         return
+
+
+def _end(thread: int, scope: ExitStack, held: HeldFlags) -> None:
+    """Close what a scope opened, in its own thread, and release its flags. Idempotent."""
+    try:
+        if thread == get_ident():
+            scope.close()
+    finally:
+        held.release()
 
 
 def _refuse_suspended(frame: FrameType | None) -> None:

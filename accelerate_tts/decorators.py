@@ -241,6 +241,7 @@ def inference(
         retry: Repeat a call with a faulty output, or with an error of inference mode itself. If False, the output is
             returned as it is, with a `Guarded` event, or the error is raised, and decorated functions that called this
             one are not repeated either. Other exceptions never cause a repetition, nor do faults of other calls.
+            `batched` does not repeat a batch for which memory ran out if this function was called for it.
 
     Raises:
         SettingsError: The mode is unknown, `concurrency` is not a whole number of at least 1, or `retry` is not True or

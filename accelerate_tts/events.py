@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 from accelerate_tts.errors import printable, shown
@@ -264,7 +265,7 @@ class Tidied(Event):
 
 @dataclass(frozen=True)
 class BackedOff(Event, degraded=True):
-    """A batch did not fit into memory; its items are tried again in smaller batches."""
+    """A batch did not fit into memory; its items, or those of the next call, are tried in smaller batches."""
 
     what: str
     batch: int
@@ -344,19 +345,36 @@ def add_hook(hook: EventHook) -> Callable[[], None]:
         raise TypeError(f"add_hook() needs a callable of one event, got {shown(hook)}")
 
     # A separate wrapper for each registration, since the same hook may be added twice and removed once.
-    def registration(event: Event) -> object:
-        return hook(event)
+    registration = partial(hook)
+    _register(registration)
+    return partial(_forget, registration)
 
+
+def _register(registration: EventHook) -> None:
     global _hooks  # noqa: PLW0603 - an immutable tuple swapped under a lock, read without one
     with _lock:
         _hooks = (*_hooks, registration)
 
-    def remove() -> None:
-        global _hooks  # noqa: PLW0603
-        with _lock:
-            _hooks = tuple(known for known in _hooks if known is not registration)
 
-    return remove
+def _forget(registration: EventHook) -> None:
+    global _hooks  # noqa: PLW0603
+    with _lock:
+        _hooks = tuple(known for known in _hooks if known is not registration)
+
+
+@contextmanager
+def hooked(hook: EventHook) -> Generator[None, None, None]:
+    """Call `hook` with every event while open. See `add_hook`."""
+    registration = partial(hook)
+    try:
+        _register(registration)
+        yield
+    finally:
+        try:
+            _forget(registration)
+        except BaseException:  # Ctrl-C in it
+            _forget(registration)
+            raise
 
 
 def logged_count() -> int:

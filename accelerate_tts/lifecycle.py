@@ -95,7 +95,7 @@ class LoadedObjects:
             return None
         from accelerate_tts.models import describe
         from accelerate_tts.packs.warm_pack import WarmPack
-        from accelerate_tts.stages.catalogue import default_stages
+        from accelerate_tts.stages.catalogue import default_stages, with_writable_folder
         from accelerate_tts.storage.fingerprint import outline
         from accelerate_tts.tuning.limits import Limits
         from accelerate_tts.tuning.policy import current_policy
@@ -108,6 +108,8 @@ class LoadedObjects:
         if settings.pack and calls.main and plan.parts:
             told = {"precision": settings.precision, "lengths": request.lengths, "warmup": outline(request.warmup)}
             pack = WarmPack.of(plan, stages, device, settings, mode=request.mode, **told)
+        # Not before: a pack that was made where the compiler could write is found by the same key.
+        stages = with_writable_folder(stages)
         policy = replace(current_policy(), patience=settings.tune_patience)
         begun: list[Ledger] = []
         limits = Limits(settings.tune_seconds, settings.precision, request.stopped, policy, begun.append)
@@ -172,7 +174,9 @@ class LoadedObjects:
             )
         if self._settings.guard_weights == "disk":
             moved = originals_to_file(plan.roots, plan.what, pack_folder(self._settings))
-            notes.append(f"the original weights that have copies are in a file: {moved / 2**20:.0f} MiB of memory less")
+            if moved:
+                saved = f"{moved / 2**20:.0f} MiB of memory less"
+                notes.append(f"the original weights that have copies are in a file: {saved}")
         offloader = None
         if self._settings.guard_weights == "reload":
             offloader, note = self._freed(plan.what, findings, loaded, found, calls)
@@ -342,18 +346,18 @@ def _untouched(tuning: Tuning) -> Generator[bool, None, None]:
     if guarding is not None:  # the guard counts the holders, and knows if the changes are off for good
         with guarding.untouched():
             of_process = tuning.of_process()  # which the guard leaves on, since they compute the same
-            for change in reversed(of_process):
-                change.off()
             try:
+                for change in reversed(of_process):
+                    change.off()
                 yield guarding.in_force
             finally:
                 for change in of_process:
                     change.on()
         return
     _pin = tuning.at_hand()  # keeps the weights until the changes are on again
-    for change in reversed(tuning.changes):
-        change.off()
     try:
+        for change in reversed(tuning.changes):
+            change.off()
         yield bool(tuning.changes)
     finally:
         for change in tuning.changes:

@@ -79,7 +79,8 @@ class PerformanceOptimizer:
         with self._lock:
             if self._device is None:
                 device = detect.detect(self.settings.device)
-                self._hold = flags.hold(setup.setup_flags(device, self.settings))
+                self._hold = flags.HeldFlags()
+                self._hold.take(setup.setup_flags(device, self.settings))
                 self._device = device
                 emit(Prepared(f"{device.kind} ({device.name})", tuple(f.name for f in self._hold.flags)))
             return self._device

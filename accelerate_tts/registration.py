@@ -71,8 +71,8 @@ class Registry(Generic[T]):
         """
         self._load_ours()  # a module imported inside the scope would not be imported again
         before = dict(self._entries), set(self._asked)
-        self._entries |= instead
         try:
+            self._entries = {**self._entries, **instead}
             yield
         finally:
             self._entries, self._asked = before

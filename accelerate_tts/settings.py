@@ -214,7 +214,7 @@ class _Switch:
     def __init__(self) -> None:
         self.lock = lock()
         self.active = True
-        self.testing = 0
+        self.testing: set[object] = set()  # open scopes
 
 
 _switch = _Switch()
@@ -248,7 +248,7 @@ def is_active() -> bool:
 
 def is_testing() -> bool:
     """Check that a `testing()` scope is open in this process."""
-    return _switch.testing > 0
+    return bool(_switch.testing)
 
 
 @contextmanager
@@ -258,13 +258,12 @@ def testing() -> Generator[None, None, None]:
     For test suites, usually as an autouse fixture. Scopes may nest and overlap in any threads, and apply to the whole
     process until the last one ends.
     """
-    with _switch.lock:
-        _switch.testing += 1
+    scope = object()
     try:
+        _switch.testing.add(scope)
         yield
     finally:
-        with _switch.lock:
-            _switch.testing -= 1
+        _switch.testing.discard(scope)
 
 
 testing.__test__ = False  # type: ignore[attr-defined]  # pytest would otherwise collect it for its name

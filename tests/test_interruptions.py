@@ -7,27 +7,22 @@ original weights in a file. `INTERRUPTIONS=2000` takes more of them, and `INTERR
 
 from __future__ import annotations
 
-import dis
 import gc
-import itertools
 import os
 import random
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers.audio_utils as audio
+from interrupting import Interrupting
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import accelerate_tts
 from accelerate_tts import events, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.device import flags, memory, openblas
 from accelerate_tts.patching.class_swap import CARRIED
@@ -39,7 +34,9 @@ from accelerate_tts.stages.layers.weight_norm import FoldStage, has_folds
 from accelerate_tts.stages.process.openblas_threads import QuietBlasStage
 from doubles import ALONE, is_faster, run_alone
 
-PACKAGE = str(Path(accelerate_tts.__file__).parent)
+if TYPE_CHECKING:
+    from interrupting import Place
+
 PLACES = int(os.environ.get("INTERRUPTIONS", "30"))
 SEED = int(os.environ.get("INTERRUPTIONS_SEED", "0"))
 KINDS = {"tuned": {"PACK": "0"}, "restored": {"PACK": "1"}, "in a file": {"PACK": "0", "GUARD_WEIGHTS": "disk"}}
@@ -87,69 +84,6 @@ class Library:
     """A stand-in for a loaded OpenBLAS."""
 
     path, threads = "/numpy/libopenblas.so", 4
-
-
-# --- places -----------------------------------------------------------------------------------------------------------
-
-Place = tuple[str, str, int, int, bool]
-
-
-@cache
-def calls_before(code: CodeType) -> dict[int, int]:
-    """The instructions that follow a call, and that call's."""
-    found = list(dis.get_instructions(code))
-    return {b.offset: a.offset for a, b in itertools.pairwise(found) if a.opname.startswith("CALL")}
-
-
-class Interrupting:
-    """Raises KeyboardInterrupt where CPython takes a signal.
-
-    That is where a function begins, where a generator goes on, and after a call of something that is not Python.
-
-    Args:
-        place: One of `places`, and how often it is passed until then.
-
-    Attributes:
-        places: How often each place was passed.
-        where: The line that was interrupted, or "".
-    """
-
-    def __init__(self, place: tuple[Place, int] | None = None) -> None:
-        self.place = place
-        self.places: Counter[Place] = Counter()
-        self.where = ""
-        self._begun = 0
-        self._last: dict[int, tuple[int, int]] = {}
-
-    def __call__(self, frame: Any, event: str, _argument: object) -> Any:
-        code = frame.f_code
-        if event == "call":
-            self._begun += 1
-            if not code.co_filename.startswith(PACKAGE):
-                return None
-            if self.place is not None and self.place[0][:3] != _named(code):
-                return None
-            frame.f_trace_opcodes = True
-            if dis.opname[code.co_code[max(frame.f_lasti, 0)]] != "YIELD_VALUE":  # no signal is taken as it is closed
-                self._pass(frame, begins=True)
-        elif event == "opcode":
-            before = calls_before(code).get(frame.f_lasti)
-            if before is not None and self._last.get(id(frame)) == (before, self._begun):
-                self._pass(frame, begins=False)
-            self._last[id(frame)] = (frame.f_lasti, self._begun)
-        return self
-
-    def _pass(self, frame: Any, *, begins: bool) -> None:
-        place = (*_named(frame.f_code), frame.f_lasti, begins)
-        self.places[place] += 1
-        if self.place == (place, self.places[place]):
-            self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            sys.settrace(None)
-            raise KeyboardInterrupt
-
-
-def _named(code: CodeType) -> tuple[str, str, int]:
-    return code.co_filename, code.co_name, code.co_firstlineno
 
 
 def interrupted(place: tuple[Place, int] | None) -> tuple[Backend, Interrupting, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, cast
@@ -28,6 +29,9 @@ _errors = Terminal(stderr=True)
 
 
 def _fail(message: object) -> NoReturn:
+    lost: OSError | None = getattr(sys.stdout, "error", None)
+    if lost is not None and message is lost:
+        raise lost  # `main` says so, once
     _errors.print(f"error: {printable(message)}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 

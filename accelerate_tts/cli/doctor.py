@@ -21,8 +21,8 @@ from accelerate_tts._version import __version__
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.device import cpu, detect, memory, setup
+from accelerate_tts.device.compiler_folder import cache_folder
 from accelerate_tts.errors import SettingsError, described, printable
-from accelerate_tts.packs.compiler_cache import cache_folder
 from accelerate_tts.settings import Settings, is_active
 
 Verdict = Literal["ok", "info", "warning", "problem"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from accelerate_tts.errors import AccelerateTTSError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
 
 
@@ -30,3 +32,28 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
     if not existed:
         path.unlink()
+
+
+class Files:
+    """Files that a command writes after minutes of work.
+
+    One that cannot be written stops neither the others nor what is printed: `check` raises at the end.
+    """
+
+    def __init__(self) -> None:
+        self._faults: list[str] = []
+
+    @contextmanager
+    def writing(self, path: Path) -> Generator[None, None, None]:
+        """Store an error of the block, which writes a file."""
+        try:
+            yield
+        except OutputError as error:
+            self._faults.append(str(error))
+        except OSError as error:
+            self._faults.append(f"{path} cannot be written: {error.strerror or error}")
+
+    def check(self) -> None:
+        """Raise `OutputError` if a file could not be written."""
+        if self._faults:
+            raise OutputError("; ".join(self._faults))

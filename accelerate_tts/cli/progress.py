@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from accelerate_tts.errors import printable
-from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, add_hook
+from accelerate_tts.events import Event, FellBack, NotApplied, Trying, WarmupFailed, hooked
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,11 +24,8 @@ def shown_events(console: Console) -> Generator[None, None, None]:
         elif isinstance(event, (FellBack, NotApplied, WarmupFailed)):
             console.print(f"  {printable(event)}", style="yellow")
 
-    remove = add_hook(show)
-    try:
+    with hooked(show):
         yield
-    finally:
-        remove()
 
 
 @contextmanager

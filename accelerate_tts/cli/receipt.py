@@ -13,6 +13,7 @@ from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import AccelerateTTSError, printable
 from accelerate_tts.receipts.format import duration
 from accelerate_tts.receipts.receipt import Receipt
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +74,7 @@ def _write(receipt: Receipt, page: Path, file: Path) -> None:
     try:
         if page.exists() and page.samefile(file):
             raise ReceiptFileError(f"{page}: the page would replace the receipt itself; give --html another name")
-        page.write_text(receipt.to_html(), encoding="utf-8")
+        write_whole(page, receipt.to_html())
     except OSError as error:
         why = error.strerror or error
         raise ReceiptFileError(f"{page}: cannot be written ({why}); give --html a file in a folder of yours") from error

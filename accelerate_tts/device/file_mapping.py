@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate_tts.storage.files import named_by
+
 _MAP_FIXED, _MAP_ANONYMOUS = 0x10, 0x20  # mmap(2), Linux; Python's mmap does not place a mapping
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2  # mremap(2)
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
@@ -49,7 +51,9 @@ def move_to_file(regions: Iterable[tuple[int, int]], folder: Path) -> int:
             " process; set ACCELERATE_TTS_PACK_FOLDER to a folder on a disk of this machine"
         )
     pages = [pair for pair in (_whole_pages(*region) for region in regions) if pair[1] > 0]
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with named_by(folder):
+        made = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+    with made as file:
         offsets = [_write(file.fileno(), start, size) for start, size in pages]  # all regions before any is mapped
         for (start, size), offset in zip(pages, offsets, strict=True):
             _map(file.fileno(), start, size, offset)

@@ -54,11 +54,28 @@ _numbers = iter(range(1, 2**62))
 
 
 class HeldFlags:
-    """A set of flags that is held until `release()`, or until the end of its `with` block."""
+    """A set of flags that is held until `release()`, or until the end of its `with` block. At first none is.
 
-    def __init__(self, number: int, flags: list[Flag]) -> None:
-        self._number = number
-        self.flags = flags
+    Who makes it before `take` can release it wherever an interruption comes.
+    """
+
+    def __init__(self) -> None:
+        self._number = next(_numbers)
+        self.flags: list[Flag] = []
+
+    def take(self, wanted: Iterable[tuple[Flag, Any]]) -> None:
+        """Set each flag's value.
+
+        If a write raises, the flags written so far are restored and the exception is raised.
+        """
+        with _lock:
+            try:
+                for flag, value in wanted:
+                    self.flags.append(flag)
+                    _settle(flag, _entered(flag, self._number, value))
+            except BaseException:
+                self.release()
+                raise
 
     def release(self) -> None:
         """Release the flags. The next holder's value or the saved state applies again. Idempotent."""
@@ -124,24 +141,21 @@ def hold(wanted: Iterable[tuple[Flag, Any]]) -> HeldFlags:
 
     If a write raises, the flags written so far are restored and the exception is raised.
     """
-    with _lock:
-        number = next(_numbers)
-        made = HeldFlags(number, [])
-        try:
-            for flag, value in wanted:
-                made.flags.append(flag)
-                _settle(flag, _entered(flag, number, value))
-            return made  # noqa: TRY300 - an interruption on the way out counts, too
-        except BaseException:
-            made.release()
-            raise
+    made = HeldFlags()
+    try:
+        made.take(wanted)
+        return made  # noqa: TRY300 - an interruption on the way out counts, too
+    except BaseException:
+        made.release()
+        raise
 
 
 @contextmanager
 def holding(wanted: Iterable[tuple[Flag, Any]]) -> Generator[HeldFlags, None, None]:
     """Hold flags while open."""
-    held = hold(wanted)
+    held = HeldFlags()
     try:
+        held.take(wanted)
         yield held
     finally:
         try:

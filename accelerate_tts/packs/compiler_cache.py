@@ -10,11 +10,9 @@ The files are code. Only archives that the pack store has verified may be unpack
 
 from __future__ import annotations
 
-import getpass
 import gzip
 import io
 import os
-import re
 import sys
 import tarfile
 import tempfile
@@ -24,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, cast
 
+from accelerate_tts.device.compiler_folder import cache_folder
 from accelerate_tts.errors import abridged, described
-from accelerate_tts.storage.files import BadFileError
+from accelerate_tts.storage.files import BadFileError, named_by
 
 
 class Snapshot(frozenset[str]):
@@ -44,10 +43,16 @@ _MOST_BYTES = 512 * 1024 * 1024
 
 
 def snapshot() -> Snapshot:
-    """List the compiler's folder. Cheap, and imports no compiler."""
-    made = Snapshot(_files())
+    """List the compiler's folder. Cheap, and imports no compiler. Where none can be made, there are no files."""
+    try:
+        folder = cache_folder()
+    except FileNotFoundError:
+        made = Snapshot()
+        made.opened = set()
+        return made
+    made = Snapshot(_files(folder))
     made.opened = set()
-    _watch(made)
+    _watch(made, folder)
     return made
 
 
@@ -62,7 +67,9 @@ def pack(before: frozenset[str], most: int = _MOST_BYTES) -> bytes | None:
     # An atomic copy, since other threads open files meanwhile.
     used = {_key(name) for name in before.opened.copy()} if isinstance(before, Snapshot) else set[str]()
     names = [
-        name for name in sorted(_files()) if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
+        name
+        for name in sorted(_files(folder))
+        if (name not in before or _key(name) in used) and not name.endswith(_PASSING)
     ]
     buffer, size = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
@@ -141,7 +148,8 @@ def _unpacked(content: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bo
 
 def _write(target: Path, content: bytes) -> None:
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    with named_by(target.parent):
+        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -156,9 +164,9 @@ def _key(name: str) -> str:
     return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def _watch(snapshot: Snapshot) -> None:
+def _watch(snapshot: Snapshot, folder: Path) -> None:
     """Record opened files of the compiler's folder while the snapshot is alive."""
-    prefix = os.fspath(cache_folder()) + os.sep
+    prefix = os.fspath(folder) + os.sep
     if not watched:
         sys.addaudithook(_recorder(watched, os.sep))  # once, since Python cannot remove an audit hook
     watched[:] = [(weakref.ref(snapshot), prefix), *(entry for entry in watched if entry[0]() is not None)]
@@ -188,23 +196,7 @@ watched: list[tuple[weakref.ref[Snapshot], str]] = []
 """Living snapshots, each with the prefix of the paths that it records, newest first."""
 
 
-def cache_folder() -> Path:
-    """Return the compiler's folder, as inductor names it (torch 2.6 to 2.14).
-
-    inductor itself is not imported, which takes two seconds.
-    """
-    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if own:
-        return Path(own)
-    try:
-        user = getpass.getuser()
-    except (KeyError, ImportError, OSError):  # a container's user without a name
-        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
-    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
-
-
-def _files() -> list[str]:
-    folder = cache_folder()
+def _files(folder: Path) -> list[str]:
     found: list[str] = []
     for path, _, names in os.walk(folder):
         found += [(Path(path) / name).relative_to(folder).as_posix() for name in names]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate_tts.errors import printable
 from accelerate_tts.receipts.format import duration, error_text, json_number, ratio_text
+from accelerate_tts.storage.files import write_whole
 
 _FORMAT = 1
 _PAGES = {".html", ".htm"}
@@ -166,10 +167,13 @@ class Receipt:
         """Write the receipt to `path`, as an HTML page if the name ends in .html or .htm, otherwise as JSON.
 
         `from_json` and `accelerate-tts receipt` read the JSON.
+
+        Raises:
+            OSError: It cannot be written. A file that was there before stays as it was.
         """
         path = Path(path)
         is_page = path.suffix.lower() in _PAGES
-        path.write_text(self.to_html() if is_page else self.to_json(), encoding="utf-8")
+        write_whole(path, self.to_html() if is_page else self.to_json())
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("part", "stage", "before", "after", "ratio", "error", "verdict")]

@@ -22,6 +22,7 @@ from accelerate_tts.errors import SettingsError, described, shown
 from accelerate_tts.events import BackedOff, NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.locks import rlock
+from accelerate_tts.runtime.guard.gate import Step
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -122,10 +123,15 @@ class Batched(Generic[T, R]):
 
     def _try(self, batch: list[T]) -> Results[R] | None:
         count = len(batch)  # read first, since the function may change the list
+        step = Step()
         try:
-            found = self._function(batch)
+            with step.entered():
+                found = self._function(batch)
         except Exception as error:  # other errors are raised unchanged
             if count == 1 or not is_out_of_memory(error):
+                raise
+            if step.obstacle:  # it may have charged for this batch already
+                emit(BackedOff(_name(self._function), count, self._fits.failed(count)))
                 raise
             return None
         return _checked(found, count, self._function)
@@ -206,6 +212,9 @@ def batched(
     exceptions are raised at once.
 
     The function may be called several times with the same items, so it should have no side effects before it returns.
+    If it is, or has called, one with `@inference(retry=False)`, it is not called again: the exception is raised, and
+    the next call begins with the smaller batch. The results of earlier batches are lost with it; `stream` has yielded
+    them.
 
     Args:
         function: Called with a list of items; returns as many results, in order. Not `async`.

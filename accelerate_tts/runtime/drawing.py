@@ -70,5 +70,8 @@ def _calls_noted(module: Any, generator: object, name: str, found: set[str]) -> 
             setattr(module, key, noting(function))
         yield
     finally:
-        for key, function in plain.items():
-            setattr(module, key, function)
+        try:
+            vars(module).update(plain)
+        except BaseException:  # Ctrl-C in it
+            vars(module).update(plain)
+            raise

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -56,13 +56,19 @@ _policies: list[WatchdogPolicy] = [WatchdogPolicy()]
 @contextmanager
 def watchdog_policy(policy: WatchdogPolicy) -> Generator[None, None, None]:
     """Set the policy of all limits of this process while open. They are checked at once, by its clock."""
-    _policies.append(policy)
-    _check_all()
+    own = replace(policy)  # scopes may overlap, and several may be given the same
     try:
+        _policies.append(own)
+        _check_all()
         yield
     finally:
-        _policies.remove(policy)
-        _check_all()
+        try:
+            _policies[:] = [each for each in _policies if each is not own]
+            _check_all()
+        except BaseException:  # Ctrl-C in it
+            _policies[:] = [each for each in _policies if each is not own]
+            _check_all()
+            raise
 
 
 class Interruption(BaseException):

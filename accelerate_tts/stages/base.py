@@ -31,7 +31,7 @@ class BaseStage:
         name: Name of the stage. For a class with several variants, the name by which other stages refer to all of them.
         devices: torch's names of the device types that it supports; empty for all.
         precisions: Values of `Settings.precision` under which it is tried.
-        needs_compiler: True if it needs torch.compile.
+        needs_compiler: True if it needs torch.compile. Of a stage that is made, also if it imports the compiler only.
         after: Names of stages that are tried before this one. Unknown names are allowed, since they may belong to a
             package that is not installed.
         before: Names of stages that are tried after this one. Meant for stages of other packages; in this package, the

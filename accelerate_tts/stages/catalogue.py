@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeVar, get_args
 
+from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.errors import SettingsError, described, shown
 from accelerate_tts.events import NotApplied, emit
 from accelerate_tts.registration import Registry
@@ -76,6 +77,20 @@ def default_stages(device_type: str, compile_mode: str | None, precision: Precis
         emit(NotApplied("every stage of another package", str(error)))
         order = in_order([cls for cls in classes if _is_ours(cls)])
     return tuple(stage for cls in order for stage in _variants(cls, target))
+
+
+def with_writable_folder(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """Return the stages that can be tried where the compiler has no folder to write into.
+
+    The others are omitted with one `NotApplied` event. Inside a tuning each would fail by itself, on each part.
+    """
+    everything = tuple(stages)
+    lost = [stage for stage in everything if getattr(stage, "needs_compiler", False)]
+    why = unwritable_folder() if lost else None
+    if why is None:
+        return everything
+    emit(NotApplied("; ".join(stage.name for stage in lost), f"the compiler has nowhere to write. {why}"))
+    return tuple(stage for stage in everything if stage not in lost)
 
 
 def in_order(classes: Iterable[type[BaseStage]]) -> list[type[BaseStage]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import sys
 import tempfile
@@ -122,9 +123,25 @@ def alone(folder: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
+def named_by(folder: Path) -> Generator[None, None, None]:
+    """While open, an error about a new file names its folder, so that the same state has the same text each time.
+
+    Raises:
+        OSError: The block raised one that has a number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(folder)) from error
+
+
+@contextmanager
 def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, None]:
     """Write a file (mode 0600) to disk, yield its path, and delete it at the end unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+    with named_by(folder):
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             for part in parts:
@@ -135,6 +152,44 @@ def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, Non
     finally:
         with suppress(OSError):
             Path(name).unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as a whole: if it cannot be written, what was there before stays.
+
+    The folder must have room for both. A pipe or a device, and a file in a folder that cannot be written, are written
+    in place.
+
+    Args:
+        path: Path of the file. A link is followed. The mode of an existing file stays.
+        text: Its content, written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`.
+    """
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        made = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
+        try:
+            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except PermissionError:
+            path.write_text(text, encoding="utf-8")
+            return
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            made.replace(target)
+        finally:
+            with suppress(OSError):
+                made.unlink()
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 def touch(target: Path | int, after: int = 0) -> None:

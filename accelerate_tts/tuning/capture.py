@@ -197,15 +197,14 @@ def _around(part: Part, before: Callable[..., None], after: Callable[..., None])
         after(module, args, output)
         return output
 
-    own = vars(module).get(method)
-    vars(module)[method] = run
+    attributes = vars(module)
+    own = {method: attributes[method]} if method in attributes else {}
     try:
+        attributes[method] = run
         yield
     finally:
-        if own is None:
-            del vars(module)[method]
-        else:
-            vars(module)[method] = own
+        attributes.pop(method, None)
+        attributes.update(own)
 
 
 @contextmanager

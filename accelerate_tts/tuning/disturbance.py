@@ -95,11 +95,15 @@ def one_thread() -> Generator[None, None, None]:
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
+        try:
+            torch.set_num_threads(threads)
+        except BaseException:  # Ctrl-C in it
+            torch.set_num_threads(threads)
+            raise
 
 
 def between(first: Usage, second: Usage, team: int) -> Disturbance:

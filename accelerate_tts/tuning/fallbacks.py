@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from accelerate_tts.events import Event, FellBack, add_hook
+from accelerate_tts.events import Event, FellBack, hooked
 
 _noting: ContextVar[tuple[list[FellBack], ...]] = ContextVar("accelerate_tts_noting", default=())
 
@@ -25,15 +25,9 @@ def fallbacks() -> Generator[list[FellBack], None, None]:
         if isinstance(event, FellBack) and any(noted is found for noted in _noting.get()):
             found.append(event)
 
-    remove = add_hook(note)
-    try:
-        _noting.set(here)
-        yield found
-    finally:
+    with hooked(note):
         try:
-            remove()
-        except BaseException:  # Ctrl-C in it
-            remove()
-            raise
+            _noting.set(here)
+            yield found
         finally:
             _noting.set(outer)

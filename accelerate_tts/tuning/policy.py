@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.tuning.disturbance import Machine
@@ -120,8 +120,13 @@ def current_policy() -> TuningPolicy:
 @contextmanager
 def tuning_policy(policy: TuningPolicy) -> Generator[TuningPolicy, None, None]:
     """Set the policy of all tunings that begin in this process while open."""
-    _policies.append(policy)
+    own = replace(policy)  # scopes may overlap, and several may be given the same
     try:
+        _policies.append(own)
         yield policy
     finally:
-        _policies.remove(policy)
+        try:
+            _policies[:] = [each for each in _policies if each is not own]
+        except BaseException:  # Ctrl-C in it
+            _policies[:] = [each for each in _policies if each is not own]
+            raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,82 @@ def test_a_load_of_a_user_without_a_home_and_without_a_name() -> None:
     assert f"this user has no home folder; {folder}/accelerate_tts-54321/packs serves instead" in done.stdout
     assert "ACCELERATE_TTS_PACK_FOLDER" in done.stdout
     assert len(packs) == 1
+
+
+# --- work that is done before it cannot be told ---------------------------------------------------------------------
+
+SERVICE = """
+import torch
+from torch import nn
+from accelerate_tts import inference, optimized_model
+
+class Voice:
+    @optimized_model(warmup="Hello there.", tune_seconds=2)
+    def load(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+
+    @inference
+    def speak(self, text):
+        return self.model(torch.ones(len(text), 16)).flatten()
+"""
+TUNED = 'tune service:Voice --text "Hello there." --pairs 1 --rate 16000 --html page.html --receipt receipt.json'
+LOST = {
+    ">/dev/full": 2, ">&-": 0, "| true": 141, "2>&-": 0, "2>/dev/full": 0, ">&- 2>&-": 0, ">/dev/full 2>/dev/full": 2,
+    "2>&1 | true": 141,
+}  # fmt: skip
+
+
+def shell(line: str, folder: Path, *, private: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of this package in a shell that reports the status of the first command of a pipe."""
+    command = f"""{sys.executable} -W ignore -c '{RUN}' {line}"""
+    before = [] if not private else ["unshare", "-rm", "sh", "-c", f'{private} && cd . && exec "$@"', "sh"]
+    return subprocess.run(
+        [*before, "bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, cwd=folder,
+        env={
+            **os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)]),
+            "ACCELERATE_TTS_PACK": "1", "ACCELERATE_TTS_PACK_FOLDER": str(folder / "packs"),
+            "ACCELERATE_TTS_TORCH_COMPILE": "0", **variables,
+        },
+    )  # fmt: skip
+
+
+@posix
+@pytest.mark.skipif(shutil.which("bash") is None, reason="only bash reports the status of a pipe's first command")
+@pytest.mark.parametrize("stream", LOST)
+def test_what_was_tuned_is_kept_where_it_cannot_be_told(stream: str, tmp_path: Path) -> None:
+    (tmp_path / "service.py").write_text(SERVICE, encoding="utf-8")
+    done = shell(f"{TUNED} {stream}", tmp_path)
+    assert done.returncode == LOST[stream], done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.count("rror: ") == (stream == ">/dev/full"), done.stderr
+    assert len(list((tmp_path / "packs").glob("*.pack"))) == 1
+    assert Receipt.from_json((tmp_path / "receipt.json").read_text(encoding="utf-8")).what == "Voice"
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@posix
+def test_a_page_that_finds_no_room_costs_nothing_else(tmp_path: Path) -> None:
+    """A disk that is full midway: the receipt fits, the page does not; an older page stays as it was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "service.py").write_text(SERVICE, encoding="utf-8")
+    mount = f"mount -t tmpfs -o size=16k none {disk} && echo old > {disk}/page.html"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("NO FULL DISK WAS TRIED: a private mount of a small tmpfs is not permitted here")
+    line = f"{TUNED.replace('page.html', 'disk/page.html').replace('receipt.json', 'disk/receipt.json')}"
+    done = shell(
+        f"{line}; echo status $?; cat disk/page.html; ls -A disk; cat disk/receipt.json", tmp_path, private=mount
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "error: disk/page.html cannot be written: No space left on device"
+    table_, _, rest = done.stdout.partition("status 2\n")
+    assert "Receipt" in table_
+    old, page, receipt_, content = rest.split("\n", 3)
+    assert (old, page, receipt_) == ("old", "page.html", "receipt.json")
+    assert Receipt.from_json(content).what == "Voice"
+    assert len(list((tmp_path / "packs").glob("*.pack"))) == 1
 
 
 @posix

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,117 @@ def test_a_read_only_folder_costs_events_and_nothing_else(tmp_path: Path) -> Non
     code, out, errors = ended(process)
     assert code == 0, errors
     assert out.split() == ["load", "embedding", "export"]
+
+
+READ_ONLY_ROOT = """
+    import os, time
+    from dataclasses import replace
+    import torch
+    from torch import nn
+    from accelerate_tts import add_hook, get_performance_optimizer, inference, optimized_model, receipt_of
+    from accelerate_tts.tuning.policy import current_policy, tuning_policy
+    from accelerate_tts.device.usage import Usage
+    from accelerate_tts.tuning.timing import Timing
+
+    class QuietMachine:
+        usage = staticmethod(lambda: Usage(time.perf_counter(), 0.0))
+        waited, probe, sleep = staticmethod(lambda: None), staticmethod(lambda: 1.0), staticmethod(lambda _: None)
+
+    faster, bakes = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5), os.environ["BAKES"] == "1"
+    seen = []
+    add_hook(seen.append)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+            self.up, self.down = nn.Linear(64, 1100), nn.Linear(1100, 64)
+            self.eval()
+
+        def forward(self, x):
+            return self.conv(self.down(torch.tanh(self.up(x))))
+
+    class Voice:
+        @optimized_model(warmup=lambda self: self.speak(torch.ones(1, 8, 64)), precision="fast")
+        def load(self):
+            self.model = Model()
+
+        @inference
+        def speak(self, x):
+            return self.model(x)
+
+    def unworthy(_baseline, _part, stage):
+        return "it needs a compiler" if bakes and stage.needs_compiler else None
+
+    x, twin = torch.randn(1, 8, 64), Model()
+    with torch.inference_mode():
+        expected = twin(x)
+    def compare(*_args, **_kwargs):
+        return faster
+
+    policy = replace(current_policy(), compare=compare, looks=False, unworthy=unworthy, machine=QuietMachine)
+    for _ in range(1 if bakes else 2):
+        voice = Voice()
+        with tuning_policy(policy):
+            voice.load()
+        receipt = receipt_of(voice)
+        assert receipt is not None and receipt.kept and receipt.before is not None
+        assert not [result for result in receipt.stages if "failed" in result.reason], str(receipt)
+        assert not [note for note in receipt.notes if "are in a file" in note] or bakes, str(receipt)
+        assert (voice.speak(x) - expected).abs().max() < 0.02 * expected.abs().max()
+        lost = sorted(type(event).__name__ for event in seen if event.degraded)
+        print(lost, any(type(event).__name__ == "Restored" for event in seen))
+        assert get_performance_optimizer().undo(voice) and receipt_of(voice) is None
+        assert torch.equal(voice.speak(x), expected)
+        assert voice.model.state_dict().keys() == twin.state_dict().keys()
+        seen.clear()
+"""
+NOTHING_WRITABLE = """
+while read -r _ place _; do mount -o remount,ro,bind "$place" 2>/dev/null; done < /proc/mounts
+exec "$@"
+"""
+PROBE = """
+    import os, tempfile
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        folders = "/", "/dev/shm", os.path.expanduser("~")
+        raise SystemExit(any(os.access(folder, os.W_OK) for folder in folders)) from None
+    raise SystemExit(1)
+"""
+
+
+@posix
+@pytest.mark.parametrize("compiles", ["0", "1"])
+@pytest.mark.parametrize("is_baked", [False, True])
+def test_a_root_of_which_nothing_can_be_written(compiles: str, is_baked: bool, tmp_path: Path) -> None:
+    """A container with a read-only root: no temporary folder, no home, no shared memory, no cache.
+
+    A pack that lies there already is used.
+    """
+    unshare = shutil.which("unshare")
+    before = (unshare or "", "-rm", "sh", "-c", NOTHING_WRITABLE, "sh")
+    if unshare is None or ended(child(PROBE, before=before))[0]:
+        pytest.skip("NO READ-ONLY ROOT WAS TRIED: remounting it in a namespace of its own is not permitted here")
+    variables = {
+        "ACCELERATE_TTS_PACK_FOLDER": str(tmp_path), "ACCELERATE_TTS_TORCH_COMPILE": compiles,
+        "ACCELERATE_TTS_GUARD_WEIGHTS": "disk", "XDG_CACHE_HOME": "", "TORCHINDUCTOR_CACHE_DIR": "", "TMPDIR": "",
+    }  # fmt: skip
+    if is_baked:
+        code, _, errors = ended(child(READ_ONLY_ROOT, **variables, BAKES="1"))
+        assert code == 0, errors
+        assert len(list(tmp_path.glob("*.pack"))) == 1
+    files = sorted(tmp_path.iterdir())
+    code, out, errors = ended(child(READ_ONLY_ROOT, before=before, **variables, BAKES="0"))
+    assert code == 0, errors
+    no_file, no_pack = ["NotApplied"], [] if is_baked else ["PackIgnored"]
+    no_compiler = ["NotApplied"] if compiles == "1" or find_spec("torchao") is not None else []
+    assert out.splitlines() == [f"{[*no_compiler, *no_file, *no_pack]} {is_baked}"] * 2, errors
+    told = [line for line in errors.splitlines() if "was not applied" in line or "was ignored" in line]
+    assert len(told) == len([*no_compiler, *no_file, *no_pack]), "the second load logged the same once more"
+    assert not no_compiler or "set TMPDIR" in errors
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_an_embedding_that_is_wrong_in_any_byte_is_computed_anew(tmp_path: Path, seen: list[Event]) -> None:

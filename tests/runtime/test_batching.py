@@ -122,6 +122,31 @@ def test_every_other_exception_passes_untouched_and_is_not_tried_again(
     assert (calls, cleaned, seen) == ([4], [], [])
 
 
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_batch_that_may_be_made_once_is_not_made_again(is_inside: bool, seen: list[Event]) -> None:
+    """`retry=False` is for a function that charges: its batch is not halved, but the next call's is smaller."""
+    charged: list[list[int]] = []
+
+    @inference(retry=False)
+    def charge(items: list[int]) -> list[int]:
+        charged.append(list(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return items
+
+    def speak(items: list[int]) -> list[int]:
+        return list(charge(items))
+
+    speak_all = batched(speak if is_inside else charge, limit=4)
+    with pytest.raises(torch.OutOfMemoryError):
+        speak_all(range(6))
+    assert charged == [[0, 1, 2, 3]]
+    assert speak_all.size == 2
+    assert [type(event) for event in seen] == [BackedOff]
+    assert speak_all(range(4, 6)) == [4, 5]
+    assert charged == [[0, 1, 2, 3], [4, 5]]
+
+
 def test_no_tensor_of_the_failed_batch_is_alive_at_the_next_attempt() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     left: list[int] = []

@@ -17,9 +17,11 @@ from accelerate_tts.cli.bench.results import document
 from accelerate_tts.cli.bench.systems import PARTS, SYSTEMS, system_of
 from accelerate_tts.cli.bench.variant import Request
 from accelerate_tts.cli.lines import say
+from accelerate_tts.cli.output import Files
 from accelerate_tts.cli.tables import table, wide_console
 from accelerate_tts.errors import AccelerateTTSError, SettingsError
 from accelerate_tts.settings import check_precision, check_tune_seconds
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,24 +59,30 @@ def run(systems: Sequence[str], options: Options) -> None:
         SettingsError: A name, a precision or a length is invalid.
         MissingExtraError: matplotlib is needed for the chart and not installed.
         AccelerateTTSError: No variant gave a figure.
+        OutputError: A file could not be written at the end.
     """
     names = _checked(systems, options)
     found: list[Found] = []
+    files = Files()
     for name in names:
         found.append(Found(name))
         with tempfile.TemporaryDirectory() as folder:
             for _ in _Bench(found[-1], options, Path(folder)).variants():
                 if options.json is not None:  # after each, since the next may take minutes
-                    options.json.write_text(json.dumps(document(found, options), indent=2), "utf-8")
+                    files = Files()  # what the last one leaves counts
+                    with files.writing(options.json):
+                        write_whole(options.json, json.dumps(document(found, options), indent=2))
     if not any(one.runs for one in found):
         raise AccelerateTTSError("; ".join(line for one in found for line in report.summaries(one)))
+    if options.plot is not None:
+        with files.writing(options.plot):
+            chart.draw(found, options.plot)
     numbers = {"eager", "tuned", "ratio", "error", "floor"}
     wide_console().print(table(report.rows(found), "Untouched against tuned", numbers))
     wide_console(200).print(table(report.overview(found), "Times as fast as untouched, whole call", set()))
     for line in (line for one in found for line in report.summaries(one)):
         say(line)
-    if options.plot is not None:
-        chart.draw(found, options.plot)
+    files.check()
 
 
 def _checked(systems: Sequence[str], options: Options) -> list[str]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.demo.phonemes import sentences
-from accelerate_tts.cli.output import OutputError, check_writable
+from accelerate_tts.cli.output import Files, OutputError, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
 from accelerate_tts.cli.tables import spread, table, wide_console
 from accelerate_tts.cli.terminal import Terminal
@@ -85,7 +85,7 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
 
     Raises:
         NothingToSayError: Nothing in `text` can be pronounced.
-        OutputError: A file cannot be written. This is checked before anything is spoken.
+        OutputError: A file cannot be written. This is checked before anything is spoken, and told at the end.
         MissingExtraError: The demo extra is not installed.
     """
     console = Terminal(stderr=True)
@@ -94,9 +94,18 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
         check_writable(path)
     with console.status("importing torch"):  # a second or two
         import_module("torch")
+    from accelerate_tts.optimizer import receipt_of
+
+    files = Files()
+    spoken: list[int] = []  # the number of samples, unless the file could not be written
     with quiet(), shown_events(console):
         plain, decorated, comparison = compare_backends(pieces, pairs, console)
-        frames = _speak_to_file(decorated, pieces, output, console)
+        receipt = receipt_of(decorated)
+        if receipt is not None and receipt_file is not None:
+            with files.writing(receipt_file):
+                receipt.save(receipt_file)
+        with files.writing(output):
+            spoken.append(_speak_to_file(decorated, pieces, output, console))
     out = wide_console()
     out.print(table(comparison.rows(), "Plain against decorated, in turn", {"plain", "decorated"}))
     out.print(
@@ -104,16 +113,13 @@ def run(text: str, output: Path, pairs: int, receipt_file: Path | None) -> None:
         f" (relative error {comparison.error:.1e})",
         style="dim",
     )
-    from accelerate_tts.optimizer import receipt_of
-
-    receipt = receipt_of(decorated)
     if receipt is not None:
         receipts.show(receipt, out)
-        if receipt_file is not None:
-            receipt.save(receipt_file)
     del plain
-    seconds = frames / decorated.voice.sampling_rate
-    out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz")
+    for frames in spoken:
+        seconds = frames / decorated.voice.sampling_rate
+        out.print(f"wrote {output}: {seconds:.1f} s of speech at {decorated.voice.sampling_rate} Hz")
+    files.check()
 
 
 def compare_backends(

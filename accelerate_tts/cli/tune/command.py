@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.backend import BackendError, find, values_of
-from accelerate_tts.cli.output import OutputError, check_writable
+from accelerate_tts.cli.output import Files, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
 from accelerate_tts.cli.tables import spread, table, wide_console
 from accelerate_tts.cli.terminal import Terminal
@@ -21,6 +21,7 @@ from accelerate_tts.errors import printable
 from accelerate_tts.events import Event, NotApplied, Restored, WarmupFailed, add_hook
 from accelerate_tts.receipts.format import duration, error_text
 from accelerate_tts.settings import Settings, is_active
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +150,7 @@ def run(target: str, text: str, options: TuneOptions) -> None:
 
     Raises:
         BackendError: The backend cannot be found, made, loaded or called.
-        OutputError: A file cannot be written. This is checked before anything is loaded.
+        OutputError: A file cannot be written. This is checked before anything is loaded, and told at the end.
         MissingExtraError: A judge of the sound is not installed.
         AccelerateTTSError: The decorators are off, or an option of them is invalid; or the tuned sound has too many
             word errors.
@@ -184,22 +185,30 @@ def run(target: str, text: str, options: TuneOptions) -> None:
 
 
 def _show(result: Result, options: TuneOptions) -> None:
-    """Print a result, and write the files that were asked for."""
+    """Write the files that were asked for, and print a result. Files come first: standard output may be closed.
+
+    Raises:
+        OutputError: A file could not be written. Everything else is written and printed by then.
+    """
+    files = Files()
+    if options.receipt is not None:
+        with files.writing(options.receipt):
+            result.receipt.save(options.receipt)
+    page_written = False
+    if options.html is not None:
+        from accelerate_tts.cli.tune.page import to_html
+
+        with files.writing(options.html):
+            write_whole(options.html, to_html(result))
+            page_written = True
     out = wide_console()
     out.print(table(result.rows(), f"{result.name}, untouched against tuned, in turn", {"untouched", "tuned"}))
     for line in result.remarks:
         out.print(printable(line), soft_wrap=True)
     receipts.show(result.receipt, out)
-    if options.receipt is not None:
-        result.receipt.save(options.receipt)
-    if options.html is not None:
-        from accelerate_tts.cli.tune.page import to_html
-
-        try:
-            options.html.write_text(to_html(result), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{options.html} cannot be written: {error.strerror or error}") from error
+    if page_written:
         out.print(f"wrote {printable(options.html)}", soft_wrap=True)
+    files.check()
 
 
 def _judged(result: Result, say: Callable[[str], object]) -> Result:

@@ -64,8 +64,8 @@ class Step:
         """Scope of the code of the call."""
         before = WITHIN.get()
         # A task inherits the calls that enclose its start, and may outlive them.
-        WITHIN.set((*(step for step in before if not step.is_over), self))
         try:
+            WITHIN.set((*(step for step in before if not step.is_over), self))
             yield
         finally:
             WITHIN.set(before)  # no token: a generator may be closed in another context
@@ -125,7 +125,7 @@ class Gate:
         self._inside: weakref.WeakSet[Step] = weakref.WeakSet()
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()
         self._pins: list[object] = []
-        self._waiting = 0
+        self._waiting: set[object] = set()
         self._is_off = False  # True also while a switch may have been interrupted half-way
         self._leaving = self.over = False
         self._shut_from = 0.0
@@ -275,16 +275,17 @@ class Gate:
     @contextmanager
     def _waits(self) -> Generator[None, None, None]:
         """Scope in which a caller waits for a gap."""
-        with self._lock:
-            if not self._waiting:
-                self._shut_from = time.monotonic()
-            self._waiting += 1
-            self._changed.notify_all()
+        waiter = object()
         try:
+            with self._lock:
+                if not self._waiting:
+                    self._shut_from = time.monotonic()
+                self._waiting.add(waiter)
+                self._changed.notify_all()
             yield
         finally:
+            self._waiting.discard(waiter)  # alone: an interruption in what follows costs a wake-up
             with self._lock:
-                self._waiting -= 1
                 self._changed.notify_all()
 
     def _take(self, hold: Hold) -> None:

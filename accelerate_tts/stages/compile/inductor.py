@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree
 
+from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
@@ -141,7 +142,13 @@ def compile_function(
         mode: torch.compile's mode.
         counter: Counts the graphs.
         fullgraph: Raise an error at a graph break.
+
+    Raises:
+        OSError: The compiler has no folder to write into.
     """
+    why = unwritable_folder()
+    if why is not None:
+        raise OSError(f"the compiler has nowhere to write. {why}")
     mend_workers()  # before importing inductor, which may start them
     _mend_collector()
     from torch._dynamo import lookup_backend
@@ -296,11 +303,16 @@ def compiled_by(compiler: Callable[..., Any]) -> Generator[None]:
     Args:
         compiler: Called with a graph, its example inputs and `config_patches=`; returns what runs in the graph's place.
     """
-    _compilers.append(compiler)
+    own = partial(compiler)  # scopes may overlap, and several may be given the same
     try:
+        _compilers.append(own)
         yield
     finally:
-        _compilers.remove(compiler)
+        try:
+            _compilers[:] = [each for each in _compilers if each is not own]
+        except BaseException:  # Ctrl-C in it
+            _compilers[:] = [each for each in _compilers if each is not own]
+            raise
 
 
 def _shapes(inputs: list[Any]) -> str:

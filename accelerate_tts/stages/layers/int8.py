@@ -75,6 +75,7 @@ class QuantizeStage(BaseStage):
 
     def __init__(self, engine: str) -> None:
         self.name = f"{self.name} ({engine})"
+        self.needs_compiler = engine == "torchao"  # which imports inductor
         self._engine = engine
 
     def applies(self, part: Part) -> str | None:

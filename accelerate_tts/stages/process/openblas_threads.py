@@ -11,14 +11,13 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-from accelerate_tts.device.flags import hold
+from accelerate_tts.device.flags import HeldFlags
 from accelerate_tts.device.openblas import BLAS_THREADS, busy_libraries
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
 
 if TYPE_CHECKING:
-    from accelerate_tts.device.flags import HeldFlags
     from accelerate_tts.plan import Part
 
 
@@ -47,10 +46,16 @@ class _Quiet(BaseChange):
 
     def on(self) -> None:
         if self._hold is None:
-            self._hold = hold([(BLAS_THREADS, 1)])
+            held = HeldFlags()
             # A tuned object that is dropped is not undone first.
-            self._dropped = weakref.finalize(self, self._hold.release)
+            self._dropped = weakref.finalize(self, held.release)
             self._dropped.atexit = False
+            try:
+                held.take([(BLAS_THREADS, 1)])
+                self._hold = held
+            except BaseException:  # Ctrl-C
+                held.release()
+                raise
 
     def off(self) -> None:
         if self._hold is not None:
