@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def test_a_process_that_died_is_laid_to_the_test_that_it_was_in(scripts: Any, tm
     assert died["collected"] == ["a", "b", "c"]
     assert died["tests"]["b"]["outcome"] == "failed"
     assert run.read_log(tmp_path / "none", "")["tests"] == {}
+
+
+def test_tests_run_in_a_mixed_order_that_is_the_same_each_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plugin = scripts
+    monkeypatch.delenv("UPSTREAM_ONLY", raising=False)
+    names = [f"T::test_{letter}" for letter in "abcdefghijkl"]
+    orders = []
+    for number, given in enumerate((names, names[::-1])):
+        items: list[Any] = [SimpleNamespace(nodeid=f"test_modeling_toy.py::{name}") for name in given]
+        hook = SimpleNamespace(pytest_deselected=lambda items: None)
+        log = tmp_path / str(number)
+        plugin._Log(log, None).pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        orders.append(json.loads(log.read_text())["collected"])
+        assert orders[-1] == [item.nodeid.partition("::")[2] for item in items]
+    assert orders[0] == orders[1] != names
+    assert sorted(orders[0]) == names
 
 
 def test_a_row_is_gone_on_with_in_its_own_versions_alone(scripts: Any, tmp_path: Path) -> None:
