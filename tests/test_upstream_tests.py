@@ -149,9 +149,19 @@ def test_a_model_is_tuned_at_its_first_call_in_eval_mode(scripts: Any, monkeypat
             super().__init__()
             self.inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)))
 
-        def forward(self, x: torch.Tensor, memory: list[Any]) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, memory: list[Any], processors: Any = ()) -> torch.Tensor:
             memory.append(1)
+            for processor in processors:
+                processor()
             return self.inner(x)
+
+    class Processor:
+        """It has a state and can be called, as logits processors of tests."""
+
+        calls = 0
+
+        def __call__(self) -> None:
+            self.calls += 1
 
     class Called(Model):
         __call__ = tuner.entry(nn.Module.__call__)
@@ -162,8 +172,10 @@ def test_a_model_is_tuned_at_its_first_call_in_eval_mode(scripts: Any, monkeypat
     assert receipt_of(model) is None, "in train mode it is left alone"
     model.eval()
     expected = Model.__call__(model, x, [])
-    torch.testing.assert_close(model(x, memory), expected)
+    processor = Processor()
+    torch.testing.assert_close(model(x, memory, processors=[processor]), expected)
     assert memory == [1, 1], "the calls of the tuning have their own arguments"
+    assert processor.calls == 1, "and so have those that can be called"
     receipt = receipt_of(model)
     assert receipt is not None
     assert {stage.stage for stage in receipt.kept} >= {"fold weight norm"}

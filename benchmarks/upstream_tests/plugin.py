@@ -124,10 +124,13 @@ class Tuner:
 
 
 def _copied(value: Any) -> Any:
-    """Copy the arguments of a call, which may write into them; modules and what cannot be copied stay as they are."""
+    """Copy the arguments of a call, which may write into them; modules and what cannot be copied stay as they are.
+
+    An object that can be called is copied, too: a logits processor may count its calls.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    if isinstance(value, nn.Module) or callable(value):
+    if isinstance(value, (nn.Module, type)):
         return value
     if type(value) is dict:
         return {name: _copied(item) for name, item in value.items()}
