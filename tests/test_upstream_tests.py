@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
 def row(**tuned: Any) -> dict[str, Any]:
     test = {"outcome": "passed", "why": "", "seconds": 0.1}
     return {
-        "date": "2026-11-28", "left": [], "untouched": dict.fromkeys(tuned, test),
+        "date": "2026-11-28", "versions": {"transformers": "5.1", "tests": "5.2"}, "left": [],
+        "untouched": dict.fromkeys(tuned, test),
         "tuned": {name: {**test, **facts} for name, facts in tuned.items()},
     }  # fmt: skip
 
@@ -50,7 +52,8 @@ def test_the_page_is_what_the_results_say(scripts: Any) -> None:
     text = run.PAGE.read_text("utf-8")
     results = json.loads(run.RESULTS.read_text("utf-8"))
     assert run.with_table(text, results) == text, "run make upstream-tests-page"
-    assert run.with_table(text, {**results, "versions": {"torch": "0"}}) != text
+    results["models"]["llama"]["versions"]["transformers"] = "0"
+    assert run.with_table(text, results) != text
 
 
 def test_what_is_known_has_its_reason(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +62,9 @@ def test_what_is_known_has_its_reason(scripts: Any, monkeypatch: pytest.MonkeyPa
     found = row(**{"T::test_class": {"outcome": "failed"}, "T::test_other": {"outcome": "failed"}})
     assert run.unexplained("toy", found) == ["T::test_other"]
     table = run.page({"models": {"toy": found, "gone": {**row(), "skipped": "no tests"}}})
-    assert "| toy | 2026-11-28 | 2 | 2 | 0 | 0 | `test_other` |" in table
+    assert "| toy | 2026-11-28 | 5.1 | 5.2 | 2 | 2 | 0 | 0 | `test_other` |" in table
     assert "- it compares classes: toy `test_class`." in table
-    assert "| gone | 2026-11-28 | left out: no tests |" in table
+    assert "| gone | 2026-11-28 | 5.1 | 5.2 | left out: no tests |" in table
 
 
 def test_a_process_that_died_is_laid_to_the_test_that_it_was_in(scripts: Any, tmp_path: Path) -> None:
@@ -80,6 +83,40 @@ def test_a_process_that_died_is_laid_to_the_test_that_it_was_in(scripts: Any, tm
     assert run.read_log(tmp_path / "none", "")["tests"] == {}
 
 
+def test_tests_run_in_a_mixed_order_that_is_the_same_each_time(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plugin = scripts
+    monkeypatch.delenv("UPSTREAM_ONLY", raising=False)
+    names = [f"T::test_{letter}" for letter in "abcdefghijkl"]
+    orders = []
+    for number, given in enumerate((names, names[::-1])):
+        items: list[Any] = [SimpleNamespace(nodeid=f"test_modeling_toy.py::{name}") for name in given]
+        hook = SimpleNamespace(pytest_deselected=lambda items: None)
+        log = tmp_path / str(number)
+        plugin._Log(log, None).pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        orders.append(json.loads(log.read_text())["collected"])
+        assert orders[-1] == [item.nodeid.partition("::")[2] for item in items]
+    assert orders[0] == orders[1] != names
+    assert sorted(orders[0]) == names
+
+
+def test_a_row_is_gone_on_with_in_its_own_versions_alone(scripts: Any, tmp_path: Path) -> None:
+    run, _ = scripts
+    told = run.versions_of(tmp_path)
+    assert told["tests"] == "not told"
+    (tmp_path / "setup.py").write_text('setup(\n    name="transformers",\n    version="5.2.0.dev0",  # x.y.z\n)\n')
+    versions = run.versions_of(tmp_path)
+    assert versions == {**told, "tests": "5.2.0.dev0"}
+    fresh = run.fresh_row(versions)
+    assert run.goes_on(fresh, versions)
+    assert run.goes_on(fresh, {**versions, "accelerate_tts": "0"}), "a mend is looked at by what is left"
+    assert not run.goes_on(fresh, told)
+    assert not run.goes_on(fresh, {**versions, "transformers": "0"})
+    assert not run.goes_on({**fresh, "skipped": "no tests"}, versions)
+    assert not run.goes_on(None, versions)
+
+
 def test_only_what_passed_untouched_runs_tuned(scripts: Any) -> None:
     run, _ = scripts
     given: list[Any] = []
@@ -92,7 +129,7 @@ def test_only_what_passed_untouched_runs_tuned(scripts: Any) -> None:
             tests = {name: {"outcome": outcomes[name], "why": ""} for name in ran}
             return {"collected": names or list(outcomes), "tests": tests, "ended": ""}
 
-    found = run.fresh_row()
+    found = run.fresh_row({"transformers": "5.1", "tests": "5.2"})
     run.run_model(Runner(), "toy", found)
     assert given == [(None, False), (["a"], True), (["a"], False), (["a"], True)]
     assert found["left"] == ["c"]
@@ -112,9 +149,19 @@ def test_a_model_is_tuned_at_its_first_call_in_eval_mode(scripts: Any, monkeypat
             super().__init__()
             self.inner = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)))
 
-        def forward(self, x: torch.Tensor, memory: list[Any]) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, memory: list[Any], processors: Any = ()) -> torch.Tensor:
             memory.append(1)
+            for processor in processors:
+                processor()
             return self.inner(x)
+
+    class Processor:
+        """It has a state and can be called, as logits processors of tests."""
+
+        calls = 0
+
+        def __call__(self) -> None:
+            self.calls += 1
 
     class Called(Model):
         __call__ = tuner.entry(nn.Module.__call__)
@@ -125,8 +172,10 @@ def test_a_model_is_tuned_at_its_first_call_in_eval_mode(scripts: Any, monkeypat
     assert receipt_of(model) is None, "in train mode it is left alone"
     model.eval()
     expected = Model.__call__(model, x, [])
-    torch.testing.assert_close(model(x, memory), expected)
+    processor = Processor()
+    torch.testing.assert_close(model(x, memory, processors=[processor]), expected)
     assert memory == [1, 1], "the calls of the tuning have their own arguments"
+    assert processor.calls == 1, "and so have those that can be called"
     receipt = receipt_of(model)
     assert receipt is not None
     assert {stage.stage for stage in receipt.kept} >= {"fold weight norm"}

@@ -6,7 +6,8 @@
     UPSTREAM_ONLY   file with the names of the tests to run, one a line; all by default
     UPSTREAM_TUNED  1 if models are tuned
 
-Whatever computes the same is kept, whether it is faster or not, since at the size of tests little is faster.
+Whatever computes the same is kept, whether it is faster or not, since at the size of tests little is faster. The tests
+run in a mixed order, the same each time: where the limit comes before the end, those of every kind have run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import threading
 import weakref
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,10 +124,13 @@ class Tuner:
 
 
 def _copied(value: Any) -> Any:
-    """Copy the arguments of a call, which may write into them; modules and what cannot be copied stay as they are."""
+    """Copy the arguments of a call, which may write into them; modules and what cannot be copied stay as they are.
+
+    An object that can be called is copied, too: a logits processor may count its calls.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    if isinstance(value, nn.Module) or callable(value):
+    if isinstance(value, (nn.Module, type)):
         return value
     if type(value) is dict:
         return {name: _copied(item) for name, item in value.items()}
@@ -156,7 +161,7 @@ class _Log:
         wanted = set(Path(only).read_text(encoding="utf-8").splitlines()) if only else None
         kept = [item for item in items if wanted is None or _name(item.nodeid) in wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        items[:] = sorted(kept, key=lambda item: zlib.crc32(_name(item.nodeid).encode()))
         self._write(collected=[_name(item.nodeid) for item in items])
 
     @pytest.hookimpl(wrapper=True)

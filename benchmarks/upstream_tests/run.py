@@ -2,14 +2,15 @@
 
     python benchmarks/upstream_tests/run.py --checkout FOLDER [MODEL ...] [--seconds 600] [--results FILE]
 
-FOLDER holds transformers' repository at the tag of the installed version. Its own tests of a model,
+FOLDER holds transformers' repository at the tag of the installed version, or near it. Its own tests of a model,
 `tests/models/MODEL/test_modeling_MODEL.py`, run in two processes: as they are, and with each `PreTrainedModel` tuned
 (`plugin.py`) at its first call in eval mode. Every change that applies and is right in `exact` is kept, faster or not.
 A test that passes untouched and fails tuned is a finding, unless it fails untouched, too, when both run once more.
 
 One line a model; everything is in the JSON file, and docs/STRANGERS.md has a table of it. A process that does not end
-in `--seconds` is stopped; the same command goes on where it was. The exit status is 1 if there is a finding that
-`KNOWN` does not explain. No time is compared.
+in `--seconds` is stopped; the same command goes on where it was, and begins a row anew if that was of another release
+of transformers or of the tests. The exit status is 1 if there is a finding that `KNOWN` does not explain. No time is
+compared.
 """
 
 from __future__ import annotations
@@ -187,6 +188,11 @@ def unexplained(model: str, row: dict[str, Any]) -> list[str]:
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
+_COLUMNS = (
+    "model", "run on", "transformers", "tests", "pass untouched", "run tuned", "models tuned", "changes kept",
+    "fail tuned only",
+)  # fmt: skip
+
 
 def _count(tests: dict[str, Any], outcome: str) -> int:
     return sum(test["outcome"] == outcome for test in tests.values())
@@ -200,17 +206,19 @@ def _kept(row: dict[str, Any]) -> dict[str, int]:
     return kept
 
 
+def _told(row: dict[str, Any]) -> str:
+    """The day of a row, and the versions that it is of."""
+    return " | ".join((row["date"], row["versions"]["transformers"], row["versions"]["tests"]))
+
+
 def page(results: dict[str, Any]) -> str:
     """The table of docs/STRANGERS.md, and the findings with their reasons."""
-    lines = [
-        "| model | run on | pass untouched | run tuned | models tuned | changes kept | fail tuned only |",
-        "| --- " * 7 + "|",
-    ]
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "| --- " * len(_COLUMNS) + "|"]
     explained: dict[str, list[str]] = {}
     total = [0] * 4
     for model, row in sorted(results["models"].items()):
         if row.get("skipped"):
-            lines.append(f"| {model} | {row['date']} | left out: {row['skipped'][:80]} | | | | |")
+            lines.append(f"| {model} | {_told(row)} | left out: {row['skipped'][:80]} | | | | |")
             continue
         new = unexplained(model, row)
         for name in findings(row):
@@ -221,8 +229,8 @@ def page(results: dict[str, Any]) -> str:
         figures = (_count(row["untouched"], "passed"), len(row["tuned"]), tuned_models, sum(_kept(row).values()))
         total = [before + now for before, now in zip(total, figures, strict=True)]
         cells = ", ".join(f"`{name.rpartition('::')[2]}`" for name in new) or "none"
-        lines.append(f"| {model} | {row['date']} | {' | '.join(map(str, figures))} | {cells} |")
-    lines.append(f"| all | | {' | '.join(map(str, total))} | |")
+        lines.append(f"| {model} | {_told(row)} | {' | '.join(map(str, figures))} | {cells} |")
+    lines.append(f"| all | | | | {' | '.join(map(str, total))} | |")
     lines += ["", *(f"- {why}: {', '.join(sorted(names))}." for why, names in sorted(explained.items()))]
     return "\n".join(lines).strip()
 
@@ -231,16 +239,31 @@ def with_table(text: str, results: dict[str, Any]) -> str:
     """Return the page's text with the table of these results between its marks."""
     before, _, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2]
-    told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"{before}{_BEGIN}\n\nVersions: {told}.\n\n{page(results)}\n\n{_END}{after}"
+    return f"{before}{_BEGIN}\n\n{page(results)}\n\n{_END}{after}"
 
 
 # --- all models -------------------------------------------------------------------------------------------------------
 
 
-def fresh_row() -> dict[str, Any]:
+def versions_of(checkout: Path) -> dict[str, str]:
+    """Return the versions that are run: the packages' and, as its `setup.py` says, the checkout's with the tests."""
+    setup = checkout / "setup.py"
+    text = setup.read_text("utf-8") if setup.exists() else ""
+    said = re.search(r"""^\s*version=["']([^"']+)""", text, re.MULTILINE)
+    packages = {name: metadata.version(name) for name in ("accelerate_tts", "torch", "transformers")}
+    return {**packages, "tests": said[1] if said else "not told"}
+
+
+def fresh_row(versions: dict[str, str]) -> dict[str, Any]:
     """Return the row of a model none of whose tests has run yet."""
-    return {"date": datetime.now(timezone.utc).date().isoformat(), "untouched": {}, "tuned": {}}
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {"date": date, "versions": versions, "untouched": {}, "tuned": {}}
+
+
+def goes_on(row: dict[str, Any] | None, versions: dict[str, str]) -> bool:
+    """Tell if a row can be gone on with: it ran, and what it ran was of the same release, tests and code alike."""
+    same = row is not None and all(row["versions"][name] == versions[name] for name in ("transformers", "tests"))
+    return same and not (row or {}).get("skipped")
 
 
 def main() -> int:
@@ -257,19 +280,18 @@ def main() -> int:
     if chosen.page:
         PAGE.write_text(with_table(PAGE.read_text("utf-8"), results), "utf-8")
         return 0
-    version = metadata.version("transformers")
     if chosen.checkout is None or not (chosen.checkout / "tests" / "test_modeling_common.py").exists():
         print(
             f"--checkout={chosen.checkout} holds no tests of transformers; get them by\n  git clone --depth 1 --branch"
-            f" v{version} https://github.com/huggingface/transformers"
+            f" v{metadata.version('transformers')} https://github.com/huggingface/transformers"
         )
         return 2
-    results["versions"] = {name: metadata.version(name) for name in ("accelerate_tts", "torch", "transformers")}
+    versions = versions_of(chosen.checkout)
     runner = Runner(chosen.checkout.resolve(), chosen.python, chosen.seconds)
     failed = []
     for number, model in enumerate(chosen.models or MODELS):
-        if chosen.anew or model not in results["models"] or results["models"][model].get("skipped"):
-            results["models"][model] = fresh_row()
+        if chosen.anew or not goes_on(results["models"].get(model), versions):
+            results["models"][model] = fresh_row(versions)
         row = results["models"][model]
         run_model(runner, model, row)
         chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
