@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -15,12 +17,14 @@ from interrupting import Interrupting
 from torch import nn
 
 from accelerate_tts import events, fast_inference, settings
+from accelerate_tts.cli.progress import quiet
 from accelerate_tts.device import flags
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.plan import Part
 from accelerate_tts.registration import Registry
 from accelerate_tts.runtime import time_limit
 from accelerate_tts.runtime.concurrency import limiter
+from accelerate_tts.runtime.concurrency.queue import WaitQueue
 from accelerate_tts.runtime.drawing import drawing
 from accelerate_tts.runtime.guard import gate, guard
 from accelerate_tts.runtime.seeding import seeded, warming
@@ -35,6 +39,16 @@ MODEL = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 PART = Part("part", "other", MODEL)
 ENTRIES: Registry[int] = Registry("accelerate_tts.device.kinds", "")
 GATE = gate.Gate(lambda: None, lambda: None, 0.1, lambda _why: None)
+QUEUE = WaitQueue()
+
+
+@contextmanager
+def in_a_call() -> Generator[None, None, None]:
+    permit = limiter.Permit(QUEUE, 1, "a test")
+    with permit, permit.inside():
+        yield
+
+
 SCOPES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "fast_inference": fast_inference,
     "fast_inference, no_grad": lambda: fast_inference(mode="no_grad"),
@@ -60,6 +74,8 @@ SCOPES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "listening": guard.listening,
     "inside_all": guard.inside_all,
     "a wait at a gate": GATE._waits,
+    "a permit": in_a_call,
+    "quiet": quiet,
 }
 
 
@@ -78,6 +94,8 @@ def process() -> dict[str, Any]:
         "attributes": [sorted(vars(module)) for module in MODEL.modules()], "compilers": len(inductor._compilers),
         "retrying": guard._retrying.get(), "within": gate.WITHIN.get(), "listeners": len(guard._listeners.get()),
         "permits": limiter.INSIDE.get(), "waiting": len(GATE._waiting),
+        "level": logging.getLogger("accelerate_tts").level, "filters": len(warnings.filters),
+        "queue": QUEUE.is_idle,
     }  # fmt: skip
 
 

@@ -38,11 +38,11 @@ def quiet() -> Generator[None, None, None]:
 
     ours = logging.getLogger("accelerate_tts")
     level = ours.level
-    ours.setLevel(logging.ERROR)
-    set_logs(all=logging.ERROR)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")
         try:
+            warnings.filterwarnings("ignore", module="torch")
+            ours.setLevel(logging.ERROR)
+            set_logs(all=logging.ERROR)
             yield
         finally:
             ours.setLevel(level)

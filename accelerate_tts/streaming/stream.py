@@ -114,8 +114,8 @@ class Stream(HasBody, Generator["Tensor", None, None]):
         if self._runner == threading.get_ident():
             raise ValueError("this stream is making a piece already; ask for the next one outside of it")
         with self._running:
-            self._runner = threading.get_ident()
             try:
+                self._runner = threading.get_ident()
                 yield
             finally:
                 self._runner = None

@@ -158,12 +158,12 @@ class Permit:
         if slot in (outer := INSIDE.get()):  # a nested call: only who takes items from outside may forget a stream
             yield
             return
-        token = INSIDE.set((*(one for one in outer if one.holders), slot))  # a task may outlive the calls around it
-        slot.taker = None
         try:
+            INSIDE.set((*(one for one in outer if one.holders), slot))  # a task may outlive the calls around it
+            slot.taker = None
             yield
         finally:
-            INSIDE.reset(token)
+            INSIDE.set(outer)  # no token: Ctrl-C may have come before there is one
             slot.taker, slot.loop, slot.made_on = running_code()[0], running_loop(), self._made_on
 
 
