@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("systems", nargs="*", choices=[[], *SYSTEMS], default=[])
     parser.add_argument("--seconds", type=float, default=10.0, help="of speech; MMS speaks as long as its text is")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--left-context", type=float, default=4.0, help="seconds that Chatterbox's flow sees")
+    parser.add_argument("--left-context", type=float, default=2.0, help="seconds that Chatterbox's flow sees")
     parser.add_argument("--reference", type=float, default=10.0, help="seconds of the recording of Chatterbox's voice")
     usual = StreamOptions()
     parser.add_argument("--first", type=float, default=usual.first, help="seconds of the first piece")

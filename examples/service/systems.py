@@ -24,7 +24,7 @@ WARMUP = ("Hello there.", "The quick brown fox jumps over the lazy dog, and then
 _LONG = 1e6  # seconds: more than a sentence has
 _AT_ONCE = StreamOptions(first=_LONG, most=_LONG, split=None)
 _IN_PIECES = StreamOptions(split=None)
-_CONTEXT = 4.0  # seconds of speech that Chatterbox's flow sees before a piece
+_CONTEXT = 2.0  # seconds of speech that Chatterbox's flow sees before a piece
 
 
 def spoken(said: Utterance, text: str, rate: int, speak: Callable[[str], Stream | None]) -> Iterator[np.ndarray]:
