@@ -331,7 +331,8 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
 
     for item in document.get("peers", []):
         memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
-        said = [f"{item['threads']} threads", f"memory gave {memory} GB/s", *_disturbances(item)]
+        budget = f"ours had a tuning budget of {document['options']['tune_seconds']:g} s"
+        said = [f"{item['threads']} threads", budget, f"memory gave {memory} GB/s", *_disturbances(item)]
         said += [item["note"], f"faster than all of ours: {', '.join(item['ahead']) or 'none'}"]
         told = "; ".join(environments_page.cell(one) for one in said if one)
         yield f"engines of {item['system']}{_engines_of(item)}: {told}"
