@@ -331,7 +331,8 @@ def _about(document: dict[str, Any]) -> Iterator[str]:
 
     for item in document.get("peers", []):
         memory = ", ".join(f"{one['memory'] / 1e9:.1f}" for one in item["floors"] if one["memory"])
-        budget = f"ours had a tuning budget of {document['options']['tune_seconds']:g} s"
+        seconds = document["options"].get("tune_seconds")
+        budget = "" if seconds is None else f"ours had a tuning budget of {seconds:g} s"
         said = [f"{item['threads']} threads", budget, f"memory gave {memory} GB/s", *_disturbances(item)]
         said += [item["note"], f"faster than all of ours: {', '.join(item['ahead']) or 'none'}"]
         told = "; ".join(environments_page.cell(one) for one in said if one)

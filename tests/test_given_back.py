@@ -7,8 +7,8 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -24,7 +24,6 @@ from accelerate_tts.plan import Part
 from accelerate_tts.registration import Registry
 from accelerate_tts.runtime import time_limit
 from accelerate_tts.runtime.concurrency import limiter
-from accelerate_tts.runtime.concurrency.queue import WaitQueue
 from accelerate_tts.runtime.drawing import drawing
 from accelerate_tts.runtime.guard import gate, guard
 from accelerate_tts.runtime.seeding import seeded, warming
@@ -39,16 +38,6 @@ MODEL = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 PART = Part("part", "other", MODEL)
 ENTRIES: Registry[int] = Registry("accelerate_tts.device.kinds", "")
 GATE = gate.Gate(lambda: None, lambda: None, 0.1, lambda _why: None)
-QUEUE = WaitQueue()
-
-
-@contextmanager
-def in_a_call() -> Generator[None, None, None]:
-    permit = limiter.Permit(QUEUE, 1, "a test")
-    with permit, permit.inside():
-        yield
-
-
 SCOPES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "fast_inference": fast_inference,
     "fast_inference, no_grad": lambda: fast_inference(mode="no_grad"),
@@ -74,7 +63,6 @@ SCOPES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "listening": guard.listening,
     "inside_all": guard.inside_all,
     "a wait at a gate": GATE._waits,
-    "a permit": in_a_call,
     "quiet": quiet,
 }
 
@@ -95,7 +83,6 @@ def process() -> dict[str, Any]:
         "retrying": guard._retrying.get(), "within": gate.WITHIN.get(), "listeners": len(guard._listeners.get()),
         "permits": limiter.INSIDE.get(), "waiting": len(GATE._waiting),
         "level": logging.getLogger("accelerate_tts").level, "filters": len(warnings.filters),
-        "queue": QUEUE.is_idle,
     }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def _own_head(owner: Any) -> nn.Module | None:
     return head
 
 
-class _Beside(nn.Module):
+class _SideBySide(nn.Module):
     """Heads of several codebooks, which read the same hidden states."""
 
     def __init__(self, heads: nn.ModuleList) -> None:
@@ -96,7 +96,7 @@ def _as_head(found: nn.Module, decoder: nn.Module) -> Head | None:
     if not isinstance(found, nn.ModuleList):
         return Head((found,))
     sizes = {getattr(head, "out_features", None) for head in each}
-    return Head((_Beside(found),)) if len(sizes) == 1 and None not in sizes else None
+    return Head((_SideBySide(found),)) if len(sizes) == 1 and None not in sizes else None
 
 
 def _reads(head: nn.Module, decoder: Any) -> bool:
