@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,7 +15,6 @@ from interrupting import Interrupting
 from torch import nn
 
 from accelerate_tts import events, fast_inference, settings
-from accelerate_tts.cli.progress import quiet
 from accelerate_tts.device import flags
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.plan import Part
@@ -63,7 +60,6 @@ SCOPES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "listening": guard.listening,
     "inside_all": guard.inside_all,
     "a wait at a gate": GATE._waits,
-    "quiet": quiet,
 }
 
 
@@ -82,7 +78,6 @@ def process() -> dict[str, Any]:
         "attributes": [sorted(vars(module)) for module in MODEL.modules()], "compilers": len(inductor._compilers),
         "retrying": guard._retrying.get(), "within": gate.WITHIN.get(), "listeners": len(guard._listeners.get()),
         "permits": limiter.INSIDE.get(), "waiting": len(GATE._waiting),
-        "level": logging.getLogger("accelerate_tts").level, "filters": len(warnings.filters),
     }  # fmt: skip
 
 
