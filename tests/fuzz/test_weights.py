@@ -782,7 +782,8 @@ def play(name: str, stage: str, edits: list[tuple[Callable[[Any, int], None], in
             changes[-1].on()
         most = tolerance((*family.first, stage))
         with torch.no_grad():
-            family.run(model)
+            for each in (twin, model):  # both: a weight norm that never ran has its first weight's graph
+                family.run(each)
         for change in changes:
             change.end_warmup()
         for number, (edit, pick) in enumerate(edits):

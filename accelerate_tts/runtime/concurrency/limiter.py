@@ -56,11 +56,13 @@ class Permit:
         self.name = name
         self._made_on = running_loop()
         self._ticket: Ticket | None = None
+        self._is_over = False
 
     def __enter__(self) -> None:
         if self._held():
             return
-        ticket = self._ticket = Ticket(self._limit, blocking=True)
+        ticket, self._is_over = Ticket(self._limit, blocking=True), False
+        self._ticket = ticket
         lock = self._posted(ticket)
         try:
             while not lock.acquire(timeout=self._wait_queue.wait_limit):
@@ -84,7 +86,8 @@ class Permit:
     async def __aenter__(self) -> None:
         if self._held():
             return
-        ticket = self._ticket = Ticket(self._limit, blocking=False)
+        ticket, self._is_over = Ticket(self._limit, blocking=False), False
+        self._ticket = ticket
         loop: Any = ticket.loop
         if loop is None:
             # A permit that is free is granted at once, also if another thread processes the ticket.
@@ -144,9 +147,10 @@ class Permit:
     def end(self) -> None:
         """Release the permit, or leave the queue. Idempotent."""
         ticket = self._ticket
-        if ticket is not None and not ticket.ended:
+        if ticket is not None and not self._is_over:
             ticket.ended = True
             self._wait_queue.post(ticket)
+            self._is_over = True  # last: after Ctrl-C in here, whoever ends it next posts it again
 
     @contextmanager
     def inside(self) -> Generator[None, None, None]:
