@@ -132,7 +132,10 @@ class _Fold(BaseChange):
 
     def off(self) -> None:
         if self._class is not None and vars(self._norm).get(_FOLD) is self:
-            self._norm.__class__ = self._class
+            # A class that others have derived from ours meanwhile, as for a parametrized factor, stays: without the
+            # fold it computes as upstream's.
+            if type(self._norm) is self.folded(self._class):
+                self._norm.__class__ = self._class
             vars(self._norm).pop(_PRODUCT, None)
             del vars(self._norm)[_FOLD]  # last: it is repeated after an interruption
 

@@ -211,6 +211,27 @@ def test_another_step_behind_a_norm_is_seen() -> None:
     assert torch.equal(run(model), run(plain))
 
 
+@pytest.mark.parametrize("factor", ["original0", "original1"])
+def test_a_factor_that_is_parametrized_stays_so(factor: str) -> None:
+    """torch derives the class of the list from the one that it has, which is ours while the fold is on."""
+    model, plain = build(NEW), build(NEW)
+    change = folded(model)
+    for each in (model, plain):
+        parametrize.register_parametrization(each[0].parametrizations.weight, factor, Twice())
+    assert torch.equal(run(model), run(plain))
+    for _ in range(2):
+        change.off()
+        assert torch.equal(run(model), run(plain))
+        change.on()
+        assert torch.equal(run(model), run(plain))
+    change.off()
+    for each in (model, plain):
+        parametrize.remove_parametrizations(each[0].parametrizations.weight, factor, leave_parametrized=False)
+        with torch.no_grad():
+            next(each[0].parametrizations.weight.parameters()).mul_(3)
+    assert torch.equal(run(model), run(plain))
+
+
 @pytest.mark.parametrize("where", ["hook", "pre-hook", "forward", "global hook"])
 def test_what_a_user_hangs_on_the_step_that_computes_the_weight_is_called(where: str) -> None:
     model, plain = build(NEW), build(NEW)
