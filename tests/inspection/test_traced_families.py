@@ -256,6 +256,15 @@ def by_onnx(model: nn.Module, x: torch.Tensor) -> Any:
     return [node.op_type for node in graph.node]
 
 
+def by_onnx_of_dynamo(model: nn.Module, x: torch.Tensor) -> Any:
+    pytest.importorskip("onnxscript")
+    if Version(torch.__version__) < Version("2.7"):
+        pytest.skip("before torch 2.7, nothing tells of an export")
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    return [node.op_type for node in program.model.graph]
+
+
 def by_functional_call(model: nn.Module, x: torch.Tensor) -> Any:
     return torch.func.functional_call(model, {name: value * 2 for name, value in model.named_parameters()}, (x,))
 
@@ -282,8 +291,8 @@ def by_meta_tensors(model: nn.Module, x: torch.Tensor) -> Any:
 
 
 TOOLS = [
-    by_jit_trace, by_jit_script, by_fx, by_export, by_onnx, by_functional_call, by_vmap, by_grad, by_fake_tensors,
-    by_meta_tensors,
+    by_jit_trace, by_jit_script, by_fx, by_export, by_onnx, by_onnx_of_dynamo, by_functional_call, by_vmap, by_grad,
+    by_fake_tensors, by_meta_tensors,
 ]  # fmt: skip
 
 
