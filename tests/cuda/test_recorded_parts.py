@@ -166,7 +166,7 @@ def test_a_systems_parts(name: str, seen: list[Event]) -> None:
     try:
         built = systems.SYSTEMS[name].build("tiny", None, "cuda")
     except MissingExtraError as missing:
-        pytest.skip(str(missing))
+        pytest.skip(f"upstream's package of {name} is not installed: {missing}")
 
     def speak() -> list[torch.Tensor]:
         with seeded("cuda"), torch.inference_mode():

@@ -766,6 +766,15 @@ def most_calls(model: nn.Module) -> int:
     return 1 + max(parameter.nbytes for parameter in model.parameters()) // 1024
 
 
+def prepared(stage: str, part: Part) -> Change:
+    """Return a stage's change. A processor may lack what the stage needs; it applies to its family otherwise."""
+    obstacle = STAGES_BY_NAME[stage].applies(part)
+    if obstacle is not None:
+        assert "processor" in obstacle, obstacle
+        pytest.skip(f"a stage that cannot be edited here: {obstacle}")
+    return STAGES_BY_NAME[stage].prepare(part)
+
+
 def play(name: str, stage: str, edits: list[tuple[Callable[[Any, int], None], int]]) -> list[str]:
     """Apply the edits one by one; return those after which the two differ."""
     family, wrong = FAMILIES[name], []
@@ -775,10 +784,7 @@ def play(name: str, stage: str, edits: list[tuple[Callable[[Any, int], None], in
         changes: list[Change] = []
         for each in (*family.first, stage):
             part = part_of(model, name, each)
-            if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
-                assert "processor" in obstacle, obstacle  # every other stage applies to its family
-                pytest.skip(obstacle)
-            changes.append(STAGES_BY_NAME[each].prepare(part))
+            changes.append(prepared(each, part))
             changes[-1].on()
         most = tolerance((*family.first, stage))
         with torch.no_grad():
@@ -863,10 +869,7 @@ def test_gaps_in_every_list(name: str, stage: str) -> None:
         expected = family.run(model)
         for each in (*family.first, stage):
             part = part_of(model, name, each)
-            if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
-                assert "processor" in obstacle, obstacle
-                pytest.skip(obstacle)
-            STAGES_BY_NAME[each].prepare(part).on()
+            prepared(each, part).on()
         assert distance(expected, family.run(model)) <= tolerance((*family.first, stage))
 
 
@@ -877,10 +880,7 @@ def test_every_weight_and_bias_that_is_taken_out(name: str, stage: str) -> None:
     model, twin = family.build(), family.build()
     for each in (*family.first, stage):
         part = part_of(model, name, each)
-        if (obstacle := STAGES_BY_NAME[each].applies(part)) is not None:
-            assert "processor" in obstacle, obstacle
-            pytest.skip(obstacle)
-        STAGES_BY_NAME[each].prepare(part).on()
+        prepared(each, part).on()
     seen = set()
     for path, module in twin.named_modules():
         for key in [key for key, parameter in module._parameters.items() if parameter is not None]:
