@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["decoder", "estimator", "vocoder", "encoder", "flow", "model", "process"]
-"""Kinds of parts: an autoregressive decoder, an iterative estimator, a vocoder, an encoder, a flow, a whole model.
+Kind = Literal["decoder", "head", "estimator", "vocoder", "encoder", "flow", "model", "process"]
+"""Kinds of parts: an autoregressive decoder, a decoder's output head, an iterative estimator, a vocoder, an encoder, a
+flow, a whole model.
 
 "process" is process-wide state without a module, such as the threads of other libraries.
 """
@@ -27,7 +28,8 @@ class Head:
     """Output head of a decoder: modules that compute logits from hidden states in sequence.
 
     Attributes:
-        modules: The modules. The outputs of the last one are the logits.
+        modules: The modules. The outputs of the last one are the logits. Empty for a part that is the head itself,
+            whose outputs are the logits.
         codebooks: Number of distributions side by side in the outputs.
         guidance: Usual weight `w` of classifier-free guidance, if the batch is a conditioned and an unconditioned half
             and the loop samples from `conditioned + w * (conditioned - unconditioned)`. It amplifies errors.
@@ -83,7 +85,7 @@ class Part:
             that check each decision by its margin.
         decision: The decision, if it can be checked.
         cached: True if the part was called with a key/value cache.
-        head: Output head, if the part is a decoder with a known head.
+        head: Output head, if the part is a decoder with a known head, or is such a head.
         method: The method that the system calls: `CALL`, "forward" if it bypasses the hooks, or one of upstream's own.
         few_rows: Observed share of its linear work with few rows; 1.0 if unknown.
     """

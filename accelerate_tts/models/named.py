@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -52,7 +52,7 @@ class Known:
             )
             emit(NotApplied(f"the plan for {self.system}", reason))
             return generic.parts(path, module)
-        return tuple(
+        parts = tuple(
             Part(
                 _path(path, name, module),
                 kind,
@@ -64,6 +64,23 @@ class Known:
             for name, kind in self.parts.items()
             if (part := _module(found[name])) is not None
         )
+        return parts + self._projections(path, module, parts)
+
+    def _projections(self, path: str, module: nn.Module, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Return the layers that compute logits as parts of their own, unless they lie inside another part.
+
+        A head is some per cent of an untouched token, and much of what a fast decoder leaves.
+        """
+        inside = {inner for part in parts for inner in part.module.modules()}
+        found: dict[nn.Module, Part] = {}
+        for part, names in self.heads.items():
+            head = self._head(module, part)
+            if head is not None and head.modules[-1] not in inside:
+                last = head.modules[-1]
+                found[last] = Part(
+                    _path(path, names[-1], module), "head", last, head=replace(head, modules=(), reads_alone=False)
+                )
+        return tuple(found.values())
 
     def _missing(self, module: nn.Module, parts: Mapping[str, object]) -> list[str]:
         """Return the attributes that are missing or of a wrong kind."""

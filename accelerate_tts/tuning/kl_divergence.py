@@ -26,9 +26,10 @@ def divergence(reference: Iterable[Any], candidate: Iterable[Any], head: Head | 
     Args:
         reference: Outputs of the untouched decoder's calls. They have `logits` of shape (batch, positions, vocabulary)
             and perhaps `audio_logits` of shape (frames, codebooks, vocabulary), or `last_hidden_state` of shape (batch,
-            positions, width), which needs a `head`.
-        candidate: Outputs of the changed decoder.
-        head: Output head that computes logits from hidden states.
+            positions, width), which needs a `head`. Those of a part that is a head are tensors of logits, of shape
+            (batch, vocabulary) or (batch, positions, vocabulary).
+        candidate: Outputs of the changed part.
+        head: Output head that computes logits from hidden states; one without modules for a part that is a head.
 
     Returns:
         The largest divergence over calls and the batch at the last position, which a loop samples from; with guidance,
@@ -131,7 +132,9 @@ def _of_sound(output: Any) -> Any:
 
 def _of_tokens(output: Any, head: Head | None) -> Any:
     logits: Any = getattr(output, "logits", None)
-    if not _has_steps(logits):
+    if head is not None and not head.modules and isinstance(output, torch.Tensor):
+        logits = head(output[:, None] if output.dim() == 2 else output)  # noqa: PLR2004
+    elif not _has_steps(logits):
         hidden: Any = getattr(output, "last_hidden_state", None)
         if head is None or not _has_steps(hidden):
             return None

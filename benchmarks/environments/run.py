@@ -105,11 +105,24 @@ class Row:
     @property
     def good(self) -> bool:
         """True if it was installed, every test passed, every check gave figures: with kernels, with same tokens."""
-        tests = self.tests is None or not (self.tests["failed"] or self.tests["errors"])
-        checks = all(
-            check["failed"] is None and not other_tokens(check) and not without_kernels(check) for check in self.checks
-        )
-        return self.failed is None and tests and checks
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """Return all that makes it not good, a line each."""
+        found = [] if self.failed is None else [self.failed]
+        if self.tests is not None and (self.tests["failed"] or self.tests["errors"]):
+            found.append(f"{self.tests['failed']} tests failed, {self.tests['errors']} had an error")
+            found += [f"  {name}: {why}" for name, why in self.tests["failures"].items()]
+        for check in self.checks:
+            asked = f"check of {check['system']} in {check['precision']}"
+            if check["failed"] is not None:
+                found.append(f"{asked}: {check['failed']}")
+                continue
+            if other_tokens(check):
+                found.append(f"{asked}: other tokens than untouched")
+            if without_kernels(check):
+                found.append(f"{asked}: made without the wheel's kernels")
+        return found
 
     def as_json(self) -> str:
         """The row as JSON text; times are seconds."""
@@ -447,8 +460,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EnvironmentsError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    bad = [row.environment for row in (_run_and_write(one, options) for one in wanted) if not row.good]
-    say(f"{len(wanted) - len(bad)} of {len(wanted)} environments are good" + (f"; not: {', '.join(bad)}" * bool(bad)))
+    bad = [row for row in (_run_and_write(one, options) for one in wanted) if not row.good]
+    names = ", ".join(row.environment for row in bad)
+    say(f"{len(wanted) - len(bad)} of {len(wanted)} environments are good" + (f"; not: {names}" * bool(bad)))
+    for row in bad:  # again, since the end of a log is what is read first, and sometimes all that is kept of it
+        for fault in row.faults():
+            say(f"{row.environment}: {fault}")
     return bool(bad)
 
 

@@ -30,7 +30,7 @@ class Speaking:
 
 def test_contract(contract: Any, example: Any) -> None:
     random = example("higgs_backend").random
-    parts = [("model.model", "decoder"), ("codec.acoustic_decoder", "vocoder")]
+    parts = [("model.model", "decoder"), ("model.audio_lm_head", "head"), ("codec.acoustic_decoder", "vocoder")]
     right = [("model.model", "growing cache")]
     contract(lambda: Speaking(random(tiny=True)), Speaking.whole, parts, Speaking.other, right)
 

@@ -114,7 +114,7 @@ def test_the_parts_of_qwen_are_named(seen: list[Event]) -> None:
     model = qwen()
     parts = describe(model).parts
     assert [(part.name, part.kind) for part in parts] == [
-        ("talker.model", "decoder"), ("talker.code_predictor.model", "decoder"),
+        ("talker.model", "decoder"), ("talker.code_predictor.model", "decoder"), ("talker.codec_head", "head"),
     ]  # fmt: skip
     assert parts[0].head is not None
     assert parts[0].head.modules == (model.talker.codec_head,)

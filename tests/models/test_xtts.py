@@ -13,7 +13,9 @@ from accelerate_tts.models import describe
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
 
-PARTS = [("model.gpt.gpt", "decoder"), ("model.hifigan_decoder.waveform_decoder", "vocoder")]
+PARTS = [
+    ("model.gpt.gpt", "decoder"), ("model.hifigan_decoder.waveform_decoder", "vocoder"), ("model.gpt.mel_head", "head"),
+]  # fmt: skip
 
 
 class Speaking:

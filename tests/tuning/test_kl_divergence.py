@@ -97,6 +97,20 @@ def test_what_a_guided_loop_samples_from_is_compared() -> None:
     assert divergence(single, single, Head((nn.Identity(),), guidance=0.5)) == 0.0, "one row guides nothing"
 
 
+@pytest.mark.parametrize("codebooks", [1, 4])
+@pytest.mark.parametrize("positions", [False, True], ids=["rows", "positions"])
+def test_the_outputs_of_a_head_are_the_logits(codebooks: int, *, positions: bool) -> None:
+    """Compared as those that a decoder with this head gives."""
+    torch.manual_seed(0)
+    states = [BaseModelOutputWithPast(last_hidden_state=torch.randn(2, 1, 8)) for _ in range(2)]
+    linear = nn.Linear(8, 12)
+    first, second = (
+        linear(state.last_hidden_state if positions else state.last_hidden_state[:, 0]) for state in states
+    )
+    expected = divergence(states[:1], states[1:], Head((linear,), codebooks, guidance=0.5))
+    assert divergence([first], [second], Head((), codebooks, guidance=0.5)) == pytest.approx(expected)
+
+
 def test_other_results_have_none() -> None:
     assert divergence([torch.ones(3)], [torch.ones(3)], None) is None
     assert divergence([Step(logits=torch.ones(2, 3))], [Step(logits=torch.ones(2, 3))], None) is None
@@ -251,6 +265,41 @@ def test_a_step_that_diverges_is_dropped() -> None:
     (result,) = run(Speaker(), Stage("too rough", seconds=0.0, noise=0.5), precision="fast").receipt.stages
     assert not result.kept
     assert "nats" in result.reason or result.reason.startswith("error ")
+
+
+class Projection(nn.Module):
+    """Logits of hidden states, as slowly as it is told."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(30, 30)
+        self.scale, self.seconds, self.noise = scale, 0.002, 0.0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        right = self.linear(hidden) * self.scale
+        return right * (1 + self.noise * torch.sin(torch.arange(30.0)))
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(1.0, "at least"), (300.0, "nats")])
+def test_a_head_is_judged_by_its_probabilities(scale: float, reason: str) -> None:
+    """One relative error is nothing to flat probabilities, and much to peaked ones."""
+
+    class Whole(Speaker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Projection(scale)
+            self.decoder.forward = lambda token: Step(logits=self.head(nn.functional.one_hot(token, 30).float()))
+
+    model = Whole()
+    part = Part("head", "head", model.head, head=Head(()))
+    calls = warmup_calls(lambda loaded: loaded.speak(), Loaded(model), "inference")
+    plan, stage = ModelPlan("speaker", (model,), (part,)), Stage("rough", seconds=0.0, noise=0.04)
+    (result,) = tune(plan, calls, [stage], DeviceInfo("cpu", "test"), Limits(60.0, "fast")).receipt.stages
+    assert result.kept is (reason == "at least"), result
+    assert reason in result.reason
+    assert result.divergence is not None
 
 
 def test_the_rest_must_be_right_without_it(seen: list[Event]) -> None:
