@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 TOKENS = ("skinny_gemm", "decoder_block")
-SEQUENCES = ("packed_gemm", "transformer_block", "residual_block")
+SEQUENCES = ("packed_gemm", "transformer_block", "residual_block", "toom_cook")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")

@@ -49,6 +49,15 @@ def residual_block() -> Callable[..., None]:
     return kernels().residual_block
 
 
+def short_convolution() -> Callable[..., None]:
+    """Return the kernel for a convolution along time in fewer products: `(layer, call, threads)`, see toom_cook.py.
+
+    Raises:
+        KernelError: As for `decoder_blocks`.
+    """
+    return kernels().short_convolution
+
+
 def multiplies_in_bf16() -> bool:
     """Check that `transformer_block` and `residual_block` use AMX. Without it they are correct, but slow.
 

@@ -70,6 +70,7 @@ class Library:
         decoder_blocks: `(addresses of blocks, tokens, count, threads)`, see decoder_block.py.
         transformer_block: `(address of a block, address of a call, threads)`, see transformer_block.py.
         residual_block: The same for a residual block, see residual_block.py.
+        short_convolution: The same for a convolution along time, see toom_cook.py.
         skinny_linear: `(format, x, weight, scale, bias, y, rows, outputs, inputs, threads)`, addresses and sizes.
         digests: `(address, bytes, digests)`, see weight_versions.py; it holds the GIL.
         changed: `(addresses, bytes, digests, places, steps, count)`, likewise.
@@ -82,6 +83,7 @@ class Library:
     decoder_blocks: Callable[..., None]
     transformer_block: Callable[..., None]
     residual_block: Callable[..., None]
+    short_convolution: Callable[..., None]
     skinny_linear: Callable[..., None]
     digests: Callable[..., None]
     changed: Callable[..., int]
@@ -160,6 +162,7 @@ def load(path: Path, limit: str = "") -> Library:
         _function(dll.accelerate_tts_decoder_blocks, [_POINTER, _POINTER, _INTEGER, _INT]),
         _function(dll.accelerate_tts_transformer_block, block_and_call),
         _function(dll.accelerate_tts_residual_block, block_and_call),
+        _function(dll.accelerate_tts_short_convolution, block_and_call),
         _function(dll.accelerate_tts_skinny_linear, [_INTEGER, *[_POINTER] * 5, *[_INTEGER] * 3, _INT]),
         *_digests(path),
     )  # fmt: skip

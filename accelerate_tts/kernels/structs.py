@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["ABI_VERSION", "FORMATS", "STRUCTS", "expected", "header", "library_name"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Version of the exported functions and of their meaning. The structs are compared separately."""
 
 FORMATS = ("fp32", "bf16", "int8", "transposed")
@@ -100,6 +100,26 @@ _FIELDS: dict[str, list[Field]] = {
         ("mask", "const float*", "[batch][length], what frames are multiplied by"),
         ("time", "const float*", "[batch][outputs], what is added between the convolutions"),
         *_all("batch length", "int64_t"),
+    ],
+    "ShortConvolution": [
+        ("w", "const float*", "turned, in panels of 32 outputs, each [points][chunks][inputs][32]"),
+        ("bias", "const float*", "[outputs] or null"),
+        ("before", "const float*", "[points][points], turns a tile of the input"),
+        ("after", "const float*", "[frames][points], turns sums back"),
+        ("outputs", "int64_t", "a multiple of 32; those that there are not are zeros"),
+        ("inputs", "int64_t", ""),
+        ("points", "int64_t", "products of a tile, 3 to 8"),
+        ("frames", "int64_t", "results of a tile; with several chunks, as many as a chunk has taps"),
+        ("chunks", "int64_t", "parts of the taps"),
+        *_all("dilation padding", "int64_t", "in frames"),
+    ],
+    "ConvolutionCall": [
+        ("x", "const float*", "[batch][inputs][length]"),
+        ("y", "float*", "[batch][outputs][results]"),
+        ("plus", "const float*", "what is added, in the order of y; or null"),
+        ("slope", "double", "of a leaky ReLU at the end, which 1 leaves out"),
+        *_all("x_batch x_channel x_frame y_batch y_channel y_frame", "int64_t", "strides, in elements"),
+        *_all("batch length outputs results", "int64_t"),
     ],
 }
 

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int ABI_VERSION = 2;
+constexpr int ABI_VERSION = 3;
 
 enum Format : int64_t { FP32, BF16, INT8, TRANSPOSED };
 
@@ -130,6 +130,37 @@ struct ResidualCall {
   int64_t length;
 };
 
+struct ShortConvolution {
+  const float* w;  // turned, in panels of 32 outputs, each [points][chunks][inputs][32]
+  const float* bias;  // [outputs] or null
+  const float* before;  // [points][points], turns a tile of the input
+  const float* after;  // [frames][points], turns sums back
+  int64_t outputs;  // a multiple of 32; those that there are not are zeros
+  int64_t inputs;
+  int64_t points;  // products of a tile, 3 to 8
+  int64_t frames;  // results of a tile; with several chunks, as many as a chunk has taps
+  int64_t chunks;  // parts of the taps
+  int64_t dilation;  // in frames
+  int64_t padding;
+};
+
+struct ConvolutionCall {
+  const float* x;  // [batch][inputs][length]
+  float* y;  // [batch][outputs][results]
+  const float* plus;  // what is added, in the order of y; or null
+  double slope;  // of a leaky ReLU at the end, which 1 leaves out
+  int64_t x_batch;  // strides, in elements
+  int64_t x_channel;
+  int64_t x_frame;
+  int64_t y_batch;
+  int64_t y_channel;
+  int64_t y_frame;
+  int64_t batch;
+  int64_t length;
+  int64_t outputs;
+  int64_t results;
+};
+
 struct Field {
   const char* name;
   int64_t offset, size;
@@ -233,5 +264,30 @@ constexpr Field FIELDS[] = {
     KERNELS_FIELD(ResidualCall, time),
     KERNELS_FIELD(ResidualCall, batch),
     KERNELS_FIELD(ResidualCall, length),
+    KERNELS_FIELD(ShortConvolution, w),
+    KERNELS_FIELD(ShortConvolution, bias),
+    KERNELS_FIELD(ShortConvolution, before),
+    KERNELS_FIELD(ShortConvolution, after),
+    KERNELS_FIELD(ShortConvolution, outputs),
+    KERNELS_FIELD(ShortConvolution, inputs),
+    KERNELS_FIELD(ShortConvolution, points),
+    KERNELS_FIELD(ShortConvolution, frames),
+    KERNELS_FIELD(ShortConvolution, chunks),
+    KERNELS_FIELD(ShortConvolution, dilation),
+    KERNELS_FIELD(ShortConvolution, padding),
+    KERNELS_FIELD(ConvolutionCall, x),
+    KERNELS_FIELD(ConvolutionCall, y),
+    KERNELS_FIELD(ConvolutionCall, plus),
+    KERNELS_FIELD(ConvolutionCall, slope),
+    KERNELS_FIELD(ConvolutionCall, x_batch),
+    KERNELS_FIELD(ConvolutionCall, x_channel),
+    KERNELS_FIELD(ConvolutionCall, x_frame),
+    KERNELS_FIELD(ConvolutionCall, y_batch),
+    KERNELS_FIELD(ConvolutionCall, y_channel),
+    KERNELS_FIELD(ConvolutionCall, y_frame),
+    KERNELS_FIELD(ConvolutionCall, batch),
+    KERNELS_FIELD(ConvolutionCall, length),
+    KERNELS_FIELD(ConvolutionCall, outputs),
+    KERNELS_FIELD(ConvolutionCall, results),
 };
 #undef KERNELS_FIELD

@@ -29,7 +29,8 @@ struct Level {
   Functions functions;
 };
 #define KERNELS_ROW(LEVEL, TOKENS, SEQUENCES)                                  \
-  {#LEVEL, {TOKENS::skinny_linear, TOKENS::decoder_blocks, SEQUENCES::transformer_block, SEQUENCES::residual_block}},
+  {#LEVEL, {TOKENS::skinny_linear, TOKENS::decoder_blocks, SEQUENCES::transformer_block, SEQUENCES::residual_block,   \
+            SEQUENCES::short_convolution}},
 constexpr Level LEVELS[] = {KERNELS_LEVELS(KERNELS_ROW)};
 constexpr int COUNT = sizeof(LEVELS) / sizeof(LEVELS[0]);
 
@@ -169,4 +170,9 @@ KERNELS_EXPORT int accelerate_tts_transformer_block(const TransformerBlock* bloc
 
 KERNELS_EXPORT int accelerate_tts_residual_block(const ResidualBlock* block, const ResidualCall* call, int threads) {
   return chosen->functions.residual_block(*block, *call, threads);
+}
+
+KERNELS_EXPORT int accelerate_tts_short_convolution(const ShortConvolution* layer, const ConvolutionCall* call,
+                                                    int threads) {
+  return chosen->functions.short_convolution(*layer, *call, threads);
 }

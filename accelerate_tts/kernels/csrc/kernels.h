@@ -18,6 +18,7 @@ struct Functions {
   int (*decoder_blocks)(const DecoderBlock* const* blocks, const Token* tokens, int64_t count, int threads);
   int (*transformer_block)(const TransformerBlock& block, const TransformerCall& call, int threads);
   int (*residual_block)(const ResidualBlock& block, const ResidualCall& call, int threads);
+  int (*short_convolution)(const ShortConvolution& layer, const ConvolutionCall& call, int threads);
 };
 
 #define KERNELS_OF(LEVEL)                                                                                       \
@@ -26,4 +27,5 @@ struct Functions {
   int decoder_blocks(const DecoderBlock* const* blocks, const Token* tokens, int64_t count, int threads);       \
   int transformer_block(const TransformerBlock& block, const TransformerCall& call, int threads);               \
   int residual_block(const ResidualBlock& block, const ResidualCall& call, int threads);                        \
+  int short_convolution(const ShortConvolution& layer, const ConvolutionCall& call, int threads);               \
   }

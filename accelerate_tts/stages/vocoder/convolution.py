@@ -1,4 +1,7 @@
-"""1-D convolutions in `(time, channels)` layout by oneDNN, with weights that are reordered once.
+"""1-D convolutions in `(time, channels)` layout, in fp32 in fewer products, otherwise by oneDNN.
+
+Most fp32 convolutions of a vocoder take half of their products by Toom and Cook's method (kernels/toom_cook.py), where
+there are kernels. The others, and all in half precision, are oneDNN's, with weights that are reordered once.
 
 oneDNN chooses the layout of the weights by the length of the signal and the number of threads. Weights in another
 layout are reordered at each call, by a routine that may take fifty times as long as the convolution (11 ms and 0.25 ms,
@@ -10,10 +13,24 @@ from __future__ import annotations
 import bisect
 import ctypes
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from accelerate_tts.kernels.library import NONE, level
+from accelerate_tts.kernels.toom_cook import (
+    LEAST_FRAMES,
+    MOST_DILATION,
+    MOST_TAPS,
+    Ending,
+    Geometry,
+    Packed,
+    convolve,
+)
+
+_LEAST_CHANNELS, _FEW_TAPS = 32, 3
+"""Minimum inputs and outputs of a convolution in fewer products; with so few taps, twice as many. With less, turning
+tiles takes as long as the products that are saved (docs/decisions/0005-vocoders.md)."""
 _MOST_PROBES = 64
 """Maximum lengths whose layout is asked for; another length then takes that of its neighbour."""
 
@@ -48,6 +65,10 @@ class Convolution:
         self._plain = weight.detach().to(dtype).unsqueeze(2)
         self._layouts = _layouts(tuple(self._plain.shape), padding, dilation, dtype)
         self._weights: dict[int, torch.Tensor] = {}
+        self._short: _Short | None = None
+        if dtype == torch.float32 and _is_worth_it(weight, dilation) and level() not in {NONE, "base"}:
+            outputs, _, taps = (int(size) for size in weight.shape)
+            self._short = _Short(Packed.of(weight, bias), Geometry(outputs, taps, dilation, padding, padding))
 
     @classmethod
     def of(cls, layer: Any, dtype: Any = None) -> Convolution:
@@ -55,19 +76,32 @@ class Convolution:
         return cls(layer.weight, layer.bias, layer.padding[0], layer.dilation[0], dtype)
 
     def __call__(self, rows: torch.Tensor, activation: str = "none", *scalars: float) -> torch.Tensor:
-        """Convolve `(batch, channels, 1, time)` in channels-last layout, and apply an activation if one is named."""
+        """Convolve `(batch, channels, 1, time)` in channels-last layout, and apply an activation if one is named.
+
+        Args:
+            rows: The signal.
+            activation: "none", or "leaky_relu" with its slope.
+            scalars: The activation's numbers.
+        """
+        if self._short is not None and self._short.takes(rows):
+            return self._short(rows, Ending(slope=scalars[0] if activation == "leaky_relu" else 1.0))
         return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
             rows, self._weight_for(rows), self._bias, *self._geometry, activation, list(scalars), ""
         )
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Convolve, and add `other`."""
+        if self._short is not None and self._short.takes(rows):
+            return self._short(rows, Ending(_rows(other.contiguous(memory_format=torch.channels_last))))
         return torch.ops.mkldnn._convolution_pointwise.binary(  # type: ignore[no-any-return]
             rows, other, self._weight_for(rows), self._bias, *self._geometry, "add", 1.0, None, [], None
         )
 
     def onto(self, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Convolve, and add the result to `other` in place."""
+        if self._short is not None and self._short.takes(rows):
+            self._short(rows, Ending(_rows(other), out=_rows(other)))
+            return other
         return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
             other, rows, self._weight_for(rows), self._bias, *self._geometry, "add", 1.0, None, [], None
         )
@@ -80,6 +114,30 @@ class Convolution:
         if weight is None:
             weight = self._weights[layout] = _reordered(self._plain, self._geometry, batch, length)
         return weight
+
+
+class _Short(NamedTuple):
+    """A convolution in fewer products."""
+
+    weights: Packed
+    geometry: Geometry
+
+    def takes(self, image: torch.Tensor) -> bool:
+        return bool(self.geometry.results(image.shape[3]) >= LEAST_FRAMES)
+
+    def __call__(self, image: torch.Tensor, ending: Ending) -> torch.Tensor:
+        return convolve(_rows(image), self.weights, self.geometry, last=True, ending=ending).unsqueeze(2)
+
+
+def _rows(image: torch.Tensor) -> torch.Tensor:
+    """View `(batch, channels, 1, time)` as `(batch, channels, time)`."""
+    return image.squeeze(2)
+
+
+def _is_worth_it(weight: torch.Tensor, dilation: int) -> bool:
+    outputs, inputs, taps = weight.shape
+    fewest = _LEAST_CHANNELS if taps > _FEW_TAPS else 2 * _LEAST_CHANNELS
+    return min(outputs, inputs) >= fewest and 1 < taps <= MOST_TAPS and dilation <= MOST_DILATION
 
 
 def _geometry(padding: int, dilation: int) -> tuple[Any, ...]:
