@@ -222,8 +222,8 @@ def convolve(
         weight.shape == (outputs // COLUMNS, tiling.points, tiling.chunks, inputs, COLUMNS)
         and (bias is None or bias.shape == (outputs,))
         and all(given is None or (_is_fp32(given) and given.is_contiguous()) for given in (weight, bias))
-        and all(given is None or (given.shape == (batch, geometry.outputs, results) and given.stride() == y.stride()
-                                  and _is_fp32(given)) for given in (ending.plus, y))
+        and all(given is None or (_is_fp32(given) and given.shape == (batch, geometry.outputs, results)
+                                  and _is_alike(given, y)) for given in (ending.plus, y))
         and _is_fp32(x)
         and 1 <= geometry.dilation <= MOST_DILATION
         and results > 0
@@ -243,6 +243,12 @@ def convolve(
     )  # fmt: skip
     short_convolution()(ctypes.addressof(layer), ctypes.addressof(call), torch.get_num_threads())
     return y
+
+
+def _is_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Check that two tensors of one shape lie in memory in one order."""
+    places = range(0 if first.shape[0] > 1 else 1, 3)  # the stride of a single sequence means nothing
+    return all(first.stride(place) == second.stride(place) for place in places)
 
 
 def _is_fp32(tensor: torch.Tensor) -> bool:
