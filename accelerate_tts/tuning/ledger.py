@@ -35,12 +35,14 @@ class Ledger:
         kept: The changes in force, in the order in which they were made.
         notes: Further remarks for the user.
         unmet: Stages without time: expected gain of a pass, part, stage, and the budget that it needs.
+        displaced: The slower alternative whose place a change took, with its verdict, by part and stage of that change.
     """
 
     results: list[StageResult] = field(default_factory=list)
     kept: list[AppliedChange] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unmet: list[tuple[float, str, str, float]] = field(default_factory=list)
+    displaced: dict[tuple[str, str], tuple[AppliedChange, StageResult]] = field(default_factory=dict)
 
     def kept_on(self, part: str) -> list[AppliedChange]:
         """Return the changes that are on for a part."""
@@ -76,8 +78,20 @@ class Ledger:
                     if slower.kept and (slower.part, slower.stage) == (instead_of.part, instead_of.stage):
                         dropped = slower.dropped(f"{result.stage} is faster")
                         self.results[number] = replace(dropped, sure=result.sure)
+                        self.displaced[change.part, change.stage] = instead_of, slower
             self.kept.append(change)
         self.results.append(result)
+
+    def reinstate(self, undone: StageResult) -> None:
+        """Keep the slower alternative again whose place a change took that was undone, if there is one."""
+        found = self.displaced.pop((undone.part, undone.stage), None)
+        if found is None:
+            return
+        change, verdict = found
+        change.change.on()
+        self.kept.append(change)
+        names = [(result.part, result.stage) for result in self.results]
+        self.results[names.index((change.part, change.stage))] = verdict
 
     def on(self) -> None:
         """Switch every kept change on."""

@@ -502,6 +502,29 @@ def test_wrong_in_total_undoes_everything(seen: list[Event]) -> None:
     assert any(isinstance(event, FellBack) and event.stage == "everything" for event in seen)
 
 
+def test_the_slower_alternative_is_back_where_the_faster_one_is_wrong_in_the_whole(seen: list[Event]) -> None:
+    """A vocoder in half precision as a part is faster than by layers, and may err too much for the whole alone."""
+
+    class Louder(Slow):
+        def speak(self) -> torch.Tensor:
+            return 4 * self(X) - 3 * self.linear(X)  # four times the error of the part
+
+    model = Louder()
+    slower = Stage("slower", group="half", seconds=0.01, offset=0.001)
+    faster = Stage("faster", group="half", seconds=0.0, offset=0.005)
+    plan = ModelPlan("model", (model,), (Part("slow", "model", model),))
+    calls = warmup_calls(lambda loaded: loaded.speak(), Loaded(model), "inference")
+    tuning = tune(plan, calls, [slower, faster], CPU, Limits(60.0, "balanced"))
+    first, second = tuning.receipt.stages
+    assert first.kept
+    assert first.reason.startswith("at least")
+    assert second.reason.startswith("undone: the whole is wrong")
+    assert (model.seconds, model.offset) == (0.01, 0.001)
+    assert [event.stage for event in seen if isinstance(event, FellBack)] == ["faster of slow"]
+    tuning.undo()
+    assert (model.seconds, model.offset) == (0.02, 0.0)
+
+
 def test_inputs_that_a_part_changes_in_place_are_restored_for_each_run() -> None:
     class InPlace(Slow):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
