@@ -155,6 +155,54 @@ inline void totals(const ints* v, float* to) {
 #endif
 }
 
+// Turns a square of LANES rows: v[i][j] becomes v[j][i].
+inline void transpose(vec* v) {
+#if defined(__AVX512BW__)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int j = 0; j < 4; j++) {  // quarters of rows of four: those of columns j, j + 4, j + 8, j + 12
+    const __m512 even0 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x88), odd0 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xdd);
+    v[j] = (vec)_mm512_shuffle_f32x4(even0, even1, 0x88);
+    v[j + 8] = (vec)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+    v[j + 4] = (vec)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    v[j + 12] = (vec)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  for (int j = 0; j < 4; j++) {
+    v[j] = (vec)_mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+    v[j + 4] = (vec)_mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+  }
+#else
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < i; j++) {
+      const float other = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = other;
+    }
+#endif
+}
+
 // exp to 2 units in the last place, without branches, so that compilers make vectors of it (Cephes' polynomial).
 inline float quick_exp(float x) {
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);

@@ -74,12 +74,20 @@ void copy_signal(const ConvolutionCall& call, const float* x, int64_t first, int
     for (int64_t f = begin; f < end; f++) memcpy(to + f * line, from + f * call.x_frame, size_t(inputs) * sizeof(float));
     return;
   }
-  constexpr int64_t SIDE = 16;
-  for (int64_t c = 0; c < inputs; c += SIDE) {
-    const int64_t wide = least(SIDE, inputs - c);
-    for (int64_t f = begin; f < end; f++)
-      for (int64_t i = 0; i < wide; i++) to[f * line + c + i] = from[(c + i) * call.x_channel + f * call.x_frame];
+  int64_t c = 0;
+  for (; call.x_frame == 1 && c + LANES <= inputs; c += LANES) {  // as it lies: squares of channels and frames
+    int64_t f = begin;
+    for (; f + LANES <= end; f += LANES) {
+      vec square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = load(from + (c + i) * call.x_channel + f);
+      transpose(square);
+      for (int i = 0; i < LANES; i++) store(to + (f + i) * line + c, square[i]);
+    }
+    for (; f < end; f++)
+      for (int i = 0; i < LANES; i++) to[f * line + c + i] = from[(c + i) * call.x_channel + f];
   }
+  for (; c < inputs; c++)
+    for (int64_t f = begin; f < end; f++) to[f * line + c] = from[c * call.x_channel + f * call.x_frame];
 }
 
 // [points][inputs] of a tile, whose frames lie `step` apart; the points lie `apart`.
@@ -204,12 +212,30 @@ struct Piece {
         }
       }
     if (direct) return;
-    for (int64_t c = 0; c < wide; c++)
-      for (int64_t f = 0; f < frames; f++) {
-        const int64_t at = c * call.y_channel + f * call.y_frame;
-        const float sum = results[f * COLUMNS + c] + (plus ? plus[at] : 0.0f);
-        y[at] = sum < 0.0f ? sum * slope : sum;
+    int64_t c = 0;
+    for (; call.y_frame == 1 && c + LANES <= wide; c += LANES) {
+      int64_t f = 0;
+      for (; f + LANES <= frames; f += LANES) {
+        vec square[LANES];
+        for (int i = 0; i < LANES; i++) square[i] = load(results + (f + i) * COLUMNS + c);
+        transpose(square);
+        for (int i = 0; i < LANES; i++) {
+          const int64_t at = (c + i) * call.y_channel + f;
+          const vec sum = plus ? square[i] + load(plus + at) : square[i];
+          store(y + at, sum < 0.0f ? sum * slope : sum);
+        }
       }
+      for (int i = 0; i < LANES; i++) put_one_by_one(y, plus, slope, c + i, f, frames);
+    }
+    for (; c < wide; c++) put_one_by_one(y, plus, slope, c, 0, frames);
+  }
+
+  void put_one_by_one(float* y, const float* plus, float slope, int64_t channel, int64_t frame, int64_t frames) const {
+    for (; frame < frames; frame++) {
+      const int64_t at = channel * call.y_channel + frame * call.y_frame;
+      const float sum = results[frame * COLUMNS + channel] + (plus ? plus[at] : 0.0f);
+      y[at] = sum < 0.0f ? sum * slope : sum;
+    }
   }
 };
 

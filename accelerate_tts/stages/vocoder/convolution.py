@@ -46,7 +46,7 @@ def narrow(image: torch.Tensor) -> torch.Tensor:
 
 
 class Convolution:
-    """A 1-D convolution of stride 1 by oneDNN.
+    """A 1-D convolution of stride 1.
 
     Args:
         weight: `(outputs, inputs, frames)`.
@@ -54,11 +54,13 @@ class Convolution:
         padding: Frames of zeros at both ends.
         dilation: Distance of two taps in frames.
         dtype: Dtype of weights and results; fp32 by default.
+        short: False to compute each product, by oneDNN.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, dilation: int = 1, dtype: Any = None
-    ) -> None:
+    def __init__(  # noqa: PLR0913 - what a convolution consists of
+        self, weight: torch.Tensor, bias: torch.Tensor | None, padding: int, dilation: int = 1, dtype: Any = None,
+        *, short: bool = True,
+    ) -> None:  # fmt: skip
         dtype = dtype or torch.float32
         self._bias = None if bias is None else bias.detach().clone().to(dtype)
         self._geometry = _geometry(padding, dilation)
@@ -66,7 +68,7 @@ class Convolution:
         self._layouts = _layouts(tuple(self._plain.shape), padding, dilation, dtype)
         self._weights: dict[int, torch.Tensor] = {}
         self._short: _Short | None = None
-        if dtype == torch.float32 and _is_worth_it(weight, dilation) and level() not in {NONE, "base"}:
+        if short and dtype == torch.float32 and _is_worth_it(weight, dilation) and level() not in {NONE, "base"}:
             outputs, _, taps = (int(size) for size in weight.shape)
             self._short = _Short(Packed.of(weight, bias), Geometry(outputs, taps, dilation, padding, padding))
 
