@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree
@@ -221,8 +221,12 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     native: Any = torch._C
     native._dynamo.eval_frame.reset_code(code)
     for number, kept in list(eval_frame.cached_backends.items()):  # torch.compile wraps the backend
-        if id(getattr(kept, "compiler_fn", None)) == backend:
+        if id(getattr(kept, "compiler_fn", None)) != backend:
+            continue
+        if _graphs_hold_backends(torch.__version__):
             del eval_frame.cached_backends[number]
+        else:
+            cast("Any", kept).compiler_fn = _released
     loaded.forget()
     # inductor's choice among kernels for products keeps each choice's graph with its weights (torch 2.8 to 2.12; seen
     # to be let go in 2.14). What is cleared saves a second try of the same choice alone.
@@ -233,6 +237,20 @@ def _release(code: types.CodeType, backend: int, loaded: _Loaded) -> None:
     shadowed: Any = getattr(inspect, "_shadowed_dict_from_mro_tuple", None)
     if hasattr(shadowed, "cache_clear"):
         shadowed.cache_clear()
+
+
+def _graphs_hold_backends(release: str) -> bool:
+    """Check that dynamo's cache of graphs keeps the backends alive with which it compares the backend of a call.
+
+    torch 2.6 has their addresses alone. Other code that was compiled on the way (what a graph break left, a callback)
+    keeps its graphs, and the next call of that code would read freed memory: a crash, or damage that shows later. So
+    the backend's wrapper stays there, some hundred bytes. 2.14 keeps references; those between were not looked at.
+    """
+    return tuple(int(part) for part in release.split(".")[:2]) >= (2, 14)
+
+
+def _released(*_graph_and_inputs: object) -> Any:
+    raise RuntimeError("this compiled function was let go, and nothing compiles by its backend any more")
 
 
 def _has_tensors(module: types.ModuleType) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import nn
 
 from accelerate_tts import Event
@@ -49,10 +48,6 @@ def elsewhere() -> list[Any]:
     return found
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__).release < (2, 7),
-    reason="torch 2.6.0, CPython 3.11.7, an EPYC Zen 4: after threads begin inside compiled calls, later tests crash",
-)
 @torch.no_grad()
 def test_no_other_thread_is_told(model: Repeats) -> None:
     before, during = settings(), []
