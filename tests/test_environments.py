@@ -257,7 +257,10 @@ def test_a_row_is_good_only_if_all_of_it_is(scripts: tuple[Any, Any]) -> None:
     assert made(checks=[check(same_tokens=False, dtype="bfloat16")]).good
     assert not made(checks=[check(kernels="none")]).good
     assert made(checks=[check(kernels="avx2")]).good
-    assert not made(tests={**row()["tests"], "failed": 1}).good
+    bad = made(tests={**row()["tests"], "failed": 1, "failures": {"a test": "why"}}, checks=[check(same_tokens=False)])
+    assert not bad.good
+    said = "\n".join(bad.faults())
+    assert all(part in said for part in ("1 tests failed", "a test: why", "other tokens than untouched")), said
     assert json.loads(made(checks=[check(error=float("inf"))]).as_json())["checks"][0]["error"] is None
 
 
