@@ -5,8 +5,8 @@
 
 Two services are started, one with accelerate_tts switched off. They are asked in turn, so that other programs disturb
 both alike. Each text is first spoken alone; under load each streamed answer must have the same bytes. A service has
-fewer places than there are callers at most: further requests get 429, are counted, and are made again. The script ends
-with an error if an answer differs, if a request fails, or if more requests are inside than there are places.
+fewer places than there are callers at most: further requests get 429, and those that had no turn in the service's 60 s
+503; both are counted as refused, and made again. The script ends with an error if an answer differs, if a request fails, or if more requests are inside than there are places.
 
 Run nothing else meanwhile. Needs: pip install 'accelerate_tts[cli,demo,service]' chatterbox-light
 """
@@ -64,7 +64,7 @@ class Load:
     Attributes:
         firsts: Times until the first bytes with sound.
         totals: Times until the last byte.
-        refused: Number of requests that got 429.
+        refused: Number of requests that got 429, or 503 for want of a turn.
         inside: Largest number of requests that were inside.
         speech: Seconds of speech.
         took: Duration.
@@ -125,8 +125,8 @@ class Service:
         """Stream an answer.
 
         Returns:
-            Its bytes, the seconds until the first of them, and until the last; for one that was refused with 429, the
-            seconds after which to try again.
+            Its bytes, the seconds until the first of them, and until the last; for one that was refused, the seconds
+            after which to try again.
         """
         body = {
             "model": model, "voice": self.voices[model], "input": text, "response_format": "pcm",
@@ -143,8 +143,8 @@ class Service:
             total = time.perf_counter() - begun
         finally:
             connection.close()
-        if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-            return float(answer.headers["Retry-After"])
+        if answer.status == HTTPStatus.TOO_MANY_REQUESTS or b'"queue_timeout"' in content[:300]:
+            return float(answer.headers.get("Retry-After", 1))
         if answer.status != HTTPStatus.OK:
             raise WrongError(f"{self.name} answered {answer.status}: {content[:300]!r}")
         return content, first, total
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     common = ["--systems", options.systems, "--precisions", options.precision, "--most", str(options.most)]
     items: list[dict[str, Any]] = []
-    print("model                callers  service   answers  429  first p50   p95  total p50   p95  speech/s  others")
+    print("model                callers  service   answers  refused  first p50   p95  total p50   p95  speech/s  others")
     with started("plain", [*common, "--plain"]) as plain, started("decorated", common) as decorated:
         for service in (plain, decorated):
             service.prepare()
@@ -303,7 +303,7 @@ def show(item: dict[str, Any]) -> None:
     for name in ("plain", "decorated"):
         one = item[name]
         print(
-            f"{item['model']:<20} {item['callers']:>7}  {name:<9} {one['answers']:>7} {one['refused']:>4}"
+            f"{item['model']:<20} {item['callers']:>7}  {name:<9} {one['answers']:>7} {one['refused']:>8}"
             f" {one['first_p50']:>10.3f} {one['first_p95']:>5.2f} {one['total_p50']:>10.3f} {one['total_p95']:>5.2f}"
             f" {one['speech_a_second']:>9.2f} {item['others']:>7.0%}", flush=True,
         )  # fmt: skip
