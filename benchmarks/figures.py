@@ -49,7 +49,9 @@ a row and differed by more than a quarter within its run, as they do on a machin
 shared; the lines below a table have their figures.
 
 Engines of other makers took turns with eager PyTorch and with this library in one run, and their
-ratios are to eager in that run. Of an engine that several runs of a machine have
+ratios are to eager in that run. The floors of a voice compute each product of its convolutions, of
+which [ours take half](decisions/0005-vocoders.md#convolutions-in-fewer-products): below 1 is
+possible. Of an engine that several runs of a machine have
 measured, the newest row is shown.
 """
 _COLUMNS = (
