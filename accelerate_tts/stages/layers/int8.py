@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from accelerate_tts.errors import message_of
-from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class, twin_of
+from accelerate_tts.inspection.classes import beneath_swaps, class_of, is_bias, is_torchs_linear, plain_class, twin_of
 from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.weight_formats import int8_scales
@@ -166,11 +166,14 @@ def _packed(part: Part, layers: list[nn.Module], make: Callable[[Any], Any]) -> 
 @per_class
 def _quantized_class(plain: Any, least: int, *, only_fp32: bool = False) -> type:
 
-    own = plain.forward
+    own, base = plain.forward, beneath_swaps(plain)
+    torchs = base.forward
 
     def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - torch's own name
         if plain.forward is not own:
             return call_patched(plain, self, input, *args, **kwargs)
+        if base.forward is not torchs:
+            return plain.forward(self, input, *args, **kwargs)  # the class swap in between knows it, and says so
         packed = getattr(self, PACKED, None)  # another thread may have switched the change off
         is_sequence = not isinstance(input, torch.Tensor) and hasattr(input, "batch_sizes")  # a packed one
         if (

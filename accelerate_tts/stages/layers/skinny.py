@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.inspection.classes import class_of, is_bias, is_torchs_linear, plain_class
+from accelerate_tts.inspection.classes import beneath_swaps, class_of, is_bias, is_torchs_linear, plain_class
 from accelerate_tts.inspection.routers import routers
 from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.calls import skinny_linear
@@ -120,14 +120,16 @@ def _call(x: Any, weight: Any, scale: Any, bias: Any, transposed: bool) -> Any:
 
 @per_class
 def _exact_class(plain: Any, transposed: bool) -> type:
-    own = plain.forward
+    own, base = plain.forward, beneath_swaps(plain)
+    torchs = base.forward
 
     def computed(self: Any, x: Any) -> Any:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         weight, bias = self.weight, self.bias
-        if weight is None or (transposed and bias is None):
-            return plain.forward(self, x)  # upstream raises its own error
+        # A class swap in between knows of a patch beneath it, and says so. Without a weight upstream raises its error.
+        if base.forward is not torchs or weight is None or (transposed and bias is None):
+            return plain.forward(self, x)
         inputs = weight.shape[0 if transposed else 1]
         outputs = weight.shape[1 if transposed else 0]
         if not is_bias(bias, outputs):
@@ -154,14 +156,15 @@ def _fits(tensor: Any, dtype: Any = None) -> bool:
 
 @per_class
 def _copied_class(plain: Any, transposed: bool, weights: WeightFormat) -> type:
-    own = plain.forward
+    own, base = plain.forward, beneath_swaps(plain)
+    torchs = base.forward
 
     def computed(self: Any, x: Any) -> Any:
         if plain.forward is not own:
             return call_patched(plain, self, x)
         bias = self.bias
-        if self.weight is None or (transposed and bias is None):
-            return plain.forward(self, x)  # upstream raises its own error
+        if base.forward is not torchs or self.weight is None or (transposed and bias is None):  # as above
+            return plain.forward(self, x)
         outputs, inputs = self.weight.shape[::-1] if transposed else self.weight.shape
         if not _takes(x, inputs) or not (is_plain(self.weight) and _fits(bias) and is_bias(bias, outputs)):
             return plain.forward(self, x)

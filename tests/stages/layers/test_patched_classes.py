@@ -12,6 +12,7 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
+from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import QuantizeStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 
@@ -57,6 +58,35 @@ def test_a_patch_after_the_change_is_called_and_told_once(
                 assert torch.equal(model(x), 2 * expected)
         assert (model(x) - expected).norm() / expected.norm() == near
         change.off()
+        assert torch.equal(model(x), expected)
+    assert len([event for event in seen if "another forward" in str(event)]) == 1
+
+
+@pytest.mark.parametrize("below", ["half layers", "skinny", "few rows"])
+@pytest.mark.parametrize("name", ["skinny", "skinny in bf16", "int8"])
+def test_a_patch_beneath_two_changes(
+    name: str, below: str, monkeypatch: pytest.MonkeyPatch, seen: list[Event]
+) -> None:  # fmt: skip
+    """The upper one has the class of the lower one beneath it, which is as it was."""
+    if name == below:
+        return
+    model = nn.Sequential(Layer(512, 512)).eval()
+    x = torch.randn(2, 512)
+    stages = STAGES | {"half layers": lambda: HalfStage(torch.bfloat16, carried=False)}
+    changes: list[Any] = []
+    with torch.no_grad():
+        expected = model(x)
+        for each in (below, name):
+            changes.append(stages[each]().prepare(Part("model", "decoder", model, few_rows=1.0)))
+            changes[-1].on()
+        before = model(x)
+        with monkeypatch.context() as patched:
+            patch(patched, nn.Linear)
+            for _ in range(2):
+                assert torch.equal(model(x), 2 * expected)
+        assert torch.equal(model(x), before)
+        for change in reversed(changes):
+            change.off()
         assert torch.equal(model(x), expected)
     assert len([event for event in seen if "another forward" in str(event)]) == 1
 
