@@ -62,8 +62,17 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_usual(convolution: Any) -> bool:
-    """Check for what the replacement computes. Depthwise convolutions are bound by memory, not by layout."""
-    return bool(convolution.groups == 1 and convolution.padding_mode == "zeros" and type(convolution.padding) is tuple)
+    """Check for what the replacement computes, by attributes that somebody may change.
+
+    Depthwise convolutions are bound by memory, not by layout. torch also takes whole numbers and lists, which nobody
+    but a user writes there, and refuses what has two numbers.
+    """
+    sizes = (convolution.stride, convolution.padding, convolution.dilation, convolution.output_padding)
+    return bool(
+        convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+        and all(type(size) is tuple and len(size) == 1 for size in sizes)
+    )
 
 
 def _is_plain(convolution: Any) -> bool:
@@ -113,8 +122,22 @@ def _in_usual_order(result: Any) -> Any:
     return _pytree.tree_unflatten([leaf.contiguous() if is_changed(leaf) else leaf for leaf in leaves], spec)
 
 
+def _is_kept() -> bool:
+    """Check that a result may stay in channels-last layout: a call of a part, which puts it in order, is under way."""
+    return torch.compiler.is_compiling() or _in_part.get()  # a part is compiled with its border
+
+
+def keeps_channels_last(cls: type) -> bool:
+    """Check that a layer of this class gives results in channels-last layout now, as the next layers take them."""
+    return hasattr(cls, _KEEPS) and _is_kept()
+
+
+_KEEPS = "_accelerate_tts_channels_last"
+"""Attribute of the classes of layers that compute in channels-last layout."""
+
+
 def _of_layer(y: torch.Tensor) -> torch.Tensor:
-    return y if torch.compiler.is_compiling() or _in_part.get() else y.contiguous()
+    return y if _is_kept() else y.contiguous()
 
 
 @per_class
@@ -155,4 +178,6 @@ def _channels_last_class(plain: Any) -> type:
         )  # fmt: skip
         return _of_layer(y.squeeze(2))
 
-    return subclass_with(plain, convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve)
+    made = subclass_with(plain, convolve_transposed if issubclass(plain, nn.ConvTranspose1d) else convolve)
+    setattr(made, _KEEPS, True)
+    return made

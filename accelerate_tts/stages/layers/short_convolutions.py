@@ -4,8 +4,13 @@ Vocoders and many encoders are bound by the arithmetic of their 1-D convolutions
 processor's rate. Toom and Cook's method takes half of the products (kernels/toom_cook.py;
 docs/decisions/0005-vocoders.md has the figures). The weights are turned once, in fp32, and take about twice the bytes.
 
-A signal whose channels lie next to each other in memory, as behind another convolution in channels-last layout, gives
-such a result; any other a contiguous one. Short signals, other dtypes and gradients take upstream's own convolution.
+The result is contiguous, as torch's is, and a caller may `.view()` it. Over a convolution in channels-last layout, such
+a signal gives such a result, as it does without this stage. Short signals, other dtypes and gradients take upstream's
+own convolution.
+
+Numbers that are not finite stay visible, but not as they are. Each result of a tile is a sum of all that the tile sees:
+an infinity or a NaN makes NaN of what it reaches, and reaches up to six frames (times the dilation) more to either
+side than upstream's. No other sequence of the batch sees it. A number beyond 1e37 may become infinite in between.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_tts.inspection.classes import class_of, is_bias, plain_class
+from accelerate_tts.inspection.classes import beneath_swaps, class_of, is_bias, plain_class
 from accelerate_tts.inspection.tracing import is_plain, is_watched
 from accelerate_tts.kernels.library import missing
 from accelerate_tts.kernels.toom_cook import (
@@ -31,6 +36,7 @@ from accelerate_tts.patching.class_swap import COPY, CarryingSwap, call_patched,
 from accelerate_tts.patching.derived import Derived
 from accelerate_tts.stages.base import BaseStage
 from accelerate_tts.stages.catalogue import register_stage
+from accelerate_tts.stages.layers.channels_last import keeps_channels_last
 
 if TYPE_CHECKING:
     from accelerate_tts.plan import Part
@@ -64,7 +70,7 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
         inner
         for inner in open_modules(module)
         if isinstance(inner, nn.Conv1d)
-        and plain_class(inner).forward is nn.Conv1d.forward
+        and _is_torchs(inner)
         and _is_supported(inner)
         and is_plain(inner.weight)
         and inner.weight.dtype == torch.float32
@@ -72,14 +78,32 @@ def _convolutions(module: nn.Module) -> list[nn.Module]:
     ]
 
 
+_STEPS = ("forward", "_conv_forward")
+
+
+def _is_torchs(layer: Any) -> bool:
+    """Check that a convolution computes as torch's does: no class of its own and no patch has replaced a step of it."""
+    cls, own = plain_class(layer), vars(layer)
+    torchs = ((getattr(nn.Conv1d, step), getattr(cls, step), step in own) for step in _STEPS)
+    # Not `__module__`, which `functools.wraps` copies.
+    names = {getattr(getattr(nn.Conv1d, step), "__globals__", {}).get("__name__") for step in _STEPS}
+    return names == {nn.Conv1d.__module__} and all(a is b and not has for a, b, has in torchs)
+
+
 def _is_supported(layer: Any) -> bool:
-    """Check for what the kernel computes, by attributes that somebody may change."""
+    """Check for what the kernel computes, by attributes that somebody may change.
+
+    torch also takes whole numbers and lists for them, which nobody but a user writes there.
+    """
+    padding, dilation = layer.padding, layer.dilation
     return bool(
         layer.groups == 1
         and layer.stride == (1,)
         and layer.padding_mode == "zeros"
-        and (type(layer.padding) is tuple or layer.padding in {"same", "valid"})
-        and 1 <= layer.dilation[0] <= MOST_DILATION
+        and (padding in ("same", "valid") or (type(padding) is tuple and len(padding) == 1 and padding[0] >= 0))
+        and type(dilation) is tuple
+        and len(dilation) == 1
+        and 1 <= dilation[0] <= MOST_DILATION
         and 1 < layer.kernel_size[0] <= MOST_TAPS
         and min(layer.in_channels, layer.out_channels) >= _LEAST_CHANNELS
     )
@@ -125,14 +149,15 @@ def _takes(x: Any, layer: Any) -> bool:
 
 @per_class
 def _short_class(plain: Any) -> type:
-    own = plain.forward
-    step = plain._conv_forward
+    own, base = plain.forward, beneath_swaps(plain)
+    torchs, step = base.forward, plain._conv_forward
 
     def forward(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
         if plain.forward is not own:
             return call_patched(plain, self, input)
         if (
-            not _takes(input, self)
+            base.forward is not torchs  # the class swap in between knows it, and says so
+            or not _takes(input, self)
             or not _is_supported(self)
             or plain._conv_forward is not step
             or "_conv_forward" in vars(self)
@@ -145,7 +170,7 @@ def _short_class(plain: Any) -> type:
         made = None if copy is None else copy.get()
         if made is None:
             return plain.forward(self, input)
-        last = input.stride(1) == 1 and input.stride(2) >= input.shape[1]
+        last = keeps_channels_last(plain) and input.stride(1) == 1 and input.stride(2) >= input.shape[1]
         if torch.compiler.is_compiling():
             sizes = [geometry.outputs, geometry.taps, geometry.dilation, geometry.left, geometry.right]
             return torch.ops.accelerate_tts.short_convolution(input, *made, sizes, last)
