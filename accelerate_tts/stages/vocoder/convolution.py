@@ -82,11 +82,15 @@ class Convolution:
 
         Args:
             rows: The signal.
-            activation: "none", or "leaky_relu" with its slope.
+            activation: "none", "relu", or "leaky_relu" with its slope.
             scalars: The activation's numbers.
+
+        Raises:
+            KeyError: There is no such activation.
         """
+        slope = {"none": 1.0, "relu": 0.0, "leaky_relu": scalars[0] if scalars else 0.0}[activation]
         if self._short is not None and self._short.takes(rows):
-            return self._short(rows, Ending(slope=scalars[0] if activation == "leaky_relu" else 1.0))
+            return self._short(rows, Ending(slope=slope))
         return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
             rows, self._weight_for(rows), self._bias, *self._geometry, activation, list(scalars), ""
         )
