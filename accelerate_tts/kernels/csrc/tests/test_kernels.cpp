@@ -24,11 +24,14 @@ int main(int count, char** named) {
     const int before = failures;
     accelerate_tts_use_threads(0, of_gcc);  // without an OpenMP
     residual(level, 1, 40, 64, 64, 3);
+    convolutions(level);
     accelerate_tts_use_threads(2, of_llvm);
     tokens(level);
+    convolutions(level);
     accelerate_tts_use_threads(1, of_gcc);
     few_rows(level);
     tokens(level);
+    convolutions(level);
     for (int64_t length : {1, 15, 33, 64, 70, 129, 300}) {
       transformer(level, 2, length, 1 + length % 2, length % 3 == 0, int(1 + length % 3));
       residual(level, 2, length, length % 2 ? 64 : 192, 64, int(1 + length % 3));
