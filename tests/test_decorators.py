@@ -233,6 +233,7 @@ def test_a_function_that_returns_a_module() -> None:
     assert [stage.stage for stage in receipt.stages if stage.part != "process"] == [
         "fold weight norm",
         "channels-last convolutions",
+        "convolutions in fewer products",
     ]
     assert receipt.stages[0].error == 0.0
     assert receipt.cold is not None

@@ -526,6 +526,30 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]))
 
 
+class Wide(nn.Module):
+    """Convolutions of as many channels as the kernel for them is for, some of one shape."""
+
+    def __init__(self, norm: Callable[..., Any]) -> None:
+        super().__init__()
+        self.first = norm(nn.Conv1d(64, 64, 3, padding=1))
+        self.second = norm(nn.Conv1d(64, 64, 3, padding=2, dilation=2, bias=False))
+        self.up = norm(nn.ConvTranspose1d(64, 64, 4, stride=2))
+        self.third = norm(nn.Conv1d(64, 64, 7, padding="same"))
+        self.last = norm(nn.Conv1d(64, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.first(x))
+        y = self.up(y + torch.tanh(self.second(y)))
+        found: torch.Tensor = self.last(torch.tanh(self.third(y)))
+        return found
+
+
+def wide(norm: Any = lambda module: module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return filled(Wide(norm))
+
+
 class Pictures(nn.Module):
     """Convolutions in two dimensions, the ones that a memory format is for."""
 
@@ -542,6 +566,10 @@ class Pictures(nn.Module):
 
 def convolved(model: Any) -> list[torch.Tensor]:
     return [model(noise(1, 8, length).to(dtype_of(model))) for length in (1, 5)]
+
+
+def convolved_at_length(model: Any) -> list[torch.Tensor]:
+    return [model(noise(batch, 64, length).to(dtype_of(model))) for batch, length in ((1, 30), (2, 5))]
 
 
 def decoder(name: str) -> Any:
@@ -608,6 +636,7 @@ class Family(NamedTuple):
 
 
 FOLD, NORMED = "fold weight norm", ("channels-last convolutions", "bf16 layers", "bf16 part")
+SHORT = "convolutions in fewer products"
 FUSED = tuple(f"fused decoder blocks ({weights})" for weights in ("fp32", "bf16", "int8"))
 LINEAR = tuple(f"skinny linear layers ({weights})" for weights in ("fp32", "bf16", "int8"))
 INT8 = tuple(f"int8 linear layers ({engine})" for engine in sorted(engines()))
@@ -634,6 +663,12 @@ FAMILIES = {
     "new norm, folded": Family(
         lambda: tower(parametrizations.weight_norm), convolved, (*NORMED, COMPILED, BLOCKS, RECORDED[0]), (FOLD,)
     ),
+    "wide": Family(wide, convolved_at_length, (SHORT, "bf16 part", COMPILED, RECORDED[0])),
+    "wide, old norm": Family(lambda: wide(nn.utils.weight_norm), convolved_at_length, (SHORT,)),
+    "wide, new norm": Family(lambda: wide(parametrizations.weight_norm), convolved_at_length, (SHORT,)),
+    "wide, in layout": Family(wide, convolved_at_length, (SHORT,), NORMED[:1]),
+    "wide, folded": Family(lambda: wide(nn.utils.weight_norm), convolved_at_length, (SHORT,), (FOLD,)),
+    "wide, in fewer products": Family(wide, convolved_at_length, (COMPILED, RECORDED[0], "bf16 layers"), (SHORT,)),
     "Llama": Family(
         lambda: decoder("Llama"),
         decoded,
@@ -649,6 +684,11 @@ FAMILIES = {
         lambda: filled(VitsHifiGan(vits())),
         lambda m: [m(noise(1, 16, 9).to(dtype_of(m)))],
         ("fewer operators", "fewer operators (bfloat16)", *NORMED, COMPILED, RECORDED[0]),
+    ),
+    "wide vocoder": Family(
+        lambda: filled(VitsHifiGan(vits(upsample_initial_channel=128))),
+        lambda m: [m(noise(1, 16, 30).to(dtype_of(m)))],
+        ("fewer operators", SHORT),
     ),
     "flow": Family(
         lambda: filled(VitsResidualCouplingBlock(vits())),

@@ -30,6 +30,7 @@ from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.fused_sequence import FusedSequenceStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage
+from accelerate_tts.stages.layers.short_convolutions import ShortConvolutionStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage
@@ -64,9 +65,9 @@ class Flow(nn.Module):
         return found
 
 
-def vits() -> Any:
+def vits(channels: int = 16) -> Any:
     return transformers.VitsConfig(
-        hidden_size=16, flow_size=16, upsample_initial_channel=16, upsample_rates=[4], upsample_kernel_sizes=[8],
+        hidden_size=16, flow_size=16, upsample_initial_channel=channels, upsample_rates=[4], upsample_kernel_sizes=[8],
         resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]], prior_encoder_num_flows=2,
         prior_encoder_num_wavenet_layers=1,
     )  # fmt: skip
@@ -164,9 +165,9 @@ def rerun(device: torch.device) -> Reruns:
     return Reruns(device, watched=False)
 
 
-def convolutions() -> nn.Module:
+def convolutions(inputs: int = 16) -> nn.Module:
     norm: Any = nn.utils.parametrizations.weight_norm
-    return nn.Sequential(norm(nn.Conv1d(16, 128, 3, padding=1)), nn.Tanh(), norm(nn.ConvTranspose1d(128, 8, 4)))
+    return nn.Sequential(norm(nn.Conv1d(inputs, 128, 3, padding=1)), nn.Tanh(), norm(nn.ConvTranspose1d(128, 8, 4)))
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[Callable[[], Any]]]] = {
@@ -176,8 +177,14 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[Callabl
     "GPT-2 by layers": (lambda: gpt2(128), (1, 5, 128), [lambda: SkinnyStage("fp32")]),
     "few rows": (Layers, (1, 4, WIDTH), [FewRowsStage]),
     "vocoder": (lambda: VitsHifiGan(vits()), (1, 16, 9), [lambda: FewerOperatorsStage((hifigan(),))]),
+    "wide vocoder": (lambda: VitsHifiGan(vits(128)), (1, 16, 9), [lambda: FewerOperatorsStage((hifigan(),))]),
+    "wide vocoder in fewer products": (lambda: VitsHifiGan(vits(128)), (1, 16, 9), [ShortConvolutionStage]),
     "flow": (lambda: Flow(VitsResidualCouplingBlock(vits())), (1, 16, 9), [lambda: FewerOperatorsStage((FLOW,))]),
     "convolutions": (convolutions, (1, 16, 9), [FoldStage, ChannelsLastStage]),
+    "convolutions in fewer products": (
+        lambda: convolutions(32), (1, 32, 40), [FoldStage, ChannelsLastStage, ShortConvolutionStage]
+    ),
+    "normed convolutions in fewer products": (lambda: convolutions(32), (1, 32, 40), [ShortConvolutionStage]),
     "convolutions in bf16": (convolutions, (1, 16, 9), [FoldStage, lambda: HalfStage(torch.bfloat16, carried=True)]),
     "VITS, checked": (Voice, (1, 12), [lambda: CheckedStage(DURATIONS), lambda: CheckedStage(TEXT)]),
     "transformer block": (SequenceBlock, (1, 20, 64), [lambda: FusedSequenceStage(TRANSFORMER)]),

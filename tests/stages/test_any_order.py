@@ -37,6 +37,7 @@ from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import QuantizeRecurrentStage, QuantizeStage, engines
+from accelerate_tts.stages.layers.short_convolutions import ShortConvolutionStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
 from accelerate_tts.stages.protocol import Change, Stage
@@ -58,8 +59,8 @@ def rerun(device: torch.device) -> Reruns:
 STAGES: tuple[Stage, ...] = (
     FoldStage(), GrowingCacheStage(), ChannelsLastStage(), FusedBlocksStage("fp32"), FusedBlocksStage("bf16"),
     FusedBlocksStage("int8"), PromptStage(), HalfStage(torch.bfloat16, carried=False),
-    HalfStage(torch.bfloat16, carried=True), SkinnyStage("fp32"), SkinnyStage("bf16"), SkinnyStage("int8"),
-    FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
+    HalfStage(torch.bfloat16, carried=True), ShortConvolutionStage(), SkinnyStage("fp32"), SkinnyStage("bf16"),
+    SkinnyStage("int8"), FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
     CompiledBlocksStage("default"), CompileStage("default"), CapturedStepStage(rerun), RecordedPartsStage(rerun),
 )  # fmt: skip
 
@@ -99,7 +100,7 @@ class Tower(nn.Module):
 
     def __init__(self, norm: Callable[..., Any], bias: bool, recurrent: type[nn.Module]) -> None:
         super().__init__()
-        self.first = norm(nn.Conv1d(16, 128, 3, padding=1, bias=bias))
+        self.first = norm(nn.Conv1d(32, 128, 3, padding=1, bias=bias))
         self.up = norm(nn.ConvTranspose1d(128, 128, 4, stride=2, bias=bias))
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128, bias=bias), nn.Tanh()) for _ in range(2)
@@ -150,7 +151,7 @@ def spoken(model: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     with torch.inference_mode():
         if isinstance(model, Tower):
-            return [model(torch.randn(1, 16, length, generator=generator)) for length in (2, 9)]
+            return [model(torch.randn(1, 32, length, generator=generator)) for length in (2, 9, 30)]
         past = None
         for positions in (6, 1, 1):
             x = torch.randn(2, positions, 128, generator=generator)

@@ -40,6 +40,7 @@ ORDERS = {
         exact     growing cache
         balanced  bf16 layers
         balanced  bf16 part
+        exact     convolutions in fewer products
         fast      skinny linear layers (int8)
         balanced  skinny linear layers (bf16)
         exact     skinny linear layers (fp32)
