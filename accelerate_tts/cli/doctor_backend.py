@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 _NO_KERNELS = {
     "decoder": "fused decoder blocks, skinny linear layers",
-    "estimator": "fused transformer and residual blocks",
+    "estimator": "fused transformer and residual blocks, convolutions in fewer products",
+    "flow": "convolutions in fewer products",
+    "vocoder": "convolutions in fewer products",
 }
-_OTHER_KINDS = "skinny linear layers"
+_OTHER_KINDS = "skinny linear layers, convolutions in fewer products"
 
 
 def examine(target: str, init: Sequence[str], load: str | None) -> Iterator[Finding]:
@@ -103,9 +105,8 @@ def _stages(plan: ModelPlan) -> Iterator[Finding]:
     try:
         kernels()
     except KernelError as error:
-        lost = [f"{part.name or 'the model'}: {_NO_KERNELS.get(part.kind, _OTHER_KINDS)}" for part in plan.parts
-                if part.kind not in {"vocoder", "flow"}] if kind == "cpu" else []  # fmt: skip
-        if lost:
+        lost = [f"{part.name or 'the model'}: {_NO_KERNELS.get(part.kind, _OTHER_KINDS)}" for part in plan.parts]
+        if lost and kind == "cpu":
             yield Finding("lost without kernels", "warning", "; ".join(lost), error.mend)
     compiled = {name for part in plan.parts for name in _names(default_stages(kind, "default"), part)}
     compiled -= {name for part in plan.parts for name in _names(default_stages(kind, None), part)}

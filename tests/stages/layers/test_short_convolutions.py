@@ -663,7 +663,15 @@ class Compiled:
 
 
 @pytest.fixture
-def ours() -> Iterator[None]:
+def fresh_dynamo() -> Iterator[None]:
+    """Other tests may have had it give up the code of `nn.Sequential`."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def ours(fresh_dynamo: None) -> Iterator[None]:
     """Compiled by the package, whose graphs are guarded on weights, and not by a user."""
     from accelerate_tts.inspection.tracing import compiles_itself
 
@@ -695,9 +703,9 @@ def test_a_graph_of_ours_calls_the_operator(below: Any, ran: bool, dynamic: bool
     graphs = len(backend.graphs)
     assert sum("short_convolution" in name for name in backend.operators()) == 2 * graphs
     assert graphs == 1 if dynamic else graphs <= 3
-    torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_users_own_graph_is_upstreams() -> None:
     """It never checks that weights were written, so it gets none of our copies."""
     model, backend = nn.Sequential(layer()), Compiled()
@@ -710,9 +718,9 @@ def test_a_users_own_graph_is_upstreams() -> None:
         expected = nn.functional.conv1d(signal(), model[0].weight, model[0].bias, padding=1)
         assert error(expected, call(signal())) < LIMIT
     assert not [name for name in backend.operators() if "accelerate" in name]
-    torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_around_it() -> None:
     """The real compiler, with a length that changes."""
     pytest.importorskip("torch._inductor")
