@@ -30,6 +30,7 @@ from accelerate_tts.device.usage import Usage
 from accelerate_tts.kernels.library import missing
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+from accelerate_tts.stages.layers.short_convolutions import ShortConvolutionStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
 from accelerate_tts.tuning.disturbance import Watcher
 from doubles import begin_process
@@ -468,10 +469,12 @@ def test_what_a_tuned_token_reads_is_counted_in_the_format_of_its_copies() -> No
         LlamaConfig(vocab_size=9, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     ).eval()
     head = torch.nn.Linear(64, 512, bias=True)
-    decoder = torch.nn.ModuleDict({"llama": llama, "head": head})
+    decoder = torch.nn.ModuleDict({"llama": llama, "head": head, "convolution": torch.nn.Conv1d(64, 64, 3)})
     linears = [one for one in llama.modules() if isinstance(one, torch.nn.Linear)]
     loaded = measure.bytes_of_a_token(decoder)
     part = Part("decoder", "decoder", decoder)
+    ShortConvolutionStage().prepare(part).on()
+    assert measure.bytes_read_by_a_token(decoder) == loaded, "they serve no single token"
     inside = sum(one.weight.numel() for one in linears)
     scales = sum(len(one.weight) for one in linears)
     for stage, saved in (

@@ -155,7 +155,8 @@ def bytes_read_by_a_token(decoder: nn.Module) -> int:
     """
     fused = {block: computed for block in decoder.modules() if (computed := fused_by(block)) is not None}
     formats = {layer: copies_of(block) for block, computed in fused.items() for layer in computed.copied()}
-    formats |= {layer: found for layer in open_modules(decoder) if (found := copies_of(layer))}
+    # Copies in fp32 are those of convolutions in fewer products, which serve whole signals alone.
+    formats |= {layer: found for layer in open_modules(decoder) if (found := copies_of(layer)) not in {"", "fp32"}}
     copied = {id(p): (layer, found) for layer, found in formats.items() for p in layer.parameters() if p.dim() > 1}
     total = 0
     for p in _weights_of_a_token(decoder):
