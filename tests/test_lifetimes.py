@@ -97,6 +97,7 @@ def through(stages: list[Stage], part: Callable[[Any, Stage], Part], model: Any,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three seconds for each of some eighty pairs
 def test_each_stage() -> None:
     run_alone(__file__, "test_loads_of_a_family_on_a_stage_leave_nothing", skips=True)
 

@@ -150,7 +150,8 @@ void convolutions(const std::string& level) {
   for (int64_t results : {1, 2, 5, 6, 7, 35, 36, 37, 71, 72, 73, 500})
     for (int64_t inputs : {5, 16, 48}) next(Tiling(3, 6, 1), 3, inputs, 32, 2, results + 4);
   // Several pieces for each thread.
-  for (int64_t dilation : {1, 5}) next(Tiling(4, 4, 2), 7, 96, 40, dilation, 2500);
+  for (int64_t taps : {7, 11})
+    for (int64_t dilation : {1, 5}) next(Tiling(4, 4, (taps + 3) / 4), taps, 96, 40, dilation, 2500);
 }
 
 }  // namespace tests
