@@ -95,18 +95,20 @@ def _is_supported(layer: Any) -> bool:
 
     torch also takes whole numbers and lists for them, which nobody but a user writes there.
     """
-    padding, dilation = layer.padding, layer.dilation
     return bool(
         layer.groups == 1
         and layer.stride == (1,)
         and layer.padding_mode == "zeros"
-        and (padding in ("same", "valid") or (type(padding) is tuple and len(padding) == 1 and padding[0] >= 0))
-        and type(dilation) is tuple
-        and len(dilation) == 1
-        and 1 <= dilation[0] <= MOST_DILATION
+        and (layer.padding in ("same", "valid") or _number(layer.padding) >= 0)
+        and 1 <= _number(layer.dilation) <= MOST_DILATION
         and 1 < layer.kernel_size[0] <= MOST_TAPS
         and min(layer.in_channels, layer.out_channels) >= _LEAST_CHANNELS
     )
+
+
+def _number(size: Any) -> int:
+    """Return the number in a size as torch has it; -1 for anything else."""
+    return int(size[0]) if isinstance(size, tuple) and len(size) == 1 else -1
 
 
 def _turned(layer: Any) -> Packed | None:
