@@ -61,9 +61,14 @@ def test_what_finds_no_room_leaves_the_older_file_and_nothing_beside_it(way: str
 def test_an_error_of_the_block_leaves_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "there"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(ZeroDivisionError), replacing(path) as made:
-        made.write_text("half", encoding="utf-8")
-        raise ZeroDivisionError
+
+    def broken_off() -> None:
+        with replacing(path) as made:
+            made.write_text("half", encoding="utf-8")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken_off()
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
     assert path.read_text(encoding="utf-8") == "old"
 
