@@ -54,9 +54,10 @@ def decorated(member: Any) -> Iterator[Any]:
     function = getattr(member, "__func__", member)
     for _ in range(_MOST_DECORATORS):
         yield function
-        if not isinstance(function, types.FunctionType) or not hasattr(function, "__wrapped__"):  # of `functools.wraps`
+        beneath = getattr(function, "__wrapped__", None)  # of `functools.wraps`
+        if beneath is None or not isinstance(function, types.FunctionType):
             return
-        function = function.__wrapped__
+        function = beneath
 
 
 @functools.lru_cache(maxsize=8)

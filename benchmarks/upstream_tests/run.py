@@ -107,7 +107,7 @@ class Runner:
 
 def without_folders(text: str) -> str:
     """Cut the folders of this machine off the paths in a text, such as a traceback's."""
-    return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|tests)/)", "", text)
+    return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|src|tests)/)", "", text)
 
 
 def read_log(log: Path, ended: str) -> dict[str, Any]:
