@@ -150,18 +150,22 @@ def _found(module: str, name: str) -> Any:
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
-def class_of_call(wrapped: Any, args: tuple[Any, ...]) -> type | None:
-    """Return the class if a function is called as a class method, by `@classmethod` outside our decorator.
+def owner_of_call(wrapped: Any, args: tuple[Any, ...]) -> Any:
+    """Return the object or class whose method is called as a function, with it as the first argument, or `None`.
 
-    From Python 3.13 on, `classmethod` calls what it wraps with the class as an argument, in place of binding it.
+    A decorator above ours calls what it decorates so, and `classmethod` from Python 3.13 on. A function is a method of
+    the class that its qualified name tells, whatever other decorators have made of it there.
     """
-    cls: Any = args[0] if args else None
-    if not isinstance(cls, type):
+    owner: Any = args[0] if args else None
+    holder, _, name = getattr(wrapped, "__qualname__", "").rpartition(".")
+    if owner is None or not holder or holder.endswith("<locals>"):
         return None
-    for base in cls.__mro__:
-        found = vars(base).get(getattr(wrapped, "__name__", ""))
-        if isinstance(found, classmethod) and inspect.unwrap(found.__func__) is wrapped:
-            return cls
+    kinds = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
+    for base in kinds:
+        if base.__qualname__ == holder and base.__module__ == wrapped.__module__:
+            found = vars(base).get(name)
+            of_class = isinstance(found, classmethod)
+            return owner if not isinstance(found, staticmethod) and of_class == isinstance(owner, type) else None
     return None
 
 
@@ -180,8 +184,8 @@ class _RunInMode:
             return wrapped(*args, **kwargs)
         if type(wrapped) is wrapt.PartialCallableObjectProxy:  # `Class.method(instance, ...)` becomes a method, too
             wrapped = MethodType(wrapped.__wrapped__, instance)
-        elif instance is None and (cls := class_of_call(wrapped, args)) is not None:
-            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
+        elif instance is None and (owner := owner_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, owner), owner, args[1:]
         if not self.retry:
             guards.not_again(str(getattr(wrapped, "__qualname__", wrapped)))
             made_once()
@@ -335,6 +339,8 @@ class _Optimize:
         from accelerate_tts.optimizer import get_performance_optimizer
         from accelerate_tts.tuning.warmup import Loaded
 
+        if instance is None and (owner := owner_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, owner), owner, args[1:]
         optimizer = get_performance_optimizer()
         # In the caller's thread, since threads keep their own number of threads, and before the model meets the device.
         optimizer.initialize()
@@ -367,9 +373,9 @@ class _Optimize:
 
 def is_load_function(function: Any) -> bool:
     """Check that `@optimized_model` decorates a function or a member of a class."""
-    both = function, getattr(function, "__func__", None)  # the second inside a class method
+    every = (function, *inference_mode.decorated(function))
     # wrapt (1.x and 2.x) gives the wrapper of a function, bound or not, under this name alone.
-    return any(isinstance(getattr(one, "_self_wrapper", None), _Optimize) for one in both)
+    return any(isinstance(getattr(one, "_self_wrapper", None), _Optimize) for one in every)
 
 
 def check_function(decorator: str, function: Any) -> None:

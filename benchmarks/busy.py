@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.disturbance import Machine, Watcher
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def main() -> None:
     for busy in wanted:
         tries.append(one_try(arguments, busy))
         if file is not None:
-            file.write_text(json.dumps(tries, indent=1), "utf-8")
+            write_whole(file, json.dumps(tries, indent=1))
         said(tries[-1], [one for one in tries if one["busy"] == 0])
     quiet = [one for one in tries if one["busy"] == 0]
     for busy in sorted({one["busy"] for one in tries} - {0}):

@@ -38,6 +38,7 @@ from accelerate_tts.cli.bench.measure import bytes_of_a_token
 from accelerate_tts.cli.tables import table
 from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,7 +235,7 @@ def main() -> None:
         kept = "kept" if found["kept"] else "not kept"
         print(f"{name}: shared steps were {kept} at load, up to {found['most_rows']} rows")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from accelerate_tts.cli.bench.floors import bandwidth
 from accelerate_tts.cli.bench.measure import bytes_of_a_token, device_type, held_bytes
 from accelerate_tts.cli.tables import table
 from accelerate_tts.plan import Head
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.kl_divergence import divergence
 from accelerate_tts.tuning.timing import synchronize
 
@@ -256,7 +257,7 @@ def main() -> None:
             f" {found['recompiles']} recompiles, kept: {', '.join(found['kept']) or 'nothing'}"
         )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

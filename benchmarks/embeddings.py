@@ -34,6 +34,7 @@ from resemblyzer import VoiceEncoder, preprocess_wav
 
 from accelerate_tts import cached_embedding
 from accelerate_tts.cli.bench.systems import SYSTEMS
+from accelerate_tts.storage.files import write_whole
 
 LIMIT = 0.01
 SECONDS = 12
@@ -138,7 +139,7 @@ def main() -> int:
             f" {100 * found['share']:.2f} % ({100 * found['low']:.2f} .. {100 * found['high']:.2f})"
         )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
     dear = [name for name, found in results.items() if name != "stored" and found["share"] >= LIMIT]
     if dear:
         print(f"a repeat costs 1 % or more: {', '.join(dear)}")

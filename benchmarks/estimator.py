@@ -29,6 +29,7 @@ from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.layers.fused_sequence import FusedSequenceStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.protocol import Stage
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.compare import compare
 
 CHANNELS = 80
@@ -138,7 +139,7 @@ def main() -> None:
     over = statistics.median(way["before"] for way in found["ways"].values()) / found["floor"]
     print(f"its products at the machine's fp32 rate: {1e3 * found['floor']:.0f} ms; fp32 takes {over:.2f} times that")
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2), "utf-8")
+        write_whole(options.json, json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

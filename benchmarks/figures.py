@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE / "environments"))
 import page as environments_page
 
 from accelerate_tts.cli.bench.floors import moved
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from listed import Environment
@@ -72,7 +73,7 @@ def main() -> None:
     made = files()
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        write_whole(path, text)
         print(f"{path.relative_to(ROOT)} is written")
     for path in left_over(made):
         path.unlink()

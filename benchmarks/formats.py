@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast as Step
 from transformers.pytorch_utils import Conv1D
 
 from accelerate_tts.cli.tables import table
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.compare import TOLERANCES
 from accelerate_tts.tuning.kl_divergence import divergence
 
@@ -95,7 +96,7 @@ def main() -> None:
     title = f"Divergence of a step in nats; allowed: {allowed}"
     Console(width=120, highlight=False).print(table(rows, title, {"largest", "mean", "error of the state"}))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

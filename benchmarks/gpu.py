@@ -28,6 +28,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate_tts.storage.files import write_whole
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 600.0
 LEAST = 5.0  # seconds with which a step is still begun
@@ -196,7 +198,7 @@ def run_all(
 
     def write() -> None:
         report = {**about, "seconds": round(time.monotonic() - begun, 1), "steps": [asdict(one) for one in found]}
-        (folder / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        write_whole(folder / "gpu.json", json.dumps(report, indent=2) + "\n")
 
     write()
     for number, step in enumerate(chosen):

@@ -25,6 +25,7 @@ from accelerate_tts.receipts.receipt import Receipt
 from accelerate_tts.runtime import rng
 from accelerate_tts.runtime.guard import checks
 from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.findings import Tuning
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once more."
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"guarded / unguarded, in turn: {statistics.median(ratios):.4f} ({min(ratios):.3f} to {max(ratios):.3f})")
     if options.json:
         content = {"audio_seconds": audio, "call_seconds": call, "parts_seconds": parts, "share": share}
-        options.json.write_text(json.dumps({**content, "ratios": ratios}, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps({**content, "ratios": ratios}, indent=2))
     if share > LIMIT:
         raise SystemExit(f"the guard costs {share:.2%} of a call, {LIMIT:.0%} is the limit")
 

@@ -28,6 +28,7 @@ from accelerate_tts.cli.bench.systems import SYSTEMS
 from accelerate_tts.cli.tables import table
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+from accelerate_tts.storage.files import write_whole
 
 CALLS, FEW = 200, 10
 
@@ -161,7 +162,7 @@ def main() -> None:
     console = Console(width=160)
     console.print(table([["system", *columns], *body], f"grown within {given.calls} calls", set(columns[:-1])))
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=2))
+        write_whole(given.json, json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage, holds
 from accelerate_tts.stages.vocoder.vits import DURATIONS, TEXT
+from accelerate_tts.storage.files import write_whole
 
 
 class DecidedError(Exception):
@@ -104,7 +105,7 @@ def main() -> int:
     }  # fmt: skip
     print(found)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(found, indent=2))
     return 1 if wrong or worst >= 1 else 0
 
 

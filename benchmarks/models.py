@@ -26,6 +26,7 @@ from accelerate_tts import optimized_model, receipt_of
 from accelerate_tts.cli.tables import table
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.settings import Precision
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.compare import TOLERANCES, compare
 from accelerate_tts.tuning.timing import compare_speed
 
@@ -146,7 +147,7 @@ def main() -> None:
         ))  # fmt: skip
     Console(width=140, highlight=False).print(table(rows, "Tuned as strangers", {"before", "after", "ratio", "error"}))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
     failed = [
         f"{name}: {found['ratio']:.2f}x {found['objection']}"
         for name, found in results.items()

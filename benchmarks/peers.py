@@ -46,6 +46,7 @@ from accelerate_tts.cli.bench.variant import finite
 from accelerate_tts.errors import described
 from accelerate_tts.kernels.library import level
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
 
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         item = compared(SUBJECTS[given.system](given), given)
     content = documented(item, given)
     if given.json is not None:
-        given.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_whole(given.json, json.dumps(content, indent=1) + "\n")
     if given.into is not None:
         from record import commit, store
 

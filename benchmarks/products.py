@@ -21,6 +21,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from accelerate_tts.cli.tables import table
+from accelerate_tts.storage.files import write_whole
 
 SHAPES = {
     "T3's prompt, attention": (200, 1024, 1024), "T3's prompt, up": (200, 4096, 1024),
@@ -69,7 +70,7 @@ def main() -> None:
     ]
     Console(width=120, highlight=False).print(table(rows, "Products in fp32", {"torch", "packed", "ratio"}))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

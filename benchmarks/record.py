@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate_tts.cli.bench.machine import slug
+from accelerate_tts.storage.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +58,7 @@ def store(content: dict[str, Any], folder: Path, at: str) -> Path:
     """
     path = folder / slug(content["machine"]) / f"{name_of(content)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "commit": at}, indent=1) + "\n", "utf-8")
+    write_whole(path, json.dumps({**content, "commit": at}, indent=1) + "\n")
     return path
 
 

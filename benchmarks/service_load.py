@@ -41,6 +41,7 @@ from accelerate_tts.cli.bench.measure import Ratio
 from accelerate_tts.cli.bench.results import document
 from accelerate_tts.device.usage import usage
 from accelerate_tts.kernels.library import level
+from accelerate_tts.storage.files import write_whole
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXTS = [
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "size": "full", "seconds": options.seconds, "rounds": options.rounds, "most": options.most,
     }  # fmt: skip
     if options.json is not None:
-        options.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_whole(options.json, json.dumps(content, indent=1) + "\n")
     if options.into is not None:
         from record import commit, store
 

@@ -62,6 +62,7 @@ from accelerate_tts.inspection.object_tree import find_modules
 from accelerate_tts.runtime import time_limit
 from accelerate_tts.runtime.concurrency import queue
 from accelerate_tts.runtime.guard import guard as guards
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.policy import TuningPolicy, current_policy, tuning_policy
 from accelerate_tts.tuning.timing import Timing
 
@@ -570,7 +571,7 @@ def _soaked(options: argparse.Namespace) -> int:
             print(f"  objects: {total(dropped.before)} -> {total(dropped.after)}")
             results.append((dropped, not dropped.faults))
     if options.json:
-        options.json.write_text(json.dumps([asdict(seen) for seen, _ in results], indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps([asdict(seen) for seen, _ in results], indent=2))
     return 0 if all(flat for _, flat in results) else 1
 
 

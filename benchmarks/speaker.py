@@ -30,6 +30,7 @@ import torch
 from resemblyzer import VoiceEncoder, audio, preprocess_wav
 
 from accelerate_tts import Receipt, get_performance_optimizer, inference, optimized_model, receipt_of
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.timing import compare_speed
 
 
@@ -132,7 +133,7 @@ def main() -> None:
             f" refused {found['refused']}"
         )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

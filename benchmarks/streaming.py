@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accelerate_tts import StreamOptions, optimized_model, receipt_of, stream
+from accelerate_tts.storage.files import write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
@@ -164,7 +165,7 @@ def main() -> None:
         table.add_row(name, whole, *ratios)
         if options.json is not None:  # also if a later system is interrupted
             told = {name: str(value) for name, value in vars(options).items() if name != "json"}
-            options.json.write_text(json.dumps({"options": told, **results}, indent=1), encoding="utf-8")
+            write_whole(options.json, json.dumps({"options": told, **results}, indent=1))
     Console(width=130).print(table)
 
 

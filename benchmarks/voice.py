@@ -26,6 +26,7 @@ from accelerate_tts.cli.demo.command import compare_backends
 from accelerate_tts.cli.demo.phonemes import sentences
 from accelerate_tts.cli.receipt import show
 from accelerate_tts.cli.tables import table
+from accelerate_tts.storage.files import write_whole
 from accelerate_tts.tuning.compare import spectral_distance
 
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
@@ -106,7 +107,7 @@ def main() -> None:
             **dataclasses.asdict(comparison),
             "receipt": json.loads(receipt.to_json()),
         }
-        options.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":

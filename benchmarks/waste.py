@@ -26,6 +26,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from accelerate_tts.cli.tables import table
+from accelerate_tts.storage.files import write_whole
 
 PAIRS, PROMPT, TOKENS, FRAMES = 7, 100, 8, 400
 
@@ -111,7 +112,7 @@ def main() -> None:
     ]
     Console(width=140, highlight=False).print(table(rows, "Chatterbox, untouched", {"takes", "share"}))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_whole(options.json, json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import os
 import re
 import warnings
 import wave
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,25 @@ def at_most(function: Callable[..., Any], **limits: int) -> Callable[..., Any]:
     return limited
 
 
+@contextmanager
+def anew(path: Path) -> Iterator[Path]:
+    """The path of a new file that takes the place of `path` at the end, so that a failure leaves an older one there."""
+    if path.exists() and not path.is_file():  # a device or a pipe
+        yield path
+        return
+    path = path.resolve()  # a link stays one
+    made = path.with_name(f"{path.name}.part")
+    try:
+        yield made
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
 def write_wav(path: Path, pieces: Iterable[torch.Tensor], rate: int) -> None:
     """Write pieces of speech to a file as they come, and say so."""
     samples = 0
-    with wave.open(str(path), "wb") as file:
+    with anew(path) as made, wave.open(str(made), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import parse
+from _common import anew, parse
 from resemblyzer import VoiceEncoder, preprocess_wav
 
 from accelerate_tts import cached_embedding, inference, optimized_model, receipt_of
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, recording in recordings.items():
         others = {other: voice for other, voice in voices.items() if other != name}
         print(f"{name}: nearest is {service.nearest(recording, others) if others else name}")
-    options.output.write_text(json.dumps({name: voice.tolist() for name, voice in voices.items()}), encoding="utf-8")
+    with anew(options.output) as made:
+        made.write_text(json.dumps({name: voice.tolist() for name, voice in voices.items()}), encoding="utf-8")
     print(receipt_of(service))
 
 

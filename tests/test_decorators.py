@@ -965,6 +965,92 @@ def test_what_cloudpickle_takes_by_value_stays_decorated() -> None:
     assert all(cloudpickle.loads(cloudpickle.dumps(each))() for each in read)
 
 
+def above(function: Any) -> Any:
+    """A decorator of the user's on top of ours, which calls ours as a function."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return called
+
+
+def above_without_a_word(function: Any) -> Any:
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("others", [above, above_without_a_word, functools.lru_cache(maxsize=None)])
+async def test_decorators_of_others_on_top_of_ours(others: Any) -> None:
+    """They call what they decorate as a function, with the object in front: it is that object's all the same."""
+
+    class Service:
+        @others
+        @optimized_model(warmup=MEL)
+        def load(self) -> None:
+            self.model = vocoder()
+
+        @others
+        @optimized_model(warmup=MEL)
+        async def load_async(self) -> None:
+            self.model = vocoder()
+
+        @classmethod
+        @others
+        @optimized_model(warmup=lambda cls: cls.shared(MEL))
+        def load_class(cls) -> None:
+            cls.shared = vocoder()
+
+        @others
+        @cached_embedding
+        def embed(self, seed: int) -> int:
+            embedded.append(seed)
+            return seed
+
+        @staticmethod
+        @others
+        @inference
+        def same(one: Service, other: Service) -> bool:
+            return one is other
+
+        @others
+        @inference(concurrency=1)
+        def meet(self) -> bool:
+            together.wait()  # passes only if both objects are called at once
+            return on()
+
+    embedded: list[int] = []
+    together = threading.Barrier(2, timeout=30)
+    first, second = Service(), Service()
+    first.load()
+    await second.load_async()
+    Service.load_class()
+    for loaded in (first, second, Service):
+        assert receipt_of(loaded) is not None
+    assert (first.embed(3), first.embed(3), embedded) == (3, 3, [3])
+    assert Service.same(first, first)
+    assert not Service.same(first, second)
+    assert await asyncio.gather(*(asyncio.to_thread(one.meet) for one in (first, second))) == [True, True]
+
+
+def test_a_text_is_spoken_by_a_method_with_a_decorator_on_top() -> None:
+    class Service:
+        @above
+        @optimized_model(warmup="a text")
+        def load(self) -> None:
+            self.model = vocoder()
+
+        @above
+        @inference
+        def read_aloud(self, text: str) -> torch.Tensor:
+            return self.model(MEL[..., : len(text)])
+
+    service = Service()
+    service.load()
+    assert receipt_of(service) is not None
+    assert is_load_function(vars(Service)["load"])
+    assert not is_load_function(vars(Service)["read_aloud"])
+
+
 def test_a_weak_method_is_one() -> None:
     backend = Louder()
     reference = weakref.WeakMethod(backend.decorated)

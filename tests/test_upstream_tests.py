@@ -47,6 +47,12 @@ def test_a_finding_fails_tuned_each_time_and_untouched_never(scripts: Any) -> No
     assert run.findings(found) == ["new", "sure"]
 
 
+def test_no_folder_of_a_machine_is_stored(scripts: Any) -> None:
+    run, _ = scripts
+    for kept in ("site-packages/torch/nn.py", "src/transformers/modeling_utils.py", "tests/test_modeling_common.py"):
+        assert run.without_folders(f'File "/a/b-c/d.0/{kept}", line 3') == f'File "{kept}", line 3'
+
+
 def test_the_page_is_what_the_results_say(scripts: Any) -> None:
     run, _ = scripts
     text = run.PAGE.read_text("utf-8")

@@ -97,9 +97,12 @@ def build(target: Path | None = None, *, machine: str = "", tests: bool = False)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Written beside the target and renamed, so that a process with the old library mapped keeps it.
         beside = place.with_name(f"{place.name}.{os.getpid()}")
-        shutil.copyfile(made, beside)
-        beside.chmod(0o755)
-        beside.replace(place)
+        try:
+            shutil.copyfile(made, beside)
+            beside.chmod(0o755)
+            beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
     return place
 
 

@@ -66,7 +66,7 @@ class WeightWatch:
         """Return one watch for what several watch, in the state in which they found it. A check of it costs less."""
         made = cls.__new__(cls)
         made._turn = 0
-        for name in ("_holders", "_children", "_objects", "_addresses", "_versions", "_layouts", "_digests"):
+        for name in ("_holders", "_children", "_objects", "_addresses", "_versions", "_rows", "_layouts", "_digests"):
             setattr(made, name, [item for one in each for item in getattr(one, name)])
         starts = accumulate((len(one._addresses) for one in each[:-1]), initial=0)
         made._places = [
@@ -83,6 +83,7 @@ class WeightWatch:
         # Before anything is derived from them, so that a concurrent write is seen by the next check.
         self._objects = list(map(id, tensors))
         self._addresses, self._versions = _state(tensors)
+        self._rows = _in_rows(tensors)
         self._layouts = list(map(_layout, tensors))
         self._turn = 0
         readable = [t for t, address in zip(tensors, self._addresses, strict=True) if address and _is_dense(t)]
@@ -133,12 +134,15 @@ class WeightWatch:
         return list(map(id, tensors)) != self._objects
 
     def _is_turned(self, tensors: list[torch.Tensor]) -> bool:
-        """Check the layout of one tensor, another one at each check: `weight.data = weight.data.t()` keeps the address.
+        """Check layouts: `weight.data = weight.data.t()` keeps the address.
 
-        All at once would be slow.
+        Whether a tensor is contiguous is checked of all, its shape and strides of one, another one at each check: all
+        at once would be slow.
         """
         if not tensors:
             return False
+        if _in_rows(tensors) != self._rows:
+            return True
         self._turn = (self._turn + 1) % len(tensors)
         return _layout(tensors[self._turn]) != self._layouts[self._turn]
 
@@ -148,6 +152,13 @@ def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
         return [t.data_ptr() for t in tensors], [t._version for t in tensors]
     except RuntimeError:  # an inference tensor has no version, a sparse one no address
         return list(map(_address, tensors)), [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _in_rows(tensors: list[torch.Tensor]) -> list[bool]:
+    try:
+        return [t.is_contiguous() for t in tensors]
+    except RuntimeError:  # a sparse tensor cannot say
+        return [_is_dense(t) and t.is_contiguous() for t in tensors]
 
 
 def _address(tensor: torch.Tensor) -> int:

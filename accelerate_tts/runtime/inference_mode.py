@@ -20,7 +20,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -41,6 +41,23 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 # Set on functions that @inference makes, so that lower layers can find such methods.
 INFERENCE_MARK = "_self_accelerate_tts_inference"
+
+_MOST_DECORATORS = 50
+
+
+def decorated(member: Any) -> Iterator[Any]:
+    """Yield the function of a member of a class and, where decorators are on top of each other, those beneath it.
+
+    Args:
+        member: A function, class method or static method. Others are yielded as they are.
+    """
+    function = getattr(member, "__func__", member)
+    for _ in range(_MOST_DECORATORS):
+        yield function
+        beneath = getattr(function, "__wrapped__", None)  # of `functools.wraps`
+        if beneath is None or not isinstance(function, types.FunctionType):
+            return
+        function = beneath
 
 
 @functools.lru_cache(maxsize=8)

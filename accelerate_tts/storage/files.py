@@ -154,34 +154,27 @@ def temporary(folder: Path, parts: Iterable[bytes]) -> Generator[Path, None, Non
             Path(name).unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file as a whole: if it cannot be written, what was there before stays.
+@contextmanager
+def replacing(path: Path) -> Generator[Path, None, None]:
+    """Yield the path of a new file that takes the place of `path` at the end.
 
-    The folder must have room for both. A pipe or a device, and a file in a folder that cannot be written, are written
-    in place.
+    If the block raises, what was there before stays. The folder must have room for both. A pipe or a device, and a file
+    in a folder that cannot be written, are written in place: then `path` itself is yielded.
 
     Args:
         path: Path of the file. A link is followed. The mode of an existing file stays.
-        text: Its content, written as UTF-8.
 
     Raises:
-        OSError: It cannot be written; the error names `path`.
+        OSError: It cannot be written, or the block raised one that has a number; the error names `path`.
     """
     try:
         target = path.resolve()
-        if target.exists() and not target.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        made = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
-        try:
-            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        except PermissionError:
-            path.write_text(text, encoding="utf-8")
+        made = _beside(target)
+        if made is None:
+            yield path
             return
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            yield made
             made.replace(target)
         finally:
             with suppress(OSError):
@@ -190,6 +183,33 @@ def write_whole(path: Path, text: str) -> None:
         if error.errno is None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+
+
+def _beside(target: Path) -> Path | None:
+    """Make an empty file beside another one; `None` where the other one has to be written itself."""
+    if target.exists() and not target.is_file():
+        return None
+    made = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
+    try:
+        os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    except PermissionError:
+        return None
+    return made
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as a whole: if it cannot be written, what was there before stays. See `replacing`.
+
+    Args:
+        path: Path of the file.
+        text: Its content, written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`.
+    """
+    with replacing(path) as made:
+        made.write_text(text, encoding="utf-8")
 
 
 def touch(target: Path | int, after: int = 0) -> None:

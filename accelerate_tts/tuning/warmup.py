@@ -312,8 +312,9 @@ def inference_methods(owner: type) -> list[str]:
     names: dict[str, bool] = {}
     for cls in owner.__mro__:
         for name, member in vars(cls).items():
-            function = getattr(member, "__func__", member)  # inside a classmethod or staticmethod
-            names.setdefault(name, getattr(function, inference_mode.INFERENCE_MARK, False) is True)
+            functions = inference_mode.decorated(member)
+            marked = any(getattr(one, inference_mode.INFERENCE_MARK, False) is True for one in functions)
+            names.setdefault(name, marked)
     return [name for name, marked in names.items() if marked]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from accelerate_tts.decorators import BoundShell, Shell, check_function, class_of_call
+from accelerate_tts.decorators import BoundShell, Shell, check_function, owner_of_call
 from accelerate_tts.errors import SettingsError, shown
 from accelerate_tts.locks import lock
 from accelerate_tts.settings import check_folder, is_active
@@ -93,8 +93,8 @@ class _AnswerFromCache:
     def __call__(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not is_active():
             return wrapped(*args, **kwargs)
-        if instance is None and (cls := class_of_call(wrapped, args)) is not None:
-            wrapped, instance, args = MethodType(wrapped, cls), cls, args[1:]
+        if instance is None and (owner := owner_of_call(wrapped, args)) is not None:
+            wrapped, instance, args = MethodType(wrapped, owner), owner, args[1:]
         return self.embeddings.call(wrapped, instance, args, kwargs)
 
 

@@ -37,6 +37,7 @@ from accelerate_tts.cli.bench import processes
 from accelerate_tts.cli.bench.machine import machine, slug
 from accelerate_tts.cli.bench.processes import VariantError
 from accelerate_tts.cli.bench.variant import Request, finite
+from accelerate_tts.storage.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -482,7 +483,7 @@ def write(row: Row, folder: Path) -> None:
     """Write a row into the folder of its machine; it replaces an earlier one of this machine alone."""
     file = folder / slug(row.machine) / f"{row.environment}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(row.as_json(), "utf-8")
+    write_whole(file, row.as_json())
 
 
 def _layers(told: str) -> str:

@@ -541,6 +541,7 @@ def main() -> int:
     from systems import SYSTEMS
 
     from accelerate_tts import __version__
+    from accelerate_tts.storage.files import write_whole
 
     results["versions"] = {
         "accelerate_tts": __version__, "torch": _version("torch"), "Python": platform.python_version()
@@ -561,7 +562,7 @@ def main() -> int:
         earlier = results["systems"].get(name, {}).get("loads", []) if row["loads"] else []
         others = [load for load in earlier if load["load"] not in {*loads, "process"}]
         results["systems"][name] = {**row, "loads": sorted([*others, *row["loads"]], key=_place)}
-        chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_whole(chosen.results, json.dumps(results, indent=1) + "\n")
 
     failed = []
     for group in groups.values():

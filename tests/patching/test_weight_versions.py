@@ -111,6 +111,20 @@ def test_another_parameter_in_the_same_memory_is_seen_at_once() -> None:
         assert not any(weights.outdated() for _ in range(40))
 
 
+@pytest.mark.parametrize("content", [False, True])
+def test_a_square_weight_that_is_turned_where_it_lies_is_seen_at_once(content: bool) -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
+    for layer in layers:
+        weights = WeightWatch(layers, content=content)
+        joined = WeightWatch.joined(
+            [WeightWatch(layers[:5], content=content), WeightWatch(layers[5:], content=content)]
+        )
+        assert not any(watch.outdated() for watch in (weights, joined) for _ in range(40))
+        layer.weight.data = layer.weight.data.t()
+        assert [watch.outdated() for watch in (weights, joined)] == [True, True]
+        assert [watch.moved() for watch in (weights, joined)] == [True, True]
+
+
 def test_where_there_are_no_kernels_some_places_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_versions, "missing", lambda: "there are none")
     layer = nn.Linear(64, 64)
@@ -426,7 +440,6 @@ def test_a_joined_watch_sees_what_each_sees(edit: str, content: bool, number: in
             linear.weight.data = linear.weight.data.t()
         else:
             layers[number][0] = copy.deepcopy(linear)
-    # A layout is compared at one of as many checks as there are tensors.
     found = any(watch.outdated() for _ in range(20) for watch in each)
     assert found == (content or edit != "in memory")
     assert any(joined.outdated() for _ in range(20)) == found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from accelerate_tts.cli.bench.systems import system_of
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.settings import Precision
+from accelerate_tts.storage.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,4 +52,5 @@ def draw(found: Sequence[Found], path: Path) -> None:
     axes.set_xlabel("times as fast as untouched, whole call (red: what was promised)")
     axes.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as made:
+        figure.savefig(made, dpi=150, format=path.suffix[1:] or "png")

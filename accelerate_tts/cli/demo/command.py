@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import wave
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accelerate_tts.cli import receipt as receipts
 from accelerate_tts.cli.demo.phonemes import sentences
-from accelerate_tts.cli.output import Files, OutputError, check_writable
+from accelerate_tts.cli.output import Files, check_writable
 from accelerate_tts.cli.progress import quiet, shown_events
 from accelerate_tts.cli.tables import spread, table, wide_console
 from accelerate_tts.cli.terminal import Terminal
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.receipts.format import duration, error_text
+from accelerate_tts.storage.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # Characters of the timed text: enough for a meaningful median, short enough for a demo.
 _TIMED_CHARACTERS = 200
 _SEED = 0
+_LOUDEST = 32767  # of samples of 16 bits
 _LINE_EVERY = 5.0  # seconds between progress lines without a terminal
 
 
@@ -194,25 +197,27 @@ def _timed_call(backend: Any, text: str) -> tuple[float, torch.Tensor]:
 
 
 def _speak_to_file(backend: DecoratedBackend, pieces: list[str], output: Path, console: Console) -> int:
-    """Speak piece by piece into the file, in bounded memory; return the number of samples written."""
-    import soundfile
+    """Speak piece by piece into the file, in bounded memory; return the number of samples written.
+
+    An older file stays as it is unless the whole was written.
+    """
+    import torch
 
     from accelerate_tts.cli.demo.phonemes import NothingToSayError
 
     frames = 0
-    rate = backend.voice.sampling_rate
-    try:
-        with soundfile.SoundFile(str(output), "w", samplerate=rate, channels=1, subtype="PCM_16", format="WAV") as file:
-            for piece in _progress(pieces, console):
-                try:
-                    waveform = backend.synthesize(piece)
-                except NothingToSayError:
-                    continue  # a line of dashes in a long text; a text of only such lines was refused before
-                file.write(waveform.numpy())
-                file.flush()
-                frames += len(waveform)
-    except soundfile.SoundFileError as error:  # a full disk, for example
-        raise OutputError(f"{output} cannot be written: {error}") from error
+    with replacing(output) as made, wave.open(str(made), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(backend.voice.sampling_rate)
+        for piece in _progress(pieces, console):
+            try:
+                waveform = backend.synthesize(piece)
+            except NothingToSayError:
+                continue  # a line of dashes in a long text; a text of only such lines was refused before
+            samples = (waveform.clamp(-1, 1) * _LOUDEST).round().to(torch.int16)
+            file.writeframes(samples.numpy().tobytes())
+            frames += len(waveform)
     return frames
 
 

@@ -90,7 +90,8 @@ class HalfStage(BaseStage):
 
     def prepare(self, part: Part) -> CarryingSwap:
         dtype, carried = self._dtype, self._carried
-        layers = set(_layers(part.module))
+        found = _layers(part.module)
+        layers = set(found)
         twins = {layer: Derived(layer, lambda module: half_copy(module, dtype)) for layer in layers}
         if not carried:
             return CarryingSwap(list(layers), lambda m: _layer_class(class_of(m), dtype, carried=False), HALF, twins)
@@ -106,7 +107,7 @@ class HalfStage(BaseStage):
             if module in twins:
                 return _layer_class(class_of(module), dtype, carried=module not in alone)
             if module in outer:
-                return _border_class(module, dtype, part.method, next(iter(layers)))
+                return _border_class(module, dtype, part.method, found)
             return _island_class(class_of(module), dtype)
 
         return CarryingSwap([*layers, *(islands - outer), *outer], swapped, HALF, twins)
@@ -120,7 +121,8 @@ def _layers(module: nn.Module) -> list[nn.Module]:
         for inner in open_modules(module)
         if isinstance(inner, _KINDS)
         and inner not in choosing
-        and getattr(inner.weight, "dtype", None) == torch.float32  # a layer may have no weight
+        and is_plain(weight := inner.weight)  # a layer may have no weight, or one that torchao has quantised
+        and weight.dtype == torch.float32
         and _is_known(inner)
     ]
 
@@ -149,15 +151,18 @@ def _is_leaf(layer: nn.Module) -> bool:
     )
 
 
-def _is_cast(layer: nn.Module) -> bool:
-    """Check that a layer was cast to half precision since, by its parameters.
+def _is_cast(layers: Iterable[nn.Module]) -> bool:
+    """Check that layers were cast to half precision since, by the first parameter that is a plain tensor.
 
-    A weight that a hook computes is that of the last call.
+    A weight that a hook computes is that of the last call. One that torchao has quantised keeps its dtype in a cast.
     """
-    if type(layer._parameters) is LazyParameters:  # reading offloaded weights would reload them
-        return False
-    tensor = next(chain(layer.parameters(), layer.buffers()), None)  # the weight may be a buffer
-    return tensor is not None and tensor.dtype in {torch.bfloat16, torch.float16}
+    for layer in layers:
+        if type(layer._parameters) is LazyParameters:  # reading offloaded weights would reload them
+            return False
+        for tensor in chain(layer.parameters(), layer.buffers()):  # the weight may be a buffer
+            if is_plain(tensor):
+                return tensor.dtype in {torch.bfloat16, torch.float16}
+    return False
 
 
 def _is_island(module: nn.Module, layers: set[nn.Module]) -> bool:
@@ -172,7 +177,7 @@ def half_copy(module: Any, dtype: torch.dtype) -> Any:
     Returns:
         `None` if the layer's own are such, or not plain (sparse), or if it was given other tensors that it may read.
     """
-    if _is_cast(module) or not is_plain(module.weight) or not _is_known(module):
+    if _is_cast([module]) or not is_plain(module.weight) or not _is_known(module):
         return None
     plain = plain_class(module)
     # A folded weight is a buffer, and one that a hook computes is a plain attribute.
@@ -247,13 +252,13 @@ def _island_class(plain: Any, dtype: torch.dtype) -> type:
     return subclass_with(plain, forward)
 
 
-def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layer: nn.Module) -> type:
-    """Make the class of a part. `layer` is one of its layers, and shows if the part was cast."""
+def _border_class(module: nn.Module, dtype: torch.dtype, method: str, layers: list[nn.Module]) -> type:
+    """Make the class of a part. Its layers show if it was cast."""
     name = "forward" if method == CALL else method
     plain, mode = getattr(type(module), name), _ISLANDS[dtype]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_cast(layer) or _is_autocast():
+        if _is_cast(layers) or _is_autocast():
             return plain(self, *args, **kwargs)
         with mode():
             result = plain(self, *args, **kwargs)

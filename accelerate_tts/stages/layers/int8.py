@@ -252,7 +252,8 @@ def _torchao_call(module: Any) -> Any:
     twin.weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
     if module.bias is not None:
         twin.bias = nn.Parameter(module.bias.detach().float().clone(), requires_grad=False)
-    quantize_(twin, Int8DynamicActivationInt8WeightConfig())
+    # By default it changes inductor's settings, for the whole process and for good.
+    quantize_(twin, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
 
     def call(x: Any) -> Any:
         return twin.forward(x.float()).to(x.dtype)  # not by a call, which would run global hooks once more

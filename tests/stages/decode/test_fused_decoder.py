@@ -560,7 +560,7 @@ def test_a_forward_that_somebody_keeps_is_upstreams_once_it_is_undone(served: li
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
 def test_what_is_written_past_torch_is_seen_after_some_tokens(weights: WeightFormat, turned: bool) -> None:
-    """Each check compares one piece of each weight, and one layout."""
+    """Each check compares one piece of each weight, and the order in memory of all."""
     model = of("Llama")
     fused = copy.deepcopy(model)
     fuse(fused, weights).on()
@@ -571,7 +571,7 @@ def test_what_is_written_past_torch_is_seen_after_some_tokens(weights: WeightFor
             weight.data = weight.data.t()  # at the same address
         else:
             weight.data[3] += 20.0
-    for _ in range(4):
+    for _ in range(1 if turned else 4):
         found = loop(fused)
     assert error(loop(model), found) < LIMITS[weights]
 

@@ -365,6 +365,43 @@ def test_nothing_to_halve_is_said() -> None:
         assert HalfStage(torch.bfloat16, carried=True).applies(part_of(model)) == "no layer that computes in fp32"
 
 
+class Beside(nn.Module):
+    """Many linear layers for torchao, and a convolution and an LSTM, which it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 32, 3)
+        self.layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(15)))
+        self.lstm = nn.LSTM(32, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.lstm(self.layers(self.conv(x).transpose(1, 2)))[0]
+        return found
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_torchao_has_quantised_are_left_also_where_the_model_is_cast(carried: bool, late: bool) -> None:
+    """A cast leaves their dtype as it was: they do not show that the part is upstream's again."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    plain, model = Beside().eval(), Beside().eval()
+    model.load_state_dict(plain.state_dict())
+    in_8_bits = torchao.Int8WeightOnlyConfig(set_inductor_config=False)
+    torchao.quantize_(plain, in_8_bits)
+    assert HalfStage(torch.bfloat16, carried=carried).applies(part_of(plain.layers)) == "no layer that computes in fp32"
+    if not late:
+        torchao.quantize_(model, in_8_bits)
+    halved(model, carried=carried)
+    run(model)
+    if late:
+        torchao.quantize_(model, in_8_bits)
+    assert error(run(plain), run(model)) < NEAR
+    plain.bfloat16()
+    model.bfloat16()
+    assert torch.equal(run(plain, X.bfloat16()), run(model, X.bfloat16()))
+
+
 @both
 def test_a_wrong_input_gets_torchs_own_error_and_another_dtype_its_own_result(carried: bool) -> None:
     model = build("linears")

@@ -267,6 +267,17 @@ def test_torchs_engine_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.backends.quantized.engine == before
 
 
+def test_torchao_leaves_the_settings_of_the_process() -> None:
+    """They would apply to a user's own `torch.compile`, which tunes each kernel by coordinate descent then."""
+    pytest.importorskip("torchao")
+    inductor = pytest.importorskip("torch._inductor.config")
+    before = inductor.save_config_portable(), torch.get_float32_matmul_precision()
+    model = linear()
+    quantized(model, "torchao")
+    run(model, torch.randn(3, 256))
+    assert (inductor.save_config_portable(), torch.get_float32_matmul_precision()) == before
+
+
 def test_made_in_inference_mode_it_can_be_used_outside(engine: str) -> None:
     model = linear()
     x = torch.randn(3, 256)
