@@ -104,19 +104,19 @@ def measure(vocoder: Vocoder, *like: Tensor) -> ReceptiveField:
     def run(inputs: list[Tensor]) -> Tensor:
         samples: Any = vocoder(*inputs)
         if not isinstance(samples, torch.Tensor) or samples.dim() < 2:  # noqa: PLR2004 - samples of a row
-            raise ModelError(f"it returns a {type(samples).__name__} and no rows of samples: {vocoder!r}")
+            raise ModelError(f"it returns a {type(samples).__name__}, and no rows of samples")
         return samples.flatten(0, -2)
 
     frames = _FIRST_FRAMES
     hop = run(_noise(like, frames)).shape[-1] - run(_noise(like, frames - 1)).shape[-1]
     if hop < 1:
-        raise ModelError(f"one frame more makes {hop} samples more: {vocoder!r} is no vocoder of frames")
+        raise ModelError(f"one frame more makes {hop} samples more, so it is no vocoder of frames")
     while frames <= _MOST_FRAMES:
         at, plain = frames // 2, _noise(like, frames)
         whole = run(plain)
         span = _span(whole, run(_changed(plain, rates, at, _KICK)), finite=True)
         if span is None:
-            raise ModelError(f"no sample changes with a frame: {vocoder!r} does not read its input")
+            raise ModelError("no sample changes with a frame, so it does not read its input")
         # A change that is not a number also passes through what was too small to be seen: an LSTM forgets noise, and
         # may remember speech for ever.
         beyond = _span(whole, run(_changed(plain, rates, at, math.nan)), finite=False) or span
