@@ -147,7 +147,7 @@ class StaticSlot:
     def is_of(self, past: Any) -> bool:
         """Check that the last sequence in this slot was that of a cache."""
         owner = None if self._owner is None else self._owner()
-        return owner is past and len(past.layers) == len(self.buffers)
+        return len(past.layers) == len(self.buffers) and owner is past
 
     def is_free(self) -> bool:
         """Check that the cache that used this slot last is gone, or has no tensor in its buffers any more."""
