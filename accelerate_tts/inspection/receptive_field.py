@@ -52,7 +52,7 @@ class ReceptiveField:
         return self.left + self.right
 
 
-class Piece(NamedTuple):
+class PieceOfWhole(NamedTuple):
     """One of the pieces that make up a whole.
 
     Attributes:
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
     end: int | None
 
 
-def pieces_of(frames: int, size: int, field: ReceptiveField) -> list[Piece]:
+def pieces_of(frames: int, size: int, field: ReceptiveField) -> list[PieceOfWhole]:
     """Return pieces of one size that make up a whole.
 
     The first and the last piece end where the whole ends, so that the vocoder pads there as it pads the whole. The last
@@ -83,7 +83,7 @@ def pieces_of(frames: int, size: int, field: ReceptiveField) -> list[Piece]:
     found = []
     for begin in begins:
         end = None if begin == last else (size - field.right) * field.hop
-        found.append(Piece(begin, (done - begin) * field.hop, end))
+        found.append(PieceOfWhole(begin, (done - begin) * field.hop, end))
         done = begin + size - field.right
     return found
 
