@@ -5,9 +5,10 @@ looks, `Pieces` runs it on overlapping pieces, `Tapped` takes the tokens of a lo
 splits a text.
 """
 
+from accelerate_tts.inspection.receptive_field import ReceptiveField, measure
 from accelerate_tts.streaming.options import StreamOptions
 from accelerate_tts.streaming.pieces import Pieces
-from accelerate_tts.streaming.receptive_field import ReceptiveField, field_of, measure
+from accelerate_tts.streaming.receptive_field import field_of
 from accelerate_tts.streaming.sentences import sentences
 from accelerate_tts.streaming.stream import Stream, stream
 from accelerate_tts.streaming.tokens import Pulled, Reporting, Tapped, Tokens, twin

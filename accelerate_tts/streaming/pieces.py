@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelerate_tts.streaming.receptive_field import ReceptiveField, Vocoder
+    from accelerate_tts.inspection.receptive_field import ReceptiveField, Vocoder
 
 
 class Pieces:

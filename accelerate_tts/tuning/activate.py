@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.plan import PROCESS
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.process.constants import KeptConstants
 from accelerate_tts.tuning.callers import share_steps
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.compare import compare
 from accelerate_tts.tuning.draws import WHOLE
 from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.fallbacks import fallbacks

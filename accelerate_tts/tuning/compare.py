@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accelerate_tts.inspection.object_tree import items_of
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.tuning.cache_delta import is_cache
 
 if TYPE_CHECKING:
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
 NOTHING_TO_COMPARE = "nothing in the result can be compared; let the warm-up return the speech"
-
-EXACT_TOLERANCE = 1e-4
-"""The relative error up to which two fp32 results count as the same computation.
-
-float32 rounds at 6e-8. Another order of the same sums, through the hundred layers of a vocoder, was seen to reach some
-1e-6 ("exact" means to rounding); a bf16 anywhere costs 1e-3 and more. The limit lies between the two.
-"""
 
 
 # A model that computes in bf16 is exact to bf16's rounding. Two orders of summation differ by a few steps of 2^-7 after

@@ -13,7 +13,8 @@ from typing import Any
 
 from accelerate_tts.runtime.drawing import drawing
 from accelerate_tts.runtime.seeding import ALL, other_threads, others_draw, seeded
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, Difference, compare
+from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.tuning.compare import Difference, compare
 
 WHOLE = ""
 """Name of a whole pass, among the names of parts."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE, Difference, compare, tensors_of
+from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.tuning.compare import NOTHING_TO_COMPARE, Difference, compare, tensors_of
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.draws import LOOKS, OtherThreadsDrawError
 from accelerate_tts.tuning.policy import OVER_BUDGET

@@ -12,8 +12,9 @@ from accelerate_tts.events import FellBack, Trying, emit
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.receipts.receipt import StageResult
 from accelerate_tts.runtime.compile_timeout import compiling_within
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.tuning.activate import fault_of
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, NOTHING_TO_COMPARE
+from accelerate_tts.tuning.compare import NOTHING_TO_COMPARE
 from accelerate_tts.tuning.disturbance import one_thread
 from accelerate_tts.tuning.draws import OtherThreadsDrawError
 from accelerate_tts.tuning.exclusions import obstacle

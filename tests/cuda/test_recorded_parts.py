@@ -19,7 +19,9 @@ from accelerate_tts.events import FellBack
 from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
+from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
 from accelerate_tts.stages.graphs.recorder import capture
 
 
@@ -85,6 +87,22 @@ def test_eight_threads_with_streams_of_their_own(seen: list[Event]) -> None:
                 assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, turned, strict=True))
     assert change.kept <= 2
     assert not [event for event in seen if isinstance(event, FellBack)]
+
+
+def test_each_length_is_replayed_in_pieces(seen: list[Event]) -> None:
+    model = Vocoder().eval().cuda()
+    stage, part = RecordedPiecesStage(), Part("part", "vocoder", model)
+    assert stage.applies(part) is None
+    lengths = (400, 401, 333, 650, 2000)
+    with torch.inference_mode():
+        expected = [model(features(length)) for length in lengths]
+        change = stage.prepare(part)
+        change.on()
+        for length, whole in zip(lengths, expected, strict=True):
+            assert float((model(features(length)) - whole).norm() / whole.norm()) < EXACT_TOLERANCE
+    assert change.graphs == 1
+    assert not [event for event in seen if isinstance(event, FellBack)]
+    change.off()
 
 
 def test_weights_written_in_place_and_exchanged() -> None:

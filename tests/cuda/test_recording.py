@@ -55,7 +55,8 @@ def states(model: Any, count: int = 12, rows: int = 1, seed: int = 1) -> torch.T
 def test_tokens_are_upstreams(model: Any, rows: int, seen: list[Event]) -> None:
     expected = states(model, rows=rows)
     change = capture(model)
-    assert torch.allclose(states(model, rows=rows), expected, atol=1e-5)
+    for _ in range(3):  # from the second one on the prompt is written into the slot
+        assert torch.allclose(states(model, rows=rows), expected, atol=1e-5)
     assert change.graphs == 1
     assert not [event for event in seen if isinstance(event, FellBack)]
     change.off()

@@ -14,7 +14,8 @@ from torch import nn
 
 from accelerate_tts import Event, cached_embedding, get_performance_optimizer, inference, optimized_model, receipt_of
 from accelerate_tts.events import FellBack, Recompiled
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.tuning.compare import TOLERANCES, compare
 
 
 class Vocoder(nn.Module):

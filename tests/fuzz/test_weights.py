@@ -37,6 +37,7 @@ from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
+from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import engines
 from accelerate_tts.stages.protocol import Change, Stage
@@ -760,7 +761,7 @@ FAMILIES = {
     "vocoder": Family(
         lambda: filled(VitsHifiGan(vits())),
         lambda m: [m(noise(1, 16, 9).to(dtype_of(m)))],
-        ("fewer operators", "fewer operators (bfloat16)", *NORMED, COMPILED, RECORDED[0]),
+        ("fewer operators", "fewer operators (bfloat16)", *NORMED, COMPILED, RECORDED[0], "recorded in pieces"),
     ),
     "wide vocoder": Family(
         lambda: filled(VitsHifiGan(vits(upsample_initial_channel=128))),
@@ -792,7 +793,7 @@ def stages() -> dict[str, Stage]:
         stage = HalfStage(torch.float16, carried=carried)
         found[stage.name] = stage
     halves = [HalfStage(dtype, carried=True) for dtype in (torch.bfloat16, torch.float16)]
-    for kind in (CapturedStepStage, RecordedPartsStage):
+    for kind in (CapturedStepStage, RecordedPartsStage, RecordedPiecesStage):
         # Where nothing of ours is inside, a replay fails that reads memory which no longer is a weight's.
         made = [kind(Reruns), *(kind(partial(Reruns, watched=False), inside) for inside in halves)]
         found |= {stage.name: stage for stage in made}

@@ -24,6 +24,7 @@ from accelerate_tts.stages.decode.bf16_prefill import PromptStage
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
+from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
 from accelerate_tts.stages.layers import fused_sequence
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.few_rows import FewRowsStage
@@ -196,6 +197,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[Callabl
     "Llama, compiled blocks": (llama, (1, 5, WIDTH), [lambda: CompiledBlocksStage("default")]),
     "Llama, captured step": (llama, (1, 5, WIDTH), [lambda: CapturedStepStage(rerun)]),
     "recorded": (convolutions, (1, 16, 9), [FoldStage, lambda: RecordedPartsStage(rerun)]),
+    "recorded in pieces": (convolutions, (1, 16, 40), [FoldStage, lambda: RecordedPiecesStage(rerun)]),
 }  # fmt: skip
 
 
@@ -217,7 +219,12 @@ def built(name: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     inner: Any = getattr(model, "decoder", getattr(model, "block", model))
     for stage in stages:
         made = stage()
-        part = Part("model", "vocoder" if isinstance(made, RecordedPartsStage) else "decoder", inner, few_rows=1.0)
+        part = Part(
+            "model",
+            "vocoder" if isinstance(made, RecordedPartsStage | RecordedPiecesStage) else "decoder",
+            inner,
+            few_rows=1.0,
+        )
         if isinstance(made, CheckedStage):
             named = {part.name: part for part in describe(inner.model).parts}
             part = named["duration_predictor" if made.name.startswith(DURATIONS.name) else "text_encoder"]

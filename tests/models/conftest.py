@@ -33,8 +33,9 @@ from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.change import BaseChange
 from accelerate_tts.plan import PROCESS, ModelPlan, Part
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.tuning.compare import TOLERANCES, compare
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 from doubles import is_faster, tune

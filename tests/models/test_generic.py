@@ -20,8 +20,9 @@ from accelerate_tts import Receipt, optimized_model
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.models import describe, generic
 from accelerate_tts.optimizer import get_performance_optimizer
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.tuning.capture import time_modules
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.compare import compare
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
 from doubles import Stage, tune

@@ -18,7 +18,8 @@ from accelerate_tts import Event, optimized_model
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.tuning.compare import compare
 
 STRANGERS = Path(__file__).parents[2] / "benchmarks" / "strangers"
 PARTS = {

@@ -12,7 +12,8 @@ from accelerate_tts import Event, Settings, inference, optimized_model
 from accelerate_tts.events import NotApplied, Recompiled
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.tuning.compare import compare
 from doubles import is_faster
 
 

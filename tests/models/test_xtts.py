@@ -10,8 +10,9 @@ import torch
 from accelerate_tts import Event, optimized_model, receipt_of
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.compare import compare
 
 PARTS = [
     ("model.gpt.gpt", "decoder"), ("model.hifigan_decoder.waveform_decoder", "vocoder"), ("model.gpt.mel_head", "head"),

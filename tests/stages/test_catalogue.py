@@ -55,6 +55,8 @@ ORDERS = {
         exact     fold weight norm
         exact     captured decode step
         balanced  captured decode step, bf16 part
+        exact     recorded in pieces
+        balanced  recorded in pieces, bf16 part
         exact     recorded by shape
         balanced  recorded by shape, bf16 part
         balanced  bf16 layers

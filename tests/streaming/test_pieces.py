@@ -15,8 +15,8 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.errors import ModelError
 from accelerate_tts.events import NotApplied
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.streaming import Pieces, ReceptiveField, field_of, measure
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

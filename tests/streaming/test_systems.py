@@ -22,9 +22,10 @@ from accelerate_tts import Event, inference, optimized_model, receipt_of
 from accelerate_tts.errors import ModelError, SettingsError
 from accelerate_tts.events import FirstAudio, NotApplied
 from accelerate_tts.runtime.inference_mode import in_inference_mode
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.streaming import Stream, StreamOptions, stream
 from accelerate_tts.streaming.systems import chatterbox
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare, spectral_distance
+from accelerate_tts.tuning.compare import compare, spectral_distance
 from doubles import is_faster
 
 pytestmark = pytest.mark.usefixtures("one_thread")

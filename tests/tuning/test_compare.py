@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import ModelOutput
 
-from accelerate_tts.settings import Precision
+from accelerate_tts.settings import EXACT_TOLERANCE, Precision
 from accelerate_tts.tuning.compare import (
-    EXACT_TOLERANCE,
     NOTHING_TO_COMPARE,
     TOLERANCES,
     Difference,

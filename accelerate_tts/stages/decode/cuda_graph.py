@@ -4,7 +4,8 @@ On a GPU, a decode step launches hundreds of kernels of a few microseconds each,
 recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
 token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that
 were absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own
-forward on the same cache. The number and the bytes of recordings are bounded; the least recently used one is evicted.
+forward on the same cache. A prompt writes its keys and values into a free slot at once, if there is one. The number and
+the bytes of recordings are bounded; the least recently used one is evicted.
 
 Half precision belongs inside the recording. By itself it slows an eager step down, since each cast is one more kernel
 launch, and a recording does not see later changes of the layers.
@@ -28,7 +29,7 @@ from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies
 from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
 from accelerate_tts.stages.graphs.stage import RecordingStage
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from accelerate_tts.stages.graphs.recorder import Recorder
 
 _POSITIONS = "position_ids"
+_PROMPTS = ("inputs_embeds", "input_ids")
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
@@ -146,7 +148,7 @@ class _Steps:
 
         def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            result = self._token(plain, named) if self._is_token(named) else None
+            result = self._token(plain, named) if self._is_token(named) else self._prompt(plain, named)
             return plain.forward(decoder, *args, **kwargs) if result is None else result
 
         cls = subclass_with(plain, forward)
@@ -200,6 +202,46 @@ class _Steps:
         self._obstacles.report(obstacle, 0)
         return True
 
+    def _prompt(self, plain: Any, named: dict[str, Any]) -> Any:
+        """Run a prompt that writes into a free slot; return `None` if this is no prompt, or no slot is free for it."""
+        decoder = self._decoder
+        given = next((t for name, t in _tensors(named).items() if name in _PROMPTS and t.dim() > 1), None)
+        if given is None or self._broken or not _begins(decoder, named):
+            return None
+        with self._lock:
+            weights, lent = self._weights, self._lend(given)
+        if lent is None:
+            return None
+        key, slot = lent
+        past = cache_of(named)
+        past = kv_cache.cache_classes().DynamicCache() if past is None else past
+        filled = {**named, cache_name(named) or cache_name(self._names) or CACHE_NAMES[0]: past}
+        try:
+            return slot.take_prompt(past, lambda: plain.forward(decoder, **filled))
+        finally:
+            with self._lock:
+                self._take_back(key, slot, stale=self._weights is not weights)
+
+    def _lend(self, given: torch.Tensor) -> tuple[Any, StaticSlot] | None:
+        """Take a free slot for a prompt out of those that others may use."""
+        rows, length = given.shape[:2]
+        capacity = next((size for size in CAPACITIES if size > length), None)
+        dtype = next((weight.dtype for weight in self._decoder.parameters() if weight.is_floating_point()), None)
+        for key, slots in reversed(self._slots.items()):
+            for slot in slots if key[:2] == (capacity, rows) else []:
+                first = slot.buffers[0][0]
+                if slot.is_free() and (first.dtype, first.device) == (dtype, given.device):
+                    slots.remove(slot)
+                    return key, slot
+        return None
+
+    def _take_back(self, key: Any, slot: StaticSlot, *, stale: bool) -> None:
+        if stale:  # the weights were exchanged meanwhile
+            slot.leave()
+            return
+        self._make_room(slot.bytes)
+        self._slots.setdefault(key, []).append(slot)
+
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
         past = cache_of(named)
         inputs = _tensors(named)
@@ -240,12 +282,12 @@ class _Steps:
         slots = self._slots.pop(key, [])
         self._slots[key] = slots
         # First the slot that holds the sequence, then a free slot, then the oldest slot if no other may be made.
-        slot = next((slot for slot in slots if slot.holds(past)), None)
+        slot = next((slot for slot in slots if slot.holds(past) or slot.is_of(past)), None)
         slot = slot or next((slot for slot in slots if slot.is_free()), None)
-        if slot is None and slots and self._is_full(past, capacity):
+        if slot is None and slots and self._is_full(bytes_of(past, capacity)):
             slot = slots[0]
         if slot is None:
-            self._make_room(past, capacity)
+            self._make_room(bytes_of(past, capacity))
             slot = self._recorded(plain, past, inputs, constants, capacity)
         else:
             slots.remove(slot)
@@ -277,16 +319,30 @@ class _Steps:
             slot.leave()
         self._slots = {}
 
-    def _is_full(self, past: Any, more: int) -> bool:
+    def _is_full(self, more: int) -> bool:
         slots = self.slots
         used = sum(slot.bytes for slot in slots)
-        return len(slots) >= self._bounds.slots or used + bytes_of(past, more) > self._bounds.bytes
+        return len(slots) >= self._bounds.slots or used + more > self._bounds.bytes
 
-    def _make_room(self, past: Any, capacity: int) -> None:
+    def _make_room(self, more: int) -> None:
         for slots in list(self._slots.values()):
-            while slots and self._is_full(past, capacity):
+            while slots and self._is_full(more):
                 slots.pop(0).leave()
         self._slots = {key: slots for key, slots in self._slots.items() if slots}
+
+
+def _begins(decoder: Any, named: dict[str, Any]) -> bool:
+    """Check that a call begins a sequence in a cache that can grow."""
+    past = cache_of(named)
+    keeps = named.get("use_cache")
+    keeps = getattr(decoder.config, "use_cache", False) if keeps is None else keeps
+    if not keeps or not (past is None or kv_cache.is_empty(past)):
+        return False
+    if torch.is_grad_enabled() or decoder.training or is_traced() or _window(decoder.config) is not None:
+        return False
+    return not any(
+        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) for tensor in _tensors(named).values()
+    )
 
 
 def _window(config: Any) -> int | None:

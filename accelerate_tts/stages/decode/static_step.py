@@ -20,7 +20,7 @@ from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, cache_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from accelerate_tts.stages.graphs.recorder import Recorder
 
@@ -59,6 +59,7 @@ class StaticSlot:
         self.capacity = capacity
         self._recorder = recorder
         self._owner: weakref.ref[Any] | None = None
+        self._known: dict[str, Any] = {}  # what a layer of such a cache has besides keys and values
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             first = past.layers[0].keys
@@ -102,11 +103,15 @@ class StaticSlot:
             The decoder's result in new tensors, with the caller's cache.
         """
         with torch.inference_mode(mode=False), torch.no_grad(), self._recorder.in_turn():
+            if self.is_of(past):
+                for layer, buffers in zip(past.layers, self.buffers, strict=True):
+                    layer.return_to(*buffers)
             if not self.holds(past):
                 self.leave()
                 for layer, buffers in zip(past.layers, self.buffers, strict=True):
                     layer.move_to(*buffers)
                 self._owner = weakref.ref(past)
+                self._known = past.layers[0].state()
             length = past.layers[0].length()
             self.position.fill_(length)
             for name, tensor in inputs.items():
@@ -119,6 +124,18 @@ class StaticSlot:
                 layer.advance(1)
             return _own(self._recording.outputs, past, length + 1)
 
+    def take_prompt(self, past: Any, run: Callable[[], Any]) -> Any:
+        """Run a prompt whose keys and values are written into this slot, where they need not be moved to.
+
+        Args:
+            past: An empty `DynamicCache`, which the prompt fills. It gets growing layers over the slot's buffers.
+            run: Runs the prompt.
+        """
+        past.layers[:] = [kv_cache.growing_class().over(self._known, *buffers) for buffers in self.buffers]
+        self._owner = weakref.ref(past)
+        with self._recorder.in_turn():
+            return run()
+
     def holds(self, past: Any) -> bool:
         """Check that a cache's sequence lies in this slot's buffers."""
         growing_class = kv_cache.growing_class()
@@ -127,24 +144,40 @@ class StaticSlot:
             for layer, (keys, values) in zip(past.layers, self.buffers, strict=True)
         )
 
-    def is_free(self) -> bool:
-        """Check that no live cache uses this slot's buffers."""
+    def is_of(self, past: Any) -> bool:
+        """Check that the last sequence in this slot was that of a cache."""
         owner = None if self._owner is None else self._owner()
-        return owner is None or len(owner.layers) != len(self.buffers) or not self.holds(owner)
+        return len(past.layers) == len(self.buffers) and owner is past
+
+    def is_free(self) -> bool:
+        """Check that the cache that used this slot last is gone, or has no tensor in its buffers any more."""
+        return not any(self._uses())
+
+    def _uses(self) -> Iterator[tuple[Any, str]]:
+        """Find the layers of the slot's cache with "keys" or "values" in its buffers: those of a cropped one are views.
+
+        The layers may be others by now, and their tensors too: it was reordered, repeated, or outgrew its bucket.
+        """
+        owner = None if self._owner is None else self._owner()
+        own = {_storage(tensor) for pair in self.buffers for tensor in pair}
+        layers: list[Any] = [] if owner is None else owner.layers
+        for layer in layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name, None)
+                if isinstance(tensor, torch.Tensor) and _storage(tensor) in own:
+                    yield layer, name
 
     def leave(self) -> None:
         """Move the sequence to buffers of its own and wait for all work on the slot's buffers."""
-        owner = None if self._owner is None else self._owner()
-        self._owner = None
         with self._recorder.in_turn(for_the_last=True):
-            for layer, (keys, values) in zip([] if owner is None else owner.layers, self.buffers, strict=False):
-                # The cache may use other buffers by now: it was cropped, reordered, or outgrew its bucket.
-                if isinstance(layer, kv_cache.growing_class()):
-                    if layer.buffers()[0] is keys:
-                        layer.keys = layer.keys.clone()
-                    if layer.buffers()[1] is values:
-                        layer.values = layer.values.clone()
+            for layer, name in list(self._uses()):
+                setattr(layer, name, getattr(layer, name).clone())
+        self._owner = None
         self._recorder.finish()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def bytes_of(past: Any, capacity: int) -> int:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accelerate_tts.errors import TimeLimitError, message_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Hashable
     from types import TracebackType
 
 
@@ -34,19 +34,23 @@ class Look(NamedTuple):
     Attributes:
         launches: Number of operators that are no views.
         bytes: Maximum bytes of its own tensors at a time, results included.
+        operators: The operators in their order, each with the numbers that it is given. Sizes are left out, so that
+            they are the same for two lengths unless what is computed depends on the length.
     """
 
     launches: int
     bytes: int
+    operators: list[Hashable]
 
 
-def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]) -> Look:
+def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor], length: int | None = None) -> Look:
     """Trace a computation.
 
     Args:
         run: Takes tensors in place of `tensors`, and returns the result.
         module: The module that computes. Its attributes are put back.
         tensors: The tensors that it is given, all on one device.
+        length: Last dimension of the first tensor in the trace, if it is to be another one.
 
     Raises:
         ObstacleError: It cannot be recorded.
@@ -55,7 +59,10 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
     fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     # Normal tensors: in inference mode composed operators would not be taken apart.
     with torch.inference_mode(mode=False), torch.no_grad(), unchanged_attributes(module) as changed:
-        given = [fakes.from_tensor(tensor) for tensor in tensors]
+        given: list[Any] = [fakes.from_tensor(tensor) for tensor in tensors]
+        if length is not None:
+            with fakes:
+                given[0] = given[0].new_empty((*given[0].shape[:-1], length))
         watch = _Watch(device, module)
         try:
             with fakes, watch:
@@ -73,7 +80,7 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
         watch.check_outputs(outputs, given)
     if changed:
         raise ObstacleError(f"its forward sets {changed[0]}, which a replay does not")
-    return Look(watch.launches, watch.most)
+    return Look(watch.launches, watch.most, watch.operators)
 
 
 def _forget(fakes: Any) -> None:
@@ -122,6 +129,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept = {_key(tensor) for tensor in held}
         self.launches = 0
         self.most = 0
+        self.operators: list[Hashable] = []
         self.obstacle: ObstacleError | None = None
         self._now = 0
         self._own: dict[int, int] = {}  # number of living tensors of each storage that was made in the trace
@@ -152,6 +160,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.obstacle = ObstacleError(f"{function} copies between the host and the device")
             raise self.obstacle
         self._count(function, result)
+        self.operators.append((str(function), *_numbers(function, args, kwargs)))
         return result
 
     def _is_about_a_number(self, args: Any, kwargs: Any) -> bool:
@@ -226,6 +235,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     raise ObstacleError("it returns a view of a tensor that it was given or keeps")
             elif not isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
                 raise ObstacleError(f"it returns a {type(leaf).__name__}, which cannot be copied")
+
+
+_SIZES = frozenset({"size", "output_size", "input_size", "stride", "repeats"})
+"""Names of arguments that are lengths by their nature. The stride of a convolution depends on none."""
+
+
+def _numbers(function: Any, args: Any, kwargs: Any) -> list[str]:
+    """Return what an operator is given besides tensors on the device and sizes; nothing of a view, which is a size."""
+    if any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns):
+        return []
+    named = {**{one.name: value for one, value in zip(function._schema.arguments, args, strict=False)}, **kwargs}
+    found = []
+    for name, value in named.items():
+        for leaf in [] if name in _SIZES else _pytree.tree_leaves(value):
+            if not isinstance(leaf, torch.Tensor):
+                found.append(f"{name}={leaf!r}")
+            elif leaf.numel() == 1 and not isinstance(leaf, fake_tensor.FakeTensor) and leaf.device.type == "cpu":
+                with fake_tensor.unset_fake_temporarily():
+                    found.append(f"{name}={leaf.item()!r}")
+    return found
 
 
 def _draws(given: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from torch import nn
 
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
+from accelerate_tts.inspection.classes import class_of
 from accelerate_tts.inspection.signatures import foreign_hooks, hooks_of, module_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.locks import rlock
@@ -44,7 +45,7 @@ from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
-from accelerate_tts.stages.graphs.obstacles import ObstacleError, look, unchanged_attributes
+from accelerate_tts.stages.graphs.obstacles import Look, ObstacleError, look, unchanged_attributes
 from accelerate_tts.stages.graphs.recorder import is_recording, recording
 from accelerate_tts.stages.graphs.stage import RecordingStage
 from accelerate_tts.stages.layers.weight_norm import has_folds
@@ -56,6 +57,10 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part
     from accelerate_tts.stages.graphs.recorder import Recorder, Replayable
     from accelerate_tts.stages.protocol import State
+
+
+IN_PIECES = "in pieces"
+"""Value of `RECORDED` for a part whose calls are replayed in pieces (recorded_pieces.py)."""
 
 
 class PartBounds(NamedTuple):
@@ -90,18 +95,25 @@ class RecordedPartsStage(RecordingStage[PartBounds]):
 
     name = "recorded by shape"
     excluded_by: tuple[State, ...] = ("compiled", "fused")
-    after = ("fold weight norm", "captured decode step")
+    after = ("fold weight norm", "captured decode step", "recorded in pieces")
 
     def applies(self, part: Part) -> str | None:
-        if part.kind == "decoder" or part.cached or decoders(part.module):
-            return "its decode step is recorded by itself"
-        if any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in part.module.modules()):
-            return "a module in it is compiled, or served as a whole"
-        return super().applies(part)
+        if getattr(class_of(part.module), RECORDED, None) == IN_PIECES:
+            return "its pieces are recorded, which serve each length"
+        return unrecordable(part) or super().applies(part)
 
-    def prepare(self, part: Part) -> _RecordedParts:
+    def prepare(self, part: Part) -> RecordedParts:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        return _RecordedParts(part, self.name, self._recorder, self.half_precision(part), self.bounds)
+        return RecordedParts(part, self.name, self._recorder, self.half_precision(part), self.bounds)
+
+
+def unrecordable(part: Part) -> str | None:
+    """Return the reason why the calls of a part cannot be recorded, or `None`."""
+    if part.kind == "decoder" or part.cached or decoders(part.module):
+        return "its decode step is recorded by itself"
+    if any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in part.module.modules()):
+        return "a module in it is compiled, or served as a whole"
+    return None
 
 
 class _RecordedCall(NamedTuple):
@@ -113,16 +125,16 @@ class _RecordedCall(NamedTuple):
     """Bytes of the intermediate tensors, which the recordings share."""
 
 
-class _Node:
+class Node:
     """A module of the part that may be recorded. It is, once the module around it turned out not to be recordable."""
 
-    def __init__(self, module: Any, method: str, around: _Node | None) -> None:
+    def __init__(self, module: Any, method: str, around: Node | None) -> None:
         self.module = module
         self.method = method
         self.around = around
         self.cut = False
         self.small = False
-        self.inside: list[_Node] = []
+        self.inside: list[Node] = []
         self.watches: tuple[WeightWatch, bool, Inside, Calls] | None = None
 
     @property
@@ -130,7 +142,7 @@ class _Node:
         """True if the module is recorded by itself."""
         return not self.cut and not self.small and (self.around is None or self.around.cut)
 
-    def all(self) -> list[_Node]:
+    def all(self) -> list[Node]:
         """Return the node and those inside it."""
         return [self, *(node for inner in self.inside for node in inner.all())]
 
@@ -155,8 +167,8 @@ class _Node:
         return inside.changed() or calls.altered()
 
 
-def _nodes(module: Any, method: str, around: _Node | None) -> _Node:
-    node = _Node(module, method, around)
+def _nodes(module: Any, method: str, around: Node | None) -> Node:
+    node = Node(module, method, around)
     below = list(module.children())
     while below:
         inner = below.pop(0)
@@ -167,8 +179,10 @@ def _nodes(module: Any, method: str, around: _Node | None) -> _Node:
     return node
 
 
-class _RecordedParts(CountedChange, Changes):
+class RecordedParts(CountedChange, Changes):
     """The change: the forward of each module that may be recorded looks for a recording first."""
+
+    mark: object = True  # value of `RECORDED` of the part's class
 
     def __init__(
         self,
@@ -195,7 +209,7 @@ class _RecordedParts(CountedChange, Changes):
         self._broken = False
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._due: dict[Hashable, float] = {}
-        self._recordings: OrderedDict[tuple[_Node, Hashable], _RecordedCall] = OrderedDict()
+        self._recordings: OrderedDict[tuple[Node, Hashable], _RecordedCall] = OrderedDict()
 
     @property
     def kept(self) -> int:
@@ -207,34 +221,30 @@ class _RecordedParts(CountedChange, Changes):
         """Bytes of the recordings."""
         return self._bytes_with()
 
-    def _class_for(self, node: _Node, plain: Any) -> type:
+    def _class_for(self, node: Node, plain: Any) -> type:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             run = getattr(plain, node.method)  # other code may have given the class another one
             if not node.is_active or self._broken or torch.is_grad_enabled() or module.training:
                 return run(module, *args, **kwargs)
             if is_recording() or is_traced() or _is_capturing(self._device):
                 return run(module, *args, **kwargs)
-            served = self._serve(node, run, args, kwargs)
+            served = self._serve(node, run, CallArguments(args, kwargs, self._device))
             return run(module, *args, **kwargs) if served is None else served[0]
 
         cls = subclass_with(plain, forward, method=node.method)
         if node.around is None:
-            setattr(cls, RECORDED, True)
+            setattr(cls, RECORDED, self.mark)
         return cls
 
-    def _serve(self, node: _Node, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+    def _serve(self, node: Node, run: Any, call: CallArguments) -> tuple[Any] | None:
         """Return the result of a call by a recording; `None` if the module has to run."""
-        call = CallArguments(args, kwargs, self._device)
         if call.obstacle or self._busy:  # another thread is recording, which takes long
             if call.obstacle:
                 self._obstacles.report(call.obstacle, 0)
             return None
-        key = (node, (call.key, _modes(self._device.type)))
+        key = (node, (call.key, modes_of(self._device.type)))
         with self._lock:
-            altered = node.altered()
-            if altered is not None:
-                self._obstacles.report(altered, 0)
-                self._forget(node)
+            self._check(node)
             found = self._recordings.get(key)
             if found is None:
                 if not self._is_due(key):
@@ -248,6 +258,13 @@ class _RecordedParts(CountedChange, Changes):
                 return None
             self._recordings.move_to_end(key)
             return (self._replayed(found, call),)
+
+    def _check(self, node: Node) -> None:
+        """Forget what is known of a module if it was altered."""
+        altered = node.altered()
+        if altered is not None:
+            self._obstacles.report(altered, 0)
+            self._forget(node)
 
     def _replayed(self, found: _RecordedCall, call: CallArguments) -> Any:
         assert self._recorder is not None  # noqa: S101 - it made the recording
@@ -270,12 +287,12 @@ class _RecordedParts(CountedChange, Changes):
         """Ask for more calls of a kind before it is recorded again: else kinds in turn would be recorded each time."""
         self._due[key] = self._bounds.longer * max(1, self._calls.get(key, 1))
 
-    def _forget(self, node: _Node) -> None:
+    def _forget(self, node: Node) -> None:
         for key in [key for key in self._recordings if key[0] is node]:
             self._drop(key)
         node.watches = None
 
-    def _drop(self, key: tuple[_Node, Hashable]) -> None:
+    def _drop(self, key: tuple[Node, Hashable]) -> None:
         if self._recorder is not None:
             self._recorder.finish()
         del self._recordings[key]
@@ -299,7 +316,7 @@ class _RecordedParts(CountedChange, Changes):
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
-    def _record(self, node: _Node, run: Any, call: CallArguments, key: tuple[_Node, Hashable]) -> _RecordedCall | None:
+    def _record(self, node: Node, run: Any, call: CallArguments, key: tuple[Node, Hashable]) -> _RecordedCall | None:
         try:
             return self._try_to_record(node, run, call, key)
         except ObstacleError as obstacle:
@@ -307,28 +324,26 @@ class _RecordedParts(CountedChange, Changes):
         except TimeLimitError:
             raise
         except Exception as error:  # a capture may fail in any way; the untouched module serves
-            self._broken = True
-            for dropped in list(self._recordings):
-                self._drop(dropped)
-            self._buffers.clear()
-            emit(FellBack(self._counter.what, self._stage, described(error).splitlines()[0]))
+            self._give_up(described(error).splitlines()[0])
         return None
 
-    def _try_to_record(
-        self, node: _Node, run: Any, call: CallArguments, key: tuple[_Node, Hashable]
-    ) -> _RecordedCall | None:
-        def run_on(tensors: list[Any]) -> Any:
-            args, kwargs = call.filled(tensors)
-            with _without_cast_cache(self._device.type):
-                return run(node.module, *args, **kwargs)
+    def _give_up(self, reason: str) -> None:
+        """Record nothing any more, and let everything go."""
+        self._broken = True
+        for dropped in list(self._recordings):
+            self._drop(dropped)
+        self._buffers.clear()
+        emit(FellBack(self._counter.what, self._stage, reason))
 
+    def _try_to_record(
+        self, node: Node, run: Any, call: CallArguments, key: tuple[Node, Hashable]
+    ) -> _RecordedCall | None:
+        run_on = self._runs(node, run, call)
         if node.watches is None and (obstacle := node.watch()) is not None:
             self._obstacles.report(obstacle, 0)
             self._put_off(key)
             return None
-        make_copies(node.module)  # a trace has no values to make them from
-        with recording():
-            seen = look(run_on, node.module, call.tensors)
+        seen = self._look(node, run_on, call)
         if seen.launches < self._bounds.launches:
             node.small = True
             self._check_use(f"its {seen.launches} operators take less time than a replay")
@@ -348,6 +363,22 @@ class _RecordedParts(CountedChange, Changes):
         self._counter.count(call.shapes())
         return found
 
+    def _runs(self, node: Node, run: Any, call: CallArguments) -> Callable[[list[Any]], Any]:
+        """Return what runs a call with other tensors in the places of its own."""
+
+        def run_on(tensors: list[Any]) -> Any:
+            args, kwargs = call.filled(tensors)
+            with _without_cast_cache(self._device.type):
+                return run(node.module, *args, **kwargs)
+
+        return run_on
+
+    @staticmethod
+    def _look(node: Node, run_on: Callable[[list[Any]], Any], call: CallArguments, length: int | None = None) -> Look:
+        make_copies(node.module)  # a trace has no values to make them from
+        with recording():
+            return look(run_on, node.module, call.tensors, length)
+
     def _ready(self) -> Recorder:
         if self._recorder is None:
             self._recorder = self._make_recorder(self._device)
@@ -355,7 +386,7 @@ class _RecordedParts(CountedChange, Changes):
             weakref.finalize(self, self._recorder.finish).atexit = False
         return self._recorder
 
-    def _cut(self, node: _Node, obstacle: str) -> None:
+    def _cut(self, node: Node, obstacle: str) -> None:
         """Record what is inside a module instead of the module."""
         node.cut = True
         self._forget(node)
@@ -373,7 +404,7 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _modes(device_type: str) -> Hashable:
+def modes_of(device_type: str) -> Hashable:
     """Return the modes of this thread and the flags of torch that decide which kernels are launched."""
     cudnn = torch.backends.cudnn
     try:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,7 @@ from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
+from accelerate_tts.stages.decode.kv_cache.layers import GrowingLayer
 from accelerate_tts.stages.graphs.recorder import CudaRecorder
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.exclusions import obstacle
@@ -257,6 +259,124 @@ def test_a_cache_that_others_change_is_served_right(how: str) -> None:
     expected = run()
     capture(model)
     assert torch.allclose(run(), expected, atol=1e-5)
+
+
+class Moves:
+    """Notes each sequence that is moved into a slot."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        moved = GrowingLayer.move_to
+
+        def move_to(layer: Any, *buffers: Any) -> None:
+            self.count += 1
+            moved(layer, *buffers)
+
+        monkeypatch.setattr(GrowingLayer, "move_to", move_to)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("begun", ["by the decoder", "empty", "of a configuration"])
+@pytest.mark.parametrize("prompt", [1, 6, 255])
+def test_a_prompt_writes_into_a_free_slot(name: str, begun: str, prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[name]()
+
+    def run(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        past = {"by the decoder": lambda: None, "empty": transformers.DynamicCache,
+                "of a configuration": lambda: transformers.DynamicCache(config=model.config)}[begun]()  # fmt: skip
+        states = []
+        with torch.inference_mode():
+            for number in range(4):
+                x = torch.randn(2, 1 if number else prompt, WIDTH, generator=generator)
+                out = model(inputs_embeds=x, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                states.append(out.last_hidden_state)
+        return torch.cat(states, 1), past.get_seq_length(), type(past)
+
+    expected = [run(seed) for seed in range(3)]
+    change = capture(model)
+    run(0)
+    moves = Moves(monkeypatch)
+    for seed, (states, length, kind) in enumerate(expected):
+        found = run(seed)
+        assert torch.allclose(found[0], states, atol=1e-5)
+        assert found[1:] == (length, kind)
+    assert moves.count == 0 if prompt < 255 else moves.count, "a slot of 256 positions has no room for the second token"
+    assert change.graphs == (1 if prompt < 255 else 2)
+
+
+def test_a_prompt_takes_no_slot_that_a_sequence_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    expected = [loop(model, seed=seed)[0] for seed in range(3)]
+    capture(model, Bounds(slots=2))
+    moves = Moves(monkeypatch)
+    kept = [loop(model, seed=seed) for seed in range(2)]
+    assert moves.count == 4, "each was recorded first, for a sequence that was elsewhere"
+    kept.append(loop(model, seed=2))
+    assert moves.count == 6
+    for (states, past), whole in zip(kept, expected, strict=True):
+        assert torch.allclose(states, whole, atol=1e-5)
+        assert past.get_seq_length() == 6 + 7
+    del kept, past
+    loop(model, seed=2)
+    assert moves.count == 6
+
+
+@pytest.mark.parametrize("how", ["fails", "gradients", "autocast", "half", "no cache"])
+def test_a_prompt_that_is_another_kind_of_call(how: str) -> None:
+    model = llama()
+    change = capture(model)
+    expected, _ = loop(model)
+    x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    if how == "fails":
+        handle = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        for _ in range(3):
+            with torch.inference_mode(), pytest.raises(ZeroDivisionError):
+                model(inputs_embeds=x, use_cache=True)
+        handle.remove()
+    elif how == "gradients":
+        model(inputs_embeds=x, use_cache=True).last_hidden_state.sum().backward()
+        model.zero_grad()
+    elif how == "autocast":
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            past = model(inputs_embeds=x, use_cache=True).past_key_values
+            untouched = llama()(inputs_embeds=x, use_cache=True).past_key_values
+        assert torch.equal(past.layers[1].values, untouched.layers[1].values)
+    elif how == "half":
+        model.to(torch.bfloat16)
+        with torch.inference_mode():
+            past = model(inputs_embeds=x.to(torch.bfloat16), use_cache=True).past_key_values
+        assert past.layers[0].keys.dtype == torch.bfloat16
+        return
+    else:
+        with torch.inference_mode():
+            assert model(inputs_embeds=x, use_cache=False).past_key_values is None
+    assert len(change.slots) == 1
+    assert torch.equal(loop(model)[0], expected)
+
+
+def test_weights_that_are_exchanged_during_a_prompt_end_its_slot() -> None:
+    model = llama()
+    change = capture(model)
+    loop(model)
+    (before,) = change.slots
+
+    def exchange(*_given: Any) -> None:
+        model.layers[0].mlp.up_proj.weight = nn.Parameter(model.layers[0].mlp.up_proj.weight * 2)
+        handle.remove()
+        other.extend(loop(model, rows=3, seed=2))  # another request, which finds that out
+
+    other: list[Any] = []
+    handle = model.norm.register_forward_hook(exchange)
+    found, _ = loop(model, seed=1)
+    assert before not in change.slots
+    assert other
+    change.off()
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    first = loop(model, 1, seed=1)[0]
+    assert torch.allclose(found[:, :1], first, atol=1e-5)
 
 
 def test_two_requests_in_turn_keep_their_own_sequences() -> None:
@@ -702,3 +822,29 @@ def test_a_mask_or_a_cache_that_means_something_else_is_upstreams(make: Any, rea
     capture(model)
     assert torch.allclose(run(), expected, atol=1e-5)
     assert [reason in event.reason for event in seen if isinstance(event, NotApplied)] == [True]
+
+
+@pytest.mark.parametrize("how", ["cropped", "one layer's keys", "a view"])
+def test_a_slot_is_not_free_while_a_cache_has_a_view_of_it(how: str) -> None:
+    """Upstream's `crop` keeps the first positions where they are: a view of the slot's buffers."""
+    model = llama()
+
+    def run() -> torch.Tensor:
+        _, past = loop(model)
+        if how == "cropped":
+            past.crop(-2)
+        elif how == "one layer's keys":
+            past.layers[1].keys = past.layers[1].keys[:]
+        else:
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[..., :, :], layer.values[:]
+        other = loop(model, seed=9)  # another request meanwhile, which needs a slot
+        with torch.inference_mode():
+            x = torch.ones(2, 1, WIDTH)
+            found = [model(inputs_embeds=x, past_key_values=one, use_cache=True) for one in (past, other[1])]
+        return torch.cat([each.last_hidden_state for each in found], 1)
+
+    expected = run()
+    change = capture(model, Bounds(slots=1))
+    assert torch.allclose(run(), expected, atol=1e-5)
+    assert len(change.slots) == 1

@@ -22,6 +22,7 @@ from accelerate_tts.kernels import decoder_block
 from accelerate_tts.kernels.block_layout import block_layouts
 from accelerate_tts.kernels.weight_formats import WeightFormat
 from accelerate_tts.plan import Part
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
@@ -29,7 +30,7 @@ from accelerate_tts.stages.layers.few_rows import FewRowsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.int8 import QuantizeStage
 from accelerate_tts.stages.layers.skinny import SkinnyStage
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, TOLERANCES, compare
+from accelerate_tts.tuning.compare import TOLERANCES, compare
 
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -6,13 +6,11 @@ Nothing here ran on a device; tests/cuda/test_recorded_parts.py is for one.
 from __future__ import annotations
 
 import gc
-import importlib
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -586,10 +584,6 @@ def test_eight_threads_share_recordings() -> None:
 # --- upstream's parts ------------------------------------------------------------------------------------------------
 
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-UPSTREAMS = {"chatterbox_backend": "chatterbox.tts", "higgs_backend": "transformers.models.higgs_audio_v2"}
-
-
 def benched(name: str) -> tuple[Any, Callable[[], Any]]:
     """Build a system as the bench does, at small size; return it, and what speaks."""
     try:
@@ -614,18 +608,6 @@ def higgs(example: Callable[[str], Any]) -> tuple[Any, Callable[[], Any]]:
     return {"model": loaded.model, "codec": loaded.codec}, lambda: loaded.decode(
         loaded.model.generate(**inputs, max_new_tokens=14, do_sample=True)
     )
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports an example; the test is skipped where its upstream is not installed, or has not that model yet."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def load(name: str) -> Any:
-        pytest.importorskip(UPSTREAMS[name])
-        return importlib.import_module(name)
-
-    return load
 
 
 Making = Callable[[Callable[[str], Any]], tuple[Any, Callable[[], Any]]]

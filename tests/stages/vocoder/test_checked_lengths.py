@@ -19,9 +19,10 @@ from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.models import describe
 from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.vocoder.checked_lengths import CheckedStage, holds, is_checked
 from accelerate_tts.stages.vocoder.vits import DURATIONS, TEXT, Amplified
-from accelerate_tts.tuning.compare import EXACT_TOLERANCE, compare
+from accelerate_tts.tuning.compare import compare
 
 
 def small(seed: int = 0) -> Any:

@@ -24,6 +24,7 @@ from accelerate_tts.stages.decode.kv_cache.layers import (
     adopt,
     growing_class,
     holds,
+    is_empty,
     is_growable,
     room_for,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "give_room",
     "growing_class",
     "growing_layer",
+    "is_empty",
     "is_growable",
     "is_listed",
     "is_tuple",

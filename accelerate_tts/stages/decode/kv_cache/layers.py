@@ -30,6 +30,15 @@ def is_growable(past: Any) -> bool:
     )
 
 
+def is_empty(past: Any) -> bool:
+    """Check that this is a `DynamicCache` without a sequence, whose layers would be plain ones."""
+    classes = cache_classes()
+    if classes is None or type(past) is not classes.DynamicCache or is_processed(past):
+        return False
+    plain: Any = classes.DynamicLayer
+    return all(type(layer) is plain and not holds(layer) and layer.get_seq_length() == 0 for layer in past.layers)
+
+
 def holds(layer: Any) -> bool:
     """Check that one of upstream's layers holds a sequence."""
     return bool(getattr(layer, "is_initialized", True)) and fit(layer.keys, layer.values)
@@ -73,6 +82,18 @@ class GrowingLayer:
         for name, value in vars(layer).items():
             setattr(grown, name, value)
         return grown
+
+    @classmethod
+    def over(cls, state: dict[str, Any], keys: Any, values: Any) -> Any:
+        """Return an empty layer over these buffers, with another layer's `state()`."""
+        made: Any = cls.__new__(cls)
+        vars(made).update(state)
+        made._store, made._lengths = [keys, values], [0, 0]
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """Return the attributes besides keys and values, such as upstream's dtype and device."""
+        return {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
 
     # --- what upstream reads and assigns ---
 
@@ -150,6 +171,14 @@ class GrowingLayer:
             buffer[..., : self._lengths[which], :].copy_(self._read(which))
             self._store[which] = buffer
 
+    def return_to(self, keys: Any, values: Any) -> None:
+        """Use these buffers again where the sequence is a view of their first positions, as a cropped one's is."""
+        for which, buffer in enumerate((keys, values)):
+            stored = self._store[which]
+            same = stored.untyped_storage()._cdata == buffer.untyped_storage()._cdata
+            if same and _place(stored) == _place(buffer):
+                self._store[which] = buffer
+
     def length(self) -> int:
         """Return the number of positions."""
         return self._lengths[0]
@@ -196,7 +225,7 @@ class GrowingLayer:
 
     def plain(self, *, copied: bool) -> Any:
         """Return an upstream layer with the same content."""
-        state = {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
+        state = self.state()
         for name in ("keys", "values"):
             tensor = getattr(self, name)
             state[name] = tensor.clone() if copied and tensor is not None else tensor
@@ -212,6 +241,10 @@ def _continues(stored: Any, states: Any) -> bool:
     return bool(
         stored.dtype == states.dtype and stored.shape[:-2] == states.shape[:-2] and stored.shape[-1] == states.shape[-1]
     )
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tensor.stride(), tensor.dtype, tensor.shape[:-2], tensor.shape[-1]
 
 
 def _plain_layer(base: Any, state: dict[str, Any]) -> Any:
