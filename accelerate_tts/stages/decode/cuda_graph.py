@@ -94,9 +94,9 @@ class CapturedStepStage(RecordingStage[Bounds]):
         plain, *halves = super().variants(target)
         if target.compile_mode is None:
             return [plain, *halves]
-        formats = [f for f in formats_under(target.precision) if f != "bf16" or torch.bfloat16 in target.half_dtypes]
-        fused = [cast("Stage", cls(kernels=TokenKernels(weights))) for weights in formats]  # a subclass is a whole stage
-        return [plain, *fused, *halves]
+        has_bf16 = torch.bfloat16 in target.half_dtypes
+        kernels = [TokenKernels(f) for f in formats_under(target.precision) if f != "bf16" or has_bf16]
+        return [plain, *(cast("Stage", cls(kernels=each)) for each in kernels), *halves]  # a subclass is a whole stage
 
     def __init__(
         self,
