@@ -175,7 +175,8 @@ class _Block:
             unknown.append("audio_token_mask")  # its values would have to be read from the device
         if unknown:
             return f"it is called with {', '.join(sorted(unknown))}"
-        if attentions_wanted.get() or (form is not None and WEIGHTS in form):
+        has_weights = attention_of(self._config) != "sdpa"  # released Chatterbox asks for them, and gets none
+        if (attentions_wanted.get() and has_weights) or (form is not None and WEIGHTS in form):
             return "attention weights are asked for"
         return self._inside.altered()
 
