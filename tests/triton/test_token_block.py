@@ -189,6 +189,7 @@ def test_what_the_kernels_would_read_wrongly_does_not_fit() -> None:
         token._replace(mask=token.mask == 0),
         token._replace(mask=token.mask[:, 0]),
         token._replace(rotation=(token.rotation[0], token.rotation[1][..., :-1])),
+        token._replace(rotation=(token.rotation[0], token.rotation[1].expand(2, -1, -1))),
     ]
     assert [each.fits(layout) for each in wrong] == [False] * len(wrong)
     assert token.fits(layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -220,6 +222,26 @@ def test_kernels_that_cannot_be_compiled_leave_upstreams_recorded_step(
     (event,) = [event for event in seen if isinstance(event, FellBack)]
     assert (event.what, event.stage) == ("model", "captured decode step, token kernels (fp32)")
     assert event.reason == "RuntimeError: Failed to find C compiler; upstream's own step is recorded"
+
+
+def test_recordings_from_before_the_kernels_failed_keep_their_copies(
+    monkeypatch: pytest.MonkeyPatch, launches: list[Any], seen: list[Event]
+) -> None:
+    """Graphs read them at their addresses."""
+
+    def fails(*_given: object, **_sizes: object) -> None:
+        raise RuntimeError("this card has too little shared memory")
+
+    model = llama()
+    capture(model, "int8")
+    loop(model, 2)
+    copies = [weakref.ref(given[4]) for name, _, given, _ in launches if name == "projections"]
+    launches.clear()
+    monkeypatch.setattr(token_block, "launch", fails)
+    loop(model, 2, rows=2)
+    assert len([event for event in seen if isinstance(event, FellBack)]) == 1
+    gc.collect()
+    assert all(copy() is not None for copy in copies)
 
 
 def test_more_than_eight_rows_are_upstreams_recorded_step(launches: list[Any], seen: list[Event]) -> None:

@@ -85,8 +85,13 @@ class Token(NamedTuple):
             and self.keys.is_contiguous() and self.values.is_contiguous()
             and self.mask.dim() == 4 and self.mask.shape[0] in {1, rows}  # noqa: PLR2004
             and tuple(self.mask.shape[1:]) == (1, 1, cache[2]) and self.mask.is_floating_point()
-            and all(tuple(given.shape) in {(1, 1, cache[3]), (rows, 1, cache[3])} for given in self.rotation or ())
+            and {tuple(given.shape) for given in self.rotation or ()} in _one_of((1, 1, cache[3]), (rows, 1, cache[3]))
         )  # fmt: skip
+
+
+def _one_of(*shapes: tuple[int, ...]) -> list[set[tuple[int, ...]]]:
+    """Return the sets of shapes that tensors of one shape, or none, may have."""
+    return [set(), *({shape} for shape in shapes)]
 
 
 def run(layout: BlockLayout, copies: Copies, token: Token) -> torch.Tensor:

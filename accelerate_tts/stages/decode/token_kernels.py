@@ -99,12 +99,14 @@ class TokenBlocks(ClassSwap):
             block.copies.clear()
 
     def give_up(self, decoder: nn.Module) -> bool:
-        """Have upstream's forward recorded from now on; return False if it was already."""
+        """Have upstream's forward recorded from now on; return False if it was already.
+
+        Earlier recordings keep their copies, which they read.
+        """
         blocks = self._of(decoder)
         serve = any(block.serves for block in blocks)
         for block in blocks:
             block.serves = False
-            block.copies.clear()
         return serve
 
     def _of(self, decoder: nn.Module) -> list[_Block]:
