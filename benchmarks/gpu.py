@@ -126,6 +126,8 @@ def steps(*, dry: bool = False) -> list[Step]:
         tests("test_recorded_parts", 75),
         tests("test_recording", 60),
         tests("test_tuned", 100),
+        tests("test_token_kernels", 60),
+        Step("token kernels", ("benchmarks/token_kernels.py",), 50),
         bench("chatterbox", 150, 40, "exact", "--warm-start"),  # a second process, which is set up from the pack
         bench("mms", 45, 20),
         bench("xtts", 75, 30),

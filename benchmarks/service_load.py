@@ -278,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     common = ["--systems", options.systems, "--precisions", options.precision, "--most", str(options.most)]
     items: list[dict[str, Any]] = []
-    print("model                callers  service   answers  refused  first p50   p95  total p50   p95  speech/s  others")
+    print(
+        "model                callers  service   answers  refused  first p50   p95  total p50   p95  speech/s  others"
+    )
     with started("plain", [*common, "--plain"]) as plain, started("decorated", common) as decorated:
         for service in (plain, decorated):
             service.prepare()

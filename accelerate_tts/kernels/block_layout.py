@@ -1,4 +1,7 @@
-"""Layouts of the decoder blocks that the kernel supports (fused_decoder.py): their layers, sizes and activations."""
+"""Layouts of the decoder blocks that kernels support: their layers, sizes and activations.
+
+There are kernels for CPUs (fused_decoder.py), and Triton's for CUDA (token_kernels.py).
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ if TYPE_CHECKING:
 _LLAMA = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 _HIGGS = {"HiggsAudioV2DecoderLayer"}
 _GPT2 = {"GPT2Block"}
-_SILU, _GELU_TANH = 0, 1
+_SILU, GELU_TANH = 0, 1
 _ACTIVATIONS = {
     "SiLU": _SILU, "SiLUActivation": _SILU,
-    "NewGELUActivation": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH, "GELUTanh": _GELU_TANH,
+    "NewGELUActivation": GELU_TANH, "PytorchGELUTanh": GELU_TANH, "GELUTanh": GELU_TANH,
 }  # fmt: skip
 
 
@@ -55,10 +58,26 @@ class BlockLayout:
 
 
 def block_layouts(block: nn.Module, weights: WeightFormat) -> dict[bool, BlockLayout]:
-    """Return the block's layouts for text tokens (key `True`) and audio tokens (`False`); empty if it is unknown.
+    """Return the layouts with which the CPU's kernel serves a block; empty if it does not.
 
-    Only Higgs Audio's blocks have a layout for audio tokens.
+    Args:
+        block: The block.
+        weights: Format in which the kernel reads the weights.
+
+    Returns:
+        The layouts for text tokens (key `True`) and audio tokens (`False`). Only Higgs Audio's blocks have the latter.
     """
+    found = _known_layouts(block)
+    return found if all(_suits_cpu(layout, weights) for layout in found.values()) else {}
+
+
+def triton_layouts(block: nn.Module, weights: WeightFormat) -> dict[bool, BlockLayout]:
+    """Return the layouts with which Triton's kernels serve a block, as `block_layouts` does; empty if they do not."""
+    found = _known_layouts(block)
+    return found if all(_suits_triton(layout, weights) for layout in found.values()) else {}
+
+
+def _known_layouts(block: nn.Module) -> dict[bool, BlockLayout]:
     cls = plain_class(block)
     known = cls.__name__ in _LLAMA | _HIGGS | _GPT2 and cls.__module__.startswith("transformers.models.")
     if not known or hasattr(block, "crossattention"):
@@ -72,7 +91,7 @@ def block_layouts(block: nn.Module, weights: WeightFormat) -> dict[bool, BlockLa
             found = {True: _of_llama(block)}
     except AttributeError:
         return {}  # a release with another structure
-    return found if all(_can_be_served(layout, weights) for layout in found.values()) else {}
+    return found if all(map(_is_known, found.values())) else {}
 
 
 def _scaling(attention: Any) -> float:
@@ -114,7 +133,9 @@ def _of_gpt2(block: Any) -> BlockLayout:
     )  # fmt: skip
 
 
-def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
+def _is_known(layout: BlockLayout) -> bool:
+    """Check that the layers are of known classes and fit together, with plain tensors on one device."""
+
     def is_linear(layer: Any) -> bool:
         cls: Any = plain_class(layer)
         return cls is nn.Linear or is_transposed(layer)
@@ -128,8 +149,8 @@ def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
 
     layers = list(layout.layers().values())
     modules = (*layers, layout.norm1, layout.norm2)
-    tensors = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
-    if not all(is_plain(tensor) and tensor.is_cpu for tensor in tensors if tensor is not None):
+    tensors = [tensor for m in modules for name in ("weight", "bias") if (tensor := getattr(m, name, None)) is not None]
+    if not all(map(is_plain, tensors)) or len({tensor.device for tensor in tensors}) != 1:
         return False
     if any(getattr(module, "weight", None) is None for module in modules):
         return False
@@ -137,15 +158,28 @@ def _can_be_served(layout: BlockLayout, weights: WeightFormat) -> bool:
         return False  # upstream raises its own error
     if layout.activation < 0 or layout.heads % layout.kv_heads or not all(map(is_linear, layers)):
         return False
-    dtypes = {layer.weight.dtype for layer in layers}
-    stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16}
     return (
         is_norm(layout.norm1) and is_norm(layout.norm2)
-        and len(dtypes) == 1 and dtypes <= stored
+        and len({layer.weight.dtype for layer in layers}) == 1
         and all(layer.weight.is_contiguous() for layer in layers)
-        and not (dtypes == {torch.bfloat16} and any(map(is_transposed, layers)))
         and _fits_together(layout)
     )  # fmt: skip
+
+
+def _suits_cpu(layout: BlockLayout, weights: WeightFormat) -> bool:
+    weight = layout.q.weight
+    stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16}
+    is_turned = weight.dtype == torch.bfloat16 and is_transposed(layout.q)
+    return weight.is_cpu and weight.dtype in stored and not is_turned
+
+
+def _suits_triton(layout: BlockLayout, weights: WeightFormat) -> bool:
+    stored = {torch.float32} if weights == "bf16" else {torch.float32, torch.bfloat16, torch.float16}
+    linears = layout.layers()
+    # What one kernel multiplies side by side has biases everywhere or nowhere.
+    sides = [[linears[name] for name in names if name in linears] for names in (("q", "k", "v"), ("gate", "up"))]
+    are_alike = all(len({layer.bias is None for layer in side}) == 1 for side in sides)
+    return layout.q.weight.dtype in stored and layout.head_dim % 2 == 0 and are_alike
 
 
 def _fits_together(layout: BlockLayout) -> bool:

@@ -54,6 +54,9 @@ ORDERS = {
     "cuda": """
         exact     fold weight norm
         exact     captured decode step
+        fast      + captured decode step, token kernels (int8)
+        balanced  + captured decode step, token kernels (bf16)
+        exact     + captured decode step, token kernels (fp32)
         balanced  captured decode step, bf16 part
         exact     recorded in pieces
         balanced  recorded in pieces, bf16 part

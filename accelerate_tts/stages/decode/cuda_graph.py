@@ -7,6 +7,9 @@ were absent when the step was recorded, autocast, hooks and sequences beyond the
 forward on the same cache. A prompt writes its keys and values into a free slot at once, if there is one. The number and
 the bytes of recordings are bounded; the least recently used one is evicted.
 
+Where Triton is installed, a step may be recorded in fewer kernels (token_kernels.py). If they cannot be compiled or
+started, upstream's own step is recorded, with one event.
+
 Half precision belongs inside the recording. By itself it slows an eager step down, since each cast is one more kernel
 launch, and a recording does not see later changes of the layers.
 """
@@ -14,7 +17,7 @@ launch, and a recording does not see later changes of the layers.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -23,6 +26,7 @@ from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.inspection.tracing import is_traced
+from accelerate_tts.kernels.weight_formats import formats_under
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
@@ -32,16 +36,21 @@ from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
+from accelerate_tts.stages.decode.token_kernels import TokenKernels
+from accelerate_tts.stages.graphs.recorder import CudaRecorder
 from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
     from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part, TimedCalls
+    from accelerate_tts.stages.decode.token_kernels import TokenBlocks
     from accelerate_tts.stages.graphs.recorder import Recorder
+    from accelerate_tts.stages.layers.half_precision import HalfStage
+    from accelerate_tts.stages.protocol import Stage, Target
 
 _POSITIONS = "position_ids"
 _PROMPTS = ("inputs_embeds", "input_ids")
@@ -68,6 +77,7 @@ class CapturedStepStage(RecordingStage[Bounds]):
         recorder: See `RecordingStage`. Each slot has a recorder of its own.
         inside: See `RecordingStage`. Prefill computes in it, too.
         bounds: Bounds of each decoder's slots.
+        kernels: Kernels for the blocks of a step; upstream's own operators if not given. Prefill stays upstream's.
     """
 
     bounds = Bounds()
@@ -77,14 +87,45 @@ class CapturedStepStage(RecordingStage[Bounds]):
     # A single replayed call brings a sequence of its own, which must be copied in first; in a loop it is there already.
     times: TimedCalls = "end_to_end"
 
+    @classmethod
+    def variants(cls, target: Target) -> Iterable[Stage]:
+        """See `BaseStage.variants`: as `RecordingStage`'s, and by kernels for each format of the weights.
+
+        The kernels are compiled, so there are none where nothing may be.
+        """
+        plain, *halves = super().variants(target)
+        if target.compile_mode is None:
+            return [plain, *halves]
+        has_bf16 = torch.bfloat16 in target.half_dtypes
+        kernels = [TokenKernels(f) for f in formats_under(target.precision) if f != "bf16" or has_bf16]
+        return [plain, *(cast("Stage", cls(kernels=each)) for each in kernels), *halves]  # a subclass is a whole stage
+
+    def __init__(
+        self,
+        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
+        inside: HalfStage | None = None,
+        bounds: Bounds | None = None,
+        kernels: TokenKernels | None = None,
+    ) -> None:
+        super().__init__(recorder, inside, bounds)
+        self._kernels = kernels
+        if kernels is not None:
+            self.needs_compiler = True  # Triton's
+            self.superseded_by = tuple(f"{self.name}, {smaller}" for smaller in kernels.smaller)
+            self.name = f"{self.name}, {kernels.name}"
+
     def applies(self, part: Part) -> str | None:
         if kv_cache.cache_classes() is None:
             return "no cache of transformers 4.54 or later is loaded"
-        return super().applies(part) if decoders(part.module) else "no decoder with a cache in it"
+        if not decoders(part.module):
+            return "no decoder with a cache in it"
+        reason = super().applies(part)
+        return self._kernels.applies(part) if reason is None and self._kernels is not None else reason
 
     def prepare(self, part: Part) -> _Captured:
         """See `Stage.prepare`. Nothing is recorded yet."""
-        return _Captured(part, self.name, self._recorder, self.half_precision(part), self.bounds)
+        kernels = None if self._kernels is None else self._kernels.prepare(part)
+        return _Captured(part, self.name, self._recorder, self.half_precision(part), self.bounds, kernels)
 
 
 class _Captured(CountedChange, Changes):
@@ -93,22 +134,23 @@ class _Captured(CountedChange, Changes):
     Once it is off, sequences in slots stay valid: upstream's forward continues them in place.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the part, and the options of the stage
         self,
         part: Part,
         name: str,
         recorder: Callable[[torch.device], Recorder],
         inside: CarryingSwap | None,
         bounds: Bounds,
+        kernels: TokenBlocks | None,
     ) -> None:
         found = decoders(part.module)
         self._counter = Counter(part.name)
+        copies = inside is not None or (kernels is not None and kernels.makes_copies)
         self._steps = {
-            decoder: _Steps(decoder, self._counter, name, recorder, bounds, copies=inside is not None)
-            for decoder in found
+            decoder: _Steps(decoder, self._counter, name, recorder, bounds, kernels, copies=copies) for decoder in found
         }
         swap = ClassSwap(found, lambda decoder: self._steps[decoder].class_for(type(decoder)))
-        super().__init__(inside, growing_caches(part.module), swap)
+        super().__init__(inside, kernels, growing_caches(part.module), swap)
 
     @property
     def slots(self) -> list[StaticSlot]:
@@ -119,13 +161,14 @@ class _Captured(CountedChange, Changes):
 class _Steps:
     """The recordings of one decoder."""
 
-    def __init__(  # noqa: PLR0913 - the decoder, names in events, and the options of the stage
+    def __init__(  # noqa: PLR0913, PLR0917 - the decoder, names in events, and the options of the stage
         self,
         decoder: nn.Module,
         counter: Counter,
         stage: str,
         recorder: Callable[[torch.device], Recorder],
         bounds: Bounds,
+        kernels: TokenBlocks | None,
         *,
         copies: bool,
     ) -> None:
@@ -134,6 +177,7 @@ class _Steps:
         self._obstacles = Obstacles(f"the captured step of {counter.what}")
         self._recorder = recorder
         self._bounds = bounds
+        self._kernels = kernels
         self._names = parameters_of(plain_class(decoder))
         self._counts_masks = any(_counts(plain_class(inner)) for inner in decoder.modules())
         self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
@@ -302,8 +346,12 @@ class _Steps:
             recorder = self._recorder(past.layers[0].keys.device)
             slot = StaticSlot(self._decoder, plain.forward, past, inputs, constants, capacity, recorder)
         except Exception as error:  # a capture may fail in any way, and so may a decoder that is given another mask
+            reason = described(error).splitlines()[0]
+            if self._kernels is not None and self._kernels.give_up(self._decoder):  # a compiler may be missing
+                emit(FellBack(self._counter.what, self._stage, f"{reason}; upstream's own step is recorded"))
+                return self._recorded(plain, past, inputs, constants, capacity)
             self._broken = True
-            emit(FellBack(self._counter.what, self._stage, described(error).splitlines()[0]))
+            emit(FellBack(self._counter.what, self._stage, reason))
             return None
         self._counter.guard = f"a sequence of up to {capacity} positions"
         self._counter.count(", ".join(str(tuple(tensor.shape)) for tensor in inputs.values()))
@@ -318,6 +366,8 @@ class _Steps:
         for slot in self.slots:
             slot.leave()
         self._slots = {}
+        if self._kernels is not None:
+            self._kernels.forget(self._decoder)
 
     def _is_full(self, more: int) -> bool:
         slots = self.slots

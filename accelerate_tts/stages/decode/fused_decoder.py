@@ -11,13 +11,13 @@ Everything else takes upstream's own forward and the same cache.
 
 The items that a block and its attention layer return behind the hidden states differ by release, by attention
 implementation and by request: none, the attention weights, the cache. They are learnt from upstream's own calls in
-prefill, and decode steps return the same form (`_Forms`). Hooks that read attention weights still run: the attention
+prefill, and decode steps return the same form (`Forms`). Hooks that read attention weights still run: the attention
 layer is called once and returns the kernel's weights.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,7 @@ from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
+from accelerate_tts.stages.decode.block_forms import CACHE, IGNORED, NOTHING, WEIGHTS, Form, Forms
 from accelerate_tts.stages.decode.call_args import (
     Obstacles,
     attention_of,
@@ -59,12 +60,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.plan import Part
-
-# Arguments that a block may get beside the kernel's inputs, and that change nothing for one token.
-_IGNORED = {
-    "hidden_states", "attention_mask", "position_embeddings", "audio_token_mask", "position_ids", "cache_position",
-    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal",
-}  # fmt: skip
 
 
 @register_stage
@@ -122,7 +117,7 @@ def _join_stacks(blocks: list[_Fused], what: str) -> None:
     blocks.sort(key=lambda block: block.number)
     numbers = [block.number for block in blocks]
     if numbers == list(range(len(blocks))) and len({block.kind for block in blocks}) == 1:
-        stack, forms, steps, watch = BlockStack(len(blocks), what), _Forms(), SharedSteps(what), _StackWatch(blocks)
+        stack, forms, steps, watch = BlockStack(len(blocks), what), Forms(), SharedSteps(what), _StackWatch(blocks)
         for block in blocks:
             block.stack, block.blocks, block.forms, block.steps, block.watch = stack, blocks, forms, steps, watch
 
@@ -150,36 +145,6 @@ class _StackWatch:
                 block.forget()
             return False
         return True
-
-
-_WEIGHTS, _CACHE, _NOTHING = "weights", "cache", "nothing"
-Form = tuple[str, ...] | None
-
-
-class _Forms:
-    """Forms of results: the kinds of the items behind the hidden states; `None` for the states alone."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], Form] = {}
-
-    def learn(self, key: tuple[Any, ...], result: Any, past: Any) -> None:
-        """Store the form of one of upstream's results."""
-        if key not in self._found:
-            form = tuple(_kind(item, past) for item in result[1:]) if isinstance(result, tuple) else None
-            if form is None or "" not in form:
-                self._found[key] = form
-
-    def of(self, key: tuple[Any, ...]) -> Form | Literal[False]:
-        """Return the form of upstream's results; `False` if none was seen yet."""
-        return self._found.get(key, False)
-
-
-def _kind(item: Any, past: Any) -> str:
-    if item is None:
-        return _NOTHING
-    if item is past or isinstance(item, tuple):
-        return _CACHE
-    return _WEIGHTS if isinstance(item, torch.Tensor) and item.dim() == 4 else ""  # noqa: PLR2004
 
 
 class _Ready(NamedTuple):
@@ -223,7 +188,7 @@ class _Fused:
         self.kind = (plain_class(block), self._dtype, self._heads, self._cache_shape, self._hidden, rotation)
         self.stack, self.steps = BlockStack(1, obstacles.what), SharedSteps(obstacles.what)
         self.blocks: list[_Fused] = [self]
-        self.forms = _Forms()
+        self.forms = Forms()
         self.inside = Inside(block, [(self.attention, "config")], read=self.attention)
         self.watch = _StackWatch([self])
 
@@ -315,7 +280,7 @@ class _Fused:
             weights = weights.to(self._dtype)
         if isinstance(past, tuple):
             past = made.layer.pair()
-        given = {_WEIGHTS: weights, _CACHE: past, _NOTHING: None}
+        given = {WEIGHTS: weights, CACHE: past, NOTHING: None}
         if weights is not None and is_read(self.attention):
             shown = self.forms.of(self._key("attention", named)) or ()
             self.attention(_Answer((made.hidden, *(given[kind] for kind in shown))))
@@ -385,12 +350,12 @@ class _Fused:
         """
         if not checked and self._is_altered():
             return None
-        wanted = form is not None and _WEIGHTS in form
+        wanted = form is not None and WEIGHTS in form
         if is_read(self.attention):
             shown = self.forms.of(self._key("attention", named))
             if shown is False or shown is None:
                 return None
-            if _WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
+            if WEIGHTS in shown and not wanted:  # read: they were requested, or an analyzer has a hook
                 collected = attentions_wanted.get() or "forward" in self.attention.__dict__
                 wanted = collected or is_spied(self.attention)
         layer = token_layer(self._obstacles, past, self.number, named)
@@ -427,7 +392,7 @@ class _Fused:
         )
 
     def _is_unknown(self, named: dict[str, Any]) -> bool:
-        unknown = [name for name, value in named.items() if name not in _IGNORED and value is not None]
+        unknown = [name for name, value in named.items() if name not in IGNORED and value is not None]
         how = attention_of(self._config)
         if unknown:
             obstacle = f"it is called with {', '.join(sorted(unknown))}"

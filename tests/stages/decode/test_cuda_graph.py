@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,12 +25,14 @@ from accelerate_tts import Event
 from accelerate_tts.cli.bench import systems
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
+from accelerate_tts.kernels.triton import token_block
 from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
 from accelerate_tts.stages.decode.kv_cache.layers import GrowingLayer
+from accelerate_tts.stages.decode.token_kernels import TokenKernels
 from accelerate_tts.stages.graphs.recorder import CudaRecorder
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.exclusions import obstacle
@@ -748,6 +751,22 @@ def test_half_precision_is_inside_the_recording(how: str) -> None:
         CapturedStepStage(reruns, inside=half).applies(Part("gpt", "decoder", gpt2()))
         == "no layer that computes in fp32"
     )
+
+
+def test_kernels_for_a_token_are_tried_where_triton_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they compute is shown in tests/triton."""
+    names = [stage.name for stage in default_stages("cuda", "reduce-overhead") if "decode step" in stage.name]
+    assert names == ["captured decode step", "captured decode step, token kernels (fp32)"]
+    stage = CapturedStepStage(reruns, kernels=TokenKernels("fp32"))
+    assert stage.superseded_by == tuple(f"captured decode step, token kernels ({less})" for less in ("bf16", "int8"))
+    bloom = transformers.BloomConfig(vocab_size=50, hidden_size=WIDTH, n_layer=2, n_head=4)
+    other = Part("model", "decoder", transformers.BloomModel(bloom).eval())
+    with monkeypatch.context() as scope:
+        scope.setattr(token_block, "find_spec", lambda name: ModuleSpec(name, None))
+        assert stage.applies(other) == "no decoder's blocks that the kernels know in it"
+        assert stage.applies(Part("model", "decoder", llama())) == "it is on no device that Triton computes on"
+    monkeypatch.setattr(token_block, "find_spec", lambda _name: None)
+    assert stage.applies(Part("model", "decoder", llama())) == "Triton is not installed"
 
 
 def test_blocks_are_compiled_without_recordings_of_inductors() -> None:
