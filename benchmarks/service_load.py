@@ -6,7 +6,8 @@
 Two services are started, one with accelerate_tts switched off. They are asked in turn, so that other programs disturb
 both alike. Each text is first spoken alone; under load each streamed answer must have the same bytes. A service has
 fewer places than there are callers at most: further requests get 429, and those that had no turn in the service's 60 s
-503; both are counted as refused, and made again. The script ends with an error if an answer differs, if a request fails, or if more requests are inside than there are places.
+503; both are counted as refused, and made again. The script ends with an error if an answer differs, if a request
+fails, or if more requests are inside than there are places.
 
 Run nothing else meanwhile. Needs: pip install 'accelerate_tts[cli,demo,service]' chatterbox-light
 """
