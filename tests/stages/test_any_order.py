@@ -260,6 +260,7 @@ def test_any_order_of_applying_and_undoing(name: str) -> None:
 
     for stage in STAGES:
         play([("apply", stage), ("run", None)])
+        play([("run", None), ("apply", stage), ("run", None), ("apply", stage), ("run", None)])
     play([*(("apply", stage) for stage in STAGES), ("run", None), ("all off", None), ("run", None), ("drop", 0)])
     play([*(("apply", stage) for stage in reversed(STAGES)), ("run", None), ("drop", 1), ("run", None)])
     settings(max_examples=25, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))(

@@ -77,7 +77,10 @@ class CompiledBlocksStage(BaseStage):
         self._mode = mode
 
     def applies(self, part: Part) -> str | None:
-        return None if block_stacks(part.module) else "no repeated blocks in it"
+        stacks = block_stacks(part.module)
+        if any(_is_compiled(block) for stack in stacks for block in stack):  # by an earlier tuning of the same blocks
+            return "its blocks are compiled already"
+        return None if stacks else "no repeated blocks in it"
 
     def prepare(self, part: Part) -> _CompiledBlocks:
         """See `Stage.prepare`. Nothing is compiled yet."""
@@ -156,6 +159,11 @@ class _CompiledBlocks(CountedChange, Changes):
 
 _stacks = IdentityMap[Callable[[], Any]]()
 """Weak references to the stacks of blocks, while their change is on. A stack lives as long as its change."""
+
+
+def _is_compiled(block: nn.Module) -> bool:
+    known = _stacks.get(block)
+    return known is not None and known() is not None
 
 
 @per_class
