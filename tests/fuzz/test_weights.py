@@ -704,8 +704,8 @@ LINEAR = tuple(f"skinny linear layers ({weights})" for weights in ("fp32", "bf16
 INT8 = tuple(f"int8 linear layers ({engine})" for engine in sorted(engines()))
 CHECKED = tuple(f"{part} in fewer operators, checked by margin" for part in ("durations", "text encoder"))
 COMPILED, FROZEN, BLOCKS = "torch.compile", "torch.compile, frozen", "compiled blocks"
-STEP, RECORDED = (tuple(f"{stage}{inside}" for inside in ("", ", bf16 part", ", fp16 part"))
-                  for stage in ("captured decode step", "recorded by shape"))  # fmt: skip
+STEP, RECORDED, PIECES = (tuple(f"{stage}{inside}" for inside in ("", ", bf16 part", ", fp16 part"))
+                          for stage in ("captured decode step", "recorded by shape", "recorded in pieces"))  # fmt: skip
 FAMILIES = {
     "plain": Family(
         tower,
@@ -761,7 +761,7 @@ FAMILIES = {
     "vocoder": Family(
         lambda: filled(VitsHifiGan(vits())),
         lambda m: [m(noise(1, 16, 9).to(dtype_of(m)))],
-        ("fewer operators", "fewer operators (bfloat16)", *NORMED, COMPILED, RECORDED[0], "recorded in pieces"),
+        ("fewer operators", "fewer operators (bfloat16)", *NORMED, COMPILED, RECORDED[0], *PIECES),
     ),
     "wide vocoder": Family(
         lambda: filled(VitsHifiGan(vits(upsample_initial_channel=128))),

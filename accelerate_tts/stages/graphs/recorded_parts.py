@@ -111,6 +111,8 @@ def unrecordable(part: Part) -> str | None:
     """Return the reason why the calls of a part cannot be recorded, or `None`."""
     if part.kind == "decoder" or part.cached or decoders(part.module):
         return "its decode step is recorded by itself"
+    if part.kind == "head":
+        return "a single product takes no longer to start than its recording"
     if any(isinstance(inner, torch.jit.ScriptModule) or is_fused(inner) for inner in part.module.modules()):
         return "a module in it is compiled, or served as a whole"
     return None
