@@ -148,7 +148,9 @@ def _channels_last_class(plain: Any) -> type:
     step = getattr(plain, name)
 
     def is_as_before(self: Any) -> bool:
-        return _is_usual(self) and getattr(plain, name) is step and name not in vars(self)
+        return (
+            _is_usual(self) and getattr(plain, name) is step and name not in self.__dict__
+        )  # see short_convolutions.py
 
     def convolve(self: Any, input: Any) -> Any:  # noqa: A002 - torch's own name
         if plain.forward is not own:

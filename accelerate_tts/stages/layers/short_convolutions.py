@@ -162,7 +162,7 @@ def _short_class(plain: Any) -> type:
             or not _takes(input, self)
             or not _is_supported(self)
             or plain._conv_forward is not step
-            or "_conv_forward" in vars(self)
+            or "_conv_forward" in self.__dict__  # dynamo of torch 2.6 does not trace vars()
         ):
             return plain.forward(self, input)
         geometry = _geometry(self)
