@@ -15,13 +15,8 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param("test_token_block.py"),
-        pytest.param("test_token_kernels.py", marks=pytest.mark.slow),  # more than a minute
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["test_token_block.py", "test_token_kernels.py"])
 def test_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", str(FOLDER / file)]
     ran = subprocess.run(

@@ -166,6 +166,7 @@ def test_the_first_call_may_have_any_length(vocoder: Any, first: int) -> None:
     divided.check(*call(301))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["xtts", "mms", "higgs"])
 def test_a_systems_vocoder_says_any_length_in_pieces(name: str, example: Callable[[str], Any]) -> None:
     torch.manual_seed(0)
@@ -418,6 +419,7 @@ def test_hooks_inside_are_called() -> None:
     assert len(called) == 6
 
 
+@pytest.mark.slow
 def test_eight_threads_share_a_recording(vocoder: Any) -> None:
     module, call = vocoder
     work = list(range(150, 174))
