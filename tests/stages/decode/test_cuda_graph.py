@@ -754,7 +754,7 @@ def test_half_precision_is_inside_the_recording(how: str) -> None:
 
 
 def test_kernels_for_a_token_are_tried_where_triton_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they compute is shown in tests/triton."""
+    """Order and obstacles alone: tests/triton shows their results."""
     names = [stage.name for stage in default_stages("cuda", "reduce-overhead") if "decode step" in stage.name]
     assert names == ["captured decode step", "captured decode step, token kernels (fp32)"]
     stage = CapturedStepStage(reruns, kernels=TokenKernels("fp32"))

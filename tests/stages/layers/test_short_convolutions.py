@@ -22,7 +22,7 @@ from transformers.models.vits.modeling_vits import VitsHifiGan
 
 from accelerate_tts import Event, get_performance_optimizer, optimized_model, receipt_of
 from accelerate_tts.kernels import toom_cook
-from accelerate_tts.kernels.toom_cook import LEAST_FRAMES, MOST_DILATION, MOST_TAPS
+from accelerate_tts.kernels.toom_cook import LEAST_FRAMES, MOST_DILATION, MOST_TAPS, Packed
 from accelerate_tts.patching.class_swap import make_copies
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.compile.inductor import options
@@ -556,8 +556,8 @@ def test_a_weight_norm_that_is_trained_on(calls: list[torch.Size]) -> None:
 
 def test_weights_are_turned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    own = short_convolutions._turned
-    monkeypatch.setattr(short_convolutions, "_turned", lambda layer: made.append(layer) or own(layer))
+    own = Packed.of
+    monkeypatch.setattr(Packed, "of", lambda *weights: made.append(weights) or own(*weights))
     for model in (layer(), quiet(lambda: nn.utils.weight_norm(layer()))):
         made.clear()
         with torch.no_grad():
