@@ -50,6 +50,7 @@ _PUBLIC = {
 }  # fmt: skip
 # Public as well, for those who look for them.
 _FURTHER = {
+    "context": ("own_random",),
     "_version": ("__version__",),
     "settings": ("is_active", "is_testing"),
     "events": ("Event", "EventHook"),

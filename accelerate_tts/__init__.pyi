@@ -2,6 +2,7 @@
 
 from accelerate_tts._version import __version__ as __version__
 from accelerate_tts.context import fast_inference as fast_inference
+from accelerate_tts.context import own_random as own_random
 from accelerate_tts.decorators import inference as inference
 from accelerate_tts.decorators import optimized_model as optimized_model
 from accelerate_tts.errors import AccelerateTTSError as AccelerateTTSError

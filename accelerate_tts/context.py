@@ -1,4 +1,4 @@
-"""`fast_inference()`: a scope for scripts."""
+"""Scopes of a thread: `fast_inference()` for scripts, and `own_random()` for calls beside others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import TYPE_CHECKING, NoReturn
 
-from accelerate_tts.errors import InferenceContextError
+from accelerate_tts.errors import InferenceContextError, SettingsError, shown
 from accelerate_tts.settings import Mode, check_mode, is_active
 
 if TYPE_CHECKING:
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from accelerate_tts.device.flags import HeldFlags
+    from accelerate_tts.runtime.own_random import OwnRandom
 
 _SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
     "its thread-local mode would leak to other code at the next await or yield. Decorate that function with"
     " @inference, or move the block into a plain function and call that"
+)
+_ADVICE_ON_RANDOM = (
+    "its thread-local mode would leak to other code at the next await or yield. Call the function from a plain one"
+    " instead: `with own_random(seed): return carry_mode(function)(...)`"
 )
 
 
@@ -59,7 +64,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         self._scopes: dict[int, list[_Entry]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
-        _refuse_suspended(sys._getframe(1))
+        _refuse_suspended(sys._getframe(1), "fast_inference()", _ADVICE)
         from contextlib import ExitStack
 
         from accelerate_tts.device.flags import HeldFlags
@@ -110,6 +115,77 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         return
 
 
+class own_random:  # noqa: N801 - likewise
+    """Draws torch's random numbers in a block of synchronous code from generators of its own, one a device.
+
+    torch's generators belong to the process, so what a call says after `torch.manual_seed` depends on other threads
+    that draw meanwhile. In this block each draw gives what it gives after `torch.manual_seed(seed)` in a process with
+    nothing else, and no draw of this thread reaches the process's generators. Concurrent calls, such as those that
+    share decode steps, stay repeatable one by one.
+
+    Threads started inside, and bodies of coroutines and generators, do not inherit it: give them `carry_mode(work)`.
+    Blocks may nest; the innermost counts. It works whether or not the package is switched on. Not reached are dropout
+    inside attention and recurrent layers, which draws in training only, draws in C++ extensions and in your own
+    compiled code, and the generators of Python and NumPy. Parts that draw and that tuning has compiled run uncompiled.
+
+    Args:
+        seed: The seed, an integer from -2**63 to 2**64 - 1, as `torch.manual_seed` takes it.
+
+    Raises:
+        SettingsError: The seed is no such number.
+        InferenceContextError: Entered in the body of a coroutine, generator or async generator.
+
+    Example:
+        >>> def speak(text, seed):
+        ...     with own_random(seed):
+        ...         return model.generate(text)
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = _seed_of(seed)
+        self._modes: dict[int, list[OwnRandom]] = {}  # by thread, since several may share one object
+
+    def __enter__(self) -> None:
+        _refuse_suspended(sys._getframe(1), "own_random()", _ADVICE_ON_RANDOM)
+        from accelerate_tts.runtime.own_random import OwnRandom
+
+        mode = OwnRandom(self._seed)
+        self._modes.setdefault(get_ident(), []).append(mode)
+        mode.__enter__()  # type: ignore[no-untyped-call]  # torch's
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        modes = self._modes[get_ident()]
+        mode = modes.pop()
+        if not modes:
+            self._modes.pop(get_ident(), None)
+        mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]  # torch's
+
+    async def __aenter__(self) -> NoReturn:
+        raise InferenceContextError(f"`async with own_random(...)` cannot be: {_ADVICE_ON_RANDOM}")
+
+    async def __aexit__(self, *_: object) -> None:  # never entered
+        return
+
+
+def _seed_of(seed: object) -> int:
+    """Return a seed that torch takes.
+
+    Raises:
+        SettingsError: It is no integer in torch's range.
+    """
+    import operator
+
+    try:
+        number = operator.index(seed)  # type: ignore[arg-type]  # also NumPy's integers
+    except TypeError:
+        number = None
+    if isinstance(seed, bool) or number is None or not -(2**63) <= number < 2**64:
+        raise SettingsError(f"own_random({shown(seed)}): a seed must be an integer from -2**63 to 2**64 - 1")
+    return number
+
+
 def _end(thread: int, scope: ExitStack, held: HeldFlags) -> None:
     """Close what a scope opened, in its own thread, and release its flags. Idempotent."""
     try:
@@ -119,7 +195,7 @@ def _end(thread: int, scope: ExitStack, held: HeldFlags) -> None:
         held.release()
 
 
-def _refuse_suspended(frame: FrameType | None) -> None:
+def _refuse_suspended(frame: FrameType | None, what: str, advice: str) -> None:
     # A plain function called from a coroutine is safe, since it cannot be suspended; the coroutine's own body is not.
     frame, _ = _outside_contextlib(frame)
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
@@ -130,7 +206,7 @@ def _refuse_suspended(frame: FrameType | None) -> None:
             break
         frame = owner
     if frame is not None and frame.f_code.co_flags & _SUSPENDED:
-        raise InferenceContextError(f"fast_inference() was entered inside {frame.f_code.co_name}(): {_ADVICE}")
+        raise InferenceContextError(f"{what} was entered inside {frame.f_code.co_name}(): {advice}")
 
 
 def _outside_contextlib(frame: FrameType | None) -> tuple[FrameType | None, bool]:

@@ -74,6 +74,7 @@ def name_of(content: dict[str, Any]) -> str:
     told += [f"{options['layers']}-layers"] if options["layers"] else []
     told += [f"{options['tokens']}-tokens"] if options["tokens"] else []
     told += [] if options["size"] == "full" else [options["size"]]
+    told += [f"{options['at_once']}-at-once"] if options.get("at_once", 1) > 1 else []
     told += ["only", *options["peers"]] if options.get("peers") else []
     name = "-".join([*map(_slug, told), *environment_of(content, systems)])
     if len(name) <= _LONGEST:

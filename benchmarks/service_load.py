@@ -273,11 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--callers", default="1,2,4,8,16,32")
     parser.add_argument("--seconds", type=float, default=10.0, help="of one model, one service and one number")
     parser.add_argument("--rounds", type=int, default=3, help="how often the two services are asked in turn")
+    parser.add_argument("--at-once", type=int, default=1, help="calls that each service computes at the same time")
     parser.add_argument("--most", type=int, default=24, help="places in each service")
     parser.add_argument("--json", type=Path, help="a file for the document")
     parser.add_argument("--into", type=Path, help="the folder of results to store the document in")
     options = parser.parse_args(arguments)
-    common = ["--systems", options.systems, "--precisions", options.precision, "--most", str(options.most)]
+    common = ["--systems", options.systems, "--precisions", options.precision, "--most", str(options.most),
+              "--at-once", str(options.at_once)]  # fmt: skip
     items: list[dict[str, Any]] = []
     print(
         "model                callers  service   answers  refused  first p50   p95  total p50   p95  speech/s  others"
@@ -293,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content["options"] = {
         "systems": options.systems.split(","), "precisions": [options.precision], "layers": None, "tokens": None,
         "size": "full", "seconds": options.seconds, "rounds": options.rounds, "most": options.most,
+        "at_once": options.at_once,
     }  # fmt: skip
     if options.json is not None:
         write_whole(options.json, json.dumps(content, indent=1) + "\n")

@@ -29,6 +29,7 @@ from accelerate_tts import (
     fast_inference,
     inference,
     optimized_model,
+    own_random,
     set_active,
 )
 from accelerate_tts.errors import abridged, shown
@@ -290,6 +291,7 @@ def test_what_is_batched(value: Any) -> None:
 def test_other_doors(value: Any) -> None:
     assert refused(lambda: set_active(value), value) is not isinstance(value, bool)
     set_active(True)
+    refused(lambda: own_random(value), value)
     for door in (carry_mode, add_hook):
         if not callable(value):
             assert refused(lambda door=door: door(value), value, TypeError)  # type: ignore[misc]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from accelerate_tts.runtime.mode_choice import ModeChoice
+    from accelerate_tts.runtime.own_random import OwnRandom
     from accelerate_tts.settings import Mode
 
     Enter = Callable[[], AbstractContextManager[Any]]
@@ -266,7 +267,7 @@ def in_inference_mode() -> bool:
 def carry_mode(function: F) -> F:
     """Run `function` in the caller's present mode wherever it is called: in an executor, a thread, another task.
 
-    Threads and tasks do not inherit torch's modes. Inside `with fast_inference():`, write
+    Threads and tasks do not inherit torch's modes. Inside `with fast_inference():` or `with own_random(seed):`, write
     `executor.submit(carry_mode(work), item)`.
 
     Args:
@@ -283,18 +284,31 @@ def carry_mode(function: F) -> F:
     torch = sys.modules.get("torch")
     if torch is None:
         return function
+    from accelerate_tts.runtime.own_random import opened
+
     if torch.is_inference_mode_enabled():
         mode: Mode = "inference"
-    elif not torch.is_grad_enabled():
-        mode = "no_grad"
     else:
+        mode = "none" if torch.is_grad_enabled() else "no_grad"
+    own = opened()
+    if mode == "none" and own is None:
         return function
 
     @functools.wraps(function)
     def carried(*args: Any, **kwargs: Any) -> Any:
-        return call(function, args, kwargs, mode)
+        return call(function, args, kwargs, mode) if own is None else _call_drawing(function, args, kwargs, mode, own)
 
     return carried  # type: ignore[return-value]  # wraps() keeps the signature, which its type does not express
+
+
+def _call_drawing(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode, own: OwnRandom
+) -> Any:
+    """Call `function` inside `mode`, with random numbers of its own in each step of what it returns."""
+    with own:
+        result = call(function, args, kwargs, mode)
+    wrap = _WRAPPERS.get(type(result))
+    return result if wrap is None else wrap(result, Scoped(lambda: own))
 
 
 async def _drive_coroutine(owning: Owning) -> Any:

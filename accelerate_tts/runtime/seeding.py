@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +77,11 @@ def seeded(
         leaving: Generators that are not seeded. They are restored only if no other thread could have drawn.
         watched: Record which generators were drawn from, and their final states.
     """
+    with _outside_own_random():  # whose draws would not be seeded
+        yield from _seeded(device_type, seed, leaving, watched)
+
+
+def _seeded(device_type: str, seed: int, leaving: frozenset[str], watched: bool) -> Generator[SeededScope, None, None]:
     sources = sources_of({device_type})
     window, begun = SeededScope({}), {}
     told = warming.get()
@@ -189,6 +194,8 @@ def without_collection(get: Callable[[], Any]) -> Any:
 def sources_of(devices: Collection[str]) -> dict[tuple[str, str], Source]:
     """Return the generators of the loaded libraries, by library and device.
 
+    Those of this thread's `own_random` are among them.
+
     Args:
         devices: Device types whose torch generators are included beside the CPU's.
     """
@@ -207,7 +214,20 @@ def sources_of(devices: Collection[str]) -> dict[tuple[str, str], Source]:
         if "mps" in devices:
             get = partial(without_collection, torch.mps.get_rng_state)
             found["torch", "mps"] = Source(get, torch.mps.set_rng_state, torch.mps.manual_seed)
+    own = _own_random().opened() if torch is not None else None
+    if own is not None:
+        found["torch", "own"] = Source(own.states, own.put_back, own.seed)
     return found
+
+
+def _own_random() -> Any:
+    from accelerate_tts.runtime import own_random  # imports torch, which may not be loaded
+
+    return own_random
+
+
+def _outside_own_random() -> AbstractContextManager[None]:
+    return nullcontext() if "torch" not in sys.modules else _own_random().outside()
 
 
 def _digests(sources: dict[tuple[str, str], Source]) -> dict[tuple[str, str], str]:

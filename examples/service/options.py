@@ -31,8 +31,7 @@ class Options:
         precisions: Precision levels that each model is loaded in. The first is the default of a request.
         plain: True switches accelerate_tts off, for a comparison.
         folder: Folder of the uploaded voices and their embeddings.
-        at_once: Calls that the worker computes at the same time. With more than one, a seed no longer decides the
-            result, since torch's generator is shared.
+        at_once: Calls that the worker computes at the same time, each with random numbers of its own.
         most: Requests in the service at the same time: waiting, spoken or sent. A further one is answered with 429.
         characters: Longest text of a request.
         queue_seconds: Longest wait for a turn.

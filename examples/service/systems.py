@@ -5,6 +5,7 @@ A system of your own is a function like these, given to the service as `--system
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 
 from accelerate_tts import StreamOptions, cached_embedding, inference, optimized_model, receipt_of, stream
 from accelerate_tts.settings import Precision
-from accelerate_tts.streaming import Stream, sentences
+from accelerate_tts.streaming import Stream, sentences, twin
 from service.joints import joined
 from service.worker import Refused, Speaker, Utterance
 
@@ -77,7 +78,7 @@ def joe(precision: Precision, _folder: Path, warmup: Sequence[str] = WARMUP) -> 
 
         @inference
         def stream(self, said: Utterance) -> Iterator[np.ndarray]:
-            model = self.voice.model
+            model = twin(self.voice.model)  # others speak at the same time, at speeds of their own
             model.speaking_rate = own_rate * said.speed
             options = _IN_PIECES if said.streamed else _AT_ONCE
 
@@ -156,7 +157,7 @@ def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Sp
 
         @cached_embedding(folder=folder / "embeddings")
         def voice(self, reference: Path) -> Any:
-            return embed(self.model, reference)
+            return embed(copy.copy(self.model), reference)
 
         @inference
         def synthesize(self, text: str) -> torch.Tensor:
@@ -164,12 +165,11 @@ def _chatterbox(make: Any, precision: Precision, folder: Path, embed: Any) -> Sp
 
         @inference
         def stream(self, said: Utterance) -> Iterator[np.ndarray]:
-            self.model.conds = self.own if said.reference is None else self.voice(said.reference)
+            model = copy.copy(self.model)  # others speak at the same time, in voices of their own
+            model.conds = self.own if said.reference is None else self.voice(said.reference)
             # The flow looks at a whole sentence, so in pieces it speaks a little otherwise.
             options = StreamOptions(split=None, left_context=_CONTEXT if said.streamed else None)
-            yield from spoken(
-                said, said.text, self.model.sr, lambda sentence: stream(self.model, sentence, options=options)
-            )
+            yield from spoken(said, said.text, model.sr, lambda sentence: stream(model, sentence, options=options))
 
     @optimized_model(warmup="Hello there.", precision=precision)
     def load() -> Chatterbox:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from accelerate_tts import add_hook
+from accelerate_tts import add_hook, own_random
 from accelerate_tts.errors import message_of, printable
 from accelerate_tts.events import Event
 from accelerate_tts.metrics import measurements
@@ -186,19 +187,18 @@ class _Worker:
         message = task.message
         reference = Path(message["reference"]) if message["reference"] else None
         said = Utterance(message["text"], message["voice"], reference, message["speed"], message["streamed"], task.left)
-        torch = sys.modules.get("torch")  # a system without it needs no seed
-        if torch is not None:
-            torch.manual_seed(message["seed"])
-        pieces = self._speakers[message["model"], message["precision"]].stream(said)
-        try:
-            for piece in pieces:
-                if task.left.is_set():
-                    return
-                self._send({"kind": "sound", "id": key}, np.ascontiguousarray(piece, dtype=np.float32).tobytes())
-        finally:
-            close = getattr(pieces, "close", None)
-            if close is not None:
-                close()
+        # A system without torch needs no seed. Others speak at the same time, and torch's generator is one for all.
+        with own_random(message["seed"]) if "torch" in sys.modules else nullcontext():
+            pieces = self._speakers[message["model"], message["precision"]].stream(said)
+            try:
+                for piece in pieces:
+                    if task.left.is_set():
+                        return
+                    self._send({"kind": "sound", "id": key}, np.ascontiguousarray(piece, dtype=np.float32).tobytes())
+            finally:
+                close = getattr(pieces, "close", None)
+                if close is not None:
+                    close()
 
     def _report(self, event: Event) -> None:
         self._send({"kind": "event", "measured": [

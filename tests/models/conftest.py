@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from packaging.version import Version
-from torch.overrides import TorchFunctionMode
 
-from accelerate_tts import Event, optimized_model
+from accelerate_tts import Event, optimized_model, own_random
 from accelerate_tts.device.detect import DeviceInfo
 from accelerate_tts.device.half_dtypes import half_dtypes
 from accelerate_tts.events import FellBack, Recompiled
-from accelerate_tts.inspection.tracing import KEEPS_KERNELS
 from accelerate_tts.models import describe
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.patching.change import BaseChange
@@ -109,30 +107,6 @@ class WrongStage(BaseStage):
         return Wrong(part.module)
 
 
-LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}  # which do not take a generator in every release
-DRAWS = {torch.multinomial, torch.randn, torch.rand, torch.bernoulli, torch.normal, torch.Tensor.normal_,
-         torch.Tensor.uniform_, torch.Tensor.random_, torch.Tensor.bernoulli_}  # fmt: skip
-
-
-class OwnRandom(TorchFunctionMode):
-    """Draws this thread's random numbers from a generator of its own; torch's is shared by all threads."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in LIKE:
-            func, args, kwargs = LIKE[func], (args[0].shape,), {"dtype": args[0].dtype, **kwargs}
-        if func in DRAWS:
-            kwargs = {**kwargs, "generator": self._generator}
-        return func(*args, **kwargs)
-
-
-setattr(OwnRandom, KEEPS_KERNELS, True)
-
-
 def said(subject: Any, speak: Speak) -> Any:
     torch.manual_seed(1)
     with torch.inference_mode():
@@ -143,7 +117,7 @@ def in_two_threads(subject: Any, ways: Sequence[Speak]) -> None:
     """Run every way of speaking in two threads, in different orders; both get the serial result."""
 
     def alone(number: int) -> Any:
-        with OwnRandom(number), torch.inference_mode():
+        with own_random(number), torch.inference_mode():
             return ways[number](subject)
 
     together = Barrier(2)

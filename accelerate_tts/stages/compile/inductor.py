@@ -23,6 +23,8 @@ from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
+from accelerate_tts.runtime.own_random import draws_in, is_open
+from accelerate_tts.runtime.own_random import outside as outside_own_random
 
 
 class Frozen(WeightWatch):
@@ -171,9 +173,12 @@ def compile_function(
     patches = {**list_mode_options(mode), "fallback_random": True}
     inductor: Any = _compilers[-1] if _compilers else lookup_backend("inductor")
     loaded = _Loaded()
+    drawing = False
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
+        nonlocal drawing
         shapes = _shapes(inputs)
+        drawing = drawing or draws_in(graph.graph)
         with loaded.noting():
             compiled = inductor(graph, inputs, config_patches=patches)
         # Counted last: if inductor specialises a number (an epsilon), dynamo calls this again for the same graph.
@@ -182,7 +187,17 @@ def compile_function(
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
     weakref.finalize(own, _release, own.__code__, id(backend), loaded).atexit = False
-    return compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
+    strict = compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
+
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not is_open():
+            return strict(*args, **kwargs)
+        if drawing:  # its graphs draw from the process's generators
+            return function(*args, **kwargs)
+        with outside_own_random():
+            return strict(*args, **kwargs)
+
+    return outside
 
 
 class _Loaded:

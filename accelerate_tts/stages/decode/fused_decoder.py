@@ -33,6 +33,7 @@ from accelerate_tts.patching.change import Changes
 from accelerate_tts.patching.class_swap import FUSED, ClassSwap, fused_by, subclass_with
 from accelerate_tts.patching.structure_watch import Inside
 from accelerate_tts.patching.weight_versions import WeightWatch
+from accelerate_tts.runtime.own_random import outside
 from accelerate_tts.stages.base import FormatStage
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
@@ -205,7 +206,8 @@ class _Fused:
         """Return the block's class while the change is on."""
 
         def forward(_block: Any, *args: Any, **kwargs: Any) -> Any:
-            result = self._token(args, kwargs)
+            with outside():
+                result = self._token(args, kwargs)
             if result is not None:
                 return result[0]
             result = plain.forward(self._block, *args, **kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,42 @@ def test_the_real_voice_speaks_through_the_clients_api(
     assert b"<html" in served.get("/v1/models/joe/receipt").content
     assert served.metric("accelerate_tts_speedup") >= 1.0
     assert served.metric("accelerate_tts_events_total") > 0
+
+
+def test_requests_at_once_are_what_they_are_alone(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own seed, speed and voice, whoever else is spoken for meanwhile."""
+    pytest.importorskip("chatterbox", reason="Chatterbox's classes: pip install chatterbox-light")
+    monkeypatch.setenv("ACCELERATE_TTS_TUNE_SECONDS", "0.5")
+    monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    systems = {"joe": "standin:quick_joe", "chatterbox": "service.systems:chatterbox_random"}
+    served = serve(systems=systems, at_once=4)
+    served.ready()
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 48_000), 24_000, format="WAV")
+    uploaded = served.upload(file.getvalue())
+    assert uploaded.status == 200, uploaded.content
+    mine = uploaded.json["id"]
+    wanted = [
+        {"model": model, "voice": voice, "input": TEXT, "response_format": "pcm", "seed": seed, **more}
+        for model, voice, seed, more in [
+            ("joe", "joe", 1, {}), ("joe", "joe", 2, {"speed": 2.0}), ("joe", "joe", 2, {}),
+            ("chatterbox", "default", 1, {}), ("chatterbox", "default", 2, {}), ("chatterbox", mine, 1, {}),
+            ("chatterbox", "default", 1, {"stream_format": "audio"}),
+        ]
+    ]  # fmt: skip
+    alone = [served.post(one) for one in wanted]
+    assert [answer.status for answer in alone] == [200] * len(wanted)
+    assert len({answer.content for answer in alone}) == len(wanted)
+    for order in (wanted, wanted[::-1]):
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            found = list(pool.map(served.post, order))
+        expected = alone if order is wanted else alone[::-1]
+        assert [answer.content == one.content for answer, one in zip(found, expected, strict=True)] == [True] * len(
+            wanted
+        )
 
 
 def test_a_caller_that_leaves_stops_the_model_within_one_token(tmp_path: Path) -> None:

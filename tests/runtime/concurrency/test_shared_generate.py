@@ -1,4 +1,7 @@
-"""Concurrent calls of a loaded language model, each in upstream's own `generate`: bit for bit what each is alone."""
+"""Concurrent calls of a loaded language model, each in upstream's own `generate`: bit for bit what each is alone.
+
+They sample, each by a seed of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from accelerate_tts import Event, carry_mode, fast_inference, inference, optimized_model, receipt_of
+from accelerate_tts import Event, carry_mode, fast_inference, inference, optimized_model, own_random, receipt_of
 from accelerate_tts.events import DecodePasses
 from accelerate_tts.kernels.decoder_block import run, run_together
 from accelerate_tts.patching.class_swap import fused_by
@@ -43,13 +46,14 @@ class Speaker:
         self.model.generation_config.eos_token_id = None  # nothing ends early
 
     def say(self, number: int) -> list[torch.Tensor]:
-        """Return the tokens and the scores of each."""
+        """Return the sampled tokens and the scores of each."""
         prompt, count = LENGTHS[number]
         ids = torch.arange(prompt)[None] * 7 % 47 + number
-        made: Any = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0,
-            return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+        with own_random(number):
+            made: Any = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=count, pad_token_id=0,
+                return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
         return [made.sequences, *made.scores]
 
     @inference(concurrency=CALLERS)
