@@ -12,7 +12,7 @@ SOURCES := $(shell find accelerate_tts -name '*.py' -o -name py.typed -o -path '
 
 .PHONY: help demo kernels kernels-test kernels-tidy test test-slow coverage fuzz lint format types imports docs dev check clean \
 	bench soak audit releases environments record peers service-load figures strangers strangers-page shared-steps gpu-dry-run serve \
-	upstream-tests upstream-tests-page screenshots cluster-test
+	upstream-tests upstream-tests-page screenshots cluster-test cluster-sizing
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -127,6 +127,9 @@ peers: .venv/.wheel ## SYSTEM=llama|mms|demo|voice-clone|kokoro|f5 in other engi
 
 service-load: .venv/.wheel ## The example service with 1 to 32 callers, plain against decorated, stored as by record (ARGS= goes to the script)
 	@$(BIN)/python benchmarks/service_load.py --into benchmarks/results $(ARGS)
+
+cluster-sizing: .venv/.cluster ## Speech an hour and processor of workers with one and two threads, in turn, stored as by record
+	@$(BIN)/python benchmarks/workers.py --into benchmarks/results $(ARGS)
 
 figures: .venv/.wheel ## Every table and chart of README and docs, from the files that runs have written
 	@$(BIN)/python benchmarks/figures.py

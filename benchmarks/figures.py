@@ -19,6 +19,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 LANDING = ROOT / "docs" / "index.md"
+CLUSTER = ROOT / "docs" / "CLUSTER.md"
 FIGURES = ROOT / "docs" / "figures"
 sys.path.insert(0, str(HERE / "environments"))
 
@@ -67,6 +68,10 @@ _LOAD = (
     "a service's model", "callers", "service", "answers", "refused", "first audio, p50 and p95", "whole, p50 and p95",
     "speech a second", "first audio, ratio", "whole, ratio", "others",
 )  # fmt: skip
+_WORKERS = (
+    "workers of a cluster", "precision", "workers x threads", "speech a second", "lowest .. highest",
+    "an hour and processor", "rounds", "others",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -110,6 +115,7 @@ def files() -> dict[Path, str]:
         **{FIGURES / peers_file(name): chart(_PEERS_TITLE, groups, where[name]) for name, groups in peers.items()},
         PAGE: results_page(machines),
         LANDING: landing,
+        CLUSTER: with_workers(CLUSTER.read_text("utf-8"), machines),
     }
 
 
@@ -131,6 +137,21 @@ def with_chart(page: str, told: str, folder: Path = ROOT) -> str:
     head = page.index("\n", page.index(_BEGIN)) + 1
     told = told if folder == ROOT else told.replace("](docs/", "](")
     return f"{page[:head]}\n{told}\n\n{page[page.index(_END) :]}"
+
+
+_WORKERS_BEGIN, _WORKERS_END = "<!-- workers: ", "<!-- workers: end -->"
+
+
+def with_workers(page: str, machines: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the cluster's page with each machine's table of workers between its two marks."""
+    head = page.index("\n", page.index(_WORKERS_BEGIN)) + 1
+    told = ""
+    for name, documents in machines.items():
+        rows = [row for one in documents for row in _workers(one)]
+        if rows:
+            told += f"On {environments_page.name_of(documents[-1]['machine'])}:\n\n"
+            told += environments_page.table(_WORKERS, rows) + "\n"
+    return f"{page[:head]}\n{told or 'No run is stored.' + chr(10)}\n{page[page.index(_WORKERS_END) :]}"
 
 
 def peers_file(machine: str) -> str:
@@ -162,7 +183,7 @@ def results_page(machines: dict[str, list[dict[str, Any]]]) -> str:
         facts = f"{machine['processor']}, {machine['cores']} cores, {machine['system']} {machine['machine']}"
         tables = [
             (head, [line for one in documents for line in lines(one)])
-            for head, lines in ((_COLUMNS, _rows), (_PEERS, _peers), (_LOAD, _loads))
+            for head, lines in ((_COLUMNS, _rows), (_PEERS, _peers), (_LOAD, _loads), (_WORKERS, _workers))
         ]
         isa = ", ".join(machine["isa"]) or "no instruction set that is known by name"
         image = [f"{peers_image(f'figures/{peers_file(name)}')}\n"] if peer_groups(documents) else []
@@ -302,6 +323,8 @@ def ahead(item: dict[str, Any]) -> list[str]:
 
 
 def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    number = document["options"].get("at_once", 1)
+    at_once = "" if number == 1 else f", {number} at once"
     for item in document.get("service", []):
         for name in ("plain", "decorated"):
             one = item[name]
@@ -311,17 +334,27 @@ def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 else ["", ""]
             )
             yield (
-                item["model"], str(item["callers"]), name, str(one["answers"]), str(one["refused"]),
+                item["model"] + at_once, str(item["callers"]), name, str(one["answers"]), str(one["refused"]),
                 f"{one['first_p50']:.2f} s, {one['first_p95']:.2f} s",
                 f"{one['total_p50']:.2f} s, {one['total_p95']:.2f} s", f"{one['speech_a_second']:.2f} s", *ratios,
                 f"{item['others']:.0%}",
             )  # fmt: skip
 
 
+def _workers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for item in document.get("cluster", []):
+        yield (
+            item["system"], item["precision"], f"{item['workers']} x {item['threads']}", f"{item['rate']:.2f} s",
+            f"{item['lowest']:.2f} .. {item['highest']:.2f}", f"{item['rate'] / item['processors']:.2f} h",
+            str(item["rounds"]), f"{item['others']:.0%}",
+        )  # fmt: skip
+
+
 def _about(document: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     variables = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
     names = ", ".join(one["system"] for one in document["systems"]) or "a service"
+    names = "workers of a cluster" if "cluster" in document else names
     if "peers" in document:
         names = "engines of " + ", ".join(one["system"] + _engines_of(one) for one in document["peers"])
     python = f"Python {document['python']}, " if document["python"] else ""

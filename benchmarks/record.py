@@ -68,6 +68,8 @@ def name_of(content: dict[str, Any]) -> str:
     systems = [one["system"] for one in content["systems"]]
     if "service" in content:
         systems = ["service", *dict.fromkeys(one["model"] for one in content["service"])]
+    if "cluster" in content:
+        systems = ["cluster", *dict.fromkeys(one["system"] for one in content["cluster"])]
     if "peers" in content:
         systems = ["peers", *dict.fromkeys(one["system"] for one in content["peers"])]
     told = [*systems, *options["precisions"]]

@@ -19,6 +19,7 @@ from accelerate_tts.cli.bench.measure import Measured, Ratio
 from accelerate_tts.cli.bench.naive import Naive
 from accelerate_tts.cli.bench.report import Found
 from accelerate_tts.cli.bench.results import FORMAT, document
+from accelerate_tts.streaming import sentences
 from schemas import SCHEMA, objections
 
 ROOT = Path(__file__).parents[1]
@@ -385,12 +386,44 @@ def test_a_service_under_load_is_stored_and_shown(figures: Any, tmp_path: Path) 
     assert list(objections(content, SCHEMA)) == []
     assert list(objections({**content, "service": [{**item, "others": None}]}, SCHEMA))
     assert record.store(content, tmp_path, "0123456").name.startswith("service-joe-exact-python-3.")
-    rows = [line for line in figures.results_page(figures.read(tmp_path)).splitlines() if line.startswith("| joe |")]
+    page = figures.results_page(figures.read(tmp_path))
+    beside = {**content, "options": {**options, "at_once": 4}}
+    assert record.store(beside, tmp_path, "0123456").name.startswith("service-joe-exact-4-at-once-python-3.")
+    assert "| joe, 4 at once |" in figures.results_page(figures.read(tmp_path))
+    rows = [line for line in page.splitlines() if line.startswith("| joe |")]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         ["joe", "32", "plain", "40", "7", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "", "", "4%"],
         ["joe", "32", "decorated", "40", "9", "0.50 s, 1.25 s", "2.00 s, 3.50 s", "4.00 s", "2.00x (1.50 to 2.50)",
          "2.00x (1.50 to 2.50)", "4%"],
     ]  # fmt: skip
+
+
+def test_workers_of_a_cluster_are_stored_and_shown(figures: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("record")
+    item = {"system": "joe", "precision": "exact", "threads": 1, "workers": 8, "processors": 8, "rate": 20.0,
+            "lowest": 19.0, "highest": 22.5, "rounds": 3, "others": 0.01}  # fmt: skip
+    options = {"systems": ["joe"], "precisions": ["exact"], "layers": None, "tokens": None, "size": "full"}
+    content = {**made(), "systems": [], "cluster": [item], "options": options, "commit": "0123456"}
+    assert list(objections(content, SCHEMA)) == []
+    assert list(objections({**content, "cluster": [{**item, "rate": None}]}, SCHEMA))
+    page = "Before\n<!-- workers: written -->\nold\n<!-- workers: end -->\nbehind\n"
+    assert "No run is stored." in figures.with_workers(page, {})
+    assert record.store(content, tmp_path, "0123456").name.startswith("cluster-joe-exact-python-3.")
+    machines = figures.read(tmp_path)
+    expected = ["joe", "exact", "8 x 1", "20.00 s", "19.00 .. 22.50", "2.50 h", "3", "1%"]
+    for text in (figures.results_page(machines), figures.with_workers(page, machines)):
+        (row,) = [line for line in text.splitlines() if line.startswith("| joe |")]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == expected
+    assert figures.with_workers(page, machines).startswith("Before\n<!-- workers: written -->\n\nOn ")
+    assert "old" not in figures.with_workers(page, machines)
+
+
+@pytest.mark.usefixtures("figures")
+def test_rounds_of_workers_have_sentences_of_their_own() -> None:
+    workers = importlib.import_module("workers")
+    rounds = [sentences(workers.text_of(1000 + number * 48, 48)) for number in range(3)]
+    assert [len(one) for one in rounds] == [48] * 3
+    assert len({sentence for one in rounds for sentence in one}) == 3 * 48
 
 
 def test_the_chart_has_a_bar_for_each_ratio(figures: Any) -> None:

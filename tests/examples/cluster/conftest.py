@@ -27,20 +27,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of one processor each; the test's process is at the first one, and the second may be killed."""
+def ray_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray on this machine alone wants; a test without it is skipped."""
     # Read when ray is imported: with 0 it finds nodes at the loopback address, as it does on macOS and Windows.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     pytest.importorskip("ray", reason="the cluster needs it: pip install 'accelerate_tts[cluster]'")
     for name in ("fastapi", "prometheus_client", "soundfile", "soxr"):
         pytest.importorskip(name, reason="its voices are the service's: pip install 'accelerate_tts[service]'")
-    import ray
-    from ray.cluster_utils import Cluster
-
     path = os.pathsep.join(filter(None, (str(EXAMPLES), str(STAND_IN), os.environ.get("PYTHONPATH"))))
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, ray_here: None) -> Iterator[Any]:
+    """Two nodes of one processor each; the test's process is at the first one, and the second may be killed."""
+    del ray_here
+    import ray
+    from ray.cluster_utils import Cluster
+
     # Of 5 seconds: on a busy machine a proxy takes longer to be imported, and is killed before it has run.
     monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     monkeypatch.setenv("RAY_health_check_period_ms", "200")
