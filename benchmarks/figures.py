@@ -146,7 +146,7 @@ def with_workers(page: str, machines: dict[str, list[dict[str, Any]]]) -> str:
     """Return the cluster's page with each machine's table of workers between its two marks."""
     head = page.index("\n", page.index(_WORKERS_BEGIN)) + 1
     told = ""
-    for name, documents in machines.items():
+    for documents in machines.values():
         rows = [row for one in documents for row in _workers(one)]
         if rows:
             told += f"On {environments_page.name_of(documents[-1]['machine'])}:\n\n"

@@ -51,7 +51,7 @@ TEXTS = [
     "How are you? I am fine, thank you.",
     "Please hold the line. Somebody will be with you in a moment. Thank you for your patience.",
 ]
-LONGEST = 300.0  # seconds that a caller tries to get in, more than 32 callers of a slow model need one after the other
+LONGEST = 300.0  # seconds that a caller tries to get in: 32 callers of a slow model wait for each other
 LONGEST_PAUSE = 1.0  # seconds between two tries, however much later the service says
 
 
