@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "meeting.h"
+
 struct Threads {
   void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);  // as GCC's runtime has it
   void (*barrier)();
@@ -16,17 +18,38 @@ extern const Threads* threads_of_torch;  // never null; without an OpenMP a team
 // One thread of a team.
 struct Team {
   int64_t me, all;
+#if OWN_MEETING
+  Meeting* meeting;
+  void barrier() const {
+    if (all > 1) meeting->wait(uint32_t(all));
+  }
+#else
   void barrier() const {
     if (all > 1) threads_of_torch->barrier();
   }
+#endif
 };
 
 template <class Work>
 inline __attribute__((always_inline)) void in_team(int threads, const Work& work) {
-  struct Alias {
+  struct Shared {
+    const Work& work;
+#if OWN_MEETING
+    Meeting meeting;
+#endif
     static void run(void* data) {
-      (*static_cast<const Work*>(data))(Team{threads_of_torch->number(), threads_of_torch->count()});
+      auto& shared = *static_cast<Shared*>(data);
+#if OWN_MEETING
+      shared.work(Team{threads_of_torch->number(), threads_of_torch->count(), &shared.meeting});
+#else
+      shared.work(Team{threads_of_torch->number(), threads_of_torch->count()});
+#endif
     }
   };
-  threads_of_torch->parallel(Alias::run, const_cast<Work*>(&work), unsigned(threads), 0);
+#if OWN_MEETING
+  Shared shared{work, {}};
+#else
+  Shared shared{work};
+#endif
+  threads_of_torch->parallel(Shared::run, &shared, unsigned(threads), 0);
 }

@@ -18,6 +18,7 @@ int accelerate_tts_short_convolution(const ShortConvolution*, const ConvolutionC
 
 namespace tests {
 
+void meetings();
 void few_rows(const std::string& level);
 void tokens(const std::string& level);
 void convolutions(const std::string& level);

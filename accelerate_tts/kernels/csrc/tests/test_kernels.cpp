@@ -13,6 +13,7 @@
 using namespace tests;
 
 int main(int count, char** named) {
+  meetings();
   for (int i = 0; const char* name = accelerate_tts_level(i); i++) {
     if (count > 1 && std::find_if(named + 1, named + count, [&](char* one) { return !strcmp(one, name); }) == named + count)
       continue;
