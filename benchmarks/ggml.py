@@ -91,8 +91,9 @@ def opened(path: Path, rows: int, positions: int, threads: int, exact: bool) -> 
     options.n_batch = options.n_ubatch = rows * positions
     options.n_threads = options.n_threads_batch = threads
     options.embeddings = True
-    if exact:  # keys and values are in 16 bits otherwise
+    if exact:  # keys and values are in 16 bits otherwise, and its flash attention makes them so
         options.type_k = options.type_v = ll.GGML_TYPE_F32
+        options.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return ll.llama_init_from_model(model, options)
 
 

@@ -189,6 +189,7 @@ def llama() -> LlamaModel:
         LlamaConfig(
             vocab_size=9, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+            initializer_range=0.125,  # so that attention matters beside the residual path
         )
     ).eval()  # fmt: skip
 
@@ -239,9 +240,12 @@ def test_a_file_that_does_not_fit_is_not_begun(
 
 
 @pytest.mark.skipif(bool(ABSENT), reason="llama-cpp-python and gguf are not installed: the engine llama.cpp needs both")
-@pytest.mark.parametrize(("kind", "tolerance"), [("F32", 1e-5), ("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 3e-2)])
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [("F32", 0.0, 1e-5), ("F16", 1e-4, 5e-3), ("BF16", 1e-3, 3e-2), ("Q8_0", 3e-3, 6e-2)],
+)
 def test_llama_cpp_computes_what_transformers_computes(
-    scripts: Any, llama: LlamaModel, kind: str, tolerance: float
+    scripts: Any, llama: LlamaModel, kind: str, least: float, most: float
 ) -> None:
     """Decode steps behind a prompt, two rows that differ, twice: the second time with a cache that is full."""
     ggml = importlib.import_module("ggml")
@@ -257,9 +261,7 @@ def test_llama_cpp_computes_what_transformers_computes(
             seconds, found = engine.steps()
             assert seconds > 0
             assert found.shape == hidden.shape
-            error = float((found - hidden).norm() / hidden.norm())
-            assert error < tolerance
-            assert kind == "F32" or error > 1e-5  # in this format indeed
+            assert least < float((found - hidden).norm() / hidden.norm()) < most  # in this format indeed
     finally:
         engine.close()
     assert engine._child.poll() is not None
