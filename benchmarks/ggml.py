@@ -10,6 +10,7 @@ and its own converter takes whole checkpoints with a tokenizer.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import numpy as np
 MODULES = ("llama_cpp", "gguf")
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 _BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 34 / 32, "BF16": 2.0}  # of a weight
+_ENVIRONMENT = dict(os.environ)
+"""As the user has it: the library sets variables later, OMP_WAIT_POLICY among them, that slow a child's threads."""
 
 # --- what a user writes -----------------------------------------------------------------------------------------------
 
@@ -136,9 +139,8 @@ class Engine:
             command = [sys.executable, __file__, str(self._folder), "--threads", str(threads)]
             command += ["--exact"] if kind == "F32" else []
             said = stack.enter_context((self._folder / "said.txt").open("w"))
-            self._child = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
+            self._child = stack.enter_context(subprocess.Popen(command, env=_ENVIRONMENT, text=True, **pipes))
             stack.callback(self._child.kill)
             self._read()  # it is loaded
             self._all = stack.pop_all()

@@ -239,6 +239,23 @@ def test_a_file_that_does_not_fit_is_not_begun(
         ggml.need_room(llama, "F32", tmp_path)
 
 
+def test_the_process_of_llama_cpp_has_no_variable_that_the_library_sets(
+    scripts: Any, llama: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user would not have it either, and its threads would sleep at each barrier."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    ggml = importlib.reload(importlib.import_module("ggml"))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the library does when it loads a model
+    (tmp_path / "child.py").write_text(
+        "import os\nprint('ready', flush=True)\ninput()\nprint(int('OMP_WAIT_POLICY' in os.environ))", "utf-8"
+    )
+    monkeypatch.setattr(ggml, "__file__", str(tmp_path / "child.py"))
+    monkeypatch.setattr(ggml, "write", lambda *_: None)
+    engine = ggml.Engine(llama, "F32", 1, torch.randn(2, 3, 64), torch.randn(1, 2, 1, 64))
+    assert engine.prompt() == 0
+    engine.close()
+
+
 @pytest.mark.skipif(bool(ABSENT), reason="llama-cpp-python and gguf are not installed: the engine llama.cpp needs both")
 @pytest.mark.parametrize(
     ("kind", "least", "most"),
