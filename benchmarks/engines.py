@@ -340,7 +340,7 @@ def llama(given: Namespace) -> Subject:
         engine = ggml.Engine(model, kind, given.threads, prompt, tokens)
         return Engine(engine.steps, close=engine.close)
 
-    code = (ggml.write, ggml.serve)
+    code = (ggml.write, ggml.neighbours, ggml.name_of, ggml.opened, ggml.decode)
     engines = [
         Candidate(EAGER, lambda: Engine(partial(decode, model)), (eager,), ours=True),
         *_tuned(partial(copy.deepcopy, model), decode, decode, given, timed=True),

@@ -9,8 +9,8 @@
 Run nothing else meanwhile. All engines are in one process (llama.cpp in one of its own), with the same weights, inputs
 and threads, and each round calls each of them once. A ratio is the median of the rounds', eager over the engine's. An
 engine that fails, whose package is not installed, or that needs longer than `--set-up-seconds`, has the reason in the
-table. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so, beside
-eager and ours.
+table, with what to install. `--peers` chooses some: `--peers openvino llama.cpp` measures those whose names begin so,
+beside eager and ours.
 
 The set-up time is what passes until the second answer is there: exporting, quantizing, compiling, tuning. Lines are
 those that a user writes beside the eager program: the functions of `engines.py`, counted from its source. The error is
@@ -51,12 +51,16 @@ from accelerate_tts.tuning.disturbance import Watcher
 from accelerate_tts.tuning.policy import current_policy
 
 if TYPE_CHECKING:
-    from engines import Engine, Subject
+    from engines import Candidate, Engine, Subject
 
     from accelerate_tts.cli.bench.floors import Floors
 
 _PAUSE = 0.05  # until threads that spin have fallen asleep
-_PACKAGES = ("onnxruntime", "openvino", "onnx", "nncf", "pruna")
+_PACKAGES = {
+    "onnxruntime": "onnxruntime", "openvino": "openvino", "onnx": "onnx", "nncf": "nncf", "pruna": "pruna",
+    "llama_cpp": "llama-cpp-python",
+}  # fmt: skip
+"""What each module's package is called."""
 
 
 @dataclass
@@ -107,13 +111,18 @@ def documented(item: dict[str, Any], given: argparse.Namespace) -> dict[str, Any
     """Return the document of a run."""
     options = Options(given.size, tuple(given.precision), given.layers, given.rounds, given.tune_seconds)
     content = document([], options)
-    for name in _PACKAGES:
-        if importlib.util.find_spec(name) is not None:
-            content["versions"][name] = metadata.version(name)
-    if importlib.util.find_spec("llama_cpp") is not None:  # it may lie in a folder without metadata
-        content["versions"]["llama-cpp-python"] = importlib.import_module("llama_cpp").__version__
+    for module, package in _PACKAGES.items():
+        if importlib.util.find_spec(module) is not None:
+            content["versions"][package] = _version(package)
     content["options"] |= {"peers": given.peers, "threads": given.threads, "set_up_seconds": given.set_up_seconds}
     return {**content, "kernels": level(), "peers": [finite(item)]}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # it lies in a folder without metadata; the figures are no worse for it
+        return "unknown"
 
 
 def compared(
@@ -135,16 +144,17 @@ def compared(
         row = rows[one.name] = Peer(one.name, lines_of(*one.code))
         absent = [name for name in one.needs if importlib.util.find_spec(name) is None]
         if absent:
-            row.failed = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+            row.failed = (
+                f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed:"
+                f" pip install {' '.join(_PACKAGES.get(name, name) for name in absent)}"
+            )
             print(f"{one.name} is left out: {row.failed}", flush=True)
             continue
         print(f"{one.name}: setting up", flush=True)
         start = time.perf_counter()
         try:
             with _alone(None, ready), ExitStack() if one.ours else _at_most(given.set_up_seconds):
-                engine = one.build()
-                engine.call()
-                output = engine.call()[1]
+                engine, output = _ready(one)
         except (Exception, OverTimeError) as error:  # of any engine, as its user would see it
             row.failed = described(error).splitlines()[0]
             print(f"{one.name} failed: {row.failed}", flush=True)
@@ -182,6 +192,17 @@ def compared(
     }  # fmt: skip
     show(item)
     return item
+
+
+def _ready(one: Candidate) -> tuple[Engine, Any]:
+    """Return an engine and its second answer; one that gives none is ended."""
+    engine = one.build()
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        engine.call()
+        output = engine.call()[1]
+        stack.pop_all()
+    return engine, output
 
 
 def show(item: dict[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
-import re
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from accelerate_tts.cli.bench.measure import bytes_of_a_token, bytes_read_by_a_token
 from accelerate_tts.kernels.library import level, missing
@@ -69,7 +72,7 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     item = compared(peers, subject(engines, closed), given)
     rows = {row["name"]: row for row in item["peers"]}
     assert list(rows) == ["eager", "ours, exact", "absent", "broken", "slow", "other"]
-    assert rows["absent"]["failed"] == "no_such_module is not installed"
+    assert rows["absent"]["failed"] == "no_such_module is not installed: pip install no_such_module"
     assert "absent is left out: no_such_module is not installed" in capsys.readouterr().out
     assert rows["broken"]["failed"] == "ValueError: no such format"
     assert rows["slow"]["failed"] == "OverTimeError: not ready within 0 s"
@@ -110,6 +113,29 @@ def test_a_run_of_engines_is_in_the_format(scripts: Any) -> None:
     assert content["kernels"] == level()
 
 
+def test_a_package_that_cannot_be_imported_loses_no_run(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder without metadata, with a library that does not load: its engine has failed, and all others are there."""
+    peers, engines = scripts
+    (tmp_path / "llama_cpp.py").write_text("raise OSError('libllama.so: no such file')", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.setattr(peers.metadata, "version", only_known(peers.metadata.version))
+    given = Namespace(**GIVEN)
+    content = peers.documented(compared(peers, subject(engines, []), given), given)
+    assert content["versions"]["llama-cpp-python"] == "unknown"
+
+
+def only_known(version: Any) -> Any:
+    def asked(package: str) -> str:
+        if package == "llama-cpp-python":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    return asked
+
+
 def test_some_engines_are_chosen_by_the_beginning_of_their_names(scripts: Any) -> None:
     peers, engines = scripts
     given = Namespace(**{**GIVEN, "peers": ["OTH"]})
@@ -135,10 +161,141 @@ def test_lines_are_those_beside_the_eager_program(scripts: Any) -> None:
     assert engines.lines_of(engines.compiled, engines.ours) == 4
 
 
-def test_weights_of_a_llama_have_the_names_of_ggml(scripts: Any) -> None:
-    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+def test_an_engine_that_gives_no_answer_is_ended(scripts: Any) -> None:
+    peers, engines = scripts
+    closed: list[str] = []
+
+    def dead() -> Any:
+        raise RuntimeError("it ended")
+
+    one = engines.Subject("llama", "one token", None, ("memory", 1e9), "", [
+        engines.Candidate("eager", lambda: engines.Engine(lambda: (0.2, torch.ones(1))), (), ours=True),
+        engines.Candidate("dead", lambda: engines.Engine(dead, close=lambda: closed.append("dead")), ()),
+    ])  # fmt: skip
+    (_, row) = compared(peers, one, Namespace(**GIVEN))["peers"]
+    assert row["failed"] == "RuntimeError: it ended"
+    assert closed == ["dead"]
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+ABSENT = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture
+def llama() -> LlamaModel:
+    torch.manual_seed(0)
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=9, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+            initializer_range=0.125,  # so that attention matters beside the residual path
+        )
+    ).eval()  # fmt: skip
+
+
+def test_weights_of_a_llama_have_the_names_of_ggml(scripts: Any, llama: LlamaModel) -> None:
     ggml = importlib.import_module("ggml")
-    names = [ggml.name_of(name) for name in LlamaModel(config).state_dict()]
+    names = [ggml.name_of(name) for name in llama.state_dict()]
     assert len(set(names)) == len(names) == 2 * 9 + 2
-    known = r"blk\.[01]\.(attn|ffn)_\w+\.weight|(token_embd|output_norm)\.weight"
-    assert all(re.fullmatch(known, name) for name in names), names
+    assert {name for name in names if not name.startswith("blk.")} == {"token_embd.weight", "output_norm.weight"}
+    inner = ["attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    assert {f"blk.{layer}.{name}.weight" for layer in (0, 1) for name in inner} < set(names)
+
+
+def test_heads_that_rotate_neighbours_score_as_those_that_rotate_halves(scripts: Any) -> None:
+    ggml = importlib.import_module("ggml")
+    heads, size, width = 3, 8, 20
+    torch.manual_seed(0)
+    x, query, key = torch.randn(2, 5, width), torch.randn(heads * size, width), torch.randn(heads * size, width)
+    angles = torch.arange(5.0)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def split(weight: torch.Tensor) -> torch.Tensor:
+        return (x @ weight.T).unflatten(-1, (heads, size)).transpose(1, 2)
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:  # as transformers has it
+        cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+        return apply_rotary_pos_emb(split(weight), split(weight), cos[None], sin[None])[0]
+
+    def pairs(weight: torch.Tensor) -> torch.Tensor:  # as ggml has it
+        told = split(torch.from_numpy(ggml.neighbours(weight.numpy(), heads)))
+        return torch.view_as_real(torch.view_as_complex(told.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    expected, found = (turned(query) @ turned(key).mT for turned in (halves, pairs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_file_that_does_not_fit_is_not_begun(
+    scripts: Any, llama: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ggml = importlib.import_module("ggml")
+    room = shutil.disk_usage(tmp_path)
+    size = sum(weight.numel() for weight in llama.parameters())
+    monkeypatch.setattr(ggml.shutil, "disk_usage", lambda _: room._replace(free=3 * size))
+    ggml.need_room(llama, "BF16", tmp_path)
+    ggml.need_room(llama, "Q8_0", tmp_path)
+    with pytest.raises(OSError, match=r"a file of 0\.0 GB is needed in .*, and 0\.0 GB are free"):
+        ggml.need_room(llama, "F32", tmp_path)
+
+
+def test_the_process_of_llama_cpp_has_no_variable_that_the_library_sets(
+    scripts: Any, llama: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user would not have it either, and its threads would sleep at each barrier."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    ggml = importlib.reload(importlib.import_module("ggml"))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the library does when it loads a model
+    (tmp_path / "child.py").write_text(
+        "import os\nprint('ready', flush=True)\ninput()\nprint(int('OMP_WAIT_POLICY' in os.environ))", "utf-8"
+    )
+    monkeypatch.setattr(ggml, "__file__", str(tmp_path / "child.py"))
+    monkeypatch.setattr(ggml, "write", lambda *_: None)
+    engine = ggml.Engine(llama, "F32", 1, torch.randn(2, 3, 64), torch.randn(1, 2, 1, 64))
+    assert engine.prompt() == 0
+    engine.close()
+
+
+@pytest.mark.skipif(bool(ABSENT), reason="llama-cpp-python and gguf are not installed: the engine llama.cpp needs both")
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [("F32", 0.0, 1e-5), ("F16", 1e-4, 5e-3), ("BF16", 1e-3, 3e-2), ("Q8_0", 3e-3, 6e-2)],
+)
+def test_llama_cpp_computes_what_transformers_computes(
+    scripts: Any, llama: LlamaModel, kind: str, least: float, most: float
+) -> None:
+    """Decode steps behind a prompt, two rows that differ, twice: the second time with a cache that is full."""
+    ggml = importlib.import_module("ggml")
+    prompt, tokens = torch.randn(2, 10, 64), torch.randn(4, 2, 1, 64)
+    with torch.no_grad():
+        past = llama(inputs_embeds=prompt, use_cache=True).past_key_values
+        for token in tokens:
+            hidden = llama(inputs_embeds=token, past_key_values=past, use_cache=True).last_hidden_state
+    engine = ggml.Engine(llama, kind, 1, prompt, tokens)
+    try:
+        assert engine.prompt() > 0
+        for _ in range(2):
+            seconds, found = engine.steps()
+            assert seconds > 0
+            assert found.shape == hidden.shape
+            assert least < float((found - hidden).norm() / hidden.norm()) < most  # in this format indeed
+    finally:
+        engine.close()
+    assert engine._child.poll() is not None
+
+
+@pytest.mark.skipif(bool(ABSENT), reason="llama-cpp-python and gguf are not installed: the engine llama.cpp needs both")
+def test_llama_cpp_that_cannot_read_its_file_says_why(
+    scripts: Any, llama: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ggml = importlib.import_module("ggml")
+    folders: list[Path] = []
+
+    def write(_model: Any, _kind: str, path: Path) -> None:
+        folders.append(path.parent)
+        path.write_bytes(b"x")
+
+    monkeypatch.setattr(ggml, "write", write)
+    with pytest.raises(RuntimeError, match="llama.cpp ended with status 1: .*; no model was loaded"):
+        ggml.Engine(llama, "F32", 1, torch.randn(2, 3, 64), torch.randn(1, 2, 1, 64))
+    assert not folders[0].exists()
