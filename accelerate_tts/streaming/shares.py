@@ -61,7 +61,7 @@ class _Figures:
     @property
     def repeated(self) -> float:
         """Computed speech for a second of what is heard."""
-        return self._computed / self._speech
+        return self._computed / self._speech if self._speech else 1.0
 
     @property
     def are_enough(self) -> bool:
@@ -146,6 +146,15 @@ class Measured:
         if event is not None:
             emit(event)
 
+    def __str__(self) -> str:
+        """Return the division, and the costs so far."""
+        told = [f"{self.division.tokens} + {self.division.sound} of {self.threads} threads"]
+        for side, figures in self._figures.items():
+            for way, costs in (("alone", figures.alone), ("side by side", figures.beside)):
+                seconds = f"{statistics.median(costs) * figures.repeated:.3g} s" if costs else "unknown"
+                told.append(f"{side} {way} {seconds} ({len(costs)})")
+        return f"{self.what}: {', '.join(told)}; {'side by side' if self.overlaps else 'in turn'}"
+
     def _choose(self) -> None:
         """Choose the division, once both costs are known."""
         if self._is_chosen or not all(figures.are_enough for figures in self._figures.values()):
@@ -195,6 +204,11 @@ def measured_of(model: nn.Module, threads: int, way: str = "", *, divided: bool 
     known = _measured.setdefault(model, dict[tuple[int, bool, str], Measured])
     made = Measured(type(model).__name__, threads, divided=divided)
     return known.setdefault((threads, divided, way), made)
+
+
+def measurements(model: nn.Module) -> list[Measured]:
+    """Return all that the streams of a model measured."""
+    return list((_measured.get(model) or {}).values())
 
 
 class Shares:
@@ -281,7 +295,11 @@ class Shares:
         self.end_sound()
         if self._lent:  # not when the stream is closed between two pieces, perhaps by another thread
             self._lent = False
-            set_threads(own)
+            try:
+                set_threads(own)
+            except BaseException:  # Ctrl-C in it
+                torch.set_num_threads(own)
+                raise
 
 
 class _State:
@@ -364,10 +382,11 @@ def set_threads(number: int) -> None:
             torch.set_num_threads(before)
 
         keeper = threading.Thread(target=keep, name="accelerate_tts-threads", daemon=True)
-        keeper.start()
         try:
+            keeper.start()
             known.wait()
             torch.set_num_threads(number)
         finally:
             done.set()
-            keeper.join()
+            if keeper.is_alive():
+                keeper.join()

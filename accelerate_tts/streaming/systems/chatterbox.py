@@ -267,7 +267,8 @@ class SpokenSentence:
         if not count:
             self.computed = 0
             return self._waiting[..., :0]
-        context, device = self._context, self._mel.device
+        context = self._context
+        device: torch.device = self._mel.device
         tokens = tokens.to(device)
         prompt, mel = self._tokens[:, -context:], self._mel[:, -2 * context :]
         self.computed = prompt.shape[1] + tokens.shape[1]
