@@ -24,6 +24,7 @@ from torch import nn
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
 from accelerate_tts.settings import EXACT_TOLERANCE
+from accelerate_tts.stages.compile.whole import CompiledCall
 from accelerate_tts.streaming import Stream, StreamOptions, stream
 from accelerate_tts.streaming.shares import Division, Measured, Shares, _measured, measured_of, set_threads, shares_of
 from accelerate_tts.tuning.compare import compare
@@ -585,26 +586,24 @@ def test_pieces_are_those_that_are_made_in_turn(example: Callable[[str], Any], t
         assert compare(found[0], other).error <= EXACT_TOLERANCE
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_compiled_graphs_keep_their_number_of_threads(voice: Voice, threads: Threads, seen: list[Event]) -> None:
     """dynamo guards a graph on it: it would be compiled for each number, or the untouched model would be called."""
     threads(2)
-    graphs = [0]
-
-    def counted(graph: Any, _inputs: object) -> Any:
-        graphs[0] += 1
-        return graph.forward
-
-    voice.head.compile(backend=counted)
+    change = CompiledCall(voice.head, "head", "default")
+    change.on()
     try:
         for _ in range(2):
             list(voice.say(replace(IN_PIECES, overlap=False)))
-        before = graphs[0]
-        assert before
+        graphs = change.graphs
+        assert graphs
+        change.end_warmup()
         for _ in range(2):
             list(voice.say(IN_PIECES))
-        assert graphs[0] == before
+        assert change.graphs == graphs
     finally:
-        voice.head._compiled_call_impl = None
-    (event,) = [event for event in seen if isinstance(event, NotApplied)]
+        change.off()
+    (event,) = [event for event in seen if event.degraded]
+    assert isinstance(event, NotApplied)
     assert event.what == f"shares of threads of {type(voice.model).__name__}"
     assert "compiled graphs hold for one number" in event.reason
