@@ -368,7 +368,8 @@ def set_threads(number: int) -> None:
     """Set torch's number of threads for this thread alone.
 
     `torch.set_num_threads` also sets the number with which threads begin that start later. A thread that starts now
-    knows that number, and sets it again, for itself.
+    knows that number, and sets it again, for itself. In the moment between the two, a thread that computes for the
+    first time begins with this one's.
     """
     if torch.get_num_threads() == number:
         return
