@@ -383,7 +383,7 @@ class Voice(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["Chatterbox", "XTTS", "Higgs"])
-def voice(request: pytest.FixtureRequest, example: Callable[[str], Any]) -> Voice:
+def speaker(request: pytest.FixtureRequest, example: Callable[[str], Any]) -> Voice:
     torch.manual_seed(0)
     if request.param == "Chatterbox":
         model = example("chatterbox_backend").random(seconds=0.8, tiny=True, variant="english")
@@ -401,6 +401,13 @@ def voice(request: pytest.FixtureRequest, example: Callable[[str], Any]) -> Voic
         made = Voice(say, higgs, higgs.audio_lm_head, 40, codec.acoustic_decoder)
     list(made.say(IN_PIECES))  # measures the fields
     return made
+
+
+@pytest.fixture
+def voice(speaker: Voice) -> Voice:
+    """A system of which nothing is measured yet."""
+    _measured.remove(speaker.model)
+    return speaker
 
 
 def said_by_xtts(xtts: Any, options: StreamOptions, text: str = "Hello there.") -> Stream:
@@ -532,7 +539,6 @@ def test_streams_measure_by_the_clock(
     voice: Voice, threads: Threads, hooked: Any, token: float, piece: float, division: tuple[int, int]
 ) -> None:
     threads(3)
-    _measured.remove(voice.model)
     clock = Clock()
     known = measured_of(voice.model, 3, voice.way)
     known.clock = clock
@@ -561,7 +567,6 @@ def test_a_model_that_is_no_faster_side_by_side_takes_turns(
     voice: Voice, threads: Threads, hooked: Any, seen: list[Event]
 ) -> None:
     threads(3)
-    _measured.remove(voice.model)
     known = measured_of(voice.model, 3, voice.way)
     add(known, tokens_alone=1.0, sound_alone=1.0)
     add(known, tokens_beside=2.0, sound_beside=2.0)
