@@ -29,6 +29,7 @@ from rich.table import Table
 
 from accelerate_tts import StreamOptions, optimized_model, receipt_of, stream
 from accelerate_tts.storage.files import write_whole
+from accelerate_tts.streaming.shares import Measured, measurements
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
@@ -132,6 +133,12 @@ def shown(found: dict[str, list[float]], name: str) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
 
 
+def shared(model: Any) -> list[Measured]:
+    """What streams with `--overlap` measured of tokens and sound."""
+    model = model[0] if isinstance(model, tuple) else model
+    return measurements(getattr(model, "t3", model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", choices=[[], *SYSTEMS], default=[])
@@ -160,6 +167,8 @@ def main() -> None:
             optimized_model(warmup=lambda _model, whole=compared.whole: whole())(lambda model=compared.model: model)()
             print(receipt_of(compared.model))
         found = results[name] = measured(compared, options.pairs)
+        for known in shared(compared.model):
+            print(known)
         whole = f"{statistics.median(found['whole']):.2f} s"
         ratios = [shown(found, ratio) for ratio in ("first", "stream", "upstream first", "upstream stream")]
         table.add_row(name, whole, *ratios)

@@ -25,8 +25,9 @@ class StreamOptions:
         left_context: Seconds of speech that a flow sees before a piece, where the flow looks at all of its input
             (Chatterbox). The stream then differs from the whole. `None` makes the sound of each sentence at once, as
             upstream does.
-        overlap: Make the next tokens while the sound of the ones before is made, on half of the threads. Faster where
-            tokens and sound do not compete for the same cores. A seed then does not make the stream repeatable.
+        overlap: Make the next tokens while the sound of the ones before is made. Both divide torch's threads by what
+            they were measured to take; where that is no faster than taking turns, they take turns. A seed then does not
+            make the stream repeatable.
         split: Splits a text into sentences; `None` to speak it at once.
 
     Raises:

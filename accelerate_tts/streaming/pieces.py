@@ -20,6 +20,9 @@ class Pieces:
     Args:
         vocoder: Takes tensors of shape (1, ..., frames) and returns samples of shape (1, 1, samples).
         field: Its receptive field; `None` to make all samples with the last frames.
+
+    Attributes:
+        computed: Samples that the vocoder made at the last `push`, those of the overlap included.
     """
 
     def __init__(self, vocoder: Vocoder, field: ReceptiveField | None) -> None:
@@ -27,6 +30,7 @@ class Pieces:
         self._field = field
         self._held: tuple[Tensor, ...] = ()
         self._before = 0  # frames that are held and whose samples were made
+        self.computed = 0
 
     def push(self, *frames: Tensor, last: bool = False) -> Tensor:
         """Add frames, and return the samples that are final now.
@@ -44,9 +48,10 @@ class Pieces:
         count, field = frames[0].shape[-1], self._field
         ready = count if last else 0 if field is None else count - field.right
         if ready <= self._before and not (last and count):
-            self._held = frames
+            self._held, self.computed = frames, 0
             return frames[0].new_zeros(1, 1, 0)
         samples = self._vocoder(*frames)
+        self.computed = samples.shape[-1]
         if field is None:
             self._held = ()
             return samples

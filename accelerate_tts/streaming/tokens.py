@@ -22,9 +22,12 @@ from torch import nn
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard.guard import inside_all
 from accelerate_tts.runtime.inference_mode import carry_mode
+from accelerate_tts.streaming.shares import set_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from accelerate_tts.streaming.shares import Shares
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -58,6 +61,14 @@ class Tokens(Generic[T]):
 
     def start(self) -> None:
         """Begin before the first `take`, if the loop may run ahead."""
+
+    def sounded(self, speech: float, computed: float) -> None:
+        """Say that a piece of the sound was made of the tokens.
+
+        Args:
+            speech: Seconds of speech in it.
+            computed: Seconds of speech that were computed for it, with its context.
+        """
 
     def close(self) -> None:
         """Stop the loop, and wait for the token that is being made. Idempotent."""
@@ -101,14 +112,25 @@ class Tapped(Tokens[T]):
         work: Takes a function to be called with each token, and returns the loop's result.
         left: Set when the stream is left.
         ahead: The loop runs ahead of `take` to its end. Otherwise it makes no token before it is asked for.
+        shares: Divides the threads between a loop that runs ahead and the thread that takes its tokens. Without it, the
+            loop has half of them.
     """
 
-    def __init__(self, work: Callable[[Callable[[T], None]], Any], left: threading.Event, *, ahead: bool) -> None:
-        self._loop: _Loop[T] = _Loop(left, ahead=ahead)
+    def __init__(
+        self,
+        work: Callable[[Callable[[T], None]], Any],
+        left: threading.Event,
+        *,
+        ahead: bool,
+        shares: Shares | None = None,
+    ) -> None:
+        self._shares = shares if ahead else None
+        self._loop: _Loop[T] = _Loop(left, ahead=ahead, shares=self._shares)
         loop = self._loop  # the thread must not hold this object, whose collection ends it
         context = contextvars.copy_context()
         run = carry_mode(loop.run)
-        threads = max(1, torch.get_num_threads() // 2) if ahead else torch.get_num_threads()
+        half = ahead and shares is None
+        threads = max(1, torch.get_num_threads() // 2) if half else torch.get_num_threads()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(
             target=context.run, args=(_on_device, run, work, threads, device), name="accelerate_tts-tokens", daemon=True
@@ -119,14 +141,25 @@ class Tapped(Tokens[T]):
         if self._thread.ident is None:
             _loops.add(self._loop)
             _threads.add(self._thread)
+            if self._shares is not None:
+                self._shares.expect_tokens()
             self._thread.start()
 
     def take(self, count: int) -> list[T]:
         """See `Tokens.take`."""
         self.start()
+        if self._shares is not None:
+            self._shares.end_sound()
         found = self._loop.take(count)
         self.ended, self.result = self._loop.over and not self._loop.made, self._loop.result
+        if self._shares is not None:
+            self._shares.begin("sound")
         return found
+
+    def sounded(self, speech: float, computed: float) -> None:
+        """See `Tokens.sounded`."""
+        if self._shares is not None:
+            self._shares.end_sound(speech, computed)
 
     def close(self) -> None:
         """See `Tokens.close`."""
@@ -140,9 +173,11 @@ class Tapped(Tokens[T]):
 
 
 def _on_device(run: Callable[..., None], work: Any, threads: int, device: int | None) -> None:
-    """Run on a thread whose settings are those of another one: torch keeps them for each thread."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    """Run on a thread whose settings are those of another one: torch keeps them for each thread.
+
+    With shares the loop then divides the threads with the sound.
+    """
+    set_threads(threads)
     if device is not None:
         torch.cuda.set_device(device)
     run(work)
@@ -151,8 +186,10 @@ def _on_device(run: Callable[..., None], work: Any, threads: int, device: int | 
 class _Loop(Generic[T]):
     """State that a loop's thread and its stream share."""
 
-    def __init__(self, left: threading.Event, *, ahead: bool) -> None:
+    def __init__(self, left: threading.Event, *, ahead: bool, shares: Shares | None) -> None:
         self._left = left
+        self._shares = shares
+        self._is_first = True
         self._quit = False
         self._ahead = ahead
         self._wanted = 0
@@ -170,19 +207,28 @@ class _Loop(Generic[T]):
             self._wait()
             # Token by token it computes inside the call that asks, otherwise beside it.
             with inside_all() if self._ahead else nullcontext():
+                if self._shares is not None:
+                    self._shares.begin("tokens")
                 result = work(self.emit)
         except BaseException as raised:  # raised again on the stream's thread
             error = raised
+        if self._shares is not None:
+            self._shares.end_token(counts=False)
         with self._changed:
             self.over, self.result, self._error = True, result, error
             self._changed.notify_all()
 
     def emit(self, token: T) -> None:
         """Hand out a token, and wait until one more is wanted."""
+        if self._shares is not None:
+            self._shares.end_token(counts=not self._is_first)  # the prompt's time is in the first one
+        self._is_first = False
         with self._changed:
             self.made.append(token)
             self._changed.notify_all()
         self._wait()
+        if self._shares is not None:
+            self._shares.begin("tokens")
 
     def _wait(self) -> None:
         with self._changed:

@@ -78,7 +78,7 @@ class CompiledBlocksStage(BaseStage):
 
     def applies(self, part: Part) -> str | None:
         stacks = block_stacks(part.module)
-        if any(_is_compiled(block) for stack in stacks for block in stack):  # by an earlier tuning of the same blocks
+        if any(is_compiled(block) for stack in stacks for block in stack):  # by an earlier tuning of the same blocks
             return "its blocks are compiled already"
         return None if stacks else "no repeated blocks in it"
 
@@ -161,7 +161,8 @@ _stacks = IdentityMap[Callable[[], Any]]()
 """Weak references to the stacks of blocks, while their change is on. A stack lives as long as its change."""
 
 
-def _is_compiled(block: nn.Module) -> bool:
+def is_compiled(block: nn.Module) -> bool:
+    """Check that a block runs a compiled graph."""
     known = _stacks.get(block)
     return known is not None and known() is not None
 

@@ -21,6 +21,7 @@ from accelerate_tts.events import Lasting, NotApplied, emit
 from accelerate_tts.identity_map import IdentityMap
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
+from accelerate_tts.streaming.shares import shares_of
 from accelerate_tts.streaming.systems.turns import in_turn
 from accelerate_tts.streaming.tokens import Reporting, Tapped, Tokens, twin
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelerate_tts.streaming.options import StreamOptions
+    from accelerate_tts.streaming.shares import Shares
     from accelerate_tts.streaming.systems import Body
 
 _RATE = 25.0
@@ -85,8 +87,8 @@ def body(model: Any, text: str, *, options: StreamOptions, **generate: Any) -> B
         **generate: Further arguments of `generate`, such as `language_id`.
     """
 
-    def begin(voice: _Voice, left: threading.Event, sentence: str) -> Tokens[int]:
-        return Tapped(partial(_generate, voice, sentence), left, ahead=options.overlap)
+    def begin(voice: _Voice, left: threading.Event, sentence: str, shares: Shares | None) -> Tokens[int]:
+        return Tapped(partial(_generate, voice, sentence), left, ahead=shares is not None, shares=shares)
 
     def stream(left: threading.Event) -> Iterator[Tensor]:
         voice = _Voice(model, dict(generate))
@@ -95,8 +97,11 @@ def body(model: Any, text: str, *, options: StreamOptions, **generate: Any) -> B
             partial(_sentence_at_once, voice) if context is None
             else partial(_in_pieces, voice, options, max(1, round(context * _RATE)))
         )  # fmt: skip
-        mark = getattr(model, "watermarker", None)
-        for piece in in_turn(options.sentences(text), partial(begin, voice, left), speak, overlap=options.overlap):
+        mark, shares = getattr(model, "watermarker", None), None
+        if options.overlap:
+            way = "sentences" if context is None else "pieces"
+            shares = shares_of(model.t3, model.s3gen, token=1.0 / _RATE, way=way)
+        for piece in in_turn(options.sentences(text), partial(begin, voice, left), speak, shares):
             if mark is not None and piece.shape[-1]:
                 yield torch.from_numpy(mark.apply_watermark(piece[0].numpy(), sample_rate=model.sr))[None]
             else:
@@ -153,7 +158,11 @@ def _sentence_at_once(voice: _Voice, tokens: Tokens[int], ended: Callable[[], No
     if not len(made.tokens):
         return
     wave, *_ = voice.s3gen.inference(speech_tokens=made.tokens, **made.given)
-    yield wave[:, : made.samples].cpu()
+    wave = wave[:, : made.samples].cpu()
+    # The flow reads all of the reference, too.
+    prompt = voice.speaking.conds.gen["prompt_token"].shape[-1]
+    tokens.sounded(wave.shape[-1] / voice.model.sr, (prompt + len(made.tokens)) / _RATE)
+    yield wave
 
 
 def _in_pieces(
@@ -176,7 +185,9 @@ def _in_pieces(
         # Upstream may keep less than the tokens' sound.
         wave = wave[:, : int(min(max(0, samples - sent), wave.shape[-1]))]
         sent += wave.shape[-1]
-        yield wave.cpu()
+        wave = wave.cpu()
+        tokens.sounded(wave.shape[-1] / voice.model.sr, sound.computed / _RATE)
+        yield wave
         before = end
         if tokens.ended:
             return
@@ -205,6 +216,7 @@ class SpokenSentence:
 
     Attributes:
         ahead: Tokens that the vocoder needs after a piece.
+        computed: Tokens that the flow read for the last piece, its prompt included.
     """
 
     def __init__(self, s3gen: Any, conditions: dict[str, Any], context: int) -> None:
@@ -229,6 +241,7 @@ class SpokenSentence:
         self.ahead = sum(math.ceil(field.right / 2) for field in fields if field is not None)
         self._waiting = like[..., :0]  # frames without a pitch yet
         self._fade = s3gen.trim_fade
+        self.computed = 0
 
     def push(self, tokens: list[int], begin: int, end: int, *, last: bool) -> Tensor:
         """Speak further tokens, and return the samples that are final now, shape (1, samples).
@@ -252,10 +265,13 @@ class SpokenSentence:
     def _flow(self, tokens: Tensor, count: int) -> Tensor:
         """Return the spectrogram of the first `count` tokens, shape (1, channels, 2 * count)."""
         if not count:
+            self.computed = 0
             return self._waiting[..., :0]
-        context, device = self._context, self._mel.device
+        context = self._context
+        device: torch.device = self._mel.device
         tokens = tokens.to(device)
         prompt, mel = self._tokens[:, -context:], self._mel[:, -2 * context :]
+        self.computed = prompt.shape[1] + tokens.shape[1]
         voice = {"prompt_token": prompt, "prompt_token_len": torch.tensor([prompt.shape[1]], device=device),
                  "prompt_feat": mel, "prompt_feat_len": None, "embedding": self._embedding}  # fmt: skip
         whole = self._s3gen.flow_inference(tokens, ref_dict=voice, finalize=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
+from accelerate_tts.streaming.shares import shares_of
 from accelerate_tts.streaming.tokens import Tapped, Tokens, twin
 
 if TYPE_CHECKING:
@@ -53,13 +54,22 @@ def body(model: Any, inputs: Mapping[str, Tensor], codec: Any, *, options: Strea
         return getattr(made, "audio_sequences", made)
 
     def stream(left: threading.Event) -> Iterator[Tensor]:
-        tokens: Tokens[Tensor] = Tapped(work, left, ahead=options.overlap)
+        shares = shares_of(model, codec, token=1.0 / _rate(codec)) if options.overlap else None
+        ahead = shares is not None and shares.overlaps
+        tokens: Tokens[Tensor] = Tapped(work, left, ahead=ahead, shares=shares)
         try:
-            yield from _speak(model.config, codec, options, tokens, prompt)
+            pieces = _speak(model.config, codec, options, tokens, prompt)
+            yield from pieces if shares is None else shares.lend(pieces)
         finally:
             tokens.close()
 
     return stream
+
+
+def _rate(codec: Any) -> float:
+    """Return the codes of a second of speech."""
+    rate: float = codec.config.sample_rate / codec.config.hop_length
+    return rate
 
 
 def _called(module: Any, x: Tensor) -> Tensor:
@@ -67,7 +77,9 @@ def _called(module: Any, x: Tensor) -> Tensor:
     return found
 
 
-def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tensor], prompt: int) -> Iterator[Tensor]:
+def _speak(
+    config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tensor], prompt: int
+) -> Generator[Tensor, None, None]:
     decoder = codec.acoustic_decoder
     like = torch.zeros(1, codec.config.acoustic_model_config.hidden_size, 1, device=codec.device, dtype=codec.dtype)
 
@@ -82,7 +94,7 @@ def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tenso
     # Rows after a piece without which its sound is not final: codebook k is k rows behind the first.
     ahead = books - 1 + (0 if field is None else field.right)
     spoken = heard = before = 0
-    for size in options.sizes(codec.config.sample_rate / codec.config.hop_length):
+    for size in options.sizes(_rate(codec)):
         spoken += size
         new = tokens.take(spoken + ahead - len(rows))
         heard += len(new)
@@ -101,7 +113,9 @@ def _speak(config: Any, codec: Any, options: StreamOptions, tokens: Tokens[Tenso
         count = max(before, len(rows) - books + 1)
         if count > before:
             sound = torch.stack([torch.stack(rows[before + k : count + k])[:, k] for k in range(books)])
-            yield pieces.push(sound.clip(0, begin_id - 1)[None], last=over)[0].cpu()
+            wave = pieces.push(sound.clip(0, begin_id - 1)[None], last=over)[0].cpu()
+            tokens.sounded(wave.shape[-1] / codec.config.sample_rate, pieces.computed / codec.config.sample_rate)
+            yield wave
             before = count
         elif over and before:
             yield pieces.push(rows[0].new_zeros(1, books, 0), last=True)[0].cpu()

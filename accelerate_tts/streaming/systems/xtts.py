@@ -14,6 +14,7 @@ from torch.nn import functional
 from accelerate_tts.errors import SettingsError, abridged, shown
 from accelerate_tts.streaming.pieces import Pieces
 from accelerate_tts.streaming.receptive_field import field_of
+from accelerate_tts.streaming.shares import shares_of
 from accelerate_tts.streaming.systems.turns import in_turn
 from accelerate_tts.streaming.tokens import Pulled, Tapped, Tokens, twin
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelerate_tts.streaming.options import StreamOptions
+    from accelerate_tts.streaming.shares import Shares
     from accelerate_tts.streaming.systems import Body
 
 
@@ -61,7 +63,7 @@ def body(  # noqa: C901, PLR0913 - upstream's arguments, and three functions ins
     latents, speaker = gpt_cond_latent.to(device), speaker_embedding.to(device)
     language = language.partition("-")[0]
 
-    def begin(left: threading.Event, sentence: str) -> Tokens[Tensor]:
+    def begin(left: threading.Event, sentence: str, shares: Shares | None) -> Tokens[Tensor]:
         # What upstream keeps of a text is kept in the model: in a twin, so that streams do not mix.
         gpt = twin(model.gpt, gpt_inference=twin(model.gpt.gpt_inference))
 
@@ -83,11 +85,13 @@ def body(  # noqa: C901, PLR0913 - upstream's arguments, and three functions ins
             for latent in sampled():
                 emit(latent)
 
-        return Tapped(work, left, ahead=True) if options.overlap else Pulled(sampled(), left)
+        return Pulled(sampled(), left) if shares is None else Tapped(work, left, ahead=True, shares=shares)
 
     def stream(left: threading.Event) -> Iterator[Tensor]:
-        speak = partial(_speak, model, latents.shape[-1], speaker, 1.0 / max(speed, 0.05), options)
-        yield from in_turn(options.sentences(text), partial(begin, left), speak, overlap=options.overlap)
+        length = 1.0 / max(speed, 0.05)
+        speak = partial(_speak, model, latents.shape[-1], speaker, length, options)
+        shares = shares_of(model, token=length / _rate(model.hifigan_decoder)) if options.overlap else None
+        yield from in_turn(options.sentences(text), partial(begin, left), speak, shares)
 
     return stream
 
@@ -103,7 +107,7 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
 ) -> Iterator[Tensor]:
     decoder = model.hifigan_decoder
     vocoder = decoder.waveform_decoder
-    rate = decoder.input_sample_rate / decoder.ar_mel_length_compression
+    rate = _rate(decoder)
     field = field_of(
         vocoder, partial(_voiced, speaker), torch.zeros(1, width, 1, device=speaker.device, dtype=speaker.dtype)
     )
@@ -122,7 +126,9 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
             return
         frames = _frames(decoder, latents, length)
         count = frames.shape[-1] if tokens.ended else _frames(decoder, latents[:-held], length).shape[-1]
-        yield pieces.push(frames[..., before:count], last=tokens.ended)[0].cpu()
+        wave = pieces.push(frames[..., before:count], last=tokens.ended)[0].cpu()
+        tokens.sounded(wave.shape[-1] / decoder.output_sample_rate, pieces.computed / decoder.output_sample_rate)
+        yield wave
         before = count
         if tokens.ended:
             return
@@ -131,6 +137,12 @@ def _speak(  # noqa: PLR0913, PLR0917 - bound in `body`
 def _voiced(speaker: Tensor, vocoder: Any, frames: Tensor) -> Tensor:
     sound: Tensor = vocoder(frames, g=speaker)
     return sound
+
+
+def _rate(decoder: Any) -> float:
+    """Return the latents of a second of speech at the model's own speed."""
+    rate: float = decoder.input_sample_rate / decoder.ar_mel_length_compression
+    return rate
 
 
 def _frames_a_token(decoder: Any) -> float:
