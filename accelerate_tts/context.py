@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from accelerate_tts.device.flags import HeldFlags
-    from accelerate_tts.runtime.own_random import OwnRandom
+    from accelerate_tts.runtime.own_random import Entry
 
 _SUSPENDED = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR
 _ADVICE = (
@@ -126,7 +126,8 @@ class own_random:  # noqa: N801 - likewise
     Threads started inside, and bodies of coroutines and generators, do not inherit it: give them `carry_mode(work)`.
     Blocks may nest; the innermost counts. It works whether or not the package is switched on. Not reached are dropout
     inside attention and recurrent layers, which draws in training only, draws in C++ extensions and in your own
-    compiled code, and the generators of Python and NumPy. Parts that draw and that tuning has compiled run uncompiled.
+    compiled code, and the generators of Python and NumPy; `torch.manual_seed` in the block seeds the process's. Parts
+    that draw and that tuning has compiled run uncompiled.
 
     Args:
         seed: The seed, an integer from -2**63 to 2**64 - 1, as `torch.manual_seed` takes it.
@@ -143,24 +144,35 @@ class own_random:  # noqa: N801 - likewise
 
     def __init__(self, seed: int) -> None:
         self._seed = _seed_of(seed)
-        self._modes: dict[int, list[OwnRandom]] = {}  # by thread, since several may share one object
+        self._entries: dict[int, list[Entry]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
         _refuse_suspended(sys._getframe(1), "own_random()", _ADVICE_ON_RANDOM)
-        from accelerate_tts.runtime.own_random import OwnRandom
+        from accelerate_tts.runtime.own_random import Entry, OwnRandom
 
-        mode = OwnRandom(self._seed)
-        self._modes.setdefault(get_ident(), []).append(mode)
-        mode.__enter__()  # type: ignore[no-untyped-call]  # torch's
+        entry = Entry(OwnRandom(self._seed))
+        self._entries.setdefault(get_ident(), []).append(entry)
+        try:
+            entry.__enter__()
+        except BaseException:
+            self._forget(entry)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        modes = self._modes[get_ident()]
-        mode = modes.pop()
-        if not modes:
-            self._modes.pop(get_ident(), None)
-        mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]  # torch's
+        entry = self._entries[get_ident()][-1]
+        try:
+            entry.__exit__(kind, error, traceback)
+        finally:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        """Forget an entry. If Ctrl-C has left its mode on, that ends with it."""
+        entries = self._entries.get(get_ident(), [])
+        entries[:] = [other for other in entries if other is not entry]
+        if not entries:
+            self._entries.pop(get_ident(), None)
 
     async def __aenter__(self) -> NoReturn:
         raise InferenceContextError(f"`async with own_random(...)` cannot be: {_ADVICE_ON_RANDOM}")

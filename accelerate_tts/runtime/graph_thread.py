@@ -86,7 +86,7 @@ def _modes_of_this_thread() -> Callable[[], ExitStack]:
     """Return a function that enters the caller's autograd mode, random numbers and CUDA stream on another thread."""
     import torch
 
-    from accelerate_tts.runtime.own_random import opened
+    from accelerate_tts.runtime.own_random import Entry, opened
 
     own = opened()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -97,7 +97,7 @@ def _modes_of_this_thread() -> Callable[[], ExitStack]:
         modes.enter_context(torch.inference_mode(mode=inference))
         modes.enter_context(torch.set_grad_enabled(gradients))
         if own is not None:
-            modes.enter_context(own)
+            modes.enter_context(Entry(own))
         if stream is not None:
             modes.enter_context(torch.cuda.stream(stream))
         return modes

@@ -305,10 +305,12 @@ def _call_drawing(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode, own: OwnRandom
 ) -> Any:
     """Call `function` inside `mode`, with random numbers of its own in each step of what it returns."""
-    with own:
+    from accelerate_tts.runtime.own_random import Entry
+
+    with Entry(own):
         result = call(function, args, kwargs, mode)
     wrap = _WRAPPERS.get(type(result))
-    return result if wrap is None else wrap(result, Scoped(lambda: own))
+    return result if wrap is None else wrap(result, Scoped(lambda: Entry(own)))
 
 
 async def _drive_coroutine(owning: Owning) -> Any:

@@ -170,7 +170,6 @@ def _right(baseline: Baseline, ledger: Ledger, reference: list[Any]) -> tuple[Di
         else:
             what = f"{suspect.stage} of {suspect.part}"
             _give_up(baseline, ledger, f"the whole is wrong: {objection}", what, suspect)
-            ledger.reinstate(suspect)  # a slower alternative may be right
     return Difference(0.0), 1.0, 0.0
 
 
@@ -251,7 +250,10 @@ def _for_the_same_length(timing: Timing, lengths: float) -> Timing:
 
 
 def _give_up(baseline: Baseline, ledger: Ledger, reason: str, what: str, only: StageResult | None = None) -> None:
-    ledger.drop(reason, lambda result: only is None or result is only)
+    if only is None:
+        ledger.drop(reason)
+    else:
+        ledger.undo(only, reason)  # a slower alternative may be right
     emit(FellBack(baseline.plan.what, what, reason))
 
 

@@ -82,16 +82,26 @@ class Ledger:
             self.kept.append(change)
         self.results.append(result)
 
-    def reinstate(self, undone: StageResult) -> None:
-        """Keep the slower alternative again whose place a change took that was undone, if there is one."""
+    def undo(self, undone: StageResult, reason: str) -> None:
+        """Give up one kept change. If it took a slower alternative's place, that one is kept again, in its place.
+
+        Changes that were made after it were made on top of one of the two, and stay on top.
+
+        Args:
+            undone: The change's verdict.
+            reason: The reason.
+        """
+        names = [(kept.part, kept.stage) for kept in self.kept]
+        place = names.index((undone.part, undone.stage))
+        self.drop(reason, lambda result: result is undone)
         found = self.displaced.pop((undone.part, undone.stage), None)
         if found is None:
             return
         change, verdict = found
-        change.change.on()
-        self.kept.append(change)
-        names = [(result.part, result.stage) for result in self.results]
-        self.results[names.index((change.part, change.stage))] = verdict
+        self.kept.insert(place, change)  # first, so that it is switched off with the others if it fails half-way
+        entered = [(result.part, result.stage) for result in self.results]
+        self.results[entered.index((change.part, change.stage))] = verdict
+        self.put(change)
 
     def on(self) -> None:
         """Switch every kept change on."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +17,10 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import Interrupting
 from torch import distributions, nn
 from torch.nn import functional
+from torch.utils.data import random_split
 
 from accelerate_tts import (
     InferenceContextError,
@@ -27,14 +32,21 @@ from accelerate_tts import (
     receipt_of,
     set_active,
 )
+from accelerate_tts.events import Lasting
 from accelerate_tts.patching.change import Counter
-from accelerate_tts.runtime.own_random import OwnRandom, draws_in
+from accelerate_tts.runtime.own_random import OwnRandom, draws_in, opened, outside
 from accelerate_tts.runtime.rng import random_states
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.compile.inductor import compile_function, options
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def vmapped(function: Callable[[Tensor], Tensor], randomness: str) -> Tensor:
+    made: Tensor = torch.func.vmap(function, randomness=randomness)(torch.ones(4, 3))
+    return made
+
 
 CHANCES = torch.arange(1.0, 16.0).reshape(3, 5).softmax(-1)
 ACROSS = torch.ones(6, 4).T  # its memory is in another order than its elements
@@ -69,6 +81,24 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
     "dropout, a layer": lambda: nn.Dropout(0.4)(ACROSS),
     "dropout, in place": lambda: functional.dropout(ACROSS.clone(), 0.3, inplace=True),
     "dropout, of torch": lambda: torch.dropout(ACROSS, 0.5, train=True),
+    "dropout of channels": lambda: functional.dropout1d(ACROSS[None], 0.4),
+    "dropout of channels, no batch": lambda: functional.dropout1d(ACROSS, 0.4),
+    "dropout of channels, a layer": lambda: nn.Dropout2d(0.4)(torch.ones(2, 8, 2, 2)),
+    "dropout of channels, in place": lambda: functional.dropout3d(torch.ones(8, 2, 2, 2), 0.4, inplace=True),
+    "alpha dropout": lambda: functional.alpha_dropout(ACROSS, 0.4, training=True),
+    "alpha dropout, in place": lambda: functional.alpha_dropout(ACROSS.clone(), 0.4, training=True, inplace=True),
+    "alpha dropout of channels": lambda: functional.feature_alpha_dropout(ACROSS, 0.4, training=True),
+    "rrelu": lambda: functional.rrelu(-ACROSS, training=True),
+    "rrelu, in place": lambda: functional.rrelu(-ACROSS, 0.1, 0.4, training=True, inplace=True),
+    "rrelu, of torch": lambda: torch.rrelu(-ACROSS, training=True),
+    "the process's generator by name": lambda: torch.randn(3, generator=torch.default_generator),
+    "the process's generator by place": lambda: torch.poisson(9 * CHANCES, torch.default_generator),
+    "a library's default": lambda: torch.tensor(random_split(range(9), [4, 5])[0].indices),  # type: ignore[arg-type]
+    "a size that is a tensor": lambda: torch.randn(torch.tensor(3), 2),  # type: ignore[call-overload]
+    "vmap": lambda: vmapped(lambda x: x + torch.randn_like(x), "different"),
+    "vmap, the same": lambda: vmapped(lambda x: x + torch.randint_like(x, 9), "same"),
+    "vmap, of no input": lambda: vmapped(lambda x: x + torch.rand_like(torch.ones(3)), "different"),
+    "vmap, dropout": lambda: vmapped(lambda x: x + functional.dropout(torch.ones(3), 0.4), "different"),
     "gumbel_softmax": lambda: functional.gumbel_softmax(CHANCES, tau=0.7),
     "gumbel_softmax, hard": lambda: functional.gumbel_softmax(CHANCES, hard=True, dim=0),
     "Categorical": lambda: distributions.Categorical(CHANCES).sample((2,)),
@@ -83,6 +113,9 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
 QUIET: dict[str, Callable[[], Tensor]] = {
     "dropout outside training": lambda: functional.dropout(ACROSS, 0.3, training=False),
     "dropout of nothing": lambda: functional.dropout(ACROSS, 0.0),
+    "alpha dropout outside training": lambda: functional.alpha_dropout(ACROSS, 0.3),
+    "rrelu outside training": lambda: functional.rrelu(-ACROSS),
+    "rrelu with a generator": lambda: torch.rrelu(-ACROSS, training=True, generator=torch.Generator().manual_seed(7)),
     "a generator of its own": lambda: torch.randn(3, generator=torch.Generator().manual_seed(7)),
     "one by place": lambda: torch.poisson(9 * CHANCES, torch.Generator().manual_seed(7)),
     "like, with one": lambda: torch.empty_like(ACROSS).normal_(generator=torch.Generator().manual_seed(7)),
@@ -113,6 +146,43 @@ def test_dropout_of_everything_and_of_no_tensor_are_torchs_own() -> None:
             functional.dropout(ACROSS, 2.0)
         with pytest.raises(TypeError):
             torch.multinomial()  # type: ignore[call-overload]
+
+
+def test_what_takes_no_generator_says_so_once(seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate_tts.runtime.own_random._said", Lasting())
+    q = torch.ones(1, 2, 4, 8)
+    layers = nn.LSTM(4, 4, 2, dropout=0.5), nn.GRU(4, 4, 2, dropout=0.5)
+    for _ in range(2):
+        with own_random(1):
+            functional.scaled_dot_product_attention(q, q, q)
+            layers[0].eval()(torch.ones(3, 1, 4))
+            functional.scaled_dot_product_attention(q, q, q, dropout_p=0.2)
+            layers[1].train()(nn.utils.rnn.pack_sequence([torch.ones(3, 4)]))
+    assert [event.reason for event in seen] == [
+        f"{name} takes no generator, and draws from the process's" for name in ("scaled_dot_product_attention", "gru")
+    ]
+
+
+def test_wrong_dropout_of_channels_is_torchs_error() -> None:
+    with own_random(1), pytest.raises(RuntimeError, match="dropout1d: Expected 2D or 3D input"):
+        functional.dropout1d(torch.ones(1, 2, 3, 4))
+
+
+def test_recorders_are_not_given_a_generator_of_the_block() -> None:
+    """A graph lives on. With it, each call outside would go on with the numbers of a block that has ended."""
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) + functional.dropout(x, 0.5)
+
+    with own_random(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(noisy, torch.ones(3), check_trace=False)
+        graph = torch.fx.symbolic_trace(noisy)
+    for run in (traced, graph):
+        torch.manual_seed(4)
+        expected = noisy(torch.ones(3))
+        torch.manual_seed(4)
+        assert torch.equal(run(torch.ones(3)), expected)
 
 
 def test_tensors_without_memory_draw_nothing() -> None:
@@ -306,6 +376,73 @@ def test_seeded_scopes_are_outside_and_states_go_back() -> None:
         assert torch.equal(torch.randn(2), first)
 
 
+def test_seeded_scopes_are_outside_of_blocks_below_other_modes() -> None:
+    """A window inside must neither go on with the block's numbers nor leave its own seed to it."""
+    torch.manual_seed(11)
+    inside = torch.randn(2)
+    torch.manual_seed(5)
+    expected = torch.randn(2)
+
+    def device() -> Any:
+        return torch.device("cpu")
+
+    for enter in (device, lambda: own_random(5), nullcontext):
+        with own_random(5), enter():
+            with seeded("cpu", 11):
+                if enter is not device:  # which torch itself leaves on the stack then
+                    torch.set_default_device("cpu")  # a model's load may do so, which puts a mode below all others
+                assert torch.equal(torch.randn(2), inside)
+            assert torch.equal(torch.randn(2), expected)
+        torch.set_default_device(None)
+    assert torch._C._len_torch_function_stack() == 0  # type: ignore[attr-defined]
+    with own_random(5):
+        mode = opened()
+        assert mode is not None
+        before = mode.states()
+        mode.seed(11)
+        mode.put_back(before)
+        assert torch.equal(torch.randn(2), expected), "a block without a draw yet begins at its own seed"
+
+
+def in_steps() -> Iterator[Tensor]:
+    for _ in range(2):
+        yield torch.randn(2)
+
+
+def all_that_enters() -> None:
+    with own_random(1):
+        functional.dropout(torch.ones(3), 0.5)
+        with outside():
+            pass
+        with own_random(2), outside():
+            pass
+        with torch.device("cpu"), outside():
+            pass
+        carry_mode(torch.randn)(2)
+        list(carry_mode(in_steps)())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has other instructions for a call")
+def test_ctrl_c_anywhere_leaves_no_mode() -> None:
+    def interrupted(place: tuple[Any, int] | None) -> Interrupting:
+        tracer, before = Interrupting(place), sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            all_that_enters()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return tracer
+
+    for place in interrupted(None).places:
+        tracer = interrupted((place, 1))
+        left = torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+        for _ in range(left):
+            torch._C._pop_torch_function_stack()  # type: ignore[attr-defined]
+        assert not left, tracer.where
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     run = compile_function(function, "default", Counter("test"))
 
@@ -330,6 +467,21 @@ def test_compiled_functions() -> None:
             assert torch.equal(quiet(x), plain), "the graph that it has serves inside a block, too"
 
 
+def test_a_graph_that_is_compiled_inside_a_block() -> None:
+    run = compiled(lambda x, noisy: x + torch.randn_like(x) if noisy else x * 2)
+    run(torch.zeros(8), False)  # a graph that draws nothing, so the function counts as one that does not
+    torch.manual_seed(6)
+    expected = torch.randn(8), torch.randn(8)
+    before = torch.get_rng_state()
+    with own_random(6):
+        assert torch.equal(run(torch.zeros(8), True), expected[0]), "at the call that compiles it"
+        assert torch.equal(run(torch.zeros(8), True), expected[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    first = run(torch.zeros(8), True)
+    torch.set_rng_state(before)
+    assert torch.equal(first, torch.randn(8)), "outside, it is compiled, and draws the process's numbers"
+
+
 def test_which_graphs_draw() -> None:
     class Drops(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -343,6 +495,10 @@ def test_which_graphs_draw() -> None:
     assert draws_in(graph_of(lambda x: functional.dropout(x, 0.3)))
     assert draws_in(graph_of(lambda x: x.clone().normal_()))
     assert draws_in(graph_of(lambda x: torch.multinomial(x, 1)))
+    assert draws_in(graph_of(lambda x: functional.alpha_dropout(x, 0.3, training=True)))
+    assert draws_in(graph_of(lambda x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)))
+    assert not draws_in(graph_of(lambda x: functional.scaled_dot_product_attention(x, x, x)))
+    assert not draws_in(graph_of(lambda x: functional.rrelu(x) + functional.alpha_dropout(x, 0.3)))
 
 
 def test_the_users_own_compiled_code_runs_inside() -> None:
@@ -393,6 +549,7 @@ def test_a_device_without_generators_says_so(seen: list[Any], monkeypatch: pytes
             raise RuntimeError("no generators here")
 
     monkeypatch.setattr(torch, "Generator", NoGenerator)
+    monkeypatch.setattr("accelerate_tts.runtime.own_random._said", Lasting())
     with OwnRandom(1):
         torch.randn(3)
         torch.rand(3)

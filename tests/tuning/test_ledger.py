@@ -46,7 +46,7 @@ def test_a_verdict_that_was_not_sure_is_not_sure_once_it_is_undone() -> None:
     assert [(result.kept, result.sure) for result in ledger.results] == [(False, True), (False, False)]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["keep", "supersede", "drop", "lift and put"]), st.integers(0, 5))))
+@given(st.lists(st.tuples(st.sampled_from(["keep", "supersede", "drop", "undo", "lift and put"]), st.integers(0, 5))))
 def test_changes_are_switched_from_the_top(steps: list[tuple[str, int]]) -> None:
     stack: list[Stacked] = []
     ledger = Ledger()
@@ -62,12 +62,43 @@ def test_changes_are_switched_from_the_top(steps: list[tuple[str, int]]) -> None
             ledger.enter(result, AppliedChange("part", f"stage {number}", "", change), replaced)
         elif step == "drop" and chosen is not None:
             ledger.drop("wrong", lambda result, name=chosen.stage: result.stage == name)
+        elif step == "undo" and chosen is not None:
+            place = ledger.kept.index(chosen)
+            slower = ledger.displaced.get((chosen.part, chosen.stage))
+            expected = [*ledger.kept[:place], *([slower[0]] if slower else []), *ledger.kept[place + 1 :]]
+            ledger.undo(next(result for result in ledger.results if result.stage == chosen.stage), "wrong")
+            assert ledger.kept == expected, "a slower alternative comes back where the faster one was"
         elif chosen is not None:
             ledger.lift(chosen)
             assert chosen.change not in stack
             ledger.put(chosen)
         assert stack == [kept.change for kept in ledger.kept]
         assert {result.stage for result in ledger.results if result.kept} == {kept.stage for kept in ledger.kept}
+    ledger.off()
+    assert not stack
+
+
+def test_a_slower_alternative_that_fails_half_way_is_switched_off_with_the_others() -> None:
+    """It comes back after a faster one was wrong in the whole, perhaps with no memory left for its weights."""
+    stack: list[Stacked] = []
+
+    class Failing(Stacked):
+        def on(self) -> None:
+            super().on()
+            raise MemoryError("no memory")
+
+    ledger = Ledger()
+    slower = AppliedChange("part", "slower", "group", Stacked(stack))
+    slower.change.on()
+    ledger.enter(StageResult("part", "slower", kept=True, reason=""), slower)
+    ledger.lift(slower)
+    faster = AppliedChange("part", "faster", "group", Stacked(stack))
+    faster.change.on()
+    verdict = StageResult("part", "faster", kept=True, reason="")
+    ledger.enter(verdict, faster, slower)
+    slower.change.__class__ = Failing
+    with pytest.raises(MemoryError):
+        ledger.undo(verdict, "wrong")
     ledger.off()
     assert not stack
 

@@ -23,7 +23,7 @@ from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
-from accelerate_tts.runtime.own_random import draws_in, is_open
+from accelerate_tts.runtime.own_random import Entry, OwnRandom, draws_in, is_open, opened
 from accelerate_tts.runtime.own_random import outside as outside_own_random
 
 
@@ -178,12 +178,13 @@ def compile_function(
     def backend(graph: Any, inputs: list[Any]) -> Any:
         nonlocal drawing
         shapes = _shapes(inputs)
-        drawing = drawing or draws_in(graph.graph)
+        draws = draws_in(graph.graph)
+        drawing = drawing or draws
         with loaded.noting():
             compiled = inductor(graph, inputs, config_patches=patches)
         # Counted last: if inductor specialises a number (an epsilon), dynamo calls this again for the same graph.
         counter.count(shapes)
-        return compiled
+        return _uncompiled_in_blocks(graph, compiled) if draws else compiled
 
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=fullgraph)
     weakref.finalize(own, _release, own.__code__, id(backend), loaded).atexit = False
@@ -194,10 +195,41 @@ def compile_function(
             return strict(*args, **kwargs)
         if drawing:  # its graphs draw from the process's generators
             return function(*args, **kwargs)
-        with outside_own_random():
+        with _blocks.left_for_a_graph(), outside_own_random():
             return strict(*args, **kwargs)
 
     return outside
+
+
+class _Blocks(threading.local):
+    """The block of `own_random` that each thread has left for a compiled function; `None` if it is in none."""
+
+    left: OwnRandom | None = None
+
+    @contextmanager
+    def left_for_a_graph(self) -> Generator[None]:
+        """Note the present block."""
+        before, self.left = self.left, opened()
+        try:
+            yield
+        finally:
+            self.left = before
+
+
+_blocks = _Blocks()
+
+
+def _uncompiled_in_blocks(graph: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a graph that draws uncompiled, in the block that was left. The call that compiled it has left one."""
+
+    def run(*args: Any) -> Any:
+        own = _blocks.left
+        if own is None:
+            return compiled(*args)
+        with Entry(own):
+            return graph(*args)
+
+    return run
 
 
 class _Loaded:
