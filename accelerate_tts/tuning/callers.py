@@ -1,8 +1,8 @@
 """Trial of shared steps: one pass over a decoder's weights for several callers, against one pass for each.
 
-It is made where a decoder's blocks are fused (CPU) or its steps are recorded (CUDA), whether or not calls are limited to one at a time: threads come without
-notice, and the trial takes a dozen steps. A pass is timed without threads, on the last step of the warm-up and copies
-of its cache. What callers do between steps is theirs, and is not in these figures.
+It is made where a decoder's blocks are fused (CPU) or its steps are recorded (CUDA), whether or not calls are limited to
+one at a time: threads come without notice, and the trial takes a dozen steps. A pass is timed without threads, on the
+last step of the warm-up and copies of its cache. What callers do between steps is theirs, and is not in these figures.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ def _tried(baseline: Baseline, part: Part, steps: SharedSteps) -> str:
     cost = baseline.captured_seconds(part)
     if cost > min(_LONGEST, baseline.budget.left):
         return f"{no}: a step of it takes {cost:.1f} s to show, over {OVER_BUDGET}"
-    found = _Gains({}, [])
+    found, rows = _Gains({}, []), 1
     try:
         seen = _step_of(baseline, part, steps)
         if seen is None:
             return f"{no}: the warm-up made no token with it"
+        rows = seen[1].rows
         found = _gains(baseline, steps.usual, *seen)
     except Exception as error:  # must never cost the user the model
         reason = f"{type(error).__name__}: {message_of(error)}"
@@ -65,7 +66,7 @@ def _tried(baseline: Baseline, part: Part, steps: SharedSteps) -> str:
         return f"{no}: {reason}"
     finally:
         most = found.most()
-        steps.usual.arrange((1, *(callers for callers in found.gains if 1 < callers <= most)))
+        steps.usual.arrange((1, *(callers for callers in found.gains if 1 < callers <= most)), rows)
     shown = ", ".join(f"{callers} {gain:.2f}x" for callers, gain in found.gains.items())
     others = ""
     if found.differ:
@@ -74,7 +75,7 @@ def _tried(baseline: Baseline, part: Part, steps: SharedSteps) -> str:
         return f"{no}: {'a call has too many rows' if not found.differ else others.removeprefix('; ')}"
     if most == 1:
         return f"{no}: together they are as fast as one, {shown}{others}"
-    steps.rules = steps.usual._replace(most_rows=most * seen[1].rows)
+    steps.rules = steps.usual._replace(most_rows=most * rows)
     steps.is_on = True
     return (
         f"concurrent calls share steps of {part.name}; callers, and their tokens a second against one's: {shown}"
@@ -154,7 +155,7 @@ def _gains(baseline: Baseline, rules: Rules, blocks: Sequence[Any], call: Joinab
     if rules.bits_vary and counts:  # a step alone is made in another way, too
         alone()
         before = best_of({1: alone})[1]
-        rules.arrange((1, *counts))
+        rules.arrange((1, *counts), call.rows)
     expected = call.tensors(alone())
     works: dict[int, Callable[[], Any]] = {1: alone}
     differ: list[int] = []

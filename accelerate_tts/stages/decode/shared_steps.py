@@ -74,6 +74,10 @@ def rows_of(made: Any, first: int, rows: int) -> Any:
     return part.clone() if first else part
 
 
+def _nothing(_numbers: tuple[int, ...], _rows: int) -> None:
+    """Arrange nothing."""
+
+
 class Rules(NamedTuple):
     """Rules of passes."""
 
@@ -92,8 +96,8 @@ class Rules(NamedTuple):
     """Returns the result of one call in that of a pass, by its first row and its number of rows."""
     finish: Callable[[], object] | None = None
     """Waits for a pass that a device computes; callers who come meanwhile meet. Not called for the only caller."""
-    arrange: Callable[[tuple[int, ...]], object] = bool
-    """Has passes made for so many callers each, in ascending order; (1,) for none of several."""
+    arrange: Callable[[tuple[int, ...], int], object] = _nothing
+    """Has passes made for so many callers each, in ascending order, by calls of so many rows; (1,) for one caller."""
     bits_vary: bool = False
     """True if a pass for some numbers of callers may differ in bits from a step alone. Those are not used."""
     look: float = 1.0

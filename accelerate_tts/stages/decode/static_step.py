@@ -12,7 +12,6 @@ each of their sequences, which have positions and masks of their own; it reads t
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -168,6 +167,7 @@ class StaticSlot(StaticStep):
         constants: The other arguments; they become part of the recording.
         capacity: Maximum positions.
         recorder: Records the step, and nothing else, now.
+        any_rows: See `StaticStep`.
 
     Raises:
         TypeError: The decoder returns an object without named fields.
@@ -182,10 +182,12 @@ class StaticSlot(StaticStep):
         constants: dict[str, Any],
         capacity: int,
         recorder: Recorder,
+        *,
+        any_rows: bool = False,
     ) -> None:
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             memory = Memory.of_a_slot(past, inputs, capacity)
-            super().__init__(decoder, forward, constants, memory, recorder)
+            super().__init__(decoder, forward, constants, memory, recorder, any_rows)
             self._begin(memory, memory.position, {})
             self.recording()
 
@@ -215,6 +217,19 @@ class StaticSlot(StaticStep):
         self._stream: Any = None  # of the owner's work
         self._is_present = False
         self.bytes = sum(tensor.numel() * tensor.element_size() for pair in memory.buffers for tensor in pair)
+
+    def prepare(self, past: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None, stream: Any) -> None:
+        """Record the step of a slot among others, if it has not run alone so far. See `run`.
+
+        Raises:
+            Exception: The step cannot be recorded. The sequence is in the slot, and has not grown.
+        """
+        if self._recording is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.make_way(past)
+                with self._recorder.in_turn():
+                    self.enter(past, inputs, mask, stream)
+                    self.recording()
 
     def run(self, past: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None, stream: Any = None) -> Any:
         """Run one more token of a sequence.
@@ -272,25 +287,16 @@ class StaticSlot(StaticStep):
     def take_prompt(self, past: Any, run: Callable[[], Any]) -> Any:
         """Run a prompt whose keys and values are written into this slot, where they need not be moved to.
 
+        It is one turn of the recorder, and so not for a slot among others.
+
         Args:
             past: An empty `DynamicCache`, which the prompt fills. It gets growing layers over the slot's buffers.
             run: Runs the prompt.
         """
         past.layers[:] = [kv_cache.growing_class().over(self._known, *buffers) for buffers in self.buffers]
         self._owner = weakref.ref(past)
-        with self._recorder.in_turn() if self.lane is None else nullcontext():
+        with self._recorder.in_turn():
             return run()
-
-    def wait_for_turn(self, stream: Any) -> None:
-        """Order this thread's work on a slot among others behind theirs so far, and theirs from now on behind it.
-
-        A prompt calls it before and after it runs. It is no turn of the other slots' meanwhile: they write to the last
-        place of this slot's buffers at most, which a prompt leaves free.
-        """
-        if self.lane is not None:
-            self._stream = stream
-            with self._recorder.in_turn(stream=stream):
-                pass
 
     def holds(self, past: Any) -> bool:
         """Check that a cache's sequence lies in this slot's buffers."""
@@ -371,8 +377,10 @@ class JoinedSlots:
         capacity: Maximum positions.
         recorder: Records the steps, each when it is needed for the first time.
         lanes: Number of slots, a multiple of the largest of `numbers`.
-        numbers: Numbers of slots for which a step of several may be recorded, powers of two.
+        numbers: Numbers of slots for which a step of several may be recorded, powers of two, from 1 on.
         told: Called after a step was recorded.
+        differs: Called with a number of slots for which a step differs in bits from each slot's own. It is not used any
+            more. `None` if steps are not compared.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
@@ -387,8 +395,9 @@ class JoinedSlots:
         lanes: int,
         numbers: tuple[int, ...],
         told: Callable[[], object],
+        differs: Callable[[int], object] | None,
     ) -> None:
-        self._recorder, self._numbers = recorder, numbers
+        self._recorder, self._numbers, self._differs = recorder, numbers, differs
         self._step = decoder, forward, constants, recorder, True, told
         with torch.inference_mode(mode=False), torch.no_grad():  # as in a slot
             self._memory = Memory.of_lanes(past, inputs, capacity, lanes)
@@ -400,6 +409,7 @@ class JoinedSlots:
             ]
         self.bytes = sum(slot.bytes for slot in self.slots)
         self._several: dict[tuple[int, int], StaticStep] = {}  # by the number of slots, and the first one's lane
+        self._compared: set[StaticStep] = set()
 
     def run(self, works: Sequence[Work]) -> list[Any]:
         """Run a token of several sequences.
@@ -420,32 +430,57 @@ class JoinedSlots:
             for step, first, here in self._divided([int(work.slot.lane or 0) for work in works]):
                 with self._recorder.in_turn():
                     for slot in self.slots[first : first + step.rows // self._rows]:
-                        if slot not in [works[number].slot for number in here]:
+                        if not any(slot is works[number].slot for number in here):
                             slot.step_aside()
-                    recording = step.recording()
-                    _check_rows(recording.outputs, step.rows)
-                    recording.replay()
-                for number in here:
-                    past, row = works[number].past, (int(works[number].slot.lane or 0) - first) * self._rows
-                    with self._recorder.in_turn(stream=works[number].stream):
-                        results[number] = _own(
-                            recording.outputs, past, lengths[number] + 1, slice(row, row + self._rows)
-                        )
+                made = [*self._replayed(step, first, [(works[number], lengths[number]) for number in here])]
+                if step.rows > self._rows and self._differs is not None and step not in self._compared:
+                    alone = []
+                    for number in here:
+                        slot = works[number].slot
+                        alone += self._replayed(slot, int(slot.lane or 0), [(works[number], lengths[number])])
+                    if all(map(_same, made, alone)):
+                        self._compared.add(step)
+                    else:
+                        made, size = alone, step.rows // self._rows
+                        self._numbers = tuple(each for each in self._numbers if each != size)
+                        self._differs(size)
+                results.update(zip(here, made, strict=True))
         for work in works:
             for layer in work.past.layers:
                 layer.advance(1)
         return [results[number] for number in range(len(works))]
 
+    def _replayed(self, step: StaticStep, first: int, works: list[tuple[Work, int]]) -> list[Any]:
+        """Run a step; return the results of sequences, whose present lengths are given."""
+        with self._recorder.in_turn():
+            recording = step.recording()
+            _check_rows(recording.outputs, step.rows)
+            recording.replay()
+        found = []
+        for work, length in works:
+            row = (int(work.slot.lane or 0) - first) * self._rows
+            with self._recorder.in_turn(stream=work.stream):
+                found.append(_own(recording.outputs, work.past, length + 1, slice(row, row + self._rows)))
+        return found
+
     def _divided(self, lanes: list[int]) -> list[tuple[StaticStep, int, list[int]]]:
         """Find the fewest steps for some lanes. Returns each with its first lane, and the places of its lanes here."""
-        most = self._numbers[-1]
-        found = []
-        for group in sorted({lane // most for lane in lanes}):
-            here = [number for number, lane in enumerate(lanes) if lane // most == group]
-            size = next(size for size in self._numbers if len({lanes[number] // size for number in here}) == 1)
-            first = lanes[here[0]] // size * size
+        left, found = list(range(len(lanes))), []
+        while left:
+            size, first, here = self._largest(lanes, left)
+            left = [number for number in left if number not in here]
             found.append((self._of_several(size, first), first, here))
         return found
+
+    def _largest(self, lanes: list[int], left: list[int]) -> tuple[int, int, list[int]]:
+        """Return the step for most of the lanes that are left, and of these the smallest."""
+        steps = []
+        for size in self._numbers:
+            for first in sorted({lanes[number] // size * size for number in left}):
+                here = [number for number in left if lanes[number] // size * size == first]
+                steps.append((len(here), -size, -first, here))
+        _, size, first, here = max(steps)
+        return -size, -first, here
 
     def _of_several(self, size: int, first: int) -> StaticStep:
         if size == 1:
@@ -487,10 +522,20 @@ def _check_rows(result: Any, rows: int) -> None:
     Raises:
         ValueError: One has not.
     """
-    fields = {name: value for name, value in result.items() if name not in CACHE_NAMES}
-    tensors = [leaf for leaf in _pytree.tree_leaves(fields) if isinstance(leaf, torch.Tensor)]
-    if not all(tensor.dim() and tensor.shape[0] == rows for tensor in tensors):
+    if not all(tensor.dim() and tensor.shape[0] == rows for tensor in tensors_of(result)):
         raise ValueError("the decoder returns tensors that are not divided into rows")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Check that two results have the same tensors, a NaN for a NaN."""
+    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+    return all(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """Return the tensors of a result, without its cache's."""
+    fields = [value for name, value in result.items() if name not in CACHE_NAMES]
+    return [leaf for leaf in _pytree.tree_leaves(fields) if isinstance(leaf, torch.Tensor)]
 
 
 def _own(result: Any, past: Any, positions: int, rows: slice | None = None) -> Any:
