@@ -130,6 +130,10 @@ class Call(NamedTuple):
     def undo(self) -> None:
         """Do nothing: the length is an input, and the token's place is written again."""
 
+    def following(self, number: int) -> Call | None:
+        """Return this call for the first token, and `None` for later ones."""
+        return None if number else self
+
     def tensors(self, result: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of a result."""
         return [result]

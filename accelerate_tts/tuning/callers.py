@@ -1,8 +1,8 @@
 """Trial of shared steps: one pass over a decoder's weights for several callers, against one pass for each.
 
-It is made where a decoder's blocks are fused (CPU) or its steps are recorded (CUDA), whether or not calls are limited to
-one at a time: threads come without notice, and the trial takes a dozen steps. A pass is timed without threads, on the
-last step of the warm-up and copies of its cache. What callers do between steps is theirs, and is not in these figures.
+It is made where a decoder's blocks are fused (CPU) or its steps are recorded (CUDA), whether or not calls are limited
+to one at a time: threads come without notice, and the trial takes a dozen steps. A pass is timed without threads, on
+the last step of the warm-up and copies of its cache. What callers do between steps is not in these figures.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _CALLERS = (2, 4, 8)
 _LOOKS = 3
+_TOKENS = 8
+"""Tokens of which all bits are compared, where they may vary: those of a single one may agree by chance."""
 _GAIN = 1.1
 """Minimum gain of a pass for two. Threads that wake each other take some of it."""
 _LEAST_ALONE = 0.9
@@ -120,55 +122,83 @@ def _step_of(baseline: Baseline, part: Part, steps: SharedSteps) -> tuple[Sequen
     return found[0] if found else None
 
 
+class _Trial:
+    """Passes for several callers, on copies of one step."""
+
+    def __init__(self, baseline: Baseline, rules: Rules, blocks: Sequence[Any], call: Joinable) -> None:
+        self._baseline, self._rules, self._blocks = baseline, rules, blocks
+        self.counts = [count for count in _CALLERS if count * call.rows <= rules.most_rows]
+        size = call.size()
+        if rules.bits_vary:  # each cache grows
+            self.counts = [count for count in self.counts if size * (count - 1) <= _MEMORY]
+        others = range(1, max(self.counts, default=1))
+        self._calls = [call, *(call.copied() if number * size <= _MEMORY else call for number in others)]
+
+    def alone(self) -> Any:
+        """Compute a step of one caller."""
+        result = self._rules.alone(self._blocks, self._calls[0])
+        if result is None:
+            raise ValueError("its step cannot be computed by itself")
+        self._calls[0].undo()
+        return result
+
+    def together(self, count: int) -> Any:
+        """Compute a step of so many callers."""
+        result = self._rules.together(self._blocks, self._calls[:count])
+        for call in self._calls[:count]:
+            call.undo()
+        return result
+
+    def states(self, count: int) -> list[list[torch.Tensor]]:
+        """Return the results of some tokens of each of so many callers."""
+        found: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        done = 0
+        for number in range(_TOKENS):
+            calls = [call.following(number) for call in self._calls[:count]]
+            if None in calls:
+                break
+            rows = calls[0].rows
+            made = self._rules.together(self._blocks, calls) if count > 1 else self._rules.alone(self._blocks, calls[0])
+            for place in range(count):
+                found[place] += calls[0].tensors(self._rules.taken(made, place * rows, rows) if count > 1 else made)
+            done += 1
+        for call in self._calls[:count]:
+            for _ in range(done):
+                call.undo()
+        return found
+
+    def best_of(self, works: dict[int, Callable[[], Any]]) -> dict[int, float]:
+        """Return the least seconds of each."""
+        best = dict.fromkeys(works, float("inf"))
+        policy, device = self._baseline.policy, self._baseline.device.type
+        for _ in range(_LOOKS):
+            for count, work in works.items():
+                best[count] = min(best[count], policy.look(work, device, policy.clock))
+        return best
+
+
 def _gains(baseline: Baseline, rules: Rules, blocks: Sequence[Any], call: Joinable) -> _Gains:
     """Time passes for several callers, and compare them with a step alone.
 
     Raises:
         ValueError: A caller's result is not bit for bit the same as alone, and the rules do not expect that.
     """
-    size = call.size()
-    counts = [count for count in _CALLERS if count * call.rows <= rules.most_rows]
-    others = range(1, max(counts, default=1))
-    if size * len(others) > _MEMORY and rules.bits_vary:  # a cache may not be given twice
-        counts = [count for count in counts if size * (count - 1) <= _MEMORY]
-    copies = [call, *(call.copied() if number * size <= _MEMORY else call for number in others)]
-
-    def alone() -> Any:
-        result = rules.alone(blocks, call)
-        call.undo()
-        return result
-
-    def together(count: int) -> Any:
-        result = rules.together(blocks, copies[:count])
-        for each in copies[:count]:
-            each.undo()
-        return result
-
-    def best_of(works: dict[int, Callable[[], Any]]) -> dict[int, float]:
-        best = dict.fromkeys(works, float("inf"))
-        for _ in range(_LOOKS):
-            for count, work in works.items():
-                best[count] = min(best[count], baseline.policy.look(work, baseline.device.type, baseline.policy.clock))
-        return best
-
-    before = 0.0
-    if rules.bits_vary and counts:  # a step alone is made in another way, too
-        alone()
-        before = best_of({1: alone})[1]
-        rules.arrange((1, *counts), call.rows)
-    expected = call.tensors(alone())
-    works: dict[int, Callable[[], Any]] = {1: alone}
-    differ: list[int] = []
-    for count in counts:
-        made = together(count)
-        each = [call.tensors(rules.taken(made, number * call.rows, call.rows)) for number in range(count)]
-        if all(len(one) == len(expected) and all(map(torch.equal, one, expected)) for one in each):
-            works[count] = partial(together, count)
+    trial = _Trial(baseline, rules, blocks, call)
+    before = None
+    if rules.bits_vary and trial.counts:  # where steps are shared, one of a caller alone is made in another way, too
+        trial.alone()
+        before = trial.best_of({1: trial.alone})[1]
+        rules.arrange((1, *trial.counts), call.rows)
+    (expected,) = trial.states(1)
+    works: dict[int, Callable[[], Any]] = {1: trial.alone}
+    differ = []
+    for count in trial.counts:
+        if all(len(one) == len(expected) and all(map(torch.equal, one, expected)) for one in trial.states(count)):
+            works[count] = partial(trial.together, count)
         elif rules.bits_vary:
             differ.append(count)
         else:
             raise ValueError(f"a step for {count} callers differs from the step of one")
-    best = best_of(works)
-    one = before or best[1]
-    shown = works if before and len(works) > 1 else works.keys() - {1}
-    return _Gains({count: count * one / best[count] for count in works if count in shown}, differ)
+    best = trial.best_of(works) if len(works) > 1 else {}
+    one = best.get(1, 0.0) if before is None else before
+    return _Gains({count: count * one / best[count] for count in best if count > 1 or before is not None}, differ)

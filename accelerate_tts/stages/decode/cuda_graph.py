@@ -25,6 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from accelerate_tts.errors import described
 from accelerate_tts.events import FellBack, NotApplied, emit
@@ -55,8 +56,6 @@ from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from torch import nn
 
     from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part, TimedCalls
@@ -219,6 +218,12 @@ class _Call(NamedTuple):
         """See `Joinable`. The token's place is written again."""
         for layer in self.past.layers:
             layer.advance(-1)
+
+    def following(self, number: int) -> _Call | None:
+        """See `Joinable`."""
+        if int(self.past.layers[0].keys.shape[-2]) + 1 >= self.capacity:
+            return None
+        return self if self.mask is None else self._replace(mask=nn.functional.pad(self.mask, (0, number), value=1))
 
     def tensors(self, result: Any) -> list[torch.Tensor]:
         """See `Joinable`. The cache is not among them."""
@@ -406,7 +411,7 @@ class _Steps:
         )
 
     def _capacity(self, length: int) -> int | None:
-        """Return the capacity of the slot for the next token. Where steps are shared, a slot's last place stays free."""
+        """Return the capacity of the slot for the next token. Where steps are shared, its last place stays free."""
         free = length + (self._numbers[-1] > 1)
         return next((size for size in CAPACITIES if size > free), None)
 

@@ -59,6 +59,10 @@ class Joinable(Protocol):
         """Have its cache as it was before it was computed."""
         ...
 
+    def following(self, number: int) -> Any:
+        """Return a step like this one for a later token, where so many were computed since; `None` if there is none."""
+        ...
+
     def tensors(self, result: Any) -> list[torch.Tensor]:
         """Return the tensors of a result, by which it is compared."""
         ...

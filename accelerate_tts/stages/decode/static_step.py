@@ -34,6 +34,9 @@ ABSENT = -1
 """Position of a row whose sequence is not in a step of several. It attends to nothing and is written to the last place
 of its buffers, which is the place at this index; a sequence in such buffers leaves that place free."""
 
+COMPARED = 8
+"""How often a step of several is compared with each one's own, bit by bit, before it is used without."""
+
 
 class Memory(NamedTuple):
     """What a step reads and writes at fixed addresses, besides the weights."""
@@ -96,14 +99,15 @@ class StaticStep:
         told: Called after the step was recorded.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what a step consists of
+    def __init__(  # noqa: PLR0913 - what a step consists of
         self,
         decoder: Any,
         forward: Callable[..., Any],
         constants: dict[str, Any],
         memory: Memory,
         recorder: Recorder,
-        any_rows: bool = False,  # noqa: FBT001, FBT002 - joined slots pass it on
+        *,
+        any_rows: bool = False,
         told: Callable[[], object] = bool,
     ) -> None:
         self._decoder, self._forward, self._constants = decoder, forward, constants
@@ -187,24 +191,37 @@ class StaticSlot(StaticStep):
     ) -> None:
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             memory = Memory.of_a_slot(past, inputs, capacity)
-            super().__init__(decoder, forward, constants, memory, recorder, any_rows)
+            super().__init__(decoder, forward, constants, memory, recorder, any_rows=any_rows)
             self._begin(memory, memory.position, {})
             self.recording()
 
     @classmethod
-    def of_lane(cls, lane: int, memory: Memory, known: dict[str, Any], *step: Any) -> StaticSlot:
+    def of_lane(  # noqa: PLR0913, PLR0917 - what a step consists of
+        cls,
+        lane: int,
+        memory: Memory,
+        known: dict[str, Any],
+        decoder: Any,
+        forward: Callable[..., Any],
+        constants: dict[str, Any],
+        recorder: Recorder,
+        told: Callable[[], object],
+    ) -> StaticSlot:
         """Return one of several slots side by side. Its step is recorded when it runs alone for the first time.
 
         Args:
             lane: Its place among them.
             memory: Its memory, with a position for each row.
             known: What a layer of such a cache has besides keys and values.
-            step: Further arguments of `StaticStep`, without the memory: decoder, forward, constants, recorder, ...
+            decoder: See `StaticStep`, as for the others.
+            forward: Likewise.
+            constants: Likewise.
+            recorder: Likewise.
+            told: Likewise.
         """
         made = cls.__new__(cls)
-        decoder, forward, constants, *others = step
         alone = memory._replace(position=memory.position[:1])  # its rows are at one position
-        StaticStep.__init__(made, decoder, forward, constants, alone, *others)
+        StaticStep.__init__(made, decoder, forward, constants, alone, recorder, any_rows=True, told=told)
         made._begin(memory, memory.position, known)
         made.lane = lane
         return made
@@ -398,18 +415,29 @@ class JoinedSlots:
         differs: Callable[[int], object] | None,
     ) -> None:
         self._recorder, self._numbers, self._differs = recorder, numbers, differs
-        self._step = decoder, forward, constants, recorder, True, told
+        self._step: Callable[[Memory], StaticStep] = lambda memory: StaticStep(
+            decoder, forward, constants, memory, recorder, any_rows=True, told=told
+        )
         with torch.inference_mode(mode=False), torch.no_grad():  # as in a slot
             self._memory = Memory.of_lanes(past, inputs, capacity, lanes)
             self._rows = len(self._memory.position) // lanes
             known = past.layers[0].state()
             self.slots = [
-                StaticSlot.of_lane(lane, self._memory.part(lane * self._rows, self._rows), known, *self._step)
+                StaticSlot.of_lane(
+                    lane,
+                    self._memory.part(lane * self._rows, self._rows),
+                    known,
+                    decoder,
+                    forward,
+                    constants,
+                    recorder,
+                    told,
+                )
                 for lane in range(lanes)
             ]
         self.bytes = sum(slot.bytes for slot in self.slots)
         self._several: dict[tuple[int, int], StaticStep] = {}  # by the number of slots, and the first one's lane
-        self._compared: set[StaticStep] = set()
+        self._compared: dict[StaticStep, int] = {}  # how often a step was compared
 
     def run(self, works: Sequence[Work]) -> list[Any]:
         """Run a token of several sequences.
@@ -433,13 +461,13 @@ class JoinedSlots:
                         if not any(slot is works[number].slot for number in here):
                             slot.step_aside()
                 made = [*self._replayed(step, first, [(works[number], lengths[number]) for number in here])]
-                if step.rows > self._rows and self._differs is not None and step not in self._compared:
+                if step.rows > self._rows and self._differs is not None and self._compared.get(step, 0) < COMPARED:
                     alone = []
                     for number in here:
                         slot = works[number].slot
                         alone += self._replayed(slot, int(slot.lane or 0), [(works[number], lengths[number])])
                     if all(map(_same, made, alone)):
-                        self._compared.add(step)
+                        self._compared[step] = self._compared.get(step, 0) + 1
                     else:
                         made, size = alone, step.rows // self._rows
                         self._numbers = tuple(each for each in self._numbers if each != size)
@@ -487,8 +515,7 @@ class JoinedSlots:
             return self.slots[first]
         if (size, first) not in self._several:
             memory = self._memory.part(first * self._rows, size * self._rows)
-            decoder, forward, constants, *others = self._step
-            self._several[size, first] = StaticStep(decoder, forward, constants, memory, *others)
+            self._several[size, first] = self._step(memory)
         return self._several[size, first]
 
     def leave(self) -> None:

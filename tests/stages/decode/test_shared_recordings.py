@@ -62,7 +62,9 @@ def each_row(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def attention_by_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "plain" not in request.keywords:
-        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", each_row(nn.functional.scaled_dot_product_attention))
+        monkeypatch.setattr(
+            nn.functional, "scaled_dot_product_attention", each_row(nn.functional.scaled_dot_product_attention)
+        )
 
 
 class ByRows(nn.Module):
@@ -117,7 +119,9 @@ class Shared(NamedTuple):
 
         self.steps.usual.arrange(numbers, rows)
         most = max(numbers) * rows
-        self.steps.rules = self.steps.usual._replace(**{"window": 100.0, "most_rows": most, "together": counted, **rules})
+        self.steps.rules = self.steps.usual._replace(
+            **{"window": 100.0, "most_rows": most, "together": counted, **rules}
+        )
         self.steps.is_on = True
 
 
@@ -222,9 +226,13 @@ def test_callers_together(name: str, rows: int, seen: list[Event]) -> None:
     shared = captured(model)
     shared.share(rows=rows)
     alone = [speak(model, caller) for caller in callers]
-    assert all(torch.allclose(a, b, atol=1e-4) for one, other in zip(plain, alone, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-4)
+        for one, other in zip(plain, alone, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     found = together(shared, callers)
-    print([torch.allclose(a,b,atol=1e-4) for one, other in zip(plain, found) for a, b in zip(one, other)])
+    print([torch.allclose(a, b, atol=1e-4) for one, other in zip(plain, found) for a, b in zip(one, other)])
     print(shared.passes, [str(e) for e in seen])
     assert all(equal(one, other) for one, other in zip(alone, found, strict=True))
     assert shared.passes, "of 32 steps, some are shared"
