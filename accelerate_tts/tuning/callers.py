@@ -162,6 +162,8 @@ class _Trial:
             for place in range(count):
                 found[place] += calls[0].tensors(self._rules.taken(made, place * rows, rows) if count > 1 else made)
             done += 1
+        if not done:
+            raise ValueError("the last step of the warm-up has no room for another")
         for call in self._calls[:count]:
             for _ in range(done):
                 call.undo()

@@ -190,8 +190,9 @@ class _Call(NamedTuple):
     capacity: int
     key: Any
     """What a slot's recording is for."""
-    may_join: bool
     stream: Any
+    may_join: Callable[[_Call], bool]
+    """Tells if it may be computed with others, as steps are arranged now."""
 
     @property
     def rows(self) -> int:
@@ -204,7 +205,7 @@ class _Call(NamedTuple):
 
     def layout(self) -> tuple[object, ...] | None:
         """See `Joinable`. The decoder's class is another after a change of it."""
-        return (self.plain, self.key) if self.may_join else None
+        return (self.plain, self.key) if self.may_join(self) else None
 
     def size(self) -> int:
         """See `Joinable`."""
@@ -401,13 +402,15 @@ class _Steps:
         asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
         how = (*asked, attention_of(config))
         key = (capacity, rows, len(past.layers), kinds, tuple(sorted(constants.items())), how)
-        may_join = (
+        stream = stream_of(past.layers[0].keys.device)
+        return _Call(plain, past, inputs, constants, mask, capacity, key, stream, self._may_join)
+
+    def _may_join(self, call: _Call) -> bool:
+        rows = call.rows
+        return (
             self._numbers_for(rows)[-1] > 1
-            and self._lanes(rows) * bytes_of(past, capacity) <= self._bounds.joined
-            and all(tensor.shape[0] == rows for tensor in inputs.values())
-        )
-        return _Call(
-            plain, past, inputs, constants, mask, capacity, key, may_join, stream_of(past.layers[0].keys.device)
+            and self._lanes(rows) * bytes_of(call.past, call.capacity) <= self._bounds.joined
+            and all(tensor.shape[0] == rows for tensor in call.inputs.values())
         )
 
     def _capacity(self, length: int) -> int | None:
@@ -534,7 +537,7 @@ class _Steps:
         # First the slot that holds the sequence, then a free slot, then the oldest slot if no other may be made.
         slot = next((slot for slot in slots if _is_in(slot, call.past)), None)
         slot = slot or next((slot for slot in _by_lane(slots) if slot not in taken and slot.is_free()), None)
-        if slot is None and not slots and call.may_join and self._join(call):
+        if slot is None and not slots and self._may_join(call) and self._join(call):
             slot = slots[0]
         size = bytes_of(call.past, call.capacity)
         if slot is None and (call.key in self._joined or self._is_full(size)):
