@@ -128,6 +128,8 @@ def steps(*, dry: bool = False) -> list[Step]:
         tests("test_tuned", 100),
         tests("test_token_kernels", 60),
         Step("token kernels", ("benchmarks/token_kernels.py",), 50),
+        tests("test_shared_recordings", 40),
+        Step("callers", ("benchmarks/shared_recordings.py", "--callers", "1,2,4"), 40),
         bench("chatterbox", 150, 40, "exact", "--warm-start"),  # a second process, which is set up from the pack
         bench("mms", 45, 20),
         bench("xtts", 75, 30),

@@ -119,6 +119,25 @@ class Call(NamedTuple):
         """Batch size."""
         return self.x.shape[0]
 
+    def size(self) -> int:
+        """Return the bytes of its cache."""
+        return sum(tensor.numel() * tensor.element_size() for pair in self.buffers for tensor in pair)
+
+    def copied(self) -> Call:
+        """Return the same call over a copy of its cache, without attention weights."""
+        return self._replace(buffers=[(keys.clone(), values.clone()) for keys, values in self.buffers], attentions=None)
+
+    def undo(self) -> None:
+        """Do nothing: the length is an input, and the token's place is written again."""
+
+    def following(self, number: int) -> Call | None:
+        """Return this call for the first token, and `None` for later ones."""
+        return None if number else self
+
+    def tensors(self, result: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of a result."""
+        return [result]
+
     def layout(self) -> tuple[Any, ...] | None:
         """Return what must be equal in calls that are computed together; `None` if this one is computed alone."""
         keys, values = self.buffers[0]

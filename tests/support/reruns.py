@@ -96,7 +96,7 @@ class Reruns:
         self.replays += 1
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False) -> Iterator[None]:
+    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Iterator[None]:
         assert for_the_last or not self.turns, "two threads use the same buffers"
         self.turns += 1
         try:

@@ -193,3 +193,31 @@ def test_what_the_kernels_would_read_wrongly_does_not_fit() -> None:
     ]
     assert [each.fits(layout) for each in wrong] == [False] * len(wrong)
     assert token.fits(layout)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_a_row_among_others_is_bit_for_bit_what_it_is_alone(name: str, weights: Any) -> None:
+    """Sequences of different lengths, and one that is absent: it is written to the last place, which others leave."""
+    model = MODELS[name]()
+    cases = [Case(model, 1, length, seed=length) for length in (0, 7, 70)]
+    layout = triton_layouts(cases[0].block, weights)[True]
+    copies = copied(layout, weights)
+    hidden, mask = (torch.cat([getattr(case, what) for case in cases]) for what in ("hidden", "mask"))
+    keys, values = (torch.cat([getattr(case, what) for case in cases]) for what in ("keys", "values"))
+    rotation = None
+    if cases[0].rotation is not None:
+        rotation = tuple(torch.cat([case.rotation[which] for case in cases]) for which in (0, 1))
+    absent = cases[1].keys.clone()
+    with torch.no_grad():
+        alone = [run(layout, copies, case.token()._replace(any_rows=True)) for case in cases]
+        positions = torch.tensor([0, -1, 70])
+        token = Token(hidden, rotation, mask, positions, keys, values, any_rows=True)  # type: ignore[arg-type]
+        assert token.fits(layout)
+        together = run(layout, copies, token)
+    for row in (0, 2):
+        assert torch.equal(together[row], alone[row][0])
+        assert torch.equal(keys[row, :, : cases[row].length + 1], cases[row].keys[0, :, : cases[row].length + 1])
+    assert torch.equal(keys[1, :, : CAPACITY - 1].nan_to_num(), absent[0, :, : CAPACITY - 1].nan_to_num())
+    assert torch.isfinite(keys[1, :, CAPACITY - 1]).all()
+    assert torch.isfinite(together[1]).all()

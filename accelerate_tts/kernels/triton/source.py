@@ -3,7 +3,7 @@
 All sums are of fp32 products, without TF32; `tl.dot` is not used. Weights are fp32, bf16, fp16, or int8 with a scale
 for each output. An index has three dimensions where rows meet a matrix: (rows, outputs, inputs). Sizes in capitals
 belong to the compiled kernel; all but HEAD and SPLITS are powers of two. Pointers may be `None`, which belongs to it,
-too.
+too. The number of rows does not, nor whether each has a position: one compiled kernel serves all of them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _stored(y, value, output, rows, outputs, step, ROWS: tl.constexpr):
     tl.store(y + row * step + output[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def projections(
     x, norm, norm_bias, eps, q, k, v, q_scale, k_scale, v_scale, q_bias, k_bias, v_bias, y,
     rows, inputs, q_outputs, k_outputs, y_step, output_step, input_step,
@@ -127,7 +127,7 @@ def projections(
     _stored(y + before, found, output, rows, outputs, y_step, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def feed_forward(
     x, norm, norm_bias, eps, gate, up, gate_scale, up_scale, gate_bias, up_bias, y,
     rows, inputs, outputs, output_step, input_step,
@@ -165,17 +165,18 @@ def _activated(x, GELU: tl.constexpr):
     return x * tl.sigmoid(x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position_step"])
 def attention(
     qkv, cos, sin, keys, values, mask, position, sums, maxima, totals,
-    scaling, heads, kv_heads, capacity, cos_step, mask_step,
+    scaling, heads, kv_heads, capacity, cos_step, mask_step, position_step,
     SPLITS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Rotate a query and the new key, write key and value into the cache, and attend to the true length.
 
     A program computes one head of one row over one of SPLITS shares of the positions: a sum of values, the highest
     score, and the sum of the weights relative to it. `residual_product` joins the shares. The new position is in the
-    first share and read from no cache, so that programs of several heads may share its key.
+    first share and read from no cache, so that programs of several heads may share its key. A row whose position is
+    negative attends to itself alone; its key and value go to the last place.
     """
     row, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     group = heads // kv_heads
@@ -196,11 +197,13 @@ def attention(
         key = key * cosine + tl.load(at_key + other, mask=inside, other=0) * sine
     key = key.to(keys.dtype.element_ty)  # as the next tokens read it
     value = value.to(values.dtype.element_ty)
-    length = tl.load(position).to(tl.int32)
+    length = tl.load(position + row * position_step).to(tl.int32)
+    new = tl.where(length < 0, capacity - 1, length)  # where the token is written
+    length = tl.maximum(length, 0)
     start_of = (row * kv_heads + kv_head) * capacity * HEAD
     is_writer = inside & (split == 0) & (head % group == 0)
-    tl.store(keys + start_of + length * HEAD + d, key, mask=is_writer)
-    tl.store(values + start_of + length * HEAD + d, value, mask=is_writer)
+    tl.store(keys + start_of + new * HEAD + d, key, mask=is_writer)
+    tl.store(values + start_of + new * HEAD + d, value, mask=is_writer)
     query *= scaling
 
     # Each of PLACES lanes has a softmax of its own, so that the loop joins no lanes.
@@ -255,7 +258,7 @@ def _attended(sums, maxima, totals, column, rows, inputs, SPLITS: tl.constexpr, 
     return found / total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def residual_product(
     x, maxima, totals, w, scale, bias, residual, y, rows, inputs, outputs, output_step, input_step,
     SPLITS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,

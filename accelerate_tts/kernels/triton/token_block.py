@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from accelerate_tts.kernels.block_layout import GELU_TANH
-from accelerate_tts.kernels.weight_formats import WeightFormat, in_bf16, in_int8, is_transposed
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, WeightFormat, in_bf16, in_int8, is_transposed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,11 +67,15 @@ class Token(NamedTuple):
     mask: torch.Tensor
     """Numbers that are added to the scores, (rows or 1, 1, 1, capacity)."""
     position: torch.Tensor
-    """Number of positions before the token, one integer."""
+    """Number of positions before the token: one integer, or one for each row. A row with a negative one attends to
+    nothing; its key and value are written to the last place."""
     keys: torch.Tensor
     """The block's keys, (rows, key heads, capacity, head size). The token's are written behind them."""
     values: torch.Tensor
     """Its values, likewise."""
+    any_rows: bool = False
+    """True if a row is to be computed as in a token of any other number of rows, bit by bit: by the same compiled
+    kernels, whose tiles have eight rows."""
 
     def fits(self, layout: BlockLayout) -> bool:
         """Check shapes and memory layouts; the kernels read memory without checks."""
@@ -82,6 +86,7 @@ class Token(NamedTuple):
             len({tensor.device for tensor in tensors}) == 1
             and positions == 1 and hidden == layout.norm1.weight.shape[0]
             and tuple(self.keys.shape) == tuple(self.values.shape) == cache
+            and self.position.numel() in {1, rows} and self.position.is_contiguous()
             and self.keys.is_contiguous() and self.values.is_contiguous()
             and self.mask.dim() == 4 and self.mask.shape[0] in {1, rows}  # noqa: PLR2004
             and tuple(self.mask.shape[1:]) == (1, 1, cache[2]) and self.mask.is_floating_point()
@@ -120,7 +125,8 @@ def run(layout: BlockLayout, copies: Copies, token: Token) -> torch.Tensor:
 
     width = (layout.heads + 2 * layout.kv_heads) * layout.head_dim
     qkv = scratch(rows, width)
-    sizes = q.tile(rows)
+    tiled = MOST_ROWS if token.any_rows else rows
+    sizes = q.tile(tiled)
     programs = -(-q.outputs // sizes["OUTPUTS"]) + 2 * -(-k.outputs // sizes["OUTPUTS"])
     launch(
         source.projections, (programs,), x, *first[:3],
@@ -128,7 +134,7 @@ def run(layout: BlockLayout, copies: Copies, token: Token) -> torch.Tensor:
         rows, hidden, q.outputs, k.outputs, width, *q.steps, LAYER_NORM=first.is_layer_norm, **sizes,
     )  # fmt: skip
 
-    shares = _shares(rows * layout.heads, token.keys.shape[2])
+    shares = _shares(tiled * layout.heads, token.keys.shape[2])
     sums = scratch(rows, layout.heads, shares, layout.head_dim)
     maxima, totals = scratch(rows, layout.heads, shares), scratch(rows, layout.heads, shares)
     cos, sin = (None, None) if token.rotation is None else (given.contiguous() for given in token.rotation)
@@ -137,11 +143,12 @@ def run(layout: BlockLayout, copies: Copies, token: Token) -> torch.Tensor:
         source.attention, (rows * layout.heads, shares), qkv, cos, sin, token.keys, token.values, mask,
         token.position, sums, maxima, totals, layout.scaling, layout.heads, layout.kv_heads, token.keys.shape[2],
         0 if cos is None or cos.shape[0] == 1 else layout.head_dim, 0 if mask.shape[0] == 1 else mask.stride(0),
+        0 if token.position.numel() == 1 else 1,
         SPLITS=shares, HEAD=layout.head_dim, WIDTH=_power(layout.head_dim), PLACES=_PLACES,
     )  # fmt: skip
 
     def product(linear: _Linear, given: tuple[Any, ...], residual: torch.Tensor, y: torch.Tensor, shares: int) -> None:
-        sizes = linear.tile(rows)
+        sizes = linear.tile(tiled)
         launch(
             source.residual_product, (-(-hidden // sizes["OUTPUTS"]),), *given, linear.weight, linear.scale,
             linear.bias, residual, y, rows, linear.inputs, hidden, *linear.steps,
@@ -152,7 +159,7 @@ def run(layout: BlockLayout, copies: Copies, token: Token) -> torch.Tensor:
     product(o, (sums, maxima, totals), x, between, shares)
 
     inner = scratch(rows, up.outputs)
-    sizes = up.tile(rows)
+    sizes = up.tile(tiled)
     launch(
         source.feed_forward, (-(-up.outputs // sizes["OUTPUTS"]),), between, *second[:3],
         *(getattr(each, what) for what in ("weight", "scale", "bias") for each in (gate, up)), inner,

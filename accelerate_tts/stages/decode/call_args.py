@@ -75,9 +75,9 @@ class Obstacles:
     def served(self, block: int) -> None:
         """Note that a block was served, which ends its obstacles."""
         if self._blocks:
-            for known in self._blocks.values():
+            for known in list(self._blocks.values()):  # another thread may report meanwhile
                 known.discard(block)
-            self._blocks = {obstacle: known for obstacle, known in self._blocks.items() if known}
+            self._blocks = {obstacle: known for obstacle, known in list(self._blocks.items()) if known}
 
 
 def token_layer(obstacles: Obstacles, past: Any, number: int, named: dict[str, Any]) -> Any:

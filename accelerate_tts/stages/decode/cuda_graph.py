@@ -10,23 +10,29 @@ the bytes of recordings are bounded; the least recently used one is evicted.
 Where Triton is installed, a step may be recorded in fewer kernels (token_kernels.py). If they cannot be compiled or
 started, upstream's own step is recorded, with one event.
 
+Steps of several threads may be one step of more rows (shared_steps.py): one recording for each number of callers. Their
+sequences then live in slots side by side (`JoinedSlots`), whoever else is there, so that no cache is copied for a step.
+
 Half precision belongs inside the recording. By itself it slows an eager step down, since each cast is one more kernel
 launch, and a recording does not see later changes of the layers.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from accelerate_tts.errors import described
-from accelerate_tts.events import FellBack, emit
+from accelerate_tts.events import FellBack, NotApplied, emit
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import has_hooks, parameters_of
 from accelerate_tts.inspection.tracing import is_traced
-from accelerate_tts.kernels.weight_formats import formats_under
+from accelerate_tts.kernels.weight_formats import MOST_ROWS, formats_under
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
@@ -35,15 +41,21 @@ from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of, is_spied
 from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
-from accelerate_tts.stages.decode.static_step import CAPACITIES, StaticSlot, bytes_of
+from accelerate_tts.stages.decode.shared_steps import Rules, SharedSteps
+from accelerate_tts.stages.decode.static_step import (
+    CAPACITIES,
+    JoinedSlots,
+    StaticSlot,
+    Work,
+    bytes_of,
+    tensors_of,
+)
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
-from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.graphs.recorder import CudaRecorder, stream_of
 from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from torch import nn
+    from collections.abc import Callable, Iterable, Sequence
 
     from accelerate_tts.patching.class_swap import CarryingSwap
     from accelerate_tts.plan import Part, TimedCalls
@@ -52,6 +64,7 @@ if TYPE_CHECKING:
     from accelerate_tts.stages.layers.half_precision import HalfStage
     from accelerate_tts.stages.protocol import Stage, Target
 
+_NUMBERS = (2, 4, 8)
 _POSITIONS = "position_ids"
 _PROMPTS = ("inputs_embeds", "input_ids")
 _OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
@@ -63,10 +76,12 @@ class Bounds(NamedTuple):
     Attributes:
         slots: Maximum slots, that is, sequences that can alternate without a copy.
         bytes: Maximum bytes of all slots. A slot of T3 for 1,024 positions takes half a gigabyte.
+        joined: Maximum bytes of slots side by side, where steps are shared; these do not count as slots above.
     """
 
     slots: int = 4
     bytes: int = 2 << 30
+    joined: int = 4 << 30
 
 
 @register_stage
@@ -157,6 +172,70 @@ class _Captured(CountedChange, Changes):
         """Slots of all decoders, least recently used first for each."""
         return [slot for steps in self._steps.values() for slot in steps.slots]
 
+    @property
+    def steps(self) -> list[SharedSteps]:
+        """Meeting points of the steps of each decoder."""
+        return [steps.shared for steps in self._steps.values()]
+
+
+class _Call(NamedTuple):
+    """A token of one caller."""
+
+    plain: Any
+    """The decoder's class without ours."""
+    past: Any
+    inputs: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+    mask: torch.Tensor | None
+    capacity: int
+    key: Any
+    """What a slot's recording is for."""
+    stream: Any
+    may_join: Callable[[_Call], bool]
+    """Tells if it may be computed with others, as steps are arranged now."""
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return int(self.past.layers[0].keys.shape[0])
+
+    def shapes(self) -> str:
+        """Return the shapes of the inputs, for events."""
+        return ", ".join(str(tuple(tensor.shape)) for tensor in self.inputs.values())
+
+    def layout(self) -> tuple[object, ...] | None:
+        """See `Joinable`. The decoder's class is another after a change of it."""
+        return (self.plain, self.key) if self.may_join(self) else None
+
+    def size(self) -> int:
+        """See `Joinable`."""
+        return bytes_of(self.past, self.capacity)
+
+    def copied(self) -> _Call:
+        """See `Joinable`."""
+        return self._replace(past=copy.deepcopy(self.past))
+
+    def undo(self) -> None:
+        """See `Joinable`. The token's place is written again."""
+        for layer in self.past.layers:
+            layer.advance(-1)
+
+    def following(self, number: int) -> _Call | None:
+        """See `Joinable`."""
+        if int(self.past.layers[0].keys.shape[-2]) + 1 >= self.capacity:
+            return None
+        return self if self.mask is None else self._replace(mask=nn.functional.pad(self.mask, (0, number), value=1))
+
+    def tensors(self, result: Any) -> list[torch.Tensor]:
+        """See `Joinable`. The cache is not among them."""
+        if result is None:
+            raise ValueError("its step cannot be recorded")
+        return tensors_of(result)
+
+
+def _taken(made: dict[int, Any], first: int, _rows: int) -> Any:
+    return made[first]
+
 
 class _Steps:
     """The recordings of one decoder."""
@@ -186,6 +265,15 @@ class _Steps:
         self._slots: dict[Any, list[StaticSlot]] = {}  # least recently used first, in each list and among the keys
         self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
         self._broken = False
+        self._numbers: tuple[int, ...] = (1,)  # numbers of callers for which there are steps
+        self._rows = 1  # of their calls
+        self._joined: dict[Any, JoinedSlots] = {}  # by the same keys as slots
+        self._last: StaticSlot | None = None  # used by the last step
+        self._is_in_pass = False
+        self.shared = SharedSteps(self._obstacles.what, Rules(
+            alone=self._alone, together=self._together, taken=_taken, finish=self._finish, arrange=self._arrange,
+            bits_vary=True,
+        ))  # fmt: skip
 
     def class_for(self, plain: Any) -> type:
         """Return the decoder's class while the change is on."""
@@ -250,13 +338,13 @@ class _Steps:
         """Run a prompt that writes into a free slot; return `None` if this is no prompt, or no slot is free for it."""
         decoder = self._decoder
         given = next((t for name, t in _tensors(named).items() if name in _PROMPTS and t.dim() > 1), None)
-        if given is None or self._broken or not _begins(decoder, named):
-            return None
+        if given is None or self._broken or self._numbers[-1] > 1 or not _begins(decoder, named):
+            return None  # where steps are shared, a prompt's bits must not depend on whether a slot is free
         with self._lock:
             weights, lent = self._weights, self._lend(given)
-        if lent is None:
-            return None
-        key, slot = lent
+            if lent is None:
+                return None
+            key, slot = lent
         past = cache_of(named)
         past = kv_cache.cache_classes().DynamicCache() if past is None else past
         filled = {**named, cache_name(named) or cache_name(self._names) or CACHE_NAMES[0]: past}
@@ -269,7 +357,7 @@ class _Steps:
     def _lend(self, given: torch.Tensor) -> tuple[Any, StaticSlot] | None:
         """Take a free slot for a prompt out of those that others may use."""
         rows, length = given.shape[:2]
-        capacity = next((size for size in CAPACITIES if size > length), None)
+        capacity = self._capacity(length)
         dtype = next((weight.dtype for weight in self._decoder.parameters() if weight.is_floating_point()), None)
         for key, slots in reversed(self._slots.items()):
             for slot in slots if key[:2] == (capacity, rows) else []:
@@ -287,33 +375,24 @@ class _Steps:
         self._slots.setdefault(key, []).append(slot)
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
+        call = self._call(plain, named)
+        return None if call is None else self.shared.run((), call)
+
+    def _call(self, plain: Any, named: dict[str, Any]) -> _Call | None:
+        """Describe a token; return `None` if upstream's forward must run. Takes no lock: a step may be under way."""
         past = cache_of(named)
         inputs = _tensors(named)
         # The recording makes its own positions where they are None, as a head over the decoder passes them on.
         own = {*_OWN, *inputs, _POSITIONS}
         constants = {name: value for name, value in named.items() if name not in own}
         mask = named.get("attention_mask")
-        with self._lock:
-            kv_cache.adopt(past)
-            length = past.layers[0].length()
-            if mask is not None and tuple(mask.shape) != (past.layers[0].keys.shape[0], length + 1):
-                return None  # upstream raises its own error
-            if any(layer.length() != length for layer in past.layers):
-                self._obstacles.report("layers of its cache have different lengths, as in cross attention", 0)
-                return None
-            if self._weights.outdated():  # a recording holds addresses, and copies of weights
-                self._weights = WeightWatch(self._decoder, content=self._copies)
-                self._clear()
-            slot = self._slot_for(plain, past, length, inputs, constants)
-            if slot is None:
-                return None
-            self._obstacles.served(0)
-            return slot.run(past, inputs, mask)
-
-    def _slot_for(
-        self, plain: Any, past: Any, length: int, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
-    ) -> StaticSlot | None:
-        capacity = next((size for size in CAPACITIES if size > length), None)
+        rows, _, length, _ = past.layers[0].keys.shape
+        if mask is not None and tuple(mask.shape) != (rows, length + 1):
+            return None  # upstream raises its own error
+        if any(layer.keys.shape[-2] != length for layer in past.layers):
+            self._obstacles.report("layers of its cache have different lengths, as in cross attention", 0)
+            return None
+        capacity = self._capacity(length)
         if capacity is None or bytes_of(past, capacity) > self._bounds.bytes:
             reason = f"the sequence has more than {CAPACITIES[-1]} positions, or takes too much memory"
             self._obstacles.report(reason, 0)
@@ -322,40 +401,215 @@ class _Steps:
         config = self._decoder.config
         asked = tuple(getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states"))
         how = (*asked, attention_of(config))
-        key = (capacity, past.layers[0].keys.shape[0], len(past.layers), kinds, tuple(sorted(constants.items())), how)
-        slots = self._slots.pop(key, [])
-        self._slots[key] = slots
+        key = (capacity, rows, len(past.layers), kinds, tuple(sorted(constants.items())), how)
+        stream = stream_of(past.layers[0].keys.device)
+        return _Call(plain, past, inputs, constants, mask, capacity, key, stream, self._may_join)
+
+    def _may_join(self, call: _Call) -> bool:
+        rows = call.rows
+        return (
+            self._numbers_for(rows)[-1] > 1
+            and self._lanes(rows) * bytes_of(call.past, call.capacity) <= self._bounds.joined
+            and all(tensor.shape[0] == rows for tensor in call.inputs.values())
+        )
+
+    def _capacity(self, length: int) -> int | None:
+        """Return the capacity of the slot for the next token. Where steps are shared, its last place stays free."""
+        free = length + (self._numbers[-1] > 1)
+        return next((size for size in CAPACITIES if size > free), None)
+
+    def _numbers_for(self, rows: int) -> tuple[int, ...]:
+        """Return the numbers of callers, of so many rows each, for which there are steps."""
+        if rows == self._rows or self._numbers[-1] == 1:
+            return self._numbers
+        most = min(MOST_ROWS, self._numbers[-1] * self._rows) // rows
+        return (1, *(number for number in _NUMBERS if number <= most))
+
+    def _lanes(self, rows: int) -> int:
+        """Return the number of slots side by side, of so many rows each."""
+        most = self._numbers_for(rows)[-1]
+        return -(-self._bounds.slots // most) * most
+
+    # --- computing steps, as the rules of shared steps have it ---
+
+    def _alone(self, _blocks: Sequence[Any], call: _Call) -> Any:
+        """Run one token. Returns `None` if upstream's forward must run."""
+        with self._lock:
+            if self._is_in_pass:
+                return None  # from inside a step of several: a signal handler's, or a hook's of an event
+            self._refresh()
+            kv_cache.adopt(call.past)
+            slot = self._slot_for(call, [])
+            if slot is None:
+                return None
+            self._obstacles.served(0)
+            self._last = slot
+            try:
+                slot.prepare(call.past, call.inputs, call.mask, call.stream)
+            except Exception as error:  # as in `_recorded`
+                if not self._falls_back(error):
+                    return None
+                self._clear()  # a row must not depend on which slot it is in
+                return self._alone(_blocks, call)
+            return slot.run(call.past, call.inputs, call.mask, call.stream)
+
+    def _together(self, _blocks: Sequence[Any], calls: Sequence[_Call]) -> dict[int, Any]:
+        """Run a token of each of several callers.
+
+        Returns:
+            Results by the first row of each call, `None` where upstream's forward must run.
+
+        Raises:
+            Exception: A step has failed. No sequence has grown.
+        """
+        with self._lock:
+            if self._is_in_pass:
+                raise RuntimeError("a step of several was begun inside another")
+            self._is_in_pass = True
+            done: list[_Call] = []
+            try:
+                self._refresh()
+                results = self._run_each(calls, done)
+            except BaseException:
+                for call in done:
+                    call.undo()
+                raise
+            finally:
+                self._is_in_pass = False
+        found, row = {}, 0
+        for call, result in zip(calls, results, strict=True):
+            found[row] = result
+            row += call.rows
+        return found
+
+    def _run_each(self, calls: Sequence[_Call], done: list[_Call]) -> list[Any]:
+        slots: list[StaticSlot | None] = [None] * len(calls)
+        for call in calls:
+            kv_cache.adopt(call.past)
+        # Those that have a slot first, so that no other call takes it.
+        has_one = [any(_is_in(slot, call.past) for slot in self._slots.get(call.key, ())) for call in calls]
+        for number in sorted(range(len(calls)), key=lambda number: not has_one[number]):
+            slots[number] = self._slot_for(calls[number], [slot for slot in slots if slot is not None])
+        self._obstacles.served(0)
+        results: list[Any] = [None] * len(calls)
+        works = {
+            number: Work(slot, call.past, call.inputs, call.mask, call.stream)
+            for number, (call, slot) in enumerate(zip(calls, slots, strict=True))
+            if slot is not None and slot.lane is not None
+        }
+        if works:
+            made = self._joined[calls[0].key].run(list(works.values()))
+            for number, result in zip(works, made, strict=True):
+                done.append(calls[number])
+                results[number] = result
+        for number, (call, slot) in enumerate(zip(calls, slots, strict=True)):
+            if slot is not None:
+                self._last = slot
+                if slot.lane is None:
+                    results[number] = slot.run(call.past, call.inputs, call.mask, call.stream)
+                    done.append(call)
+        return results
+
+    def _finish(self) -> None:
+        """Wait for the last step, without the lock: others may come meanwhile."""
+        slot = self._last
+        if slot is not None:
+            slot.finish()
+
+    def _arrange(self, numbers: tuple[int, ...], rows: int) -> None:
+        """Make steps for so many callers each, of so many rows. Sequences leave the slots that there are."""
+        with self._lock:
+            self._clear()
+            self._numbers, self._rows = numbers, rows
+            self._weights = WeightWatch(self._decoder, content=self._copies)  # a slot that a prompt is in is not kept
+
+    # --- slots ---
+
+    def _refresh(self) -> None:
+        if self._weights.outdated():  # a recording holds addresses, and copies of weights
+            self._weights = WeightWatch(self._decoder, content=self._copies)
+            self._clear()
+
+    def _slot_for(self, call: _Call, taken: Sequence[StaticSlot]) -> StaticSlot | None:
+        """Return the slot of a call, none of those that are taken; `None` if none could be recorded."""
+        slots = self._slots.pop(call.key, [])
+        self._slots[call.key] = slots
         # First the slot that holds the sequence, then a free slot, then the oldest slot if no other may be made.
-        slot = next((slot for slot in slots if slot.holds(past) or slot.is_of(past)), None)
-        slot = slot or next((slot for slot in slots if slot.is_free()), None)
-        if slot is None and slots and self._is_full(bytes_of(past, capacity)):
+        slot = next((slot for slot in slots if _is_in(slot, call.past)), None)
+        slot = slot or next((slot for slot in _by_lane(slots) if slot not in taken and slot.is_free()), None)
+        if slot is None and not slots and self._may_join(call) and self._join(call):
             slot = slots[0]
+        size = bytes_of(call.past, call.capacity)
+        if slot is None and (call.key in self._joined or self._is_full(size)):
+            slot = next((slot for slot in slots if slot not in taken), None)
         if slot is None:
-            self._make_room(bytes_of(past, capacity))
-            slot = self._recorded(plain, past, inputs, constants, capacity)
+            self._make_room(size)
+            slot = self._recorded(call)
         else:
             slots.remove(slot)
         if slot is not None:
-            self._slots.setdefault(key, slots).append(slot)
+            self._slots.setdefault(call.key, slots).append(slot)
         return slot
 
-    def _recorded(
-        self, plain: Any, past: Any, inputs: dict[str, torch.Tensor], constants: dict[str, Any], capacity: int
-    ) -> StaticSlot | None:
+    def _recorded(self, call: _Call) -> StaticSlot | None:
         try:
-            recorder = self._recorder(past.layers[0].keys.device)
-            slot = StaticSlot(self._decoder, plain.forward, past, inputs, constants, capacity, recorder)
+            slot = StaticSlot(
+                self._decoder, call.plain.forward, call.past, call.inputs, call.constants, call.capacity,
+                self._recorder(call.past.layers[0].keys.device), any_rows=self._numbers[-1] > 1,
+            )  # fmt: skip
         except Exception as error:  # a capture may fail in any way, and so may a decoder that is given another mask
-            reason = described(error).splitlines()[0]
-            if self._kernels is not None and self._kernels.give_up(self._decoder):  # a compiler may be missing
-                emit(FellBack(self._counter.what, self._stage, f"{reason}; upstream's own step is recorded"))
-                return self._recorded(plain, past, inputs, constants, capacity)
-            self._broken = True
-            emit(FellBack(self._counter.what, self._stage, reason))
-            return None
-        self._counter.guard = f"a sequence of up to {capacity} positions"
-        self._counter.count(", ".join(str(tuple(tensor.shape)) for tensor in inputs.values()))
+            return self._recorded(call) if self._falls_back(error) else None
+        self._count(call.capacity, call.shapes())
         return slot
+
+    def _falls_back(self, error: Exception) -> bool:
+        """Give up the kernels after a failure, or else recordings. Returns True if recording can be tried again."""
+        reason = described(error).splitlines()[0]
+        if self._kernels is not None and self._kernels.give_up(self._decoder):  # a compiler may be missing
+            emit(FellBack(self._counter.what, self._stage, f"{reason}; upstream's own step is recorded"))
+            return True
+        self._broken = True
+        emit(FellBack(self._counter.what, self._stage, reason))
+        return False
+
+    def _count(self, capacity: int, shapes: str) -> None:
+        self._counter.guard = f"a sequence of up to {capacity} positions"
+        self._counter.count(shapes)
+
+    def _differs(self, capacity: int, callers: int) -> None:
+        reason = f"for {callers} callers of up to {capacity} positions it differs in bits from each one's own step"
+        emit(NotApplied(f"shared steps of {self._obstacles.what}", reason))
+
+    def _join(self, call: _Call) -> bool:
+        """Make slots side by side for a kind of calls, if there is room. Returns False if there is none."""
+        lanes, size = self._lanes(call.rows), self._lanes(call.rows) * bytes_of(call.past, call.capacity)
+        for key, joined in list(self._joined.items()):
+            slots = self._slots.get(key, [])
+            is_idle = len(slots) == len(joined.slots) and all(slot.is_free() for slot in slots)
+            if is_idle and not self._has_room(size):
+                joined.leave()
+                del self._joined[key]
+                self._slots.pop(key)
+        if not self._has_room(size):
+            return False
+        try:
+            joined = JoinedSlots(
+                self._decoder, call.plain.forward, call.past, call.inputs, call.constants, call.capacity,
+                self._recorder(call.past.layers[0].keys.device), lanes, self._numbers_for(call.rows),
+                partial(self._count, call.capacity, call.shapes()),
+                partial(self._differs, call.capacity) if self.shared.is_on else None,  # the trial compares by itself
+            )  # fmt: skip
+        except RuntimeError as error:  # the device's memory is used up
+            self.shared.is_on, self._numbers = False, (1,)
+            emit(NotApplied(f"shared steps of {self._obstacles.what}", f"no slots for them: {described(error)}"))
+            return False
+        self._joined[call.key] = joined
+        self._slots[call.key].extend(joined.slots)
+        return True
+
+    def _has_room(self, more: int) -> bool:
+        used = sum(joined.bytes for joined in self._joined.values())
+        return len(self._joined) < max(2, self._bounds.slots) and used + more <= self._bounds.joined
 
     @property
     def slots(self) -> list[StaticSlot]:
@@ -365,20 +619,31 @@ class _Steps:
     def _clear(self) -> None:
         for slot in self.slots:
             slot.leave()
-        self._slots = {}
+        for joined in self._joined.values():
+            joined.finish()
+        self._slots, self._joined, self._last = {}, {}, None
         if self._kernels is not None:
             self._kernels.forget(self._decoder)
 
     def _is_full(self, more: int) -> bool:
-        slots = self.slots
+        slots = [slot for slot in self.slots if slot.lane is None]
         used = sum(slot.bytes for slot in slots)
         return len(slots) >= self._bounds.slots or used + more > self._bounds.bytes
 
     def _make_room(self, more: int) -> None:
-        for slots in list(self._slots.values()):
-            while slots and self._is_full(more):
+        for key, slots in list(self._slots.items()):
+            while slots and key not in self._joined and self._is_full(more):
                 slots.pop(0).leave()
-        self._slots = {key: slots for key, slots in self._slots.items() if slots}
+        self._slots = {key: slots for key, slots in self._slots.items() if slots or key in self._joined}
+
+
+def _is_in(slot: StaticSlot, past: Any) -> bool:
+    return slot.holds(past) or slot.is_of(past)
+
+
+def _by_lane(slots: list[StaticSlot]) -> list[StaticSlot]:
+    """Return slots in the order of their lanes, so that those in use are neighbours; others in their own order."""
+    return sorted(slots, key=lambda slot: slot.lane or 0)
 
 
 def _begins(decoder: Any, named: dict[str, Any]) -> bool:

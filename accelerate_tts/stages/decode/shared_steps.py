@@ -1,5 +1,8 @@
 """Shared steps: decode steps of several threads are computed in one pass over the weights. Bit-exact.
 
+How a step is computed is the matter of `Rules`: fused_decoder.py has fused blocks on a CPU, and cuda_graph.py recorded
+steps on CUDA.
+
 A decode step reads every weight for one or two rows, and reading is most of its cost. Calls of one model in several
 threads, each in upstream's own loop with its own cache, therefore meet here. A thread that finds no pass under way
 computes its step at once. Steps that arrive during a pass are computed together in the next one, up to `most_rows`
@@ -17,7 +20,7 @@ import threading
 import time
 import weakref
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -31,7 +34,52 @@ from accelerate_tts.runtime.call_end import tell_at_end
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from accelerate_tts.kernels.decoder_block import Call, Described
+
+class Joinable(Protocol):
+    """One caller's step."""
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        ...
+
+    def layout(self) -> tuple[object, ...] | None:
+        """Return what must be equal in steps that are computed together; `None` if this one is computed alone."""
+        ...
+
+    def size(self) -> int:
+        """Return the bytes of its cache."""
+        ...
+
+    def copied(self) -> Any:
+        """Return the same step over a copy of its cache."""
+        ...
+
+    def undo(self) -> None:
+        """Have its cache as it was before it was computed."""
+        ...
+
+    def following(self, number: int) -> Any:
+        """Return a step like this one for a later token, where so many were computed since; `None` if there is none."""
+        ...
+
+    def tensors(self, result: Any) -> list[torch.Tensor]:
+        """Return the tensors of a result, by which it is compared."""
+        ...
+
+
+def rows_of(made: Any, first: int, rows: int) -> Any:
+    """Return some rows of a pass, (blocks, rows, 1, hidden).
+
+    Those of its own thread are a view. Others are in memory of their own, made in the thread that uses it, since
+    tensors of inference mode differ from others.
+    """
+    part = made[:, first : first + rows]
+    return part.clone() if first else part
+
+
+def _nothing(_numbers: tuple[int, ...], _rows: int) -> None:
+    """Arrange nothing."""
 
 
 class Rules(NamedTuple):
@@ -44,10 +92,18 @@ class Rules(NamedTuple):
     least that much longer than computing it in this one."""
     clock: Callable[[], float] = time.perf_counter
     """Returns the time in seconds."""
-    alone: Callable[[Sequence[Described], Call], torch.Tensor] = run
+    alone: Callable[[Sequence[Any], Any], Any] = run
     """Computes one call."""
-    together: Callable[[Sequence[Described], Sequence[Call]], torch.Tensor] = run_together
+    together: Callable[[Sequence[Any], Sequence[Any]], Any] = run_together
     """Computes several calls in one pass."""
+    taken: Callable[[Any, int, int], Any] = rows_of
+    """Returns the result of one call in that of a pass, by its first row and its number of rows."""
+    finish: Callable[[], object] | None = None
+    """Waits for a pass that a device computes; callers who come meanwhile meet. Not called for the only caller."""
+    arrange: Callable[[tuple[int, ...], int], object] = _nothing
+    """Has passes made for so many callers each, in ascending order, by calls of so many rows; (1,) for one caller."""
+    bits_vary: bool = False
+    """True if a pass for some numbers of callers may differ in bits from a step alone. Those are not used."""
     look: float = 1.0
     """Seconds after which a waiting step looks at its state, and checks that its process was not forked."""
 
@@ -77,13 +133,13 @@ _WAITS, _LEADS, _TAKEN, _DONE = "waits", "leads", "taken", "done"
 class _Step:
     """A decode step of one caller."""
 
-    def __init__(self, caller: _Caller, blocks: Sequence[Described], call: Call) -> None:
+    def __init__(self, caller: _Caller, blocks: Sequence[Any], call: Joinable) -> None:
         self.caller, self.blocks, self.call = caller, blocks, call
         self.threads = torch.get_num_threads()  # sums of transposed weights depend on it
         self.state = _WAITS
         self.wake = threading.Lock()  # released when the step is done, or when its thread leads the next pass
         self.wake.acquire()
-        self.made: torch.Tensor | None = None  # hidden states of all rows of its pass
+        self.made: Any = None  # the result of its pass
         self.first = 0  # its first row in them
 
     @cached_property
@@ -125,17 +181,20 @@ class SharedSteps:
     Attributes:
         is_on: True if steps are shared. Otherwise each is computed alone, as it comes.
         rules: The rules of passes.
+        usual: Those that it was made with.
         counts: Passes so far, while steps are shared. A `DecodePasses` event has those since the last one; it is sent
             when a call ends.
 
     Args:
         what: Name for events.
+        rules: The rules until others are assigned; those of fused blocks if not given.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, rules: Rules | None = None) -> None:
         self.is_on = False
         self._what = what
-        self.rules = Rules()
+        self.usual = Rules() if rules is None else rules
+        self.rules = self.usual
         self.counts = self._told = Counts()
         self._is_due = False
         self._telling = rlock()
@@ -143,15 +202,16 @@ class SharedSteps:
         self._meeting = _Meeting()
         _all.add(self)
 
-    def run(self, blocks: Sequence[Described], call: Call) -> torch.Tensor:
+    def run(self, blocks: Sequence[Any], call: Joinable) -> Any:
         """Compute a step, alone or with those of other threads.
 
         Args:
-            blocks: Consecutive blocks.
-            call: Inputs of this thread's caller.
+            blocks: Consecutive blocks, as the rules take them.
+            call: Inputs of this thread's caller, likewise.
 
         Returns:
-            Hidden states behind each block, (blocks, rows, 1, hidden), fp32.
+            What the rules return for it. For fused blocks these are the hidden states behind each block, (blocks, rows,
+            1, hidden), fp32.
         """
         if not self.is_on:
             return self.rules.alone(blocks, call)
@@ -181,7 +241,7 @@ class SharedSteps:
             passes, steps, rows = (now - before for now, before in zip(counts, told, strict=True))
             emit(DecodePasses(self._what, passes, steps, rows))
 
-    def _met(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
+    def _met(self, meeting: _Meeting, step: _Step) -> Any:
         try:
             self._arrive(meeting, step)
             while step.state in {_WAITS, _TAKEN} and not step.wake.acquire(timeout=self.rules.look):
@@ -194,8 +254,7 @@ class SharedSteps:
             raise
         if step.made is None:
             return self.rules.alone(step.blocks, step.call)
-        # In memory of its own, made in the thread that uses it, since tensors of inference mode differ from others.
-        return step.made[:, step.first : step.first + step.call.rows].clone()
+        return self.rules.taken(step.made, step.first, step.call.rows)
 
     def _arrive(self, meeting: _Meeting, step: _Step) -> None:
         caller = step.caller
@@ -210,36 +269,40 @@ class SharedSteps:
             else:
                 meeting.leader, step.state = step, _LEADS
 
-    def _lead(self, meeting: _Meeting, step: _Step) -> torch.Tensor:
+    def _lead(self, meeting: _Meeting, step: _Step) -> Any:
         """Compute the next pass, and hand over to the first of those who wait."""
         steps = self._gathered(meeting, step)
-        made = None
+        is_alone, made, failed = len(steps) == 1, None, False
         try:
             start = self.rules.clock()
-            made = self._computed(steps)
+            made, failed = self._computed(steps)
+            if self.rules.finish is not None and len(meeting.callers) > 1:
+                self.rules.finish()
             meeting.window = self.rules.window * (self.rules.clock() - start)
         finally:
             with meeting.lock:
                 self._end(meeting)
-        return self.rules.alone(step.blocks, step.call) if made is None else made[:, : step.call.rows]
+        if failed:
+            return self.rules.alone(step.blocks, step.call)
+        return made if is_alone else self.rules.taken(made, 0, step.call.rows)
 
-    def _computed(self, steps: list[_Step]) -> torch.Tensor | None:
-        """Compute a pass. `None` if that of several failed, so that each is computed alone."""
+    def _computed(self, steps: list[_Step]) -> tuple[Any, bool]:
+        """Compute a pass. Returns its result, and True if that of several failed, so that each is computed alone."""
         first = steps[0]
         if len(steps) == 1:
-            return self.rules.alone(first.blocks, first.call)
+            return self.rules.alone(first.blocks, first.call), False
         try:
             made = self.rules.together(first.blocks, [step.call for step in steps])
         except Exception as error:  # must not reach callers whose own step may be sound
             self.is_on = False
             reason = f"a pass failed ({type(error).__name__}: {message_of(error)}); each step is computed alone now"
             emit(NotApplied(f"shared steps of {self._what}", reason))
-            return None
+            return None, True
         row = 0
         for step in steps:
             step.first, step.made = row, made
             row += step.call.rows
-        return made
+        return made, False
 
     def _gathered(self, meeting: _Meeting, step: _Step) -> list[_Step]:
         """Wait for callers that come within the window; return the steps of the pass, this one first."""

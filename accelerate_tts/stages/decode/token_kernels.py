@@ -193,7 +193,7 @@ class _Block:
         is_rotated = "position_embeddings" in self._names
         if (rotation is not None) != is_rotated or not 0 < hidden.shape[0] <= MOST_ROWS or not runs_on(hidden.device):
             return None
-        token = Token(hidden, rotation, mask, layer.position, *layer.buffers)
+        token = Token(hidden, rotation, mask, layer.position, *layer.buffers, layer.any_rows)
         if not token.fits(layout):
             return None
         if of_text not in self.copies:

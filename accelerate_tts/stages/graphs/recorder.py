@@ -42,17 +42,23 @@ class Recorder(Protocol):
         """
         ...
 
-    def in_turn(self, *, for_the_last: bool = False) -> AbstractContextManager[object]:
+    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> AbstractContextManager[object]:
         """Order this thread's work on inputs and outputs behind all earlier work of other threads.
 
         Args:
             for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
+            stream: Work on this stream (`stream_of`), for its thread; `None` for this thread's own.
         """
         ...
 
     def finish(self) -> None:
         """Wait until all that work is done; its tensors may be freed then."""
         ...
+
+
+def stream_of(device: torch.device) -> Any:
+    """Return the stream on which this thread works, for `Recorder.in_turn`; `None` where a device has none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 # One capture at a time in a process: torch captures on one stream of its own.
@@ -151,14 +157,14 @@ class CudaRecorder:
             return _CudaGraph(*capture(run, self._pool))
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False) -> Generator[None, None, None]:
+    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Generator[None, None, None]:
         """See `Recorder.in_turn`. Streams of different threads are ordered by an event.
 
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
         with torch.cuda.device(self._device):
-            stream = self._last if for_the_last else torch.cuda.current_stream()
+            stream = stream or (self._last if for_the_last else torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 stream.wait_event(self._done)
                 try:

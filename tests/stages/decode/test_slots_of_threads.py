@@ -41,7 +41,7 @@ class Slow(Reruns):
         self.holder: int | None = None
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False) -> Iterator[None]:
+    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Iterator[None]:
         pauses = [self._random.choice([0.0, 0.0, 0.001]) for _ in range(2)]
         with super().in_turn(for_the_last=for_the_last):
             before, self.holder = self.holder, threading.get_ident()
@@ -114,8 +114,8 @@ def test_eight_threads_take_four_slots_from_each_other(
     wrong: list[str] = []
     made = StaticSlot.__init__
 
-    def init(slot: StaticSlot, *args: Any) -> None:
-        made(slot, *args)
+    def init(slot: StaticSlot, *args: Any, **named: Any) -> None:
+        made(slot, *args, **named)
         for pair in slot.buffers:
             slots.update({tensor.untyped_storage()._cdata: args[-1] for tensor in pair})
 
