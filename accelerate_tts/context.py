@@ -64,7 +64,7 @@ class fast_inference:  # noqa: N801 - used like a function, as contextlib's own 
         self._scopes: dict[int, list[_Entry]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
-        _refuse_suspended(sys._getframe(1), "fast_inference()", _ADVICE)
+        _refuse_suspended(sys._getframe(1), f"fast_inference() was entered inside {{}}(): {_ADVICE}")
         from contextlib import ExitStack
 
         from accelerate_tts.device.flags import HeldFlags
@@ -147,7 +147,7 @@ class own_random:  # noqa: N801 - likewise
         self._entries: dict[int, list[Entry]] = {}  # by thread, since several may share one object
 
     def __enter__(self) -> None:
-        _refuse_suspended(sys._getframe(1), "own_random()", _ADVICE_ON_RANDOM)
+        _refuse_suspended(sys._getframe(1), f"own_random() was entered inside {{}}(): {_ADVICE_ON_RANDOM}")
         from accelerate_tts.runtime.own_random import Entry, OwnRandom
 
         entry = Entry(OwnRandom(self._seed))
@@ -207,7 +207,7 @@ def _end(thread: int, scope: ExitStack, held: HeldFlags) -> None:
         held.release()
 
 
-def _refuse_suspended(frame: FrameType | None, what: str, advice: str) -> None:
+def _refuse_suspended(frame: FrameType | None, message: str) -> None:
     # A plain function called from a coroutine is safe, since it cannot be suspended; the coroutine's own body is not.
     frame, _ = _outside_contextlib(frame)
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
@@ -218,7 +218,7 @@ def _refuse_suspended(frame: FrameType | None, what: str, advice: str) -> None:
             break
         frame = owner
     if frame is not None and frame.f_code.co_flags & _SUSPENDED:
-        raise InferenceContextError(f"{what} was entered inside {frame.f_code.co_name}(): {advice}")
+        raise InferenceContextError(message.format(frame.f_code.co_name))
 
 
 def _outside_contextlib(frame: FrameType | None) -> tuple[FrameType | None, bool]:

@@ -33,7 +33,7 @@ GIVEN = {"size": "tiny", "precision": ["exact"], "layers": None, "rounds": 2, "t
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """The command and its engines."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("peers"), importlib.import_module("engines")
     for name in ("peers", "engines", "ggml", "record"):
         sys.modules.pop(name, None)

@@ -35,7 +35,7 @@ Side = Literal["tokens", "sound"]
 _MOSTLY = 0.9
 """Share of a piece's time in which the other side had work, from which on they were made side by side."""
 _KEPT = 64
-"""Measured costs that are kept of each kind: the last ones."""
+"""MeasuredCosts costs that are kept of each kind: the last ones."""
 _ENOUGH: dict[Side, int] = {"tokens": 20, "sound": 3}
 """Tokens, and pieces of sound, of which the median is believed. The first may be long: kernels are prepared."""
 
@@ -74,14 +74,14 @@ class _Figures:
         return min(len(self.alone), len(self.beside)) >= self._enough and self._speech > 0.0
 
 
-class Division(NamedTuple):
+class ThreadDivision(NamedTuple):
     """Threads of each side while both have work."""
 
     tokens: int
     sound: int
 
     @classmethod
-    def by(cls, threads: int, tokens: float, sound: float) -> Division:
+    def by(cls, threads: int, tokens: float, sound: float) -> ThreadDivision:
         """Divide threads in the ratio of two costs: at least one each, which on one thread both get.
 
         Args:
@@ -93,7 +93,7 @@ class Division(NamedTuple):
         return cls(share, max(1, threads - share))
 
 
-class Measured:
+class MeasuredCosts:
     """Costs of a model's tokens and sound, as its streams measured them. Usable from any thread.
 
     Args:
@@ -113,7 +113,7 @@ class Measured:
     def __init__(self, what: str, threads: int, *, divided: bool = True) -> None:
         self.what, self.threads = what, threads
         self.clock = time.perf_counter
-        self.division = Division.by(threads, 1.0, 1.0) if divided else Division(threads, threads)
+        self.division = ThreadDivision.by(threads, 1.0, 1.0) if divided else ThreadDivision(threads, threads)
         self.overlaps = True
         self._is_chosen, self._is_judged = not divided, False
         self._figures: dict[Side, _Figures] = {side: _Figures(enough) for side, enough in _ENOUGH.items()}
@@ -161,7 +161,7 @@ class Measured:
             return
         self._is_chosen = True
         tokens, sound = (statistics.median(each.costs) * each.repeated for each in self._figures.values())
-        chosen = Division.by(self.threads, tokens, sound)
+        chosen = ThreadDivision.by(self.threads, tokens, sound)
         if chosen != self.division:
             self.division = chosen
             for figures in self._figures.values():
@@ -188,25 +188,25 @@ class Measured:
         return NotApplied(f"overlap of {self.what}", reason)
 
 
-_measured = IdentityMap["dict[tuple[int, bool, str], Measured]"]()
+_measured = IdentityMap["dict[tuple[int, bool, str], MeasuredCosts]"]()
 _lasting = IdentityMap[Lasting]()
 
 
-def measured_of(model: nn.Module, threads: int, way: str = "", *, divided: bool = True) -> Measured:
+def measured_of(model: nn.Module, threads: int, way: str = "", *, divided: bool = True) -> MeasuredCosts:
     """Return what the streams of a model measured, which is remembered as long as the model lives.
 
     Args:
         model: The model.
         threads: All threads.
         way: The way in which the sound is made, if there are several.
-        divided: See `Measured`.
+        divided: See `MeasuredCosts`.
     """
-    known = _measured.setdefault(model, dict[tuple[int, bool, str], Measured])
-    made = Measured(type(model).__name__, threads, divided=divided)
+    known = _measured.setdefault(model, dict[tuple[int, bool, str], MeasuredCosts])
+    made = MeasuredCosts(type(model).__name__, threads, divided=divided)
     return known.setdefault((threads, divided, way), made)
 
 
-def measurements(model: nn.Module) -> list[Measured]:
+def measurements(model: nn.Module) -> list[MeasuredCosts]:
     """Return all that the streams of a model measured."""
     return list((_measured.get(model) or {}).values())
 
@@ -219,7 +219,7 @@ class Shares:
         token: Seconds of speech of a token.
     """
 
-    def __init__(self, measured: Measured, token: float) -> None:
+    def __init__(self, measured: MeasuredCosts, token: float) -> None:
         self._measured, self._token = measured, token
         self._lock = rlock()  # reentrant: the collector may close a stream anywhere
         self._sides: dict[Side, _State] = {side: _State(measured.threads) for side in _ENOUGH}

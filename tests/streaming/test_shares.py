@@ -26,7 +26,15 @@ from accelerate_tts.events import NotApplied
 from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.compile.whole import CompiledCall
 from accelerate_tts.streaming import Stream, StreamOptions, stream
-from accelerate_tts.streaming.shares import Division, Measured, Shares, _measured, measured_of, set_threads, shares_of
+from accelerate_tts.streaming.shares import (
+    MeasuredCosts,
+    Shares,
+    ThreadDivision,
+    _measured,
+    measured_of,
+    set_threads,
+    shares_of,
+)
 from accelerate_tts.tuning.compare import compare
 
 T = TypeVar("T")
@@ -96,20 +104,20 @@ def test_a_number_is_that_of_one_thread(numbers: list[int]) -> None:
 
 @given(threads=st.integers(1, 200), tokens=st.floats(1e-6, 1e6), sound=st.floats(1e-6, 1e6))
 def test_each_side_has_a_thread_and_none_is_left(threads: int, tokens: float, sound: float) -> None:
-    division = Division.by(threads, tokens, sound)
+    division = ThreadDivision.by(threads, tokens, sound)
     assert min(division) >= 1
     assert sum(division) == max(2, threads)
     if min(division) > 1:
         assert division.tokens / threads == pytest.approx(tokens / (tokens + sound), abs=0.501 / threads)
 
 
-def measured(threads: int, clock: Clock | None = None) -> Measured:
-    made = Measured("Voice", threads)
+def measured(threads: int, clock: Clock | None = None) -> MeasuredCosts:
+    made = MeasuredCosts("Voice", threads)
     made.clock = clock or Clock()
     return made
 
 
-def add(known: Measured, *, count: int = 20, **costs: float) -> None:
+def add(known: MeasuredCosts, *, count: int = 20, **costs: float) -> None:
     """Add tokens and pieces of a second of speech each, by their seconds: `tokens_alone`, `sound_beside` and so on."""
     for name, seconds in costs.items():
         side, _, way = name.partition("_")

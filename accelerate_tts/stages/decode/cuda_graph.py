@@ -178,7 +178,7 @@ class _Captured(CountedChange, Changes):
         return [steps.shared for steps in self._steps.values()]
 
 
-class _Call(NamedTuple):
+class _SharedCall(NamedTuple):
     """A token of one caller."""
 
     plain: Any
@@ -191,7 +191,7 @@ class _Call(NamedTuple):
     key: Any
     """What a slot's recording is for."""
     stream: Any
-    may_join: Callable[[_Call], bool]
+    may_join: Callable[[_SharedCall], bool]
     """Tells if it may be computed with others, as steps are arranged now."""
 
     @property
@@ -211,7 +211,7 @@ class _Call(NamedTuple):
         """See `Joinable`."""
         return bytes_of(self.past, self.capacity)
 
-    def copied(self) -> _Call:
+    def copied(self) -> _SharedCall:
         """See `Joinable`."""
         return self._replace(past=copy.deepcopy(self.past))
 
@@ -220,7 +220,7 @@ class _Call(NamedTuple):
         for layer in self.past.layers:
             layer.advance(-1)
 
-    def following(self, number: int) -> _Call | None:
+    def following(self, number: int) -> _SharedCall | None:
         """See `Joinable`."""
         if int(self.past.layers[0].keys.shape[-2]) + 1 >= self.capacity:
             return None
@@ -378,7 +378,7 @@ class _Steps:
         call = self._call(plain, named)
         return None if call is None else self.shared.run((), call)
 
-    def _call(self, plain: Any, named: dict[str, Any]) -> _Call | None:
+    def _call(self, plain: Any, named: dict[str, Any]) -> _SharedCall | None:
         """Describe a token; return `None` if upstream's forward must run. Takes no lock: a step may be under way."""
         past = cache_of(named)
         inputs = _tensors(named)
@@ -403,9 +403,9 @@ class _Steps:
         how = (*asked, attention_of(config))
         key = (capacity, rows, len(past.layers), kinds, tuple(sorted(constants.items())), how)
         stream = stream_of(past.layers[0].keys.device)
-        return _Call(plain, past, inputs, constants, mask, capacity, key, stream, self._may_join)
+        return _SharedCall(plain, past, inputs, constants, mask, capacity, key, stream, self._may_join)
 
-    def _may_join(self, call: _Call) -> bool:
+    def _may_join(self, call: _SharedCall) -> bool:
         rows = call.rows
         return (
             self._numbers_for(rows)[-1] > 1
@@ -432,7 +432,7 @@ class _Steps:
 
     # --- computing steps, as the rules of shared steps have it ---
 
-    def _alone(self, _blocks: Sequence[Any], call: _Call) -> Any:
+    def _alone(self, _blocks: Sequence[Any], call: _SharedCall) -> Any:
         """Run one token. Returns `None` if upstream's forward must run."""
         with self._lock:
             if self._is_in_pass:
@@ -453,7 +453,7 @@ class _Steps:
                 return self._alone(_blocks, call)
             return slot.run(call.past, call.inputs, call.mask, call.stream)
 
-    def _together(self, _blocks: Sequence[Any], calls: Sequence[_Call]) -> dict[int, Any]:
+    def _together(self, _blocks: Sequence[Any], calls: Sequence[_SharedCall]) -> dict[int, Any]:
         """Run a token of each of several callers.
 
         Returns:
@@ -466,7 +466,7 @@ class _Steps:
             if self._is_in_pass:
                 raise RuntimeError("a step of several was begun inside another")
             self._is_in_pass = True
-            done: list[_Call] = []
+            done: list[_SharedCall] = []
             try:
                 self._refresh()
                 results = self._run_each(calls, done)
@@ -482,7 +482,7 @@ class _Steps:
             row += call.rows
         return found
 
-    def _run_each(self, calls: Sequence[_Call], done: list[_Call]) -> list[Any]:
+    def _run_each(self, calls: Sequence[_SharedCall], done: list[_SharedCall]) -> list[Any]:
         slots: list[StaticSlot | None] = [None] * len(calls)
         for call in calls:
             kv_cache.adopt(call.past)
@@ -530,7 +530,7 @@ class _Steps:
             self._weights = WeightWatch(self._decoder, content=self._copies)
             self._clear()
 
-    def _slot_for(self, call: _Call, taken: Sequence[StaticSlot]) -> StaticSlot | None:
+    def _slot_for(self, call: _SharedCall, taken: Sequence[StaticSlot]) -> StaticSlot | None:
         """Return the slot of a call, none of those that are taken; `None` if none could be recorded."""
         slots = self._slots.pop(call.key, [])
         self._slots[call.key] = slots
@@ -551,7 +551,7 @@ class _Steps:
             self._slots.setdefault(call.key, slots).append(slot)
         return slot
 
-    def _recorded(self, call: _Call) -> StaticSlot | None:
+    def _recorded(self, call: _SharedCall) -> StaticSlot | None:
         try:
             slot = StaticSlot(
                 self._decoder, call.plain.forward, call.past, call.inputs, call.constants, call.capacity,
@@ -580,7 +580,7 @@ class _Steps:
         reason = f"for {callers} callers of up to {capacity} positions it differs in bits from each one's own step"
         emit(NotApplied(f"shared steps of {self._obstacles.what}", reason))
 
-    def _join(self, call: _Call) -> bool:
+    def _join(self, call: _SharedCall) -> bool:
         """Make slots side by side for a kind of calls, if there is room. Returns False if there is none."""
         lanes, size = self._lanes(call.rows), self._lanes(call.rows) * bytes_of(call.past, call.capacity)
         for key, joined in list(self._joined.items()):
