@@ -34,7 +34,8 @@ from accelerate_tts import (
 )
 from accelerate_tts.events import Lasting
 from accelerate_tts.patching.change import Counter
-from accelerate_tts.runtime.own_random import OwnRandom, draws_in, opened, outside
+from accelerate_tts.runtime.own_random import OwnRandom, opened, outside
+from accelerate_tts.runtime.random_functions import draws_in
 from accelerate_tts.runtime.rng import random_states
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.compile.inductor import compile_function, options
@@ -149,7 +150,7 @@ def test_dropout_of_everything_and_of_no_tensor_are_torchs_own() -> None:
 
 
 def test_what_takes_no_generator_says_so_once(seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate_tts.runtime.own_random._said", Lasting())
+    monkeypatch.setattr("accelerate_tts.runtime.random_functions.said", Lasting())
     q = torch.ones(1, 2, 4, 8)
     layers = nn.LSTM(4, 4, 2, dropout=0.5), nn.GRU(4, 4, 2, dropout=0.5)
     for _ in range(2):
@@ -549,7 +550,7 @@ def test_a_device_without_generators_says_so(seen: list[Any], monkeypatch: pytes
             raise RuntimeError("no generators here")
 
     monkeypatch.setattr(torch, "Generator", NoGenerator)
-    monkeypatch.setattr("accelerate_tts.runtime.own_random._said", Lasting())
+    monkeypatch.setattr("accelerate_tts.runtime.own_random.said", Lasting())
     with OwnRandom(1):
         torch.randn(3)
         torch.rand(3)

@@ -23,8 +23,9 @@ from accelerate_tts.device.compiler_folder import unwritable_folder
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
-from accelerate_tts.runtime.own_random import Entry, OwnRandom, draws_in, is_open, opened
+from accelerate_tts.runtime.own_random import Entry, OwnRandom, is_open, opened
 from accelerate_tts.runtime.own_random import outside as outside_own_random
+from accelerate_tts.runtime.random_functions import draws_in
 
 
 class Frozen(WeightWatch):
