@@ -29,7 +29,7 @@ from rich.table import Table
 
 from accelerate_tts import StreamOptions, optimized_model, receipt_of, stream
 from accelerate_tts.storage.files import write_whole
-from accelerate_tts.streaming.shares import Measured, measurements
+from accelerate_tts.streaming.shares import MeasuredCosts, measurements
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXT = "The quick brown fox jumps over the lazy dog, and every word of it is spoken on your own machine."
@@ -133,7 +133,7 @@ def shown(found: dict[str, list[float]], name: str) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
 
 
-def shared(model: Any) -> list[Measured]:
+def shared(model: Any) -> list[MeasuredCosts]:
     """What streams with `--overlap` measured of tokens and sound."""
     model = model[0] if isinstance(model, tuple) else model
     return measurements(getattr(model, "t3", model))
