@@ -69,8 +69,7 @@ _LOAD = (
     "speech a second", "first audio, ratio", "whole, ratio", "others",
 )  # fmt: skip
 _WORKERS = (
-    "cluster of", "precision", "workers x threads", "speech a second", "lowest, highest", "hour, processor", "rounds",
-    "others",
+    "cluster of", "workers x threads", "speech a second", "lowest, highest", "hour, processor", "rounds", "others",
 )  # fmt: skip
 
 
@@ -344,7 +343,7 @@ def _loads(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _workers(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for item in document.get("cluster", []):
         yield (
-            item["system"], item["precision"], f"{item['workers']} x {item['threads']}", f"{item['rate']:.2f} s",
+            f"{item['system']}, {item['precision']}", f"{item['workers']} x {item['threads']}", f"{item['rate']:.2f} s",
             f"{item['lowest']:.2f}, {item['highest']:.2f}", f"{item['rate'] / item['processors']:.2f} h",
             str(item["rounds"]), f"{item['others']:.0%}",
         )  # fmt: skip

@@ -410,9 +410,9 @@ def test_workers_of_a_cluster_are_stored_and_shown(figures: Any, tmp_path: Path)
     assert "No run is stored." in figures.with_workers(page, {})
     assert record.store(content, tmp_path, "0123456").name.startswith("cluster-joe-exact-python-3.")
     machines = figures.read(tmp_path)
-    expected = ["joe", "exact", "8 x 1", "20.00 s", "19.00, 22.50", "2.50 h", "3", "1%"]
+    expected = ["joe, exact", "8 x 1", "20.00 s", "19.00, 22.50", "2.50 h", "3", "1%"]
     for text in (figures.results_page(machines), figures.with_workers(page, machines)):
-        (row,) = [line for line in text.splitlines() if line.startswith("| joe |")]
+        (row,) = [line for line in text.splitlines() if line.startswith("| joe, exact |")]
         assert [cell.strip() for cell in row.strip("|").split("|")] == expected
     assert figures.with_workers(page, machines).startswith("Before\n<!-- workers: written -->\n\nOn ")
     assert "old" not in figures.with_workers(page, machines)
