@@ -69,7 +69,7 @@ _LOAD = (
     "speech a second", "first audio, ratio", "whole, ratio", "others",
 )  # fmt: skip
 _WORKERS = (
-    "cluster of", "workers x threads", "speech a second", "lowest, highest", "hour, processor", "rounds", "others",
+    "cluster of", "workers x threads", "speech/s", "lowest, highest", "hour, processor", "rounds", "others",
 )  # fmt: skip
 
 
