@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
