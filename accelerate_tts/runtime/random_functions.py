@@ -55,7 +55,8 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value.device
-    return torch.get_default_device()
+    # torch 2.6's own function for it raises AttributeError once a default was set and taken back.
+    return torch.empty(()).device
 
 
 def _is_given(generator: Any) -> bool:
