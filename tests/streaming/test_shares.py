@@ -628,7 +628,9 @@ def test_compiled_graphs_keep_their_number_of_threads(voice: Voice, threads: Thr
         assert change.graphs == graphs
     finally:
         change.off()
-    (event,) = [event for event in seen if event.degraded]
-    assert isinstance(event, NotApplied)
+    degraded = [event for event in seen if isinstance(event, NotApplied)]
+    assert degraded == [event for event in seen if event.degraded]
+    # If side by side is worth it is judged by the machine's clock, and says so if not.
+    (event,) = [event for event in degraded if not event.what.startswith("overlap of ")]
     assert event.what == f"shares of threads of {type(voice.model).__name__}"
     assert "compiled graphs hold for one number" in event.reason
