@@ -175,10 +175,10 @@ class Engine:
         return line
 
 
-def need_room(model: Any, kind: str, folder: Path) -> None:
-    """Raise an error if the file of a model would not fit into a folder."""
+def need_room(model: Any, kind: str, folder: Path, free: int | None = None) -> None:
+    """Raise an error if the file of a model would not fit into a folder, or into `free` bytes if they are given."""
     size = sum(tensor.numel() for tensor in model.state_dict().values()) * _BYTES[kind] * 1.05
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free if free is None else free
     if size > free:
         raise OSError(f"a file of {size / 1e9:.1f} GB is needed in {folder}, and {free / 1e9:.1f} GB are free")
 

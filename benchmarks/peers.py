@@ -60,7 +60,7 @@ _PACKAGES = {
     "onnxruntime": "onnxruntime", "openvino": "openvino", "onnx": "onnx", "nncf": "nncf", "pruna": "pruna",
     "llama_cpp": "llama-cpp-python",
 }  # fmt: skip
-"""What each module's package is called."""
+"""Names of the modules' packages."""
 
 
 @dataclass

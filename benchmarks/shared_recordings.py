@@ -19,23 +19,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import transformers
+from token_kernels import WIDTH, decoder
 
 from accelerate_tts.events import NotApplied, hooked
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
 
-WIDTH, INNER, HEADS, PROMPT, NUMBERS = 1024, 4096, 16, 60, (1, 2, 4)
-
-
-def decoder(layers: int) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, pad_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaModel(config).eval().cuda()
+PROMPT, NUMBERS = 60, (1, 2, 4)
 
 
 class Caller:

@@ -134,7 +134,7 @@ def shown(found: dict[str, list[float]], name: str) -> str:
 
 
 def shared(model: Any) -> list[MeasuredCosts]:
-    """What streams with `--overlap` measured of tokens and sound."""
+    """Return the costs of tokens and sound that streams with `--overlap` measured."""
     model = model[0] if isinstance(model, tuple) else model
     return measurements(getattr(model, "t3", model))
 

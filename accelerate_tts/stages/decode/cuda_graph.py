@@ -189,7 +189,7 @@ class _SharedCall(NamedTuple):
     mask: torch.Tensor | None
     capacity: int
     key: Any
-    """What a slot's recording is for."""
+    """Kind of call that a slot's recording serves."""
     stream: Any
     may_join: Callable[[_SharedCall], bool]
     """Tells if it may be computed with others, as steps are arranged now."""

@@ -39,7 +39,7 @@ COMPARED = 8
 
 
 class Memory(NamedTuple):
-    """What a step reads and writes at fixed addresses, besides the weights."""
+    """Tensors that a step reads and writes at fixed addresses, besides the weights."""
 
     inputs: dict[str, torch.Tensor]
     """Tensor arguments of the decoder for one token, without the mask."""

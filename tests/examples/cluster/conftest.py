@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def ray_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray on this machine alone wants; a test without it is skipped."""
+    """Set what Ray on this machine alone wants; skip a test without Ray."""
     # Read when ray is imported: with 0 it finds nodes at the loopback address, as it does on macOS and Windows.
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     pytest.importorskip("ray", reason="the cluster needs it: pip install 'accelerate_tts[cluster]'")

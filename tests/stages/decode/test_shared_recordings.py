@@ -18,6 +18,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threaded import LONG, at_once
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,7 +34,6 @@ from reruns import Reruns
 pytestmark = pytest.mark.usefixtures("layered_caches", "one_thread")
 
 WIDTH, LAYERS = 64, 2  # heads of 16 numbers: no vector of the CPU is in part of one row
-LONG = 60.0  # seconds after which a thread counts as stuck
 NUMBERS = (1, 2, 4)
 
 
@@ -178,26 +178,6 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(other, BaseException):
         raise other
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def at_once(works: list[Callable[[], Any]]) -> list[Any]:
-    """Run each in a thread of its own; return the results, or the exceptions."""
-    found: list[Any] = [None] * len(works)
-
-    def work(number: int) -> None:
-        torch.set_num_threads(1)
-        try:
-            found[number] = works[number]()
-        except BaseException as error:  # given to the test
-            found[number] = error
-
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
-    assert not any(thread.is_alive() for thread in threads), "a caller is stuck"
-    return found
 
 
 def together(shared: Shared, callers: list[Caller]) -> list[Any]:

@@ -21,6 +21,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threaded import LONG, at_once
 
 from accelerate_tts import Event
 from accelerate_tts.events import NotApplied
@@ -36,7 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ARRIVALS = int(os.environ.get("ARRIVALS", "60"))
 """Callers of the random test."""
 WIDTH, LAYERS = 32, 3
-LONG = 60.0  # seconds after which a thread counts as stuck
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -117,26 +117,6 @@ def speak(model: Any, caller: Caller, before: Callable[[int], object] = bool) ->
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def at_once(works: list[Callable[[], Any]]) -> list[Any]:
-    """Run each in a thread of its own; return the results, or the exceptions."""
-    found: list[Any] = [None] * len(works)
-
-    def work(number: int) -> None:
-        torch.set_num_threads(1)
-        try:
-            found[number] = works[number]()
-        except BaseException as error:  # given to the test
-            found[number] = error
-
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
-    assert not any(thread.is_alive() for thread in threads), "a caller is stuck"
-    return found
 
 
 def together(shared: Shared, callers: list[Caller]) -> list[Any]:
