@@ -13,7 +13,8 @@ import torch
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
+from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.slot_pool import Bounds
 
 PROMPT = 6
 
@@ -84,7 +85,8 @@ def test_threads_with_streams_of_their_own_share_recordings(model: Any) -> None:
     assert len(change.slots) <= BOUNDS.slots
 
 
-def test_sequences_that_take_the_one_slot_from_each_other(model: Any) -> None:
+def test_two_sequences_over_one_slot(model: Any) -> None:
+    """One is in it, and the other one visits another."""
     ids = torch.randint(3, 50, (2, 9, 1, 5), generator=torch.Generator().manual_seed(0)).cuda()
 
     def run() -> list[torch.Tensor]:
@@ -103,7 +105,22 @@ def test_sequences_that_take_the_one_slot_from_each_other(model: Any) -> None:
     change = capture(model, Bounds(slots=1))
     for a, b in zip(expected, run(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-    assert change.graphs == 1
+    assert change.graphs == 2
+
+
+def test_keys_that_are_kept_stay_as_they_are(model: Any) -> None:
+    """As those of a voice's prompt, on a stream of the caller's own."""
+    capture(model, Bounds(slots=1))
+    ids = torch.randint(3, 50, (4, 1, 6), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.inference_mode():
+        for request in range(4):
+            past = None
+            for number in range(3):
+                past = model(input_ids=ids[request][:, : 1 if number else 6], past_key_values=past).past_key_values
+            if request == 1:
+                kept = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+                before = [tensor.clone() for tensor in kept]
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
 
 
 def test_new_weights_are_served(model: Any) -> None:
@@ -132,7 +149,7 @@ def test_what_is_recorded_is_freed(make: dict[str, Callable[[], Any]]) -> None:
     assert torch.cuda.memory_reserved() <= before + 2**22  # cuBLAS's workspaces stay
 
 
-def test_eight_threads_take_four_slots_from_each_other(model: Any, seen: list[Event]) -> None:
+def test_eight_threads_over_four_slots(model: Any, seen: list[Event]) -> None:
     """No sequence's buffers are written from another stream: longer than a slot lives, and each state is compared."""
     work = [(seed, 1 + seed % 2) for seed in range(24)]
     expected = [states(model, 40, rows, seed) for seed, rows in work]

@@ -96,8 +96,8 @@ class Reruns:
         self.replays += 1
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Iterator[None]:
-        assert for_the_last or not self.turns, "two threads use the same buffers"
+    def in_turn(self, *, stream: Any = None) -> Iterator[None]:
+        assert not self.turns, "two threads use the same buffers"
         self.turns += 1
         try:
             yield

@@ -19,7 +19,7 @@ from accelerate_tts.plan import Part
 from accelerate_tts.stages import Stage, Target
 from accelerate_tts.stages.catalogue import STAGES, register_stage
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
-from accelerate_tts.stages.decode.static_step import JoinedSlots
+from accelerate_tts.stages.decode.joined_slots import JoinedSlots
 from doubles import pays_off
 from reruns import Reruns
 

@@ -179,6 +179,7 @@ class SharedSteps:
     """Meeting point of the decode steps of one decoder.
 
     Attributes:
+        what: Name for events.
         is_on: True if steps are shared. Otherwise each is computed alone, as it comes.
         rules: The rules of passes.
         usual: Those that it was made with.
@@ -186,13 +187,13 @@ class SharedSteps:
             when a call ends.
 
     Args:
-        what: Name for events.
+        what: See above.
         rules: The rules until others are assigned; those of fused blocks if not given.
     """
 
     def __init__(self, what: str, rules: Rules | None = None) -> None:
         self.is_on = False
-        self._what = what
+        self.what = what
         self.usual = Rules() if rules is None else rules
         self.rules = self.usual
         self.counts = self._told = Counts()
@@ -239,7 +240,7 @@ class SharedSteps:
             self._told = counts
         if counts != told:
             passes, steps, rows = (now - before for now, before in zip(counts, told, strict=True))
-            emit(DecodePasses(self._what, passes, steps, rows))
+            emit(DecodePasses(self.what, passes, steps, rows))
 
     def _met(self, meeting: _Meeting, step: _Step) -> Any:
         try:
@@ -296,7 +297,7 @@ class SharedSteps:
         except Exception as error:  # must not reach callers whose own step may be sound
             self.is_on = False
             reason = f"a pass failed ({type(error).__name__}: {message_of(error)}); each step is computed alone now"
-            emit(NotApplied(f"shared steps of {self._what}", reason))
+            emit(NotApplied(f"shared steps of {self.what}", reason))
             return None, True
         row = 0
         for step in steps:

@@ -42,11 +42,10 @@ class Recorder(Protocol):
         """
         ...
 
-    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> AbstractContextManager[object]:
+    def in_turn(self, *, stream: Any = None) -> AbstractContextManager[object]:
         """Order this thread's work on inputs and outputs behind all earlier work of other threads.
 
         Args:
-            for_the_last: Work on the stream of the previous turn, whose thread may use and free the new tensors.
             stream: Work on this stream (`stream_of`), for its thread; `None` for this thread's own.
         """
         ...
@@ -149,7 +148,6 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._last = torch.cuda.current_stream()
 
     def record(self, run: Callable[[], Any]) -> Replayable:
         """See `Recorder.record`."""
@@ -157,21 +155,20 @@ class CudaRecorder:
             return _CudaGraph(*capture(run, self._pool))
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Generator[None, None, None]:
+    def in_turn(self, *, stream: Any = None) -> Generator[None, None, None]:
         """See `Recorder.in_turn`. Streams of different threads are ordered by an event.
 
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
         with torch.cuda.device(self._device):
-            stream = stream or (self._last if for_the_last else torch.cuda.current_stream())
+            stream = stream or torch.cuda.current_stream()
             with torch.cuda.stream(stream):
                 stream.wait_event(self._done)
                 try:
                     yield
                 finally:
                     self._done.record(stream)
-                    self._last = stream
 
     def finish(self) -> None:
         """See `Recorder.finish`. The allocator returns freed memory to its own stream at once."""

@@ -1,4 +1,4 @@
-"""Eight threads over four slots, as far as a CPU can show it: who touches a slot's buffers has its turn.
+"""Eight threads over four slots, as far as a CPU can show it: who writes to a slot's buffers has its turn.
 
 On a device the turns of a slot are ordered by an event, whichever streams they are on (`CudaRecorder.in_turn`). So no
 buffer is written to too early if prompts, moves and tokens come in turns. Nothing here ran on a device.
@@ -22,9 +22,10 @@ import transformers
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.decode.cuda_graph import Bounds, CapturedStepStage
+from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.kv_cache.layers import GrowingLayer
-from accelerate_tts.stages.decode.static_step import StaticSlot
+from accelerate_tts.stages.decode.slot_pool import Bounds
+from accelerate_tts.stages.decode.static_slot import StaticSlot
 from reruns import Reruns
 
 pytestmark = pytest.mark.usefixtures("layered_caches", "one_thread")
@@ -41,9 +42,9 @@ class Slow(Reruns):
         self.holder: int | None = None
 
     @contextmanager
-    def in_turn(self, *, for_the_last: bool = False, stream: Any = None) -> Iterator[None]:
+    def in_turn(self, *, stream: Any = None) -> Iterator[None]:
         pauses = [self._random.choice([0.0, 0.0, 0.001]) for _ in range(2)]
-        with super().in_turn(for_the_last=for_the_last):
+        with super().in_turn():
             before, self.holder = self.holder, threading.get_ident()
             time.sleep(pauses[0])
             try:
@@ -62,7 +63,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, slots: dict[int, Slow], wrong: list[s
         def method(layer: Any, *args: Any, **kwargs: Any) -> Any:
             result = plain(layer, *args, **kwargs)
             for buffer in layer.buffers():
-                recorder = slots.get(buffer.untyped_storage()._cdata)
+                recorder = slots.get(buffer.untyped_storage().data_ptr())
                 if recorder is not None and recorder.holder != threading.get_ident():
                     wrong.append(f"{name} of a layer in a slot out of its turn")
             return result
@@ -104,9 +105,7 @@ def requests(model: Any, seed: int, pause: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_eight_threads_take_four_slots_from_each_other(
-    seed: int, seen: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_threads_over_four_slots(seed: int, seen: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     seeds = range(100 * seed, 100 * seed + THREADS)
     expected = [requests(model, each, pause=False) for each in seeds]
@@ -117,9 +116,17 @@ def test_eight_threads_take_four_slots_from_each_other(
     def init(slot: StaticSlot, *args: Any, **named: Any) -> None:
         made(slot, *args, **named)
         for pair in slot.buffers:
-            slots.update({tensor.untyped_storage()._cdata: args[-1] for tensor in pair})
+            slots.update({tensor.untyped_storage().data_ptr(): args[-1] for tensor in pair})
+
+    given_up = StaticSlot.give_up
+
+    def give_up(slot: StaticSlot) -> None:
+        given_up(slot)
+        for tensor in (tensor for pair in slot.buffers for tensor in pair):
+            del slots[tensor.untyped_storage().data_ptr()]  # memory of the sequence in it alone, if there is one
 
     monkeypatch.setattr(StaticSlot, "__init__", init)
+    monkeypatch.setattr(StaticSlot, "give_up", give_up)
     watch(monkeypatch, slots, wrong)
     numbers = iter(range(1000))
     stage = CapturedStepStage(lambda device: Slow(device, next(numbers)), bounds=Bounds(slots=SLOTS))
