@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from threaded import until_later
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -834,11 +835,8 @@ async def test_a_cancelled_async_load_leaves_an_untouched_model() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    for _ in range(200):
-        await asyncio.sleep(0.02)
-        receipt = receipt_of(backend)
-        if receipt is not None:
-            break
+    await until_later(lambda: receipt_of(backend), "it has no receipt")
+    receipt = receipt_of(backend)
     assert receipt is not None
     assert not receipt.kept
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from accelerate_tts.errors import AccelerateTTSError, TimeLimitError
-from accelerate_tts.events import Event, NotApplied
+from accelerate_tts.events import Event, NotApplied, add_hook
 from accelerate_tts.runtime import time_limit as watchdog
 from accelerate_tts.runtime.time_limit import (
     WatchdogPolicy,
@@ -244,8 +244,14 @@ def test_shielded_work_is_left_alone_until_it_ends() -> None:
 
 
 def test_work_in_native_code_is_told_of_and_interrupted_when_it_returns(seen: list[Event]) -> None:
-    with watchdog_policy(WatchdogPolicy(again=0.02, unresponsive=0.05)), pytest.raises(TimeLimitError):
-        within(SHORT, "the warm-up", lambda: time.sleep(0.4))
+    is_told = threading.Lock()
+    is_told.acquire()
+    remove = add_hook(lambda _event: is_told.release())
+    try:  # a lock is waited for in native code
+        with watchdog_policy(WatchdogPolicy(again=0.02, unresponsive=0.05)), pytest.raises(TimeLimitError):
+            within(SHORT, "the warm-up", lambda: is_told.acquire(timeout=WAIT))
+    finally:
+        remove()
     told = [event for event in seen if isinstance(event, NotApplied)]
     assert [event.what for event in told] == ["the time limit of the warm-up"]
     assert "native code" in told[0].reason

@@ -1,9 +1,11 @@
-"""Callers in threads of their own."""
+"""Callers in threads of their own, and waits for what they do."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,22 @@ import torch
 
 LONG = 60.0
 """Seconds after which a caller counts as stuck."""
+
+
+def until(condition: Callable[[], object], what: str = "it never happened") -> None:
+    """Wait for something that another thread does. A busy machine may take its time."""
+    end = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.0005)
+
+
+async def until_later(condition: Callable[[], object], what: str = "it never happened") -> None:
+    """Like `until`, for something that the running loop does meanwhile."""
+    end = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < end, what
+        await asyncio.sleep(0.0005)
 
 
 def at_once(works: list[Callable[[], Any]]) -> list[Any]:

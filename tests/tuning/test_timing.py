@@ -68,25 +68,46 @@ def test_no_second_look_where_the_median_says_little_or_all_is_said() -> None:
 
 
 def test_a_real_difference_is_seen_and_switches_are_not_timed() -> None:
+    state = {"wait": 0.0, "clock": 0.0}
+
+    def switch(wait: float) -> None:
+        state["clock"] += 0.003
+        state["wait"] = wait
+
+    def run() -> None:
+        state["clock"] += state["wait"]
+
+    found = timing.compare_speed(
+        run, lambda: switch(0.01), lambda: switch(0.001), "cpu", 0.1, clock=lambda: state["clock"]
+    )
+    assert found.before == pytest.approx(0.01)
+    assert found.after == pytest.approx(0.001)
+    assert found.low == pytest.approx(10.0)
+    assert found.low <= found.ratio <= found.high
+    assert 5 <= found.pairs <= 25
+
+
+def test_the_machines_own_clock_is_read_unless_another_is_given() -> None:
     state = {"wait": 0.0}
 
     def switch(wait: float) -> None:
-        time.sleep(0.003)
         state["wait"] = wait
 
     found = timing.compare_speed(
-        lambda: time.sleep(state["wait"]), lambda: switch(0.01), lambda: switch(0.001), "cpu", 0.1
+        lambda: time.sleep(state["wait"]), lambda: switch(0.004), lambda: switch(0.001), "cpu", 0.1
     )
-    assert found.low > 1.0
-    assert found.low <= found.ratio <= found.high
-    assert found.before > found.after
-    assert 5 <= found.pairs <= 25
+    assert found.before >= 0.004, "no machine sleeps for less"
+    assert found.after >= 0.001
 
 
 def test_both_orders_occur_within_pairs() -> None:
     log: list[str] = []
-    run = lambda: time.sleep(0.005)  # noqa: E731 - of no length, one interruption ends the comparison
-    timing.compare_speed(run, lambda: log.append("a"), lambda: log.append("b"), "cpu", 0.0)
+    now = [0.0]
+
+    def run() -> None:
+        now[0] += 0.005
+
+    timing.compare_speed(run, lambda: log.append("a"), lambda: log.append("b"), "cpu", 0.0, clock=lambda: now[0])
     pairs = ["".join(log[i : i + 2]) for i in range(0, len(log), 2)]
     assert set(pairs) == {"ab", "ba"}
     assert len(pairs) == 5

@@ -174,6 +174,7 @@ def test_a_call_within_its_own_call() -> None:
 
 async def test_tasks_share_one_computation_and_survive_the_first_one_s_end() -> None:
     calls: list[int] = []
+    go_on = asyncio.Event()
 
     class Async:
         def __init__(self) -> None:
@@ -182,7 +183,7 @@ async def test_tasks_share_one_computation_and_survive_the_first_one_s_end() -> 
         @cached_embedding
         async def embed(self, wave: torch.Tensor) -> torch.Tensor:
             calls.append(1)
-            await asyncio.sleep(0.01)
+            await go_on.wait()
             return self.encoder(wave)
 
     service = Async()
@@ -193,6 +194,7 @@ async def test_tasks_share_one_computation_and_survive_the_first_one_s_end() -> 
     await asyncio.sleep(0)
     first.cancel()
     others[5].cancel()
+    go_on.set()
     answers = await asyncio.gather(first, *others, return_exceptions=True)
     assert sum(isinstance(answer, asyncio.CancelledError) for answer in answers) == 2
     wanted = service.encoder(WAVE).detach()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threaded import LONG, until, until_later
 from torch import nn
 
 from accelerate_tts import Settings, inference, optimized_model, optimizer, receipt_of, set_active
@@ -487,14 +488,23 @@ def test_exceptions_of_either_attempt_are_the_users(kind: str, guarded: Any, see
 
 async def test_cancelling_and_closing_a_second_attempt_switches_the_changes_on(guarded: Any) -> None:
     backend = guarded(nan)
-    backend.voice.seconds = 0.05
+    inside, go_on = threading.Event(), threading.Event()
+
+    def lasting(wave: torch.Tensor) -> torch.Tensor:
+        if backend.voice.fault is None:
+            inside.set()
+            assert go_on.wait(LONG)  # so that the second attempt is under way when it is cancelled
+        return wave
+
+    backend.voice.own = lasting
     task = asyncio.create_task(backend.speak_later(TEXT))
-    while backend.voice.fault is not None:
-        await asyncio.sleep(0.001)
+    await until_later(inside.is_set)
+    assert backend.voice.fault is None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert backend.voice.fault is not None
+    go_on.set()
     stream = backend.stream_later(TEXT)
     await stream.__anext__()
     await stream.aclose()
@@ -580,6 +590,12 @@ def test_a_generator_that_another_thread_draws_from_is_left_alone(which: str, gu
                     drawn.append(float(getattr(generator, "random_sample", generator.random)()))
                 time.sleep(0)
 
+        def beside(wave: torch.Tensor, drawn: list[float] = drawn) -> torch.Tensor:
+            enough = len(drawn) + 6
+            until(lambda: len(drawn) >= enough, "the other thread does not draw during each attempt")
+            return wave
+
+        backend.voice.own = beside
         thread = threading.Thread(target=draw)
         thread.start()
         try:
@@ -1242,7 +1258,7 @@ def test_where_there_is_no_gap_a_faulty_output_is_given_as_it_is(kind: str, seen
 def test_calls_that_come_while_a_switch_waits_wait_at_the_door(guarded: Any) -> None:
     """Otherwise a busy service might never have a moment for the switch."""
     backend = guarded(lambda wave: wave, limit=1000)
-    stop, passes = threading.Event(), []
+    stop, passes, made = threading.Event(), [], [0, 0, 0]
 
     def own(wave: torch.Tensor) -> torch.Tensor:
         before = backend.voice.fault
@@ -1250,22 +1266,23 @@ def test_calls_that_come_while_a_switch_waits_wait_at_the_door(guarded: Any) -> 
         passes.append(before is backend.voice.fault)
         return nan(wave) if threading.current_thread() is threading.main_thread() and before else wave
 
-    def busy() -> int:
-        made = 0
+    def busy(number: int) -> bool:
         while not stop.is_set():
             backend.speak(TEXT)
-            made += 1
-        return made
+            made[number] += 1
+        return True
 
     backend.voice.own = own
-    threads = [in_thread(busy) for _ in range(3)]
-    time.sleep(0.05)
+    threads = [in_thread(functools.partial(busy, number)) for number in range(3)]
+    until(lambda: all(made), "all three are at work")
     for _ in range(2):
         assert backend.speak(TEXT).isfinite().all()
+    before = list(made)
+    until(lambda: all(now > then for now, then in zip(made, before, strict=True)), "and go on after a switch")
     stop.set()
     for thread, results in threads:
-        thread.join(20)
-        assert results[0] > 1
+        thread.join(LONG)
+        assert results == [True]
     assert all(passes)
     backend.speak(TEXT)
     assert backend.voice.fault is not None, "the changes are in force again once there is a gap"
@@ -1283,12 +1300,13 @@ async def test_coroutines_of_one_loop_do_not_wait_for_each_other_for_ever(guarde
             return torch.ones(5000)
 
     mixed = Mixed(nan)
-    guards.protect(mixed, guards.Guard("Voice", mixed.tuning, {}, 10))
+    # It would be patient for longer than a test may take.
+    guards.protect(mixed, guards.Guard("Voice", mixed.tuning, {}, 10, patience=10 * LONG))
     task = asyncio.create_task(mixed.slow(TEXT))
     await asyncio.sleep(0)
     start = time.monotonic()
     assert mixed.speak(TEXT).isnan().any()  # a plain call that blocks the loop on which the other one runs
-    assert time.monotonic() - start < 5, "it waited in vain"
+    assert time.monotonic() - start < LONG, "it waited in vain"
     await task
 
 
