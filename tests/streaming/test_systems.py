@@ -27,7 +27,7 @@ from accelerate_tts.streaming import Stream, StreamOptions, stream
 from accelerate_tts.streaming.shares import measured_of
 from accelerate_tts.streaming.systems import chatterbox
 from accelerate_tts.tuning.compare import compare, spectral_distance
-from doubles import is_faster
+from doubles import clock_of, is_faster
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,7 @@ def test_many_streams_at_once_do_not_mix(xtts: Any) -> None:
 
 def test_xtts_tuned_and_decorated(xtts: Any, decide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_TTS_TORCH_COMPILE", "0")
-    decide(compare=is_faster)
+    decide(compare=is_faster, clock=clock_of([0.0]))
 
     class Service:
         @optimized_model(warmup=lambda service: list(service.speak("Hello.")), tune_seconds=3.0)

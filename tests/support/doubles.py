@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     import pytest
 
 TWICE_AS_FAST = Timing(before=2.0, after=1.0, ratio=2.0, low=2.0, high=2.0, pairs=5)
+
+
+def clock_of(offset: list[float]) -> Callable[[], float]:
+    """A clock that goes on by a microsecond when it is read, and otherwise as a test moves its one item."""
+    looks = count()
+    return lambda: 1e-6 * next(looks) + offset[0]
 
 
 def pays_off(run: Callable[[], object], before: Any, after: Any, *_: object, **__: object) -> Timing:

@@ -27,7 +27,7 @@ from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.policy import current_policy
 from accelerate_tts.tuning.timing import Timing, compare_speed
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage, tune
+from doubles import Stage, clock_of, tune
 
 CPU = DeviceInfo("cpu", "test")
 X = torch.ones(2, 4)
@@ -371,7 +371,7 @@ def test_no_single_look_drops_a_stage(disturbed: int, decide: Any) -> None:
     calls = iter([0.0, *[0.2] * disturbed])  # for its outputs, and the looks
     offset = [0.0]
     model = Model()
-    decide(clock=lambda: time.perf_counter() + offset[0], compare=Compare(Busy(busy=False)))
+    decide(clock=clock_of(offset), compare=Compare(Busy(busy=False)))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if model.fast:

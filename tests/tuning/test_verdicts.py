@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage, tune
+from doubles import Stage, clock_of, tune
 
 X = torch.ones(2, 4)
 
@@ -125,7 +124,7 @@ def test_the_total_is_timed_in_as_many_pairs_as_the_budget_allows(
             pairs.append(fewest)
         return GOOD
 
-    decide(compare=compare, clock=lambda: time.perf_counter() + offset[0])
+    decide(compare=compare, clock=clock_of(offset))
     model = Model()
     _, receipt = run(Stage(then=str), model=model, budget=60.0)
     assert pairs == ([] if asked is None else [asked])
@@ -150,7 +149,7 @@ def test_no_verdict_is_begun_that_the_budget_does_not_allow(
     def slow() -> None:
         offset[0] += seconds
 
-    decide(slack=slack, clock=lambda: time.perf_counter() + offset[0], not_twice=float("inf"))
+    decide(slack=slack, clock=clock_of(offset), not_twice=float("inf"))
     model, receipt = run(Stage(then=slow))
     (result,) = receipt.stages
     assert (result.kept, result.ratio is None) == (tried, not tried)
@@ -175,7 +174,7 @@ def test_what_takes_ten_times_as_long_is_not_run_twice(graphs: int | None, decid
         calls.append(1)
         clock[0] += 11.0
 
-    decide(clock=lambda: time.perf_counter() + clock[0])  # a run of the changed part seems to take 11 s
+    decide(clock=clock_of(clock))  # a run of the changed part seems to take 11 s
     _, receipt = run(Stage(then=slow, graphs=graphs), budget=1000.0)
     (result,) = receipt.stages
     if graphs is None:

@@ -22,7 +22,7 @@ from accelerate_tts.events import DecodePasses
 from accelerate_tts.kernels.decoder_block import run, run_together
 from accelerate_tts.patching.class_swap import fused_by
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
-from doubles import pays_off
+from doubles import clock_of, pays_off
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,10 @@ def speaker(decide: Callable[..., object]) -> Speaker:
         return 1e-3
 
     decide(
-        compare=pays_off, look=look, unworthy=lambda _baseline, _part, stage: None if "fused" in stage.name else "no"
+        compare=pays_off,
+        clock=clock_of([0.0]),
+        look=look,
+        unworthy=lambda _baseline, _part, stage: None if "fused" in stage.name else "no",
     )
     made = Speaker()
     made.load()
