@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from threaded import until_later
 
 from accelerate_tts import carry_mode, fast_inference, get_performance_optimizer, inference
 from accelerate_tts.device import flags
@@ -170,6 +171,7 @@ def test_ten_thousand_interleaved_tasks_cut_short_in_every_way() -> None:
         outcomes = Counter(await asyncio.gather(*(one(number) for number in range(tasks))))
         gc.collect()  # the abandoned streams are closed by the loop's hook
         await asyncio.sleep(0.05)
+        await until_later(lambda: log.counts["stream's late clean-up"] == log.counts["stream's clean-up"])
         return outcomes
 
     outcomes = asyncio.run(main())
@@ -383,7 +385,7 @@ def test_abandoned_async_generators_in_cycles_are_closed_by_their_loop_in_the_mo
             log.see("plain", "collector")
         finally:
             gc.enable()
-        await asyncio.sleep(0.05)
+        await until_later(lambda: log.counts["stream's late clean-up"] == 300)
 
     asyncio.run(main())
     assert not log.wrong, log.wrong[:5]
@@ -436,6 +438,7 @@ def test_scopes_nest_and_overlap_in_sixteen_threads(monkeypatch: pytest.MonkeyPa
 
 WORKER = """
 import torch
+from threaded import until_later
 from accelerate_tts import fast_inference, inference
 
 @inference

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import methodcaller
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from meetings import Brief
 
 from accelerate_tts import Event, carry_mode, fast_inference, inference, optimized_model, own_random, receipt_of
 from accelerate_tts.events import DecodePasses
@@ -97,13 +97,14 @@ def let_meet(steps: SharedSteps) -> list[int]:
     passes: list[int] = []
     arrived: set[int] = set()
     have_met = threading.Event()
+    brief = Brief()
 
     def clock() -> float:
         """Called by each caller as it arrives, before anybody else may."""
         arrived.add(threading.get_ident())
         if len(arrived) > 2:
             have_met.set()
-        return time.perf_counter()
+        return brief.clock()
 
     def alone(blocks: Any, call: Any) -> torch.Tensor:
         assert have_met.wait(LONG)
@@ -113,7 +114,9 @@ def let_meet(steps: SharedSteps) -> list[int]:
         passes.append(len(calls))
         return run_together(blocks, calls)
 
-    steps.rules = steps.rules._replace(window=100.0, clock=clock, alone=alone, together=counted)
+    steps.rules = steps.rules._replace(
+        window=100.0, clock=clock, alone=brief.within(alone), together=brief.within(counted)
+    )
     return passes
 
 

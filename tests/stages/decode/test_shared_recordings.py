@@ -18,7 +18,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from meetings import meeting
+from meetings import Brief, meeting
 from threaded import LONG, at_once
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -110,6 +110,7 @@ class Shared(NamedTuple):
     steps: SharedSteps
     passes: list[int]
     """Number of callers of each pass of several."""
+    brief: Brief
 
     def share(self, numbers: tuple[int, ...] = NUMBERS, rows: int = 1, **rules: Any) -> None:
         def counted(blocks: Any, calls: Any) -> Any:
@@ -118,8 +119,11 @@ class Shared(NamedTuple):
 
         self.steps.usual.arrange(numbers, rows)
         most = max(numbers) * rows
-        self.steps.rules = self.steps.usual._replace(
-            **{"window": 100.0, "most_rows": most, "together": counted, **rules}
+        asked = self.steps.usual._replace(
+            **{"window": 100.0, "clock": self.brief.clock, "most_rows": most, "together": counted, **rules}
+        )
+        self.steps.rules = asked._replace(
+            alone=self.brief.within(asked.alone), together=self.brief.within(asked.together)
         )
         self.steps.is_on = True
 
@@ -128,7 +132,7 @@ def captured(model: Any, bounds: Bounds | None = None, recorder: Callable[[torch
     change: Any = CapturedStepStage(recorder, bounds=bounds).prepare(Part("model", "decoder", model))
     change.on()
     (steps,) = change.steps
-    return Shared(model, change, steps, [])
+    return Shared(model, change, steps, [], Brief())
 
 
 class Caller(NamedTuple):
@@ -342,7 +346,7 @@ def test_an_interrupt_anywhere_holds_nobody_up(at: int) -> None:
         looks[me] = looks.get(me, 0) + 1
         if me in victim and looks[me] == at:
             raise KeyboardInterrupt
-        return time.perf_counter()
+        return shared.brief.clock()
 
     def interrupted() -> Any:
         victim.append(threading.get_ident())

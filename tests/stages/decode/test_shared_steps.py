@@ -21,7 +21,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from meetings import meeting
+from meetings import Brief, meeting
 from threaded import LONG, at_once
 
 from accelerate_tts import Event
@@ -62,6 +62,7 @@ class Shared(NamedTuple):
     steps: SharedSteps
     passes: list[int]
     """Number of callers of each pass of several."""
+    brief: Brief
 
     def share(self, **rules: Any) -> None:
         def counted(blocks: Any, calls: Any) -> torch.Tensor:
@@ -69,7 +70,10 @@ class Shared(NamedTuple):
             return run_together(blocks, calls)
 
         # A tiny model's pass takes microseconds. So long a window lets callers meet that Python keeps apart.
-        self.steps.rules = Rules(**{"window": 100.0, "together": counted, **rules})
+        asked = Rules(**{"window": 100.0, "clock": self.brief.clock, "together": counted, **rules})
+        self.steps.rules = asked._replace(
+            alone=self.brief.within(asked.alone), together=self.brief.within(asked.together)
+        )
         self.steps.is_on = True
 
 
@@ -78,7 +82,7 @@ def fused(model: Any, weights: WeightFormat = "fp32") -> Shared:
     change.on()
     (steps,) = change.steps
     speak(model, Caller())  # shows the forms of results
-    return Shared(model, steps, [])
+    return Shared(model, steps, [], Brief())
 
 
 class Caller(NamedTuple):
@@ -304,7 +308,7 @@ def test_an_interrupt_anywhere_holds_nobody_up(at: int) -> None:
         looks[me] = looks.get(me, 0) + 1
         if me in victim and looks[me] == at:
             raise KeyboardInterrupt
-        return time.perf_counter()
+        return shared.brief.clock()
 
     def interrupted() -> Any:
         victim.append(threading.get_ident())
