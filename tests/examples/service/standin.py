@@ -67,6 +67,11 @@ def loud(_precision: str, folder: Path) -> Speaker:
             name, _, value = word.partition(":")
             if name == "NOTHING":
                 return
+            if name == "LEFT":  # its caller; that is told, and the next word is said all the same
+                while not said.left.is_set():
+                    time.sleep(0.01)
+                (folder / value).touch()
+                continue
             if name in COMMANDS:
                 COMMANDS[name](value, folder)
             else:

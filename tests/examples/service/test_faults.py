@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,9 +108,11 @@ def test_a_client_that_leaves_stops_its_request(serve: Serve, tmp_path: Path, ho
     served.ready()
     connection = served.connection()
     more = {} if how is None else {"stream_format": how}
-    body = json.dumps({"model": "loud", "voice": "a", "input": "one UNTIL:go two NOTE:spoken three", **more})
+    body = json.dumps(
+        {"model": "loud", "voice": "a", "input": "one NOTE:begun LEFT:told two NOTE:spoken three", **more}
+    )
     connection.request("POST", "/v1/audio/speech", body, {"Content-Type": "application/json"})
-    is_running(served)
+    until((tmp_path / "begun").exists, "it is spoken")
     waiting = served.connection()  # and one that leaves the queue
     waiting.request("POST", "/v1/audio/speech", body.replace("spoken", "queued"), {"Content-Type": "application/json"})
     until(lambda: served.service.turns.waiting == 1, "one waits")
@@ -119,8 +120,7 @@ def test_a_client_that_leaves_stops_its_request(serve: Serve, tmp_path: Path, ho
     until(lambda: served.service.turns.waiting == 0, "none waits")
     connection.close()
     empty(served)
-    time.sleep(1.0)  # for the word to reach the worker, which nothing outside of it shows
-    (tmp_path / "go").touch()
+    until((tmp_path / "told").exists, "the worker knows it")
     assert served.speak("one").status == 200
     assert not (tmp_path / "spoken").exists()
     assert not (tmp_path / "queued").exists()
