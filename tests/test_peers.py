@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -26,7 +27,7 @@ from schemas import SCHEMA, objections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GIVEN = {"size": "tiny", "precision": ["exact"], "layers": None, "rounds": 2, "tune_seconds": 5.0, "peers": None,
-         "threads": 1, "set_up_seconds": 0.2, "json": None, "into": None}  # fmt: skip
+         "threads": 1, "set_up_seconds": 60.0, "json": None, "into": None}  # fmt: skip
 
 
 @pytest.fixture
@@ -46,6 +47,9 @@ def subject(engines: Any, closed: list[str]) -> Any:
         raise ValueError("no such format\nand more")
 
     def slow() -> Any:
+        left, again = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left <= GIVEN["set_up_seconds"]
+        signal.setitimer(signal.ITIMER_REAL, 0.001, again)  # as if they were over
         time.sleep(10)
 
     one = torch.ones(4)
@@ -74,7 +78,7 @@ def test_each_engine_has_a_row_or_a_reason(scripts: Any, capsys: pytest.CaptureF
     assert rows["absent"]["failed"] == "no_such_module is not installed: pip install no_such_module"
     assert "absent is left out: no_such_module is not installed" in capsys.readouterr().out
     assert rows["broken"]["failed"] == "ValueError: no such format"
-    assert rows["slow"]["failed"] == "OverTimeError: not ready within 0 s"
+    assert rows["slow"]["failed"] == "OverTimeError: not ready within 60 s"
     assert (rows["broken"]["ratio"], rows["broken"]["lines"]) == (None, 1)
     ratios = {name: row["ratio"]["ratio"] for name, row in rows.items() if row["ratio"]}
     assert ratios == {"eager": 1.0, "ours, exact": 2.0, "other": 0.5}

@@ -450,7 +450,7 @@ class Batching:
             sys.exit(1)
         answer = asyncio.get_running_loop().create_future()
         await self.queue.put((text, answer))
-        return await asyncio.wait_for(answer, 5)
+        return await asyncio.wait_for(answer, 60)
 """
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -365,8 +365,9 @@ def test_an_interrupt_at_any_line_holds_nobody_up() -> None:
             sys.settrace(None)
 
     for at in range(1, 130):
-        steps = SharedSteps("a decoder")
-        steps.rules, steps.is_on = Rules(window=100.0, alone=alone, together=together, look=0.01), True
+        steps, brief = SharedSteps("a decoder"), Brief()
+        computes = {"alone": brief.within(alone), "together": brief.within(together)}
+        steps.rules, steps.is_on = Rules(window=100.0, clock=brief.clock, **computes, look=0.01), True
         found = at_once([partial(interrupted, steps, at), *(partial(speak, steps, seed) for seed in (10.0, 20.0))])
         assert found == [[seed + number for number in range(4)] for seed in (0.5, 10.0, 20.0)], at
 
