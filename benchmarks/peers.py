@@ -30,11 +30,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from engines import EAGER, SUBJECTS, lines_of
 
@@ -47,13 +48,14 @@ from accelerate_tts.errors import described
 from accelerate_tts.kernels.library import level
 from accelerate_tts.optimizer import get_performance_optimizer
 from accelerate_tts.storage.files import write_whole
-from accelerate_tts.tuning.disturbance import Watcher
+from accelerate_tts.tuning.disturbance import Machine, Watcher
 from accelerate_tts.tuning.policy import current_policy
 
 if TYPE_CHECKING:
     from engines import Candidate, Engine, Subject
 
     from accelerate_tts.cli.bench.floors import Floors
+    from accelerate_tts.device.usage import Usage
 
 _PAUSE = 0.05  # until threads that spin have fallen asleep
 _PACKAGES = {
@@ -125,6 +127,30 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+class WithChildren(Machine):
+    """A machine where what this process has started, as llama.cpp's engine, is not another program.
+
+    Args:
+        machine: The machine.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+        self.waited, self.probe, self.sleep = machine.waited, machine.probe, machine.sleep  # type: ignore[method-assign]
+
+    def usage(self) -> Usage:
+        """Read the counters; the processor time of children that are alive is this process's own."""
+        found = self._machine.usage()
+        for child in psutil.Process().children(recursive=True):
+            try:
+                times = child.cpu_times()
+            except psutil.Error:  # it has ended
+                continue
+            found = replace(found, own=found.own + times.user + times.system)
+        return found
+
+
 def compared(
     subject: Subject, given: argparse.Namespace, *, patience: float = 20.0, rates: Callable[[], Floors] = floors
 ) -> dict[str, Any]:
@@ -174,7 +200,7 @@ def compared(
                 seconds[name] = ready[name].call()[0]
         found.append(seconds)
 
-    watcher = Watcher(current_policy().machine(), torch.get_num_threads(), patience)
+    watcher = Watcher(WithChildren(current_policy().machine()), torch.get_num_threads(), patience)
     disturbed, told, moved = series(measured, (found,), given.rounds, watcher, rates)
     kind, amount = subject.floor
     for name, engine in ready.items():

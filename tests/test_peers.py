@@ -7,11 +7,13 @@ import importlib.metadata
 import importlib.util
 import json
 import signal
+import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from accelerate_tts.cli.bench.measure import bytes_of_a_token, bytes_read_by_a_t
 from accelerate_tts.kernels.library import level, missing
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
+from accelerate_tts.tuning.disturbance import Machine
 from schemas import SCHEMA, objections
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -299,3 +302,22 @@ def test_llama_cpp_that_cannot_read_its_file_says_why(
     with pytest.raises(RuntimeError, match="llama.cpp ended with status 1: .*; no model was loaded"):
         ggml.Engine(llama, "F32", 1, torch.randn(2, 3, 64), torch.randn(1, 2, 1, 64))
     assert not folders[0].exists()
+
+
+def test_an_engine_in_a_process_of_its_own_is_no_disturbance(scripts: tuple[Any, Any]) -> None:
+    peers, _ = scripts
+    alone, both = Machine(), peers.WithChildren(Machine())
+    spin = (
+        "import sys, time\nsys.stdin.readline()\nend = time.process_time() + 0.5\n"
+        "while time.process_time() < end: pass\nprint('done', flush=True)\nsys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=PIPE, stdout=PIPE) as engine:
+        before = alone.usage().own, both.usage().own
+        assert engine.stdin is not None
+        assert engine.stdout is not None
+        engine.stdin.write(b"go\n")  # only now does it begin
+        engine.stdin.flush()
+        assert engine.stdout.readline() == b"done\n"
+        own, with_engine = alone.usage().own - before[0], both.usage().own - before[1]
+        assert with_engine - own > 0.3
+        engine.communicate()

@@ -106,6 +106,8 @@ class StaticSlot(StaticStep):
 
     def holds(self, past: Any) -> bool:
         """Check that a cache's sequence lies in this slot, and may grow there."""
+        if not self.is_of(past):  # of all slots but one, at each token
+            return False
         growing_class = kv_cache.growing_class()
         layers = past.layers
         return all(type(layer) is growing_class for layer in layers) and self._lent.is_all_of(
