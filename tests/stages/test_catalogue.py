@@ -62,9 +62,9 @@ ORDERS = {
         balanced  recorded in pieces, bf16 part
         exact     recorded by shape
         balanced  recorded by shape, bf16 part
-        exact     recorded prompts
         balanced  bf16 layers
         balanced  bf16 part
+        exact     recorded prompts
         exact     + compiled blocks
         exact     + torch.compile
     """,

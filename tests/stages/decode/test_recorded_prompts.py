@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -599,14 +600,24 @@ def test_eight_threads_have_what_each_has_alone(shared: bool, seen: list[Event])
     assert not [event for event in seen if isinstance(event, FellBack)]
 
 
-def test_nothing_of_a_load_stays() -> None:
+def test_nothing_of_a_load_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    for cls in (PromptRecordings, StaticPrompt):
+        init: Any = cls.__init__
+
+        def noted(self: Any, *given: Any, init: Any = init) -> None:
+            made.append(weakref.ref(self))
+            init(self, *given)
+
+        monkeypatch.setattr(cls, "__init__", noted)
     model = llama()
     recorded = Recorded(model, reruns)
     spoken(model, 20)
     recorded.off()
     del recorded
     gc.collect()
-    assert not [one for one in gc.get_objects() if isinstance(one, (PromptRecordings, StaticPrompt))]
+    assert len(made) == 2
+    assert not [one for reference in made if (one := reference()) is not None]
 
 
 @pytest.mark.parametrize("pays", [True, False])
