@@ -2,10 +2,11 @@
 
 On a GPU, a decode step launches hundreds of kernels of a few microseconds each, and the launches dominate its time. A
 recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
-token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that
-were absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own
-forward on the same cache; token_call.py tells which call is which. A prompt writes its keys and values into a free slot
-at once, if there is one; recorded_prompts.py may record it. Which slot serves a sequence, and how many there are, is the matter of slot_pool.py.
+token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that were
+absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own forward
+on the same cache; token_call.py tells which call is which. A prompt writes its keys and values into a free slot at
+once, if there is one; recorded_prompts.py may record it. Which slot serves a sequence, and how many there are, is the
+matter of slot_pool.py.
 
 Where Triton is installed, a step may be recorded in fewer kernels (token_kernels.py). If they cannot be compiled or
 started, upstream's own step is recorded, with one event.
