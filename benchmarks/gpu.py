@@ -125,6 +125,7 @@ def steps(*, dry: bool = False) -> list[Step]:
         Step("machine", ("-c", MACHINE), 60),
         tests("test_recorded_parts", 75),
         tests("test_recording", 60),
+        tests("test_recorded_prompts", 30),
         tests("test_tuned", 100),
         tests("test_token_kernels", 60),
         Step("token kernels", ("benchmarks/token_kernels.py",), 50),

@@ -36,6 +36,7 @@ from accelerate_tts.stages.compile import regional, whole
 from accelerate_tts.stages.compile.regional import CompiledBlocksStage
 from accelerate_tts.stages.compile.whole import CompileStage, FrozenCompileStage
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.recorded_prompts import RecordedPromptsStage
 from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
 from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
@@ -736,6 +737,8 @@ FAMILIES = {
         decoded,
         (*FUSED, "growing cache", *NORMED[1:], *LINEAR[::2], *INT8[:1], BLOCKS, *STEP),
     ),
+    "Llama, recorded": Family(lambda: decoder("Llama"), decoded, ("recorded prompts",), STEP[:1]),
+    "Llama, recorded in bf16": Family(lambda: decoder("Llama"), decoded, ("recorded prompts",), STEP[1:2]),
     "Llama, from tokens": Family(lambda: decoder("Llama"), decoded_from_tokens, (FUSED[0], BLOCKS, STEP[0])),
     "Llama, few rows": Family(lambda: decoder("Llama"), decoded, (BLOCKS, STEP[0]), LINEAR[1:2]),
     "Llama, bf16": Family(lambda: decoder("Llama"), decoded, ("bf16 prompts",), FUSED[1:2]),
@@ -797,7 +800,8 @@ def stages() -> dict[str, Stage]:
         # Where nothing of ours is inside, a replay fails that reads memory which no longer is a weight's.
         made = [kind(Reruns), *(kind(partial(Reruns, watched=False), inside) for inside in halves)]
         found |= {stage.name: stage for stage in made}
-    return found
+    prompts = RecordedPromptsStage(Reruns)
+    return {**found, prompts.name: prompts}
 
 
 class AsCompiled:

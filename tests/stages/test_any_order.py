@@ -32,6 +32,7 @@ from accelerate_tts.stages.decode.bf16_prefill import PromptStage
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.fused_decoder import FusedBlocksStage
 from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
+from accelerate_tts.stages.decode.recorded_prompts import RecordedPromptsStage
 from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
 from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
@@ -63,7 +64,7 @@ STAGES: tuple[Stage, ...] = (
     HalfStage(torch.bfloat16, carried=True), ShortConvolutionStage(), SkinnyStage("fp32"), SkinnyStage("bf16"),
     SkinnyStage("int8"), FewRowsStage(), *map(QuantizeStage, engines()), QuantizeRecurrentStage(), FrozenCompileStage(),
     CompiledBlocksStage("default"), CompileStage("default"), CapturedStepStage(rerun), RecordedPartsStage(rerun),
-    RecordedPiecesStage(rerun),
+    RecordedPiecesStage(rerun), RecordedPromptsStage(rerun),
 )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ ORDERS = {
         balanced  recorded by shape, bf16 part
         balanced  bf16 layers
         balanced  bf16 part
+        exact     recorded prompts
         exact     + compiled blocks
         exact     + torch.compile
     """,

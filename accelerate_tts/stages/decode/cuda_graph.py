@@ -2,10 +2,11 @@
 
 On a GPU, a decode step launches hundreds of kernels of a few microseconds each, and the launches dominate its time. A
 recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
-token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that
-were absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own
-forward on the same cache; token_call.py tells which call is which. A prompt writes its keys and values into a free slot
-at once, if there is one. Which slot serves a sequence, and how many there are, is the matter of slot_pool.py.
+token for a growing cache (kv_cache/), with the attention weights if upstream returns them. Prefill, arguments that were
+absent when the step was recorded, autocast, hooks and sequences beyond the largest bucket take upstream's own forward
+on the same cache; token_call.py tells which call is which. A prompt writes its keys and values into a free slot at
+once, if there is one; recorded_prompts.py may record it. Which slot serves a sequence, and how many there are, is the
+matter of slot_pool.py.
 
 Where Triton is installed, a step may be recorded in fewer kernels (token_kernels.py). If they cannot be compiled or
 started, upstream's own step is recorded, with one event.
@@ -37,7 +38,7 @@ from accelerate_tts.stages.decode.shared_steps import Rules, SharedSteps
 from accelerate_tts.stages.decode.slot_pool import Bounds, SlotPool
 from accelerate_tts.stages.decode.token_call import CallReader
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
-from accelerate_tts.stages.graphs.recorder import CudaRecorder, stream_of
+from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, stream_of
 from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
@@ -49,11 +50,14 @@ if TYPE_CHECKING:
     from accelerate_tts.plan import Part, TimedCalls
     from accelerate_tts.stages.decode.slot_pool import Place
     from accelerate_tts.stages.decode.static_slot import StaticSlot
-    from accelerate_tts.stages.decode.token_call import TokenCall
+    from accelerate_tts.stages.decode.token_call import Prompt, TokenCall
     from accelerate_tts.stages.decode.token_kernels import TokenBlocks
     from accelerate_tts.stages.graphs.recorder import Recorder
     from accelerate_tts.stages.layers.half_precision import HalfStage
     from accelerate_tts.stages.protocol import Stage, Target
+
+IN_A_SLOT = "_accelerate_tts_in_a_slot"
+"""Attribute of a decoder's class while its steps are recorded: runs a prompt in a free slot, if there is one."""
 
 
 @register_stage
@@ -193,19 +197,31 @@ class _Steps:
         def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
             named = {**dict(zip(self._calls.names, args, strict=False)), **kwargs}
             result = None
-            if not self._pool.is_broken:
+            if not self._pool.is_broken and not is_recording():
                 result = self._token(plain, named) if self._calls.is_token(named) else self._prompt(plain, named)
             return plain.forward(decoder, *args, **kwargs) if result is None else result
 
         cls = subclass_with(plain, forward)
         setattr(cls, RECORDED, True)
+        setattr(cls, IN_A_SLOT, self.in_a_slot)
         return cls
 
     def _prompt(self, plain: Any, named: dict[str, Any]) -> Any:
         """Run a prompt that writes into a free slot; return `None` if this is no prompt, or no slot is free for it."""
-        # Where steps are shared, a prompt's bits must not depend on whether a slot is free.
-        prompt = None if self._pool.shares else self._calls.prompt(named)
+        prompt = self._calls.prompt(named)
         if prompt is None:
+            return None
+        return self.in_a_slot(prompt, lambda: plain.forward(self._decoder, **prompt.arguments))
+
+    def in_a_slot(self, prompt: Prompt, run: Callable[[], Any]) -> Any:
+        """Run a prompt whose keys and values are written into a free slot; return `None` if none is free for it.
+
+        Args:
+            prompt: The prompt. Its cache gets growing layers.
+            run: Runs it, and returns its result.
+        """
+        # Where steps are shared, a prompt's bits must not depend on whether a slot is free.
+        if self._pool.shares or self._pool.is_broken:
             return None
         with self._lock:
             weights, capacity = self._weights, self._pool.capacity_for(prompt.length)
@@ -214,9 +230,7 @@ class _Steps:
             return None
         key, slot = lent
         try:
-            return slot.take_prompt(
-                prompt.past, lambda: plain.forward(self._decoder, **prompt.arguments), stream_of(prompt.device)
-            )
+            return slot.take_prompt(prompt.past, run, stream_of(prompt.device))
         finally:
             with self._lock:
                 self._pool.take_back(key, slot, is_stale=self._weights is not weights)

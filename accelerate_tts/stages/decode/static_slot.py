@@ -100,6 +100,7 @@ class StaticSlot(StaticStep):
         self._owner: weakref.ref[Any] | None = None
         self._stream: Any = None  # of the last sequence's work
         self._is_present = False
+        self._visited = 0  # places that the last visitor wrote to
         self.bytes = sum(tensor.numel() * tensor.element_size() for pair in memory.buffers for tensor in pair)
 
     # --- who is in it ---
@@ -182,6 +183,8 @@ class StaticSlot(StaticStep):
             for layer, buffers in zip(past.layers, self.buffers, strict=True):
                 for buffer, tensor in zip(buffers, (layer.keys, layer.values), strict=True):
                     buffer[..., :length, :].copy_(tensor)
+            self._clear(length, self._visited)
+            self._visited = length + 1
             self._give(length, inputs, mask)
             recording = self.recording()
             recording.replay()
@@ -201,6 +204,7 @@ class StaticSlot(StaticStep):
             lent = iter(self._lent.lend())
             for layer in past.layers:
                 layer.move_to(next(lent), next(lent))
+            self._clear(int(past.layers[0].length()), self.capacity)
             self._owner = weakref.ref(past)
             self._known = past.layers[0].state()
         self._stream, self._is_present = stream, True
@@ -237,7 +241,15 @@ class StaticSlot(StaticStep):
         past.layers[:] = [kv_cache.growing_class().over(self._known, next(lent), next(lent)) for _ in self.buffers]
         self._owner, self._stream = weakref.ref(past), stream
         with self._recorder.in_turn(stream=stream):
+            self._clear(0, self.capacity)
             return run()
+
+    def _clear(self, start: int, end: int) -> None:
+        """Clear places of the last sequence. They are not attended to, but a NaN times 0 is a NaN."""
+        if start < end:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                for buffer in (buffer for pair in self.buffers for buffer in pair):
+                    buffer[..., start:end, :].zero_()
 
     # --- its end ---
 

@@ -21,9 +21,9 @@ from accelerate_tts.stages.graphs.recorder import stream_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_POSITIONS = "position_ids"
+POSITIONS = "position_ids"
 _PROMPTS = ("inputs_embeds", "input_ids")
-_OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
+OWN = {*CACHE_NAMES, "attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
 class TokenCall(NamedTuple):
@@ -131,7 +131,7 @@ class CallReader:
         if keys.is_meta:
             return False  # of tensors without memory, which have no autocast either
         # Token ids, embeddings, or what a custom model takes in their place: one position for each sequence.
-        given = [t for name, t in _tensors(named).items() if name != _POSITIONS and _is_position(t, keys.shape[0])]
+        given = [t for name, t in tensors_in(named).items() if name != POSITIONS and _has(t, keys.shape[0], 1)]
         return bool(
             given
             and all(tensor.device == keys.device for tensor in given)
@@ -139,18 +139,25 @@ class CallReader:
             and named.get("return_dict") is not False
             and not (torch.is_grad_enabled() or self._decoder.training or is_traced())
             and not torch.is_autocast_enabled(keys.device.type)
-            and not self._is_odd(named, keys.shape[0])
+            and not self.is_odd(named, keys.shape[0])
         )
 
-    def _is_odd(self, named: dict[str, Any], rows: int) -> bool:
+    def is_odd(self, named: dict[str, Any], rows: int, positions: int = 1) -> bool:
+        """Check for arguments, a mask or hooks that no recording can serve, and report them.
+
+        Args:
+            named: The arguments.
+            rows: Rows that each tensor argument has.
+            positions: Positions that each has. More than one are a prompt's.
+        """
         mask = named.get("attention_mask")
         how = attention_of(self._decoder.config)
         odd = [
             name
             for name, value in named.items()
-            if name not in _OWN
+            if name not in OWN
             and not isinstance(value, (bool, int, float, str, type(None)))
-            and not (name in _tensors(named) and (name == _POSITIONS or _is_position(value, rows)))
+            and not (name in tensors_in(named) and (name == POSITIONS or _has(value, rows, positions)))
         ]
         if odd:
             obstacle = f"it is called with {', '.join(sorted(odd))}"
@@ -158,9 +165,9 @@ class CallReader:
             obstacle = f"attention is made by {how!r}"
         elif mask is not None and mask.dim() != 2:  # noqa: PLR2004
             obstacle = f"its mask has {mask.dim()} dimensions"
-        elif mask is not None and self._counts_masks and named.get(_POSITIONS) is None:
+        elif mask is not None and self._counts_masks and named.get(POSITIONS) is None:
             obstacle = "it counts its positions in the mask"
-        elif (window := _window(self._decoder.config)) is not None and cache_of(named).get_seq_length() >= window:
+        elif (window := window_of(self._decoder.config)) is not None and _reaches(cache_of(named), positions, window):
             obstacle = f"it attends to the last {window} positions only"
         elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
             obstacle = "there are hooks inside it, which a replay does not call"
@@ -187,9 +194,9 @@ class CallReader:
             may_join: See `TokenCall`.
         """
         past = cache_of(named)
-        inputs = _tensors(named)
+        inputs = tensors_in(named)
         # The recording makes its own positions where they are None, as a head over the decoder passes them on.
-        own = {*_OWN, *inputs, _POSITIONS}
+        own = {*OWN, *inputs, POSITIONS}
         constants = {name: value for name, value in named.items() if name not in own}
         mask = named.get("attention_mask")
         rows, _, length, _ = past.layers[0].keys.shape
@@ -212,8 +219,8 @@ class CallReader:
 
     def prompt(self, named: dict[str, Any]) -> Prompt | None:
         """Describe a call that begins a sequence in a cache that can grow; return `None` for any other call."""
-        given = next((t for name, t in _tensors(named).items() if name in _PROMPTS and t.dim() > 1), None)
-        if given is None or not _begins(self._decoder, named):
+        given = next((t for name, t in tensors_in(named).items() if name in _PROMPTS and t.dim() > 1), None)
+        if given is None or not begins(self._decoder, named):
             return None
         rows, length = given.shape[:2]
         dtype = next((weight.dtype for weight in self._decoder.parameters() if weight.is_floating_point()), None)
@@ -223,21 +230,21 @@ class CallReader:
         return Prompt(rows, length, dtype, given.device, past, filled)
 
 
-def _begins(decoder: Any, named: dict[str, Any]) -> bool:
+def begins(decoder: Any, named: dict[str, Any]) -> bool:
     """Check that a call begins a sequence in a cache that can grow."""
     past = cache_of(named)
     keeps = named.get("use_cache")
     keeps = getattr(decoder.config, "use_cache", False) if keeps is None else keeps
     if not keeps or not (past is None or kv_cache.is_empty(past)):
         return False
-    if torch.is_grad_enabled() or decoder.training or is_traced() or _window(decoder.config) is not None:
+    if torch.is_grad_enabled() or decoder.training or is_traced() or window_of(decoder.config) is not None:
         return False
     return not any(
-        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) for tensor in _tensors(named).values()
+        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) for tensor in tensors_in(named).values()
     )
 
 
-def _window(config: Any) -> int | None:
+def window_of(config: Any) -> int | None:
     """Return the number of positions that a decoder's attention reaches back, or `None`.
 
     Since transformers 4.56 such layers have caches of their own kind, which do not grow, unless a caller makes another.
@@ -255,10 +262,15 @@ def _counts(cls: Any) -> bool:
     return code is not None and "cumsum" in code.co_names
 
 
-def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
+def tensors_in(named: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensor arguments of a decoder, without its cache, mask and cache positions."""
-    return {name: named[name] for name in sorted(named) if name not in _OWN and isinstance(named[name], torch.Tensor)}
+    return {name: named[name] for name in sorted(named) if name not in OWN and isinstance(named[name], torch.Tensor)}
 
 
-def _is_position(tensor: torch.Tensor, rows: int) -> bool:
-    return tensor.dim() > 1 and tuple(tensor.shape[:2]) == (rows, 1)
+def _has(tensor: torch.Tensor, rows: int, positions: int) -> bool:
+    return tensor.dim() > 1 and tuple(tensor.shape[:2]) == (rows, positions)
+
+
+def _reaches(past: Any, positions: int, window: int) -> bool:
+    """Check that a sequence with so many more positions is longer than the reach of an attention."""
+    return int(0 if past is None else past.get_seq_length()) + positions > window

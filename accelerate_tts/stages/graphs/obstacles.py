@@ -188,7 +188,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if made and any(tensor.device == self._device for tensor in _tensors(args)):
             return "torch.tensor copies Python's numbers to the device"
         schema = function._schema.arguments
-        given = {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
+        given = {one.name: one.default_value for one in schema if one.has_default_value()}  # not passed on by torch
+        given |= {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
         if torch.Tag.nondeterministic_seeded in function.tags and _draws(given):
             return f"{function} draws random numbers"
         for argument in schema:

@@ -509,6 +509,23 @@ def test_a_call_changes_no_cache_but_its_own(slots: int) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, run(), strict=True))
 
 
+@pytest.mark.parametrize("slots", [0, 1])
+@pytest.mark.parametrize("rest", [1, 4])
+def test_a_number_that_is_none_does_not_reach_the_next_request(slots: int, rest: int) -> None:
+    """What is behind a sequence is multiplied by 0, and a NaN times 0 is a NaN."""
+    model = llama()
+    expected, _ = loop(model)
+    capture(model, Bounds(slots=slots))
+    for _ in range(2):
+        past = loop(model, rest, prompt=30)[1] if rest == 1 else None
+        with torch.inference_mode():
+            for positions in (20, 1, 1) if past is None else (1, 1):
+                x = torch.full((2, positions, WIDTH), torch.nan)
+                past = model(inputs_embeds=x, past_key_values=past, use_cache=True).past_key_values
+        del past
+        assert torch.allclose(loop(model)[0], expected, atol=1e-5)
+
+
 def test_results_are_not_overwritten_by_the_next_token() -> None:
     model = llama()
     capture(model)

@@ -271,6 +271,21 @@ def bounds(_module: Any, y: torch.Tensor) -> torch.Tensor:
     return y.clamp(low, high)
 
 
+def attends(_module: Any, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(y[None], y[None], y[None])[0]
+
+
+def test_attention_without_dropout_draws_nothing(seen: list[Event]) -> None:
+    """torch passes arguments on without those that are as by default, such as no dropout."""
+    recorded = Recorded(Body(attends))
+    expected = recorded.untouched(wave())
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(recorded.module(wave()), expected)
+    assert recorded.change.graphs == 1
+    assert not seen
+
+
 @pytest.mark.parametrize("between", [whole_number, bounds])
 def test_a_number_of_the_host_is_a_constant(between: Any) -> None:
     """VITS's WaveNet makes a tensor of its width in each call, and reads it: that is no value of the device."""
