@@ -264,7 +264,7 @@ DRAWS: dict[Any, _Draw] = {
 
 
 def draw_of(function: Any) -> _Draw | None:
-    """Return the way to have a function of torch, or an operator, draw from given generators; `None` if it draws not."""
+    """Return how to have a function of torch, or an operator, draw from given generators; `None` if it draws not."""
     if isinstance(function, (OpOverload, OpOverloadPacket)):
         return _draw_of_operator(function)
     return DRAWS.get(function)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import has_hooks, parameters_of
+from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of
 from accelerate_tts.stages.decode.static_slot import bytes_of
 from accelerate_tts.stages.decode.static_step import tensors_of
 from accelerate_tts.stages.graphs.recorder import stream_of
@@ -120,7 +120,6 @@ class CallReader:
         self.names = parameters_of(plain_class(decoder))
         """Names of its forward's parameters."""
         self._counts_masks = any(_counts(plain_class(inner)) for inner in decoder.modules())
-        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
 
     def is_token(self, named: dict[str, Any]) -> bool:
         """Check for a call for one token that a recording can serve."""
@@ -162,8 +161,6 @@ class CallReader:
             obstacle = "it counts its positions in the mask"
         elif (window := _window(self._decoder.config)) is not None and cache_of(named).get_seq_length() >= window:
             obstacle = f"it attends to the last {window} positions only"
-        elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
-            obstacle = "there are hooks inside it, which a replay does not call"
         else:
             return False
         self._obstacles.report(obstacle, 0)
