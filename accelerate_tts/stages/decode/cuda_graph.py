@@ -265,12 +265,12 @@ class _Steps:
             if self._is_in_pass:
                 raise RuntimeError("a step of several was begun inside another")
             self._is_in_pass = True
-            done: list[TokenCall] = []
+            lengths = [call.length for call in calls]
             try:
-                results = self._run_each(calls, done) if self._refresh() else [None] * len(calls)
-            except BaseException:
-                for call in done:
-                    call.undo()
+                results = self._run_each(calls) if self._refresh() else [None] * len(calls)
+            except BaseException:  # also Ctrl-C of this thread, between two layers of another one's cache
+                for call, length in zip(calls, lengths, strict=True):
+                    call.shorten(length)
                 raise
             finally:
                 self._is_in_pass = False
@@ -280,7 +280,7 @@ class _Steps:
             row += call.rows
         return found
 
-    def _run_each(self, calls: Sequence[TokenCall], done: list[TokenCall]) -> list[Any]:
+    def _run_each(self, calls: Sequence[TokenCall]) -> list[Any]:
         for call in calls:
             kv_cache.adopt(call.past)
         places = self._places(calls)
@@ -294,14 +294,12 @@ class _Steps:
         if works:
             made = self._pool.joined(calls[0].key).run(list(works.values()))
             for number, result in zip(works, made, strict=True):
-                done.append(calls[number])
                 results[number] = result
         for number, (call, place) in enumerate(zip(calls, places, strict=True)):
             if place is not None:
                 self._last = place.slot
                 if place.slot.lane is None:
                     results[number] = _run(place, call)
-                    done.append(call)
         return results
 
     def _places(self, calls: Sequence[TokenCall]) -> list[Place | None]:

@@ -80,9 +80,20 @@ class TokenCall(NamedTuple):
         for layer in self.past.layers:
             layer.advance(-1)
 
+    @property
+    def length(self) -> int:
+        """Positions of its sequence."""
+        return int(self.past.layers[0].keys.shape[-2])
+
+    def shorten(self, length: int) -> None:
+        """Have its cache at a length again, whichever of its layers have grown since."""
+        for layer in self.past.layers:
+            if kv_cache.is_growing(layer):
+                layer.shorten(length)
+
     def following(self, number: int) -> TokenCall | None:
         """See `Joinable`."""
-        if int(self.past.layers[0].keys.shape[-2]) + 1 >= self.capacity:
+        if self.length + 1 >= self.capacity:
             return None
         return self if self.mask is None else self._replace(mask=nn.functional.pad(self.mask, (0, number), value=1))
 

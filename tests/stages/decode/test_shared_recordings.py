@@ -28,6 +28,7 @@ from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode import slot_pool
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.joined_slots import JoinedSlots
+from accelerate_tts.stages.decode.kv_cache.layers import growing_class
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 from accelerate_tts.stages.decode.slot_pool import Bounds
 from accelerate_tts.stages.decode.static_step import StaticStep
@@ -351,6 +352,33 @@ def test_an_interrupt_anywhere_holds_nobody_up(at: int) -> None:
     assert equal(alone[1], found[1])
     assert equal(alone[2], found[2])
     assert equal(alone[0], speak(shared.model, callers[0]))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_an_interrupt_between_two_layers_leaves_the_caches_of_others_whole(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches of all callers of a pass grow in the thread that computes it."""
+    shared = captured(MODELS["Llama"]())
+    callers = [Caller(seed, 1, 3 + seed, 12) for seed in range(3)]
+    shared.share()
+    alone = [speak(shared.model, caller) for caller in callers]
+    grow = growing_class().advance
+    grown: list[int] = []
+
+    def advance(layer: Any, positions: int) -> None:
+        if shared.passes:
+            grown.append(1)
+            if len(grown) == at:
+                raise KeyboardInterrupt
+        grow(layer, positions)
+
+    monkeypatch.setattr(growing_class(), "advance", advance)
+    found = together(shared, callers)
+    ended = [isinstance(each, KeyboardInterrupt) for each in found]
+    assert sum(ended) == 1
+    for one, other, was_ended in zip(alone, found, ended, strict=True):
+        assert was_ended or equal(one, other)
 
 
 def test_a_step_that_fails_leaves_each_its_own_and_ends_sharing(

@@ -54,6 +54,7 @@ __all__ = [
     "growing_layer",
     "is_empty",
     "is_growable",
+    "is_growing",
     "is_listed",
     "is_tuple",
     "layer_at",

@@ -231,6 +231,10 @@ class GrowingLayer:
         keys, values = self._lengths
         self._lengths = [keys + positions, values + positions]
 
+    def shorten(self, length: int) -> None:
+        """Have a length from before the last positions again. What is behind it is written anew."""
+        self._lengths = [length, length]
+
     def mark(self) -> tuple[Any, ...]:
         """Return a token of the layer's present state, for `is_at`."""
         keys, values = self._store
