@@ -279,7 +279,7 @@ def _draw_of_operator(operator: Any) -> _Draw | None:
     name, is_torchs = packet.__name__, overloads[0].namespace == "aten"
     function = getattr(torch, name, None) if is_torchs else None
     composed = DRAWS.get(function) if function is not None else None
-    if composed in {_like, _dropped, _leaky}:
+    if composed is not None and composed in {_like, _dropped, _leaky}:
         return lambda own, _func, args, kwargs: composed(own, function, args, _without_self(kwargs))
     if any(argument.name == "generator" for each in _overloads(packet) for argument in each._schema.arguments):
         return lambda own, _func, args, kwargs: _given(own, packet, args, kwargs)  # of any overload with one
