@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from accelerate_tts.events import NotApplied
 from accelerate_tts.inspection.tracing import KEEPS_KERNELS
-from accelerate_tts.runtime.random_functions import DRAWS, said
+from accelerate_tts.runtime.random_functions import draw_of, said
 from accelerate_tts.runtime.seeding import without_collection
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class OwnRandom(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch, with a generator if it draws."""
-        draw = DRAWS.get(func)
+        draw = draw_of(func)
         if draw is None or torch.compiler.is_compiling() or _is_recorded(types):
             return func(*args, **(kwargs or {}))
         return draw(self, func, args, kwargs or {})

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional, init
 
 from accelerate_tts.events import Lasting, NotApplied
@@ -40,8 +42,10 @@ def draws_in(graph: Any) -> bool:
 def _draws(node: Any) -> bool:
     if node.op == "call_method":
         return node.target in _NAMES
-    if node.op != "call_function" or node.target not in DRAWS:
+    if node.op != "call_function" or draw_of(node.target) is None:
         return False
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        return _draws_with(node.target, node.args, node.kwargs)
     if node.target in _SOMETIMES:
         return bool(_SOMETIMES[node.target](node.args, node.kwargs))
     return node.target not in _DROPOUT or _is_dropping(node.target, node.args, node.kwargs)
@@ -254,3 +258,55 @@ DRAWS: dict[Any, _Draw] = {
     **dict.fromkeys(_UNREACHED, _unreached),
 }
 """How to have each function draw from generators that are given."""
+
+
+# --- operators: `torch.ops.aten.randn`, as exported programs call them ---
+
+
+def draw_of(function: Any) -> _Draw | None:
+    """Return how to have a function of torch, or an operator, draw from given generators; `None` if it draws not."""
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        return _draw_of_operator(function)
+    return DRAWS.get(function)
+
+
+@cache
+def _draw_of_operator(operator: Any) -> _Draw | None:
+    overloads = _overloads(operator)
+    if not any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads):
+        return None
+    packet = operator.overloadpacket if isinstance(operator, OpOverload) else operator
+    name, is_torchs = packet.__name__, overloads[0].namespace == "aten"
+    function = getattr(torch, name, None) if is_torchs else None
+    composed = DRAWS.get(function) if function is not None else None
+    if composed is not None and composed in {_like, _dropped, _leaky}:
+        return lambda own, _func, args, kwargs: composed(own, function, args, _without_self(kwargs))
+    if any(argument.name == "generator" for each in _overloads(packet) for argument in each._schema.arguments):
+        return lambda own, _func, args, kwargs: _given(own, packet, args, kwargs)  # of any overload with one
+
+    def unreached(_own: Generators, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _draws_with(operator, args, kwargs):
+            said.emit(NotApplied("own_random", f"{operator} takes no generator, and draws from the process's"))
+        return func(*args, **kwargs)
+
+    return unreached
+
+
+def _overloads(operator: Any) -> list[Any]:
+    if isinstance(operator, OpOverload):
+        return [operator]
+    return [getattr(operator, name) for name in operator.overloads()]
+
+
+def _without_self(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by the names of functions, which call `input` what operators call `self`."""
+    return {"input" if name == "self" else name: value for name, value in kwargs.items()}
+
+
+def _draws_with(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Check that an operator which may draw does: for dropout with a chance, in training."""
+    names = [argument.name for argument in _overloads(operator)[0]._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    of_chance = {"dropout_p", "dropout", *(["p"] if "train" in names else [])}
+    chances = [value for name, value in given.items() if name in of_chance]
+    return (not chances or any(chances)) and given.get("train") is not False

@@ -109,6 +109,12 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
     "Uniform": lambda: distributions.Uniform(0.0, 1.0).sample((3,)),
     "a layer's weights": lambda: nn.Linear(3, 3).weight.detach(),
     "init.normal_": lambda: nn.init.normal_(torch.empty(3)),
+    "an operator": lambda: torch.ops.aten.randn.default([3]),
+    "an operator of any kind": lambda: torch.ops.aten.bernoulli(CHANCES, p=0.4),
+    "an operator, like": lambda: torch.ops.aten.randn_like.default(ACROSS),
+    "an operator in place": lambda: torch.ops.aten.normal_.default(torch.empty(3), 1.0, 2.0),
+    "an operator of dropout": lambda: torch.ops.aten.dropout.default(ACROSS, 0.4, True),
+    "an operator with sizes": lambda: torch.ops.aten.randint.low(3, 9, [5], dtype=torch.int64),
     "init.trunc_normal_": lambda: nn.init.trunc_normal_(torch.empty(30)),
 }
 QUIET: dict[str, Callable[[], Tensor]] = {
@@ -118,6 +124,8 @@ QUIET: dict[str, Callable[[], Tensor]] = {
     "rrelu outside training": lambda: functional.rrelu(-ACROSS),
     "rrelu with a generator": lambda: torch.rrelu(-ACROSS, training=True, generator=torch.Generator().manual_seed(7)),
     "a generator of its own": lambda: torch.randn(3, generator=torch.Generator().manual_seed(7)),
+    "an operator with one": lambda: torch.ops.aten.randn.generator([3], generator=torch.Generator().manual_seed(7)),
+    "an operator of dropout outside training": lambda: torch.ops.aten.dropout.default(ACROSS, 0.4, False),
     "one by place": lambda: torch.poisson(9 * CHANCES, torch.Generator().manual_seed(7)),
     "like, with one": lambda: torch.empty_like(ACROSS).normal_(generator=torch.Generator().manual_seed(7)),
 }  # fmt: skip
@@ -138,6 +146,21 @@ def test_what_is_drawn(draw: Callable[[], Tensor]) -> None:
 def draw_twice(draw: Callable[[], Tensor], seed: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return draw(), draw()
+
+
+def test_an_exported_program_draws_from_the_block() -> None:
+    """Its graph calls operators, not torch's functions."""
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise: Tensor = torch.randn_like(x) + torch.rand(6) + functional.dropout(x, 0.3)
+            return noise + torch.zeros_like(x).uniform_()
+
+    exported = torch.export.export(Noisy(), (ACROSS,)).module()
+    (expected, _), again = draw_twice(lambda: exported(ACROSS), 5), torch.get_rng_state()
+    with own_random(5):
+        assert torch.equal(exported(ACROSS), expected)
+    assert torch.equal(torch.get_rng_state(), again)
 
 
 def test_dropout_of_everything_and_of_no_tensor_are_torchs_own() -> None:
@@ -499,6 +522,8 @@ def test_which_graphs_draw() -> None:
     assert not draws_in(graph_of(lambda x: functional.dropout(x, 0.0) + x.abs()))
     assert draws_in(graph_of(lambda x: functional.dropout(x, 0.3)))
     assert draws_in(graph_of(lambda x: x.clone().normal_()))
+    assert draws_in(graph_of(lambda x: torch.ops.aten.randn_like.default(x)))
+    assert not draws_in(graph_of(lambda x: torch.ops.aten.dropout.default(x, 0.0, True) + torch.ops.aten.abs(x)))
     assert draws_in(graph_of(lambda x: torch.multinomial(x, 1)))
     assert draws_in(graph_of(lambda x: functional.alpha_dropout(x, 0.3, training=True)))
     assert draws_in(graph_of(lambda x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1)))

@@ -28,7 +28,6 @@ from accelerate_tts.kernels.weight_formats import formats_under
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.change import Changes, CountedChange, Counter
 from accelerate_tts.patching.class_swap import RECORDED, ClassSwap, keeps_copies, subclass_with
-from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.catalogue import register_stage
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import Obstacles
@@ -36,6 +35,7 @@ from accelerate_tts.stages.decode.growing_cache import decoders, growing_caches
 from accelerate_tts.stages.decode.joined_slots import Work
 from accelerate_tts.stages.decode.shared_steps import Rules, SharedSteps
 from accelerate_tts.stages.decode.slot_pool import Bounds, SlotPool
+from accelerate_tts.stages.decode.step_watch import StepWatch
 from accelerate_tts.stages.decode.token_call import CallReader
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
 from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, stream_of
@@ -176,7 +176,7 @@ class _Steps:
         self._obstacles = Obstacles(f"the captured step of {counter.what}")
         self._calls = CallReader(decoder, self._obstacles)
         self._copies = copies or keeps_copies(decoder)
-        self._weights = WeightWatch(decoder, content=self._copies)
+        self._watch = StepWatch(decoder, copies=self._copies)
         self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
         self._last: StaticSlot | None = None  # used by the last step
         self._is_in_pass = False
@@ -224,7 +224,7 @@ class _Steps:
         if self._pool.shares or self._pool.is_broken:
             return None
         with self._lock:
-            weights, capacity = self._weights, self._pool.capacity_for(prompt.length)
+            watch, capacity = self._watch, self._pool.capacity_for(prompt.length)
             lent = self._pool.lend(capacity, prompt.rows, prompt.dtype, prompt.device)
         if lent is None:
             return None
@@ -233,7 +233,7 @@ class _Steps:
             return slot.take_prompt(prompt.past, run, stream_of(prompt.device))
         finally:
             with self._lock:
-                self._pool.take_back(key, slot, is_stale=self._weights is not weights)
+                self._pool.take_back(key, slot, is_stale=self._watch is not watch)
 
     def _token(self, plain: Any, named: dict[str, Any]) -> Any:
         """Run one token; return `None` if upstream's forward must run. Takes no lock: a step may be under way."""
@@ -248,7 +248,8 @@ class _Steps:
         with self._lock:
             if self._is_in_pass:
                 return None  # from inside a step of several: a signal handler's, or a hook's of an event
-            self._refresh()
+            if not self._refresh():
+                return None
             kv_cache.adopt(call.past)
             place = self._pool.place(call)
             if place is None:
@@ -278,13 +279,12 @@ class _Steps:
             if self._is_in_pass:
                 raise RuntimeError("a step of several was begun inside another")
             self._is_in_pass = True
-            done: list[TokenCall] = []
+            lengths = [call.length for call in calls]
             try:
-                self._refresh()
-                results = self._run_each(calls, done)
-            except BaseException:
-                for call in done:
-                    call.undo()
+                results = self._run_each(calls) if self._refresh() else [None] * len(calls)
+            except BaseException:  # also Ctrl-C of this thread, between two layers of another one's cache
+                for call, length in zip(calls, lengths, strict=True):
+                    call.shorten(length)
                 raise
             finally:
                 self._is_in_pass = False
@@ -294,7 +294,7 @@ class _Steps:
             row += call.rows
         return found
 
-    def _run_each(self, calls: Sequence[TokenCall], done: list[TokenCall]) -> list[Any]:
+    def _run_each(self, calls: Sequence[TokenCall]) -> list[Any]:
         for call in calls:
             kv_cache.adopt(call.past)
         places = self._places(calls)
@@ -308,14 +308,12 @@ class _Steps:
         if works:
             made = self._pool.joined(calls[0].key).run(list(works.values()))
             for number, result in zip(works, made, strict=True):
-                done.append(calls[number])
                 results[number] = result
         for number, (call, place) in enumerate(zip(calls, places, strict=True)):
             if place is not None:
                 self._last = place.slot
                 if place.slot.lane is None:
                     results[number] = _run(place, call)
-                    done.append(call)
         return results
 
     def _places(self, calls: Sequence[TokenCall]) -> list[Place | None]:
@@ -340,12 +338,17 @@ class _Steps:
         with self._lock:
             self._last = None
             self._pool.arrange(numbers, rows)
-            self._weights = WeightWatch(self._decoder, content=self._copies)  # a slot that a prompt is in is not kept
+            self._watch = StepWatch(self._decoder, copies=self._copies)  # a slot that a prompt is in is not kept
 
-    def _refresh(self) -> None:
-        if self._weights.outdated():  # a recording holds addresses, and copies of weights
-            self._weights = WeightWatch(self._decoder, content=self._copies)
+    def _refresh(self) -> bool:
+        """Give up recordings that are no longer valid. Returns False if upstream's forward must run for now."""
+        if self._watch.outdated():  # a recording holds addresses, and copies of weights
+            self._watch = StepWatch(self._decoder, copies=self._copies)
             self._clear()
+        obstacle = self._watch.obstacle()
+        if obstacle is not None:
+            self._obstacles.report(obstacle, 0)
+        return obstacle is None
 
     def _clear(self) -> None:
         self._last = None

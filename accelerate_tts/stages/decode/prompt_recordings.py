@@ -20,7 +20,6 @@ from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.locks import rlock
 from accelerate_tts.patching.class_swap import keeps_copies, make_copies
-from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, cache_name, cache_of
 from accelerate_tts.stages.decode.prompt_call import PromptReader
@@ -32,6 +31,7 @@ from accelerate_tts.stages.decode.static_prompt import (
     fields_of,
     room_for,
 )  # fmt: skip
+from accelerate_tts.stages.decode.step_watch import StepWatch
 from accelerate_tts.stages.graphs.obstacles import ObstacleError, look, unchanged_attributes
 from accelerate_tts.stages.graphs.recorder import recording
 
@@ -94,7 +94,7 @@ class PromptRecordings:
         self._obstacles = Obstacles(f"the recorded prompts of {counter.what}")
         self._calls = PromptReader(decoder, self._obstacles)
         self._copies = keeps_copies(decoder)
-        self._weights = WeightWatch(decoder, content=self._copies)
+        self._watch = StepWatch(decoder, copies=self._copies)
         self._lock = rlock()  # reentrant: a signal handler may call the model
         self._is_busy = False
         self._is_broken = False
@@ -145,6 +145,10 @@ class PromptRecordings:
                 if self._is_busy or self._is_broken:
                     return None
                 self._check_weights()
+                obstacle = self._watch.obstacle()
+                if obstacle is not None:
+                    told.append(lambda: self._obstacles.report(obstacle, 0))
+                    return None
                 found = self._kept.get(call.key)
                 if found is None and call.key not in self._never:
                     self._is_busy = True
@@ -162,10 +166,10 @@ class PromptRecordings:
     def _check_weights(self) -> None:
         """Drop recordings that read other weights than the decoder has. Writes in place reach them by themselves."""
         copies = keeps_copies(self._decoder)
-        if copies == self._copies and not (self._weights.outdated() if copies else self._weights.moved()):
+        if copies == self._copies and not (self._watch.outdated() if copies else self._watch.moved()):
             return
         self._copies = copies
-        self._weights = WeightWatch(self._decoder, content=copies)
+        self._watch = StepWatch(self._decoder, copies=copies)
         self._never.clear()
         self._drop_all()
 

@@ -17,7 +17,7 @@ from accelerate_tts.stages.decode.lent_memory import LentMemory
 from accelerate_tts.stages.decode.static_step import ABSENT, Memory, StaticStep, own_result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from accelerate_tts.stages.graphs.recorder import Recorder
 
@@ -100,7 +100,7 @@ class StaticSlot(StaticStep):
         self._owner: weakref.ref[Any] | None = None
         self._stream: Any = None  # of the last sequence's work
         self._is_present = False
-        self._visited = 0  # places that the last visitor wrote to
+        self._visited = 0  # positions that the last visit has written
         self.bytes = sum(tensor.numel() * tensor.element_size() for pair in memory.buffers for tensor in pair)
 
     # --- who is in it ---
@@ -180,11 +180,12 @@ class StaticSlot(StaticStep):
         """
         with torch.inference_mode(mode=False), torch.no_grad(), self._recorder.in_turn(stream=stream):
             length = int(past.layers[0].length())
+            if length < self._visited:
+                _clear([buffer for pair in self.buffers for buffer in pair], length)
+            self._visited = length + 1
             for layer, buffers in zip(past.layers, self.buffers, strict=True):
                 for buffer, tensor in zip(buffers, (layer.keys, layer.values), strict=True):
                     buffer[..., :length, :].copy_(tensor)
-            self._clear(length, self._visited)
-            self._visited = length + 1
             self._give(length, inputs, mask)
             recording = self.recording()
             recording.replay()
@@ -201,10 +202,11 @@ class StaticSlot(StaticStep):
     def enter(self, past: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None, stream: Any) -> int:
         """Prepare a token of a sequence; see `run`. Returns the sequence's length."""
         if not self.holds(past):
-            lent = iter(self._lent.lend())
+            given = self._lent.lend()
+            _clear(given, int(past.layers[0].length()))
+            lent = iter(given)
             for layer in past.layers:
                 layer.move_to(next(lent), next(lent))
-            self._clear(int(past.layers[0].length()), self.capacity)
             self._owner = weakref.ref(past)
             self._known = past.layers[0].state()
         self._stream, self._is_present = stream, True
@@ -237,19 +239,16 @@ class StaticSlot(StaticStep):
             stream: See `run`.
         """
         self.make_way(past)
-        lent = iter(self._lent.lend())
-        past.layers[:] = [kv_cache.growing_class().over(self._known, next(lent), next(lent)) for _ in self.buffers]
-        self._owner, self._stream = weakref.ref(past), stream
         with self._recorder.in_turn(stream=stream):
-            self._clear(0, self.capacity)
-            return run()
-
-    def _clear(self, start: int, end: int) -> None:
-        """Clear places of the last sequence. They are not attended to, but a NaN times 0 is a NaN."""
-        if start < end:
+            lent = self._lent.lend()
             with torch.inference_mode(mode=False), torch.no_grad():
-                for buffer in (buffer for pair in self.buffers for buffer in pair):
-                    buffer[..., start:end, :].zero_()
+                _clear(lent, 0)
+            begun = kv_cache.Begun(past, self._known, list(zip(lent[::2], lent[1::2], strict=True)))
+            self._owner, self._stream = weakref.ref(past), stream
+            try:
+                return run()
+            finally:
+                begun.end()
 
     # --- its end ---
 
@@ -269,6 +268,12 @@ class StaticSlot(StaticStep):
     def finish(self) -> None:
         """Wait for all work in turns so far."""
         self._recorder.finish()
+
+
+def _clear(buffers: Iterable[torch.Tensor], first: int) -> None:
+    """Write zeros from a position on: a NaN of the last sequence, times the weight 0 of a hidden place, were a NaN."""
+    for buffer in buffers:
+        buffer[..., first:, :].zero_()
 
 
 def bytes_of(past: Any, capacity: int) -> int:

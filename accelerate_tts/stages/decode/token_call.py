@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from accelerate_tts.inspection.classes import plain_class
-from accelerate_tts.inspection.signatures import has_hooks, parameters_of
+from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
 from accelerate_tts.stages.decode import kv_cache
-from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of, is_spied
+from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of
 from accelerate_tts.stages.decode.static_slot import bytes_of
 from accelerate_tts.stages.decode.static_step import tensors_of
 from accelerate_tts.stages.graphs.recorder import stream_of
@@ -80,9 +80,20 @@ class TokenCall(NamedTuple):
         for layer in self.past.layers:
             layer.advance(-1)
 
+    @property
+    def length(self) -> int:
+        """Positions of its sequence."""
+        return int(self.past.layers[0].keys.shape[-2])
+
+    def shorten(self, length: int) -> None:
+        """Have its cache at a length again, whichever of its layers have grown since."""
+        for layer in self.past.layers:
+            if kv_cache.is_growing(layer):
+                layer.shorten(length)
+
     def following(self, number: int) -> TokenCall | None:
         """See `Joinable`."""
-        if int(self.past.layers[0].keys.shape[-2]) + 1 >= self.capacity:
+        if self.length + 1 >= self.capacity:
             return None
         return self if self.mask is None else self._replace(mask=nn.functional.pad(self.mask, (0, number), value=1))
 
@@ -120,7 +131,6 @@ class CallReader:
         self.names = parameters_of(plain_class(decoder))
         """Names of its forward's parameters."""
         self._counts_masks = any(_counts(plain_class(inner)) for inner in decoder.modules())
-        self._inner = [inner for inner in decoder.modules() if inner is not decoder]  # its own hooks run as usual
 
     def is_token(self, named: dict[str, Any]) -> bool:
         """Check for a call for one token that a recording can serve."""
@@ -143,7 +153,7 @@ class CallReader:
         )
 
     def is_odd(self, named: dict[str, Any], rows: int, positions: int = 1) -> bool:
-        """Check for arguments, a mask or hooks that no recording can serve, and report them.
+        """Check for arguments or a mask that no recording can serve, and report them.
 
         Args:
             named: The arguments.
@@ -169,8 +179,6 @@ class CallReader:
             obstacle = "it counts its positions in the mask"
         elif (window := window_of(self._decoder.config)) is not None and _reaches(cache_of(named), positions, window):
             obstacle = f"it attends to the last {window} positions only"
-        elif has_hooks(*self._inner) or any(map(is_spied, self._inner)):
-            obstacle = "there are hooks inside it, which a replay does not call"
         else:
             return False
         self._obstacles.report(obstacle, 0)

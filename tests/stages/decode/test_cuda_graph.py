@@ -32,7 +32,7 @@ from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
 from accelerate_tts.stages.decode import cuda_graph, token_call
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
-from accelerate_tts.stages.decode.kv_cache.layers import GrowingLayer
+from accelerate_tts.stages.decode.kv_cache.layers import growing_class
 from accelerate_tts.stages.decode.slot_pool import Bounds
 from accelerate_tts.stages.decode.static_slot import StaticSlot
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
@@ -280,13 +280,13 @@ class Moves:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        moved = GrowingLayer.move_to
+        moved = growing_class().move_to
 
         def move_to(layer: Any, *buffers: Any) -> None:
             self.count += 1
             moved(layer, *buffers)
 
-        monkeypatch.setattr(GrowingLayer, "move_to", move_to)
+        monkeypatch.setattr(growing_class(), "move_to", move_to)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -524,6 +524,119 @@ def test_a_number_that_is_none_does_not_reach_the_next_request(slots: int, rest:
                 past = model(inputs_embeds=x, past_key_values=past, use_cache=True).past_key_values
         del past
         assert torch.allclose(loop(model)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_numbers_of_a_sequence_that_is_gone_reach_no_other(slots: int) -> None:
+    """The weight 0 of a hidden position times NaN is NaN, and what somebody saves to a file is a whole storage."""
+    model = llama()
+    expected, _ = loop(model, seed=5, prompt=3)
+    capture(model, Bounds(slots=slots))
+    kept = [loop(model, seed=seed) for seed in range(4)] if slots == 1 else []  # the next ones visit
+    _, past = loop(model, seed=1)
+    with torch.inference_mode():
+        for x in (torch.full((2, 1, WIDTH), torch.nan), torch.ones(2, 1, WIDTH)):
+            model(inputs_embeds=x, past_key_values=past, use_cache=True)
+    del past
+    found, past = loop(model, seed=5, prompt=3)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for layer in past.layers:
+        assert not torch.empty(0).set_(layer.values.untyped_storage()).isnan().any()
+    assert len(kept) in {0, 4}
+
+
+def test_layers_that_somebody_holds_are_those_of_the_cache() -> None:
+    model = llama()
+    capture(model)
+    loop(model)
+    past = transformers.DynamicCache(config=model.config)
+    layers, other = list(past.layers), transformers.DynamicCache()
+    other.layers = list(past.layers)
+    loop(model, past=past, prompt=6)  # one token, as the first of an empty cache
+    loop(model, 3, past=past)
+    assert all(layer is one for layer, one in zip(layers, past.layers, strict=True))
+    assert other.get_seq_length() == past.get_seq_length() == 11
+    whole: Any = transformers.DynamicCache()
+    with torch.inference_mode():
+        model(inputs_embeds=torch.ones(2, 4, WIDTH), past_key_values=whole, use_cache=True)
+        first = whole.layers[0]
+        model(inputs_embeds=torch.ones(2, 1, WIDTH), past_key_values=whole, use_cache=True)
+    assert first.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("given", ["empty", "of a configuration"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_cache_whose_prompt_failed_is_as_upstream_leaves_it(given: str, failing: int) -> None:
+    model = llama()
+
+    def run() -> list[Any]:
+        loop(model)
+        past = transformers.DynamicCache() if given == "empty" else transformers.DynamicCache(config=model.config)
+        handle = model.layers[failing].register_forward_pre_hook(lambda *_: 1 / 0)
+        with torch.inference_mode(), pytest.raises(ZeroDivisionError):
+            model(inputs_embeds=torch.ones(2, 4, WIDTH), past_key_values=past, use_cache=True)
+        handle.remove()
+        found = [len(past.layers), past.get_seq_length(), *(layer.is_initialized for layer in past.layers)]
+        if not failing:  # as one of another size, for which there is no slot
+            with torch.inference_mode():
+                for positions in (5, 1):
+                    x = torch.ones(3, positions, WIDTH)
+                    out = model(inputs_embeds=x, past_key_values=past, use_cache=True)
+                    found.append(out.last_hidden_state[:, -1].sum().item())
+        return found
+
+    expected = run()
+    capture(model)
+    assert run() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["factor", "epsilon", "layers", "forward", "class", "training", "global hook"])
+def test_what_a_replay_would_not_read_is_upstreams_with_an_event(how: str, seen: list[Event]) -> None:
+    model = llama(attention_dropout=0.0)
+    untouched = copy.deepcopy(model)
+    change = capture(model)
+    _, past = loop(model)
+    _, twin = loop(untouched)
+    called: list[Any] = []
+    for each in (model, untouched):
+        if how == "factor":
+            each.layers[0].self_attn.scaling *= 2
+        elif how == "epsilon":
+            each.norm.variance_epsilon = 0.5
+        elif how == "layers":
+            each.config.num_hidden_layers = 1  # as early exit in transformers' assisted generation
+            past, twin = transformers.DynamicCache(), transformers.DynamicCache()
+        elif how == "forward":
+            each.layers[0].mlp.forward = lambda x: x * 0.5
+        elif how == "training":
+            each.layers[0].train()
+        elif how == "class":
+            each.layers[0].mlp.act_fn.__class__ = nn.Tanh
+    handle = (
+        nn.modules.module.register_module_forward_hook(lambda *_: called.append(1)) if how == "global hook" else None
+    )
+    replays = change.graphs
+    try:
+        found = [loop(model, 3, past=past)[0], loop(untouched, 3, past=twin)[0]]
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert change.graphs == replays
+    assert [type(event) for event in seen] == [NotApplied]
+
+
+def test_a_module_that_is_put_in_later_has_its_hooks_called(seen: list[Event]) -> None:
+    model = llama()
+    capture(model)
+    _, past = loop(model)
+    called: list[Any] = []
+    model.layers[0].mlp.act_fn = nn.SiLU()
+    model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: called.append(1))
+    loop(model, 3, past=past)
+    assert len(called) == 3
+    (event,) = seen
+    assert "hooks inside it" in str(event)
 
 
 def test_results_are_not_overwritten_by_the_next_token() -> None:

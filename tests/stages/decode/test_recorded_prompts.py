@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import threading
@@ -324,6 +325,43 @@ def _hooked(model: Any) -> dict[str, Any]:
 
 def _mask_of_four(_model: Any) -> dict[str, Any]:
     return {"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}
+
+
+@pytest.mark.parametrize("how", ["factor", "epsilon", "forward", "training", "class", "global hook"])
+def test_what_a_replay_would_not_read_is_upstreams_with_an_event(how: str, seen: list[Event]) -> None:
+    model = llama()
+    untouched = copy.deepcopy(model)
+    recorded = Recorded(model)
+    x = torch.randn(2, 20, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def ask(decoder: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            states: torch.Tensor = decoder(inputs_embeds=x, use_cache=True).last_hidden_state
+            return states
+
+    assert torch.allclose(ask(model), ask(untouched), atol=1e-5)
+    handle: Any = None
+    for each in (model, untouched):
+        if how == "factor":
+            each.layers[0].self_attn.scaling *= 2
+        elif how == "epsilon":
+            each.norm.variance_epsilon = 0.5
+        elif how == "forward":
+            each.layers[0].mlp.forward = lambda x: x * 0.5
+        elif how == "training":
+            each.layers[0].train()
+        elif how == "class":
+            each.layers[0].mlp.act_fn.__class__ = nn.Tanh
+    if how == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda _module, _given, result: result)
+    assert not seen
+    try:
+        assert torch.allclose(ask(model), ask(untouched), atol=1e-5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert [type(event) for event in seen] == [NotApplied]
+    assert recorded.prompts.graphs == 1
 
 
 REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {

@@ -29,6 +29,7 @@ from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode import slot_pool
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.joined_slots import JoinedSlots
+from accelerate_tts.stages.decode.kv_cache.layers import growing_class
 from accelerate_tts.stages.decode.shared_steps import SharedSteps
 from accelerate_tts.stages.decode.slot_pool import Bounds
 from accelerate_tts.stages.decode.static_step import StaticStep
@@ -360,6 +361,33 @@ def test_an_interrupt_anywhere_holds_nobody_up(at: int) -> None:
     assert equal(alone[0], speak(shared.model, callers[0]))
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_an_interrupt_between_two_layers_leaves_the_caches_of_others_whole(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches of all callers of a pass grow in the thread that computes it."""
+    shared = captured(MODELS["Llama"]())
+    callers = [Caller(seed, 1, 3 + seed, 12) for seed in range(3)]
+    shared.share()
+    alone = [speak(shared.model, caller) for caller in callers]
+    grow = growing_class().advance
+    grown: list[int] = []
+
+    def advance(layer: Any, positions: int) -> None:
+        if shared.passes:
+            grown.append(1)
+            if len(grown) == at:
+                raise KeyboardInterrupt
+        grow(layer, positions)
+
+    monkeypatch.setattr(growing_class(), "advance", advance)
+    found = together(shared, callers)
+    ended = [isinstance(each, KeyboardInterrupt) for each in found]
+    assert sum(ended) == 1
+    for one, other, was_ended in zip(alone, found, ended, strict=True):
+        assert was_ended or equal(one, other)
+
+
 def test_a_step_that_fails_leaves_each_its_own_and_ends_sharing(
     seen: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,23 +415,23 @@ def test_a_step_that_fails_leaves_each_its_own_and_ends_sharing(
 
 
 def test_a_recording_of_several_that_fails_ends_sharing_alone(seen: list[Event]) -> None:
-    shared = captured(MODELS["Llama"]())
+    model = MODELS["Llama"]()
+    plain = type(model.norm)
+    refused: list[int] = []
+
+    class Refuses(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> Any:
+            if x.shape[0] > 1 and refused:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return plain.forward(self, x)
+
+    model.norm.__class__ = Refuses
+    shared = captured(model)
     callers = [Caller(seed, 1, 3 + seed, 10) for seed in range(3)]
     shared.share()
     alone = [speak(shared.model, caller) for caller in callers]
-    model = shared.model
-    plain = type(model.norm).forward
-
-    def refuses(norm: Any, x: torch.Tensor) -> Any:
-        if x.shape[0] > 1:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return plain(norm, x)
-
-    type(model.norm).forward = refuses  # type: ignore[method-assign]
-    try:
-        found = together(shared, callers)
-    finally:
-        type(model.norm).forward = plain  # type: ignore[method-assign]
+    refused.append(1)
+    found = together(shared, callers)
     assert all(equal(one, other) for one, other in zip(alone, found, strict=True))
     assert [type(event) for event in degraded(seen)] == [NotApplied]
     assert not shared.steps.is_on
@@ -445,13 +473,15 @@ def test_too_little_memory_for_slots_side_by_side() -> None:
 
 def test_numbers_of_rows_that_differ_in_bits_are_not_used(seen: list[Event]) -> None:
     """As where a device has another kernel for four rows."""
-    shared = captured(MODELS["Llama"]())
-    plain = shared.model.norm.forward
+    model = MODELS["Llama"]()
+    plain = type(model.norm)
 
-    def differs(x: torch.Tensor) -> torch.Tensor:
-        return plain(x) * (1 + 1e-6 * (x.shape[0] == 4))
+    class Differs(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> Any:
+            return plain.forward(self, x) * (1 + 1e-6 * (x.shape[0] == 4))
 
-    shared.model.norm.forward = differs
+    model.norm.__class__ = Differs
+    shared = captured(model)
     callers = [Caller(seed, 1, 3 + seed, 10) for seed in range(4)]
     shared.share()
     alone = [speak(shared.model, caller) for caller in callers]

@@ -23,7 +23,7 @@ from accelerate_tts import Event
 from accelerate_tts.events import FellBack
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
-from accelerate_tts.stages.decode.kv_cache.layers import GrowingLayer
+from accelerate_tts.stages.decode.kv_cache.layers import growing_class
 from accelerate_tts.stages.decode.slot_pool import Bounds
 from accelerate_tts.stages.decode.static_slot import StaticSlot
 from reruns import Reruns
@@ -58,7 +58,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, slots: dict[int, Slow], wrong: list[s
     """Have all that a growing layer does with its buffers checked: in a slot it is the turn of the thread."""
 
     def checked(name: str) -> None:
-        plain = getattr(GrowingLayer, name)
+        plain = getattr(growing_class(), name)
 
         def method(layer: Any, *args: Any, **kwargs: Any) -> Any:
             result = plain(layer, *args, **kwargs)
@@ -68,7 +68,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, slots: dict[int, Slow], wrong: list[s
                     wrong.append(f"{name} of a layer in a slot out of its turn")
             return result
 
-        monkeypatch.setattr(GrowingLayer, name, method)
+        monkeypatch.setattr(growing_class(), name, method)
 
     for name in ("update", "move_to", "advance"):
         checked(name)

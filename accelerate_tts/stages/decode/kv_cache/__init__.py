@@ -20,12 +20,13 @@ from accelerate_tts.stages.decode.kv_cache.classes import (
     upstream_class,
 )
 from accelerate_tts.stages.decode.kv_cache.layers import (
-    GrowingLayer,
+    Begun,
     adopt,
     growing_class,
     holds,
     is_empty,
     is_growable,
+    is_growing,
     room_for,
 )
 from accelerate_tts.stages.decode.kv_cache.pairs import (
@@ -42,6 +43,7 @@ from accelerate_tts.stages.decode.kv_cache.pairs import (
 from accelerate_tts.stages.decode.kv_cache.step import step_cache, step_classes
 
 __all__ = [
+    "Begun",
     "CacheOfLayers",
     "PairLayer",
     "adopt",
@@ -52,6 +54,7 @@ __all__ = [
     "growing_layer",
     "is_empty",
     "is_growable",
+    "is_growing",
     "is_listed",
     "is_tuple",
     "layer_at",
@@ -80,7 +83,7 @@ def growing_layer(past: Any, number: int) -> Any:
     if type(past) is not classes.DynamicCache or number >= len(past.layers):
         return None
     layer = past.layers[number]
-    if isinstance(layer, GrowingLayer):
+    if is_growing(layer):
         return layer if layer.holds() else None
     # Converted from a tuple for this call (4.54 to 4.57 accept one, and some decoders still pass one).
     is_plain = type(layer) is classes.DynamicLayer and holds(layer) and not is_processed(past)
@@ -96,7 +99,7 @@ def layer_at(past: Any, number: int, mark: Any) -> Any:
         mark: The mark.
     """
     layers = getattr(past, "layers", None)
-    if layers is None or number >= len(layers) or not isinstance(layers[number], GrowingLayer):
+    if layers is None or number >= len(layers) or not is_growing(layers[number]):
         layer = growing_layer(past, number)
         return layer if layer is not None and layer.is_at(mark) else None
     return layers[number] if layers[number].is_at(mark) else None

@@ -7,12 +7,15 @@ for cropping, reordering for beams, repeating, selecting and copying therefore w
 from __future__ import annotations
 
 import copyreg
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 
 from accelerate_tts.stages.decode.kv_cache import sizes
-from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed, upstream_class
+from accelerate_tts.stages.decode.kv_cache.classes import cache_classes, fit, is_processed
+
+_OWN = {"_store", "_lengths", "_is_begun"}
 
 
 def is_growable(past: Any) -> bool:
@@ -46,15 +49,62 @@ def holds(layer: Any) -> bool:
 
 def growing_class() -> Any:
     """Return the class of growing layers for the loaded release of transformers."""
-    return upstream_class(GrowingLayer, cache_classes().DynamicLayer)
+    return _growing_class(cache_classes().DynamicLayer)
+
+
+@cache
+def _growing_class(base: Any) -> Any:
+    # With upstream's as its only base, so that a layer of upstream's can become one: CPython compares layouts.
+    members = {name: value for name, value in vars(GrowingLayer).items() if name not in {"__dict__", "__weakref__"}}
+    return type(base)(GrowingLayer.__name__, (base,), {**members, "base": base})
+
+
+def is_growing(layer: Any) -> bool:
+    """Check for a growing layer."""
+    return cache_classes() is not None and type(layer) is growing_class()
 
 
 def adopt(past: Any) -> None:
-    """Replace the layers of a growable cache by growing layers, in place."""
+    """Make the layers of a growable cache growing layers. They stay the same objects, which others may hold."""
     base, growing = cache_classes().DynamicLayer, growing_class()
-    for number, layer in enumerate(past.layers):
+    for layer in past.layers:
         if type(layer) is base:
-            past.layers[number] = growing.of(layer)
+            growing.become(layer, [layer.keys, layer.values], [layer.keys.shape[-2], layer.values.shape[-2]])
+
+
+class Begun:
+    """Layers of an empty cache, made growing ones over given buffers for a prompt that fills them.
+
+    Args:
+        past: An empty `DynamicCache`. Without layers, it gets as many as there are buffers.
+        state: `state()` of a layer of such a cache.
+        buffers: Keys and values of each layer.
+    """
+
+    def __init__(self, past: Any, state: dict[str, Any], buffers: list[tuple[Any, Any]]) -> None:
+        self._past, self._base = past, cache_classes().DynamicLayer
+        self._are_new = not past.layers
+        layers = [self._base() for _ in buffers] if self._are_new else list(past.layers)
+        self._before = [(layer, dict(vars(layer))) for layer, _ in zip(layers, buffers, strict=False)]
+        for layer, pair in zip(layers, buffers, strict=False):
+            vars(layer).update(state)
+            growing_class().become(layer, list(pair), [0, 0])
+            layer._is_begun = True
+        past.layers[:] = layers
+
+    def end(self) -> None:
+        """Have those layers that were not filled as they were before, as upstream's are after a prompt that failed."""
+        layers = self._past.layers
+        for layer, state in self._before:
+            if is_growing(layer) and not layer.length():
+                vars(layer).update(state)
+                layer.__class__ = self._base
+                for name in vars(layer).keys() - state.keys():
+                    delattr(layer, name)
+        while self._are_new and layers and any(layers[-1] is layer for layer, _ in self._before):
+            if is_growing(layers[-1]):
+                break
+            del layers[-1]
 
 
 def room_for(past: Any, positions: int) -> bool:
@@ -64,7 +114,7 @@ def room_for(past: Any, positions: int) -> bool:
 
 
 class GrowingLayer:
-    """Members of a `DynamicLayer` whose keys and values are views of preallocated buffers.
+    """Members, by `growing_class`, of a `DynamicLayer` whose keys and values are views of preallocated buffers.
 
     Attributes:
         base: The `DynamicLayer` of the loaded release.
@@ -76,24 +126,17 @@ class GrowingLayer:
     _lengths: list[int]
 
     @classmethod
-    def of(cls, layer: Any) -> Any:
-        grown: Any = cls.__new__(cls)
-        grown._store, grown._lengths = [None, None], [0, 0]
-        for name, value in vars(layer).items():
-            setattr(grown, name, value)
-        return grown
-
-    @classmethod
-    def over(cls, state: dict[str, Any], keys: Any, values: Any) -> Any:
-        """Return an empty layer over these buffers, with another layer's `state()`."""
-        made: Any = cls.__new__(cls)
-        vars(made).update(state)
-        made._store, made._lengths = [keys, values], [0, 0]
-        return made
+    def become(cls, layer: Any, store: list[Any], lengths: list[int]) -> None:
+        """Make one of upstream's layers a growing one over these buffers. It can be read at any moment meanwhile."""
+        state = vars(layer)
+        state["_store"], state["_lengths"] = store, lengths
+        layer.__class__ = cls
+        for name in ("keys", "values"):  # which the properties hide
+            del state[name]
 
     def state(self) -> dict[str, Any]:
         """Return the attributes besides keys and values, such as upstream's dtype and device."""
-        return {name: value for name, value in vars(self).items() if name not in {"_store", "_lengths"}}
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
 
     # --- what upstream reads and assigns ---
 
@@ -188,6 +231,10 @@ class GrowingLayer:
         keys, values = self._lengths
         self._lengths = [keys + positions, values + positions]
 
+    def shorten(self, length: int) -> None:
+        """Have a length from before the last positions again. What is behind it is written anew."""
+        self._lengths = [length, length]
+
     def mark(self) -> tuple[Any, ...]:
         """Return a token of the layer's present state, for `is_at`."""
         keys, values = self._store
@@ -203,6 +250,8 @@ class GrowingLayer:
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         count = key_states.shape[-2]
         new = (key_states, value_states)
+        if vars(self).pop("_is_begun", False) and not all(map(_continues, self._store, new)):
+            self._begin_anew()
         # Upstream's own code raises its own error for another shape, and promotes another dtype.
         if (
             not self.holds() or torch.is_grad_enabled()
@@ -213,6 +262,11 @@ class GrowingLayer:
             stored[..., self._lengths[0] : self._lengths[0] + count, :] = states
         self.advance(count)
         return self.keys, self.values
+
+    def _begin_anew(self) -> None:
+        """Have no buffers, as one of upstream's layers: states of another kind than expected are written to it."""
+        for name, value in vars(self.base()).items():
+            setattr(self, name, value)
 
     # --- copying ---
 
