@@ -202,11 +202,11 @@ def _is_torchs(module: nn.Module) -> bool:
 
 def _computed(module: nn.Module) -> set[str | None]:
     """Return the attributes that torch's own hooks compute before each call, from tensors that are watched."""
-    hooks = [
-        hook for hook in module._forward_pre_hooks.values()
-        if any(cls.__module__.startswith("torch.nn.utils.") for cls in type(hook).__mro__)
-    ]  # fmt: skip
-    return {getattr(hook, name, None) for hook in hooks for name in ("name", "_tensor_name")}
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    torchs = [
+        hook for hook in hooks if any(cls.__module__.startswith("torch.nn.utils.") for cls in hook.__class__.__mro__)
+    ]
+    return {getattr(hook, name, None) for hook in torchs for name in ("name", "_tensor_name")}
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
