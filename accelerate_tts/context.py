@@ -126,8 +126,9 @@ class own_random:  # noqa: N801 - likewise
     Threads started inside, and bodies of coroutines and generators, do not inherit it: give them `carry_mode(work)`.
     Blocks may nest; the innermost counts. It works whether or not the package is switched on. Not reached are dropout
     inside attention and recurrent layers, which draws in training only, draws in C++ extensions and in your own
-    compiled code, and the generators of Python and NumPy; `torch.manual_seed` in the block seeds the process's. Parts
-    that draw and that tuning has compiled run uncompiled.
+    compiled code, and the generators of Python and NumPy; `torch.manual_seed` in the block seeds the process's. What
+    `torch.utils.checkpoint` computes again in a backward pass draws other numbers than before (an event says so). Parts
+    that draw and that tuning has compiled run uncompiled, and so do those of which dynamo makes more than one graph.
 
     Args:
         seed: The seed, an integer from -2**63 to 2**64 - 1, as `torch.manual_seed` takes it.

@@ -6,6 +6,9 @@ inference tensor. Copies of weights therefore come with a digest of each 1,024 b
 every tensor and compares it. A change of a whole tensor is seen by the next check. A change of a few elements is seen
 when their piece is next, after at most as many checks as the tensor has kilobytes.
 
+Memory that was freed may be another tensor's since, at the same address, with the same version and few other elements.
+So each freed storage counts as a change.
+
 On other devices, and without kernels, reading is expensive. There a fixed set of elements is compared, and checks take
 at most a hundredth of the time (`Pace`). Of weights in a file (offload.py) only one piece is read, so that the rest
 stays out of memory.
@@ -16,13 +19,16 @@ from __future__ import annotations
 import ctypes
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.parametrize import ParametrizationList
 
+from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.library import kernels, missing
 
@@ -35,7 +41,7 @@ _MOST_OF_TIME = 0.01
 _GOLDEN = 0.6180339887
 
 Holder = dict[str, Any]
-"""A module's `_parameters` or `_buffers`."""
+"""A module's `_parameters` or `_buffers`, or the dictionary of its attributes."""
 
 
 class WeightWatch:
@@ -49,8 +55,12 @@ class WeightWatch:
 
     def __init__(self, module: nn.Module, *, content: bool = True) -> None:
         modules = list(module.modules())
-        found: list[tuple[Any, Any]] = [(inner._parameters, inner._buffers) for inner in modules]
-        self._watch([*found[0], *[holder for holder in chain(*found[1:]) if holder]], content=content)
+        holders: list[Any] = []
+        for inner in modules:
+            # The module itself, and one of a user's own class, may be given a tensor where it has none.
+            own = inner is module or not _is_torchs(inner)
+            holders += [holder for holder in (inner._parameters, inner._buffers) if holder or own]
+        self._watch([*holders, *_loose(modules)], content=content)
         # A module without tensors, too, may be put in: another step of a parametrization.
         self._children += [(inner._modules, list(inner._modules.values())) for inner in modules if inner._modules]
 
@@ -66,7 +76,8 @@ class WeightWatch:
         """Return one watch for what several watch, in the state in which they found it. A check of it costs less."""
         made = cls.__new__(cls)
         made._turn = 0
-        for name in ("_holders", "_children", "_objects", "_addresses", "_versions", "_rows", "_layouts", "_digests"):
+        for name in ("_holders", "_children", "_objects", "_addresses", "_versions", "_rows", "_layouts", "_digests",
+                     "_storages", "_freed"):  # fmt: skip
             setattr(made, name, [item for one in each for item in getattr(one, name)])
         starts = accumulate((len(one._addresses) for one in each[:-1]), initial=0)
         made._places = [
@@ -76,7 +87,7 @@ class WeightWatch:
         ]  # fmt: skip
         return made
 
-    def _watch(self, holders: list[Holder], *, content: bool) -> None:
+    def _watch(self, holders: Sequence[Holder | _Loose], *, content: bool) -> None:
         self._holders = holders
         self._children: list[tuple[Any, list[Any]]] = []
         tensors = self._tensors()
@@ -89,6 +100,10 @@ class WeightWatch:
         readable = [t for t, address in zip(tensors, self._addresses, strict=True) if address and _is_dense(t)]
         native = [t for t in readable if content and t.device.type == "cpu"]
         native = native if native and missing() is None else []
+        # Not weak references to the tensors, which `torch.utils.swap_tensors` refuses to swap then.
+        freed: list[Any] = []
+        self._freed = [freed]
+        self._storages = [weakref.ref(t.untyped_storage(), freed.append) for t in readable if content]
         known = set(map(id, native))
         self._digests = [_Digests(native)] if native else []
         # By index: holding the tensors would keep them alive.
@@ -116,7 +131,7 @@ class WeightWatch:
         if self._are_others(tensors):
             return True
         addresses, versions = _state(tensors)
-        if addresses != self._addresses or versions != self._versions:
+        if addresses != self._addresses or versions != self._versions or any(self._freed):
             return True
         return self._is_turned(tensors) or self._is_rewritten(tensors)
 
@@ -145,6 +160,53 @@ class WeightWatch:
             return True
         self._turn = (self._turn + 1) % len(tensors)
         return _layout(tensors[self._turn]) != self._layouts[self._turn]
+
+
+class _Loose:
+    """Tensors that are plain attributes of a module, in the place of its dictionary of parameters."""
+
+    __slots__ = ("_names", "_own")
+
+    def __init__(self, own: Holder, names: list[str]) -> None:
+        self._own, self._names = own, names
+
+    def values(self) -> list[torch.Tensor | None]:
+        found = (self._own.get(name) for name in self._names)
+        return [value if isinstance(value, torch.Tensor) else None for value in found]
+
+
+def _loose(modules: list[nn.Module]) -> list[_Loose]:
+    """Return the weights that are plain attributes: a user's own code, or a hook of theirs, sets them.
+
+    All tensors of torch's own layers and of parametrizations count. Other modules keep state of their calls, too, so
+    of theirs only what is named as a weight does.
+    """
+    steps = {inner for each in modules if isinstance(each, ParametrizationList) for inner in each.modules()}
+    found = []
+    for inner in modules:
+        own = vars(inner)
+        names = [name for name, value in own.items() if isinstance(value, torch.Tensor)]
+        if names and not _is_torchs(inner) and inner not in steps:
+            names = [name for name in names if name in {"weight", "bias"}]
+        if names and (names := [name for name in names if name not in _computed(inner)]):
+            found.append(_Loose(own, names))
+    return found
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    cls = plain_class(module)
+    if cls.__module__ == ParametrizationList.__module__ and issubclass(cls.__base__ or cls, torch.nn.Module):
+        cls = cls.__base__ or cls  # the class from before it was parametrized
+    return cls.__module__.startswith("torch.")
+
+
+def _computed(module: nn.Module) -> set[str | None]:
+    """Return the attributes that torch's own hooks compute before each call, from tensors that are watched."""
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    torchs = [
+        hook for hook in hooks if any(cls.__module__.startswith("torch.nn.utils.") for cls in hook.__class__.__mro__)
+    ]
+    return {getattr(hook, name, None) for hook in torchs for name in ("name", "_tensor_name")}
 
 
 def _state(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:

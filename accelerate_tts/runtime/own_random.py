@@ -12,6 +12,7 @@ the process's generators, so graphs with draws are left out while such a mode is
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import nullcontext
 from threading import get_ident
@@ -78,6 +79,11 @@ class OwnRandom(TorchFunctionMode):
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """Return the generator of a device; `None`, with an event, if it can have none but the process's."""
+        if _is_checkpointed():
+            reason = (
+                "torch.utils.checkpoint draws again in the backward pass, from the process's generators: other numbers"
+            )
+            said.emit(NotApplied("own_random", reason))
         if device.type in {"cuda", "xpu"} and device == torch.device(device.type):  # without a number
             device = torch.device(device.type, getattr(torch, device.type).current_device())
         found = self._generators.get(device)
@@ -233,6 +239,14 @@ def outside() -> AbstractContextManager[None]:
     if not any(owns):
         return _NOTHING
     return _Without() if owns[-1] and sum(owns) == 1 else _WithoutAny()
+
+
+def _is_checkpointed() -> bool:
+    """Check for `torch.utils.checkpoint` among the callers. In the backward pass, torch leaves the mode out."""
+    frame = None if torch.is_inference_mode_enabled() else sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_recorded(types: Any) -> bool:

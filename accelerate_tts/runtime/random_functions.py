@@ -90,15 +90,20 @@ def _like(own: Generators, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     wants_gradient = options.pop("requires_grad", False)
     given = args[0] if args else kwargs["input"]
     made = _blank(torch.empty_like(given, **options))
-    generator = own.generator(made.device)
+    generator, numbers = own.generator(made.device), _numbers_of(made)
     if func is torch.rand_like:
-        made.uniform_(generator=generator)
+        numbers.uniform_(generator=generator)
     elif func is torch.randn_like:
-        made.normal_(generator=generator)
+        numbers.normal_(generator=generator)
     else:
         limits = [*args[1:], *(kwargs[name] for name in ("low", "high") if name in kwargs)]
-        made.random_(*(limits if len(limits) > 1 else (0, *limits)), generator=generator)
+        numbers.random_(*(limits if len(limits) > 1 else (0, *limits)), generator=generator)
     return made.requires_grad_() if wants_gradient else made  # which transforms of torch.func refuse, also to clear
+
+
+def _numbers_of(made: Tensor) -> Tensor:
+    """Return the numbers of a tensor: of a nested one those of all its parts, into which torch draws them, too."""
+    return made.values() if made.is_nested else made
 
 
 def _blank(made: Tensor) -> Tensor:
@@ -129,9 +134,10 @@ def _dropped(own: Generators, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if not _is_dropping(func, args, kwargs) or not 0.0 < p < 1.0 or not given.numel() or shape is None:
         return func(*args, **kwargs)  # draws nothing, or raises its error
     of_noise = given.new_empty(shape) if func in _CHANNELS else torch.empty_like(given)  # in torch's order
-    noise = _blank(of_noise).bernoulli_(1.0 - p, generator=own.generator(given.device))
+    noise = _blank(of_noise)
+    numbers = _numbers_of(noise).bernoulli_(1.0 - p, generator=own.generator(given.device))
     if func not in _ALPHA:
-        noise.div_(1.0 - p)
+        numbers.div_(1.0 - p)
         return given.mul_(noise) if in_place else given * noise
     scale = 1.0 / math.sqrt((_SELU**2 * p + 1.0) * (1.0 - p))
     shift = noise.add(-1.0).mul_(_SELU * scale).add_(_SELU * scale * p)
@@ -141,6 +147,8 @@ def _dropped(own: Generators, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def _noise_of(func: Any, given: Tensor) -> torch.Size | None:
     """Return the shape of a dropout's noise: one number for each channel if it drops these; `None` for an error."""
+    if given.is_nested:  # of which torch drops single numbers alone
+        return None if func in _CHANNELS or func in _ALPHA else torch.Size()
     if func not in _CHANNELS:
         return given.shape
     allowed, batched = _CHANNELS[func]

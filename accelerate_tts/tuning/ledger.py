@@ -83,24 +83,26 @@ class Ledger:
         self.results.append(result)
 
     def undo(self, undone: StageResult, reason: str) -> None:
-        """Give up one kept change. If it took a slower alternative's place, that one is kept again, in its place.
+        """Give up one kept change. If it took a slower alternative's place, that one is kept again.
 
-        Changes that were made after it were made on top of one of the two, and stay on top.
+        It comes back to where it was, below the changes that were made after it. On top of them it might not apply, and
+        a warm pack, which makes the changes in their order, could not be restored.
 
         Args:
             undone: The change's verdict.
             reason: The reason.
         """
-        names = [(kept.part, kept.stage) for kept in self.kept]
-        place = names.index((undone.part, undone.stage))
         self.drop(reason, lambda result: result is undone)
         found = self.displaced.pop((undone.part, undone.stage), None)
         if found is None:
             return
         change, verdict = found
-        self.kept.insert(place, change)  # first, so that it is switched off with the others if it fails half-way
         entered = [(result.part, result.stage) for result in self.results]
-        self.results[entered.index((change.part, change.stage))] = verdict
+        number = entered.index((change.part, change.stage))
+        earlier = set(entered[:number])
+        place = sum((kept.part, kept.stage) in earlier for kept in self.kept)
+        self.kept.insert(place, change)  # first, so that it is switched off with the others if it fails half-way
+        self.results[number] = verdict
         self.put(change)
 
     def on(self) -> None:

@@ -111,6 +111,37 @@ def test_another_parameter_in_the_same_memory_is_seen_at_once() -> None:
         assert not any(weights.outdated() for _ in range(40))
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_other_weights_in_memory_that_was_freed_are_seen_at_once(joined: bool) -> None:
+    """Weights of few other elements may come to lie where those before lay, with the same version."""
+    memory = bytearray(4 * 64 * 64)
+    numbers = memoryview(memory).cast("f")
+    for place in range(3, 64 * 64, 97):
+        layer = nn.Linear(64, 64).requires_grad_(requires_grad=False)
+        layer.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(64, 64)
+        weights = WeightWatch(layer)
+        weights = WeightWatch.joined([weights, WeightWatch(nn.Tanh())]) if joined else weights
+        version = layer.weight._version
+        layer.weight.data = torch.zeros(64, 64)
+        numbers[place] += 1.0
+        layer.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(64, 64)
+        assert layer.weight._version == version, "else it shows nothing"
+        assert weights.outdated()
+
+
+def test_a_tensor_that_is_kept_elsewhere_is_not_freed() -> None:
+    layer = nn.Linear(64, 64)
+    weights = WeightWatch(layer)
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(layer.weight.detach().clone()))
+    assert weights.outdated(), "and it could be swapped"
+    weights = WeightWatch(layer)
+    layer.share_memory()
+    layer(torch.randn(1, 64)).sum().backward()
+    gc.collect()
+    del layer.weight.grad
+    assert not any(WeightWatch(layer).outdated() for _ in range(40))
+
+
 @pytest.mark.parametrize("content", [False, True])
 def test_a_square_weight_that_is_turned_where_it_lies_is_seen_at_once(content: bool) -> None:
     layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))

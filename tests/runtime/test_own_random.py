@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from interrupting import Interrupting
 from torch import distributions, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import random_split
 
 from accelerate_tts import (
@@ -51,6 +52,11 @@ def vmapped(function: Callable[[Tensor], Tensor], randomness: str) -> Tensor:
 
 CHANCES = torch.arange(1.0, 16.0).reshape(3, 5).softmax(-1)
 ACROSS = torch.ones(6, 4).T  # its memory is in another order than its elements
+PIECES = [torch.ones(3, 4), torch.ones(5, 4)]
+JAGGED = torch.nested.nested_tensor(PIECES, layout=torch.jagged)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor(PIECES)
 DRAWS: dict[str, Callable[[], Tensor]] = {
     "multinomial": lambda: torch.multinomial(CHANCES, 2),
     "multinomial, a method": lambda: CHANCES.multinomial(1),
@@ -58,6 +64,20 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
     "rand": lambda: torch.rand((2, 3), dtype=torch.float64),
     "randn, into": lambda: torch.randn(3, out=torch.empty(3)),
     "randn_like": lambda: torch.randn_like(ACROSS),
+    **{
+        f"{name}, nested": lambda draw=draw: torch.cat([each.flatten() for each in draw(JAGGED).unbind()])
+        for name, draw in {
+            "randn_like": torch.randn_like,
+            "rand_like": torch.rand_like,
+            "randint_like": lambda x: torch.randint_like(x, 3, 90),
+            "dropout": functional.dropout,
+            "dropout in bf16": lambda x: functional.dropout(x.bfloat16(), 0.3),
+            "randn_like of float64": lambda x: torch.randn_like(x, dtype=torch.float64),
+            "randn_like of what is turned": lambda x: torch.randn_like(x.transpose(1, 2)),
+        }.items()
+    },
+    "randn_like, nested, strided": lambda: torch.cat([each.flatten() for each in torch.randn_like(NESTED).unbind()]),
+    "dropout, nested, strided": lambda: torch.cat([each.flatten() for each in functional.dropout(NESTED).unbind()]),
     "randn_like, complex": lambda: torch.randn_like(CHANCES, dtype=torch.complex64),
     "rand_like": lambda: torch.rand_like(ACROSS, dtype=torch.bfloat16, requires_grad=True).detach(),
     "randint_like": lambda: torch.randint_like(ACROSS, 7),
@@ -185,6 +205,31 @@ def test_what_takes_no_generator_says_so_once(seen: list[Any], monkeypatch: pyte
     assert [event.reason for event in seen] == [
         f"{name} takes no generator, and draws from the process's" for name in ("scaled_dot_product_attention", "gru")
     ]
+
+
+def test_what_is_to_be_drawn_again_in_a_backward_pass_says_so_once(
+    seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate_tts.runtime.own_random.said", Lasting())
+    x = torch.ones(9, requires_grad=True)
+    with own_random(1):
+        functional.dropout(x).sum().backward()
+    assert not seen
+    for reentrant in (True, False):
+        monkeypatch.setattr("accelerate_tts.runtime.own_random.said", Lasting())
+        with own_random(1):
+            again: Any = checkpoint(functional.dropout, x, use_reentrant=reentrant)
+            again.sum().backward()
+            functional.dropout(again)
+    assert ["torch.utils.checkpoint" in event.reason for event in seen] == [True, True]
+
+
+def test_what_torch_does_not_draw_into_nested_tensors_is_its_error() -> None:
+    for draw in (functional.alpha_dropout, functional.dropout2d, functional.gumbel_softmax):
+        with pytest.raises((NotImplementedError, RuntimeError)) as plain:
+            draw(JAGGED, **({} if draw is functional.gumbel_softmax else {"training": True}))
+        with own_random(1), pytest.raises(plain.type):
+            draw(JAGGED, **({} if draw is functional.gumbel_softmax else {"training": True}))
 
 
 def test_wrong_dropout_of_channels_is_torchs_error() -> None:
@@ -508,6 +553,37 @@ def test_a_graph_that_is_compiled_inside_a_block() -> None:
     first = run(torch.zeros(8), True)
     torch.set_rng_state(before)
     assert torch.equal(first, torch.randn(8)), "outside, it is compiled, and draws the process's numbers"
+
+
+@torch._dynamo.disable
+def left_out(x: Tensor) -> Tensor:
+    return torch.randn_like(x)
+
+
+@pytest.mark.parametrize("forward", [
+    lambda layer, x: layer(torch.tanh(x) + left_out(x)), lambda layer, x: left_out(layer(x)),
+    lambda layer, x: layer(left_out(x)), lambda layer, x: layer(x) + torch.empty(3).normal_() if x.sum() > 0 else x,
+], ids=["between graphs", "behind one", "before one", "behind a decision"])  # fmt: skip
+def test_draws_beside_the_graphs_of_a_part(
+    forward: Callable[..., Tensor], seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dynamo leaves a function out: it is called between graphs, where no mode was."""
+    monkeypatch.setattr("accelerate_tts.stages.compile.inductor.said", Lasting())
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    run = compiled(lambda x: forward(layer, x))
+    torch.manual_seed(6)
+    expected = forward(layer, x)
+    before = torch.get_rng_state()
+    with own_random(6):
+        run(x)
+    if not torch.equal(torch.get_rng_state(), before):
+        assert [event.reason for event in seen if "between its graphs" in event.reason], "at the call that compiled it"
+    before = torch.get_rng_state()
+    for _ in range(2):
+        with own_random(6):
+            assert torch.allclose(run(x), expected, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len([event for event in seen if "between its graphs" in event.reason]) <= 1
 
 
 def test_which_graphs_draw() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from accelerate_tts import SettingsError, WarmupError
+from accelerate_tts.plan import Part
 from accelerate_tts.receipts.receipt import StageResult
+from accelerate_tts.stages.layers.few_rows import FewRowsStage
+from accelerate_tts.stages.layers.half_precision import HalfStage
+from accelerate_tts.stages.layers.skinny import SkinnyStage
+from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.ledger import AppliedChange, Ledger
 from accelerate_tts.tuning.load_request import LoadRequest
 from accelerate_tts.tuning.warmup import Loaded
@@ -63,19 +71,50 @@ def test_changes_are_switched_from_the_top(steps: list[tuple[str, int]]) -> None
         elif step == "drop" and chosen is not None:
             ledger.drop("wrong", lambda result, name=chosen.stage: result.stage == name)
         elif step == "undo" and chosen is not None:
-            place = ledger.kept.index(chosen)
             slower = ledger.displaced.get((chosen.part, chosen.stage))
-            expected = [*ledger.kept[:place], *([slower[0]] if slower else []), *ledger.kept[place + 1 :]]
+            expected = {kept.stage for kept in ledger.kept if kept is not chosen} | (
+                {slower[0].stage} if slower else set()
+            )
             ledger.undo(next(result for result in ledger.results if result.stage == chosen.stage), "wrong")
-            assert ledger.kept == expected, "a slower alternative comes back where the faster one was"
+            assert {kept.stage for kept in ledger.kept} == expected, "a slower alternative comes back"
         elif chosen is not None:
             ledger.lift(chosen)
             assert chosen.change not in stack
             ledger.put(chosen)
         assert stack == [kept.change for kept in ledger.kept]
+        made = [int(kept.stage.split()[1]) for kept in ledger.kept]
+        assert made == sorted(made), "in the order in which they were made, which a warm pack repeats"
         assert {result.stage for result in ledger.results if result.kept} == {kept.stage for kept in ledger.kept}
     ledger.off()
     assert not stack
+
+
+def test_a_warm_pack_can_repeat_what_is_kept_after_an_alternative_came_back() -> None:
+    """Few-row layers do not apply on top of bf16 layers, which were made on top of them."""
+    model, x = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval(), torch.randn(1, 256)
+    part, again = (Part("part", "model", each, few_rows=1.0) for each in (model, copy.deepcopy(model)))
+    stages: list[Any] = [FewRowsStage(), HalfStage(torch.bfloat16, carried=False), SkinnyStage("int8")]
+    ledger = Ledger()
+    with torch.no_grad():
+        expected = model(x)
+        for stage in stages:
+            current = ledger.current("part", stage.group)
+            if current is not None:
+                ledger.lift(current)
+            assert obstacle(stage, part) is None
+            change = stage.prepare(part)
+            change.on()
+            result = StageResult("part", stage.name, kept=True, reason="")
+            ledger.enter(result, AppliedChange("part", stage.name, stage.group, change), current)
+        ledger.undo(ledger.results[-1], "wrong")
+        assert [kept.stage for kept in ledger.kept] == [stage.name for stage in stages[:2]]
+        found = model(x)
+        for stage in stages[:2]:
+            assert obstacle(stage, again) is None
+            stage.prepare(again).on()
+        assert torch.equal(again.module(x), found)
+        ledger.off()
+        assert torch.equal(model(x), expected)
 
 
 def test_a_slower_alternative_that_fails_half_way_is_switched_off_with_the_others() -> None:

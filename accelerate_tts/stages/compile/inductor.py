@@ -20,12 +20,13 @@ import torch
 from torch.utils import _pytree
 
 from accelerate_tts.device.compiler_folder import unwritable_folder
+from accelerate_tts.events import NotApplied
 from accelerate_tts.inspection.tracing import compiles_itself
 from accelerate_tts.patching.change import Counter
 from accelerate_tts.patching.weight_versions import WeightWatch
 from accelerate_tts.runtime.own_random import Entry, OwnRandom, is_open, opened
 from accelerate_tts.runtime.own_random import outside as outside_own_random
-from accelerate_tts.runtime.random_functions import draws_in
+from accelerate_tts.runtime.random_functions import draws_in, said
 
 
 class Frozen(WeightWatch):
@@ -191,15 +192,60 @@ def compile_function(
     weakref.finalize(own, _release, own.__code__, id(backend), loaded).atexit = False
     strict = compiled if plain is call else _never_compiling_if_strict(own, compiled, counter)
 
+    breaks = _Breaks()
+    graphs = strict if fullgraph else breaks.noting(strict)
+
     def outside(*args: Any, **kwargs: Any) -> Any:
         if not is_open():
-            return strict(*args, **kwargs)
-        if drawing:  # its graphs draw from the process's generators
+            return graphs(*args, **kwargs)
+        if drawing or breaks.found:  # its graphs, or the code between them, may draw from the process's generators
             return function(*args, **kwargs)
         with _blocks.left_for_a_graph(), outside_own_random():
-            return strict(*args, **kwargs)
+            result = graphs(*args, **kwargs)
+        breaks.tell(counter.what)
+        return result
 
     return outside
+
+
+class _Breaks:
+    """Code of a compiled function that runs outside of its graphs.
+
+    Attributes:
+        found: True if there was some. It may also be another thread that compiled meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def noting(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function such that each call notes if it was compiled with graph breaks."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = _frames()
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                # dynamo compiles what a graph break leaves as a frame of its own.
+                self.found = self.found or _frames() > before + 1
+
+        return call
+
+    def tell(self, what: str) -> None:
+        """Emit an event, after a call in a block of `own_random`, if it was the one that found the code."""
+        if self.found:
+            reason = (
+                f"{what} was compiled in the block, and what is between its graphs drew from the process's generators"
+                " if it draws; later calls are right"
+            )
+            said.emit(NotApplied("own_random", reason))
+
+
+def _frames() -> int:
+    """Return the number of frames that dynamo has tried to compile in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["frames"]["total"]
 
 
 class _Blocks(threading.local):

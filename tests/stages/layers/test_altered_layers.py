@@ -278,3 +278,112 @@ def test_a_parametrization_is_switched_by_attributes_and_hooked(stage: str) -> N
     change.off()
     with torch.inference_mode():
         assert torch.equal(plain(x), model(x))
+
+
+# --- weights that are no parameters -----------------------------------------------------------------------------------
+
+
+def as_attributes(model: Net) -> None:
+    """Make weights plain attributes, as a hook that computes them from something else has them."""
+    for layer in (model.conv, model.first, model.second):
+        for name in ("weight", "bias"):
+            tensor = layer._parameters.pop(name)
+            assert tensor is not None
+            setattr(layer, name, tensor.detach().clone())
+
+
+def replaced(layer: Any, name: str) -> None:
+    setattr(layer, name, getattr(layer, name).neg().add(0.5))
+
+
+def written(layer: Any, name: str) -> None:
+    with torch.no_grad():
+        getattr(layer, name).mul_(-2.0).add_(0.5)
+
+
+def written_unseen(layer: Any, name: str) -> None:
+    getattr(layer, name).data.mul_(-2.0).add_(0.5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("edit", [replaced, written, written_unseen])
+def test_weights_that_are_plain_attributes(
+    edit: Callable[[Any, str], None], name: str, tuned: tuple[Net, Net, Any, float]
+) -> None:
+    plain, model, change, tolerance = tuned
+    for each in (plain, model):
+        as_attributes(each)
+    for _ in range(2):
+        assert distance(run(plain), run(model)) <= tolerance
+        for each in (plain, model):
+            for layer in (each.conv, each.first, each.second):
+                edit(layer, name)
+    assert distance(run(plain), run(model)) <= tolerance
+    change.off()
+    assert torch.equal(run(model), run(plain))
+
+
+class Scaled(nn.Module):
+    """A parametrization whose tensor is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.ones(1)
+        self.more: Any = None
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor if self.more is None else weight * self.factor + self.more
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("edit", [
+    lambda step: step.factor.mul_(-3.0), lambda step: setattr(step, "factor", torch.tensor([-3.0])),
+    lambda step: setattr(step, "more", nn.Parameter(torch.tensor([0.1]))),
+    lambda step: (delattr(step, "more"), step.register_buffer("more", torch.tensor([0.1]))),
+])  # fmt: skip
+def test_a_parametrization_by_a_plain_tensor(
+    edit: Callable[[Any], object], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_convolutions, "LEAST_FRAMES", 1)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            models.append(Net().eval())
+        for layer in (models[-1].conv, models[-1].first, models[-1].second):
+            parametrize.register_parametrization(layer, "weight", Scaled())
+    plain, model = models
+    make, tolerance = STAGES[name]
+    change = make().prepare(Part("model", "decoder", model, few_rows=1.0))
+    change.on()
+    assert distance(run(plain), run(model)) <= tolerance
+    for each in models:
+        for layer in (each.conv, each.first, each.second):
+            steps: Any = layer.parametrizations
+            edit(steps["weight"][0])
+    assert distance(run(plain), run(model)) <= tolerance
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_users_hook_that_makes_a_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that depends on the style of a call, and one of torch's own hooks, whose product is turned once."""
+    monkeypatch.setattr(short_convolutions, "LEAST_FRAMES", 1)
+    styles = torch.tensor([1.0, -2.0, 0.5])
+
+    def build() -> Net:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            made = Net().eval()
+        as_attributes(made)
+        for layer in (made.conv, made.first, made.second):
+            layer.register_buffer("base", layer.weight.clone())
+            layer.register_forward_pre_hook(lambda m, _x: setattr(m, "weight", m.base * styles[calls[0]]))
+        return made
+
+    calls = [0]
+    plain, model = build(), build()
+    make, tolerance = STAGES[name]
+    change = make().prepare(Part("model", "decoder", model, few_rows=1.0))
+    change.on()
+    for calls[0] in (0, 1, 2, 0):
+        assert distance(run(plain), run(model)) <= tolerance
