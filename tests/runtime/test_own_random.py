@@ -50,6 +50,15 @@ def vmapped(function: Callable[[Tensor], Tensor], randomness: str) -> Tensor:
     return made
 
 
+def is_known(draw: Callable[[Any], Tensor]) -> bool:
+    """Check that this release of torch draws into nested tensors so: 2.6 knows fewer functions."""
+    try:
+        draw(JAGGED)
+    except NotImplementedError:
+        return False
+    return True
+
+
 CHANCES = torch.arange(1.0, 16.0).reshape(3, 5).softmax(-1)
 ACROSS = torch.ones(6, 4).T  # its memory is in another order than its elements
 PIECES = [torch.ones(3, 4), torch.ones(5, 4)]
@@ -75,6 +84,7 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
             "randn_like of float64": lambda x: torch.randn_like(x, dtype=torch.float64),
             "randn_like of what is turned": lambda x: torch.randn_like(x.transpose(1, 2)),
         }.items()
+        if is_known(draw)
     },
     "randn_like, nested, strided": lambda: torch.cat([each.flatten() for each in torch.randn_like(NESTED).unbind()]),
     "dropout, nested, strided": lambda: torch.cat([each.flatten() for each in functional.dropout(NESTED).unbind()]),
