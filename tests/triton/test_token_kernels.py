@@ -16,7 +16,7 @@ from accelerate_tts import Event
 from accelerate_tts.events import FellBack, NotApplied
 from accelerate_tts.kernels.triton import token_block
 from accelerate_tts.plan import Part
-from accelerate_tts.stages.decode import cuda_graph
+from accelerate_tts.stages.decode import slot_pool
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
 from reruns import Reruns
@@ -27,7 +27,7 @@ WIDTH, LAYERS = 16, 2
 @pytest.fixture(autouse=True)
 def small_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens cross two of them; the interpreter is slow."""
-    monkeypatch.setattr(cuda_graph, "CAPACITIES", (8, 16, 32))
+    monkeypatch.setattr(slot_pool, "CAPACITIES", (8, 16, 32))
 
 
 def llama(make: Any = transformers.LlamaModel, **options: Any) -> Any:
