@@ -60,7 +60,8 @@ class Registry(Generic[T]):
                 if point not in self._asked:
                     self._load(point)
                     self._asked.add(point)  # last, so that a load interrupted by Ctrl-C is repeated
-            return dict(self._entries)
+            found = dict(self._entries)
+        return found  # not in the block: tests/support/interrupting.py would raise behind the call, outside of it
 
     @contextmanager
     def scope(self, **instead: T) -> Generator[None, None, None]:
