@@ -61,7 +61,8 @@ class Registry(Generic[T]):
                     self._load(point)
                     self._asked.add(point)  # last, so that a load interrupted by Ctrl-C is repeated
             found = dict(self._entries)
-        return found  # not in the block: tests/support/interrupting.py would raise behind the call, outside of it
+        # Behind the block: tests/support/interrupting.py would raise behind the call, outside of it.
+        return found  # noqa: RET504
 
     @contextmanager
     def scope(self, **instead: T) -> Generator[None, None, None]:
