@@ -16,7 +16,6 @@ from accelerate_tts.stages.decode.static_step import Memory, StaticStep, own_res
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from accelerate_tts.stages.graphs.recorder import Recorder
 
 COMPARED = 8
 """How often a step of several is compared with each one's own, bit by bit, before it is used without."""
@@ -42,53 +41,34 @@ class JoinedSlots:
         slots: The slots.
 
     Args:
-        decoder: The module.
-        forward: Its unchanged forward, which takes the module first.
+        kind: The kind of steps, each of which is recorded when it is needed for the first time.
         past: A growable cache, for the shapes of its layers.
         inputs: Tensor arguments of the decoder for one token, without the mask; the first dimension is the batch.
-        constants: The other arguments; they become part of the recordings.
         capacity: Maximum positions.
-        recorder: Records the steps, each when it is needed for the first time.
         lanes: Number of slots, a multiple of the largest of `numbers`.
         numbers: Numbers of slots for which a step of several may be recorded, powers of two, from 1 on.
-        told: Called after a step was recorded.
         differs: Called with a number of slots for which a step differs in bits from each slot's own. It is not used any
             more. `None` if steps are not compared.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
         self,
-        decoder: Any,
-        forward: Callable[..., Any],
+        kind: StepKind,
         past: Any,
         inputs: dict[str, torch.Tensor],
-        constants: dict[str, Any],
         capacity: int,
-        recorder: Recorder,
         lanes: int,
         numbers: tuple[int, ...],
-        told: Callable[[], object],
         differs: Callable[[int], object] | None,
     ) -> None:
-        self._recorder, self._numbers, self._differs = recorder, numbers, differs
-        self._step: Callable[[Memory], StaticStep] = lambda memory: StaticStep(
-            decoder, forward, constants, memory, recorder, any_rows=True, told=told
-        )
+        self._kind, self._recorder = kind, kind.recorder
+        self._numbers, self._differs = numbers, differs
         with torch.inference_mode(mode=False), torch.no_grad():  # as in a slot
             self._memory = Memory.of_lanes(past, inputs, capacity, lanes)
             self._rows = len(self._memory.position) // lanes
             known = past.layers[0].state()
             self.slots = [
-                StaticSlot.of_lane(
-                    lane,
-                    self._memory.part(lane * self._rows, self._rows),
-                    known,
-                    decoder,
-                    forward,
-                    constants,
-                    recorder,
-                    told,
-                )
+                StaticSlot.of_lane(kind, lane, self._memory.part(lane * self._rows, self._rows), known)
                 for lane in range(lanes)
             ]
         self.bytes = sum(slot.bytes for slot in self.slots)
@@ -171,7 +151,7 @@ class JoinedSlots:
             return self.slots[first]
         if (size, first) not in self._several:
             memory = self._memory.part(first * self._rows, size * self._rows)
-            self._several[size, first] = self._step(memory)
+            self._several[size, first] = StaticStep(self._kind, memory)
         return self._several[size, first]
 
     def give_up(self) -> None:

@@ -15,6 +15,7 @@ from accelerate_tts.events import FellBack, NotApplied, emit
 from accelerate_tts.kernels.weight_formats import MOST_ROWS
 from accelerate_tts.stages.decode.joined_slots import JoinedSlots
 from accelerate_tts.stages.decode.static_slot import StaticSlot, bytes_of
+from accelerate_tts.stages.decode.static_step import StepKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,14 +192,15 @@ class SlotPool:
 
     def _recorded(self, call: TokenCall) -> StaticSlot | None:
         try:
-            slot = StaticSlot(
-                self._decoder, call.plain.forward, call.past, call.inputs, call.constants, call.capacity,
-                self._recorder(call.device), any_rows=self.shares,
-            )  # fmt: skip
+            slot = StaticSlot(self._kind(call), call.past, call.inputs, call.capacity)
         except Exception as error:  # a capture may fail in any way, and so may a decoder that is given another mask
             return self._recorded(call) if self.fall_back(error) else None
-        self._count(call.capacity, call.shapes())
+        self._count(call.capacity, call.shapes())  # now that the slot is whole: an event's hook may call the model
         return slot
+
+    def _kind(self, call: TokenCall) -> StepKind:
+        recorder = self._recorder(call.device)
+        return StepKind(self._decoder, call.plain.forward, call.constants, recorder, any_rows=self.shares)
 
     def fall_back(self, error: Exception) -> bool:
         """Give up the kernels after a failure, or else recordings. Returns True if recording can be tried again."""
@@ -229,10 +231,9 @@ class SlotPool:
         if not self._has_room(size):
             return False
         try:
+            kind = self._kind(call)._replace(told=partial(self._count, call.capacity, call.shapes()))
             joined = JoinedSlots(
-                self._decoder, call.plain.forward, call.past, call.inputs, call.constants, call.capacity,
-                self._recorder(call.device), lanes, self._numbers_for(call.rows),
-                partial(self._count, call.capacity, call.shapes()),
+                kind, call.past, call.inputs, call.capacity, lanes, self._numbers_for(call.rows),
                 partial(self._differs, call.capacity) if self._shared.is_on else None,  # the trial compares by itself
             )  # fmt: skip
         except RuntimeError as error:  # the device's memory is used up

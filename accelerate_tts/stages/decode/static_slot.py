@@ -19,8 +19,6 @@ from accelerate_tts.stages.decode.static_step import ABSENT, Memory, StaticStep,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from accelerate_tts.stages.graphs.recorder import Recorder
-
 
 class StaticSlot(StaticStep):
     """Buffers for one sequence, the inputs of a step over them, and the step's recording.
@@ -30,64 +28,35 @@ class StaticSlot(StaticStep):
         bytes: Bytes of its buffers.
 
     Args:
-        decoder: The module.
-        forward: Its unchanged forward, which takes the module first.
+        kind: The kind of step, which is recorded now. Its recorder records nothing else.
         past: A growable cache, for the shapes of its layers.
         inputs: Tensor arguments of the decoder for one token, without the mask.
-        constants: The other arguments; they become part of the recording.
         capacity: Maximum positions.
-        recorder: Records the step, and nothing else, now.
-        any_rows: See `StaticStep`.
 
     Raises:
         TypeError: The decoder returns an object without named fields.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what a call consists of
-        self,
-        decoder: Any,
-        forward: Callable[..., Any],
-        past: Any,
-        inputs: dict[str, torch.Tensor],
-        constants: dict[str, Any],
-        capacity: int,
-        recorder: Recorder,
-        *,
-        any_rows: bool = False,
-    ) -> None:
+    def __init__(self, kind: StepKind, past: Any, inputs: dict[str, torch.Tensor], capacity: int) -> None:
         with torch.inference_mode(mode=False), torch.no_grad():  # normal tensors: later calls may run in another mode
             memory = Memory.of_a_slot(past, inputs, capacity)
-            super().__init__(decoder, forward, constants, memory, recorder, any_rows=any_rows)
+            super().__init__(kind, memory)
             self._begin(memory, memory.position, {})
             self.recording()
 
     @classmethod
-    def of_lane(  # noqa: PLR0913, PLR0917 - what a step consists of
-        cls,
-        lane: int,
-        memory: Memory,
-        known: dict[str, Any],
-        decoder: Any,
-        forward: Callable[..., Any],
-        constants: dict[str, Any],
-        recorder: Recorder,
-        told: Callable[[], object],
-    ) -> StaticSlot:
+    def of_lane(cls, kind: StepKind, lane: int, memory: Memory, known: dict[str, Any]) -> StaticSlot:
         """Return one of several slots side by side. Its step is recorded when it runs alone for the first time.
 
         Args:
+            kind: The kind of step.
             lane: Its place among them.
             memory: Its memory, with a position for each row.
             known: What a layer of such a cache has besides keys and values.
-            decoder: See `StaticStep`, as for the others.
-            forward: Likewise.
-            constants: Likewise.
-            recorder: Likewise.
-            told: Likewise.
         """
         made = cls.__new__(cls)
         alone = memory._replace(position=memory.position[:1])  # its rows are at one position
-        StaticStep.__init__(made, decoder, forward, constants, alone, recorder, any_rows=True, told=told)
+        StaticStep.__init__(made, kind, alone)
         made._begin(memory, memory.position, known)
         made.lane = lane
         return made

@@ -72,6 +72,23 @@ class Memory(NamedTuple):
         )
 
 
+class StepKind(NamedTuple):
+    """Steps for one kind of call, whatever memory they run over."""
+
+    decoder: Any
+    """The module."""
+    forward: Callable[..., Any]
+    """Its unchanged forward, which takes the module first."""
+    constants: dict[str, Any]
+    """Arguments of the decoder that become part of a recording."""
+    recorder: Recorder
+    """Records the steps."""
+    any_rows: bool = False
+    """Compute each row as in a step of any other number of rows, where kernels can."""
+    told: Callable[[], object] = bool
+    """Called after a step was recorded."""
+
+
 class StaticStep:
     """A decoder's step over memory that stays where it is, and its recording.
 
@@ -80,29 +97,13 @@ class StaticStep:
         capacity: Maximum positions of each.
 
     Args:
-        decoder: The module.
-        forward: Its unchanged forward, which takes the module first.
-        constants: Arguments of the decoder that become part of the recording.
+        kind: The kind of step.
         memory: The memory.
-        recorder: Records the step.
-        any_rows: Compute each row as in a step of any other number of rows, where kernels can.
-        told: Called after the step was recorded.
     """
 
-    def __init__(  # noqa: PLR0913 - what a step consists of
-        self,
-        decoder: Any,
-        forward: Callable[..., Any],
-        constants: dict[str, Any],
-        memory: Memory,
-        recorder: Recorder,
-        *,
-        any_rows: bool = False,
-        told: Callable[[], object] = bool,
-    ) -> None:
-        self._decoder, self._forward, self._constants = decoder, forward, constants
-        self._cache = cache_name(parameters_of(plain_class(decoder))) or CACHE_NAMES[0]
-        self._recorder, self._any_rows, self._told = recorder, any_rows, told
+    def __init__(self, kind: StepKind, memory: Memory) -> None:
+        self._kind, self._recorder = kind, kind.recorder
+        self._cache = cache_name(parameters_of(plain_class(kind.decoder))) or CACHE_NAMES[0]
         self.inputs, self.buffers, self.position, self.valid = memory
         self.rows, self.capacity = self.valid.shape
         keys = self.buffers[0][0]
@@ -123,10 +124,10 @@ class StaticStep:
         if self._recording is None:
             recording = self._recorder.record(self.step)
             if not hasattr(recording.outputs, "items"):
-                name = type(self._decoder).__name__
+                name = type(self._kind.decoder).__name__
                 raise TypeError(f"{name} returns {type(recording.outputs).__name__}, without names")
             self._recording = recording
-            self._told()
+            self._kind.told()
         return self._recording
 
     def step(self) -> Any:
@@ -140,9 +141,9 @@ class StaticStep:
         classes = kv_cache.cache_classes()
         layer = kv_cache.upstream_class(StaticLayer, classes.DynamicLayer)
         whole = kv_cache.upstream_class(kv_cache.CacheOfLayers, classes.Cache)
-        layers = [layer(*pair, position, self._row_numbers, any_rows=self._any_rows) for pair in self.buffers]
-        return self._forward(
-            self._decoder, **inputs, **self._constants, attention_mask=mask, **{self._cache: whole(layers)},
+        layers = [layer(*pair, position, self._row_numbers, any_rows=self._kind.any_rows) for pair in self.buffers]
+        return self._kind.forward(
+            self._kind.decoder, **inputs, **self._kind.constants, attention_mask=mask, **{self._cache: whole(layers)},
             use_cache=True,
         )  # fmt: skip
 

@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import small_decoders
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_decoders import UNREAD, WIDTH, edited, llama
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
@@ -44,7 +46,6 @@ from reruns import Reruns
 
 pytestmark = pytest.mark.usefixtures("layered_caches", "one_thread")
 
-WIDTH = 32
 LENGTHS = (1, 7, 31, 32, 40, 47)
 """Two buckets: of 32 positions, and of 48."""
 
@@ -54,23 +55,9 @@ def reruns(device: torch.device) -> Reruns:
     return Reruns(device, watched=False)
 
 
-def llama(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None, **options,
-    )  # fmt: skip
-    return transformers.LlamaModel(config).eval()
-
-
 def gpt2(**options: Any) -> Any:
-    """Its table of positions ends before its second bucket does."""
-    torch.manual_seed(0)
-    ids = {"bos_token_id": 1, "eos_token_id": 1}
-    config = transformers.GPT2Config(
-        **{"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 60, **ids, **options}
-    )
-    return transformers.GPT2Model(config).eval()
+    """Return one whose table of positions ends before its second bucket does."""
+    return small_decoders.gpt2(**{"n_positions": 60, "bos_token_id": 1, "eos_token_id": 1, **options})
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -327,7 +314,7 @@ def _mask_of_four(_model: Any) -> dict[str, Any]:
     return {"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}
 
 
-@pytest.mark.parametrize("how", ["factor", "epsilon", "forward", "training", "class", "global hook"])
+@pytest.mark.parametrize("how", UNREAD)
 def test_what_a_replay_would_not_read_is_upstreams_with_an_event(how: str, seen: list[Event]) -> None:
     model = llama()
     untouched = copy.deepcopy(model)
@@ -340,26 +327,9 @@ def test_what_a_replay_would_not_read_is_upstreams_with_an_event(how: str, seen:
             return states
 
     assert torch.allclose(ask(model), ask(untouched), atol=1e-5)
-    handle: Any = None
-    for each in (model, untouched):
-        if how == "factor":
-            each.layers[0].self_attn.scaling *= 2
-        elif how == "epsilon":
-            each.norm.variance_epsilon = 0.5
-        elif how == "forward":
-            each.layers[0].mlp.forward = lambda x: x * 0.5
-        elif how == "training":
-            each.layers[0].train()
-        elif how == "class":
-            each.layers[0].mlp.act_fn.__class__ = nn.Tanh
-    if how == "global hook":
-        handle = nn.modules.module.register_module_forward_hook(lambda _module, _given, result: result)
     assert not seen
-    try:
+    with edited(how, model, untouched):
         assert torch.allclose(ask(model), ask(untouched), atol=1e-5)
-    finally:
-        if handle is not None:
-            handle.remove()
     assert [type(event) for event in seen] == [NotApplied]
     assert recorded.prompts.graphs == 1
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from small_decoders import WIDTH, llama
 
 from accelerate_tts import Event
 from accelerate_tts.events import FellBack
@@ -30,7 +30,7 @@ from reruns import Reruns
 
 pytestmark = pytest.mark.usefixtures("layered_caches", "one_thread")
 
-WIDTH, THREADS, SLOTS = 32, 8, 4
+THREADS, SLOTS = 8, 4
 
 
 class Slow(Reruns):
@@ -74,15 +74,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, slots: dict[int, Slow], wrong: list[s
         checked(name)
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaModel(config).eval()
-
-
 def requests(model: Any, seed: int, pause: bool) -> list[torch.Tensor]:
     """Some requests of one thread, the sequences of two of them in turn, cropped or ended early now and then."""
     chance, pauses, generator = random.Random(seed), random.Random(seed), torch.Generator().manual_seed(seed)
@@ -116,7 +107,7 @@ def test_eight_threads_over_four_slots(seed: int, seen: list[Event], monkeypatch
     def init(slot: StaticSlot, *args: Any, **named: Any) -> None:
         made(slot, *args, **named)
         for pair in slot.buffers:
-            slots.update({tensor.untyped_storage().data_ptr(): args[-1] for tensor in pair})
+            slots.update({tensor.untyped_storage().data_ptr(): args[0].recorder for tensor in pair})
 
     given_up = StaticSlot.give_up
 
