@@ -16,6 +16,8 @@ from accelerate_tts.stages.decode.static_step import Memory, StaticStep, own_res
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from accelerate_tts.stages.decode.static_step import StepKind
+
 
 COMPARED = 8
 """How often a step of several is compared with each one's own, bit by bit, before it is used without."""

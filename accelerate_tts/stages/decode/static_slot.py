@@ -19,6 +19,8 @@ from accelerate_tts.stages.decode.static_step import ABSENT, Memory, StaticStep,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from accelerate_tts.stages.decode.static_step import StepKind
+
 
 class StaticSlot(StaticStep):
     """Buffers for one sequence, the inputs of a step over them, and the step's recording.
