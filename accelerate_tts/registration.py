@@ -60,9 +60,7 @@ class Registry(Generic[T]):
                 if point not in self._asked:
                     self._load(point)
                     self._asked.add(point)  # last, so that a load interrupted by Ctrl-C is repeated
-            found = dict(self._entries)
-        # Behind the block: tests/support/interrupting.py would raise behind the call, outside of it.
-        return found  # noqa: RET504
+            return dict(self._entries)
 
     @contextmanager
     def scope(self, **instead: T) -> Generator[None, None, None]:

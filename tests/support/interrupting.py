@@ -20,9 +20,23 @@ Place = tuple[str, str, int, int, bool]
 
 @cache
 def calls_before(code: CodeType) -> dict[int, int]:
-    """The instructions that follow a call, and that call's."""
+    """Return the instructions that follow a call, each with that call's.
+
+    A signal that is taken after a call counts as raised by the call, and a tracer raises at the instruction behind it.
+    Where a block ends between the two, as in `with lock: return call()`, the tracer would raise outside of the block
+    and the lock would stay taken, which no signal does. Such places are left out.
+    """
+    blocks = [(each.start, each.end, each.target) for each in getattr(dis.Bytecode(code), "exception_entries", ())]
+
+    def handlers(offset: int) -> list[int]:
+        return [target for start, end, target in blocks if start <= offset < end]
+
     found = list(dis.get_instructions(code))
-    return {b.offset: a.offset for a, b in itertools.pairwise(found) if a.opname.startswith("CALL")}
+    return {
+        b.offset: a.offset
+        for a, b in itertools.pairwise(found)
+        if a.opname.startswith("CALL") and handlers(a.offset) == handlers(b.offset)
+    }
 
 
 class Interrupting:
