@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from accelerate_tts.settings import Precision
 
 NOTHING_TO_COMPARE = "nothing in the result can be compared; let the warm-up return the speech"
+UNEQUAL = "values that are not finite or not equal"
+UNEQUAL_BYTES = "bytes that are not equal; let the warm-up return samples, not an encoded file"
 
 
 # A model that computes in bf16 is exact to bf16's rounding. Two orders of summation differ by a few steps of 2^-7 after
@@ -31,6 +34,9 @@ _AUDIBLE = 60.0
 _FRAME = 1024
 _LEAST_SAMPLES, _MOST_CHANNELS = 4096, 16
 _BITS = 16
+_IEEE, _EXTENSIBLE = 3, 0xFFFE  # WAV's codes for floats, and for a longer header that has the code later
+_LOUDEST = 64.0  # of samples whose full scale is 1; a float of other bytes is mostly far larger or far smaller
+_LEAST_CORRELATION = 0.1  # of neighbouring samples; speech has 0.8 and more, compressed data and tokens about 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +124,10 @@ def compare(reference: Any, candidate: Any) -> Difference:
     """Compare two results of the same call: every tensor, array and byte string in them, in order.
 
     Floating-point tensors are compared by relative error in float64. So are 16-bit samples, with half a step of
-    tolerance, since a waveform that is correct to 1e-6 occasionally rounds to another integer. All others must be
-    equal. A different number of tensors, shape, dtype or memory layout, or a NaN that the reference does not have, is
-    an infinite error with its reason. So is a result without anything to compare.
+    tolerance, since a waveform that is correct to 1e-6 occasionally rounds to another integer. Pieces of 16-bit samples
+    and byte strings are joined first, as a stream gives them; byte strings count as samples if their content looks like
+    a waveform. All others must be equal. A different number of tensors, shape, dtype or memory layout, or a NaN that
+    the reference does not have, is an infinite error with its reason. So is a result without anything to compare.
     """
     left, right = list(tensors_of(reference)), list(tensors_of(candidate))
     if len(left) != len(right):
@@ -134,10 +141,11 @@ def compare(reference: Any, candidate: Any) -> Difference:
             return Difference(math.inf, f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}")
         if a.is_contiguous() and not b.is_contiguous():  # the caller's .view() would fail
             return Difference(math.inf, "a different memory layout")
+    for a, b in _with_pieces_joined(left, right):
         rounding = torch.finfo(a.dtype).eps if a.dtype in {torch.bfloat16, torch.float16} else 0.0
         error = _error(*_as_waves(a, b)) if _is_pcm(a) else _error(a, b)
         if math.isinf(error):
-            return Difference(math.inf, "values that are not finite or not equal")
+            return Difference(math.inf, UNEQUAL_BYTES if a.dtype == torch.uint8 else UNEQUAL)
         errors[rounding] = max(errors.get(rounding, 0.0), error)
         if _is_audio(a) or _is_pcm(a):
             spectral = max(spectral or 0.0, spectral_distance(a, b))
@@ -188,6 +196,64 @@ def _is_long(tensor: Any) -> bool:
     return bool(tensor.numel() // tensor.shape[-1] <= _MOST_CHANNELS)
 
 
+def _with_pieces_joined(left: list[Any], right: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of tensors, with rows of 16-bit samples joined, and likewise bytes, which become samples if they can.
+
+    The pieces of a stream are short, and a byte string may end within a sample.
+    """
+    pieces: dict[torch.dtype, list[tuple[Any, Any]]] = {torch.int16: [], torch.uint8: []}
+    for a, b in zip(left, right, strict=True):
+        if a.dtype in pieces and a.dim() and a.numel() == a.shape[-1]:
+            pieces[a.dtype].append((a, b))
+        else:
+            yield a, b
+    for dtype, pairs in pieces.items():
+        if not pairs:
+            continue
+        a, b = (torch.cat([pair[side].reshape(-1) for pair in pairs]) for side in (0, 1))
+        kind = sample_dtype(a) if dtype == torch.uint8 else None
+        if kind is not None:
+            start, end = _samples_of(a, kind)
+            yield _viewed(a[start:end], kind), _viewed(b[start:end], kind)
+            a, b = (torch.cat([content[:start], content[end:]]) for content in (a, b))
+        yield a, b
+
+
+def sample_dtype(content: Any) -> torch.dtype | None:
+    """Return the dtype of the samples that raw bytes seem to be: 16 bits, or fp32; `None` for anything else.
+
+    Args:
+        content: `(bytes,)` of uint8 on the CPU, as of `array.tobytes()`. The header of a WAV file may precede.
+    """
+    for dtype in (torch.int16, torch.float32):
+        wave = samples_in(content, dtype).double()
+        if len(wave) < _LEAST_SAMPLES or not bool(wave.isfinite().all()):
+            continue
+        low, high = float(wave.min()), float(wave.max())
+        # Text has no byte of 128 and more, so it has no negative samples.
+        if low < 0.0 < high and (dtype == torch.int16 or max(-low, high) < _LOUDEST):
+            wave = wave - wave.mean()
+            if float((wave[1:] * wave[:-1]).sum()) > _LEAST_CORRELATION * float(wave.square().sum()):
+                return dtype
+    return None
+
+
+def samples_in(content: Any, dtype: torch.dtype) -> Any:
+    """Return raw bytes as samples, without a WAV file's header and what is left over at the end."""
+    start, end = _samples_of(content, dtype)
+    return _viewed(content[start:end], dtype)
+
+
+def _samples_of(content: Any, dtype: torch.dtype) -> tuple[int, int]:
+    head = bytes(content[:1024].tolist())
+    start = head.find(b"data") + 8 if head[:4] == b"RIFF" and b"data" in head else 0
+    return start, start + max(0, len(content) - start) // dtype.itemsize * dtype.itemsize
+
+
+def _viewed(content: Any, dtype: torch.dtype) -> Any:
+    return content.clone().view(dtype)  # a copy, since the memory need not be aligned
+
+
 def _as_waves(reference: Any, candidate: Any) -> tuple[Any, Any]:
     """Convert 16-bit samples to waveforms, and reduce each difference by half a step."""
     a, b = reference.double(), candidate.double()
@@ -209,6 +275,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Any]:
         yield value
     elif isinstance(value, (bytes, bytearray)):
         yield from _of_bytes(bytes(value))
+    elif isinstance(value, io.BytesIO):
+        yield from _of_bytes(value.getvalue())
     elif (
         isinstance(value, (str, int, float, complex, type, ModuleType))
         or value is None
@@ -244,13 +312,25 @@ def _of_array(array: Any) -> Iterator[Any]:
 
 def _of_bytes(value: bytes) -> Iterator[Any]:
     data = value.find(b"data") + 8 if value[:4] == b"RIFF" and value[8:12] == b"WAVE" else 0
-    if data > 8 and int.from_bytes(value[34:36], "little") == _BITS:  # noqa: PLR2004
+    dtype = _dtype_of_wav(value) if data > 8 else None  # noqa: PLR2004
+    if dtype is not None:
         channels = max(1, int.from_bytes(value[22:24], "little"))
-        count = (len(value) - data) // (2 * channels) * 2 * channels
+        frame = dtype.itemsize * channels
+        count = (len(value) - data) // frame * frame
         if count:
-            yield torch.frombuffer(bytearray(value[data : data + count]), dtype=torch.int16).view(-1, channels).T
+            yield torch.frombuffer(bytearray(value[data : data + count]), dtype=dtype).view(-1, channels).T
             value = value[:data] + value[data + count :]
     yield torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+
+
+def _dtype_of_wav(value: bytes) -> torch.dtype | None:
+    """Return the dtype of a WAV file's samples: 16 bits, or fp32; `None` for others."""
+    code, bits = int.from_bytes(value[20:22], "little"), int.from_bytes(value[34:36], "little")
+    if code == _EXTENSIBLE:
+        code = int.from_bytes(value[44:46], "little")
+    if code == _IEEE:
+        return torch.float32 if bits == 2 * _BITS else None
+    return torch.int16 if bits == _BITS else None
 
 
 def _error(reference: Any, candidate: Any) -> float:

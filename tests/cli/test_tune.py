@@ -17,6 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -341,6 +342,17 @@ class Rated:
         (TONE.tolist(), Rated(sr="loud"), None),
         (torch.stack([TONE, 0.5 * TONE], -1).numpy(), Rated(), None),
         (Sound(TONE, 8000).wav(), Rated(), 8000),
+        (io.BytesIO(Sound(TONE, 8000).wav()), Rated(), 8000),
+        (Sound(TONE, 8000).wav()[44:], Rated(), None),
+        (TONE.numpy().tobytes(), Rated(), None),
+        (
+            [Sound(TONE, 8000).wav()[:44], *(Sound(TONE, 8000).wav()[44:][i : i + 999] for i in range(0, 16_000, 999))],
+            Rated(),
+            8000,
+        ),
+        (Rated(audio=TONE, sample_rate=8000), Rated(), 8000),
+        ((Rated(audio=TONE), np.int64(8000)), Rated(), 8000),
+        (TONE, Rated(sr=8000.0), 8000),
     ],
     ids=[
         "attribute",
@@ -354,6 +366,13 @@ class Rated:
         "list",
         "channels last",
         "file",
+        "file in memory",
+        "bytes",
+        "bytes of floats",
+        "stream of a file",
+        "object",
+        "NumPy's rate",
+        "librosa's rate",
     ],
 )
 def test_a_sound_is_found_in_what_backends_return(output: Any, backend: Any, rate: int | None) -> None:
@@ -369,6 +388,12 @@ def test_a_sound_is_found_in_what_backends_return(output: Any, backend: Any, rat
 @pytest.mark.parametrize("output", [None, "text", torch.ones(3), torch.ones(4000, dtype=torch.int64), []])
 def test_what_is_no_sound(output: Any) -> None:
     assert sound_of(output, Rated()) is None
+
+
+def test_a_sound_that_is_none_by_itself_is_told() -> None:
+    assert Sound(TONE, 8000).fault == ""
+    assert Sound(torch.zeros(300), 8000).fault == "is silent"
+    assert "NaN" in Sound(torch.cat([TONE, torch.tensor([math.nan])]), 8000).fault
 
 
 def test_a_spectrogram_shows_the_tone_and_where_it_ends() -> None:

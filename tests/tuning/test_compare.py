@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import struct
 import wave as wave_module
 from dataclasses import dataclass
 from typing import Any
@@ -341,7 +343,35 @@ def wav_file(wave: torch.Tensor, channels: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("clothes", [pcm, lambda wave: pcm(wave).numpy(), wav_file, lambda wave: wav_file(wave, 2)])
+def float_file(wave: torch.Tensor) -> bytes:
+    data = wave.numpy().astype("<f4").tobytes()
+    shape = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, 16_000, 64_000, 4, 32)
+    body = b"WAVE" + shape + struct.pack("<4sI", b"data", len(data)) + data
+    return struct.pack("<4sI", b"RIFF", len(body)) + body
+
+
+def in_pieces(content: Any, size: int) -> list[Any]:
+    return [content[start : start + size] for start in range(0, len(content), size)]
+
+
+CLOTHES: dict[str, Any] = {
+    "tensor": pcm,
+    "array": lambda wave: pcm(wave).numpy(),
+    "file": wav_file,
+    "file of two channels": lambda wave: wav_file(wave, 2),
+    "file of floats": float_file,
+    "file in memory": lambda wave: io.BytesIO(wav_file(wave)),
+    "bytes": lambda wave: pcm(wave).numpy().tobytes(),
+    "bytes of floats": lambda wave: wave.numpy().tobytes(),
+    "stream of arrays": lambda wave: in_pieces(pcm(wave).numpy(), 640),
+    "stream with rates": lambda wave: [(16_000, piece) for piece in in_pieces(pcm(wave).numpy()[None, :], 1)],
+    "stream of bytes": lambda wave: in_pieces(pcm(wave).numpy().tobytes(), 641),
+    "stream of a file": lambda wave: [b"", *in_pieces(wav_file(wave), 44)],
+    "stream of floats": lambda wave: in_pieces(float_file(wave), 321),
+}
+
+
+@pytest.mark.parametrize("clothes", CLOTHES.values(), ids=CLOTHES)
 def test_16_bit_samples_are_audio(clothes: Any) -> None:
     """A rounding error moves a sample by a step now and then; what is audibly wrong is still refused."""
     exact = TOLERANCES["exact"]
@@ -356,6 +386,27 @@ def test_16_bit_samples_are_audio(clothes: Any) -> None:
     assert exact.objection(compare(clothes(TONE), clothes(TONE[:-2])))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.randint(0, 1000, (9000,)),
+        torch.randint(0, 1000, (9000,), dtype=torch.int32),
+        torch.randint(-9000, 9000, (9000,), dtype=torch.int16),
+        torch.randint(0, 256, (20_000,), dtype=torch.uint8),
+        torch.zeros(20_000, dtype=torch.uint8),
+        torch.tensor(list(json.dumps(list(range(6000))).encode()), dtype=torch.uint8),
+    ],
+    ids=["int64", "int32", "int16", "compressed", "nothing", "text"],
+)
+def test_bytes_that_are_no_samples_must_be_the_same(content: torch.Tensor) -> None:
+    other = content.clone()
+    other[5000] += 1
+    left, right = content.numpy().tobytes(), other.numpy().tobytes()
+    assert compare(left, left).error == 0.0
+    assert "bytes that are not equal" in compare(left, right).reason
+    assert "bytes that are not equal" in compare(in_pieces(left, 1000), in_pieces(right, 1000)).reason
+
+
 def test_a_header_is_compared_to_the_byte() -> None:
     left = wav_file(TONE)
     right = left[:24] + (8000).to_bytes(4, "little") + left[28:]  # another sampling rate
@@ -363,6 +414,7 @@ def test_a_header_is_compared_to_the_byte() -> None:
     assert math.isinf(compare(b"RIFF", b"RIFG").error)
     assert compare(left[:44], left[:44]).error == 0.0, "no sample in it"
     assert math.isinf(compare(left, left + b"tail").error)
+    assert math.isinf(compare(in_pieces(left, 500), in_pieces(right, 500)).error)
 
 
 def test_tokens_in_a_list_must_be_the_same() -> None:

@@ -135,6 +135,8 @@ class Result:
             found.append(_NO_SOUND)
         elif self.before.assumed:
             found.append(f"the backend tells no sampling rate: {self.before.rate} Hz is assumed; give --rate HZ")
+        if self.before is not None and self.before.fault:
+            found.append(f"the untouched model's own sound {self.before.fault}, so a comparison with it says little")
         if self.disturbed:
             found.append(f"{self.disturbed} of {len(self.times)} pairs were disturbed: {self.disturbance}")
         return found

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelerate_tts.tuning.compare import tensors_of
+from accelerate_tts.tuning.compare import sample_dtype, samples_in, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +53,13 @@ class Sound:
     def seconds(self) -> float:
         """Length in seconds."""
         return len(self.samples) / self.rate
+
+    @property
+    def fault(self) -> str:
+        """Fault of the sound by itself, as a phrase with a verb; "" without one."""
+        if not bool(self.samples.isfinite().all()):
+            return "has NaN or infinite numbers"
+        return "is silent" if not bool(self.samples.any()) else ""
 
     def wav(self) -> bytes:
         """Return a WAV file of its first minute: one channel of 16 bits."""
@@ -93,7 +102,7 @@ def sound_of(output: Any, backend: Any, rate: int | None = None) -> Sound | None
         The longest waveform of the output, its first channel; `None` if nothing looks like one.
     """
     pieces = output if _is_stream(output) else [output]
-    waves = [wave for piece in pieces if (wave := _longest(piece)) is not None]
+    waves = [wave for piece in pieces if (wave := _longest(piece)) is not None] or _in_bytes(pieces)
     if not waves:
         return None
     samples = torch.cat(waves)
@@ -131,6 +140,15 @@ def _longest(piece: Any) -> torch.Tensor | None:
     return max(found, key=len, default=None)
 
 
+def _in_bytes(pieces: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the wave in the byte strings of an output, joined; an empty list if they are something else."""
+    strings = [tensor for piece in pieces for tensor in tensors_of(piece) if tensor.dtype == torch.uint8]
+    content = torch.cat([tensor.reshape(-1).cpu() for tensor in strings]) if strings else torch.empty(0)
+    dtype = sample_dtype(content) if strings else None
+    wave = None if dtype is None else _as_wave(samples_in(content, dtype))
+    return [] if wave is None else [wave]
+
+
 def _as_wave(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.dim() > 1 and tensor.shape[-1] <= _MOST_CHANNELS and tensor.shape[-2] > _MOST_ROWS:
         tensor = tensor.transpose(-1, -2)  # as sound files have it
@@ -142,19 +160,25 @@ def _as_wave(tensor: torch.Tensor) -> torch.Tensor | None:
     return first / 32768.0 if tensor.dtype == torch.int16 else first
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and _LEAST_RATE <= value <= _MOST_RATE
+def _rate(value: Any) -> int | None:
+    """Return a number as a rate, also one of NumPy's or a whole float, as librosa gives it; `None` for all else."""
+    if isinstance(value, bool) or not isinstance(value, (float, Integral)):
+        return None
+    number = value if isinstance(value, float) else int(value)
+    return int(number) if _LEAST_RATE <= number <= _MOST_RATE and number == int(number) else None
 
 
 def _rate_in(output: Any) -> int | None:
-    """Return the rate in an output such as `(24000, wave)`, `{"sampling_rate": 24000}`, or a WAV file."""
-    if isinstance(output, (bytes, bytearray)) and bytes(output[:4]) == b"RIFF":
-        return int.from_bytes(output[24:28], "little")
+    """Return the rate in an output: `(24000, wave)`, `{"sampling_rate": 24000}`, an object with one, or a WAV file."""
+    if isinstance(output, io.BytesIO):
+        output = output.getvalue()
+    if isinstance(output, (bytes, bytearray)):
+        return int.from_bytes(output[24:28], "little") if bytes(output[:4]) == b"RIFF" else None
     if isinstance(output, Mapping):
-        return next((output[name] for name in _RATE_NAMES if _is_rate(output.get(name))), None)
-    if isinstance(output, tuple):
-        return next((item for item in output if _is_rate(item)), None)
-    return None
+        return next(filter(None, (_rate(output.get(name)) for name in _RATE_NAMES)), None)
+    if isinstance(output, tuple) and (told := next(filter(None, map(_rate, output)), None)):
+        return told
+    return _rate_of(output)
 
 
 def _holders(backend: Any) -> Iterator[Any]:
@@ -167,8 +191,7 @@ def _holders(backend: Any) -> Iterator[Any]:
 
 
 def _rate_of(holder: Any) -> int | None:
-    found: list[Any] = [getattr(holder, name, None) for name in _RATE_NAMES]
-    return next((value for value in found if _is_rate(value)), None)
+    return next(filter(None, (_rate(getattr(holder, name, None)) for name in _RATE_NAMES)), None)
 
 
 def _uri(kind: str, content: bytes) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import math
 import re
 import sys
@@ -329,6 +330,8 @@ def _leaves(value: Any, depth: int) -> Iterator[Any]:
     """Yield tensors, arrays, byte strings, floats and lists of numbers from containers, dataclasses and objects."""
     if value is None or isinstance(value, (str, int, type)) or depth > _DEEPEST:
         return
+    if isinstance(value, io.BytesIO):
+        value = value.getvalue()
     if isinstance(value, (bytes, bytearray, float)) or _is_tensor(value) or _is_array(value):
         yield value
         return
