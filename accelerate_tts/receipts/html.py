@@ -24,6 +24,7 @@ _NUMBERED = 5.0  # per cent of the chart from which a segment has room for its n
 _LEAST_RATIO = 1e-6
 _ROWS = (("before", 16), ("after", 70))  # and the text's place from above, in pixels
 _BREAKS = re.compile(r"(?<=[a-z][._])(?=\w)|(?<=[a-z])(?=[A-Z])")  # not inside a number
+_IS_FASTER = " is faster"  # the reason of a stage whose place a faster one has taken
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
@@ -109,17 +110,17 @@ class _Place:
 def _segments(receipt: Any) -> list[dict[str, Any]]:
     """Return the segments of both bars: the parts with the most time, the other parts, and what is in none.
 
-    The upper bar is divided by the parts' shares. In the lower one each part takes less by the ratio of the last stage
-    that was kept on it; then all is scaled to the measured length.
+    The upper bar is divided by the parts' shares. In the lower one each part takes less by the ratios of all stages
+    that were kept on it; then all is scaled to the measured length.
     """
     before, after = receipt.before, receipt.after
     if before is None or after is None or not (_is_time(before) and _is_time(after)) or before == 0.0:
         return []
     shares = {name: share for name, share in receipt.shares.items() if _is_time(share) and share > 0.0}
     scale = max(1.0, sum(shares.values()))  # parts that run beside each other may take more than the whole
-    ratios = {stage.part: stage.ratio for stage in receipt.stages if stage.kept and stage.ratio}
+    gains = _gains(receipt.stages)
     parts = sorted(((name, share / scale) for name, share in shares.items()), key=lambda part: -part[1])
-    both = [(name, share, share / _gain(ratios.get(name))) for name, share in parts]
+    both = [(name, share, share / _gain(gains.get(name))) for name, share in parts]
     shown = [(name, f"s{number}", was, now) for number, (name, was, now) in enumerate(both[:_MOST_PARTS])]
     small = both[_MOST_PARTS:]
     if small:
@@ -133,6 +134,24 @@ def _segments(receipt: Any) -> list[dict[str, Any]]:
         {"name": name, "kind": kind, "before": was, "after": now}
         for (name, kind, *_), was, now in zip(shown, upper, lower, strict=True)
     ]
+
+
+def _gains(stages: tuple[Any, ...]) -> dict[str, float]:
+    """Return the ratio of each part, untouched to tuned.
+
+    A stage was timed with the earlier ones on, or against the slower alternative whose place it took.
+    """
+    gains: dict[str, float] = {}
+    ratios: dict[tuple[str, str], float] = {}
+    for stage in stages:
+        place = stage.part, stage.stage
+        ratios[place] = ratios.get(place, 1.0) * _gain(stage.ratio)
+        if stage.kept:
+            gains[stage.part] = gains.get(stage.part, 1.0) * ratios[place]
+        elif stage.reason.endswith(_IS_FASTER):
+            faster = stage.part, stage.reason.removesuffix(_IS_FASTER)
+            ratios[faster] = ratios[place]
+    return gains
 
 
 def _bar(seconds: list[float], longest: float) -> list[_Place]:

@@ -27,7 +27,8 @@ class StageResult:
         kept: True if the stage is on.
         reason: Reason of the verdict. It begins with the outcome if the stage was neither kept nor rejected: "not
             tried: ...", "failed: ...", "stopped: ..." or "undone: ...".
-        before: Median seconds of the untouched part for the warm-up's calls; `None` if not timed.
+        before: Median seconds of the part for the warm-up's calls, without this stage and with those that were kept
+            before it; with the slower alternative, where the reason names one ("over ..."). `None` if not timed.
         after: The same with the stage on.
         ratio: Median of the paired ratios before / after.
         low: Lower bound of the true ratio with 95 % confidence.

@@ -190,6 +190,17 @@ def test_both_bars_are_divided_by_parts() -> None:
     assert [node.text for group in chart.all("g") for node in group.all("text")] == ["1", "2", "3"] * 2
 
 
+def test_stages_that_build_on_each_other_shorten_their_part_together() -> None:
+    """A ratio is to the stages before it, or to the slower alternative whose place it takes."""
+    first = StageResult("decoder", "a", kept=True, reason="at least 1.9x (95 %)", ratio=2.0)
+    slow = StageResult("decoder", "b", kept=False, reason="c is faster", ratio=1.25)
+    slower = StageResult("decoder", "c", kept=False, reason="d is faster", ratio=1.28)
+    better = StageResult("decoder", "d", kept=True, reason="at least 1.2x over c (95 %)", ratio=1.25)
+    other = StageResult("decoder", "e", kept=False, reason="slower", ratio=0.5)
+    page = page_of(replace(RECEIPT, stages=(first, slow, slower, better, other)))
+    assert bars(page) == bars(page_of(RECEIPT))  # 2 * 1.25 * 1.28 * 1.25 is four times as fast, too
+
+
 def test_an_earlier_receipt_has_one_segment() -> None:
     page = page_of(replace(RECEIPT, shares={}))
     assert bars(page) == [[("rest", 0.0, 100.0)], [("rest", 0.0, 50.0)]]

@@ -60,11 +60,13 @@ class Judgement:
         names = ("pocketsphinx", "resemblyzer", *(() if self.quality is None else ("speechmos",)))
         judges = ", ".join(f"{name} {metadata.version(name)}" for name in names)
         estimate = (
-            "" if self.quality is None else "; estimated MOS {:.2f} untouched, {:.2f} tuned".format(*self.quality)
+            "no estimated MOS, which speechmos gives"
+            if self.quality is None
+            else "estimated MOS {:.2f} untouched, {:.2f} tuned".format(*self.quality)
         )
         return (
             f"judged by {judges} on a text of {self.words} words: word error {self.untouched:.0%} untouched,"
-            f" {self.tuned:.0%} tuned; speaker similarity {self.similarity:.3f}{estimate}"
+            f" {self.tuned:.0%} tuned; speaker similarity {self.similarity:.3f}; {estimate}"
         )
 
     def objection(self, word_error: float | None = None, similarity: float | None = None) -> str:
