@@ -110,6 +110,8 @@ def chart_image(path: str) -> str:
 def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> str:
     """Return README's text with a small table of results for each machine between its two marks.
 
+    A table has one row for each model and precision: that with the most layers, and of those the last environment's.
+
     Args:
         readme: The text.
         environments: As for `page`.
@@ -117,7 +119,7 @@ def with_table(readme: str, environments: Sequence[Environment], rows: Rows) -> 
     """
     tables: list[str] = []
     for where, _, of_it in by_machine(environments, rows):
-        lines = [_in_short(check) for one, row in of_it for check in _checks(one, row)]
+        lines = [_in_short(check) for check in _fullest(check for one, row in of_it for check in _checks(one, row))]
         days = [row["date"] for _, row in of_it]
         span = " and ".join(sorted({min(days), max(days)}))
         tables += [f"{where}, {span}:\n\n{table(_SHORT, lines)}"] if lines else []
@@ -139,6 +141,20 @@ def _in_short(check: Sequence[str]) -> Sequence[str]:
     output = "**failed**" if seconds.startswith("**failed**") else output.partition(":")[0]
     model = _MODELS.get(system, system)
     return release, model, layers, precision, ratio.partition(" ")[0], whole.partition(" ")[0], output
+
+
+def _fullest(checks: Iterable[Sequence[str]]) -> list[Sequence[str]]:
+    """Return the check with the most layers of each system and precision, the last of those that have as many."""
+    found: dict[tuple[str, str], Sequence[str]] = {}
+
+    def layers(check: Sequence[str]) -> float:
+        return float("inf") if check[2] == "all" else float(check[2])
+
+    for check in checks:
+        of = (check[1], check[3])
+        if of not in found or layers(check) >= layers(found[of]):
+            found[of] = check
+    return list(found.values())
 
 
 _OVERVIEW = ("environment", "Python", "torch", "transformers", "upstream", "tests", "result", "run on")
