@@ -121,8 +121,9 @@ def files() -> dict[Path, str]:
 _BEGIN, _END = "<!-- chart: ", "<!-- chart: end -->"
 _PEERS_TITLE = "Times as fast as eager PyTorch"
 _PEERS_TEXT = """Measured on {where}. Engines took turns with the same weights, inputs and threads; the fastest
-variant of each is shown. [What was measured](docs/RESULTS.md) has the others, errors, set-up times,
-lines of code, and each machine."""
+variant of each is shown. Of ours, `exact` is the default and computes the same to rounding;
+`balanced` may compute in bf16, and `fast` in int8. [What was measured](docs/RESULTS.md) has the
+others, errors, set-up times, lines of code, and each machine."""
 
 
 def with_chart(page: str, told: str, folder: Path = ROOT) -> str:

@@ -124,8 +124,8 @@ class Result:
         if found.error == 0.0:
             return "the outputs are the same, bit for bit (one seed)"
         below = -20.0 * math.log10(found.error)
-        text = error_text(found.error, found.spectral)
-        return f"the outputs differ by {text}, {below:.0f} dB below the sound (one seed)"
+        spectra = "" if found.spectral is None else f", and their spectra by {found.spectral:.2g} dB"
+        return f"the outputs differ by {error_text(found.error)}, {below:.0f} dB below the sound{spectra} (one seed)"
 
     @property
     def remarks(self) -> list[str]:
