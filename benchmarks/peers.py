@@ -137,7 +137,7 @@ class WithChildren(Machine):
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         self._machine = machine
-        self.waited, self.probe, self.sleep = machine.waited, machine.probe, machine.sleep  # type: ignore[method-assign]
+        self.probe, self.sleep = machine.probe, machine.sleep  # type: ignore[method-assign]
 
     def usage(self) -> Usage:
         """Read the counters; the processor time of children that are alive is this process's own."""

@@ -43,9 +43,6 @@ class QuietMachine:
     def usage(self) -> Usage:
         return Usage(time.perf_counter(), 0.0)
 
-    def waited(self) -> float | None:
-        return None
-
     def probe(self) -> float:
         return 1.0
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from accelerate_tts.device.usage import TICK, Usage, usage, waited
+from accelerate_tts.device.usage import TICK, Usage, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 _LIMIT = 0.1
 # A timing counts as undisturbed if its threads waited for less than this share of it.
 _CLEAN = 0.05
+# The system's counters show whether another program ran during a timing of this many seconds.
+_COUNTABLE = 5 * TICK
 # A probe that takes this many times as long as the fastest one shows that other programs use the memory.
 _SLOWER = 1.5
 _LOOK = 0.25
+# Idle threads of a library spin before they sleep: 25 ms those of OpenBLAS (device/openblas.py), less those of OpenMP.
+_SPINNING = 0.05
+# Runnable threads of this process that can wait behind one other program on a processor, as a rule at most.
+_QUEUED = 2
 _PROBES, _FLOATS, _WIDTH = 3, 4 << 20, 256
 
 
@@ -62,10 +68,6 @@ class Machine:
     def usage(self) -> Usage:
         """Read the counters."""
         return usage()
-
-    def waited(self) -> float | None:
-        """Read `Usage.waited` alone, which is needed around each timing."""
-        return waited()
 
     def probe(self) -> float:
         """Return the best seconds of three runs that read 16 MB and multiply two matrices: about 10 ms."""
@@ -123,8 +125,9 @@ def between(first: Usage, second: Usage, team: int) -> Disturbance:
         blur = TICK * min(team, first.processors)  # resolution of the counters
         taken = max(0.0, others - spare - blur)
         if first.waited is not None and second.waited is not None:
-            # The kernel counts in nanoseconds, and includes threads of this process that block each other.
-            held = max(0.0, second.waited - first.waited)
+            # The kernel counts in nanoseconds, and includes threads of this process that block each other: others
+            # cannot have caused more than they had time for.
+            held = min(max(0.0, second.waited - first.waited), _QUEUED * others)
             taken = max(taken, held) if others > blur and second.own > first.own else taken
         parts.append((taken, f"other processes used {others / wall:.1f} of {first.processors} processors", True))
     if first.stolen is not None and second.stolen is not None:
@@ -184,24 +187,38 @@ class Watcher:
                 self.worst = found
 
     def probe(self) -> float:
-        """Run a probe and return its seconds. Later probes are compared with the best one."""
+        """Run a probe and return its seconds. Later probes are compared with the best one.
+
+        A slow one is repeated after a pause, since this process's own threads may have been spinning after their work.
+        """
         seconds = self.machine.probe()
+        if seconds > _SLOWER * self._best:
+            self.machine.sleep(_SPINNING)
+            seconds = min(seconds, self.machine.probe())
         self._best = min(self._best, seconds)
         return seconds
 
     def clean(self) -> Callable[[], bool]:
-        """Begin a short timing; return a function that checks at its end that it was not disturbed."""
-        first, start = self.machine.waited(), time.perf_counter()
+        """Begin a short timing; return a function that checks at its end that others did not disturb it."""
+        first = self.machine.usage()
 
         def ended() -> bool:
-            seconds, now = time.perf_counter() - start, self.machine.waited()
-            return first is None or now is None or now - first <= _CLEAN * seconds * self.team
+            now = self.machine.usage()
+            if first.waited is None or now.waited is None:
+                return True
+            seconds = now.at - first.at
+            if now.waited - first.waited <= _CLEAN * seconds * self.team:
+                return True
+            if first.busy is None or now.busy is None or seconds < _COUNTABLE:
+                return False
+            # Its own threads kept each other waiting, if no other program ran meanwhile.
+            return now.busy - first.busy - (now.own - first.own) <= TICK * now.processors
 
         return ended
 
     def believes(self, timing: Timing, found: Disturbance) -> bool:
         """Check that a comparison is reliable: the machine was quiet, or no pair of it was disturbed."""
-        return found.quiet or (found.waits and timing.clean and self.machine.waited() is not None)
+        return found.quiet or (found.waits and timing.clean and self.machine.usage().waited is not None)
 
     def look(self) -> Disturbance:
         """Measure the disturbance for a quarter of a second, while this process sleeps."""

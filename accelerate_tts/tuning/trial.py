@@ -147,7 +147,7 @@ class Trial:
         if part.kind == PROCESS and baseline.pass_seconds > longest:
             seconds = baseline.pass_seconds
             return f"not tried: takes a dozen whole passes of {seconds:.1f} s", baseline.pass_quiet
-        if part.kind == PROCESS and not baseline.pass_quiet:
+        if part.kind == PROCESS and not baseline.pass_quiet and not baseline.watcher.wait():
             # Such a stage is only about interactions of threads.
             return f"not tried: {baseline.watcher.worst.why}", False
         names = self._names_kept()

@@ -374,9 +374,6 @@ class Neighbours:
         self.others += 1.5 if self.measurements > 0 else 0.0
         return Usage(self.now, self.now, self.now + self.others, processors=2)
 
-    def waited(self) -> float | None:
-        return None
-
     def probe(self) -> float:
         return 1.0
 
