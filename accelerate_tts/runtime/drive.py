@@ -267,6 +267,9 @@ class HasBody:
         """Replace the generator by its driver. Called before its first step."""
         self._body = driver(self._body)
 
+    def succeeded_by(self, other: object) -> None:
+        """Note that the driver runs another attempt's body from now on, which the methods must reach, too."""
+
 
 def named_like(body: Any, driver: Any) -> Any:
     """Give the driver the names of its body, and return it."""

@@ -44,14 +44,15 @@ class Step:
     Attributes:
         loop: The event loop that its coroutine runs on; `None` for any other call.
         obstacle: Reason why the call must not be repeated, or "".
+        differs: Reason why another attempt would not give the same, or "".
     """
 
-    __slots__ = ("__weakref__", "_call", "loop", "obstacle", "process")
+    __slots__ = ("__weakref__", "_call", "differs", "loop", "obstacle", "process")
 
     def __init__(self, call: object = None) -> None:
         self._call = None if call is None else weakref.ref(call)
         self.loop: object = None
-        self.obstacle = ""
+        self.obstacle = self.differs = ""
         self.process = os.getpid()
 
     @property
