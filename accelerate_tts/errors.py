@@ -35,7 +35,7 @@ class InferenceContextError(AccelerateTTSError, RuntimeError):
 
 
 class ConcurrencyError(AccelerateTTSError, RuntimeError):
-    """A call would wait forever: with `concurrency=` for a call that waits for it, or for a thread from before a fork."""
+    """A call would wait forever: for a call that waits for it (`concurrency=`), or for a thread from before a fork."""
 
 
 class TimeLimitError(AccelerateTTSError, RuntimeError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import gc
 import os
 import threading
 import weakref
@@ -79,7 +80,10 @@ class Tokens(Generic[T]):
         """
 
     def close(self) -> None:
-        """Stop the loop, and wait for the token that is being made. Idempotent."""
+        """Stop the loop, and wait for the token that is being made. Idempotent.
+
+        Closed by the garbage collector, it does not wait.
+        """
 
 
 class Pulled(Tokens[T]):
@@ -177,8 +181,10 @@ class Tapped(Tokens[T]):
     def close(self) -> None:
         """See `Tokens.close`."""
         self._loop.leave()
-        # The collector may close a stream on its own thread.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        # The collector may close a stream on any thread, the loop's own one, too, and in the middle of what the loop waits
+        # for, such as a pass over the weights that the thread computes for both.
+        is_waited_for = not getattr(_here, "is_collecting", False) and self._thread is not threading.current_thread()
+        if self._thread.ident is not None and is_waited_for:
             self._thread.join(_LONGEST_TOKEN)
 
     def __del__(self) -> None:
@@ -279,6 +285,15 @@ class _Loop(Generic[T]):
             self._changed.notify_all()
 
 
+_here = threading.local()
+
+
+def _note_collection(phase: str, _info: object) -> None:
+    _here.is_collecting = phase == "start"
+
+
+gc.callbacks.append(_note_collection)
+
 _loops: weakref.WeakSet[_Loop[Any]] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -289,7 +304,8 @@ def _leave_all() -> None:
     for loop in list(_loops):
         loop.leave()
     for thread in list(_threads):
-        thread.join(_LONGEST_TOKEN)
+        if thread.ident is not None:  # not one that could not start
+            thread.join(_LONGEST_TOKEN)
 
 
 def twin(module: M, **replaced: nn.Module) -> M:
