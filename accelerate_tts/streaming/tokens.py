@@ -181,14 +181,15 @@ class Tapped(Tokens[T]):
     def close(self) -> None:
         """See `Tokens.close`."""
         self._loop.leave()
-        # The collector may close a stream on any thread, the loop's own one, too, and in the middle of what the loop waits
-        # for, such as a pass over the weights that the thread computes for both.
+        # The collector may close a stream on any thread, the loop's own one, too, and in the middle of what the loop
+        # waits for, such as a pass over the weights that the thread computes for both.
         is_waited_for = not getattr(_here, "is_collecting", False) and self._thread is not threading.current_thread()
         if self._thread.ident is not None and is_waited_for:
             self._thread.join(_LONGEST_TOKEN)
 
     def __del__(self) -> None:
-        self._loop.leave()
+        if hasattr(self, "_loop"):  # Ctrl-C may have come before
+            self._loop.leave()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from accelerate_tts.errors import described
 from accelerate_tts.locks import rlock
-from accelerate_tts.runtime.concurrency.queue import running_loop
+from accelerate_tts.runtime.concurrency.queue import is_closed, running_loop
 
 PATIENCE = 10.0
 """Seconds that a switch waits for running calls, and that new calls wait for the switch."""
@@ -57,8 +57,8 @@ class Step:
 
     @property
     def is_over(self) -> bool:
-        """True if the call has ended."""
-        return self._call is not None and self._call() is None
+        """True if the call has ended, or never goes on, since its event loop was closed."""
+        return (self._call is not None and self._call() is None) or is_closed(self.loop)
 
     @contextmanager
     def entered(self) -> Generator[None, None, None]:
@@ -251,7 +251,8 @@ class Gate:
     def _others(self) -> list[Step]:
         """Return the calls that are inside and do not enclose the running code."""
         own, process = WITHIN.get(), os.getpid()
-        return [step for step in self._inside if step.process == process and step not in own]
+        inside = (step for step in self._inside if step.process == process and step not in own)
+        return [step for step in inside if not is_closed(step.loop)]
 
     def _in_vain(self) -> bool:
         """Check for another call that cannot continue while this thread waits, since it runs on this thread's loop."""

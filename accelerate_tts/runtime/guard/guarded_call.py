@@ -12,7 +12,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ReloadError
@@ -224,10 +224,11 @@ class _Attempt:
 
 async def _coroutine(attempt: _Attempt, body: Owning) -> Any:
     attempt.runs_on_a_loop()
-    await attempt.ready()
-    attempt.keep_random()
-    with attempt.inside(wait=False):
-        result = await body
+    with closing(body):  # cancelled while the model is switched, it never begins
+        await attempt.ready()
+        attempt.keep_random()
+        with attempt.inside(wait=False):
+            result = await body
     fault = attempt.fault_of(result)
     hold = None if fault is None else await attempt.hold_later(fault)
     if hold is None:

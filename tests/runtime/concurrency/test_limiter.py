@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
@@ -780,6 +781,27 @@ async def test_cancelled_at_the_very_moment_when_its_turn_has_come() -> None:
         assert free(one)
 
 
+@pytest.mark.filterwarnings("error")
+async def test_a_call_that_is_cancelled_in_the_queue_is_not_said_to_be_never_awaited() -> None:
+    """Also if it is collected with a cycle, such as that of an exception."""
+    one = Holding()
+    first = asyncio.create_task(one.hold())
+    await asyncio.sleep(0)
+    ring: list[Any] = [one.speak_async()]
+    ring.append(ring)
+    task = asyncio.create_task(ring[0])
+    await asyncio.sleep(0)
+    assert waiting(one) == 1
+    task.cancel()
+    await asyncio.wait({task})
+    del task, ring
+    with warnings.catch_warnings(record=True) as caught:
+        gc.collect()
+    assert caught == []
+    first.cancel()
+    await asyncio.wait({first})
+
+
 def test_a_loop_that_was_closed_with_calls_in_the_queue_is_passed_over() -> None:
     one = backend(1)
     stream = one.stream("x")
@@ -803,6 +825,46 @@ def test_a_loop_that_was_closed_with_calls_in_the_queue_is_passed_over() -> None
     tasks[0]._log_destroy_pending = False
     tasks.clear()
     gc.collect()
+    assert free(one)
+
+
+class Holding:
+    """A backend whose calls may hold their permit for an hour."""
+
+    @inference(concurrency=1)
+    async def hold(self) -> None:
+        await asyncio.sleep(3600)
+
+    @inference(concurrency=1)
+    def speak(self) -> str:
+        return "y"
+
+    @inference(concurrency=1)
+    async def speak_async(self) -> str:
+        return "y"
+
+
+@pytest.mark.parametrize("way", ["waiting thread", "waiting task", "later"])
+def test_a_permit_whose_holder_s_loop_was_closed_is_granted_again(way: str) -> None:
+    """Its task never goes on, and the others waited for ever."""
+    one, loop = Holding(), asyncio.new_event_loop()
+    queue.queue_of(one, None).wait_limit = 0.01
+    task: Any = loop.create_task(one.hold())
+    loop.run_until_complete(asyncio.sleep(0.01))
+    assert not free(one)
+    speak = one.speak if way == "waiting thread" else lambda: asyncio.run(asyncio.wait_for(one.speak_async(), WAIT))
+    with ThreadPoolExecutor(1) as pool:
+        if way == "later":
+            loop.close()
+            assert pool.submit(one.speak).result(WAIT) == "y"
+        else:
+            job = pool.submit(speak)
+            until(lambda: waiting(one) == 1)
+            loop.close()
+            assert job.result(WAIT) == "y"
+    task._log_destroy_pending = False
+    del task, loop
+    gc.collect()  # nothing is said of coroutines that are closed from the inside
     assert free(one)
 
 
