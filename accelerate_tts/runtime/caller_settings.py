@@ -22,7 +22,8 @@ class CallerSettings:
     def __init__(self) -> None:
         modes = overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         self._devices = [mode for mode in modes if isinstance(mode, DeviceContext)]
-        self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)]
+        kinds = [kind for kind in _KINDS if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+        self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
         self._keeps_casts = torch.is_autocast_cache_enabled()
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
