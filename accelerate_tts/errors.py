@@ -35,7 +35,7 @@ class InferenceContextError(AccelerateTTSError, RuntimeError):
 
 
 class ConcurrencyError(AccelerateTTSError, RuntimeError):
-    """A call with `concurrency=` would wait forever, since the holder of its permit waits for it."""
+    """A call would wait forever: for a call that waits for it (`concurrency=`), or for a thread from before a fork."""
 
 
 class TimeLimitError(AccelerateTTSError, RuntimeError):

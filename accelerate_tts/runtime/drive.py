@@ -116,7 +116,7 @@ def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, P
                 with hooks.span(closing=closing), hooks.scope():
                     if error is None:
                         item = body.send(value)
-                    elif closing and type(body) not in _CLOSED_BY_THROWING:
+                    elif closing and (type(body) not in _CLOSED_BY_THROWING or _has_ended(body)):
                         return body.close()
                     else:
                         # Closes a generator, which may yield once more or (Python 3.13) return a value.
@@ -159,6 +159,14 @@ def drive(body: Any, hooks: Hooks) -> Generator[Any, Any, Any]:  # noqa: C901, P
 _CLOSED_BY_THROWING = (types.GeneratorType, types.CoroutineType)
 
 
+def _has_ended(body: Any) -> bool:
+    """Check for a coroutine that has ended, into which nothing can be thrown.
+
+    The collector closes the coroutines of an abandoned task in any order, the inner ones perhaps first.
+    """
+    return type(body) is types.CoroutineType and body.cr_frame is None
+
+
 class _Stepping:
     """Makes `drive` awaitable."""
 
@@ -180,6 +188,10 @@ class Owning(_Stepping):
     """
 
     __slots__ = ()
+
+    def close(self) -> None:
+        """Close the body. In a cycle the collector finalises a body that was never awaited first, with a warning."""
+        self.body.close()
 
     def __del__(self) -> None:
         self.body.close()
@@ -266,6 +278,9 @@ class HasBody:
     def drive_body(self, driver: Callable[[Any], Any]) -> None:
         """Replace the generator by its driver. Called before its first step."""
         self._body = driver(self._body)
+
+    def succeeded_by(self, other: object) -> None:
+        """Note that the driver runs another attempt's body from now on, which the methods must reach, too."""
 
 
 def named_like(body: Any, driver: Any) -> Any:

@@ -2,8 +2,8 @@
 
 torch (to 2.12 by its source; later releases do not promise otherwise) keeps recorded CUDA graph trees by thread. A pool
 of threads would record a part once a thread, with as much memory each. Recorded parts therefore run on one thread,
-while the callers wait. It gets the caller's context variables (dynamo's configuration is one), autograd mode,
-random numbers and stream.
+while the callers wait. It gets the caller's context variables (dynamo's configuration is one), modes, random
+numbers and stream.
 """
 
 from __future__ import annotations
@@ -83,23 +83,23 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]]) -> None:
 
 
 def _modes_of_this_thread() -> Callable[[], ExitStack]:
-    """Return a function that enters the caller's autograd mode, random numbers and CUDA stream on another thread."""
+    """Return a function that enters the caller's modes, random numbers and CUDA stream on another thread."""
     import torch
 
+    from accelerate_tts.runtime.caller_settings import CallerSettings
     from accelerate_tts.runtime.own_random import Entry, opened
 
     own = opened()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    caller = CallerSettings()
 
     def enter() -> ExitStack:
         modes = ExitStack()
         modes.enter_context(torch.inference_mode(mode=inference))
         modes.enter_context(torch.set_grad_enabled(gradients))
+        modes.enter_context(caller.entered())
         if own is not None:
             modes.enter_context(Entry(own))
-        if stream is not None:
-            modes.enter_context(torch.cuda.stream(stream))
         return modes
 
     return enter

@@ -13,6 +13,7 @@ import torch
 
 from accelerate_tts.errors import ModelError, SettingsError, shown
 from accelerate_tts.events import FirstAudio, emit
+from accelerate_tts.locks import lock
 from accelerate_tts.runtime import inference_mode
 from accelerate_tts.runtime.call_end import end_call
 from accelerate_tts.runtime.drive import HasBody
@@ -79,7 +80,8 @@ class Stream(HasBody, Generator["Tensor", None, None]):
 
     def __init__(self, what: str, body: Body) -> None:
         self.left = threading.Event()
-        self._running = threading.Lock()
+        self._second: Stream | None = None
+        self._running = lock()
         self._runner: int | None = None
         self._body = inference_mode.call(_timed, (what, body, self.left), {}, "inference")
 
@@ -120,9 +122,22 @@ class Stream(HasBody, Generator["Tensor", None, None]):
             finally:
                 self._runner = None
 
+    def succeeded_by(self, other: object) -> None:
+        """See `HasBody.succeeded_by`."""
+        if isinstance(other, Stream):
+            self._second = other
+            if self.left.is_set():  # perhaps before the line above
+                other.leave()
+
+    def leave(self) -> None:
+        """Stop the loop at its next token, and the stream at its next piece. Does not wait."""
+        self.left.set()
+        if self._second is not None:
+            self._second.leave()
+
     def close(self) -> None:
         """Stop within one token. Idempotent, and callable from any thread."""
-        self.left.set()
+        self.leave()
         if self._running.acquire(blocking=False):  # otherwise a thread waits for a piece, and stops by the flag
             try:
                 self._body.close()
@@ -145,7 +160,7 @@ class Stream(HasBody, Generator["Tensor", None, None]):
                 try:
                     piece = await asyncio.shield(step)
                 except asyncio.CancelledError:
-                    self.left.set()
+                    self.leave()
                     await asyncio.wait({step})  # at most one token
                     if not step.cancelled():
                         step.exception()  # seen

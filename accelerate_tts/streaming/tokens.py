@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import gc
+import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+from accelerate_tts.errors import ConcurrencyError
 from accelerate_tts.locks import rlock
-from accelerate_tts.runtime.guard.guard import inside_all
+from accelerate_tts.runtime.caller_settings import CallerSettings
+from accelerate_tts.runtime.guard.guard import differs_again, inside_all
 from accelerate_tts.runtime.inference_mode import carry_mode
 from accelerate_tts.streaming.shares import set_threads
 
@@ -34,6 +39,10 @@ M = TypeVar("M", bound=nn.Module)
 
 _LONGEST_TOKEN = 30.0
 """Seconds that `close` waits for the token that is being made."""
+_FORKED = (
+    "this stream was begun before os.fork(), and its tokens are made in a thread that the child does not have; begin"
+    " a stream in the child"
+)
 
 
 class Left(BaseException):
@@ -71,7 +80,10 @@ class Tokens(Generic[T]):
         """
 
     def close(self) -> None:
-        """Stop the loop, and wait for the token that is being made. Idempotent."""
+        """Stop the loop, and wait for the token that is being made. Idempotent.
+
+        Closed by the garbage collector, it does not wait.
+        """
 
 
 class Pulled(Tokens[T]):
@@ -124,16 +136,16 @@ class Tapped(Tokens[T]):
         ahead: bool,
         shares: Shares | None = None,
     ) -> None:
-        self._shares = shares if ahead else None
+        self._ahead, self._shares = ahead, shares if ahead else None
         self._loop: _Loop[T] = _Loop(left, ahead=ahead, shares=self._shares)
         loop = self._loop  # the thread must not hold this object, whose collection ends it
         context = contextvars.copy_context()
-        run = carry_mode(loop.run)
         half = ahead and shares is None
         threads = max(1, torch.get_num_threads() // 2) if half else torch.get_num_threads()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        enter = partial(_as_caller, CallerSettings(), threads, device)
         self._thread = threading.Thread(
-            target=context.run, args=(_on_device, run, work, threads, device), name="accelerate_tts-tokens", daemon=True
+            target=context.run, args=(loop.run, carry_mode(work), enter), name="accelerate_tts-tokens", daemon=True
         )
 
     def start(self) -> None:
@@ -141,8 +153,13 @@ class Tapped(Tokens[T]):
         if self._thread.ident is None:
             _loops.add(self._loop)
             _threads.add(self._thread)
+            if self._ahead:
+                differs_again(
+                    "its tokens are made beside its sound (overlap=True), so another attempt would say it otherwise"
+                )
             if self._shares is not None:
                 self._shares.expect_tokens()
+            self._loop.process = os.getpid()
             self._thread.start()
 
     def take(self, count: int) -> list[T]:
@@ -164,23 +181,28 @@ class Tapped(Tokens[T]):
     def close(self) -> None:
         """See `Tokens.close`."""
         self._loop.leave()
-        # The collector may close a stream on its own thread.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        # The collector may close a stream on any thread, the loop's own one, too, and in the middle of what the loop
+        # waits for, such as a pass over the weights that the thread computes for both.
+        is_waited_for = not getattr(_here, "is_collecting", False) and self._thread is not threading.current_thread()
+        if self._thread.ident is not None and is_waited_for:
             self._thread.join(_LONGEST_TOKEN)
 
     def __del__(self) -> None:
-        self._loop.leave()
+        if hasattr(self, "_loop"):  # Ctrl-C may have come before
+            self._loop.leave()
 
 
-def _on_device(run: Callable[..., None], work: Any, threads: int, device: int | None) -> None:
-    """Run on a thread whose settings are those of another one: torch keeps them for each thread.
+@contextmanager
+def _as_caller(caller: CallerSettings, threads: int, device: int | None) -> Generator[None, None, None]:
+    """Scope of a thread with the settings of another one: torch keeps them for each thread.
 
     With shares the loop then divides the threads with the sound.
     """
     set_threads(threads)
     if device is not None:
         torch.cuda.set_device(device)
-    run(work)
+    with caller.entered():
+        yield
 
 
 class _Loop(Generic[T]):
@@ -198,15 +220,18 @@ class _Loop(Generic[T]):
         self.over = False
         self.result: Any = None
         self._error: BaseException | None = None
+        self.process = 0
 
-    def run(self, work: Callable[[Callable[[T], None]], Any]) -> None:
-        """Run the loop, in its thread."""
+    def run(
+        self, work: Callable[[Callable[[T], None]], Any], enter: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Run the loop, in its thread, inside the settings that `enter` applies."""
         error: BaseException | None = None
         result: Any = None
         try:
             self._wait()
             # Token by token it computes inside the call that asks, otherwise beside it.
-            with inside_all() if self._ahead else nullcontext():
+            with enter(), inside_all() if self._ahead else nullcontext():
                 if self._shares is not None:
                     self._shares.begin("tokens")
                 result = work(self.emit)
@@ -245,6 +270,8 @@ class _Loop(Generic[T]):
             self._wanted = count
             self._changed.notify_all()
             while len(self.made) < count and not self.over:
+                if os.getpid() != self.process:
+                    raise ConcurrencyError(_FORKED)
                 self._changed.wait()
             self._wanted = 0
             found, self.made = self.made[:count], self.made[count:]
@@ -259,6 +286,15 @@ class _Loop(Generic[T]):
             self._changed.notify_all()
 
 
+_here = threading.local()
+
+
+def _note_collection(phase: str, _info: object) -> None:
+    _here.is_collecting = phase == "start"
+
+
+gc.callbacks.append(_note_collection)
+
 _loops: weakref.WeakSet[_Loop[Any]] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -269,7 +305,8 @@ def _leave_all() -> None:
     for loop in list(_loops):
         loop.leave()
     for thread in list(_threads):
-        thread.join(_LONGEST_TOKEN)
+        if thread.ident is not None:  # not one that could not start
+            thread.join(_LONGEST_TOKEN)
 
 
 def twin(module: M, **replaced: nn.Module) -> M:

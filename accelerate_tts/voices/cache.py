@@ -31,6 +31,8 @@ from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.encoder_state import constants, function_words, numerics, outside
 from accelerate_tts.voices.memory import CacheInfo, EmbeddingStore, Flight, StoredEmbedding, parts_of
 
+_LOOK = 1.0  # seconds after which a waiting task looks if the computation goes on
+
 
 @dataclass(frozen=True)
 class CacheOptions:
@@ -127,12 +129,12 @@ class Embeddings:
                     question = await asyncio.to_thread(self._ask, wrapped, owner, args, kwargs, settings)
                 if question is None:
                     return await self._run(wrapped, args, kwargs)
-                kept, flight, leads = self._store.begin(question.key, asker)
+                kept, flight, leads = self._store.begin(question.key, asker, asyncio.get_running_loop())
                 if leads:
                     break
                 if kept is None and flight.leader is asker:
                     return await self._run(wrapped, args, kwargs)
-                found: Any = kept or await asyncio.wrap_future(flight.future)
+                found: Any = kept or await _ended(flight)
                 if found is not None:
                     if isinstance(found, StoredEmbedding):
                         return self._handed_out(found, owner)
@@ -303,6 +305,19 @@ def _release_of(module: str | None) -> str:
         return f"{package} {metadata.version(package)}" if package else ""
     except (metadata.PackageNotFoundError, ValueError):  # the user's own code, or a distribution of another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
+
+
+async def _ended(flight: Flight) -> Any:
+    """Wait for a computation and return its outcome; `None` if its event loop has stopped in the middle of it."""
+    import asyncio
+
+    outcome = asyncio.wrap_future(flight.future)
+    try:
+        while not (outcome.done() or flight.is_abandoned):
+            await asyncio.wait({outcome}, timeout=_LOOK)
+        return outcome.result() if outcome.done() else None
+    finally:
+        outcome.cancel()  # it must not be told after this loop's end
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import inspect
 import os
 import sys
 from collections import deque
@@ -207,6 +208,8 @@ class Digest:
         self._put("content", digest)
 
     def _opened(self, file: Any) -> None:
+        if inspect.iscoroutinefunction(file.read):
+            raise UnknownContentError(f"a {_name(type(file))} is read asynchronously; give its bytes")
         try:
             place = file.tell()
             try:

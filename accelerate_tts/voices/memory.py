@@ -9,12 +9,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from accelerate_tts.inspection.object_tree import members_of
 from accelerate_tts.locks import lock
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 # Estimated bytes of a small Python object, so that a million of them do not count as nothing.
 _OBJECT_BYTES = 64
@@ -94,15 +97,25 @@ class Flight:
 
     Its `future` gives the embedding. It gives `None` if the computation failed, so that the next waiting caller tries,
     and `ALONE` if the result cannot be stored, so that each caller computes its own.
+
+    Args:
+        leader: The thread or task that computes it.
+        loop: The task's event loop.
     """
 
     ALONE = "alone"
 
-    def __init__(self, leader: object) -> None:
+    def __init__(self, leader: object, loop: AbstractEventLoop | None = None) -> None:
         self.leader = leader
-        self.process = os.getpid()
+        self._loop = loop
+        self._process = os.getpid()
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # a cancelled waiting task must not cancel the future
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True if nobody computes it: its event loop does not run, or this is a forked child without its thread."""
+        return self._process != os.getpid() or (self._loop is not None and not self._loop.is_running())
 
 
 class EmbeddingStore:
@@ -119,8 +132,15 @@ class EmbeddingStore:
         self._flights: dict[str, Flight] = {}
         self._bytes = self._hits = self._misses = 0
 
-    def begin(self, key: str, asker: object) -> tuple[StoredEmbedding | None, Flight, bool]:
+    def begin(
+        self, key: str, asker: object, loop: AbstractEventLoop | None = None
+    ) -> tuple[StoredEmbedding | None, Flight, bool]:
         """Look up a key.
+
+        Args:
+            key: The key.
+            asker: The thread or task that asks.
+            loop: The task's event loop.
 
         Returns:
             The embedding, or `None`; the computation that will give it; and True if the caller must compute it.
@@ -131,9 +151,9 @@ class EmbeddingStore:
                 self._entries.move_to_end(key)
                 return kept, Flight(asker), False
             flight = self._flights.get(key)
-            if flight is not None and flight.process == os.getpid():  # in a forked child, nobody computes it
+            if flight is not None and not flight.is_abandoned:
                 return None, flight, False
-            self._flights[key] = flight = Flight(asker)
+            self._flights[key] = flight = Flight(asker, loop)
             return None, flight, True
 
     def end(self, key: str, flight: Flight, outcome: StoredEmbedding | str | None) -> None:

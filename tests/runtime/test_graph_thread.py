@@ -116,3 +116,14 @@ def test_a_forked_process_gets_a_thread_of_its_own() -> None:
     assert here.recv() == 5
     child.join(30)
     assert child.exitcode == 0
+
+
+def test_the_thread_has_the_callers_autocast_and_default_device() -> None:
+    owner = OwnerThread("accelerate_tts test")
+
+    def look() -> tuple[bool, str]:
+        return torch.is_autocast_enabled("cpu"), torch.empty(1).device.type
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert owner.call(look) == (True, "meta")
+    assert owner.call(look) == (False, "cpu")

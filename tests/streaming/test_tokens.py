@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -17,10 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from accelerate_tts import Event, inference
+from accelerate_tts.errors import ConcurrencyError
+from accelerate_tts.events import Guarded
 from accelerate_tts.runtime.guard.gate import BusyError
 from accelerate_tts.runtime.guard.guard import Guard, protect
 from accelerate_tts.runtime.inference_mode import in_inference_mode
-from accelerate_tts.streaming import Pulled, Reporting, Tapped, twin
+from accelerate_tts.streaming import Pulled, Reporting, Stream, Tapped, twin
 from accelerate_tts.streaming.tokens import Left
 
 
@@ -118,6 +125,36 @@ def test_a_loop_that_runs_ahead_stops_within_a_token() -> None:
     assert made[0] == before
 
 
+def test_a_collection_does_not_wait_for_a_token() -> None:
+    """It may run on the thread that computes the token, in a pass for several callers, and both would wait."""
+    going, go_on, threads = threading.Event(), threading.Event(), list[threading.Thread]()
+
+    def work(emit: Callable[[int], None]) -> None:
+        threads.append(threading.current_thread())
+        emit(0)
+        going.set()
+        go_on.wait(20)
+        emit(1)
+
+    def stream() -> Iterator[list[int]]:
+        with closing(Tapped(work, threading.Event(), ahead=True)) as tokens:
+            yield tokens.take(1)
+            yield tokens.take(1)
+
+    speaking = stream()
+    assert next(speaking) == [0]
+    assert going.wait(10)
+    ring: list[Any] = [speaking]
+    ring.append(ring)
+    del speaking, ring
+    gc.collect()
+    (thread,) = threads
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_process_that_ends_lets_a_loop_end_before() -> None:
     """Python would end its thread by an exception in the middle of torch, which aborts the process."""
     code = """
@@ -169,6 +206,164 @@ def test_the_thread_has_the_callers_mode(ahead: bool) -> None:
     assert Tapped(work, threading.Event(), ahead=ahead).take(1) == [False]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_thread_has_the_callers_autocast_and_default_device(ahead: bool) -> None:
+    def work(emit: Callable[[Any], None]) -> None:
+        emit((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.empty(1).device.type))
+
+    product = torch.ones(2, 2)
+
+    def multiplied(emit: Callable[[Any], None]) -> None:
+        emit((product @ product).dtype)
+
+    with torch.autocast("cpu", dtype=torch.float16), torch.device("meta"):
+        tokens = Tapped(work, threading.Event(), ahead=ahead)
+        assert Tapped(multiplied, threading.Event(), ahead=ahead).take(1) == [torch.float16]
+    assert tokens.take(1) == [(True, torch.float16, "meta")]
+    assert Tapped(multiplied, threading.Event(), ahead=ahead).take(1) == [torch.float32]
+    assert torch.utils._device.CURRENT_DEVICE is None
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_thread_that_cannot_begin_ends_its_stream(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that allows no more threads. The stream would wait for its first token for ever."""
+    start, before = threading.Thread.start, torch.get_num_threads()
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == "accelerate_tts-threads":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    try:
+        torch.set_num_threads(4)
+        tokens = Tapped(Loop(3), threading.Event(), ahead=ahead)
+        torch.set_num_threads(3)  # with which the thread begins
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        with ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(tokens.take, 1)
+            error = taken.exception(10) if wait({taken}, timeout=10).done else None
+            tokens._loop.over = True  # ends one that waits
+            tokens.close()
+        assert "can't start" in str(error)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_stream_that_was_begun_before_a_fork_is_an_error_in_the_child(ahead: bool) -> None:
+    go_on = threading.Event()
+
+    def work(emit: Callable[[int], None]) -> None:
+        emit(0)
+        assert go_on.wait(20)
+        emit(1)
+
+    tokens, later = Tapped(work, threading.Event(), ahead=ahead), tapped(Loop(1))
+    assert tokens.take(1) == [0]
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # ends a child that waits
+        status = 1
+        try:
+            tokens.take(1)
+        except ConcurrencyError as error:
+            tokens.close()
+            status = 0 if "begin a stream in the child" in str(error) and later.take(1) == [0] else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    assert tokens.take(1) == [1]
+    tokens.close()
+
+
+class Tuning:
+    """A switch that only remembers."""
+
+    is_on = True
+
+    def on(self) -> None:
+        self.is_on = True
+
+    def off(self) -> None:
+        self.is_on = False
+
+    def at_hand(self) -> object: ...
+    def keep_loaded(self) -> None: ...
+
+
+class Voice:
+    """Says a number of tokens in pieces. One of them is faulty while the tuning is in force."""
+
+    def __init__(self, most: int, *, ahead: bool = False, each: int = 1) -> None:
+        self.tuning, self.ahead, self.each, self.most, self.made = Tuning(), ahead, each, most, 0
+        self.at: Callable[[int], object] = lambda _number: None
+        self.guard = Guard("Voice", self.tuning, {}, 3)
+        protect(self, self.guard)
+
+    @inference
+    def speak(self) -> Stream:
+        def body(left: threading.Event) -> Iterator[torch.Tensor]:
+            def work(emit: Callable[[torch.Tensor], None]) -> None:
+                for number in range(self.most):
+                    self.made += 1
+                    self.at(number)
+                    fault = number == 2 and self.tuning.is_on
+                    emit(torch.full((1, 100), float("nan") if fault else number / 100))
+
+            with closing(Tapped(work, left, ahead=self.ahead)) as tokens:
+                while taken := tokens.take(self.each):
+                    yield torch.cat(taken, dim=-1)
+
+        return Stream("Voice", body)
+
+
+def test_a_stream_with_its_tokens_ahead_is_not_made_again(seen: list[Event]) -> None:
+    """Nor is its consumer held up until the loop has ended."""
+    voice, go_on = Voice(5, ahead=True), threading.Event()
+    voice.at = lambda number: number < 3 or go_on.wait(20)
+    speaking = voice.speak()
+    pieces = [next(speaking) for _ in range(3)]
+    assert pieces[2].isnan().all()
+    go_on.set()
+    assert len([*pieces, *speaking]) == voice.made == 5
+    (event,) = [event for event in seen if isinstance(event, Guarded)]
+    assert "returned as it is" in event.outcome
+    assert "overlap=True" in event.outcome
+
+
+@pytest.mark.parametrize("way", ["another thread", "cancelled"])
+async def test_a_second_attempt_is_left_as_the_first(way: str, seen: list[Event]) -> None:
+    voice = Voice(1000, each=10)
+    speaking = voice.speak()
+    if way == "another thread":
+        voice.at = lambda number: speaking.close() if not voice.tuning.is_on and number == 4 else None
+        pieces = await asyncio.to_thread(list, speaking)
+    else:
+        pieces, loop = list[torch.Tensor](), asyncio.get_running_loop()
+
+        async def consume() -> None:
+            async for piece in speaking:
+                pieces.append(piece)
+
+        task = asyncio.ensure_future(consume())
+
+        def cancel(number: int) -> None:
+            if not voice.tuning.is_on and number == 4:
+                loop.call_soon_threadsafe(task.cancel)
+                assert speaking.left.wait(10)
+
+        voice.at = cancel
+        with suppress(asyncio.CancelledError):
+            await task
+    assert pieces == []
+    assert voice.made == 10 + 5
+    assert [type(event) for event in seen if isinstance(event, Guarded)] == [Guarded]
+    voice.guard.hold().release()  # nothing is inside
+
+
 def test_a_twin_shares_weights_and_not_attributes() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     heard: list[torch.Tensor] = []
@@ -196,13 +391,6 @@ def test_a_twin_of_a_compiled_module_runs_its_own_parts() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
     """The guard does not switch a model while a token is made beside the call that asks for it."""
-
-    class Tuning:
-        def on(self) -> None: ...
-        def off(self) -> None: ...
-        def at_hand(self) -> object: ...
-        def keep_loaded(self) -> None: ...
-
     tuning, subject, go_on = Tuning(), Loop(0), threading.Event()
     guard = Guard("Voice", tuning, {}, 3, patience=0.05)
     protect(subject, guard)

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from accelerate_tts import Event, cached_embedding, events
 from accelerate_tts.inspection.signatures import foreign_hooks, global_hooks
 from accelerate_tts.runtime.seeding import seeded
+from accelerate_tts.voices import cache
 from accelerate_tts.voices.disk import EmbeddingFiles
 from accelerate_tts.voices.encoder_state import numerics
 from accelerate_tts.voices.memory import EmbeddingStore, StoredEmbedding
@@ -202,6 +203,50 @@ async def test_tasks_share_one_computation_and_survive_the_first_one_s_end() -> 
     assert len(calls) == 2
     assert torch.equal(await service.embed(WAVE), wanted)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "stopped"])
+def test_a_loop_that_ends_in_the_middle_of_a_computation_leaves_it_to_others(
+    closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `run_until_complete` and `close` do, which cancel no task. Others waited for its result for ever."""
+    monkeypatch.setattr(cache, "_LOOK", 0.01, raising=False)
+    calls: list[int] = []
+
+    class Async:
+        def __init__(self) -> None:
+            self.encoder = Encoder()
+
+        @cached_embedding
+        async def embed(self, wave: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == 1:
+                await asyncio.sleep(3600)
+            return self.encoder(wave)
+
+    service, loop = Async(), asyncio.new_event_loop()
+    with ThreadPoolExecutor(1) as pool:
+
+        async def begin() -> Any:
+            first = asyncio.create_task(service.embed(WAVE))
+            await asyncio.sleep(0)
+            # One begins to wait while the loop still runs, in another thread with a loop of its own.
+            waiting = pool.submit(asyncio.run, asyncio.wait_for(service.embed(WAVE), 10))
+            await asyncio.sleep(0.05)
+            return first, waiting
+
+        first, waiting = loop.run_until_complete(begin())
+        if closed:
+            loop.close()
+        wanted = service.encoder(WAVE).detach()
+        assert torch.equal(waiting.result(20), wanted)
+    assert torch.equal(asyncio.run(asyncio.wait_for(service.embed(WAVE), 10)), wanted)
+    assert len(calls) == 2
+    if not closed:
+        first.cancel()
+        loop.run_until_complete(asyncio.wait({first}))
+        loop.close()
+    first._log_destroy_pending = False  # that it is pending is the test
 
 
 # --- attributes that are set ---------------------------------------------------------------------------------------

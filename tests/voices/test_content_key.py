@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import gc
 import io
 import itertools
 import os
@@ -180,6 +181,29 @@ def test_what_cannot_be_told_is_computed_each_time(odd: Any, seen: list[events.E
 
     assert [embed(odd), embed(odd)] == [1, 2]
     assert len(not_applied(seen)) == 1
+
+
+class AsyncFile:
+    """A file as aiofiles opens it."""
+
+    async def read(self, size: int = -1) -> bytes:
+        return b"RIFF"[:size]
+
+    async def seek(self, place: int) -> int:
+        return place
+
+    async def tell(self) -> int:
+        return 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_is_read_asynchronously_is_named(seen: list[events.Event]) -> None:
+    """Its coroutines were made, and never awaited."""
+    embed = cached_embedding(lambda voice: 1)
+    assert [embed(AsyncFile()), embed(AsyncFile())] == [1, 1]
+    gc.collect()
+    (reason,) = not_applied(seen)
+    assert reason.endswith("AsyncFile is read asynchronously; give its bytes")
 
 
 def test_a_folder_and_a_short_text_that_is_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

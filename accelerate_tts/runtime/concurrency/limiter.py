@@ -13,7 +13,7 @@ import inspect
 import threading
 import types
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ConcurrencyError, SettingsError, shown
@@ -66,7 +66,8 @@ class Permit:
         lock = self._posted(ticket)
         try:
             while not lock.acquire(timeout=self._wait_queue.wait_limit):
-                ticket.refused = self._wait_queue.is_in_vain(ticket, took=True)
+                self._wait_queue.look_again(ticket)
+                ticket.refused = ticket.slot is None and self._wait_queue.is_in_vain(ticket, took=True)
                 if ticket.refused:
                     break
         except BaseException:  # Ctrl-C
@@ -102,8 +103,9 @@ class Permit:
         ticket.wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
         self._wait_queue.post(ticket)
         try:
-            if ticket.slot is None and not ticket.refused:
-                await future
+            while ticket.slot is None and not ticket.refused:
+                await _resolved(future, self._wait_queue.wait_limit)
+                self._wait_queue.look_again(ticket)
         except BaseException:  # cancelled, in the queue or just after the permit was granted
             self.end()
             raise
@@ -164,7 +166,7 @@ class Permit:
             return
         try:
             INSIDE.set((*(one for one in outer if one.holders), slot))  # a task may outlive the calls around it
-            slot.taker = None
+            slot.taker, slot.loop = None, running_loop()
             yield
         finally:
             INSIDE.set(outer)  # no token: Ctrl-C may have come before there is one
@@ -258,8 +260,9 @@ class _UnderPermit(Scoped):
 
 
 async def _coroutine(permit: Permit, body: Owning) -> Any:
-    async with permit:
-        return await body
+    with closing(body):  # cancelled in the queue, it never begins
+        async with permit:
+            return await body
 
 
 def _generator(permit: Permit, body: Any) -> Generator[Any, Any, Any]:
@@ -292,6 +295,13 @@ def _own_flags(function: Any) -> int:
     called: Any = function if has_own and hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
     code = getattr(called, "__code__", None)
     return code.co_flags if isinstance(code, types.CodeType) else 0
+
+
+async def _resolved(future: asyncio.Future[None], seconds: float) -> None:
+    """Wait for a future, but not for longer than so many seconds."""
+    import asyncio
+
+    await asyncio.wait({future}, timeout=seconds)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

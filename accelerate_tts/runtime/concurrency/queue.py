@@ -81,6 +81,11 @@ class WaitQueue:
         """True if no permit is held, no call waits, and no update is left to process."""
         return not (self._slots or self._queue or self._inbox)
 
+    def look_again(self, ticket: Ticket) -> None:
+        """Grant a waiting ticket its permit if the holder's event loop was closed meanwhile."""
+        if any(is_closed(slot.loop) for slot in list(self._slots)):
+            self.post(ticket)
+
     @time_limit.shield  # after an interruption in here, the inbox might never be processed again
     def post(self, ticket: Ticket) -> None:
         """Post a ticket that is new, or whose call has ended. Callable from any thread at any time; never waits."""
@@ -88,6 +93,8 @@ class WaitQueue:
         # A thread that posts while another one holds the lock relies on that one to check the inbox again at its end.
         while self._inbox and self._at_work.acquire(blocking=False):
             try:
+                # Permits of calls that can never go on. They would be released once the calls are collected.
+                self._slots = [slot for slot in self._slots if not is_closed(slot.loop)]
                 while self._inbox:
                     self._look_at(self._inbox[0])  # idempotent, since an interrupted one is repeated
                     self._inbox.popleft()
@@ -160,6 +167,11 @@ def running_loop() -> object:
     """Return the asyncio event loop that runs on this thread, or `None`. Does not import asyncio."""
     events = sys.modules.get("asyncio.events")
     return None if events is None else events._get_running_loop()
+
+
+def is_closed(loop: Any) -> bool:
+    """Check for an event loop that was closed. What was suspended on it never goes on."""
+    return loop is not None and bool(loop.is_closed())
 
 
 def running_code() -> tuple[weakref.ref[Any], bool]:

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from accelerate_tts.errors import described
 from accelerate_tts.locks import rlock
-from accelerate_tts.runtime.concurrency.queue import running_loop
+from accelerate_tts.runtime.concurrency.queue import is_closed, running_loop
 
 PATIENCE = 10.0
 """Seconds that a switch waits for running calls, and that new calls wait for the switch."""
@@ -44,20 +44,21 @@ class Step:
     Attributes:
         loop: The event loop that its coroutine runs on; `None` for any other call.
         obstacle: Reason why the call must not be repeated, or "".
+        differs: Reason why another attempt would not give the same, or "".
     """
 
-    __slots__ = ("__weakref__", "_call", "loop", "obstacle", "process")
+    __slots__ = ("__weakref__", "_call", "differs", "loop", "obstacle", "process")
 
     def __init__(self, call: object = None) -> None:
         self._call = None if call is None else weakref.ref(call)
         self.loop: object = None
-        self.obstacle = ""
+        self.obstacle = self.differs = ""
         self.process = os.getpid()
 
     @property
     def is_over(self) -> bool:
-        """True if the call has ended."""
-        return self._call is not None and self._call() is None
+        """True if the call has ended, or never goes on, since its event loop was closed."""
+        return (self._call is not None and self._call() is None) or is_closed(self.loop)
 
     @contextmanager
     def entered(self) -> Generator[None, None, None]:
@@ -250,7 +251,8 @@ class Gate:
     def _others(self) -> list[Step]:
         """Return the calls that are inside and do not enclose the running code."""
         own, process = WITHIN.get(), os.getpid()
-        return [step for step in self._inside if step.process == process and step not in own]
+        inside = (step for step in self._inside if step.process == process and step not in own)
+        return [step for step in inside if not is_closed(step.loop)]
 
     def _in_vain(self) -> bool:
         """Check for another call that cannot continue while this thread waits, since it runs on this thread's loop."""

@@ -232,6 +232,16 @@ def not_again(name: str) -> None:
         step.obstacle = f"it called {name}, which has retry=False"
 
 
+def differs_again(reason: str) -> None:
+    """Forbid a second attempt of all enclosing guarded calls, since it would not repeat the first.
+
+    Args:
+        reason: A clause for the event that a faulty output causes.
+    """
+    for step in WITHIN.get():
+        step.differs = reason
+
+
 def protect(item: object, guarding: Guard) -> None:
     """Guard the `@inference` calls that are methods of an object or take it as an argument.
 

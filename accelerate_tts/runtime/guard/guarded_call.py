@@ -10,8 +10,9 @@ Only a faulty output causes a retry. Exceptions and faults of other calls do not
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate_tts.errors import ReloadError
@@ -72,7 +73,7 @@ def call(  # noqa: PLR0913 - a call, and how it is made
         return named_like(result, drive_async(result, _Stream(attempt)))
     if issubclass(kind, HasBody):
         stream: HasBody = result
-        stream.drive_body(lambda body: drive(body, _Stream(attempt)))
+        stream.drive_body(lambda body: drive(body, _Stream(attempt, weakref.ref(stream))))
         return stream
     fault = attempt.fault_of(result)
     hold = None if fault is None else attempt.hold(fault)
@@ -158,7 +159,11 @@ class _Attempt:
         if self._once:
             return "the function has retry=False"
         # The first attempt has consumed it.
-        return "an argument can be read once only" if can_be_read_once(self._given) else self._step.obstacle
+        return (
+            "an argument can be read once only"
+            if can_be_read_once(self._given)
+            else self._step.obstacle or self._step.differs
+        )
 
     def given(self, fault: str, why: str) -> None:
         """Count a fault of an output that was returned as it is."""
@@ -219,10 +224,11 @@ class _Attempt:
 
 async def _coroutine(attempt: _Attempt, body: Owning) -> Any:
     attempt.runs_on_a_loop()
-    await attempt.ready()
-    attempt.keep_random()
-    with attempt.inside(wait=False):
-        result = await body
+    with closing(body):  # cancelled while the model is switched, it never begins
+        await attempt.ready()
+        attempt.keep_random()
+        with attempt.inside(wait=False):
+            result = await body
     fault = attempt.fault_of(result)
     hold = None if fault is None else await attempt.hold_later(fault)
     if hold is None:
@@ -239,10 +245,15 @@ class _Stream(Hooks):
 
     A second attempt starts from the beginning, so what was already delivered is skipped: by samples if all pieces are
     waves, since the untouched model may cut them elsewhere, otherwise by pieces.
+
+    Args:
+        attempt: The call.
+        owner: Returns the object around the stream that the caller has, if there is one.
     """
 
-    def __init__(self, attempt: _Attempt) -> None:
+    def __init__(self, attempt: _Attempt, owner: Callable[[], HasBody | None] = lambda: None) -> None:
         self.attempt = attempt
+        self._owner = owner
         self._begun = self._driven = False
         self._hold: list[Hold] | None = None
         self._pending = False
@@ -317,7 +328,11 @@ class _Stream(Hooks):
         self._pending, self._to_skip = True, self._samples or 0
         with retrying():
             self.attempt.put_random_back()
-            return Again(self.attempt.make())
+            made = self.attempt.make()
+        owner = self._owner()
+        if owner is not None:
+            owner.succeeded_by(made)
+        return Again(made)
 
     def _may_begin_again(self, fault: str) -> bool:
         attempt = self.attempt

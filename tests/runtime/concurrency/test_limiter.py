@@ -11,7 +11,9 @@ import inspect
 import os
 import pickle
 import random
+import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
@@ -780,6 +782,34 @@ async def test_cancelled_at_the_very_moment_when_its_turn_has_come() -> None:
         assert free(one)
 
 
+async def test_a_call_that_is_cancelled_in_the_queue_is_not_said_to_be_never_awaited() -> None:
+    """Also if it is collected with its exception, in a cycle."""
+    one, rings = Holding(), list[Any]()
+    first = asyncio.create_task(one.hold())
+    await asyncio.sleep(0)
+
+    async def wait() -> None:
+        try:
+            await one.speak_async()
+        except asyncio.CancelledError as error:
+            rings.append([error])
+            rings[0].append(rings[0])
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    assert waiting(one) == 1
+    task.cancel()
+    await task
+    del task
+    rings.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert caught == []
+    first.cancel()
+    await asyncio.wait({first})
+
+
 def test_a_loop_that_was_closed_with_calls_in_the_queue_is_passed_over() -> None:
     one = backend(1)
     stream = one.stream("x")
@@ -804,6 +834,60 @@ def test_a_loop_that_was_closed_with_calls_in_the_queue_is_passed_over() -> None
     tasks.clear()
     gc.collect()
     assert free(one)
+
+
+class Holding:
+    """A backend whose calls may hold their permit for an hour."""
+
+    @inference(concurrency=1)
+    async def hold(self) -> None:
+        await asyncio.sleep(3600)
+
+    @inference(concurrency=1)
+    def speak(self) -> str:
+        return "y"
+
+    @inference(concurrency=1)
+    async def speak_async(self) -> str:
+        return "y"
+
+
+@pytest.mark.parametrize("way", ["waiting thread", "waiting task", "later"])
+def test_a_permit_whose_holder_s_loop_was_closed_is_granted_again(way: str) -> None:
+    """Its task never goes on, and the others waited for ever."""
+    one, loop = Holding(), asyncio.new_event_loop()
+    queue.queue_of(one, None).wait_limit = 0.01
+    task: Any = loop.create_task(one.hold())
+    loop.run_until_complete(asyncio.sleep(0.01))
+    assert not free(one)
+    speak = one.speak if way == "waiting thread" else lambda: asyncio.run(asyncio.wait_for(one.speak_async(), WAIT))
+    with ThreadPoolExecutor(1) as pool:
+        if way == "later":
+            loop.close()
+        job = pool.submit(speak)
+        if way != "later":
+            until(lambda: waiting(one) == 1)
+            loop.close()
+        try:
+            assert job.result(WAIT) == "y"
+        finally:
+            task.get_coro().close()  # ends a thread that waits
+    task._log_destroy_pending = False
+    assert free(one)
+
+
+def test_a_pending_task_that_is_collected_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its coroutines are closed in any order, and nothing can be thrown into one that was closed already."""
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    loop = asyncio.new_event_loop()
+    task: Any = loop.create_task(Holding().hold())
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    task._log_destroy_pending = False
+    del task, loop
+    gc.collect()
+    assert said == []
 
 
 @settings(max_examples=20, deadline=None)

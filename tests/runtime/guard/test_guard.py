@@ -1288,6 +1288,22 @@ def test_calls_that_come_while_a_switch_waits_wait_at_the_door(guarded: Any) -> 
     assert backend.voice.fault is not None, "the changes are in force again once there is a gap"
 
 
+def test_a_call_whose_loop_was_closed_is_inside_no_more() -> None:
+    """It never goes on. Each faulty output was returned as it is, after ten seconds."""
+    switched: list[str] = []
+    gate = Gate(lambda: switched.append("on"), lambda: switched.append("off"), 30.0, lambda _why: None)
+    loop = asyncio.new_event_loop()
+    attempt = Voice()
+    step = Step(attempt)
+    step.loop = loop
+    gate.enter(step, wait=True)
+    loop.close()
+    with gate.hold(None):
+        assert switched == ["off"]
+    assert switched == ["off", "on"]
+    assert step.is_over
+
+
 async def test_coroutines_of_one_loop_do_not_wait_for_each_other_for_ever(guarded: Any) -> None:
     backend = guarded(nan, limit=1000)
     waves = await asyncio.gather(*(backend.speak_later(TEXT) for _ in range(5)))
