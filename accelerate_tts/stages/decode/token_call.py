@@ -16,7 +16,7 @@ from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of
 from accelerate_tts.stages.decode.static_slot import bytes_of
 from accelerate_tts.stages.decode.static_step import tensors_of
-from accelerate_tts.stages.graphs.recorder import stream_of
+from accelerate_tts.stages.graphs.recorder import is_capturing, stream_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +148,7 @@ class CallReader:
             and named.get("use_cache") is not False
             and named.get("return_dict") is not False
             and not (torch.is_grad_enabled() or self._decoder.training or is_traced())
+            and not is_capturing(keys.device)
             and not torch.is_autocast_enabled(keys.device.type)
             and not self.is_odd(named, keys.shape[0])
         )
@@ -248,7 +249,8 @@ def begins(decoder: Any, named: dict[str, Any]) -> bool:
     if torch.is_grad_enabled() or decoder.training or is_traced() or window_of(decoder.config) is not None:
         return False
     return not any(
-        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) for tensor in tensors_in(named).values()
+        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) or is_capturing(tensor.device)
+        for tensor in tensors_in(named).values()
     )
 
 

@@ -5,8 +5,9 @@ The protocols keep the stages free of CUDA: tests without a device pass a record
 
 from __future__ import annotations
 
+import gc
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -60,9 +61,18 @@ def stream_of(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-# One capture at a time in a process: torch captures on one stream of its own.
-_capturing = lock()
+_capturing = lock()  # one capture at a time in a process
+_PRIORITY = -3
+"""Priority of the streams that capture. torch makes 32 streams of each priority, and gives them to everybody in turn.
+What a thread starts on a stream that captures becomes a part of the graph, whoever it is, and few ask for this one."""
+_warm_ups: dict[int, Any] = {}  # stream for the runs before a capture, by the device's number
+_pools: dict[int, Any] = {}  # memory pool of the last capture, by the handle of its stream
 _here = threading.local()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Check that the caller captures this thread's work by himself. Ours waits for events, which a capture must not."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_recording() -> bool:
@@ -81,12 +91,13 @@ def recording() -> Generator[None, None, None]:
         _here.recording = before
 
 
-def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
+def capture(run: Callable[[], Any], pool: Any = None, stream: Any = None) -> tuple[Any, Any]:
     """Capture a computation on the current CUDA device.
 
     Args:
         run: The computation. It runs three times, the last time for the capture.
         pool: Memory pool of earlier captures; `None` for a new one.
+        stream: Stream of the device that captures, and runs nothing else (`stream_to_capture`); `None` for a new one.
 
     Returns:
         The `torch.cuda.CUDAGraph`, and the result, which each replay overwrites.
@@ -96,32 +107,82 @@ def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
             the random number generator are put back.
     """
     with _capturing, recording():
-        stream = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate workspaces in their first calls, which a capture must not contain
+        before = torch.cuda.current_stream()
+        pool = pool or torch.cuda.graph_pool_handle()
+        stream = stream or stream_to_capture()
+        # Not on the stream that captures: cuBLAS keeps a workspace for each stream, and a graph needs one in its pool.
+        warm_up = _warm_ups.get(before.device_index) or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        _warm_ups[before.device_index] = warm_up
+        warm_up.wait_stream(before)
+        with torch.cuda.stream(warm_up):
+            for _ in range(2):  # libraries allocate in their first calls, and look for kernels
                 run()
-        stream.wait_stream(side)
+        before.wait_stream(warm_up)
+        _own_workspaces(stream, pool)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may continue their own work on the device during the capture.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            mode = "thread_local"
+            with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 outputs = run()
         except BaseException:
-            _put_back(stream)
+            _put_back(before, graph, pool, stream)
             raise
         return graph, outputs
 
 
-def _put_back(stream: Any) -> None:
+def stream_to_capture() -> Any:
+    """Return a stream of the current CUDA device on which nothing but captures should run."""
+    # torch's own one for captures is on the device that was the current one when it was made.
+    return torch.cuda.Stream(priority=_PRIORITY)  # type: ignore[no-untyped-call]
+
+
+def _own_workspaces(stream: Any, pool: Any) -> None:
+    """See that cuBLAS's workspaces in the next capture are in its own memory pool.
+
+    torch keeps one for each stream and thread's handle, wherever it was allocated. A graph that took one out of the
+    pool of other graphs would be replayed beside them, and read freed memory once they are gone: since torch 2.12 the
+    end of any graph frees those of its stream (github.com/pytorch/pytorch/issues/193402).
+    """
+    if _pools.get(stream.cuda_stream, pool) != pool:
+        torch._C._cuda_clearCublasWorkspaces()  # those in pools are free for the next graph of the pool, as all else
+    _pools[stream.cuda_stream] = pool
+
+
+@contextmanager
+def _no_collection() -> Generator[None, None, None]:
+    """Keep the garbage collector from what it may find, such as an event: a capture must not wait for one."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Check for the error of an operation that a capture does not allow, as CUDA and torch word it."""
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("stream is captur" in said or "during capture" in said)
+
+
+def _put_back(before: Any, graph: Any, pool: Any, stream: Any) -> None:
     """Make the device usable after a failed capture, whose end raises before torch has tidied up (2.6 to 2.14).
 
     The capture's stream stays the current one, and the default generator goes on counting for the graph: the next
-    random number would fail.
+    random number would fail. A capture that was interrupted between its beginning and its first operation goes on, and
+    the device cannot be waited for. Up to torch 2.11 the allocator takes the capture for unfinished, and keeps memory.
     """
     torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[stream.device_index]
+    with suppress(RuntimeError):
+        if torch.cuda.is_current_stream_capturing():
+            graph.capture_end()
+    torch.cuda.set_stream(before)
+    if (end := getattr(torch._C, "_cuda_endAllocateToPool", None)) is not None:
+        with suppress(RuntimeError):  # it has ended
+            end(before.device_index, pool)
+    generator = torch.cuda.default_generators[before.device_index]
     generator.graphsafe_set_state(generator.clone_state())
 
 
@@ -147,12 +208,13 @@ class CudaRecorder:
         self._device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = stream_to_capture()
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], Any]) -> Replayable:
         """See `Recorder.record`."""
         with torch.cuda.device(self._device):
-            return _CudaGraph(*capture(run, self._pool))
+            return _CudaGraph(*capture(run, self._pool, self._stream))
 
     @contextmanager
     def in_turn(self, *, stream: Any = None) -> Generator[None, None, None]:
