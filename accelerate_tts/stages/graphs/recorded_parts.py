@@ -15,6 +15,7 @@ recently used one is dropped.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -46,7 +47,7 @@ from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
 from accelerate_tts.stages.graphs.obstacles import Look, ObstacleError, look, unchanged_attributes
-from accelerate_tts.stages.graphs.recorder import is_recording, recording
+from accelerate_tts.stages.graphs.recorder import is_capturing, is_forbidden, is_recording, recording
 from accelerate_tts.stages.graphs.stage import RecordingStage
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
 
 IN_PIECES = "in pieces"
 """Value of `RECORDED` for a part whose calls are replayed in pieces (recorded_pieces.py)."""
+
+
+_OVERLOOKED = 8
+"""Captures of a part that may fail by something in it that the trace did not see, each for one module."""
 
 
 class PartBounds(NamedTuple):
@@ -128,7 +133,11 @@ class _RecordedCall(NamedTuple):
 
 
 class Node:
-    """A module of the part that may be recorded. It is, once the module around it turned out not to be recordable."""
+    """A module of the part that may be recorded.
+
+    It is once the module around it turned out not to be recordable, and where it is called without that: by another
+    method, as a codec's decoder is, or in a call whose arguments no recording can serve.
+    """
 
     def __init__(self, module: Any, method: str, around: Node | None) -> None:
         self.module = module
@@ -141,7 +150,7 @@ class Node:
 
     @property
     def is_active(self) -> bool:
-        """True if the module is recorded by itself."""
+        """True if the module is recorded by itself, however it is called."""
         return not self.cut and not self.small and (self.around is None or self.around.cut)
 
     def all(self) -> list[Node]:
@@ -207,8 +216,10 @@ class RecordedParts(CountedChange, Changes):
         nodes = {node.module: node for node in self._root.all()}
         super().__init__(inside, ClassSwap(list(nodes), lambda module: self._class_for(nodes[module], type(module))))
         self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
+        self._here = threading.local()
         self._busy = False
         self._broken = False
+        self._overlooked = 0
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._due: dict[Hashable, float] = {}
         self._recordings: OrderedDict[tuple[Node, Hashable], _RecordedCall] = OrderedDict()
@@ -226,17 +237,35 @@ class RecordedParts(CountedChange, Changes):
     def _class_for(self, node: Node, plain: Any) -> type:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             run = getattr(plain, node.method)  # other code may have given the class another one
-            if not node.is_active or self._broken or torch.is_grad_enabled() or module.training:
+            if node.cut or self._broken or torch.is_grad_enabled() or module.training:
                 return run(module, *args, **kwargs)
-            if is_recording() or is_traced() or _is_capturing(self._device):
+            if is_recording() or is_traced() or is_capturing(self._device):
                 return run(module, *args, **kwargs)
-            served = self._serve(node, run, CallArguments(args, kwargs, self._device))
-            return run(module, *args, **kwargs) if served is None else served[0]
+            covering = self._covering()
+            if not node.small and node.around not in covering:
+                call = CallArguments(args, kwargs, self._device)
+                served = self._serve(node, run, call)
+                if served is not None:
+                    return served[0]
+                if call.obstacle or node.cut:  # what is inside may be recorded by itself
+                    return run(module, *args, **kwargs)
+            covering.append(node)
+            try:
+                return run(module, *args, **kwargs)
+            finally:
+                covering.pop()
 
         cls = subclass_with(plain, forward, method=node.method)
         if node.around is None:
             setattr(cls, RECORDED, self.mark)
         return cls
+
+    def _covering(self) -> list[Node]:
+        """Return the modules that run in this thread and are recorded as a whole, now or later."""
+        if not hasattr(self._here, "covering"):
+            self._here.covering = []
+        found: list[Node] = self._here.covering
+        return found
 
     def _serve(self, node: Node, run: Any, call: CallArguments) -> tuple[Any] | None:
         """Return the result of a call by a recording; `None` if the module has to run."""
@@ -326,7 +355,12 @@ class RecordedParts(CountedChange, Changes):
         except TimeLimitError:
             raise
         except Exception as error:  # a capture may fail in any way; the untouched module serves
-            self._give_up(described(error).splitlines()[0])
+            reason = described(error).splitlines()[0]
+            if is_forbidden(error) and self._overlooked < _OVERLOOKED:  # by the trace
+                self._overlooked += 1
+                self._cut(node, reason)
+            else:
+                self._give_up(reason)
         return None
 
     def _give_up(self, reason: str) -> None:
@@ -398,12 +432,7 @@ class RecordedParts(CountedChange, Changes):
 
     def _check_use(self, obstacle: str) -> None:
         if not any(node.is_active for node in self._root.all()):
-            self._broken = True
-            emit(FellBack(self._counter.what, self._stage, obstacle))
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            self._give_up(obstacle)
 
 
 def modes_of(device_type: str) -> Hashable:

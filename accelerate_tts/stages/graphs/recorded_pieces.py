@@ -110,7 +110,7 @@ class _RecordedPieces(RecordedParts):
             return None
         frames = call.tensors[0]
         division = self._division_of(node, run, call)
-        if self._broken or not node.is_active:
+        if self._broken or node.cut or node.small:
             return None
         if division is None or not division.size <= frames.shape[-1] <= division.longest:
             return super()._serve(node, run, call)
