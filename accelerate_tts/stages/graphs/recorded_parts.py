@@ -1,4 +1,4 @@
-"""Any part as CUDA graphs, one for each kind of call. For CUDA.
+"""Any part as graphs of its device, one for each kind of call. For CUDA and XPU.
 
 Encoders, estimators, vocoders, codecs and speaker encoders launch hundreds of small kernels, whose launches dominate
 their time on a GPU. The second call with the same shapes, dtypes, strides and other arguments is recorded, and later
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from accelerate_tts.device.graphs import is_capturing
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import class_of
@@ -83,7 +84,7 @@ class PartBounds(NamedTuple):
 
 @register_stage
 class RecordedPartsStage(RecordingStage[PartBounds]):
-    """Records the calls of a part that is no decoder as CUDA graphs, and replays them.
+    """Records the calls of a part that is no decoder as graphs, and replays them.
 
     Args:
         recorder: See `RecordingStage`. Each part has a recorder.
@@ -228,7 +229,7 @@ class RecordedParts(CountedChange, Changes):
             run = getattr(plain, node.method)  # other code may have given the class another one
             if not node.is_active or self._broken or torch.is_grad_enabled() or module.training:
                 return run(module, *args, **kwargs)
-            if is_recording() or is_traced() or _is_capturing(self._device):
+            if is_recording() or is_traced() or is_capturing(self._device):
                 return run(module, *args, **kwargs)
             served = self._serve(node, run, CallArguments(args, kwargs, self._device))
             return run(module, *args, **kwargs) if served is None else served[0]
@@ -402,10 +403,6 @@ class RecordedParts(CountedChange, Changes):
             emit(FellBack(self._counter.what, self._stage, obstacle))
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def modes_of(device_type: str) -> Hashable:
     """Return the modes of this thread and the flags of torch that decide which kernels are launched."""
     cudnn = torch.backends.cudnn
@@ -415,9 +412,16 @@ def modes_of(device_type: str) -> Hashable:
         products = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
     cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return (
-        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark,
+        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark, _onednn_flags(),
         torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(),
     )  # fmt: skip
+
+
+def _onednn_flags() -> Hashable:
+    """Return oneDNN's flags, which decide on XPU what cuDNN's decide on CUDA; `None` for one that this torch lacks."""
+    onednn = torch.backends.mkldnn
+    convolutions = getattr(onednn, "conv", None)
+    return getattr(onednn, "allow_tf32", None), getattr(convolutions, "fp32_precision", None)
 
 
 def _without_cast_cache(device_type: str) -> Any:
