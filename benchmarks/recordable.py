@@ -38,7 +38,7 @@ from accelerate_tts.plan import CALL, Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.graphs import obstacles, recorded_parts
 from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
-from accelerate_tts.stages.graphs.recorder import CudaRecorder, recording
+from accelerate_tts.stages.graphs.recorder import GraphRecorder, recording
 
 ROOT = Path(__file__).parents[1]
 STRANGERS = (
@@ -252,7 +252,7 @@ def row(part: Part, speak: Callable[[], Any], device: str) -> dict[str, Any] | N
     """Record a part, and return what became of it; `None` for one that is not tried."""
     counts, before = Replays(), _Counts()
     fake = device == "cpu"
-    stage = RecordedPartsStage((lambda _device: counts) if fake else CudaRecorder, bounds=PartBounds(bytes=1 << 32))
+    stage = RecordedPartsStage((lambda _device: counts) if fake else GraphRecorder, bounds=PartBounds(bytes=1 << 32))
     if stage.applies(part) is not None:
         return None
     with _counting(part, before):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from accelerate_tts.device.detect import current_devices
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.guard.guard import inside_all
 from accelerate_tts.runtime.inference_mode import carry_mode
@@ -131,9 +132,11 @@ class Tapped(Tokens[T]):
         run = carry_mode(loop.run)
         half = ahead and shares is None
         threads = max(1, torch.get_num_threads() // 2) if half else torch.get_num_threads()
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(
-            target=context.run, args=(_on_device, run, work, threads, device), name="accelerate_tts-tokens", daemon=True
+            target=context.run,
+            args=(_on_devices, run, work, threads, current_devices()),
+            name="accelerate_tts-tokens",
+            daemon=True,
         )
 
     def start(self) -> None:
@@ -172,14 +175,14 @@ class Tapped(Tokens[T]):
         self._loop.leave()
 
 
-def _on_device(run: Callable[..., None], work: Any, threads: int, device: int | None) -> None:
+def _on_devices(run: Callable[..., None], work: Any, threads: int, devices: list[torch.device]) -> None:
     """Run on a thread whose settings are those of another one: torch keeps them for each thread.
 
     With shares the loop then divides the threads with the sound.
     """
     set_threads(threads)
-    if device is not None:
-        torch.cuda.set_device(device)
+    for device in devices:
+        getattr(torch, device.type).set_device(device)
     run(work)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
 from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
-from accelerate_tts.stages.graphs.recorder import capture
+from accelerate_tts.stages.graphs.recorder import GraphRecorder
 
 
 class Vocoder(nn.Module):
@@ -125,13 +126,38 @@ def test_weights_written_in_place_and_exchanged() -> None:
 def test_a_failed_capture_leaves_the_device_usable() -> None:
     stream = torch.cuda.current_stream()
     x = features(400)
+    recorder = GraphRecorder(x.device)
     with pytest.raises(RuntimeError):
-        capture(lambda: x.sum().item())
+        recorder.record(lambda: x.sum().item())
     assert torch.cuda.current_stream() == stream
     assert torch.isfinite(torch.randn(4, device="cuda")).all(), "the generator counts for no graph any more"
-    graph, result = capture(lambda: x.sum())
-    graph.replay()
-    assert torch.equal(result, x.sum())
+    made = recorder.record(lambda: x.sum())
+    made.replay()
+    assert torch.equal(made.outputs, x.sum())
+
+
+def test_a_recording_outlives_those_of_other_recorders() -> None:
+    """If a graph goes, late releases of torch free the workspaces of cuBLAS of its stream."""
+    x = torch.randn(64, 1024, device="cuda")
+    weights = [torch.randn(1024, 1024, device="cuda") for _ in range(40)]
+    kept = GraphRecorder(x.device).record(lambda: x @ weights[0])
+    for weight in weights:
+        GraphRecorder(x.device).record(lambda weight=weight: x @ weight).replay()
+        gc.collect()
+    taken = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(40)]
+    kept.replay()
+    assert torch.equal(kept.outputs, x @ weights[0])
+    assert all((each == 7).all() for each in taken)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_a_second_device_is_recorded_too() -> None:
+    for index in (0, 1, 0):
+        x = torch.randn(64, 64, device=f"cuda:{index}")
+        made = GraphRecorder(x.device).record(lambda x=x: x @ x)
+        x.normal_()
+        made.replay()
+        assert torch.equal(made.outputs, x @ x)
 
 
 def test_a_recording_while_another_thread_computes(seen: list[Event]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from accelerate_tts.device.graphs import is_capturing
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
@@ -16,7 +17,7 @@ from accelerate_tts.stages.decode import kv_cache
 from accelerate_tts.stages.decode.call_args import CACHE_NAMES, Obstacles, attention_of, cache_name, cache_of
 from accelerate_tts.stages.decode.static_slot import bytes_of
 from accelerate_tts.stages.decode.static_step import tensors_of
-from accelerate_tts.stages.graphs.recorder import is_capturing, stream_of
+from accelerate_tts.stages.graphs.recorder import stream_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

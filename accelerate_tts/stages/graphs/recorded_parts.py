@@ -1,4 +1,4 @@
-"""Any part as CUDA graphs, one for each kind of call. For CUDA.
+"""Any part as graphs of its device, one for each kind of call. For CUDA and XPU.
 
 Encoders, estimators, vocoders, codecs and speaker encoders launch hundreds of small kernels, whose launches dominate
 their time on a GPU. The second call with the same shapes, dtypes, strides and other arguments is recorded, and later
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from accelerate_tts.device.graphs import is_capturing, is_forbidden
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import class_of
@@ -47,7 +48,7 @@ from accelerate_tts.stages.decode.call_args import Obstacles
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.graphs.arguments import Buffers, CallArguments, copied, fill, output_bytes
 from accelerate_tts.stages.graphs.obstacles import Look, ObstacleError, look, unchanged_attributes
-from accelerate_tts.stages.graphs.recorder import is_capturing, is_forbidden, is_recording, recording
+from accelerate_tts.stages.graphs.recorder import is_recording, recording
 from accelerate_tts.stages.graphs.stage import RecordingStage
 from accelerate_tts.stages.layers.weight_norm import has_folds
 
@@ -88,7 +89,7 @@ class PartBounds(NamedTuple):
 
 @register_stage
 class RecordedPartsStage(RecordingStage[PartBounds]):
-    """Records the calls of a part that is no decoder as CUDA graphs, and replays them.
+    """Records the calls of a part that is no decoder as graphs, and replays them.
 
     Args:
         recorder: See `RecordingStage`. Each part has a recorder.
@@ -444,9 +445,16 @@ def modes_of(device_type: str) -> Hashable:
         products = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
     cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return (
-        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark,
+        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark, _onednn_flags(),
         torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(),
     )  # fmt: skip
+
+
+def _onednn_flags() -> Hashable:
+    """Return oneDNN's flags, which decide on XPU what cuDNN's decide on CUDA; `None` for one that this torch lacks."""
+    onednn = torch.backends.mkldnn
+    convolutions = getattr(onednn, "conv", None)
+    return getattr(onednn, "allow_tf32", None), getattr(convolutions, "fp32_precision", None)
 
 
 def _without_cast_cache(device_type: str) -> Any:

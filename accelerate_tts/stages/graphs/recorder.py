@@ -1,22 +1,23 @@
-"""Recorders: what records a computation at fixed addresses, and replays it. CUDA graphs are one.
+"""Recorders: what records a computation at fixed addresses, and replays it. Graphs of a device are one.
 
-The protocols keep the stages free of CUDA: tests without a device pass a recorder that runs the computation again.
+The protocols keep the stages free of devices: tests without one pass a recorder that runs the computation again.
 """
 
 from __future__ import annotations
 
-import gc
 import threading
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-
+from accelerate_tts.device.graphs import graphs_of
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
+
+    import torch
 
 
 class Replayable(Protocol):
@@ -57,22 +58,24 @@ class Recorder(Protocol):
 
 
 def stream_of(device: torch.device) -> Any:
-    """Return the stream on which this thread works, for `Recorder.in_turn`; `None` where a device has none."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+    """Return the stream on which this thread works, for `Recorder.in_turn`; `None` where a device has no graphs."""
+    graphs = graphs_of(device.type)
+    return None if graphs is None else graphs.current_stream(device)
 
 
-_capturing = lock()  # one capture at a time in a process
-_PRIORITY = -3
-"""Priority of the streams that capture. torch makes 32 streams of each priority, and gives them to everybody in turn.
-What a thread starts on a stream that captures becomes a part of the graph, whoever it is, and few ask for this one."""
-_warm_ups: dict[int, Any] = {}  # stream for the runs before a capture, by the device's number
-_pools: dict[int, Any] = {}  # memory pool of the last capture, by the handle of its stream
+def unrecordable_on(device: torch.device) -> str | None:
+    """Return the reason why nothing can be recorded on a device, or `None`."""
+    graphs = graphs_of(device.type)
+    return f"torch has no graphs for {device.type}" if graphs is None else graphs.missing()
+
+
+# One capture at a time in a process, as torch wants it.
+_capturing = lock()
+_choosing = lock()
+_recorders: weakref.WeakSet[GraphRecorder] = weakref.WeakSet()
+_STREAMS = 32
+"""Streams that torch has for a device; `new_stream` returns one after the other, again and again."""
 _here = threading.local()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Check that the caller captures this thread's work by himself. Ours waits for events, which a capture must not."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_recording() -> bool:
@@ -91,130 +94,64 @@ def recording() -> Generator[None, None, None]:
         _here.recording = before
 
 
-def capture(run: Callable[[], Any], pool: Any = None, stream: Any = None) -> tuple[Any, Any]:
-    """Capture a computation on the current CUDA device.
-
-    Args:
-        run: The computation. It runs three times, the last time for the capture.
-        pool: Memory pool of earlier captures; `None` for a new one.
-        stream: Stream of the device that captures, and runs nothing else (`stream_to_capture`); `None` for a new one.
-
-    Returns:
-        The `torch.cuda.CUDAGraph`, and the result, which each replay overwrites.
-
-    Raises:
-        Exception: The computation failed, or an operation in it is not allowed in a capture. The current stream and
-            the random number generator are put back.
-    """
-    with _capturing, recording():
-        before = torch.cuda.current_stream()
-        pool = pool or torch.cuda.graph_pool_handle()
-        stream = stream or stream_to_capture()
-        # Not on the stream that captures: cuBLAS keeps a workspace for each stream, and a graph needs one in its pool.
-        warm_up = _warm_ups.get(before.device_index) or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        _warm_ups[before.device_index] = warm_up
-        warm_up.wait_stream(before)
-        with torch.cuda.stream(warm_up):
-            for _ in range(2):  # libraries allocate in their first calls, and look for kernels
-                run()
-        before.wait_stream(warm_up)
-        _own_workspaces(stream, pool)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may continue their own work on the device during the capture.
-            mode = "thread_local"
-            with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                outputs = run()
-        except BaseException:
-            _put_back(before, graph, pool, stream)
-            raise
-        return graph, outputs
-
-
-def stream_to_capture() -> Any:
-    """Return a stream of the current CUDA device on which nothing but captures should run."""
-    # torch's own one for captures is on the device that was the current one when it was made.
-    return torch.cuda.Stream(priority=_PRIORITY)  # type: ignore[no-untyped-call]
-
-
-def _own_workspaces(stream: Any, pool: Any) -> None:
-    """See that cuBLAS's workspaces in the next capture are in its own memory pool.
-
-    torch keeps one for each stream and thread's handle, wherever it was allocated. A graph that took one out of the
-    pool of other graphs would be replayed beside them, and read freed memory once they are gone: since torch 2.12 the
-    end of any graph frees those of its stream (github.com/pytorch/pytorch/issues/193402).
-    """
-    if _pools.get(stream.cuda_stream, pool) != pool:
-        torch._C._cuda_clearCublasWorkspaces()  # those in pools are free for the next graph of the pool, as all else
-    _pools[stream.cuda_stream] = pool
-
-
-@contextmanager
-def _no_collection() -> Generator[None, None, None]:
-    """Keep the garbage collector from what it may find, such as an event: a capture must not wait for one."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def is_forbidden(error: BaseException) -> bool:
-    """Check for the error of an operation that a capture does not allow, as CUDA and torch word it."""
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("stream is captur" in said or "during capture" in said)
-
-
-def _put_back(before: Any, graph: Any, pool: Any, stream: Any) -> None:
-    """Make the device usable after a failed capture, whose end raises before torch has tidied up (2.6 to 2.14).
-
-    The capture's stream stays the current one, and the default generator goes on counting for the graph: the next
-    random number would fail. A capture that was interrupted between its beginning and its first operation goes on, and
-    the device cannot be waited for. Up to torch 2.11 the allocator takes the capture for unfinished, and keeps memory.
-    """
-    torch.cuda.set_stream(stream)
-    with suppress(RuntimeError):
-        if torch.cuda.is_current_stream_capturing():
-            graph.capture_end()
-    torch.cuda.set_stream(before)
-    if (end := getattr(torch._C, "_cuda_endAllocateToPool", None)) is not None:
-        with suppress(RuntimeError):  # it has ended
-            end(before.device_index, pool)
-    generator = torch.cuda.default_generators[before.device_index]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
-class _CudaGraph(NamedTuple):
+class _Graph(NamedTuple):
     graph: Any
     outputs: Any
+    recorder: GraphRecorder
+    """Kept, since its stream is this graph's own as long as there is one of the two."""
 
     def replay(self) -> None:
         self.graph.replay()
 
 
-class CudaRecorder:
-    """Records CUDA graphs with one memory pool. Any thread may replay one, on its own stream.
+class GraphRecorder:
+    """Records graphs of a device (`DeviceGraphs`) with one memory pool. Any thread may replay one, on its own stream.
 
     They are plain graphs, not inductor's CUDA graph trees. Graphs of one pool reuse each other's intermediate tensors,
     so their replays must not overlap: `in_turn` orders them. docs/decisions/0009-cuda.md says what ran on a device.
 
     Args:
-        device: The CUDA device. It need not be the current one.
+        device: The device. It need not be the current one.
+
+    Raises:
+        RuntimeError: torch has no graphs for it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = stream_to_capture()
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reason = unrecordable_on(device)
+        graphs = graphs_of(device.type)
+        if reason is not None or graphs is None:
+            raise RuntimeError(f"nothing can be recorded on {device}: {reason}")
+        self._device, self._graphs = device, graphs
+        with graphs.on_device(device):
+            self._pool, self._done = graphs.new_pool(), graphs.new_event()
+        with _choosing:
+            self._side = self._free_stream()
+            _recorders.add(self)
+
+    def _free_stream(self) -> Any:
+        """Return a stream for captures, on which no other recorder captures, as long as torch has one.
+
+        cuBLAS has a workspace for each stream, which a capture allocates in the pool of its graphs. Replays of two
+        recorders may overlap, and must not write to the same one; and if a graph goes, torch frees the workspaces of
+        its stream, though other graphs still read them (PyTorch 193402). Within one pool and in turns neither matters.
+        """
+        used = [other._side for other in _recorders if other._device == self._device]
+        with self._graphs.on_device(self._device):
+            found = self._graphs.new_stream()
+            for _ in range(_STREAMS):
+                if found not in used:
+                    break
+                found = self._graphs.new_stream()
+        return found
 
     def record(self, run: Callable[[], Any]) -> Replayable:
-        """See `Recorder.record`."""
-        with torch.cuda.device(self._device):
-            return _CudaGraph(*capture(run, self._pool, self._stream))
+        """See `Recorder.record`. The computation runs three times, the last time for the capture."""
+        graphs = self._graphs
+        with _capturing, recording(), graphs.on_device(self._device):
+            for _ in range(2):  # libraries set themselves up in their first calls, which a capture must not contain
+                run()
+            return _Graph(*graphs.capture(run, self._pool, self._side), self)
 
     @contextmanager
     def in_turn(self, *, stream: Any = None) -> Generator[None, None, None]:
@@ -223,14 +160,18 @@ class CudaRecorder:
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
-        with torch.cuda.device(self._device):
-            stream = stream or torch.cuda.current_stream()
-            with torch.cuda.stream(stream):
+        graphs = self._graphs
+        with graphs.on_device(self._device):
+            stream = stream or graphs.current_stream(self._device)
+            with graphs.on_stream(stream):
                 stream.wait_event(self._done)
                 try:
                     yield
                 finally:
-                    self._done.record(stream)
+                    # A new one: XPU's event frees what `finish` of another thread waits for, if it is recorded again.
+                    done = graphs.new_event()
+                    done.record(stream)
+                    self._done = done
 
     def finish(self) -> None:
         """See `Recorder.finish`. The allocator returns freed memory to its own stream at once."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,24 @@ def test_modes_are_a_part_of_the_kind() -> None:
     assert recorded.change.graphs == 3
     recorded.module(wave())  # with gradients
     assert recorded.change.graphs == 3
+
+
+@pytest.mark.parametrize("flag", ["allow_tf32", "convolutions"])
+def test_the_flags_of_onednn_are_a_part_of_the_kind(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in for the flags by which XPU chooses kernels, which torch without XPU does not keep."""
+    recorded = Recorded(Body())
+    made = []
+    for value in (False, True, False):
+        precision = "tf32" if flag == "convolutions" and value else "none"
+        flags = SimpleNamespace(
+            allow_tf32=flag == "allow_tf32" and value, conv=SimpleNamespace(fp32_precision=precision)
+        )
+        with monkeypatch.context() as scope:
+            scope.setattr(torch.backends, "mkldnn", flags)
+            with torch.inference_mode():
+                recorded.module(wave())
+        made.append(recorded.change.graphs)
+    assert made == [1, 2, 2]
 
 
 def test_results_are_the_callers_own() -> None:
@@ -847,15 +866,15 @@ def test_a_systems_parts_are_bit_for_bit_upstreams(name: str, example: Callable[
 # --- where it is tried -----------------------------------------------------------------------------------------------
 
 
-def test_it_is_tried_on_cuda_only_and_not_for_decoders() -> None:
+def test_it_is_tried_where_torch_has_graphs_and_not_for_decoders() -> None:
     def names(device: str) -> list[str]:
         return [stage.name for stage in default_stages(device, None)]
 
-    assert "recorded by shape" in names("cuda")
-    assert not any("recorded by shape" in names(device) for device in ("cpu", "mps", "xpu"))
+    tried = [device for device in ("cpu", "cuda", "mps", "xpu") if "recorded by shape" in names(device)]
+    assert tried == ["cuda", "xpu"]
     stage = RecordedPartsStage(Reruns)
     assert stage.applies(Part("part", "decoder", Body())) == "its decode step is recorded by itself"
-    assert RecordedPartsStage().applies(Part("part", "vocoder", Body())) == "it is not on one CUDA device"
+    assert RecordedPartsStage().applies(Part("part", "vocoder", Body())) == "torch has no graphs for cpu"
 
 
 def test_half_precision_is_inside_a_recording_and_not_behind_it() -> None:
