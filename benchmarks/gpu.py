@@ -147,7 +147,7 @@ def steps(*, dry: bool = False) -> list[Step]:
         bench("xtts", 75, 30),
         bench("chatterbox", 100, 45, "balanced"),
         bench("higgs", 70, 30),
-        Step("parts", ("benchmarks/recordable.py", "--device", "cpu" if dry else "cuda", *PARTS), 60),
+        Step("parts", ("benchmarks/recordable.py", "--device", "cpu" if dry else "cuda", *PARTS), 180 if dry else 60),
         Step("callers", ("benchmarks/shared_recordings.py", "--callers", "1,2,4"), 40),
         bench("voice-clone", 35, 15),
         tests("test_tuned", 100, beside=False),  # its tunings keep what is faster

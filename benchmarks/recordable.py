@@ -47,8 +47,8 @@ STRANGERS = (
 )  # fmt: skip
 BENCHED = ("mms", "xtts", "voice-clone")
 
-System = tuple[Any, Callable[[], Any], list[Part]]
-"""A model, what speaks, and parts besides those of its plan."""
+System = tuple[Any, Callable[[], Any]]
+"""A model, and what speaks."""
 
 
 # --- systems ---------------------------------------------------------------------------------------------------------
@@ -58,14 +58,14 @@ def _chatterbox(device: str) -> System:
     if device != "cpu":
         return _benched("chatterbox")(device)
     model = importlib.import_module("chatterbox_backend").random(seconds=0.4, tiny=True, variant="english")
-    return model, lambda: model.generate("Hello there."), []
+    return model, lambda: model.generate("Hello there.")
 
 
 def _chatterbox_voice(_device: str) -> System:
     from chatterbox.models.voice_encoder import VoiceEncoder
 
     encoder = VoiceEncoder().eval()
-    return encoder, lambda: encoder(torch.randn(2, 160, 40)), [Part("ve", "encoder", encoder)]
+    return encoder, lambda: encoder(torch.randn(2, 160, 40))
 
 
 def _xtts_speaker(_device: str) -> System:
@@ -78,7 +78,7 @@ def _xtts_speaker(_device: str) -> System:
         },
     ).eval()  # fmt: skip
     wave = torch.randn(1, 16000) / 10
-    return encoder, lambda: encoder(wave, l2_norm=True), [Part("speaker_encoder", "encoder", encoder)]
+    return encoder, lambda: encoder(wave, l2_norm=True)
 
 
 def _higgs(_device: str) -> System:
@@ -87,14 +87,13 @@ def _higgs(_device: str) -> System:
     return (
         {"model": loaded.model, "codec": loaded.codec},
         lambda: loaded.decode(loaded.model.generate(**inputs, max_new_tokens=14, do_sample=True)),
-        [],
     )
 
 
 def _benched(name: str) -> Callable[[str], System]:
     def build(device: str) -> System:
         built = benched.SYSTEMS[name].build("tiny", None, device)
-        return built.model, lambda: built.speak(0.4), []
+        return built.model, lambda: built.speak(0.4)
 
     return build
 
@@ -102,7 +101,7 @@ def _benched(name: str) -> Callable[[str], System]:
 def _stranger(name: str) -> Callable[[str], System]:
     def build(_device: str) -> System:
         made = importlib.import_module("systems").SYSTEMS[name].build()
-        return made.model, lambda: _pytree.tree_leaves(_whole(made.call(made.model, *made.inputs[0]))), []
+        return made.model, lambda: _pytree.tree_leaves(_whole(made.call(made.model, *made.inputs[0])))
 
     return build
 
@@ -257,7 +256,8 @@ def row(part: Part, speak: Callable[[], Any], device: str) -> dict[str, Any] | N
         return None
     with _counting(part, before):
         speak()
-    if not before.number:  # it is called by a method of its own
+    is_called = bool(before.number)
+    if not is_called:  # or by a method of its own
         with before:
             speak()
     fallen: list[str] = []
@@ -294,7 +294,7 @@ def row(part: Part, speak: Callable[[], Any], device: str) -> dict[str, Any] | N
         change.off()
     whole = any(node is change._root for node, _ in kept)
     how = "whole" if whole else "in parts" if graphs else "not at all"
-    small = "" if found or fallen or graphs else "too few operators"
+    small = "" if found or fallen or graphs else "too few operators" if is_called else "it is not called"
     left = before.number - counts.operators + counts.replays
     return {
         "how": how, "graphs": graphs, "before": before.number, "after": left,
@@ -306,18 +306,19 @@ def rows(name: str, device: str) -> dict[str, Any]:
     """Return the rows of a system's parts by their names."""
     torch.manual_seed(0)
     with torch.device(device) if device != "cpu" else nullcontext():
-        model, say, more = BUILDERS[name](device)
+        model, say = BUILDERS[name](device)
 
     def speak() -> None:
         with seeded(device), torch.no_grad():
             say()
 
     with torch.no_grad():
-        parts = [*describe(model).parts, *more]
+        parts = describe(model).parts
     found = {part.name: row(part, speak, device) for part in parts}
     return {part: made for part, made in found.items() if made is not None}
 
 
+COLUMNS = 100
 SHORT = {
     "_local_scalar_dense": "a value is read",
     "draws random numbers": "random numbers",
@@ -342,7 +343,8 @@ def told(found: dict[str, Any]) -> Iterator[str]:
         for name, one in parts.items() if isinstance(parts, dict) else []:
             how = f"{one['graphs']} parts" if one["how"] == "in parts" else one["how"]
             why = _short(one["obstacles"][0]) if one["obstacles"] else ""
-            yield f"| {system}: `{name}` | {how} | {one['before']} to {one['after']} | {why} |"
+            begun = f"| {system}: `{name}` | {how} | {one['before']} to {one['after']} | "
+            yield f"{begun}{why if len(begun + why) < COLUMNS - 1 else why.partition(' (')[0]} |"
 
 
 def main() -> None:
