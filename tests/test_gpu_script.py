@@ -83,7 +83,8 @@ def test_what_the_total_leaves_no_time_for_is_listed(gpu: Any, tmp_path: Path) -
 def test_it_begins_without_the_package() -> None:
     """As in a fresh checkout: it installs the package itself."""
     script = [sys.executable, "-S", str(FOLDER / "gpu.py"), "--only", "none"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(script, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "no step has that name" in done.stderr
 
