@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ SHAPES = {
     "Higgs, attention": (3072, 3072), "Higgs, up": (8192, 3072), "Higgs, down": (3072, 8192),
 }  # fmt: skip
 """Outputs and inputs."""
+_LEAST = 64
+"""Inputs and outputs of a trained matrix, at least."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -69,15 +72,13 @@ def measured(weight: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
 
 def equal_peak(x: torch.Tensor, generator: torch.Generator) -> float:
     """Return the peak from which fp8 is closer: normal rows, each with one larger weight."""
-    peak = 4.0
-    while peak < 100:
+    for half in range(8, 200):
         weight = drawn("normal", (64, x.shape[1]), generator)
-        weight[:, 0] = peak * weight.std(1)
+        weight[:, 0] = half / 2 * weight.std(1)
         found = measured(weight, x)
         if found["fp8"] <= found["int8"]:
-            break
-        peak += 0.5
-    return peak
+            return half / 2
+    return math.inf
 
 
 def trained() -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ def trained() -> dict[str, torch.Tensor]:
     except ImportError:
         return {}
     encoder = VoiceEncoder("cpu", verbose=False)
-    return {name: p.detach() for name, p in encoder.named_parameters() if p.dim() == 2 and min(p.shape) >= 64}
+    return {name: p.detach() for name, p in encoder.named_parameters() if p.dim() > 1 and min(p.shape) >= _LEAST}
 
 
 @torch.no_grad()

@@ -19,9 +19,11 @@ from torch.nn import functional
 from accelerate_tts.events import Event, FellBack
 from accelerate_tts.plan import Part
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
+from accelerate_tts.stages.decode.growing_cache import GrowingCacheStage
 from accelerate_tts.stages.decode.recorded_prompts import RecordedPromptsStage
 from accelerate_tts.stages.graphs.recorded_parts import RecordedPartsStage
 from accelerate_tts.stages.graphs.recorded_pieces import RecordedPiecesStage
+from accelerate_tts.tuning.exclusions import obstacle
 
 pytestmark = pytest.mark.usefixtures("layered_caches", "one_thread")
 
@@ -67,6 +69,7 @@ def test_steps_and_prompts_of_a_decoder(kind: str, make: Any, seen: list[Event])
         assert step.applies(part) is None
         step = step.prepare(part)
         step.on()
+        assert obstacle(GrowingCacheStage(), part) == "its steps are recorded", "a recorded step brings them"
         assert prompts.applies(part) is None
         prompts = prompts.prepare(part)
         prompts.on()

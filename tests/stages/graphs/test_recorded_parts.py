@@ -176,10 +176,8 @@ def test_the_flags_of_onednn_are_a_part_of_the_kind(flag: str, monkeypatch: pyte
     recorded = Recorded(Body())
     made = []
     for value in (False, True, False):
-        precision = "tf32" if flag == "convolutions" and value else "none"
-        flags = SimpleNamespace(
-            allow_tf32=flag == "allow_tf32" and value, conv=SimpleNamespace(fp32_precision=precision)
-        )
+        convolutions = SimpleNamespace(fp32_precision="tf32" if flag == "convolutions" and value else "none")
+        flags = SimpleNamespace(allow_tf32=flag == "allow_tf32" and value, conv=convolutions)
         with monkeypatch.context() as scope:
             scope.setattr(torch.backends, "mkldnn", flags)
             with torch.inference_mode():
