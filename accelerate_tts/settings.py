@@ -49,7 +49,7 @@ class Settings:
         compile: Allow stages that use `torch.compile`.
         compile_mode: Mode of `torch.compile`; `None` selects the device's default ("reduce-overhead" on CUDA,
             "default" elsewhere).
-        cudnn_benchmark: Let cuDNN time its algorithms and use the fastest (CUDA).
+        cudnn_benchmark: Let cuDNN time its algorithms and use the fastest (CUDA, without ROCm).
         tf32: Let matrix products and convolutions use TF32 (CUDA): about three decimal digits instead of seven.
         threads: Intra-op CPU threads of one process; `None` divides the usable cores by `workers`.
         workers: Number of worker processes that share this machine's cores.

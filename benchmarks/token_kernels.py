@@ -105,7 +105,7 @@ def main() -> None:
             one["floor_ms"] = 1000 * weights * BYTES[name.rpartition(" ")[2] if kernels else "fp32"] / speed
             found[f"{name}, {positions} positions"] = one
             print(name, positions, one, flush=True)
-    print(json.dumps(found))
+            print(json.dumps(found), flush=True)  # what is known, should there be no time for the others
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,12 +80,69 @@ def test_what_the_total_leaves_no_time_for_is_listed(gpu: Any, tmp_path: Path) -
     assert found[0].seconds < 10
 
 
+def test_it_begins_without_the_package() -> None:
+    """As in a fresh checkout: it installs the package itself."""
+    script = [sys.executable, "-S", str(FOLDER / "gpu.py"), "--only", "none"]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(script, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no step has that name" in done.stderr
+
+
+def test_a_script_finds_its_neighbours(gpu: Any, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("FOUND = 3", "utf-8")
+    script = tmp_path / "one.py"
+    script.write_text("import other; print(other.FOUND)", "utf-8")
+    (found,) = gpu.run_all([gpu.Step("one", (str(script),), 9.0)], tmp_path, {**os.environ, "PYTHONSAFEPATH": "1"})
+    assert (found.outcome, found.result) == ("ok", 3)
+    assert (tmp_path / "gpu.log").read_text("utf-8") == "=== one\n3\n\n"
+
+
+def test_what_is_known_is_written_meanwhile_and_all_ends_when_told(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "EVERY", 0.1)
+    mark = tmp_path / "child"
+    code = "import time; print([1], flush=True); print('half', flush=True); time.sleep(60)"
+    stop, seen = threading.Event(), list[Any]()
+
+    def watch() -> None:
+        while not (seen and seen[-1]["result"]):
+            time.sleep(0.05)
+            if (tmp_path / "gpu.json").exists():
+                seen.append(json.loads((tmp_path / "gpu.json").read_text("utf-8"))["steps"][0])
+        stop.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    steps = [gpu.Step("slow", ("-c", code), 50.0), gpu.Step("next", ("-c", f"open({str(mark)!r}, 'w')"), 50.0)]
+    found = gpu.run_all(steps, tmp_path, dict(os.environ), stop=stop)
+    thread.join()
+    assert (seen[-1]["outcome"], seen[-1]["result"]) == ("running", [1])
+    assert [one.outcome for one in found] == ["interrupted", "not reached"]
+    assert found[0].last_words == ["[1]", "half"]
+    assert not mark.exists()
+
+
+def test_steps_beside_each_other(gpu: Any, tmp_path: Path) -> None:
+    def meets(own: str, other: str) -> Any:
+        code = "import sys, time; from pathlib import Path; Path(sys.argv[1]).touch()\n"
+        code += "while not Path(sys.argv[2]).exists(): time.sleep(0.01)"
+        return gpu.Step("meets", ("-c", code, own, other), 20.0, beside=True)
+
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    found = gpu.run_all([meets(one, other), meets(other, one)], tmp_path, dict(os.environ))
+    assert [each.outcome for each in found] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize("dry", [False, True])
 def test_the_steps_are_commands_that_exist(gpu: Any, dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(command, "run", lambda systems, options: asked.append((systems, options)))
     steps = gpu.steps(dry=dry)
-    assert dry or sum(step.limit for step in steps[:5]) < gpu.SECONDS, "what matters most fits in any case"
+    longest = [max(steps[number].limit for number in batch) for batch in gpu.batches(steps)]
+    assert dry or sum(longest[:6]) < gpu.SECONDS, "what matters most fits in any case"
+    assert [len(batch) for batch in gpu.batches(steps)].count(5) == 1
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
         if "bench" in step.command:

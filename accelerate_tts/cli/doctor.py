@@ -105,8 +105,9 @@ def _versions() -> Iterator[Finding]:
     yield Finding("python", "info", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     import torch
 
-    build = (torch.version.cuda and f"CUDA {torch.version.cuda}") or (torch.version.hip and f"ROCm {torch.version.hip}")
-    yield Finding("torch", "info", f"{torch.__version__} ({build or 'CPU build'})")
+    names = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
+    found = [f"{name} {release}" for kind, name in names.items() if (release := getattr(torch.version, kind, None))]
+    yield Finding("torch", "info", f"{torch.__version__} ({', '.join(found) or 'CPU build'})")
 
 
 def _settings() -> Iterator[Finding]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from accelerate_tts.device.flags import Flag
+    from accelerate_tts.device.graphs import DeviceGraphs
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class DeviceSpec:
             user has set must not be among them.
         tuning_flags: Returns flags that are held while an object is tuned.
         half_dtypes: Returns the half-precision dtypes that it computes in at full speed, best first.
+        graphs: Its graphs, for the stages that record; `None` if it has none.
         free_bytes: Returns the free bytes; `None` if unknown.
         batch_size: Returns a default number of items for a batch; `None` for the caller's default.
     """
@@ -66,6 +68,7 @@ class DeviceSpec:
     setup_flags: Callable[[Settings], Wanted] = lambda _: []
     tuning_flags: Callable[[DeviceInfo], Wanted] = lambda _: []
     half_dtypes: Callable[[], tuple[torch.dtype, ...]] = tuple
+    graphs: DeviceGraphs | None = None
     free_bytes: Callable[[DeviceInfo], int | None] = lambda _: None
     batch_size: Callable[[DeviceInfo], int | None] = lambda _: None
 
@@ -89,6 +92,18 @@ def register_device(spec: DeviceSpec) -> DeviceSpec:
 def spec_of(device: DeviceInfo | str) -> DeviceSpec:
     """Return the properties of a device or a device type."""
     return SPECS.entries()[device if isinstance(device, str) else device.type]
+
+
+def current_devices() -> list[torch.device]:
+    """Return this thread's current device of each type of which a machine may have several, as far as it is in use."""
+    import torch
+
+    modules = {name: getattr(torch, name, None) for name in ("cuda", "xpu")}
+    return [
+        torch.device(name, module.current_device())
+        for name, module in modules.items()
+        if module is not None and module.is_initialized()
+    ]
 
 
 def detect(wanted: str | None = None) -> DeviceInfo:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accelerate_tts.device.detect import current_devices
 from accelerate_tts.device.file_mapping import move_to_file, move_to_memory
 from accelerate_tts.errors import ReloadError
 from accelerate_tts.events import NotApplied, emit
@@ -167,5 +168,5 @@ def movable(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return None
     storage = tensor.untyped_storage()
     # Shared memory belongs to other processes, too, and pinned memory to a device.
-    pinned = torch.cuda.is_initialized() and tensor.is_pinned()  # type: ignore[no-untyped-call]
+    pinned = bool(current_devices()) and tensor.is_pinned()
     return None if storage.is_shared() or pinned or storage.nbytes() < _LEAST else storage

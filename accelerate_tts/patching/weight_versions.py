@@ -28,6 +28,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrize import ParametrizationList
 
+from accelerate_tts.device.graphs import is_capturing
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.tracing import is_watched
 from accelerate_tts.kernels.library import kernels, missing
@@ -342,7 +343,7 @@ class _Places:
 
     def differ(self, tensor: torch.Tensor) -> bool:
         """Check whether an element has changed."""
-        if is_watched() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if is_watched() or is_capturing(tensor.device):
             return False  # neither a trace nor a capture may ask the device; the calls around it check
         with torch.inference_mode(mode=False), torch.no_grad():
             return not torch.equal(self._read(tensor), self._bits)

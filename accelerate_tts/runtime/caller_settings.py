@@ -13,6 +13,8 @@ import torch
 from torch import overrides
 from torch.utils._device import DeviceContext
 
+from accelerate_tts.device.detect import current_devices
+
 _KINDS = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -25,14 +27,14 @@ class CallerSettings:
         kinds = [kind for kind in _KINDS if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
         self._keeps_casts = torch.is_autocast_cache_enabled()
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._streams = [(device.type, getattr(torch, device.type).current_stream()) for device in current_devices()]
 
     @contextmanager
     def entered(self) -> Generator[None, None, None]:
         """Scope of another thread, which has none of its own."""
         with ExitStack() as scope:
-            if self._stream is not None:
-                scope.enter_context(torch.cuda.stream(self._stream))
+            for kind, stream in self._streams:
+                scope.enter_context(getattr(torch, kind).stream(stream))
             # Not entered: that would also set a variable of the process, which is its owner's to put back.
             for mode in self._devices:
                 overrides._push_mode(mode)  # type: ignore[no-untyped-call]

@@ -67,7 +67,7 @@ def _is_given(generator: Any) -> bool:
     """Check for a generator of the caller's. The process's, by name, is as none: it is what the block replaces."""
     if not isinstance(generator, torch.Generator):
         return False
-    of_devices = torch.cuda.default_generators if generator.device.type == "cuda" else ()
+    of_devices = getattr(getattr(torch, generator.device.type, None), "default_generators", ())  # CUDA's and XPU's
     return not any(generator is each for each in (torch.default_generator, *of_devices))
 
 

@@ -52,6 +52,7 @@ class BaseStage:
     times: TimedCalls = "loop"
     excluded_by: tuple[State, ...] = ()
     superseded_by: tuple[str, ...] = ()
+    passes: int = 2
 
     @classmethod
     def variants(cls, target: Target) -> Iterable[Stage]:

@@ -13,7 +13,6 @@ from accelerate_tts.tuning.draws import WHOLE
 from accelerate_tts.tuning.exclusions import obstacle
 from accelerate_tts.tuning.fallbacks import fallbacks
 from accelerate_tts.tuning.ledger import AppliedChange
-from accelerate_tts.tuning.warmup import CUDA_GRAPH_PASSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -46,7 +45,7 @@ def activate(
         ValueError: A change does not fit, or its output is wrong. The ledger has the changes made until then.
     """
     for part in baseline.plan.parts:
-        if baseline.reference(part).repeats.error > EXACT_TOLERANCE:
+        if baseline.reference(part, timed=False).repeats.error > EXACT_TOLERANCE:
             raise ValueError(f"the output of {part.name} does not repeat, so nothing can be checked")
     spared: dict[tuple[str, str], str] = {}
     for part, stage in entries:
@@ -60,20 +59,21 @@ def activate(
         ledger.kept.append(AppliedChange(part.name, stage.name, stage.group, change))
         change.on()
     if ledger.kept:
-        check(baseline, ledger, baseline.plan.parts, whole=whole)
+        passes = max(stage.passes for _, stage in entries) if baseline.device.type == "cuda" else 1
+        check(baseline, ledger, baseline.plan.parts, whole=whole, passes=passes)
     finish(baseline, ledger)
     return spared
 
 
-def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: bool) -> None:
-    """Compare these parts, and with `whole` the whole object, with the untouched one.
+def check(baseline: Baseline, ledger: Ledger, parts: Iterable[Part], *, whole: bool, passes: int = 1) -> None:
+    """Compare these parts, and with `whole` the whole object, with the untouched one, after some passes.
 
     Raises:
         ValueError: An output differs by more than the tolerance.
     """
     with fallbacks() as fallen:
         output: list[Any] = []
-        for _ in range(CUDA_GRAPH_PASSES if baseline.device.type == "cuda" else 1):
+        for _ in range(passes):
             output = baseline.run()
     names = {kept.part for kept in ledger.kept}
     reasons = [event.reason for event in fallen if event.what in names]

@@ -147,10 +147,14 @@ class Baseline:
             whole = self.run()
         return [*seen, *whole]
 
-    def reference(self, part: Part) -> Reference:
+    def reference(self, part: Part, *, timed: bool = True) -> Reference:
         """Return the untouched part's outputs. Computed once, so that errors of several changes cannot add up unseen.
 
         The first call must be made before anything is changed on the part.
+
+        Args:
+            part: The part.
+            timed: Time a run, too, if this is the first call. Its seconds are 0.0 otherwise.
 
         Raises:
             OtherThreadsDrawError: No two runs had the same random numbers.
@@ -162,7 +166,7 @@ class Baseline:
             first = self.outputs(part)
             repeats, first = self.draws.repeated(first, lambda: self.outputs(part), self._drawn_as(part))
             with self.watcher.window() as window:
-                seconds = self.seconds(part)
+                seconds = self.seconds(part) if timed else 0.0
             known = Reference(first, repeats, seconds, window.disturbance.quiet)
             self._references[part.name] = known
         return known

@@ -320,6 +320,7 @@ def numerics() -> str:
         (matmul, "allow_fp16_reduced_precision_reduction"),
         (matmul, "allow_bf16_reduced_precision_reduction"),
         (cudnn, "allow_tf32"),
+        (mkldnn, "allow_tf32"),  # XPU's
     ):
         said.append(_switch(holder, name))
     try:

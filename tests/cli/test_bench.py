@@ -134,6 +134,19 @@ def test_a_process_of_its_own_measures_its_own_peak(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "the user's own").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_memory_on_a_device_is_its_allocators(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in for the device's allocator."""
+    module = getattr(torch, device)
+    told: list[str] = []
+    monkeypatch.setattr(module, "empty_cache", lambda: told.append("emptied"))
+    monkeypatch.setattr(module, "memory_reserved", lambda: 5)
+    monkeypatch.setattr(module, "max_memory_reserved", lambda: 7)
+    assert measure.held_bytes(device) == 5
+    assert told == ["emptied"]
+    assert measure.peak_bytes(device) == 7
+
+
 def test_another_environment_is_benched_by_its_own_python(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Path | None] = []
 

@@ -211,6 +211,19 @@ def test_a_forced_device_that_is_absent_is_a_problem(monkeypatch: pytest.MonkeyP
     assert found["cache folder"]["verdict"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [
+        ({}, "CPU build"), ({"cuda": "13.0"}, "CUDA 13.0"), ({"hip": "7.1"}, "ROCm 7.1"),
+        ({"xpu": "20260101"}, "XPU 20260101"),
+    ],
+)  # fmt: skip
+def test_it_says_what_torch_was_built_for(built: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, kind, built.get(kind), raising=False)
+    assert findings()["torch"]["found"] == f"{torch.__version__} ({said})"
+
+
 def test_a_driver_that_torch_cannot_use(tmp_path: Path) -> None:
     """Stand-in for a GPU's driver: an `nvidia-smi` on PATH."""
     assert "GPU" not in findings()

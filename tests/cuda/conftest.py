@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch TF32 off, since its errors would hide others of the same size, and those of bf16."""
     monkeypatch.setenv("ACCELERATE_TTS_TF32", "0")
+
+
+def reserved() -> int:
+    """Return the bytes that torch holds for what is alive, without cuBLAS's workspaces: one a thread and stream."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.fixture
+def held() -> Callable[[], int]:
+    """`reserved`."""
+    return reserved
 
 
 def llama(**options: Any) -> Any:

@@ -168,6 +168,7 @@ def test_a_forced_device_that_is_absent_is_named(wanted: str, optimizer: Optimiz
 def test_cuda_gets_tf32_and_autotune_unless_switched_off(
     become: Become, optimizer: Optimizers, kind: str, tf32: bool, benchmark: bool
 ) -> None:
+    """On ROCm the flag of autotune is MIOpen's search through all that it has, which takes minutes for a new shape."""
     become(kind)
     before = state()
     made = optimizer(tf32=tf32, cudnn_benchmark=benchmark)
@@ -175,14 +176,13 @@ def test_cuda_gets_tf32_and_autotune_unless_switched_off(
     inside = state()
     assert inside["matmul"] == ("high" if tf32 else before["matmul"])
     assert inside["cudnn tf32"] is tf32
-    assert inside["benchmark"] is benchmark
+    assert inside["benchmark"] is (benchmark if kind == "cuda" else before["benchmark"])
     for key in ("cudnn enabled", FALLBACK, RATIO):
         assert inside[key] == before[key]
     made.close()
     assert state() == before
 
 
-@pytest.mark.parametrize("kind", ["cuda", "rocm"])
 @pytest.mark.parametrize(
     ("free", "allocated", "set_by_user", "share"),
     [
@@ -193,11 +193,10 @@ def test_cuda_gets_tf32_and_autotune_unless_switched_off(
     ],
 )
 def test_a_search_for_kernels_leaves_half_of_the_free_memory_while_tuning(
-    become: Become, monkeypatch: pytest.MonkeyPatch, kind: str, free: int, allocated: int, set_by_user: float,
-    share: float | None,
-) -> None:  # fmt: skip
-    """The allocator is a stand-in; it never ran on a device."""
-    become(kind)
+    become: Become, monkeypatch: pytest.MonkeyPatch, free: int, allocated: int, set_by_user: float, share: float | None
+) -> None:
+    """The allocator is a stand-in; it never ran on a device. MIOpen's search fails where the allocator refuses."""
+    become("cuda")
     now = [set_by_user]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 25 * GIB))
     for what in ("reserved", "allocated"):
@@ -212,6 +211,9 @@ def test_a_search_for_kernels_leaves_half_of_the_free_memory_while_tuning(
             with flags.hold(wanted):
                 assert now[-1] == pytest.approx(share if searches and share else set_by_user)
             assert now[-1] == set_by_user
+            with monkeypatch.context() as scope:
+                scope.setattr(torch.version, "hip", "7.1")
+                assert setup.tuning_flags(detect()) == []
     finally:
         torch.backends.cudnn.benchmark = before
 

@@ -6,6 +6,7 @@ Their results are shown in Triton's interpreter (tests/triton).
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,12 +100,45 @@ def test_they_are_compiled_for_nvidias_cards_without_tensor_cores(
             assert "ld.global.v4" in made.asm["ptx"], "weights are read by 16 bytes"
 
 
-def test_they_are_compiled_for_amds_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("card", "wavefront"), [("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32), ("gfx1201", 32)])
+def test_they_are_compiled_for_amds_cards(
+    card: str, wavefront: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """MI200 and MI300, whose wavefronts are of 64 threads; RX 7900 and RX 9070, whose are of 32."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     backends: Any = __import__("triton.backends.compiler").backends.compiler
     with torch.no_grad():
         started = launches(llama(), "fp32", 2, monkeypatch)
     for kernel, given, sizes in started:
-        made = compiled(kernel, given, sizes, backends.GPUTarget("hip", "gfx942", 64))
+        made = compiled(kernel, given, sizes, backends.GPUTarget("hip", card, wavefront))
         assert len(made.asm["hsaco"]) > 0
         assert "mfma" not in made.asm["amdgcn"]
+        assert "wmma" not in made.asm["amdgcn"]
+
+
+XPU = {
+    "max_work_group_size": 1024, "max_num_sub_groups": 64, "sub_group_sizes": [16, 32], "has_fp64": True,
+    "has_subgroup_matrix_multiply_accumulate": True, "has_subgroup_matrix_multiply_accumulate_tensor_float32": True,
+    "has_subgroup_2d_block_io": True, "has_bfloat16_conversions": True,
+}  # fmt: skip
+"""What SYCL tells of a card of Intel's with matrix units, as far as Triton asks."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_they_are_compiled_for_intels_cards(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """To SPIR-V, which the driver of a card translates. The backend comes with torch's wheels for XPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found: Any = __import__("triton.backends").backends
+    if "intel" not in found.backends:
+        pytest.skip("this Triton has no backend for XPU")
+    # Its compiler builds a parser of cards' names with SYCL's headers first. Triton imports it under no name.
+    inside = found.backends["intel"].compiler.__init__.__globals__
+    parser = SimpleNamespace(parse_device_arch=lambda _: "")
+    monkeypatch.setitem(inside, "compile_module_from_src", lambda *_: parser)
+    make, dtype, weights = CASES[case]
+    with torch.no_grad():
+        started = launches(make().to(dtype), weights, 2, monkeypatch)
+    for kernel, given, sizes in started:
+        made = compiled(kernel, given, sizes, found.compiler.GPUTarget("xpu", XPU, 32))
+        assert len(made.asm["spv"]) > 0
+        assert "MatrixMultiplyAccumulate" not in made.asm["llir"], "its matrix units would multiply fp32 as TF32"

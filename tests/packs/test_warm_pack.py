@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from accelerate_tts.plan import Head, ModelPlan, Part
 from accelerate_tts.settings import Settings
 from accelerate_tts.stages.layers.channels_last import ChannelsLastStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
-from accelerate_tts.tuning.activate import check
+from accelerate_tts.tuning.activate import activate, check
 from accelerate_tts.tuning.first_passes import one_pass
 from accelerate_tts.tuning.ledger import Ledger
 from accelerate_tts.tuning.limits import Limits
@@ -774,6 +775,28 @@ def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
     else:
         with pytest.raises(ValueError, match="decoder: error "):
             check(baseline, Ledger(), [part], whole=False)
+
+
+@pytest.mark.parametrize(("kind", "passes", "made"), [("cpu", 3, 1), ("cuda", 2, 2), ("cuda", 3, 3)])
+def test_a_change_is_as_warm_as_it_needs_before_it_is_checked(
+    kind: str, passes: int, made: int, stage: Stage, decide: Any
+) -> None:
+    """A recording is replayed in the second pass, and only inductor's graphs need a third; nothing is timed."""
+    model, spoken = Stack(), list[int]()
+
+    def speak() -> torch.Tensor:
+        spoken.append(1)
+        with torch.no_grad():
+            return model(MEL)  # type: ignore[no-any-return]
+
+    part = Part("Stack", "encoder", model)
+    calls = WarmupCalls((WarmupCall(speak),))
+    baseline = one_pass(ModelPlan("Stack", (model,), (part,)), calls, CPU, Limits(float("inf")))
+    decide(look=lambda *_: pytest.fail("timed"))
+    spoken.clear()
+    stage.passes = passes
+    activate(replace(baseline, device=DeviceInfo(kind, "stand-in")), Ledger(), [(part, stage)], whole=True)
+    assert len(spoken) == made
 
 
 @pytest.mark.parametrize("decides", [True, False])

@@ -125,6 +125,17 @@ def test_shared_memory_and_other_devices_are_left_alone() -> None:
     assert offload.movable(torch.randn(1 << 16)) is not None
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_pinned_memory_is_left_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: a device in use, and a tensor that says that it is pinned."""
+    tensor = torch.randn(1 << 16)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    assert offload.movable(tensor) is not None, "no device is asked that is not in use"
+    monkeypatch.setattr(getattr(torch, device), "is_initialized", lambda: True)
+    monkeypatch.setattr(getattr(torch, device), "current_device", lambda: 0)
+    assert offload.movable(tensor) is None
+
+
 def test_the_setting_chooses_and_the_receipt_says_what_it_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16_is_faster: None
 ) -> None:

@@ -264,6 +264,19 @@ def test_recorders_are_not_given_a_generator_of_the_block() -> None:
         assert torch.equal(run(torch.ones(3)), expected)
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_the_generator_of_a_device_by_name_is_the_processs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: a generator of the CPU that says that it is the device's."""
+    default = type("OfDevice", (torch.Generator,), {"device": torch.device(device, 0)})()
+    other = type("OfDevice", (torch.Generator,), {"device": torch.device(device, 0)})()
+    monkeypatch.setattr(getattr(torch, device), "default_generators", (default,))
+    with own_random(1):
+        expected = torch.randn(3)
+    with own_random(1):
+        assert torch.equal(torch.randn(3, generator=default), expected)
+        assert not torch.equal(torch.randn(3, generator=other.manual_seed(8)), expected), "it is the caller's own"
+
+
 def test_tensors_without_memory_draw_nothing() -> None:
     with own_random(1):
         assert torch.randn(3, device="meta").shape == (3,)

@@ -12,10 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accelerate_tts import Event, SettingsError
+from accelerate_tts.device.detect import DeviceInfo
+from accelerate_tts.device.graphs import graphs_of
+from accelerate_tts.device.setup import compile_mode
 from accelerate_tts.plan import Part
-from accelerate_tts.settings import Precision
+from accelerate_tts.settings import Precision, Settings
 from accelerate_tts.stages import BaseStage, Change, Stage, Target, register_stage
 from accelerate_tts.stages.catalogue import STAGES, default_stages, in_order
+from accelerate_tts.stages.graphs.stage import RecordingStage
 
 HALVES = {"cpu": torch.bfloat16, "cuda": torch.bfloat16, "mps": torch.float16, "xpu": torch.bfloat16}
 PRECISIONS: tuple[Precision, ...] = ("exact", "balanced", "fast")
@@ -78,9 +82,19 @@ ORDERS = {
     """,
     "xpu": """
         exact     fold weight norm
+        exact     captured decode step
+        fast      + captured decode step, token kernels (int8)
+        balanced  + captured decode step, token kernels (bf16)
+        exact     + captured decode step, token kernels (fp32)
+        balanced  captured decode step, bf16 part
         exact     growing cache
+        exact     recorded in pieces
+        balanced  recorded in pieces, bf16 part
+        exact     recorded by shape
+        balanced  recorded by shape, bf16 part
         balanced  bf16 layers
         balanced  bf16 part
+        exact     recorded prompts
         exact     + compiled blocks
         exact     + torch.compile
     """,
@@ -100,6 +114,20 @@ def test_the_order_on_each_device(
     found = [re.sub(r"(int8 linear layers) \(.*\)", r"\1 (*)", s.name) for s in default_stages(device, mode, precision)]
     once = [name for number, name in enumerate(found) if name not in found[max(0, number - 1) : number]]
     assert once == expected
+
+
+def test_nothing_is_compiled_or_recorded_on_mps() -> None:
+    """As it is set up: inductor's code for MPS is a prototype, and torch has no graphs for it."""
+    found = {}
+    for kind in ("cuda", "rocm", "xpu", "mps"):
+        device = DeviceInfo(kind, "stand-in")
+        stages = default_stages(device.type, compile_mode(device, Settings(compile_mode="max-autotune")))
+        found[kind] = {stage.name for stage in stages}
+        assert graphs_of(device.type) is not None or not any(isinstance(stage, RecordingStage) for stage in stages)
+    assert found["mps"] == {"fold weight norm", "growing cache"}
+    assert found["rocm"] == found["cuda"]
+    assert found["xpu"] - found["cuda"] == {"growing cache"}
+    assert found["cuda"] - found["xpu"] == set()
 
 
 # --- what declarations mean -------------------------------------------------------------------------------------------

@@ -409,3 +409,15 @@ def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
     guard.hold().release()
     go_on.set()
     tokens.close()
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_a_loops_thread_works_on_its_callers_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: a second device of its kind that is the current one."""
+    told: list[tuple[str, torch.device]] = []
+    module = getattr(torch, device)
+    monkeypatch.setattr(module, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "current_device", lambda: 1)
+    monkeypatch.setattr(module, "set_device", lambda given: told.append((threading.current_thread().name, given)))
+    assert tapped(Loop(3)).take(9) == [0, 1, 2]
+    assert told == [("accelerate_tts-tokens", torch.device(device, 1))]

@@ -10,6 +10,8 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accelerate_tts.stages.graphs.recorder import recording
+
 
 class Operators(TorchDispatchMode):
     """Notes what a graph would freeze of each operator: shapes, strides, numbers, and addresses it did not make."""
@@ -52,10 +54,11 @@ class Rerun:
         self._seen, self.outputs = self._again()
 
     def _again(self) -> tuple[list[Any], Any]:
-        if not self._watched:
-            return [], self._run()
-        with Operators() as operators:
-            return operators.seen, self._run()
+        with recording():  # a graph's replay calls no module
+            if not self._watched:
+                return [], self._run()
+            with Operators() as operators:
+                return operators.seen, self._run()
 
     def replay(self) -> None:
         seen, again = self._again()

@@ -176,22 +176,26 @@ def _weights_of_a_token(decoder: nn.Module) -> list[nn.Parameter]:
     return [p for p in decoder.parameters() if id(p) not in unread]
 
 
+_OWN_MEMORY = ("cuda", "xpu")
+
+
 def held_bytes(device: str) -> int:
-    """Return the bytes that this process holds: resident memory, or on CUDA the allocator's reserved memory."""
+    """Return the bytes that this process holds: resident memory, or on CUDA and XPU the allocator's reserved memory."""
     import torch
 
-    if device != "cuda":
+    if device not in _OWN_MEMORY:
         return resident_bytes()
-    torch.cuda.empty_cache()
-    return int(torch.cuda.memory_reserved())
+    module = getattr(torch, device)
+    module.empty_cache()
+    return int(module.memory_reserved())
 
 
 def peak_bytes(device: str = "cpu") -> int | None:
     """Return the maximum of `held_bytes` over the process's life; `None` if the system does not report it."""
-    if device == "cuda":
+    if device in _OWN_MEMORY:
         import torch
 
-        return int(torch.cuda.max_memory_reserved())
+        return int(getattr(torch, device).max_memory_reserved())
     platform: str = sys.platform  # typed as str, so that type checkers check all branches
     if platform == "linux":
         return peak_resident_bytes() or None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from accelerate_tts.device import flags
 from accelerate_tts.device.detect import DeviceInfo, DeviceSpec, register_device
+from accelerate_tts.device.graphs import DeviceGraphs
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +24,23 @@ def _probe() -> DeviceInfo | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kind = "rocm" if torch.version.hip is not None else "cuda"
-    return DeviceInfo(kind, str(properties.name), int(properties.total_memory))
+    return DeviceInfo("rocm" if _is_rocm() else "cuda", str(properties.name), int(properties.total_memory))
+
+
+def _is_rocm() -> bool:
+    import torch
+
+    return torch.version.hip is not None
 
 
 def _call_flags(settings: Settings) -> Wanted:
-    # TF32 is enabled on CUDA only, since the same flag affects oneDNN's CPU kernels.
+    # TF32 is enabled on CUDA only, since the same flag affects oneDNN's CPU kernels. AMD's cards without it ignore it.
     wanted: Wanted = []
     if settings.tf32:
         wanted += [(flags.MATMUL_PRECISION, "high"), (flags.CUDNN_TF32, True)]
-    if settings.cudnn_benchmark:
+    # On ROCm the same flag has MIOpen try every kernel it has, which takes minutes for a new shape (PyTorch 145294 and
+    # 179795), and each text has other shapes. Without it MIOpen searches briefly. The flag is left as the user has it.
+    if settings.cudnn_benchmark and not _is_rocm():
         wanted.append((flags.CUDNN_BENCHMARK, True))
     return wanted
 
@@ -41,9 +49,13 @@ def _tuning_flags(device: DeviceInfo) -> Wanted:
     """Leave half of the free memory to others while tuning.
 
     cuDNN's search for the fastest kernels tries those that borrow whatever is free (73 of 80 GB were seen for moments,
-    docs/decisions/0009-cuda.md). torch goes on without a kernel whose memory the allocator refuses.
+    docs/decisions/0009-cuda.md). torch goes on without a kernel whose memory the allocator refuses. MIOpen's search
+    asks for what the largest kernel needs, and fails without it; so ROCm has no such limit.
     """
     import torch
+
+    if device.kind == "rocm":
+        return []
 
     known = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in torch 2.6
     if known is None or not torch.backends.cudnn.benchmark or not device.total_memory:
@@ -85,6 +97,7 @@ register_device(
         call_flags=_call_flags,
         tuning_flags=_tuning_flags,
         half_dtypes=_half_dtypes,
+        graphs=DeviceGraphs("cuda", "CUDAGraph", "1.10", priority=-3, capture_error_mode="thread_local"),
         free_bytes=_free_bytes,
         batch_size=_batch_size,
     )

@@ -46,7 +46,7 @@ def _setup_flags(settings: Settings) -> Wanted:
 def _half_dtypes() -> tuple[torch.dtype, ...]:
     import torch
 
-    return (torch.float16,)
+    return (torch.float16,)  # bf16 needs macOS 14, and the first of the cards emulate it
 
 
 def _free_bytes(device: DeviceInfo) -> int:
@@ -60,7 +60,8 @@ register_device(
     DeviceSpec(
         "mps",
         _probe,
-        compile_mode=None,  # not worth trying
+        # inductor's code for Metal is a prototype up to torch 2.14, at least; `compile_model` promises to skip MPS.
+        compile_mode=None,
         setup_flags=_setup_flags,
         half_dtypes=_half_dtypes,
         free_bytes=_free_bytes,

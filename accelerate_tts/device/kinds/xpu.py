@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate_tts.device.detect import DeviceInfo, DeviceSpec, register_device
+from accelerate_tts.device.graphs import DeviceGraphs
 
 if TYPE_CHECKING:
     import torch
@@ -36,4 +37,12 @@ def _free_bytes(device: DeviceInfo) -> int | None:
     return None if device.total_memory is None else device.total_memory - torch.xpu.memory_allocated()
 
 
-register_device(DeviceSpec("xpu", _probe, half_dtypes=_half_dtypes, free_bytes=_free_bytes))
+register_device(
+    DeviceSpec(
+        "xpu",
+        _probe,
+        half_dtypes=_half_dtypes,
+        graphs=DeviceGraphs("xpu", "XPUGraph", "2.11"),  # its captures have one mode, that of the thread
+        free_bytes=_free_bytes,
+    )
+)

@@ -94,7 +94,8 @@ def projections(
     """Compute a norm and up to three products of its result: queries, keys and values, side by side in `y`."""
     number = tl.program_id(0)
     w, outputs, before = q, q_outputs, 0
-    scale, bias = q_scale, q_bias
+    scale = q_scale  # one by one: Triton 3.3 has no tuples with `None`
+    bias = q_bias
     if k is not None:
         q_programs, k_programs = tl.cdiv(q_outputs, OUTPUTS), tl.cdiv(k_outputs, OUTPUTS)
         if number >= q_programs + k_programs:

@@ -45,8 +45,11 @@ def missing() -> str | None:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Check that Triton kernels run on tensors of a device; on those of a CPU in its interpreter only."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    """Check that Triton kernels run on tensors of a device; on those of a CPU in its interpreter only.
+
+    The Triton that torch's wheels for CUDA, ROCm or XPU bring along is one for their device.
+    """
+    return device.type in {"cuda", "xpu"} or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def copied(layout: BlockLayout, weights: WeightFormat) -> Copies:

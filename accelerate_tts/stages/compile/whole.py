@@ -60,6 +60,7 @@ class CompileStage(BaseStage):
     needs_compiler = True
     excluded_by: tuple[State, ...] = ("compiled", "fused")
     after = ("compiled blocks",)
+    passes = 3  # with inductor's CUDA graphs: eager, recording and replay
     # Compiling adds 10 to 30 s to the start on two cores, and 1.5x on less than this share gains under 5 %.
     least_share = 0.15
     cost = 10.0

@@ -1,4 +1,4 @@
-"""A decode step as a CUDA graph, independent of the loop that drives the decoder. For CUDA.
+"""A decode step as a graph of its device, independent of the loop that drives the decoder. For CUDA and XPU.
 
 On a GPU, a decode step launches hundreds of kernels of a few microseconds each, and the launches dominate its time. A
 recorded step is replayed by one launch. A recording needs fixed addresses and shapes; see static_step.py. It serves one
@@ -38,7 +38,7 @@ from accelerate_tts.stages.decode.slot_pool import Bounds, SlotPool
 from accelerate_tts.stages.decode.step_watch import StepWatch
 from accelerate_tts.stages.decode.token_call import CallReader
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
-from accelerate_tts.stages.graphs.recorder import CudaRecorder, is_recording, stream_of
+from accelerate_tts.stages.graphs.recorder import GraphRecorder, is_recording, stream_of
 from accelerate_tts.stages.graphs.stage import RecordingStage
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ IN_A_SLOT = "_accelerate_tts_in_a_slot"
 
 @register_stage
 class CapturedStepStage(RecordingStage[Bounds]):
-    """Records a decode step as a CUDA graph and replays it.
+    """Records a decode step as a graph and replays it.
 
     Args:
         recorder: See `RecordingStage`. Each slot has a recorder of its own.
@@ -93,7 +93,7 @@ class CapturedStepStage(RecordingStage[Bounds]):
 
     def __init__(
         self,
-        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
+        recorder: Callable[[torch.device], Recorder] = GraphRecorder,
         inside: HalfStage | None = None,
         bounds: Bounds | None = None,
         kernels: TokenKernels | None = None,

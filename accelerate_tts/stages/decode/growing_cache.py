@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from accelerate_tts.plan import Part
+    from accelerate_tts.stages.protocol import State
 
 _TAKES = {"inputs_embeds", "use_cache"}
 
@@ -46,9 +47,10 @@ class GrowingCacheStage(BaseStage):
     # On a GPU, copying a cache is faster than writing a position into it (0.79x to 0.88x on an H100). Stages that need
     # growing caches bring them along.
     devices = ("cpu", "mps", "xpu")
+    excluded_by: tuple[State, ...] = ("recorded",)
     # Fused blocks already have growing caches, so nothing is tried after them. For a large decoder in eager PyTorch the
     # gain is a per cent or two, and a certain verdict takes a fifth of the budget.
-    after = ("fused decoder blocks", "fused sequence blocks")
+    after = ("fused decoder blocks", "fused sequence blocks", "captured decode step")
 
     def applies(self, part: Part) -> str | None:
         if kv_cache.cache_classes() is None:

@@ -1,4 +1,4 @@
-"""Prompts of a decoder as CUDA graphs, one for each bucket of lengths. For CUDA.
+"""Prompts of a decoder as graphs, one for each bucket of lengths. For CUDA and XPU.
 
 A prompt launches as many kernels as a token, and texts have other lengths at each request, so that exact shapes seldom
 come again. Here a prompt is computed in a bucket, with nothing that counts behind it (static_prompt.py). What a
@@ -23,7 +23,8 @@ from accelerate_tts.stages.decode.cuda_graph import IN_A_SLOT
 from accelerate_tts.stages.decode.growing_cache import decoders
 from accelerate_tts.stages.decode.prompt_recordings import PromptBounds, PromptRecordings
 from accelerate_tts.stages.decode.token_call import window_of
-from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.graphs.recorder import GraphRecorder
+from accelerate_tts.stages.graphs.stage import RECORDING_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,22 +41,22 @@ _BOUNDS = PromptBounds()
 
 @register_stage
 class RecordedPromptsStage(BaseStage):
-    """Records a decoder's prompts as CUDA graphs, in buckets of lengths, and replays them.
+    """Records a decoder's prompts as graphs, in buckets of lengths, and replays them.
 
     Args:
-        recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
+        recorder: Makes the recorder for a device. Tests without a device pass another one than `GraphRecorder`.
         bounds: Bounds of each decoder's recordings.
     """
 
     name = "recorded prompts"
-    devices = ("cuda",)
+    devices = RECORDING_DEVICES
     excluded_by: tuple[State, ...] = ("compiled",)
     after = ("captured decode step", "recorded by shape")
     times: TimedCalls = "prefill"
     cost = 2.0
 
     def __init__(
-        self, recorder: Callable[[torch.device], Recorder] = CudaRecorder, bounds: PromptBounds = _BOUNDS
+        self, recorder: Callable[[torch.device], Recorder] = GraphRecorder, bounds: PromptBounds = _BOUNDS
     ) -> None:
         self._recorder, self._bounds = recorder, bounds
 

@@ -1,7 +1,7 @@
 """Shared steps: decode steps of several threads are computed in one pass over the weights. Bit-exact.
 
 How a step is computed is the matter of `Rules`: fused_decoder.py has fused blocks on a CPU, and cuda_graph.py recorded
-steps on CUDA.
+steps on a GPU.
 
 A decode step reads every weight for one or two rows, and reading is most of its cost. Calls of one model in several
 threads, each in upstream's own loop with its own cache, therefore meet here. A thread that finds no pass under way

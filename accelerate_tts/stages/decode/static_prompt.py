@@ -1,4 +1,4 @@
-"""A prompt for a CUDA graph, with the same addresses and shapes for every length up to a bucket's.
+"""A prompt for a graph, with the same addresses and shapes for every length up to a bucket's.
 
 The prompt stands at the beginning of buffers, and nothing that counts behind it: in a causal decoder a position does
 not see what is behind it. The prompt's length is a number on the device, as is its padding on the left (`valid`), so

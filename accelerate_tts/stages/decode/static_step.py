@@ -1,4 +1,4 @@
-"""A decode step for a CUDA graph, with the same addresses and shapes for every length of the sequence.
+"""A decode step for a graph, with the same addresses and shapes for every length of the sequence.
 
 The sequence lies in buffers of a fixed capacity, and its length is a number on the device. Attention runs over the
 whole capacity, with a mask computed from that number. The step reads no value back from the device, and no shape

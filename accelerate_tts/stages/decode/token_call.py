@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from accelerate_tts.device.graphs import is_capturing
 from accelerate_tts.inspection.classes import plain_class
 from accelerate_tts.inspection.signatures import parameters_of
 from accelerate_tts.inspection.tracing import is_traced
@@ -148,6 +149,7 @@ class CallReader:
             and named.get("use_cache") is not False
             and named.get("return_dict") is not False
             and not (torch.is_grad_enabled() or self._decoder.training or is_traced())
+            and not is_capturing(keys.device)
             and not torch.is_autocast_enabled(keys.device.type)
             and not self.is_odd(named, keys.shape[0])
         )
@@ -248,7 +250,8 @@ def begins(decoder: Any, named: dict[str, Any]) -> bool:
     if torch.is_grad_enabled() or decoder.training or is_traced() or window_of(decoder.config) is not None:
         return False
     return not any(
-        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) for tensor in tensors_in(named).values()
+        tensor.is_meta or torch.is_autocast_enabled(tensor.device.type) or is_capturing(tensor.device)
+        for tensor in tensors_in(named).values()
     )
 
 

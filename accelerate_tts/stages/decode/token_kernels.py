@@ -1,4 +1,6 @@
-"""A decoder block's recorded step in five launches of Triton kernels (kernels/triton/). For CUDA. Exact to rounding.
+"""A decoder block's recorded step in five launches of Triton kernels (kernels/triton/). Exact to rounding.
+
+For CUDA and XPU, whose releases of torch bring a Triton along.
 
 On an H100 a recorded token of T3 is 1,101 small kernels, which take seven times as long as the memory needs for the
 weights. Here a block is five. Attention runs over the positions so far rather than over the capacity of the buffers.

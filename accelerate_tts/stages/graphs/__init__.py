@@ -1,1 +1,1 @@
-"""Parts that are no decoder as CUDA graphs, one for each shape. `decode/cuda_graph.py` has the decode step."""
+"""Parts that are no decoder as graphs of the device, one for each shape. `decode/cuda_graph.py` has the decode step."""

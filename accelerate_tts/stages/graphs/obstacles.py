@@ -132,6 +132,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operators: list[Hashable] = []
         self.obstacle: ObstacleError | None = None
         self._now = 0
+        self._held: list[torch.Tensor] = []
         self._own: dict[int, int] = {}  # number of living tensors of each storage that was made in the trace
         self._watches: list[Any] = []
 
@@ -152,16 +153,38 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if obstacle is not None:
             self.obstacle = ObstacleError(obstacle)
             raise self.obstacle
+        before = self._layout_of_others(function, args)
         result = function(*args, **kwargs)
-        tensors = [*_tensors((args, kwargs)), *_tensors(result)]
-        if len({tensor.device for tensor in tensors} | {self._device}) > 1 and any(
-            tensor.device == self._device for tensor in tensors
-        ):
+        if before != self._layout_of_others(function, args):
+            self.obstacle = ObstacleError(f"{function} changes the shape of a tensor that it was given or keeps")
+            raise self.obstacle
+        if self._copies(function, args, kwargs, _tensors(result)):
             self.obstacle = ObstacleError(f"{function} copies between the host and the device")
             raise self.obstacle
         self._count(function, result)
         self.operators.append((str(function), *_numbers(function, args, kwargs)))
         return result
+
+    def _layout_of_others(self, function: Any, args: Any) -> Hashable:
+        """Return the layout of a tensor that is turned where it is, unless it was made in the trace."""
+        if torch.Tag.inplace_view not in function.tags or _key(args[0]) in self._own:
+            return None
+        return tuple(args[0].shape), args[0].stride()
+
+    def _copies(self, function: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> bool:
+        """Check for a copy between the host and the device.
+
+        A number of the host that was made in this call is none: a kernel is given it as a constant.
+        """
+        given = _tensors((args, kwargs))
+        if all(tensor.device != self._device for tensor in (*given, *made)):
+            if any(_key(tensor) in self._kept for tensor in given):  # somebody may write what it was made of
+                self._kept |= {_key(tensor) for tensor in made}
+                self._held += made
+            return False
+        if not _is_copy(function, _named(function, args, kwargs)):
+            given = [one for one in given if one.device.type != "cpu" or one.dim() or _key(one) in self._kept]
+        return any(tensor.device != self._device for tensor in (*given, *made))
 
     def _is_about_a_number(self, args: Any, kwargs: Any) -> bool:
         """Check for a number of the host that was made in this call, as `torch.tensor` makes one.
@@ -179,7 +202,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors
         )
 
-    def _obstacle(self, function: Any, args: Any, kwargs: Any) -> str | None:
+    def _obstacle(self, function: Any, args: Any, kwargs: Any) -> str | None:  # noqa: PLR0911 - each
         if torch.Tag.data_dependent_output in function.tags:
             return f"{function} reads a value from the device"
         if torch.Tag.dynamic_output_shape in function.tags:
@@ -188,11 +211,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if made and any(tensor.device == self._device for tensor in _tensors(args)):
             return "torch.tensor copies Python's numbers to the device"
         schema = function._schema.arguments
-        given = {one.name: one.default_value for one in schema if one.has_default_value()}  # not passed on by torch
-        given |= {**{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
+        given = _named(function, args, kwargs)
         if torch.Tag.nondeterministic_seeded in function.tags and _draws(given):
             return f"{function} draws random numbers"
-        for argument in schema:
+        if _writes_by_a_mask(given):
+            return f"{function} asks the device for the places of a mask"
+        for argument in [] if torch.Tag.inplace_view in function.tags else schema:  # `squeeze_` writes nothing
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in _tensors(given.get(argument.name)):
                     if _key(tensor) not in self._own:
@@ -262,6 +286,41 @@ def _draws(given: dict[str, Any]) -> bool:
     """Check that an operator that may draw random numbers does: attention and recurrent layers draw for dropout."""
     dropout = [value for name, value in given.items() if name in {"dropout_p", "dropout"}]
     return not dropout or bool(any(dropout) and given.get("train", True))
+
+
+def _named(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of an operator by their names, with the defaults that torch does not pass on."""
+    schema = function._schema.arguments
+    given = {one.name: one.default_value for one in schema if one.has_default_value()}
+    return {**given, **{one.name: value for one, value in zip(schema, args, strict=False)}, **kwargs}
+
+
+def _is_copy(function: Any, given: dict[str, Any]) -> bool:
+    """Check for an operator that copies a number of the host to the device, and waits for it."""
+    if _puts(given):
+        return not _fills(given)
+    return function.overloadpacket in {torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.copy}
+
+
+def _puts(given: dict[str, Any]) -> bool:
+    """Check for `x[places] = y`."""
+    return isinstance(given.get("values"), torch.Tensor) and isinstance(given.get("indices"), (list, tuple))
+
+
+def _fills(given: dict[str, Any]) -> bool:
+    """Check for `x[mask] = y` where one number of the host is written wherever the mask is true."""
+    values, masks = given["values"], [one for one in given["indices"] if isinstance(one, torch.Tensor)]
+    is_one = values.device.type == "cpu" and values.numel() == 1
+    return is_one and len(masks) == 1 and _is_mask(masks[0]) and not given.get("accumulate")
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in {torch.bool, torch.uint8}
+
+
+def _writes_by_a_mask(given: dict[str, Any]) -> bool:
+    """Check for `x[mask] = y`, which asks the device for the places of the mask unless it fills them."""
+    return _puts(given) and any(map(_is_mask, given["indices"])) and not _fills(given)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Any part as CUDA graphs, one for each kind of call. For CUDA.
+"""Any part as graphs of its device, one for each kind of call. For CUDA and XPU.
 
 Encoders, estimators, vocoders, codecs and speaker encoders launch hundreds of small kernels, whose launches dominate
 their time on a GPU. The second call with the same shapes, dtypes, strides and other arguments is recorded, and later
@@ -15,6 +15,7 @@ recently used one is dropped.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from accelerate_tts.device.graphs import is_capturing, is_forbidden
 from accelerate_tts.errors import TimeLimitError, described
 from accelerate_tts.events import FellBack, emit
 from accelerate_tts.inspection.classes import class_of
@@ -63,6 +65,10 @@ IN_PIECES = "in pieces"
 """Value of `RECORDED` for a part whose calls are replayed in pieces (recorded_pieces.py)."""
 
 
+_OVERLOOKED = 8
+"""Captures of a part that may fail by something in it that the trace did not see, each for one module."""
+
+
 class PartBounds(NamedTuple):
     """Bounds of the recordings of one part.
 
@@ -83,7 +89,7 @@ class PartBounds(NamedTuple):
 
 @register_stage
 class RecordedPartsStage(RecordingStage[PartBounds]):
-    """Records the calls of a part that is no decoder as CUDA graphs, and replays them.
+    """Records the calls of a part that is no decoder as graphs, and replays them.
 
     Args:
         recorder: See `RecordingStage`. Each part has a recorder.
@@ -128,7 +134,11 @@ class _RecordedCall(NamedTuple):
 
 
 class Node:
-    """A module of the part that may be recorded. It is, once the module around it turned out not to be recordable."""
+    """A module of the part that may be recorded.
+
+    It is once the module around it turned out not to be recordable, and where it is called without that: by another
+    method, as a codec's decoder is, or in a call whose arguments no recording can serve.
+    """
 
     def __init__(self, module: Any, method: str, around: Node | None) -> None:
         self.module = module
@@ -141,7 +151,7 @@ class Node:
 
     @property
     def is_active(self) -> bool:
-        """True if the module is recorded by itself."""
+        """True if the module is recorded by itself, however it is called."""
         return not self.cut and not self.small and (self.around is None or self.around.cut)
 
     def all(self) -> list[Node]:
@@ -207,8 +217,10 @@ class RecordedParts(CountedChange, Changes):
         nodes = {node.module: node for node in self._root.all()}
         super().__init__(inside, ClassSwap(list(nodes), lambda module: self._class_for(nodes[module], type(module))))
         self._lock = rlock()  # reentrant: a hook of an event that is emitted here may call the model
+        self._here = threading.local()
         self._busy = False
         self._broken = False
+        self._overlooked = 0
         self._calls: OrderedDict[Hashable, int] = OrderedDict()
         self._due: dict[Hashable, float] = {}
         self._recordings: OrderedDict[tuple[Node, Hashable], _RecordedCall] = OrderedDict()
@@ -226,17 +238,35 @@ class RecordedParts(CountedChange, Changes):
     def _class_for(self, node: Node, plain: Any) -> type:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             run = getattr(plain, node.method)  # other code may have given the class another one
-            if not node.is_active or self._broken or torch.is_grad_enabled() or module.training:
+            if node.cut or self._broken or torch.is_grad_enabled() or module.training:
                 return run(module, *args, **kwargs)
-            if is_recording() or is_traced() or _is_capturing(self._device):
+            if is_recording() or is_traced() or is_capturing(self._device):
                 return run(module, *args, **kwargs)
-            served = self._serve(node, run, CallArguments(args, kwargs, self._device))
-            return run(module, *args, **kwargs) if served is None else served[0]
+            covering = self._covering()
+            if not node.small and node.around not in covering:
+                call = CallArguments(args, kwargs, self._device)
+                served = self._serve(node, run, call)
+                if served is not None:
+                    return served[0]
+                if call.obstacle or node.cut:  # what is inside may be recorded by itself
+                    return run(module, *args, **kwargs)
+            covering.append(node)
+            try:
+                return run(module, *args, **kwargs)
+            finally:
+                covering.pop()
 
         cls = subclass_with(plain, forward, method=node.method)
         if node.around is None:
             setattr(cls, RECORDED, self.mark)
         return cls
+
+    def _covering(self) -> list[Node]:
+        """Return the modules that run in this thread and are recorded as a whole, now or later."""
+        if not hasattr(self._here, "covering"):
+            self._here.covering = []
+        found: list[Node] = self._here.covering
+        return found
 
     def _serve(self, node: Node, run: Any, call: CallArguments) -> tuple[Any] | None:
         """Return the result of a call by a recording; `None` if the module has to run."""
@@ -326,7 +356,12 @@ class RecordedParts(CountedChange, Changes):
         except TimeLimitError:
             raise
         except Exception as error:  # a capture may fail in any way; the untouched module serves
-            self._give_up(described(error).splitlines()[0])
+            reason = described(error).splitlines()[0]
+            if is_forbidden(error) and self._overlooked < _OVERLOOKED:  # by the trace
+                self._overlooked += 1
+                self._cut(node, reason)
+            else:
+                self._give_up(reason)
         return None
 
     def _give_up(self, reason: str) -> None:
@@ -398,12 +433,7 @@ class RecordedParts(CountedChange, Changes):
 
     def _check_use(self, obstacle: str) -> None:
         if not any(node.is_active for node in self._root.all()):
-            self._broken = True
-            emit(FellBack(self._counter.what, self._stage, obstacle))
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            self._give_up(obstacle)
 
 
 def modes_of(device_type: str) -> Hashable:
@@ -415,9 +445,16 @@ def modes_of(device_type: str) -> Hashable:
         products = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
     cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return (
-        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark,
+        torch.is_inference_mode_enabled(), cast, products, cudnn.enabled, cudnn.benchmark, _onednn_flags(),
         torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(),
     )  # fmt: skip
+
+
+def _onednn_flags() -> Hashable:
+    """Return oneDNN's flags, which decide on XPU what cuDNN's decide on CUDA; `None` for one that this torch lacks."""
+    onednn = torch.backends.mkldnn
+    convolutions = getattr(onednn, "conv", None)
+    return getattr(onednn, "allow_tf32", None), getattr(convolutions, "fp32_precision", None)
 
 
 def _without_cast_cache(device_type: str) -> Any:

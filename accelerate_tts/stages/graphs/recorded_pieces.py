@@ -1,4 +1,4 @@
-"""Convolutional vocoders as CUDA graphs in pieces of one shape, so that each length is replayed. For CUDA.
+"""Convolutional vocoders as graphs in pieces of one shape, so that each length is replayed. For CUDA and XPU.
 
 A recording by shape (recorded_parts.py) serves the lengths that came before, and each sentence has another. A vocoder
 whose samples depend on a bounded number of frames can be run on pieces of one length that overlap by its receptive
@@ -50,7 +50,7 @@ _LONGEST = 64
 
 @register_stage
 class RecordedPiecesStage(RecordingStage[PartBounds]):
-    """Records one piece of a vocoder as a CUDA graph, and replays it for the pieces of calls of any length.
+    """Records one piece of a vocoder as a graph, and replays it for the pieces of calls of any length.
 
     Args:
         recorder: See `RecordingStage`. Each part has a recorder.
@@ -110,7 +110,7 @@ class _RecordedPieces(RecordedParts):
             return None
         frames = call.tensors[0]
         division = self._division_of(node, run, call)
-        if self._broken or not node.is_active:
+        if self._broken or node.cut or node.small:
             return None
         if division is None or not division.size <= frames.shape[-1] <= division.longest:
             return super()._serve(node, run, call)

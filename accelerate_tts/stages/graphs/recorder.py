@@ -1,21 +1,23 @@
-"""Recorders: what records a computation at fixed addresses, and replays it. CUDA graphs are one.
+"""Recorders: what records a computation at fixed addresses, and replays it. Graphs of a device are one.
 
-The protocols keep the stages free of CUDA: tests without a device pass a recorder that runs the computation again.
+The protocols keep the stages free of devices: tests without one pass a recorder that runs the computation again.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-
+from accelerate_tts.device.graphs import graphs_of
 from accelerate_tts.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
+
+    import torch
 
 
 class Replayable(Protocol):
@@ -56,12 +58,23 @@ class Recorder(Protocol):
 
 
 def stream_of(device: torch.device) -> Any:
-    """Return the stream on which this thread works, for `Recorder.in_turn`; `None` where a device has none."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+    """Return the stream on which this thread works, for `Recorder.in_turn`; `None` where a device has no graphs."""
+    graphs = graphs_of(device.type)
+    return None if graphs is None else graphs.current_stream(device)
 
 
-# One capture at a time in a process: torch captures on one stream of its own.
+def unrecordable_on(device: torch.device) -> str | None:
+    """Return the reason why nothing can be recorded on a device, or `None`."""
+    graphs = graphs_of(device.type)
+    return f"torch has no graphs for {device.type}" if graphs is None else graphs.missing()
+
+
+# One capture at a time in a process, as torch wants it.
 _capturing = lock()
+_choosing = lock()
+_recorders: weakref.WeakSet[GraphRecorder] = weakref.WeakSet()
+_STREAMS = 32
+"""Streams that torch has for a device; `new_stream` returns one after the other, again and again."""
 _here = threading.local()
 
 
@@ -81,78 +94,64 @@ def recording() -> Generator[None, None, None]:
         _here.recording = before
 
 
-def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
-    """Capture a computation on the current CUDA device.
-
-    Args:
-        run: The computation. It runs three times, the last time for the capture.
-        pool: Memory pool of earlier captures; `None` for a new one.
-
-    Returns:
-        The `torch.cuda.CUDAGraph`, and the result, which each replay overwrites.
-
-    Raises:
-        Exception: The computation failed, or an operation in it is not allowed in a capture. The current stream and
-            the random number generator are put back.
-    """
-    with _capturing, recording():
-        stream = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate workspaces in their first calls, which a capture must not contain
-                run()
-        stream.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may continue their own work on the device during the capture.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                outputs = run()
-        except BaseException:
-            _put_back(stream)
-            raise
-        return graph, outputs
-
-
-def _put_back(stream: Any) -> None:
-    """Make the device usable after a failed capture, whose end raises before torch has tidied up (2.6 to 2.14).
-
-    The capture's stream stays the current one, and the default generator goes on counting for the graph: the next
-    random number would fail.
-    """
-    torch.cuda.set_stream(stream)
-    generator = torch.cuda.default_generators[stream.device_index]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
-class _CudaGraph(NamedTuple):
+class _Graph(NamedTuple):
     graph: Any
     outputs: Any
+    recorder: GraphRecorder
+    """Kept, since its stream is this graph's own as long as there is one of the two."""
 
     def replay(self) -> None:
         self.graph.replay()
 
 
-class CudaRecorder:
-    """Records CUDA graphs with one memory pool. Any thread may replay one, on its own stream.
+class GraphRecorder:
+    """Records graphs of a device (`DeviceGraphs`) with one memory pool. Any thread may replay one, on its own stream.
 
     They are plain graphs, not inductor's CUDA graph trees. Graphs of one pool reuse each other's intermediate tensors,
     so their replays must not overlap: `in_turn` orders them. docs/decisions/0009-cuda.md says what ran on a device.
 
     Args:
-        device: The CUDA device. It need not be the current one.
+        device: The device. It need not be the current one.
+
+    Raises:
+        RuntimeError: torch has no graphs for it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle()
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        reason = unrecordable_on(device)
+        graphs = graphs_of(device.type)
+        if reason is not None or graphs is None:
+            raise RuntimeError(f"nothing can be recorded on {device}: {reason}")
+        self._device, self._graphs = device, graphs
+        with graphs.on_device(device):
+            self._pool, self._done = graphs.new_pool(), graphs.new_event()
+        with _choosing:
+            self._side = self._free_stream()
+            _recorders.add(self)
+
+    def _free_stream(self) -> Any:
+        """Return a stream for captures, on which no other recorder captures, as long as torch has one.
+
+        cuBLAS has a workspace for each stream, which a capture allocates in the pool of its graphs. Replays of two
+        recorders may overlap, and must not write to the same one; and if a graph goes, torch frees the workspaces of
+        its stream, though other graphs still read them (PyTorch 193402). Within one pool and in turns neither matters.
+        """
+        used = [other._side for other in _recorders if other._device == self._device]
+        with self._graphs.on_device(self._device):
+            found = self._graphs.new_stream()
+            for _ in range(_STREAMS):
+                if found not in used:
+                    break
+                found = self._graphs.new_stream()
+        return found
 
     def record(self, run: Callable[[], Any]) -> Replayable:
-        """See `Recorder.record`."""
-        with torch.cuda.device(self._device):
-            return _CudaGraph(*capture(run, self._pool))
+        """See `Recorder.record`. The computation runs three times, the last time for the capture."""
+        graphs = self._graphs
+        with _capturing, recording(), graphs.on_device(self._device):
+            for _ in range(2):  # libraries set themselves up in their first calls, which a capture must not contain
+                run()
+            return _Graph(*graphs.capture(run, self._pool, self._side), self)
 
     @contextmanager
     def in_turn(self, *, stream: Any = None) -> Generator[None, None, None]:
@@ -161,14 +160,18 @@ class CudaRecorder:
         Memory belongs to the stream that allocated it. If work on another stream used it, the allocator would reuse it
         after the free, before that work is done.
         """
-        with torch.cuda.device(self._device):
-            stream = stream or torch.cuda.current_stream()
-            with torch.cuda.stream(stream):
+        graphs = self._graphs
+        with graphs.on_device(self._device):
+            stream = stream or graphs.current_stream(self._device)
+            with graphs.on_stream(stream):
                 stream.wait_event(self._done)
                 try:
                     yield
                 finally:
-                    self._done.record(stream)
+                    # A new one: XPU's event frees what `finish` of another thread waits for, if it is recorded again.
+                    done = graphs.new_event()
+                    done.record(stream)
+                    self._done = done
 
     def finish(self) -> None:
         """See `Recorder.finish`. The allocator returns freed memory to its own stream at once."""

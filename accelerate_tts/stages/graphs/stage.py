@@ -1,11 +1,11 @@
-"""Base class of the stages that record calls of a part as CUDA graphs."""
+"""Base class of the stages that record calls of a part as graphs of its device."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from accelerate_tts.stages.base import BaseStage
-from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.graphs.recorder import GraphRecorder, unrecordable_on
 from accelerate_tts.stages.layers.half_precision import HalfStage
 
 if TYPE_CHECKING:
@@ -21,18 +21,21 @@ if TYPE_CHECKING:
 
 B = TypeVar("B")
 
+RECORDING_DEVICES = ("cuda", "xpu")
+"""Device types on which stages record. Where this torch has no graphs for one, `applies` says so."""
+
 
 class RecordingStage(BaseStage, Generic[B]):
     """A stage that records calls of a part, in fp32 or with half precision inside the recording.
 
     Args:
-        recorder: Makes the recorder for a device. Tests without a device pass another one than `CudaRecorder`.
+        recorder: Makes the recorder for a device. Tests without a device pass another one than `GraphRecorder`.
         inside: Half-precision stage for what is recorded.
         bounds: Bounds of the recordings; those of the class if not given.
     """
 
     group = "compilation"
-    devices = ("cuda",)
+    devices = RECORDING_DEVICES
     cost = 3.0
     bounds: B
 
@@ -44,7 +47,7 @@ class RecordingStage(BaseStage, Generic[B]):
 
     def __init__(
         self,
-        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
+        recorder: Callable[[torch.device], Recorder] = GraphRecorder,
         inside: HalfStage | None = None,
         bounds: B | None = None,
     ) -> None:
@@ -58,8 +61,11 @@ class RecordingStage(BaseStage, Generic[B]):
     def applies(self, part: Part) -> str | None:
         """See `Stage.applies`. Subclasses name their own obstacles first."""
         devices = {tensor.device for tensor in part.module.parameters()}
-        if len(devices) != 1 or (self._recorder is CudaRecorder and next(iter(devices)).type != "cuda"):
-            return "it is not on one CUDA device"
+        if len(devices) != 1:
+            return "it is not on one device"
+        reason = unrecordable_on(*devices) if self._recorder is GraphRecorder else None
+        if reason is not None:
+            return reason
         return None if self._inside is None else self._inside.applies(part)
 
     def half_precision(self, part: Part) -> CarryingSwap | None:

@@ -226,9 +226,12 @@ def _layer_class(plain: Any, dtype: torch.dtype, *, carried: bool) -> type:
     return subclass_with(plain, forward, copies=str(dtype))
 
 
+_AUTOCAST_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
 def _is_autocast() -> bool:
     """Check for autocast, under which upstream's own layers compute in half precision, and return it."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return any(map(torch.is_autocast_enabled, _AUTOCAST_TYPES))
 
 
 def _is_inside(dtype: torch.dtype) -> bool:

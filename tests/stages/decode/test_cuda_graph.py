@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accelerate_tts import Event
 from accelerate_tts.cli.bench import systems
+from accelerate_tts.device.detect import SPECS, spec_of
+from accelerate_tts.device.graphs import DeviceGraphs
 from accelerate_tts.errors import MissingExtraError
 from accelerate_tts.events import FellBack, NotApplied, Recompiled
 from accelerate_tts.kernels.triton import token_block
@@ -31,16 +34,15 @@ from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
-from accelerate_tts.stages.decode import cuda_graph, token_call
 from accelerate_tts.stages.decode.cuda_graph import CapturedStepStage
 from accelerate_tts.stages.decode.kv_cache.layers import growing_class
 from accelerate_tts.stages.decode.slot_pool import Bounds
 from accelerate_tts.stages.decode.static_slot import StaticSlot
 from accelerate_tts.stages.decode.token_kernels import TokenKernels
-from accelerate_tts.stages.graphs.recorder import CudaRecorder
+from accelerate_tts.stages.graphs.recorder import GraphRecorder
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.tuning.exclusions import obstacle
-from reruns import Reruns
+from reruns import Rerun, Reruns
 
 pytestmark = pytest.mark.usefixtures("layered_caches")
 
@@ -84,39 +86,53 @@ class Noted(dict[str, Any]):
         return self[name]
 
 
-class OnStreams(CudaRecorder):
-    """The recorder for CUDA, on streams that only note what they are told, over a stand-in for its graphs."""
+class OnStreams(DeviceGraphs):
+    """Graphs that run again, on streams that only note what they are told."""
 
-    def __init__(self, device: torch.device, told: list[str]) -> None:
-        self._device = device
-        self._told = told
-        self._done = SimpleNamespace(
-            record=lambda stream: told.append(f"{stream.name} was used"), synchronize=lambda: told.append("all is done")
+    def __init__(self, told: list[str], now: list[Stream]) -> None:
+        super().__init__("cuda", "CUDAGraph", "1.10")
+        self._told, self._now = told, now
+
+    def on_device(self, device: torch.device) -> Any:
+        return nullcontext()
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self._now[-1]
+
+    def on_stream(self, stream: Any) -> Any:
+        return on(stream, self._now)
+
+    def new_stream(self) -> None:
+        return None
+
+    def new_pool(self) -> None:
+        return None
+
+    def new_event(self) -> Any:
+        return SimpleNamespace(
+            record=lambda stream: self._told.append(f"{stream.name} was used"),
+            synchronize=lambda: self._told.append("all is done"),
         )
 
-    def record(self, run: Callable[[], Any]) -> Any:
-        made = reruns(self._device).record(run)
+    def capture(self, run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
+        made = Rerun(run, lambda: self._told.append("replay"), watched=False)
         noted = type("Noted", (Noted,), {"told": self._told})(**made.outputs)
         self._told.pop()  # this is what they are copied from
-        return SimpleNamespace(outputs=noted, replay=lambda: (self._told.append("replay"), made.replay()))
+        return made, noted
 
 
-def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_wait_for_each_other() -> None:
     """Inputs, buffers and results of a slot are one for all threads, and each thread has a stream."""
     told: list[str] = []
     streams = {name: Stream(name, told) for name in ("one", "other")}
     now = [streams["one"]]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
-    monkeypatch.setattr(cuda_graph, "stream_of", lambda _device: now[-1])
-    monkeypatch.setattr(token_call, "stream_of", lambda _device: now[-1])
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream, now))
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     model = llama()
-    stage = CapturedStepStage(lambda device: OnStreams(device, told), bounds=Bounds(slots=1))
+    stage = CapturedStepStage(bounds=Bounds(slots=1))
     change = stage.prepare(Part("model", "decoder", model))
     change.on()
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
+    on_streams = SPECS.scope(cpu=replace(spec_of("cpu"), graphs=OnStreams(told, now)))
+    with on_streams, torch.inference_mode():
         past = model(inputs_embeds=torch.randn(1, 4, WIDTH, generator=generator), use_cache=True).past_key_values
         for name in ("one", "other"):
             told.clear()
@@ -870,12 +886,12 @@ def test_a_step_that_asks_for_a_value_is_found_out() -> None:
 # --- where it is tried ---------------------------------------------------------------------------------------------
 
 
-def test_it_is_tried_on_cuda_only() -> None:
+def test_it_is_tried_where_torch_has_graphs() -> None:
     def names(device: str) -> list[str]:
         return [stage.name for stage in default_stages(device, "reduce-overhead")]
 
-    assert "captured decode step" in names("cuda")
-    assert "captured decode step" not in names("cpu")
+    tried = [device for device in ("cpu", "cuda", "mps", "xpu") if "captured decode step" in names(device)]
+    assert tried == ["cuda", "xpu"]
 
 
 def test_half_precision_is_tried_inside_recordings_and_not_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -945,11 +961,11 @@ def test_blocks_are_compiled_without_recordings_of_inductors() -> None:
     assert vars(blocks)["_mode"] == "default"
 
 
-def test_a_cuda_recorder_needs_cuda() -> None:
+def test_a_recorder_for_cuda_needs_cuda() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, and this is about machines without one")
     with pytest.raises((RuntimeError, AssertionError)):
-        CudaRecorder(torch.device("cuda"))
+        GraphRecorder(torch.device("cuda"))
 
 
 def test_a_decoder_that_takes_no_mask_of_four_dimensions_is_upstreams(seen: list[Event]) -> None:

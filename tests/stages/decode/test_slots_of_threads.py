@@ -1,6 +1,6 @@
 """Eight threads over four slots, as far as a CPU can show it: who writes to a slot's buffers has its turn.
 
-On a device the turns of a slot are ordered by an event, whichever streams they are on (`CudaRecorder.in_turn`). So no
+On a device the turns of a slot are ordered by an event, whichever streams they are on (`GraphRecorder.in_turn`). So no
 buffer is written to too early if prompts, moves and tokens come in turns. Nothing here ran on a device.
 """
 

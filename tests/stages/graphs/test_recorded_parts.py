@@ -6,11 +6,14 @@ Nothing here ran on a device; tests/cuda/test_recorded_parts.py is for one.
 from __future__ import annotations
 
 import gc
+import importlib
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +31,7 @@ from accelerate_tts.models import describe
 from accelerate_tts.plan import Part
 from accelerate_tts.runtime.seeding import seeded
 from accelerate_tts.stages.catalogue import default_stages
-from accelerate_tts.stages.graphs.obstacles import ObstacleError, look
+from accelerate_tts.stages.graphs.obstacles import Look, ObstacleError, look
 from accelerate_tts.stages.graphs.recorded_parts import PartBounds, RecordedPartsStage
 from accelerate_tts.stages.layers.half_precision import HalfStage
 from accelerate_tts.stages.layers.weight_norm import FoldStage
@@ -165,6 +168,22 @@ def test_modes_are_a_part_of_the_kind() -> None:
     assert recorded.change.graphs == 3
     recorded.module(wave())  # with gradients
     assert recorded.change.graphs == 3
+
+
+@pytest.mark.parametrize("flag", ["allow_tf32", "convolutions"])
+def test_the_flags_of_onednn_are_a_part_of_the_kind(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in for the flags by which XPU chooses kernels, which torch without XPU does not keep."""
+    recorded = Recorded(Body())
+    made = []
+    for value in (False, True, False):
+        convolutions = SimpleNamespace(fp32_precision="tf32" if flag == "convolutions" and value else "none")
+        flags = SimpleNamespace(allow_tf32=flag == "allow_tf32" and value, conv=convolutions)
+        with monkeypatch.context() as scope:
+            scope.setattr(torch.backends, "mkldnn", flags)
+            with torch.inference_mode():
+                recorded.module(wave())
+        made.append(recorded.change.graphs)
+    assert made == [1, 2, 2]
 
 
 def test_results_are_the_callers_own() -> None:
@@ -314,14 +333,16 @@ def test_a_part_in_which_nothing_can_be_recorded_is_given_up_with_the_reason(see
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("given", "reason", "inside"),
     [
-        ((wave(), object()), "it is given a object"),
-        ((wave().to_sparse(),), "of another layout"),
-        ((torch.empty(2, 4, 12, device="meta"),), "it is given a tensor on meta"),
+        ((wave(), object()), "it is given a object", 2),
+        ((wave().to_sparse(),), "of another layout", 0),
+        ((torch.empty(2, 4, 12, device="meta"),), "it is given a tensor on meta", 0),
     ],
 )
-def test_arguments_that_no_recording_can_serve_are_upstreams(given: Any, reason: str, seen: list[Event]) -> None:
+def test_arguments_that_no_recording_can_serve_are_upstreams(
+    given: Any, reason: str, inside: int, seen: list[Event]
+) -> None:
     class Takes(Body):
         def forward(self, x: torch.Tensor, other: object = None) -> Any:  # type: ignore[override]
             return x if x.layout is not torch.strided or x.device.type == "meta" else super().forward(x)
@@ -329,7 +350,7 @@ def test_arguments_that_no_recording_can_serve_are_upstreams(given: Any, reason:
     recorded = Recorded(Takes())
     with torch.inference_mode():
         recorded.module(*given)
-    assert recorded.change.graphs == 0
+    assert recorded.change.graphs == inside
     assert reason in reasons(seen, NotApplied)[0]
 
 
@@ -350,6 +371,168 @@ def test_a_tensor_that_is_made_on_the_device_is_found_without_a_device() -> None
 
     with pytest.raises(ObstacleError, match=r"torch\.tensor copies Python's numbers to the device"):
         look(run, Body(), [torch.empty(2, 4, 12, device="meta")])
+
+
+@pytest.fixture
+def look_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Look]:
+    """`look` at tensors that say that they are on a CUDA device."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    found: Callable[..., Look] = importlib.import_module("recordable").look_on_cuda
+    return found
+
+
+def fills(y: torch.Tensor) -> torch.Tensor:
+    y = y.tanh()
+    y[y > 0] = 0.5
+    return y
+
+
+def writes_places(y: torch.Tensor) -> torch.Tensor:
+    y = y.tanh()
+    y[torch.arange(2, device=y.device)] = 0.5
+    return y
+
+
+def writes_by_a_mask(y: torch.Tensor) -> torch.Tensor:
+    y = y.tanh()
+    y[y > 0] = y.amax()
+    return y
+
+
+@pytest.mark.parametrize(
+    "run",
+    [fills, lambda y: torch.where(y > 0, y, 0.0), lambda y: y.tanh() * torch.tensor(0.5)],
+    ids=["a mask", "where", "a product"],
+)
+def test_a_number_of_the_host_that_a_kernel_is_given_is_no_copy(
+    run: Callable[[torch.Tensor], torch.Tensor], look_on_cuda: Callable[..., Look]
+) -> None:
+    assert look_on_cuda(lambda given: run(given[0]), Body(), [wave()]).launches
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (writes_places, "copies between the host and the device"),
+        (writes_by_a_mask, "asks the device for the places of a mask"),
+        (lambda y: y.tanh() * y.max().cpu(), "copies between the host and the device"),
+    ],
+    ids=["places", "a mask", "a value"],
+)
+def test_what_waits_for_the_device_is_found_without_one(
+    run: Callable[[torch.Tensor], torch.Tensor], why: str, look_on_cuda: Callable[..., Look]
+) -> None:
+    with pytest.raises(ObstacleError, match=why):
+        look_on_cuda(lambda given: run(given[0]), Body(), [wave()])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_number_that_a_module_keeps_on_the_host_is_no_constant(times: int) -> None:
+    body = Body()
+    body.number = torch.tensor(2.0)
+
+    def run(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].tanh() * (body.number * times if times > 1 else body.number)
+
+    with pytest.raises(ObstacleError, match="copies between the host and the device"):
+        look(run, body, [torch.empty(2, 4, 12, device="meta")])
+
+
+class Codec(nn.Module):
+    """Its decoder is called by a method of its own, as DAC's is; `forward` does more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Body()
+        self.factor = 1.0
+
+    def forward(self, x: torch.Tensor, how: object = None) -> torch.Tensor:
+        del how
+        return self.decode(x * 2)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x) * self.factor  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["by its own method", "with an object"])
+def test_what_is_inside_is_recorded_where_the_part_itself_cannot_be(how: str, seen: list[Event]) -> None:
+    recorded = Recorded(Codec())
+
+    def call(seed: int) -> torch.Tensor:
+        with torch.inference_mode():
+            if how == "by its own method":
+                return recorded.module.decode(wave(seed=seed))  # type: ignore[no-any-return]
+            return recorded.module(wave(seed=seed), object())  # type: ignore[no-any-return]
+
+    recorded.change.off()
+    expected = [call(seed) for seed in range(3)]
+    recorded.change.on()
+    for seed in range(3):
+        assert torch.equal(call(seed), expected[seed])
+    assert (recorded.change.graphs, recorded.replays) == (1, 3)
+    assert bool(reasons(seen, NotApplied)) == (how == "with an object")
+    recorded.check(wave())  # the whole is recorded by itself where it can be
+    recorded.check(wave(seed=1))
+    assert (recorded.change.graphs, recorded.replays) == (2, 5)
+
+
+def test_modules_inside_are_not_recorded_while_the_whole_is_not_due() -> None:
+    recorded = Recorded(Codec())
+    recorded.change.end_warmup()
+    for seed in range(3):
+        recorded.check(wave(seed=seed))
+    assert (recorded.change.graphs, recorded.replays) == (1, 2)
+
+
+def turned(_module: Any, y: torch.Tensor) -> torch.Tensor:
+    return y.unsqueeze(0).squeeze_(0).tanh()
+
+
+def test_a_tensor_that_is_turned_where_it_is_is_not_written() -> None:
+    """As XTTS's speaker encoder does with its input."""
+
+    class Squeezes(Body):
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+            x.squeeze_(1)
+            return super().forward(x, scale)
+
+    recorded = Recorded(Squeezes(turned))
+    recorded.check(wave())
+    recorded.check(wave(seed=1))
+    assert (recorded.change.graphs, recorded.replays) == (1, 2)
+
+
+def test_a_tensor_of_the_callers_gets_its_other_shape() -> None:
+    class Squeezes(Body):
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+            x.squeeze_(0)
+            return super().forward(x, scale)
+
+    recorded = Recorded(Squeezes())
+    for _ in range(3):
+        given = wave(rows=1)[None]
+        with torch.inference_mode():
+            recorded.module(given)
+        assert given.shape == (1, 4, 12)
+
+
+def test_a_module_that_only_a_capture_refuses_is_cut(seen: list[Event]) -> None:
+    """As where a library waits for the device, which no trace shows."""
+    number = 0
+
+    def fails() -> None:
+        nonlocal number
+        number += 1
+        if number == 1:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    recorded = Recorded(Body(), fault=fails)
+    for seed in range(3):
+        recorded.check(wave(seed=seed))
+    assert recorded.change.graphs == 2
+    (told,) = reasons(seen, NotApplied)
+    assert "not permitted when stream is capturing; the modules inside it are recorded" in told
+    assert not reasons(seen, FellBack)
 
 
 def test_a_failed_recording_costs_one_event_and_gives_everything_back(seen: list[Event]) -> None:
@@ -681,15 +864,15 @@ def test_a_systems_parts_are_bit_for_bit_upstreams(name: str, example: Callable[
 # --- where it is tried -----------------------------------------------------------------------------------------------
 
 
-def test_it_is_tried_on_cuda_only_and_not_for_decoders() -> None:
+def test_it_is_tried_where_torch_has_graphs_and_not_for_decoders() -> None:
     def names(device: str) -> list[str]:
         return [stage.name for stage in default_stages(device, None)]
 
-    assert "recorded by shape" in names("cuda")
-    assert not any("recorded by shape" in names(device) for device in ("cpu", "mps", "xpu"))
+    tried = [device for device in ("cpu", "cuda", "mps", "xpu") if "recorded by shape" in names(device)]
+    assert tried == ["cuda", "xpu"]
     stage = RecordedPartsStage(Reruns)
     assert stage.applies(Part("part", "decoder", Body())) == "its decode step is recorded by itself"
-    assert RecordedPartsStage().applies(Part("part", "vocoder", Body())) == "it is not on one CUDA device"
+    assert RecordedPartsStage().applies(Part("part", "vocoder", Body())) == "torch has no graphs for cpu"
 
 
 def test_half_precision_is_inside_a_recording_and_not_behind_it() -> None:

@@ -1052,6 +1052,20 @@ def test_under_autocast_the_result_is_upstreams(name: str, carried: bool) -> Non
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("device", ["mps", "xpu"])  # without a card, torch switches it off for CUDA
+def test_autocast_of_other_devices_is_seen(device: str, carried: bool) -> None:
+    """The scope alone is of the device: on the CPU upstream's layers stay in fp32 in it, as if there were no copies."""
+    model = build("batch norm")
+    with torch.inference_mode():
+        expected = model(X)
+        change = halved(model, carried=carried)
+        assert not torch.equal(model(X), expected)
+        with torch.autocast(device):
+            assert torch.equal(model(X), expected)
+    change.off()
+
+
 def test_a_part_that_is_run_by_a_method_has_its_islands_there() -> None:
     class Vocoder(nn.Module):
         def __init__(self) -> None:
