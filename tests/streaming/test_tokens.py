@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -412,12 +412,21 @@ def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_a_loops_thread_works_on_its_callers_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loops_thread_works_on_its_callers_device_and_stream(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-in: a second device of its kind that is the current one."""
-    told: list[tuple[str, torch.device]] = []
+    told: list[tuple[str, object]] = []
+
+    @contextmanager
+    def entered(given: object) -> Iterator[None]:
+        told.append((threading.current_thread().name, given))
+        yield
+
     module = getattr(torch, device)
     monkeypatch.setattr(module, "is_initialized", lambda: True)
     monkeypatch.setattr(module, "current_device", lambda: 1)
-    monkeypatch.setattr(module, "set_device", lambda given: told.append((threading.current_thread().name, given)))
+    monkeypatch.setattr(module, "current_stream", lambda given: f"stream of {given}")
+    monkeypatch.setattr(module, "device", entered)
+    monkeypatch.setattr(module, "stream", entered)
     assert tapped(Loop(3)).take(9) == [0, 1, 2]
-    assert told == [("accelerate_tts-tokens", torch.device(device, 1))]
+    thread = "accelerate_tts-tokens"
+    assert told == [(thread, torch.device(device, 1)), (thread, f"stream of {device}:1")]
