@@ -63,8 +63,9 @@ serve: .venv/.service ## A speech service with a page on http://127.0.0.1:8000 (
 test: .venv/.wheel ## Build the wheel, install it with its test extra, run the tests (ARGS= goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m "not slow" $(ARGS)
 
+# Without those of the cluster, of which two at once have ended each other's nodes: see cluster-test.
 test-slow: .venv/.wheel ## The tests that take long for what they show, and those of the example service
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile -m slow --ignore=tests/examples/cluster $(ARGS)
 
 .venv/.cluster: .venv/.wheel
 	@echo "==> installing accelerate_tts[cluster] (Ray, 240 MB)"
