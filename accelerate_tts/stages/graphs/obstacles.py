@@ -156,7 +156,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._layout_of_others(function, args)
         result = function(*args, **kwargs)
         if before != self._layout_of_others(function, args):
-            self.obstacle = ObstacleError(f"{function} changes the shape of a tensor that it was given or keeps")
+            self.obstacle = ObstacleError(f"{function} changes a tensor that it was given or keeps")
             raise self.obstacle
         if self._copies(function, args, kwargs, _tensors(result)):
             self.obstacle = ObstacleError(f"{function} copies between the host and the device")
@@ -166,10 +166,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _layout_of_others(self, function: Any, args: Any) -> Hashable:
-        """Return the layout of a tensor that is turned where it is, unless it was made in the trace."""
+        """Return the layout and memory of a tensor that is turned where it is, unless it was made in the trace."""
         if torch.Tag.inplace_view not in function.tags or _key(args[0]) in self._own:
             return None
-        return tuple(args[0].shape), args[0].stride()
+        return _key(args[0]), tuple(args[0].shape), args[0].stride()
 
     def _copies(self, function: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> bool:
         """Check for a copy between the host and the device.

@@ -516,6 +516,13 @@ def test_a_tensor_of_the_callers_gets_its_other_shape() -> None:
         assert given.shape == (1, 4, 12)
 
 
+def test_a_tensor_that_gets_other_memory_is_no_turned_one() -> None:
+    """Its shape stays, and a replay would write two inputs into one memory."""
+    given = [wave(), wave(seed=1)]
+    with pytest.raises(ObstacleError, match="set_.source_Tensor changes a tensor that it was given or keeps"):
+        look(lambda tensors: tensors[0].set_(tensors[1]).tanh(), Body(), given)
+
+
 def test_a_module_that_only_a_capture_refuses_is_cut(seen: list[Event]) -> None:
     """As where a library waits for the device, which no trace shows."""
     number = 0
