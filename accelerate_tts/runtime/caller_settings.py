@@ -1,7 +1,7 @@
 """Settings that torch keeps for each thread, carried from a caller to the thread that computes for it.
 
-They are autocast, the default device and the stream of the GPU. The inference mode and random numbers of a caller's own
-are carried by `carry_mode`.
+They are autocast, the default device and the stream of the GPU, with which torch makes its device the current one. The
+inference mode and random numbers of a caller's own are carried by `carry_mode`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from accelerate_tts.device.detect import current_devices
 from accelerate_tts.errors import ConcurrencyError
 from accelerate_tts.locks import rlock
 from accelerate_tts.runtime.caller_settings import CallerSettings
@@ -143,7 +142,7 @@ class Tapped(Tokens[T]):
         context = contextvars.copy_context()
         half = ahead and shares is None
         threads = max(1, torch.get_num_threads() // 2) if half else torch.get_num_threads()
-        enter = partial(_as_caller, CallerSettings(), threads, current_devices())
+        enter = partial(_as_caller, CallerSettings(), threads)
         self._thread = threading.Thread(
             target=context.run, args=(loop.run, carry_mode(work), enter), name="accelerate_tts-tokens", daemon=True
         )
@@ -193,14 +192,12 @@ class Tapped(Tokens[T]):
 
 
 @contextmanager
-def _as_caller(caller: CallerSettings, threads: int, devices: list[torch.device]) -> Generator[None, None, None]:
+def _as_caller(caller: CallerSettings, threads: int) -> Generator[None, None, None]:
     """Scope of a thread with the settings of another one: torch keeps them for each thread.
 
     With shares the loop then divides the threads with the sound.
     """
     set_threads(threads)
-    for device in devices:
-        getattr(torch, device.type).set_device(device)
     with caller.entered():
         yield
 

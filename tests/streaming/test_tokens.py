@@ -11,8 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -239,12 +238,19 @@ def test_a_thread_that_cannot_begin_ends_its_stream(ahead: bool, monkeypatch: py
         tokens = Tapped(Loop(3), threading.Event(), ahead=ahead)
         torch.set_num_threads(3)  # with which the thread begins
         monkeypatch.setattr(threading.Thread, "start", limited)
-        with ThreadPoolExecutor(1) as pool:
-            taken = pool.submit(tokens.take, 1)
-            error = taken.exception(10) if wait({taken}, timeout=10).done else None
-            tokens._loop.over = True  # ends one that waits
-            tokens.close()
-        assert "can't start" in str(error)
+        errors = list[str]()
+
+        def take() -> None:
+            try:
+                tokens.take(1)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        taking = threading.Thread(target=take, name="taking", daemon=True)
+        taking.start()
+        taking.join(10)
+        assert errors == ["can't start new thread"]
+        tokens.close()
     finally:
         torch.set_num_threads(before)
 
@@ -413,11 +419,19 @@ def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_a_loops_thread_works_on_its_callers_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-in: a second device of its kind that is the current one."""
-    told: list[tuple[str, torch.device]] = []
-    module = getattr(torch, device)
-    monkeypatch.setattr(module, "is_initialized", lambda: True)
-    monkeypatch.setattr(module, "current_device", lambda: 1)
-    monkeypatch.setattr(module, "set_device", lambda given: told.append((threading.current_thread().name, given)))
+    """Stand-in: a second device of its kind that is the current one. The scope of a stream sets its device, too."""
+    told: list[tuple[str, str]] = []
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        told.append((threading.current_thread().name, stream))
+        yield
+        told.append((threading.current_thread().name, "back"))
+
+    for name, value in {
+        "is_initialized": lambda: True, "current_device": lambda: 1, "current_stream": lambda: "the caller's",
+        "stream": on,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(getattr(torch, device), name, value)
     assert tapped(Loop(3)).take(9) == [0, 1, 2]
-    assert told == [("accelerate_tts-tokens", torch.device(device, 1))]
+    assert told == [("accelerate_tts-tokens", "the caller's"), ("accelerate_tts-tokens", "back")]
