@@ -138,7 +138,8 @@ class DeviceGraphs:
             if self._torch.is_current_stream_capturing():
                 graph.capture_end()
         self._torch.set_stream(before)
-        names = (f"_{self.type}_endAllocateToPool", f"_{self.type}_endAllocateCurrentStreamToPool")  # the other is 2.6's
+        # The second name is torch 2.6's.
+        names = (f"_{self.type}_endAllocateToPool", f"_{self.type}_endAllocateCurrentStreamToPool")
         end = next(filter(None, (getattr(torch._C, name, None) for name in names)), None)
         if end is not None:
             with suppress(RuntimeError):  # it has ended
