@@ -1,7 +1,7 @@
 """Settings that torch keeps for each thread, carried from a caller to the thread that computes for it.
 
-They are autocast, the default device and the stream of the GPU, with which torch makes its device the current one. The
-inference mode and random numbers of a caller's own are carried by `carry_mode`.
+They are autocast, the default device, and the device and stream of a GPU. The inference mode and random numbers of a
+caller's own are carried by `carry_mode`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ class CallerSettings:
         kinds = [kind for kind in _KINDS if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
         self._keeps_casts = torch.is_autocast_cache_enabled()
-        self._streams = [(device.type, getattr(torch, device.type).current_stream()) for device in current_devices()]
+        modules = [(getattr(torch, device.type), device) for device in current_devices()]
+        self._streams = [(module, device, module.current_stream(device)) for module, device in modules]
 
     @contextmanager
     def entered(self) -> Generator[None, None, None]:
         """Scope of another thread, which has none of its own."""
         with ExitStack() as scope:
-            for kind, stream in self._streams:
-                scope.enter_context(getattr(torch, kind).stream(stream))
+            for module, device, stream in self._streams:
+                scope.enter_context(module.device(device))
+                scope.enter_context(module.stream(stream))
             # Not entered: that would also set a variable of the process, which is its owner's to put back.
             for mode in self._devices:
                 overrides._push_mode(mode)  # type: ignore[no-untyped-call]

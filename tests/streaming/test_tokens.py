@@ -418,20 +418,21 @@ def test_a_loop_that_runs_ahead_is_inside_the_model(ahead: bool) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_a_loops_thread_works_on_its_callers_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-in: a second device of its kind that is the current one. The scope of a stream sets its device, too."""
-    told: list[tuple[str, str]] = []
+def test_a_loops_thread_works_on_its_callers_device_and_stream(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: a second device of its kind that is the current one."""
+    told: list[tuple[str, object]] = []
 
     @contextmanager
-    def on(stream: str) -> Iterator[None]:
-        told.append((threading.current_thread().name, stream))
+    def entered(given: object) -> Iterator[None]:
+        told.append((threading.current_thread().name, given))
         yield
-        told.append((threading.current_thread().name, "back"))
 
-    for name, value in {
-        "is_initialized": lambda: True, "current_device": lambda: 1, "current_stream": lambda: "the caller's",
-        "stream": on,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(getattr(torch, device), name, value)
+    module = getattr(torch, device)
+    monkeypatch.setattr(module, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "current_device", lambda: 1)
+    monkeypatch.setattr(module, "current_stream", lambda given: f"stream of {given}")
+    monkeypatch.setattr(module, "device", entered)
+    monkeypatch.setattr(module, "stream", entered)
     assert tapped(Loop(3)).take(9) == [0, 1, 2]
-    assert told == [("accelerate_tts-tokens", "the caller's"), ("accelerate_tts-tokens", "back")]
+    thread = "accelerate_tts-tokens"
+    assert told == [(thread, torch.device(device, 1)), (thread, f"stream of {device}:1")]

@@ -100,11 +100,13 @@ class Compare:
         return replace(FASTER if self.clean or not self.machine.busy else SAME, clean=self.clean)
 
 
-def run(machine: Busy, *stages: Stage, clean: bool = False, seconds: float = 60.0) -> tuple[Model, Receipt, Compare]:
+def run(
+    machine: Busy, *stages: Stage, clean: bool = False, seconds: float = 60.0, **policies: Any
+) -> tuple[Model, Receipt, Compare]:
     model = Model()
     compare = Compare(machine, clean)
     plan = ModelPlan("model", (model,), (Part("part", "model", model),))
-    policy = replace(current_policy(), machine=lambda: machine, compare=compare)
+    policy = replace(current_policy(), machine=lambda: machine, compare=compare, **policies)
     limits = Limits(seconds, policy=policy)
     tuning = tune(plan, warmup_calls(X, Loaded(model), "inference"), stages, CPU, limits)
     return model, tuning.receipt, compare
@@ -386,7 +388,7 @@ def test_what_threads_do_to_each_other_is_not_tried_beside_others_work() -> None
 
 def test_what_threads_do_to_each_other_is_tried_on_a_machine_that_is_quiet_again() -> None:
     """One disturbed pass, of a tenth of a second perhaps, is not enough to leave it out."""
-    _, receipt, _ = run(Busy(quiet_after=0.5), fast(process=True))
+    _, receipt, _ = run(Busy(quiet_after=0.5), fast(process=True), looks=False)
     (result,) = receipt.stages
     assert (result.part, result.kept, result.sure) == (PROCESS, True, True), result.reason
 
