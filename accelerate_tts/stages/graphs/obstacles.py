@@ -362,6 +362,10 @@ def unchanged_attributes(module: nn.Module) -> Generator[list[str], None, None]:
                     )
 
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+"""Types of tensors whose `data` has their own memory."""
+
+
 @contextmanager
 def _unmoved(module: nn.Module) -> Generator[list[str], None, None]:
     """Give the tensors of a module their memory back at the end, and list those that were given other one (`.data`)."""
@@ -370,7 +374,7 @@ def _unmoved(module: nn.Module) -> Generator[list[str], None, None]:
         for inner in module.modules()
         for place in (vars(inner), inner._parameters, inner._buffers)
         for name, tensor in place.items()
-        if type(tensor) in {torch.Tensor, nn.Parameter}  # others make a new memory for `.data`
+        if isinstance(tensor, torch.Tensor) and type(tensor) in _PLAIN
     ]
     moved: list[str] = []
     try:
