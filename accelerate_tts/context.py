@@ -42,9 +42,9 @@ class _Entry:
 class fast_inference:  # noqa: N801 - used like a function, as contextlib's own are
     """Runs a block of synchronous code without autograd, with the device's fast process-wide flags on.
 
-    The flags are TF32 and cuDNN autotune on CUDA, and none elsewhere. Scopes may nest and overlap in any threads; the
-    last one to end restores the flags from before the first. Threads started inside do not inherit the mode: give them
-    `carry_mode(work)`.
+    The flags are TF32 and cuDNN autotune on CUDA, TF32 on ROCm, and none elsewhere. Scopes may nest and overlap in any
+    threads; the last one to end restores the flags from before the first. Threads started inside do not inherit the
+    mode: give them `carry_mode(work)`.
 
     Args:
         mode: "inference", "no_grad" or "none", as for `@inference`.

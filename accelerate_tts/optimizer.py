@@ -57,7 +57,8 @@ class PerformanceOptimizer:
     def initialize(self) -> torch.device:
         """Detect the device and set it up, once; later calls return the same device.
 
-        CUDA and ROCm: TF32 for matrix products and cuDNN, cuDNN autotune. MPS: the fallback and watermark variables.
+        CUDA: TF32 for matrix products and cuDNN, cuDNN autotune. ROCm: TF32 alone. MPS: the fallback and watermark
+        variables.
         All devices: CPU threads that fit affinity, quota and `settings.workers`. Variables that the user has set are
         not changed. `close()` restores everything.
 

@@ -62,6 +62,11 @@ class Registry(Generic[T]):
                     self._asked.add(point)  # last, so that a load interrupted by Ctrl-C is repeated
             return dict(self._entries)
 
+    def get(self, name: str) -> T | None:
+        """Return the value of a name, or `None`. For hot paths: what is registered is found without the lock."""
+        found = self._entries.get(name) if self._has_ours else None
+        return self.entries().get(name) if found is None else found
+
     @contextmanager
     def scope(self, **instead: T) -> Generator[None, None, None]:
         """Restore the entries at the end of the scope. For tests.

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +196,31 @@ def test_a_module_may_be_imported_by_another_thread_meanwhile(install: Callable[
         thread.join(20.0)
         assert not thread.is_alive(), "they wait for each other"
     assert "slow" in tried()
+
+
+def test_what_is_registered_is_found_while_a_plugin_is_imported(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls on a hot path ask, and must not wait for another thread's load."""
+    registry: Registry[str] = Registry("accelerate_tts.device.kinds", "tests.slow")
+    with registry.scope():
+        registry.add("ours", "here")
+        assert (registry.get("ours"), registry.get("theirs")) == ("here", None)
+        gate = SimpleNamespace(begun=threading.Event(), go_on=threading.Event(), registry=registry)
+        monkeypatch.setitem(sys.modules, "gate", gate)
+        code = "import gate\ngate.begun.set()\ngate.go_on.wait(20)\ngate.registry.add('theirs', 'late')"
+        install("slow_values", code, "tests.slow")
+        loading = threading.Thread(target=registry.entries, daemon=True)
+        loading.start()
+        assert gate.begun.wait(10)
+        found: list[str | None] = []
+        asking = threading.Thread(target=lambda: found.append(registry.get("ours")), daemon=True)
+        asking.start()
+        asking.join(10)
+        assert found == ["here"]
+        gate.go_on.set()
+        loading.join(10)
+        assert registry.get("theirs") == "late"
 
 
 def test_a_registry_forgets_what_a_scope_registered() -> None:

@@ -138,7 +138,10 @@ class DeviceGraphs:
             if self._torch.is_current_stream_capturing():
                 graph.capture_end()
         self._torch.set_stream(before)
-        if (end := getattr(torch._C, f"_{self.type}_endAllocateToPool", None)) is not None:
+        # The second name is torch 2.6's.
+        names = (f"_{self.type}_endAllocateToPool", f"_{self.type}_endAllocateCurrentStreamToPool")
+        end = next(filter(None, (getattr(torch._C, name, None) for name in names)), None)
+        if end is not None:
             with suppress(RuntimeError):  # it has ended
                 end(before.device_index, pool)
         generator = self._torch.default_generators[before.device_index]
@@ -149,8 +152,8 @@ class DeviceGraphs:
 def _no_collection() -> Generator[None, None, None]:
     """Keep the garbage collector from what it may find, such as an event: a capture must not wait for one."""
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:
@@ -165,7 +168,7 @@ def is_forbidden(error: BaseException) -> bool:
 
 def graphs_of(device_type: str) -> DeviceGraphs | None:
     """Return the graphs of a device type; `None` if it has none in any torch."""
-    spec = SPECS.entries().get(device_type)
+    spec = SPECS.get(device_type)
     return None if spec is None else spec.graphs
 
 

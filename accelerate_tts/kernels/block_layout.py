@@ -1,6 +1,6 @@
 """Layouts of the decoder blocks that kernels support: their layers, sizes and activations.
 
-There are kernels for CPUs (fused_decoder.py), and Triton's for CUDA (token_kernels.py).
+There are kernels for CPUs (fused_decoder.py), and Triton's for GPUs (token_kernels.py).
 """
 
 from __future__ import annotations

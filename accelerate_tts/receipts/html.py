@@ -24,7 +24,6 @@ _NUMBERED = 5.0  # per cent of the chart from which a segment has room for its n
 _LEAST_RATIO = 1e-6
 _ROWS = (("before", 16), ("after", 70))  # and the text's place from above, in pixels
 _BREAKS = re.compile(r"(?<=[a-z][._])(?=\w)|(?<=[a-z])(?=[A-Z])")  # not inside a number
-_IS_FASTER = " is faster"  # the reason of a stage whose place a faster one has taken
 _COLUMNS = ("part", "stage", "before", "after", "ratio", "at least", "error", "trying took", "verdict")
 
 
@@ -148,9 +147,8 @@ def _gains(stages: tuple[Any, ...]) -> dict[str, float]:
         ratios[place] = ratios.get(place, 1.0) * _gain(stage.ratio)
         if stage.kept:
             gains[stage.part] = gains.get(stage.part, 1.0) * ratios[place]
-        elif stage.reason.endswith(_IS_FASTER):
-            faster = stage.part, stage.reason.removesuffix(_IS_FASTER)
-            ratios[faster] = ratios[place]
+        elif stage.faster is not None:
+            ratios[stage.part, stage.faster] = ratios[place]
     return gains
 
 

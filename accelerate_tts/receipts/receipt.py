@@ -15,6 +15,7 @@ _FORMAT = 1
 _PAGES = {".html", ".htm"}
 # Openings of reasons that say by themselves what became of a stage. Any other one is a rejection.
 _OUTCOMES = ("not ", "failed", "stopped", "undone")
+_IS_FASTER = " is faster"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class StageResult:
     def dropped(self, reason: str) -> StageResult:
         """Return the same result, not kept, with another reason."""
         return replace(self, kept=False, reason=reason)
+
+    def displaced(self, faster: str) -> StageResult:
+        """Return the same result, not kept, since a faster alternative has taken its place."""
+        return self.dropped(faster + _IS_FASTER)
+
+    @property
+    def faster(self) -> str | None:
+        """Name of the alternative that has taken its place, or `None`."""
+        return None if self.kept or not self.reason.endswith(_IS_FASTER) else self.reason.removesuffix(_IS_FASTER)
 
     def figures(self) -> tuple[str, str, str, str]:
         """Format before, after, ratio and error."""

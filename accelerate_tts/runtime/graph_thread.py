@@ -83,7 +83,7 @@ def _serve(calls: queue.SimpleQueue[Callable[[], None]]) -> None:
 
 
 def _modes_of_this_thread() -> Callable[[], ExitStack]:
-    """Return a function that enters the caller's modes, random numbers and CUDA stream on another thread."""
+    """Return a function that enters the caller's modes, random numbers and stream on another thread."""
     import torch
 
     from accelerate_tts.runtime.caller_settings import CallerSettings

@@ -72,7 +72,7 @@ class Stage(Protocol):
     """Names of stages that do the same from fewer bytes. Once one is kept on a part whose weights are read from memory
     at each step, this stage cannot gain anything, and is not tried."""
     passes: int
-    """Passes on a GPU until the change is warm: it records in the first, and replays in the second."""
+    """Passes on a device with graphs until the change is warm: it records in the first, and replays in the second."""
 
     def cost_of(self, part: Part) -> float:
         """Return the minimum seconds of a trial on `part`. With less of the budget left, it is not begun."""

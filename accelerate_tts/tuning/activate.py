@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate_tts.device.graphs import graphs_of
 from accelerate_tts.plan import PROCESS
 from accelerate_tts.settings import EXACT_TOLERANCE
 from accelerate_tts.stages.process.constants import KeptConstants
@@ -59,7 +60,7 @@ def activate(
         ledger.kept.append(AppliedChange(part.name, stage.name, stage.group, change))
         change.on()
     if ledger.kept:
-        passes = max(stage.passes for _, stage in entries) if baseline.device.type == "cuda" else 1
+        passes = 1 if graphs_of(baseline.device.type) is None else max(stage.passes for _, stage in entries)
         check(baseline, ledger, baseline.plan.parts, whole=whole, passes=passes)
     finish(baseline, ledger)
     return spared

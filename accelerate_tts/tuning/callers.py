@@ -1,6 +1,6 @@
 """Trial of shared steps: one pass over a decoder's weights for several callers, against one pass for each.
 
-It is made where a decoder's blocks are fused (CPU) or its steps are recorded (CUDA), whether or not calls are limited
+It is made where a decoder's blocks are fused (CPU) or its steps are recorded (GPU), whether or not calls are limited
 to one at a time: threads come without notice, and the trial takes a dozen steps. A pass is timed without threads, on
 the last step of the warm-up and copies of its cache. What callers do between steps is not in these figures.
 """

@@ -76,7 +76,7 @@ class Ledger:
                 self.kept.remove(instead_of)
                 for number, slower in enumerate(self.results):
                     if slower.kept and (slower.part, slower.stage) == (instead_of.part, instead_of.stage):
-                        dropped = slower.dropped(f"{result.stage} is faster")
+                        dropped = slower.displaced(result.stage)
                         self.results[number] = replace(dropped, sure=result.sure)
                         self.displaced[change.part, change.stage] = instead_of, slower
             self.kept.append(change)

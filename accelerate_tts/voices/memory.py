@@ -159,7 +159,7 @@ class EmbeddingStore:
     def end(self, key: str, flight: Flight, outcome: StoredEmbedding | str | None) -> None:
         """End a computation: store its result, and wake waiting callers."""
         with self._lock:
-            if self._flights.get(key) is flight:  # otherwise `clear` was called meanwhile
+            if self._flights.get(key) is flight:  # else it was cleared, or taken for abandoned
                 del self._flights[key]
                 # Evicting all others for a larger one would not help.
                 if isinstance(outcome, StoredEmbedding) and outcome.bytes <= self._limit:

@@ -777,7 +777,7 @@ def test_a_decoder_is_checked_by_its_probabilities(reads_alone: bool) -> None:
             check(baseline, Ledger(), [part], whole=False)
 
 
-@pytest.mark.parametrize(("kind", "passes", "made"), [("cpu", 3, 1), ("cuda", 2, 2), ("cuda", 3, 3)])
+@pytest.mark.parametrize(("kind", "passes", "made"), [("cpu", 3, 1), ("cuda", 2, 2), ("cuda", 3, 3), ("xpu", 2, 2)])
 def test_a_change_is_as_warm_as_it_needs_before_it_is_checked(
     kind: str, passes: int, made: int, stage: Stage, decide: Any
 ) -> None:

@@ -44,7 +44,7 @@ class GrowingCacheStage(BaseStage):
     """Lets a decoder's cache grow in place. Bit-exact."""
 
     name = "growing cache"
-    # On a GPU, copying a cache is faster than writing a position into it (0.79x to 0.88x on an H100). Stages that need
+    # On CUDA, copying a cache is faster than writing a position into it (0.79x to 0.88x on an H100). Stages that need
     # growing caches bring them along.
     devices = ("cpu", "mps", "xpu")
     excluded_by: tuple[State, ...] = ("recorded",)

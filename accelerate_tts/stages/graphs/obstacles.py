@@ -58,7 +58,10 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
     device = tensors[0].device
     fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     # Normal tensors: in inference mode composed operators would not be taken apart.
-    with torch.inference_mode(mode=False), torch.no_grad(), unchanged_attributes(module) as changed:
+    with (
+        torch.inference_mode(mode=False), torch.no_grad(), _unmoved(module) as moved,
+        unchanged_attributes(module) as changed,
+    ):  # fmt: skip
         given: list[Any] = [fakes.from_tensor(tensor) for tensor in tensors]
         if length is not None:
             with fakes:
@@ -78,8 +81,8 @@ def look(run: Callable[..., Any], module: nn.Module, tensors: list[torch.Tensor]
         if watch.obstacle is not None:  # it was caught by the computation
             raise watch.obstacle
         watch.check_outputs(outputs, given)
-    if changed:
-        raise ObstacleError(f"its forward sets {changed[0]}, which a replay does not")
+    if changed or moved:
+        raise ObstacleError(f"its forward sets {[*changed, *moved][0]}, which a replay does not")
     return Look(watch.launches, watch.most, watch.operators)
 
 
@@ -156,7 +159,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._layout_of_others(function, args)
         result = function(*args, **kwargs)
         if before != self._layout_of_others(function, args):
-            self.obstacle = ObstacleError(f"{function} changes the shape of a tensor that it was given or keeps")
+            self.obstacle = ObstacleError(f"{function} changes a tensor that it was given or keeps")
             raise self.obstacle
         if self._copies(function, args, kwargs, _tensors(result)):
             self.obstacle = ObstacleError(f"{function} copies between the host and the device")
@@ -166,10 +169,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _layout_of_others(self, function: Any, args: Any) -> Hashable:
-        """Return the layout of a tensor that is turned where it is, unless it was made in the trace."""
+        """Return the layout and memory of a tensor that is turned where it is, unless it was made in the trace."""
         if torch.Tag.inplace_view not in function.tags or _key(args[0]) in self._own:
             return None
-        return tuple(args[0].shape), args[0].stride()
+        return _key(args[0]), tuple(args[0].shape), args[0].stride()
 
     def _copies(self, function: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> bool:
         """Check for a copy between the host and the device.
@@ -357,6 +360,31 @@ def unchanged_attributes(module: nn.Module) -> Generator[list[str], None, None]:
                     getattr(attributes[name], "update" if isinstance(contents[name], dict) else "extend")(
                         contents[name]
                     )
+
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+"""Types of tensors whose `data` has their own memory."""
+
+
+@contextmanager
+def _unmoved(module: nn.Module) -> Generator[list[str], None, None]:
+    """Give the tensors of a module their memory back at the end, and list those that were given other one (`.data`)."""
+    before = [
+        (inner, name, tensor, tensor.data)
+        for inner in module.modules()
+        for place in (vars(inner), inner._parameters, inner._buffers)
+        for name, tensor in place.items()
+        if isinstance(tensor, torch.Tensor) and type(tensor) in _PLAIN
+    ]
+    moved: list[str] = []
+    try:
+        yield moved
+    finally:
+        for inner, name, tensor, data in before:
+            if _key(tensor) != _key(data):
+                with torch.inference_mode(mode=tensor.is_inference()):
+                    tensor.data = data
+                moved.append(f"{name}.data of a {type(inner).__name__}")
 
 
 def _contents(attributes: dict[str, Any]) -> dict[str, Any]:

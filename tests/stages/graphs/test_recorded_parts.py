@@ -516,6 +516,34 @@ def test_a_tensor_of_the_callers_gets_its_other_shape() -> None:
         assert given.shape == (1, 4, 12)
 
 
+def test_a_tensor_that_gets_other_memory_is_no_turned_one() -> None:
+    """Its shape stays, and a replay would write two inputs into one memory."""
+    given = [wave(), wave(seed=1)]
+    with pytest.raises(ObstacleError, match="set_.source_Tensor changes a tensor that it was given or keeps"):
+        look(lambda tensors: tensors[0].set_(tensors[1]).tanh(), Body(), given)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tensor_of_the_module_that_gets_other_memory_keeps_its_own_in_a_trace(
+    inference: bool, seen: list[Event]
+) -> None:
+    """The trace would leave it without any."""
+
+    def keeps(module: Any, y: torch.Tensor) -> torch.Tensor:
+        module.table.data = y.mean((0, 2), keepdim=True)
+        return y.tanh()
+
+    plain, recorded = Body(keeps), Recorded(Body(keeps))
+    if inference:
+        with torch.inference_mode():
+            recorded.module.table = torch.ones(1, 8, 1)
+    for seed in range(3):
+        with torch.inference_mode():
+            assert torch.equal(recorded.module(wave(seed=seed)), plain(wave(seed=seed)))
+    assert torch.equal(recorded.module.table, plain.table)
+    assert "its forward sets table.data of a Body" in reasons(seen, NotApplied)[0]
+
+
 def test_a_module_that_only_a_capture_refuses_is_cut(seen: list[Event]) -> None:
     """As where a library waits for the device, which no trace shows."""
     number = 0

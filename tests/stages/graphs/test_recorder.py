@@ -277,6 +277,16 @@ def test_a_capture_that_is_interrupted_at_its_beginning_is_ended(kind: str, monk
     recorder.record(lambda: None)
 
 
+def test_torch_2_6_has_another_name_for_the_end_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its allocator, too, would give nothing back."""
+    module = Module(monkeypatch, "cuda", fault=RuntimeError("operation not permitted when stream is capturing"))
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", module.end_of_pool, raising=False)
+    with pytest.raises(RuntimeError, match="during capture"):
+        GraphRecorder(torch.device("cuda", 0)).record(lambda: None)
+    assert module.ended == [7]
+
+
 def test_one_capture_at_a_time_in_a_process(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(monkeypatch, kind)
     one, other = (GraphRecorder(torch.device(kind, 0)) for _ in range(2))
