@@ -208,6 +208,12 @@ class Baseline:
         known = self._references.get(part.name)
         return 0.0 if known is None else known.seconds
 
+    @property
+    def share_elsewhere(self) -> float:
+        """Share of the recorded pass that was spent outside of all parts."""
+        total = sum(seen.seconds for seen in self.captured.values())
+        return 1 - min(1.0, total / self.pass_seconds) if self.pass_seconds > 0 else 0.0
+
     def share(self, part: Part) -> float:
         """Return the part's share of the time of all parts in a warm pass; 0.0 if it was not called."""
         total = sum(seen.seconds for seen in self.captured.values())

@@ -63,7 +63,9 @@ def one_pass(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Li
 def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits: Limits, ledger: Ledger) -> Baseline:
     """Make the baseline from a cold pass, and from a warm pass that gives the reference and the inputs of each part.
 
-    If passes are so long that the budget allows no trial after two of them, the cold pass is the reference, too.
+    If passes are so long that the budget allows no trial after two of them, the cold pass is the reference, too; unless
+    most of it was spent outside of the parts, where a first pass sets things up (imports, and functions that numba
+    compiles: 17 s of a voice clone of 0.1 s).
     """
     policy, watcher, budget, constants = limits.policy, limits.watcher(), limits.budget(), KeptConstants()
     clock, draws = policy.clock, Draws(device.type)
@@ -112,7 +114,8 @@ def first_passes(plan: ModelPlan, calls: WarmupCalls, device: DeviceInfo, limits
         if not draws.found(first, run):
             baseline = None
         del first
-        if baseline is None or policy.first_passes * cold <= budget.seconds:
+        set_up = baseline is not None and baseline.share_elsewhere > policy.set_up_share and cold <= budget.left
+        if baseline is None or set_up or policy.first_passes * cold <= budget.seconds:
             baseline = None  # freed first, since it has copies of the parts' inputs
             return recorded(lambda: cold)
     ledger.notes.append(f"outputs are compared with those of the first pass: {OVER_BUDGET} allows no other")

@@ -60,6 +60,7 @@ class TuningPolicy:
         patience: Seconds that one tuning waits, in all, for a quiet machine.
         enough: Seconds of a loop's calls that one timing needs, so that steps of half a second are not timed six times.
         first_passes: Minimum passes in the budget for a second pass at the start.
+        set_up_share: Share of a first pass outside of all parts from which a second one is made anyway.
         unknown_gain: Assumed ratio of a stage without a promise.
         comparisons: Maximum comparisons if the machine is disturbed during them.
         whole_passes: Minimum passes of the final check: repetition, correctness, and a pair for the time.
@@ -100,6 +101,7 @@ class TuningPolicy:
     patience: float = 15.0
     enough: float = 1.0
     first_passes: int = 4
+    set_up_share: float = 0.5
     unknown_gain: float = 1.05
     comparisons: int = 2
     whole_passes: int = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from accelerate_tts.tuning.findings import Tuning
 from accelerate_tts.tuning.limits import Limits
 from accelerate_tts.tuning.timing import Timing
 from accelerate_tts.tuning.warmup import Loaded, warmup_calls
-from doubles import Stage, tune
+from doubles import Stage, pays_off, tune
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -674,3 +675,29 @@ def test_modules_are_found_inside_what_is_no_module() -> None:
         model = c
 
     assert find_modules(OnClass) == {"model": c}
+
+
+@pytest.mark.parametrize("is_set_up", [True, False])
+def test_what_a_first_pass_sets_up_is_no_measure_of_later_ones(is_set_up: bool, decide: Any) -> None:
+    """Imports, and functions that are compiled at their first call, as numba's in a voice clone."""
+    decide(compare=pays_off)
+    calls, model = count(), Slow(0.1)
+
+    def spend(seconds: float) -> None:
+        time.sleep(seconds if next(calls) == 0 else model.seconds)
+
+    def speak(held: nn.Module) -> torch.Tensor:
+        if is_set_up:
+            spend(40.0)
+        return held(X)  # type: ignore[no-any-return]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not is_set_up:
+            spend(40.0)
+        return model.linear(x)  # type: ignore[no-any-return]
+
+    model.forward = forward  # type: ignore[method-assign]
+    (result,) = (receipt := run(model, Stage(process=True, seconds=0.0), budget=100.0, warmup=speak).receipt).stages
+    assert result.kept is is_set_up, result.reason
+    no_other = "outputs are compared with those of the first pass: the tuning budget allows no other"
+    assert (no_other in str(receipt)) is not is_set_up
