@@ -30,7 +30,13 @@ class DeviceGraphs:
         since: The first release of torch with that class.
         priority: Priority of the streams that capture; 0 is everybody's.
         options: Options of a capture, beside its pool and stream.
+
+    Attributes:
+        internals: Module with the functions of torch that have no public name; `None` for `torch._C`. Tests give
+            another object.
     """
+
+    internals: Any = None
 
     def __init__(self, type: str, graph: str, since: str, priority: int = 0, **options: Any) -> None:  # noqa: A002 - torch's name
         self.type = type
@@ -42,6 +48,13 @@ class DeviceGraphs:
         import torch
 
         return getattr(torch, self.type)
+
+    def _internal(self, *names: str) -> Callable[..., Any] | None:
+        """Return torch's function of the first of these names that it has, or `None`."""
+        import torch
+
+        source = torch._C if self.internals is None else self.internals
+        return next(filter(None, (getattr(source, name, None) for name in names)), None)
 
     def missing(self) -> str | None:
         """Return the reason why this torch has no such graphs, or `None`."""
@@ -118,9 +131,10 @@ class DeviceGraphs:
         """
         handle = getattr(stream, "cuda_stream", None)
         if handle is not None and self._last.get(handle, pool) != pool:
-            import torch
-
-            torch._C._cuda_clearCublasWorkspaces()  # those in pools are free for their graphs, as all else there
+            clear = self._internal("_cuda_clearCublasWorkspaces")
+            if clear is None:
+                raise RuntimeError("this torch has no function that clears cuBLAS's workspaces")
+            clear()  # those in pools are free for their graphs, as all else there
         self._last[handle] = pool
 
     def _put_back(self, before: Any, graph: Any, pool: Any, stream: Any) -> None:
@@ -131,16 +145,13 @@ class DeviceGraphs:
         and the device cannot be waited for. Up to torch 2.11 the allocator takes the capture for unfinished, and gives
         nothing back.
         """
-        import torch
-
         self._torch.set_stream(stream)
         with suppress(RuntimeError):
             if self._torch.is_current_stream_capturing():
                 graph.capture_end()
         self._torch.set_stream(before)
         # The second name is torch 2.6's.
-        names = (f"_{self.type}_endAllocateToPool", f"_{self.type}_endAllocateCurrentStreamToPool")
-        end = next(filter(None, (getattr(torch._C, name, None) for name in names)), None)
+        end = self._internal(f"_{self.type}_endAllocateToPool", f"_{self.type}_endAllocateCurrentStreamToPool")
         if end is not None:
             with suppress(RuntimeError):  # it has ended
                 end(before.device_index, pool)

@@ -265,7 +265,7 @@ DRAWS: dict[Any, _Draw] = {
     functional.gumbel_softmax: _gumbel,
     **dict.fromkeys(_UNREACHED, _unreached),
 }
-"""How to have each function draw from generators that are given."""
+"""Replacements that have each function draw from given generators."""
 
 
 # --- operators: `torch.ops.aten.randn`, as exported programs call them ---

@@ -87,7 +87,7 @@ def _tried(baseline: Baseline, part: Part, steps: SharedSteps) -> str:
 
 class _Gains(NamedTuple):
     gains: dict[int, float]
-    """How much faster a pass for so many callers is than a pass for each."""
+    """Ratio of a pass for each to a pass for so many callers, by the number of callers."""
     differ: list[int]
     """Numbers of callers whose results differ in bits from those of one."""
 

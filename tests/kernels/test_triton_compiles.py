@@ -121,7 +121,7 @@ XPU = {
     "has_subgroup_matrix_multiply_accumulate": True, "has_subgroup_matrix_multiply_accumulate_tensor_float32": True,
     "has_subgroup_2d_block_io": True, "has_bfloat16_conversions": True,
 }  # fmt: skip
-"""What SYCL tells of a card of Intel's with matrix units, as far as Triton asks."""
+"""Properties of an Intel card with matrix units, as SYCL reports them to Triton."""
 
 
 @pytest.mark.parametrize("case", CASES)

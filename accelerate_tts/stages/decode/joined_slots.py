@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 COMPARED = 8
-"""How often a step of several is compared with each one's own, bit by bit, before it is used without."""
+"""Number of steps of several that are compared with each one's own, bit by bit, before others are not."""
 
 
 class Work(NamedTuple):

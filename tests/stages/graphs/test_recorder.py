@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from types import SimpleNamespace
@@ -70,8 +70,14 @@ class Module:
             ),
         }.items():  # fmt: skip
             patch.setattr(module, name, value)
-        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.workspaces.clear, raising=False)
-        patch.setattr(torch._C, f"_{kind}_endAllocateToPool", self.end_of_pool, raising=False)
+        self._patch = patch
+        self.has(**{
+            "_cuda_clearCublasWorkspaces": self.workspaces.clear, f"_{kind}_endAllocateToPool": self.end_of_pool,
+        })  # fmt: skip
+
+    def has(self, **functions: Callable[..., object]) -> None:
+        """Let torch have these functions without a public name, and no other ones."""
+        self._patch.setattr(graphs_of(self._kind), "internals", SimpleNamespace(**functions))
 
     @property
     def stream(self) -> Stream:
@@ -255,7 +261,7 @@ def test_a_graphs_workspaces_are_in_its_own_pool(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nobody_else_is_given_the_stream_that_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another thread starts on it would become a part of the graph. torch makes few, and gives each to many."""
+    """Work of another thread on it would become a part of the graph. torch makes few, and gives each to many."""
     module = Module(monkeypatch, "cuda")
     users = [module.next_stream() for _ in range(100)]
     GraphRecorder(torch.device("cuda", 0)).record(lambda: None)
@@ -280,8 +286,9 @@ def test_a_capture_that_is_interrupted_at_its_beginning_is_ended(kind: str, monk
 def test_torch_2_6_has_another_name_for_the_end_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its allocator, too, would give nothing back."""
     module = Module(monkeypatch, "cuda", fault=RuntimeError("operation not permitted when stream is capturing"))
-    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", module.end_of_pool, raising=False)
+    module.has(
+        _cuda_clearCublasWorkspaces=module.workspaces.clear, _cuda_endAllocateCurrentStreamToPool=module.end_of_pool
+    )
     with pytest.raises(RuntimeError, match="during capture"):
         GraphRecorder(torch.device("cuda", 0)).record(lambda: None)
     assert module.ended == [7]
